@@ -1,0 +1,34 @@
+"""The errors a user can cause, each carrying its remedy.
+
+Whatever a user did wrong is raised as one of these and ends as one paragraph on stderr and an exit code; what only this
+package could have done wrong is an `assert` or an ordinary exception with its traceback.
+"""
+
+from __future__ import annotations
+
+
+class RaypipeError(Exception):
+    """A problem the user can act on: what happened, and the remedy. Ends a job with `exit_code`."""
+
+    exit_code = 1
+
+    def __init__(self, problem: str, remedy: str = "") -> None:
+        super().__init__(f"{problem} {remedy}".strip())
+        self.problem = problem
+        self.remedy = remedy
+
+    def __reduce__(self) -> tuple[type[RaypipeError], tuple[str, str]]:
+        # Errors cross process borders (Ray pickles them), and the default would pass the joined text as `problem`.
+        return type(self), (self.problem, self.remedy)
+
+
+class UsageError(RaypipeError):
+    """Wrong input, configuration or workspace, found before work starts. Exit code 2."""
+
+    exit_code = 2
+
+
+class RefusedError(RaypipeError):
+    """A quality gate said no; what was good before stays in force. Exit code 3."""
+
+    exit_code = 3
