@@ -1,0 +1,60 @@
+"""The prompt as a value: segments of text and of vectors, the same object for training, generation and serving.
+
+Not covered here: tokenising (engines do that, each with its own model's tokenizer) and where vectors come from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Words, to be tokenised by the engine."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Vectors:
+    """Precomputed vectors (recommender states, image embeddings) that a model takes in place of tokens.
+
+    `values` is float32 [count, width]; `source` names what they are, e.g. the variant whose hidden states they hold.
+    """
+
+    values: np.ndarray
+    source: str
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vectors) and self.source == other.source and np.array_equal(self.values, other.values)
+
+    def __hash__(self) -> int:
+        return hash((self.source, self.values.shape, self.values.tobytes()))
+
+
+Segment = Text | Vectors
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a model is asked: its segments in reading order."""
+
+    segments: tuple[Segment, ...]
+
+    @classmethod
+    def of(cls, *segments: str | Vectors) -> Prompt:
+        """A prompt of the given pieces; strings become text segments."""
+        return cls(tuple(Text(piece) if isinstance(piece, str) else piece for piece in segments))
+
+    @property
+    def has_vectors(self) -> bool:
+        return any(isinstance(segment, Vectors) for segment in self.segments)
+
+    @property
+    def text(self) -> str:
+        """The whole prompt as text; raises ValueError when it holds vectors, which have no text."""
+        if self.has_vectors:
+            raise ValueError("This prompt holds vectors; only an engine with the capability `vectors` can read it.")
+        return "".join(segment.text for segment in self.segments if isinstance(segment, Text))
