@@ -1,0 +1,123 @@
+"""Merging new events into histories: one user bucket at a time, sorted, without duplicates, keyed.
+
+Order within a history is (time, then the order in which events arrived: earlier logs first, then log order). In a
+workspace of order kind, what a later log brings goes after what exists, and times are positions 0, 1, 2, ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from raypipe.data.spills import ROW_SCHEMA
+from raypipe.storage.hashing import event_lanes, sequence_lanes, to_hex
+from raypipe.storage.schemas import HISTORIES
+
+
+@dataclass(frozen=True)
+class MergedHistories:
+    """The histories of one bucket after a merge, and what became of the new events."""
+
+    rows: pa.Table
+    events_in: int
+    duplicates: int
+    changed: int
+
+    @property
+    def kept(self) -> int:
+        return self.events_in - self.duplicates
+
+
+def merge_histories(
+    old: pa.Table, new: Sequence[pa.Table], item_lanes: NDArray[np.uint64], *, order_kind: bool
+) -> MergedHistories:
+    """Merge spill rows (in log order) into the old histories of a bucket.
+
+    `item_lanes` [items + 1, 2] are the content hashes of the catalogue. An event with the user, item and time of an
+    earlier one is a duplicate. `changed` counts the users whose `history_key` is new.
+    """
+    old_rows = old.select(ROW_SCHEMA.names).cast(ROW_SCHEMA)
+    rows = pa.concat_tables([old_rows, *new]).combine_chunks()
+    encoded = rows["user_id"].combine_chunks().dictionary_encode()
+    by_name = pc.sort_indices(encoded.dictionary)
+    names = encoded.dictionary.take(by_name)
+    rank = np.empty(len(names), np.int64)
+    rank[by_name.to_numpy()] = np.arange(len(names))
+    row_user = rank[encoded.indices.to_numpy()]
+
+    lengths = pc.list_value_length(rows["items"]).to_numpy().astype(np.int64)
+    user = np.repeat(row_user, lengths)
+    items = _flat(rows["items"])
+    times = _flat(rows["times"])
+    weights = _flat(rows["weights"])
+    old_events = int(lengths[: old_rows.num_rows].sum())
+    is_new = np.zeros(len(user), bool)
+    is_new[old_events:] = True
+
+    # lexsort is stable: equal (user, time) keep their order of arrival.
+    order = np.lexsort((times, is_new, user) if order_kind else (times, user))
+    user, items, times, weights, is_new = (column[order] for column in (user, items, times, weights, is_new))
+    keep = ~_repeats(user, times, items, is_new if order_kind else None)
+    duplicates = int(np.count_nonzero(~keep))
+    if duplicates:
+        user, items, times, weights = (column[keep] for column in (user, items, times, weights))
+
+    lengths = np.bincount(user, minlength=len(names))
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    position = np.arange(len(user)) - np.repeat(offsets[:-1], lengths)
+    if order_kind:
+        times = position.astype(np.int64)
+    keys = to_hex(sequence_lanes(event_lanes(item_lanes[items], times), lengths))
+    lists = offsets.astype(np.int32)
+    merged = pa.table(
+        [
+            names,
+            pa.ListArray.from_arrays(lists, pa.array(items)),
+            pa.ListArray.from_arrays(lists, pa.array(times)),
+            pa.ListArray.from_arrays(lists, pa.array(_place_among_ties(user, times))),
+            pa.ListArray.from_arrays(lists, pa.array(weights)),
+            keys,
+        ],
+        schema=HISTORIES.columns,
+    )
+    unchanged = pc.sum(pc.is_in(keys, value_set=old["history_key"].combine_chunks())).as_py() or 0
+    return MergedHistories(merged, int(is_new.sum()), duplicates, len(names) - unchanged)
+
+
+def _flat(column: pa.ChunkedArray) -> NDArray:
+    return column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+
+
+def _repeats(
+    user: NDArray[np.int64], times: NDArray[np.int64], items: NDArray[np.int32], is_new: NDArray[np.bool_] | None
+) -> NDArray[np.bool_]:
+    """Which sorted events have the user, time and item of an earlier one: [events]."""
+    repeated = np.zeros(len(user), bool)
+    if len(user) < 2:
+        return repeated
+    same = (user[1:] == user[:-1]) & (times[1:] == times[:-1])
+    if is_new is not None:
+        same &= is_new[1:] == is_new[:-1]
+    # Only events that tie with a neighbour can be repeats; the rest need no second sort.
+    tied = np.flatnonzero(np.concatenate([same, [False]]) | np.concatenate([[False], same]))
+    if len(tied) == 0:
+        return repeated
+    group = np.cumsum(~np.concatenate([[False], same]))[tied]
+    order = np.lexsort((items[tied], group))
+    again = (np.diff(group[order]) == 0) & (np.diff(items[tied][order]) == 0)
+    repeated[tied[order[1:][again]]] = True
+    return repeated
+
+
+def _place_among_ties(user: NDArray[np.int64], times: NDArray[np.int64]) -> NDArray[np.int32]:
+    """0 for the first event of a user at a moment, 1 for the next at the same moment, ...: [events]."""
+    if len(user) == 0:
+        return np.empty(0, np.int32)
+    starts = np.concatenate([[True], (user[1:] != user[:-1]) | (times[1:] != times[:-1])])
+    index = np.arange(len(user))
+    return (index - np.maximum.accumulate(np.where(starts, index, 0))).astype(np.int32)

@@ -1,0 +1,56 @@
+"""Reaching Ray: the cluster a job was submitted to, or a private one on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from raypipe.config import Config, free
+from raypipe.errors import UsageError
+
+
+class ClusterConfig(Config):
+    """Where the units run. Nothing here shapes an output."""
+
+    address: str | None = free(None, "Ray address; unset: the cluster of `ray job submit`, else a private one here")
+    workers: int | None = free(None, "parallel workers; unset: one per CPU of the cluster", ge=1)
+    cpus_per_worker: float = free(1.0, "CPUs reserved for each worker", gt=0)
+    gpus_per_worker: float = free(0.0, "GPUs reserved for each worker, fractions allowed", ge=0)
+
+    def connect(self) -> None:
+        """Connect once per process; raises UsageError where the cluster cannot be reached."""
+        os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        import ray
+
+        if ray.is_initialized():
+            return
+        address = self.address or os.environ.get("RAY_ADDRESS")
+        try:
+            if address:
+                ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
+            else:
+                ray.init(
+                    include_dashboard=False,
+                    num_cpus=max(self.workers or 0, os.cpu_count() or 1),
+                    logging_level=logging.WARNING,
+                    log_to_driver=False,
+                    object_store_memory=200 * 2**20,
+                )
+        except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
+            raise UsageError(
+                f"Ray could not be reached at {address or 'this machine'}: {str(error).splitlines()[0]}",
+                "Check `ray status`, RAY_ADDRESS and RAY_AUTH_TOKEN, or leave --cluster.address out to run on this machine.",
+            ) from error
+
+    def size(self) -> int:
+        """Workers to start: as asked, else as many as the cluster's CPUs (or GPUs) hold."""
+        if self.workers is not None:
+            return self.workers
+        import ray
+
+        resources = ray.cluster_resources()
+        fits = int(resources.get("CPU", 1) / self.cpus_per_worker)
+        if self.gpus_per_worker:
+            fits = min(fits, int(resources.get("GPU", 0) / self.gpus_per_worker))
+        return max(1, fits)

@@ -1,0 +1,131 @@
+"""One job's stay in a workspace: locks, recovery of what a killed run began to publish, the run, and the publish.
+
+Crash points, all of them: before the manifest (nothing happened), between units (receipts stand), before `publish.json`
+(staged files wait for the resubmission), after it (any later job completes it), between two tables' commits (each is
+recognised by its application transaction), before `done.json` (all tables are recognised; only the result is written).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from raypipe.runtime.cluster import ClusterConfig
+from raypipe.runtime.progress import say
+from raypipe.runtime.units import UnitWork, run_units
+from raypipe.storage.fingerprint import fingerprint
+from raypipe.storage.ledger import Publish, Receipt, Run, Unit
+from raypipe.storage.locks import LEASE_S, Lock, hold
+from raypipe.storage.tables import Table
+from raypipe.storage.workspace import Workspace
+
+# Rejects are shared by all jobs and written for a moment at the end: wait for the other job's moment.
+_REJECTS_WAIT_S = 60.0
+
+
+class Session:
+    """A job that holds the locks of the tables it writes."""
+
+    def __init__(self, workspace: Workspace, job: str, cluster: ClusterConfig, locks: Sequence[Lock]) -> None:
+        self.workspace = workspace
+        self.job = job
+        self.cluster = cluster
+        self._locks = locks
+
+    def versions(self, *tables: str) -> dict[str, int]:
+        """The newest versions of tables, to pin."""
+        return {name: self.workspace.tables[name].version() for name in tables}
+
+    def run(
+        self, recipe: str, pins: Mapping[str, int], base: Mapping[str, int], scope: str, facts: Mapping[str, Any]
+    ) -> Run:
+        """The run of this recipe over these inputs: the one a killed job left open, or a new one.
+
+        `pins` are the input versions no unit reads beyond, `base` the versions of the tables it will write, `scope` is
+        "all" or the hash of a canary's users. An open run of another key is given up: its inputs moved on.
+        """
+        ledger = self.workspace.ledger(self.job)
+        key = fingerprint({"recipe": recipe, "pins": dict(pins), "base": dict(base), "scope": scope})
+        if (run := ledger.open(key)) is not None:
+            say(f"{self.job}: resuming run {key[:12]}")
+            return run
+        for open_key in ledger.numbers().values():
+            if open_key != key and (other := ledger.open(open_key)) is not None and other.manifest["scope"] == scope:
+                other.abandon(f"run {key} took its place")
+        published = max(self.workspace.tables[table].published_number(f"{table}:{self.job}") for table in base)
+        manifest = {"recipe": recipe, "pins": dict(pins), "base": dict(base), "scope": scope, "facts": dict(facts)}
+        return ledger.start(key, {**manifest, "created": time.time()}, at_least=published + 1)
+
+    def phase(
+        self, run: Run, units: Sequence[Unit], build: Callable[[], UnitWork], what: str
+    ) -> dict[Unit, Receipt]:
+        """Run the units that are left on the cluster; see `run_units`."""
+        return run_units(run, units, build, self.cluster, what)
+
+    def publish(self, run: Run, parts: Sequence[Publish], result: Mapping[str, Any]) -> dict[str, Any]:
+        """Commit all tables and finish the run; `rejects` first, then in the order given."""
+        for lock in self._locks:
+            lock.check_held()
+        run.intend_publish(parts, result)
+        return complete(self.workspace, run)
+
+
+@contextlib.contextmanager
+def open_session(
+    workspace: Workspace, job: str, writes: Sequence[str], cluster: ClusterConfig, lease_s: float = LEASE_S
+) -> Iterator[Session]:
+    """Check the workspace, take the locks, complete what killed runs began to publish."""
+    workspace.info()
+    workspace.store.check_writable()
+    with hold(workspace.store, writes, job, lease_s) as locks:
+        recover(workspace, job, set(writes))
+        yield Session(workspace, job, cluster, locks)
+
+
+def recover(workspace: Workspace, job: str, held: set[str]) -> None:
+    """Complete every publish that a killed run began, of any job, so that no job reads half of it."""
+    jobs = {entry.path.split("/")[1] for entry in workspace.store.list("ledger")}
+    for name in sorted(jobs):
+        run = workspace.ledger(name).newest()
+        if run is None or run.result() is not None or (intent := run.publish_intent()) is None:
+            continue
+        tables = {part.table for part in intent[0]} - held - {"rejects"}
+        with hold(workspace.store, sorted(tables), f"{job} (completing {name})"):
+            if run.result() is None:
+                say(f"{name}: completing the publish of run {run.run_key[:12]}, which was interrupted")
+                complete(workspace, run)
+
+
+def complete(workspace: Workspace, run: Run) -> dict[str, Any]:
+    """Carry out a written publish intent; what is already committed is left alone. Returns the run's result."""
+    intent = run.publish_intent()
+    assert intent is not None, "only a written intent can be completed"
+    parts, result = intent
+    number = run.number
+    versions: dict[str, int] = {}
+    for part in sorted(parts, key=lambda part: part.table != "rejects"):
+        table = output_table(workspace, part.table, run.manifest["scope"], run.run_key)
+        lock = hold(workspace.store, ["rejects"] if part.table == "rejects" else [], run.job, wait_s=_REJECTS_WAIT_S)
+        with lock:
+            versions[part.table] = table.publish(
+                part.files,
+                mode=part.mode,
+                app=f"{part.table}:{run.job}",
+                number=number,
+                replaces=part.replaces,
+                metadata={"raypipe.run_key": run.run_key, "raypipe.job": run.job},
+            )
+    tables = {name: {"version": version, **result["tables"].get(name, {})} for name, version in versions.items()}
+    final = {**result, "tables": tables}
+    run.finish(final)
+    return final
+
+
+def output_table(workspace: Workspace, name: str, scope: str, run_key: str) -> Table:
+    """The table a run writes: the workspace's own, or for a canary one below `canary/<run_key>` that nobody reads."""
+    table = workspace.tables[name]
+    if scope == "all":
+        return table
+    return Table(workspace.store, table.spec, folder=f"canary/{run_key}/{name}")

@@ -1,0 +1,184 @@
+"""Units over workers: Ray Data hands one unit at a time to a pool of actors; the ledger says which are left.
+
+Ray's own retries are off. A worker marks its attempt before the first row; when its process dies, the driver finds the
+unit by that marker, makes the rows of its journal suspects, and starts the units that are left again. A suspect runs
+alone; one that killed its process `MAX_DEATHS` times alone is rejected by the work. Deaths of the driver or of a node
+count for nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+from raypipe.errors import RaypipeError
+from raypipe.runtime.cluster import ClusterConfig
+from raypipe.runtime.progress import Progress, say
+from raypipe.storage.ledger import MAX_DEATHS, Receipt, Run, Unit
+
+
+class UnitContext:
+    """What the work may ask of the runner while it has a unit: its attempt, its journal, its suspects."""
+
+    def __init__(self, run: Run, unit: Unit, attempt: int) -> None:
+        self.run = run
+        self.unit = unit
+        self.attempt = attempt
+        self.deaths = run.deaths(unit) if attempt > 1 else {}
+
+    def journal(self, rows: Sequence[str]) -> None:
+        """Name the rows that are about to run, so that a death finds them."""
+        self.run.journal(self.unit, rows)
+
+    def file_name(self) -> str:
+        """A name for staged files that no other attempt uses."""
+        return f"{self.run.run_key[:12]}-{self.unit.name}-{self.attempt:04d}"
+
+
+class UnitWork(Protocol):
+    """One phase's work, built once per worker. `run` stages files and returns the receipt; the runner commits it."""
+
+    def run(self, unit: Unit, context: UnitContext) -> Receipt: ...
+
+
+def run_units(
+    run: Run,
+    units: Sequence[Unit],
+    build: Callable[[], UnitWork],
+    cluster: ClusterConfig,
+    what: str,
+    amount: Callable[[Receipt], int] = lambda receipt: receipt.counts.rows_in,
+) -> dict[Unit, Receipt]:
+    """Run every unit that has no receipt yet and return all receipts of the phase.
+
+    Raises RaypipeError where a unit failed, with what the worker said; the finished ones keep their receipts.
+    """
+    if not units:
+        return {}
+    kind = units[0].kind
+    run.plan(kind, units)
+    done = run.receipts(kind)
+    progress = Progress(what, len(units), "rows")
+    progress.resume(len(done))
+    if done:
+        say(f"{what}: {len(done)} of {len(units)} units were done before")
+    while todo := [unit for unit in units if unit not in done]:
+        cluster.connect()
+        try:
+            for receipt in _execute(run, todo, build, cluster):
+                done[receipt.unit] = receipt
+                progress.step(amount(receipt))
+        except _worker_deaths() as error:
+            done = run.receipts(kind)
+            _account_for_death(run, [unit for unit in todo if unit not in done], error)
+    return {unit: done[unit] for unit in units}
+
+
+def _execute(
+    run: Run, units: Sequence[Unit], build: Callable[[], UnitWork], cluster: ClusterConfig
+) -> Iterator[Receipt]:
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.actor_task_retry_on_errors = False
+    context.log_internal_stack_trace = False
+    rows = [{"kind": unit.kind, "index": unit.index} for unit in units]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        _Worker,
+        fn_constructor_args=(build, run),
+        batch_size=1,
+        batch_format="numpy",
+        compute=ActorPoolStrategy(size=min(cluster.size(), len(rows)), max_tasks_in_flight_per_actor=2),
+        num_cpus=cluster.cpus_per_worker,
+        num_gpus=cluster.gpus_per_worker or None,
+        max_restarts=0,
+        max_task_retries=0,
+    )
+    for row in dataset.iter_rows():
+        if row["error"]:
+            raise RaypipeError(row["error"], row["remedy"])
+        yield Receipt.from_json(row["receipt"])
+
+
+class _Worker:
+    """The actor: builds the work once, then runs unit after unit and commits each receipt."""
+
+    def __init__(self, build: Callable[[], UnitWork], run: Run) -> None:
+        import ray
+
+        context = ray.get_runtime_context()
+        self.run = run
+        self.worker = {
+            "actor": context.get_actor_id(),
+            "node": context.get_node_id(),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
+        self.build = build
+        self.work: UnitWork | None = None
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        unit = Unit(str(batch["kind"][0]), int(batch["index"][0]))
+        try:
+            return _row(self._run(unit))
+        except RaypipeError as error:
+            return _row(None, error.problem, error.remedy)
+        except Exception as error:
+            remedy = "This is a defect in raypipe or in the machine; the run resumes where it stopped when you submit it again."
+            return _row(None, f"Unit {unit.name} failed: {error!r}\n{traceback.format_exc()}", remedy)
+
+    def _run(self, unit: Unit) -> Receipt:
+        attempt = self.run.begin_attempt(unit, {**self.worker, "started": time.time()})
+        if self.work is None:
+            self.work = self.build()
+        receipt = self.work.run(unit, UnitContext(self.run, unit, attempt))
+        if self.run.commit(receipt):
+            return receipt
+        return self.run.receipts(unit.kind)[unit]
+
+
+def _row(receipt: Receipt | None, error: str = "", remedy: str = "") -> dict[str, list[Any]]:
+    return {"receipt": [receipt.to_json() if receipt else b""], "error": [error], "remedy": [remedy]}
+
+
+def _worker_deaths() -> tuple[type[BaseException], ...]:
+    """What Ray Data raises when a worker's process dies; imported late because most nights have nothing to run."""
+    from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
+
+    return (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError)
+
+
+def _account_for_death(run: Run, left: Sequence[Unit], error: BaseException) -> None:
+    """Make the journal of the dead worker's unit suspect; raise where one unit kills every worker it is given."""
+    import ray
+
+    actor = str(getattr(error, "actor_id", "") or "")
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    for unit, _, worker in run.attempt_markers(left):
+        if worker["actor"] != actor:
+            continue
+        if worker["node"] not in alive or getattr(error, "preempted", False):
+            say(f"Node {worker['node'][:8]} was lost while it worked on {unit.name}; the unit starts again.")
+            return
+        run.record_death(unit)
+        say(f"A worker died while it worked on {unit.name} (process {worker['pid']} on {worker['host']}); trying again.")
+        _check_bounded(run, unit)
+        return
+    say("A worker died between two units; the units that are left start again.")
+
+
+def _check_bounded(run: Run, unit: Unit) -> None:
+    deaths = run.deaths(unit)
+    if deaths.get("", 0) >= MAX_DEATHS:
+        raise RaypipeError(
+            f"Unit {unit.name} killed its worker {MAX_DEATHS} times before any row could be blamed.",
+            "The worker probably ran out of memory: give workers more (--cluster.workers lower), or split the work finer "
+            "(more buckets); finished units are kept and the run resumes when you submit it again.",
+        )

@@ -1,0 +1,29 @@
+"""What an output depends on, as one short hash per stage.
+
+In: engine and version, dtype, content hash of the model, the stage's prompt, decoding, output schema and `STEP_VERSION`.
+Out: git revisions, dates, paths, workers, batch sizes, prices — fields declared `free`, which `shaping_values` leaves out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+
+
+def canonical_json(values: Any) -> str:
+    """JSON text that is equal for equal values: sorted keys, no spaces, text as it is."""
+    return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def fingerprint(values: Mapping[str, Any]) -> str:
+    """32 hex digits over the canonical JSON of `values`."""
+    return hashlib.sha256(canonical_json(values).encode()).hexdigest()[:32]
+
+
+def schema_hash(schema: pa.Schema) -> str:
+    """32 hex digits over the names and types of a schema."""
+    return fingerprint({"fields": [[field.name, str(field.type)] for field in schema]})

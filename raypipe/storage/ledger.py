@@ -1,0 +1,279 @@
+"""The ledger: what a run set out to do, which units of it are done, and how far its publish came.
+
+    ledger/<job>/runs/<number>.json          created-if-absent: allocates the run's number, names its run key
+    ledger/<job>/<run_key>/manifest.json     recipe, pinned versions, scope; before the first unit
+    ledger/<job>/<run_key>/plan/<kind>.json  the units of one phase
+    ledger/<job>/<run_key>/units/<unit>.json one receipt a unit, created-if-absent, after all its files are staged
+    ledger/<job>/<run_key>/attempts/<unit>/  one marker an attempt, before its first row
+    ledger/<job>/<run_key>/deaths/<unit>.json  suspect rows, after the driver saw the unit's process die
+    ledger/<job>/<run_key>/journal/<unit>    the rows of the micro-batch in flight
+    ledger/<job>/<run_key>/publish.json      everything the publish will commit; from here on it only rolls forward
+    ledger/<job>/<run_key>/done.json         last
+
+Resume is set difference: planned units less those with a receipt.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from raypipe.storage.fingerprint import canonical_json
+from raypipe.storage.store import Store
+from raypipe.storage.tables import StagedFile
+
+# A row that killed its process this often, alone and on a healthy node, is rejected.
+MAX_DEATHS = 3
+
+
+@dataclass(frozen=True, order=True)
+class Unit:
+    """One piece of a phase: a user bucket, an item range or a log split."""
+
+    kind: str
+    index: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{self.index:06d}"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Rows of a unit. Nothing vanishes: rows_in = ok + rejected + all kinds of skipped."""
+
+    rows_in: int = 0
+    ok: int = 0
+    rejected: int = 0
+    skipped: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def balanced(self) -> bool:
+        return self.rows_in == self.ok + self.rejected + sum(self.skipped.values())
+
+    def __add__(self, other: Counts) -> Counts:
+        kinds = sorted({*self.skipped, *other.skipped})
+        skipped = {kind: self.skipped.get(kind, 0) + other.skipped.get(kind, 0) for kind in kinds}
+        return Counts(self.rows_in + other.rows_in, self.ok + other.ok, self.rejected + other.rejected, skipped)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a unit spent: model calls, tokens, seconds of wall clock."""
+
+    calls: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.calls + other.calls,
+            self.tokens_in + other.tokens_in,
+            self.tokens_out + other.tokens_out,
+            self.seconds + other.seconds,
+        )
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What one unit did: counts, usage, staged files by table, their schema hashes, and facts the next phase needs."""
+
+    unit: Unit
+    counts: Counts
+    usage: Usage = field(default_factory=Usage)
+    staged: Mapping[str, Sequence[StagedFile]] = field(default_factory=dict)
+    schemas: Mapping[str, str] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    attempt: int = 1
+
+    def to_json(self) -> bytes:
+        return canonical_json(asdict(self)).encode()
+
+    @staticmethod
+    def from_json(data: bytes) -> Receipt:
+        raw = json.loads(data)
+        raw["unit"] = Unit(**raw["unit"])
+        raw["counts"] = Counts(**raw["counts"])
+        raw["usage"] = Usage(**raw["usage"])
+        raw["staged"] = {table: [StagedFile(**file) for file in files] for table, files in raw["staged"].items()}
+        return Receipt(**raw)
+
+
+@dataclass(frozen=True)
+class Publish:
+    """One table's share of a publish: what `Table.publish` is given."""
+
+    table: str
+    mode: str
+    files: Sequence[StagedFile]
+    replaces: Sequence[Mapping[str, str | int]] = ()
+
+    @staticmethod
+    def from_dict(raw: Mapping[str, Any]) -> Publish:
+        return Publish(raw["table"], raw["mode"], [StagedFile(**file) for file in raw["files"]], raw["replaces"])
+
+
+class Run:
+    """One run's folder in the ledger."""
+
+    def __init__(self, store: Store, job: str, run_key: str) -> None:
+        self.store = store
+        self.job = job
+        self.run_key = run_key
+        self.folder = f"ledger/{job}/{run_key}"
+        self.staging = f"staging/{run_key}"
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        data = self._get("manifest.json")
+        assert data is not None, f"run {self.run_key} has no manifest"
+        return data
+
+    @property
+    def number(self) -> int:
+        return int(self.manifest["number"])
+
+    def plan(self, kind: str, units: Sequence[Unit]) -> None:
+        """Write down the units of a phase, so that `status` knows the total."""
+        self._put(f"plan/{kind}.json", [unit.index for unit in units])
+
+    def planned(self) -> dict[str, int]:
+        """Units of every phase planned so far."""
+        entries = self.store.list(f"{self.folder}/plan")
+        return {
+            entry.path.rsplit("/", 1)[1].removesuffix(".json"): len(json.loads(self.store.read(entry.path)))
+            for entry in entries
+        }
+
+    def commit(self, receipt: Receipt) -> bool:
+        """Record a unit as done; False where another attempt was first (its files stand, these are waste)."""
+        assert receipt.counts.balanced, f"unit {receipt.unit.name} lost rows: {receipt.counts}"
+        return self.store.create(f"{self.folder}/units/{receipt.unit.name}.json", receipt.to_json())
+
+    def receipts(self, kind: str | None = None) -> dict[Unit, Receipt]:
+        """The receipts of the units that are done, of one phase or of all."""
+        prefix = f"{self.folder}/units/"
+        paths = [entry.path for entry in self.store.list(prefix)]
+        if kind is not None:
+            paths = [path for path in paths if path.startswith(f"{prefix}{kind}-")]
+        with ThreadPoolExecutor(16) as readers:
+            found = [Receipt.from_json(data) for data in readers.map(self.store.read, paths)]
+        return {receipt.unit: receipt for receipt in sorted(found, key=lambda receipt: receipt.unit)}
+
+    def begin_attempt(self, unit: Unit, worker: Mapping[str, Any]) -> int:
+        """Mark that `worker` starts on `unit`; returns the attempt's number, from 1."""
+        folder = f"{self.folder}/attempts/{unit.name}"
+        attempt = 1 + len(self.store.list(folder))
+        while not self.store.create(f"{folder}/{attempt:04d}.json", canonical_json(dict(worker)).encode()):
+            attempt += 1
+        return attempt
+
+    def journal(self, unit: Unit, rows: Sequence[str]) -> None:
+        """Write down the rows of the micro-batch that is about to run."""
+        self._put(f"journal/{unit.name}.json", list(rows))
+
+    def record_death(self, unit: Unit) -> None:
+        """The driver saw the process working on `unit` die on a healthy node: what its journal holds is suspect."""
+        # Without a journal there is no row to suspect; such deaths are counted under the empty name.
+        rows = self._get(f"journal/{unit.name}.json") or [""]
+        deaths = self.deaths(unit)
+        alone = len(rows) == 1
+        for row in rows:
+            # A death in company proves nothing about a row: it makes it a suspect, to be run alone.
+            deaths[row] = deaths.get(row, 0) + int(alone)
+        self._put(f"deaths/{unit.name}.json", deaths)
+
+    def deaths(self, unit: Unit) -> dict[str, int]:
+        """Suspect rows of a unit, with the number of times each died alone."""
+        return dict(self._get(f"deaths/{unit.name}.json") or {})
+
+    def attempt_markers(self, units: Iterable[Unit]) -> list[tuple[Unit, int, dict[str, Any]]]:
+        """The newest attempt of each unit that has one: unit, attempt number, worker."""
+        markers = []
+        for unit in units:
+            entries = self.store.list(f"{self.folder}/attempts/{unit.name}")
+            if entries:
+                newest = entries[-1].path
+                markers.append((unit, int(newest.rsplit("/", 1)[1].split(".")[0]), json.loads(self.store.read(newest))))
+        return markers
+
+    def intend_publish(self, parts: Sequence[Publish], result: Mapping[str, Any]) -> None:
+        """Write down all that will be committed. From here the run can only be completed, by anyone."""
+        self._put("publish.json", {"parts": [asdict(part) for part in parts], "result": dict(result)})
+
+    def publish_intent(self) -> tuple[list[Publish], dict[str, Any]] | None:
+        raw = self._get("publish.json")
+        return None if raw is None else ([Publish.from_dict(part) for part in raw["parts"]], raw["result"])
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """The run is over: write its result, drop its staging folder."""
+        self._put("done.json", dict(result))
+        self.store.delete_folder(self.staging)
+
+    def result(self) -> dict[str, Any] | None:
+        """What the run ended with, or None while it is open."""
+        return self._get("done.json")
+
+    def abandon(self, why: str) -> None:
+        """Give the run up: its inputs or its recipe moved on before it could publish."""
+        assert self.publish_intent() is None, "a run that began to publish can only be completed"
+        self.finish({"status": "abandoned", "why": why})
+
+    def _put(self, name: str, value: Any) -> None:
+        self.store.put(f"{self.folder}/{name}", canonical_json(value).encode())
+
+    def _get(self, name: str) -> Any:
+        data = self.store.get(f"{self.folder}/{name}")
+        return None if data is None else json.loads(data)
+
+
+class Ledger:
+    """All runs of one job, in the order of their numbers."""
+
+    def __init__(self, store: Store, job: str) -> None:
+        self.store = store
+        self.job = job
+
+    def numbers(self) -> dict[int, str]:
+        """Run keys by run number."""
+        entries = self.store.list(f"ledger/{self.job}/runs")
+        return {
+            int(e.path.rsplit("/", 1)[1].split(".")[0]): json.loads(self.store.read(e.path))["run_key"] for e in entries
+        }
+
+    def newest(self) -> Run | None:
+        """The newest run that wrote its manifest, open or not."""
+        for _, run_key in sorted(self.numbers().items(), reverse=True):
+            run = self.run(run_key)
+            if self.store.exists(f"{run.folder}/manifest.json"):
+                return run
+        return None
+
+    def run(self, run_key: str) -> Run:
+        return Run(self.store, self.job, run_key)
+
+    def open(self, run_key: str) -> Run | None:
+        """The unfinished run of that key, if there is one."""
+        run = self.run(run_key)
+        return run if self.store.exists(f"{run.folder}/manifest.json") and run.result() is None else None
+
+    def start(self, run_key: str, manifest: Mapping[str, Any], at_least: int = 1) -> Run:
+        """Begin a new run: take the next number (never under `at_least`), then write the manifest.
+
+        A finished run of the same key (its output was taken back since) makes room for the new one.
+        """
+        run = self.run(run_key)
+        if self.store.exists(f"{run.folder}/manifest.json"):
+            assert run.result() is not None, f"run {run_key} is still open"
+            self.store.delete_folder(run.folder)
+        number = max(at_least, 1 + max(self.numbers(), default=0))
+        while not self.store.create(
+            f"ledger/{self.job}/runs/{number:08d}.json", canonical_json({"run_key": run_key}).encode()
+        ):
+            number += 1
+        run._put("manifest.json", {**manifest, "number": number, "run_key": run_key, "job": self.job})
+        return run

@@ -1,0 +1,86 @@
+"""Content-addressed models: `models/<name>/<hash>/` holds safetensors, JSON and nothing that could run.
+
+The hash is over the files' bytes, so the same weights are the same model wherever they were trained. `model.json`,
+written last, carries the lineage (data versions, seeds, protocol).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from raypipe.errors import UsageError
+from raypipe.storage.fingerprint import canonical_json
+from raypipe.storage.store import Store
+
+_ALLOWED = {".safetensors", ".json", ".txt", ".jinja", ".model", ".md"}
+_CARD = "model.json"
+
+
+@dataclass(frozen=True)
+class Model:
+    """One stored model."""
+
+    name: str
+    hash: str
+    recipe: str
+    lineage: Mapping[str, Any]
+
+    @property
+    def folder(self) -> str:
+        return f"models/{self.name}/{self.hash}"
+
+
+class Models:
+    """The models of a workspace."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def add(self, name: str, files: Path, recipe: str, lineage: Mapping[str, Any]) -> Model:
+        """Store the files of a checkpoint folder under the hash of their content.
+
+        `recipe` is the fingerprint of what made it. Raises UsageError on a file that is neither weights nor text.
+        """
+        paths = sorted(path for path in files.rglob("*") if path.is_file())
+        for path in paths:
+            if path.suffix not in _ALLOWED:
+                raise UsageError(
+                    f"{path.name} cannot be part of a model.", "Models hold safetensors, JSON and text files only."
+                )
+        state = hashlib.sha256()
+        for path in paths:
+            state.update(f"{path.relative_to(files)}\0{path.stat().st_size}\0".encode())
+            state.update(path.read_bytes())
+        model = Model(name, state.hexdigest()[:32], recipe, dict(lineage))
+        for path in paths:
+            self.store.put(f"{model.folder}/{path.relative_to(files)}", path.read_bytes())
+        self.store.put(f"{model.folder}/{_CARD}", canonical_json(asdict(model)).encode())
+        return model
+
+    def all(self, name: str) -> list[Model]:
+        """Every complete model of that name."""
+        entries = [entry for entry in self.store.list(f"models/{name}") if entry.path.endswith(f"/{_CARD}")]
+        return [Model(**json.loads(self.store.read(entry.path))) for entry in sorted(entries, key=lambda e: e.modified)]
+
+    def newest(self, name: str, recipe: str | None = None) -> Model | None:
+        """The newest model of that name, of one recipe or of any."""
+        found = [model for model in self.all(name) if recipe is None or model.recipe == recipe]
+        return found[-1] if found else None
+
+    def fetch(self, model: Model, cache: Path) -> Path:
+        """The model as a folder of the local file system, downloaded into `cache` when it lies on an object store."""
+        if self.store.is_local:
+            return self.store.local_path(model.folder)
+        target = cache / model.name / model.hash
+        if not (target / _CARD).exists():
+            entries = sorted(self.store.list(model.folder), key=lambda entry: entry.path.endswith(_CARD))
+            for entry in entries:
+                path = target / entry.path.removeprefix(f"{model.folder}/")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(self.store.read(entry.path))
+        return target

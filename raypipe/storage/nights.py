@@ -1,0 +1,66 @@
+"""Night manifests: which version of every table, and which release, belong together. Written last, read first."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from raypipe.errors import UsageError
+from raypipe.storage.fingerprint import canonical_json
+from raypipe.storage.store import Store
+
+_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
+_CURRENT = "nights/current.json"
+
+
+@dataclass(frozen=True)
+class Night:
+    """One published night: table versions and the release they were computed with."""
+
+    date: str
+    tables: Mapping[str, int]
+    release: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Nights:
+    """All nights of a workspace, and the one in force."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def dates(self) -> list[str]:
+        names = (entry.path.rsplit("/", 1)[1].removesuffix(".json") for entry in self.store.list("nights"))
+        return sorted(name for name in names if _DATE.fullmatch(name))
+
+    def get(self, date: str) -> Night | None:
+        data = self.store.get(f"nights/{check_date(date)}.json")
+        return None if data is None else Night(**json.loads(data))
+
+    def current(self) -> Night | None:
+        """The night in force: the newest, or the one pointed back to."""
+        data = self.store.get(_CURRENT)
+        return None if data is None else self.get(json.loads(data)["date"])
+
+    def publish(self, night: Night) -> None:
+        """Write the night, then point to it: a reader sees it whole or not at all."""
+        self.store.put(f"nights/{check_date(night.date)}.json", canonical_json(asdict(night)).encode())
+        self.point_to(night.date)
+
+    def point_to(self, date: str) -> Night:
+        """Put a published night in force; raises UsageError where there is none of that date."""
+        night = self.get(date)
+        if night is None:
+            known = ", ".join(self.dates()[-5:]) or "none"
+            raise UsageError(f"No night of {date} was published.", f"The newest are: {known}.")
+        self.store.put(_CURRENT, canonical_json({"date": date}).encode())
+        return night
+
+
+def check_date(date: str) -> str:
+    if not _DATE.fullmatch(date):
+        raise UsageError(f"{date!r} is not a date.", "Write it as YYYY-MM-DD.")
+    return date

@@ -1,0 +1,214 @@
+"""Objects under one URI: a local folder or an `s3://` prefix, with the same atomic operations on both.
+
+Covered: whole-object put, create-if-absent, listing, seekable reads. Not covered: power
+loss under a local folder (nothing is fsynced; a killed process or node loses nothing).
+S3 credentials and endpoint come from the usual `AWS_*` variables.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import obstore
+import pyarrow as pa
+from obstore.exceptions import AlreadyExistsError
+from obstore.store import LocalStore, S3Store
+
+from raypipe.errors import RaypipeError, UsageError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One object: its path below the store's URI, its size in bytes, its last change in Unix seconds."""
+
+    path: str
+    size: int
+    modified: float
+
+
+class Store:
+    """The objects below `uri`. Picklable: a worker opens its own connection at first use."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri.rstrip("/") if uri.startswith("s3://") else str(Path(uri.removeprefix("file://")).absolute())
+
+    def __reduce__(self) -> tuple[type[Store], tuple[str]]:
+        return Store, (self.uri,)
+
+    @property
+    def is_local(self) -> bool:
+        return not self.uri.startswith("s3://")
+
+    @cached_property
+    def _objects(self) -> LocalStore | S3Store:
+        if self.is_local:
+            return LocalStore(prefix=self.uri, mkdir=True)
+        bucket, _, prefix = self.uri.removeprefix("s3://").partition("/")
+        if not bucket:
+            raise UsageError(f"{self.uri!r} names no bucket.", "Write s3://BUCKET/PREFIX.")
+        return S3Store(bucket, prefix=prefix or None, client_options={"allow_http": True, "timeout": "60s"})
+
+    def local_path(self, path: str = "") -> Path:
+        """The path in the file system of an object of a local store."""
+        assert self.is_local, f"{self.uri} has no local paths"
+        return Path(self.uri) / path
+
+    def object_uri(self, path: str) -> str:
+        return f"{self.uri}/{path}"
+
+    def read(self, path: str) -> bytes:
+        """The object's bytes; raises FileNotFoundError where there is none."""
+        with _plain_errors(self.uri):
+            return bytes(obstore.get(self._objects, path).bytes())
+
+    def get(self, path: str) -> bytes | None:
+        """The object's bytes, or None where there is none."""
+        try:
+            return self.read(path)
+        except FileNotFoundError:
+            return None
+
+    def exists(self, path: str) -> bool:
+        return self.size(path) is not None
+
+    def size(self, path: str) -> int | None:
+        """Bytes of the object, or None where there is none."""
+        try:
+            with _plain_errors(self.uri):
+                return int(obstore.head(self._objects, path)["size"])
+        except FileNotFoundError:
+            return None
+
+    def put(self, path: str, data: bytes) -> None:
+        """Write the whole object; a reader sees the old bytes or the new, never a part."""
+        with _plain_errors(self.uri):
+            obstore.put(self._objects, path, data)
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write the object only where there is none; False where another came first."""
+        try:
+            with _plain_errors(self.uri):
+                obstore.put(self._objects, path, data, mode="create", use_multipart=False)
+        except FileExistsError:
+            return False
+        return True
+
+    def list(self, prefix: str) -> list[Entry]:
+        """Every object below `prefix` (a folder), in path order."""
+        with _plain_errors(self.uri):
+            found = [meta for page in obstore.list(self._objects, prefix) for meta in page]
+        entries = (Entry(str(m["path"]), int(m["size"]), m["last_modified"].timestamp()) for m in found)
+        return sorted(entries, key=lambda entry: entry.path)
+
+    def delete(self, paths: Iterable[str]) -> None:
+        """Delete the objects; one that is not there is no error."""
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError), _plain_errors(self.uri):
+                obstore.delete(self._objects, path)
+
+    def delete_folder(self, prefix: str) -> None:
+        """Delete everything below `prefix`."""
+        if self.is_local:
+            shutil.rmtree(self.local_path(prefix), ignore_errors=True)
+        else:
+            self.delete(entry.path for entry in self.list(prefix))
+
+    def open_input(self, path: str) -> pa.NativeFile:
+        """A seekable file over the object, for Arrow's readers."""
+        with _plain_errors(self.uri):
+            if self.is_local:
+                return pa.OSFile(str(self.local_path(path)))
+            return pa.PythonFile(_Seekable(obstore.open_reader(self._objects, path)), mode="r")
+
+    def check_writable(self) -> None:
+        """Raise UsageError where nothing can be written below the URI."""
+        probe = f".probe-{uuid.uuid4().hex}"
+        try:
+            self.put(probe, b"raypipe")
+            self.delete([probe])
+        except RaypipeError as error:
+            raise UsageError(error.problem, error.remedy) from error
+        except OSError as error:
+            raise UsageError(
+                f"The workspace {self.uri} cannot be written: {error}.",
+                "Check that it exists, that you may write there, and that the disk has room.",
+            ) from error
+
+    def free_bytes(self) -> int | None:
+        """Bytes free below a local store, None on an object store."""
+        if not self.is_local:
+            return None
+        folder = self.local_path()
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
+
+
+class _Seekable:
+    """obstore's reader with the names Arrow calls."""
+
+    def __init__(self, reader: Any) -> None:
+        self._reader = reader
+        self.closed = False
+
+    def read(self, size: int = -1) -> bytes:
+        return bytes(self._reader.read(None if size < 0 else size))
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return int(self._reader.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._reader.tell())
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@contextlib.contextmanager
+def _plain_errors(uri: str) -> Iterator[None]:
+    """Turn what object stores and disks raise into one paragraph each; absent and existing stay Python's own errors."""
+    try:
+        yield
+    except (FileNotFoundError, RaypipeError):
+        raise
+    except AlreadyExistsError as error:
+        raise FileExistsError(str(error)) from None
+    except (OSError, obstore.exceptions.BaseError) as error:
+        text = str(error)
+        if "os error 28" in text or "No space left" in text:
+            raise RaypipeError(
+                f"The disk under {uri} is full.",
+                "Nothing published is harmed. Free some space and submit the same command again: it goes on where it stopped.",
+            ) from error
+        if isinstance(error, PermissionError) or "os error 13" in text or "os error 30" in text:
+            raise UsageError(
+                f"No permission to use {uri}: {_first_line(text)}",
+                "Give this user read and write permission there, or name another workspace.",
+            ) from error
+        if uri.startswith("s3://"):
+            raise RaypipeError(
+                f"The object store under {uri} failed: {_first_line(text)}",
+                "Check AWS_ENDPOINT_URL, AWS_REGION, the credentials and that the bucket exists, then submit again.",
+            ) from error
+        raise
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0][:300] if text.strip() else "no message"

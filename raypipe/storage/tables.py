@@ -1,0 +1,232 @@
+"""Delta tables: pinned reads by file list, staged Parquet, and one transaction per publish.
+
+A worker only stages: its files lie in the table's folder, unknown to readers until the driver's commit names them. The
+commit replaces exactly the partitions it names, and carries an application transaction `(app, number)` so that a publish
+repeated after a crash is recognised and left alone (Delta itself does not refuse a repeated number).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from deltalake import CommitProperties, DeltaTable, Schema, Transaction
+from deltalake.exceptions import DeltaError, TableNotFoundError
+from deltalake.transaction import AddAction, create_table_with_add_actions
+
+from raypipe.errors import RaypipeError
+from raypipe.storage.schemas import TableSpec
+from raypipe.storage.store import Store
+
+ABSENT = -1
+_ROW_GROUP = 8192
+_SAFE = re.compile(r"[A-Za-z0-9._-]+")
+
+
+@dataclass(frozen=True)
+class StagedFile:
+    """One Parquet file in a table's folder: path below the folder, bytes, rows, sha256, partition values as text."""
+
+    path: str
+    size: int
+    rows: int
+    checksum: str = ""
+    partition: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Table:
+    """One Delta table of a workspace, in `tables/<name>` unless another folder is named."""
+
+    def __init__(self, store: Store, spec: TableSpec, folder: str = "") -> None:
+        self.store = store
+        self.spec = spec
+        self.folder = folder or f"tables/{spec.name}"
+        self._files: dict[int, list[StagedFile]] = {}
+
+    @property
+    def uri(self) -> str:
+        return self.store.object_uri(self.folder)
+
+    def version(self) -> int:
+        """The newest version, or `ABSENT`."""
+        newest = self._open()
+        return ABSENT if newest is None else int(newest.version())
+
+    def files(self, version: int, **partition: str | int) -> list[StagedFile]:
+        """The data files of `version`, of the named partition values only."""
+        if version == ABSENT:
+            return []
+        wanted = {name: str(value) for name, value in partition.items()}
+        assert set(wanted) <= set(self.spec.partition_by), f"{self.spec.name} is not partitioned by {partition}"
+        return [file for file in self._all_files(version) if wanted.items() <= dict(file.partition).items()]
+
+    def read(self, version: int, columns: Sequence[str] | None = None, **partition: str | int) -> pa.Table:
+        """The rows of `version` in the named partitions, in the table's schema."""
+        return self.read_files(self.files(version, **partition), columns)
+
+    def read_files(self, files: Iterable[StagedFile], columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows of data files of this table, cast to its schema, partition columns included."""
+        schema = self.spec.schema
+        if columns is not None:
+            schema = pa.schema([schema.field(name) for name in columns])
+        in_file = [name for name in schema.names if name not in self.spec.partition_by]
+        parts = [self._read_file(file, schema, in_file) for file in files]
+        return pa.concat_tables(parts) if parts else schema.empty_table()
+
+    def rows(self, version: int) -> int:
+        """The number of rows of `version`."""
+        return sum(file.rows for file in self.files(version))
+
+    def stage(self, rows: pa.Table, name: str, partition: Mapping[str, str | int] | None = None) -> StagedFile:
+        """Write `rows` (without partition columns) as one data file that no reader sees before `publish`.
+
+        `name` makes the file's own name and must differ between attempts. Raises ArrowInvalid where the rows do not
+        fit the table's schema.
+        """
+        values = {key: str((partition or {})[key]) for key in self.spec.partition_by}
+        assert all(_SAFE.fullmatch(value) for value in values.values()), f"unsafe partition value in {values}"
+        folder = "".join(f"{key}={value}/" for key, value in values.items())
+        path = f"{folder}{name}.parquet"
+        rows = rows.select(self.spec.columns.names).cast(self.spec.columns)
+        buffer = pa.BufferOutputStream()
+        pq.write_table(rows, buffer, compression="zstd", row_group_size=_ROW_GROUP)
+        data = buffer.getvalue().to_pybytes()
+        self.store.put(f"{self.folder}/{path}", data)
+        return StagedFile(path, len(data), rows.num_rows, hashlib.sha256(data).hexdigest(), values)
+
+    def published_number(self, app: str) -> int:
+        """The newest application transaction of `app`, or 0."""
+        newest = self._open()
+        return int((newest.transaction_version(app) if newest is not None else None) or 0)
+
+    def publish(
+        self,
+        staged: Sequence[StagedFile],
+        *,
+        mode: str,
+        app: str,
+        number: int,
+        replaces: Sequence[Mapping[str, str | int]] = (),
+        metadata: Mapping[str, str] | None = None,
+    ) -> int:
+        """Commit the staged files in one transaction and return the table's version.
+
+        `mode` is "append", or "overwrite" of exactly the partitions in `replaces` (of everything where the table has
+        no partitions). A transaction already committed is left alone. Raises RaypipeError when a staged file is
+        missing or cut short, or when another writer came first.
+        """
+        if self.published_number(app) >= number:
+            return self.version()
+        for file in staged:
+            if self.store.size(f"{self.folder}/{file.path}") != file.size:
+                raise RaypipeError(
+                    f"The staged file {file.path} of table {self.spec.name} is missing or not {file.size} bytes long.",
+                    "Something outside raypipe changed it. Nothing was published; remove the run with "
+                    "`raypipe status --discard` and submit again.",
+                )
+        adds = [
+            AddAction(
+                file.path,
+                file.size,
+                dict(file.partition),
+                int(time.time() * 1000),
+                True,
+                json.dumps({"numRecords": file.rows}),
+            )
+            for file in staged
+        ]
+        properties = CommitProperties(
+            custom_metadata=dict(metadata or {}), max_commit_retries=0, app_transactions=[Transaction(app, number)]
+        )
+        newest = self._open()
+        partition_by = list(self.spec.partition_by)
+        try:
+            if newest is None:
+                create_table_with_add_actions(
+                    self.uri,
+                    Schema.from_arrow(self.spec.schema),
+                    adds,
+                    mode="error",
+                    partition_by=partition_by,
+                    storage_options=storage_options(self.store),
+                    commit_properties=properties,
+                )
+            else:
+                newest.create_write_transaction(
+                    [*adds],
+                    mode,
+                    self.spec.schema,
+                    partition_by=partition_by,
+                    partition_filters=_filters(replaces) if mode == "overwrite" else None,
+                    commit_properties=properties,
+                )
+        except DeltaError as error:
+            raise RaypipeError(
+                f"Another writer changed table {self.spec.name} during this publish ({error}).",
+                "Nothing of this table was published; submit again.",
+            ) from error
+        return self.version()
+
+    def _open(self, version: int | None = None) -> DeltaTable | None:
+        if self.store.is_local and not self.store.local_path(f"{self.folder}/_delta_log").exists():
+            return None
+        try:
+            return DeltaTable(self.uri, version=version, storage_options=storage_options(self.store))
+        except TableNotFoundError:
+            return None
+
+    def _all_files(self, version: int) -> list[StagedFile]:
+        if version in self._files:
+            return self._files[version]
+        table = self._open(version)
+        assert table is not None, f"version {version} of {self.spec.name} is gone"
+        actions = pa.table(table.get_add_actions(flatten=True)).to_pylist()
+        files = (
+            StagedFile(
+                action["path"],
+                int(action["size_bytes"]),
+                int(action["num_records"]),
+                partition={key: str(action[f"partition.{key}"]) for key in self.spec.partition_by},
+            )
+            for action in actions
+        )
+        self._files[version] = sorted(files, key=lambda file: file.path)
+        return self._files[version]
+
+    def _read_file(self, file: StagedFile, schema: pa.Schema, in_file: list[str]) -> pa.Table:
+        with self.store.open_input(f"{self.folder}/{file.path}") as source:
+            rows = pq.read_table(source, columns=in_file, use_threads=False)
+        for name in schema.names:
+            if name in self.spec.partition_by:
+                value = pa.scalar(file.partition[name]).cast(schema.field(name).type)
+                rows = rows.append_column(name, pa.repeat(value, rows.num_rows))
+        return rows.select(schema.names).cast(schema)
+
+
+def storage_options(store: Store) -> dict[str, str] | None:
+    """What deltalake needs beside the `AWS_*` variables: a test server speaks plain HTTP."""
+    return None if store.is_local else {"AWS_ALLOW_HTTP": "true"}
+
+
+def _filters(replaces: Sequence[Mapping[str, str | int]]) -> list[tuple[str, str, Any]] | None:
+    """Delta's filter for a set of partitions that vary in one column only."""
+    if not replaces:
+        return None
+    columns = list(replaces[0])
+    filters: list[tuple[str, str, Any]] = []
+    for column in columns:
+        values = sorted({str(partition[column]) for partition in replaces})
+        filters.append((column, "=", values[0]) if len(values) == 1 else (column, "in", values))
+    varying = [column for column in columns if len({str(partition[column]) for partition in replaces}) > 1]
+    assert len(varying) <= 1, f"one publish replaces partitions along one column, not {varying}"
+    return filters

@@ -1,0 +1,85 @@
+"""MLflow beside the workspace: one MLflow run per run key, found again by its tag, and the model registry.
+
+A local workspace keeps its own `mlflow.db` (sqlite, one machine). A workspace on an object store needs a tracking server.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from raypipe.errors import UsageError
+from raypipe.storage.models import Model
+from raypipe.storage.store import Store
+
+_TAG = "raypipe.run_key"
+
+
+class Tracking:
+    """Where runs and models are reported. `mode` is "auto" or "off"; nothing is imported or opened while off."""
+
+    def __init__(self, store: Store, mode: str, experiment: str = "raypipe") -> None:
+        self.store = store
+        self.experiment = experiment
+        self.uri = tracking_uri(store) if mode == "auto" else None
+
+    def log_run(
+        self, job: str, run_key: str, params: Mapping[str, Any], metrics: Mapping[str, float], **tags: str
+    ) -> None:
+        """Report a finished run; the same run key reopens the same MLflow run."""
+        if self.uri is None:
+            return
+        client = self._client()
+        experiment = client.get_experiment_by_name(self.experiment)
+        if experiment is not None:
+            experiment_id = experiment.experiment_id
+        else:
+            location = f"{self.store.local_path('mlartifacts').as_uri()}" if self.store.is_local else None
+            experiment_id = client.create_experiment(self.experiment, artifact_location=location)
+        found = client.search_runs([experiment_id], f"tags.`{_TAG}` = '{run_key}'", max_results=1)
+        run_id = (
+            found[0].info.run_id
+            if found
+            else client.create_run(experiment_id, run_name=f"{job}-{run_key[:8]}").info.run_id
+        )
+        for key, value in {_TAG: run_key, "raypipe.job": job, **tags}.items():
+            client.set_tag(run_id, key, value)
+        if not found:
+            for key, value in params.items():
+                client.log_param(run_id, key, str(value)[:500])
+        for name, figure in metrics.items():
+            client.log_metric(run_id, name.replace("@", "_at_"), float(figure))
+        client.set_terminated(run_id)
+
+    def register(self, model: Model) -> None:
+        """Make the registry point to a stored model; the same content is registered once."""
+        if self.uri is None:
+            return
+        client = self._client()
+        name = f"{self.experiment}-{model.name}"
+        if not client.search_registered_models(f"name = '{name}'"):
+            client.create_registered_model(name)
+        source = self.store.object_uri(model.folder)
+        if not any(version.source == source for version in client.search_model_versions(f"name = '{name}'")):
+            client.create_model_version(name, source, tags={"recipe": model.recipe})
+
+    def _client(self) -> Any:
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        from mlflow import MlflowClient
+
+        return MlflowClient(self.uri, registry_uri=self.uri)
+
+
+def tracking_uri(store: Store) -> str:
+    """`MLFLOW_TRACKING_URI`, or the local workspace's own sqlite; UsageError where neither is possible."""
+    if from_environment := os.environ.get("MLFLOW_TRACKING_URI"):
+        return from_environment
+    if not store.is_local:
+        raise UsageError(
+            f"The workspace {store.uri} is on an object store, and no MLflow server is named.",
+            "Set MLFLOW_TRACKING_URI to your tracking server, or run with `--tracking off`.",
+        )
+    return f"sqlite:///{store.local_path('mlflow.db')}"

@@ -1,0 +1,108 @@
+"""A workspace: one URI, one format version, and all that lies below it.
+
+workspace.json      format version, time or order kind, number of user buckets: decided once
+tables/<name>       Delta tables (storage/schemas.py)
+ledger/, locks/, staging/, models/, nights/
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+from raypipe.errors import UsageError
+from raypipe.storage.fingerprint import canonical_json
+from raypipe.storage.ledger import Ledger
+from raypipe.storage.schemas import TABLES
+from raypipe.storage.store import Store
+from raypipe.storage.tables import Table
+
+FORMAT = 1
+USERS_PER_BUCKET = 5_000
+MIN_BUCKETS = 4
+_INFO = "workspace.json"
+
+
+@dataclass(frozen=True)
+class WorkspaceInfo:
+    """What a workspace is for ever: its format, "time" or "order", and the number of user buckets (a power of two)."""
+
+    format: int
+    kind: str
+    buckets: int
+
+
+class Workspace:
+    """The tables, runs, models and nights under one URI. Nothing is created by opening it."""
+
+    def __init__(self, uri: str) -> None:
+        self.store = Store(uri)
+
+    def __reduce__(self) -> tuple[type[Workspace], tuple[str]]:
+        return Workspace, (self.store.uri,)
+
+    @property
+    def uri(self) -> str:
+        return self.store.uri
+
+    @cached_property
+    def tables(self) -> dict[str, Table]:
+        return {name: Table(self.store, spec) for name, spec in TABLES.items()}
+
+    def ledger(self, job: str) -> Ledger:
+        return Ledger(self.store, job)
+
+    def info(self) -> WorkspaceInfo | None:
+        """What was decided at the first ingest, or None before it; raises UsageError for another format version."""
+        data = self.store.get(_INFO)
+        if data is None:
+            return None
+        try:
+            raw = json.loads(data)
+            found = int(raw["format"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"{self.uri}/{_INFO} is not a workspace description.",
+                "Name another workspace, or restore the file from a backup.",
+            ) from error
+        if found != FORMAT:
+            raise UsageError(
+                f"The workspace {self.uri} has format version {found}; this raypipe reads and writes version {FORMAT}.",
+                f"Use the raypipe release of format {found}, or a new workspace, and ingest the logs again.",
+            )
+        return WorkspaceInfo(**raw)
+
+    def require_info(self) -> WorkspaceInfo:
+        """`info()`, or UsageError where nothing was ingested yet."""
+        info = self.info()
+        if info is None:
+            raise UsageError(
+                f"The workspace {self.uri} is empty.",
+                "Run `raypipe ingest --workspace … --log.path … --catalogue.path …` first, or check the workspace's name.",
+            )
+        return info
+
+    def decide(self, kind: str, buckets: int) -> WorkspaceInfo:
+        """Fix kind and buckets at the first ingest; a workspace that has decided keeps its decision."""
+        info = WorkspaceInfo(FORMAT, kind, buckets)
+        self.store.create(_INFO, canonical_json(asdict(info)).encode())
+        return self.require_info()
+
+    def check_kind(self, kind: str) -> None:
+        """Raise UsageError where a log of `kind` cannot go into this workspace."""
+        info = self.info()
+        if info is not None and info.kind != kind:
+            raise UsageError(
+                f"The workspace {self.uri} holds {info.kind} logs, and this is a log of {kind} kind.",
+                "Times and per-user order cannot be compared: use a workspace of its own for this log, or map the column "
+                f"of the other kind (columns.{info.kind}).",
+            )
+
+
+def choose_buckets(users: int) -> int:
+    """A power of two, at least 4, of about 5,000 users each."""
+    buckets = MIN_BUCKETS
+    while buckets * USERS_PER_BUCKET < users:
+        buckets *= 2
+    return buckets
