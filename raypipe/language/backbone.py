@@ -1,0 +1,89 @@
+"""Loading a causal language model from any checkpoint in Hugging Face layout, and putting text to it.
+
+Only safetensors weights are read and no code from a checkpoint is ever run. Not covered: quantised weights, and
+models that take no `position_ids`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from raypipe.errors import UsageError
+from raypipe.language.checkpoint import resolve_checkpoint
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Backbone:
+    """A loaded model with its tokenizer. `context` is the most tokens of prompt and answer; `ends` end an answer."""
+
+    model: nn.Module
+    tokenizer: Any
+    device: torch.device
+    context: int
+    ends: tuple[int, ...]
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of whole prompts as the model reads them: a user's turn where the tokenizer has a chat template."""
+        if not texts:
+            return []
+        if self.tokenizer.chat_template is None:
+            return self.tokenizer(list(texts))["input_ids"]
+        turns = [self._as_user_turn(text) for text in texts]
+        # The template has written the special tokens, as text.
+        return self.tokenizer(turns, add_special_tokens=False)["input_ids"]
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens each text takes inside a prompt, without chat wrapping and special tokens."""
+        if not texts:
+            return []
+        return [len(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+    def decode(self, answers: Sequence[Sequence[int]]) -> list[str]:
+        """The text of each answer, special tokens left out and outer whitespace stripped."""
+        return [text.strip() for text in self.tokenizer.batch_decode(list(answers), skip_special_tokens=True)]
+
+    def _as_user_turn(self, text: str) -> str:
+        turn = [{"role": "user", "content": text}]
+        return self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+
+
+def load_backbone(ref: str, dtype: Literal["float32", "bfloat16"] = "float32", device: str = "auto") -> Backbone:
+    """The model at a folder or hub name, in evaluation mode on `device` ("auto": a GPU where there is one).
+
+    Raises UsageError when there is no such checkpoint, when it is no causal language model, or when it cannot be read.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    folder = resolve_checkpoint(ref)
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=_DTYPES[dtype], local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
+    except Exception as error:  # transformers raises whatever its parsers do; all of it means: not readable as a model
+        problem = f"{ref!r} cannot be read as a causal language model: {error}"
+        raise UsageError(
+            problem, "Name a checkpoint with tokenizer that transformers knows without code of its own."
+        ) from error
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    return Backbone(model.to(place).eval(), tokenizer, place, _context(model, tokenizer), _ends(model, tokenizer))
+
+
+def _context(model: Any, tokenizer: Any) -> int:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(limit or 10**9, tokenizer.model_max_length)
+
+
+def _ends(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    named = model.generation_config.eos_token_id
+    ends = set(named if isinstance(named, list) else [named]) | {tokenizer.eos_token_id}
+    return tuple(sorted(ends - {None}))

@@ -1,0 +1,169 @@
+"""Instruction examples made from histories and a catalogue: the prompts of summarising with their reference answers.
+
+Nothing here knows users: callers pass item lists that end before the cut (`histories_before_cut`), so that what is
+held out never reaches training text. Made-up histories over the same catalogue widen the data: both tasks are a
+function of the prompt, and a few hundred users alone would repeat themselves.
+
+Not covered: other tasks than summarising (each system writes its own examples), and tokenising (`pretraining`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from raypipe.config import Config, shaping
+from raypipe.language.summary_prompts import Attributes, SummaryPrompts
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One exercise: loss is taken on the answer only; without a prompt, on the whole text."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Catalogue:
+    """Items in order of their index: row r describes item index r + 1, as index 0 is padding."""
+
+    titles: Sequence[str]
+    attributes: Sequence[Attributes]
+    texts: Sequence[str] = ()
+
+    def lines(self, prompts: SummaryPrompts) -> list[str]:
+        """The line of every item, as prompts show it."""
+        texts = self.texts or [""] * len(self.titles)
+        return [prompts.item_line(*item) for item in zip(self.titles, self.attributes, texts, strict=True)]
+
+
+class InstructionConfig(Config):
+    """How many examples of which kind are made."""
+
+    block_examples: int = shaping(24_000, "exercises in summarising one block of items", ge=0)
+    merge_examples: int = shaping(16_000, "exercises in merging block summaries", ge=0)
+    synthetic_share: float = shaping(0.5, "share of examples made from made-up histories", ge=0, le=1)
+    catalogue_repeats: int = shaping(0, "how often every item's line stands in training as plain text", ge=0)
+    block_size: int = shaping(5, "items of one block", ge=1)
+    blocks: int = shaping(10, "most blocks that are merged at once", ge=1)
+    noise: float = shaping(0.1, "share of merge exercises whose block summaries are disturbed", ge=0, le=1)
+    seed: int = shaping(0)
+
+
+def histories_before_cut(histories: Iterable[Sequence[int]], hold_out: int) -> list[list[int]]:
+    """Each history without its last `hold_out` events (1: the last is held out; 2: the last two; 0: production).
+
+    Histories left empty are dropped.
+    """
+    if hold_out < 0:
+        raise ValueError(f"hold_out is a number of events, so {hold_out} makes no sense.")
+    kept = (list(items[: len(items) - hold_out]) for items in histories if len(items) > hold_out)
+    return list(kept)
+
+
+def summary_examples(
+    histories: Sequence[Sequence[int]], catalogue: Catalogue, prompts: SummaryPrompts, config: InstructionConfig
+) -> Iterator[Example]:
+    """Block, merge and catalogue examples; the same arguments always give the same examples in the same order.
+
+    `histories` hold item indices (1…n) in time order and end before the cut.
+    """
+    rng = np.random.default_rng(config.seed)
+    source = _Histories(histories, catalogue, prompts, config, rng)
+    lines = catalogue.lines(prompts)
+    for _ in range(config.block_examples):
+        block = source.draw(1)[0]
+        counts = source.counts(block)
+        yield Example(prompts.block_prompt([lines[row] for row in block]).text, prompts.block_summary_of_counts(counts))
+    for _ in range(config.merge_examples):
+        blocks = [source.counts(block) for block in source.draw(_number_of_blocks(config.blocks, rng))]
+        if rng.random() < config.noise:
+            blocks = [_disturbed(counts, rng) for counts in blocks]
+        texts = [prompts.block_summary_of_counts(counts) for counts in blocks]
+        # The answer follows from what is shown, so that the exercise can be solved.
+        yield Example(prompts.merge_prompt(texts).text, prompts.merge_of_counts(blocks))
+    for _ in range(config.catalogue_repeats):
+        yield from (Example("", line) for line in lines)
+
+
+def _number_of_blocks(most: int, rng: np.random.Generator) -> int:
+    # Half of the exercises are full windows, the hardest case; the rest are the short histories of new users.
+    return most if rng.random() < 0.5 else int(rng.integers(1, most + 1))
+
+
+def _disturbed(counts: Counter[str], rng: np.random.Generator) -> Counter[str]:
+    """A block as a model may miscount it: one value forgotten or counted once more."""
+    if not counts:
+        return counts
+    disturbed = counts.copy()
+    value = list(counts)[rng.integers(len(counts))]
+    if rng.random() < 0.5:
+        del disturbed[value]
+    else:
+        disturbed[value] += 1
+    return disturbed
+
+
+class _Histories:
+    """Draws runs of blocks, from the given histories or made up, as catalogue rows (item index − 1)."""
+
+    def __init__(
+        self,
+        histories: Sequence[Sequence[int]],
+        catalogue: Catalogue,
+        prompts: SummaryPrompts,
+        config: InstructionConfig,
+        rng: np.random.Generator,
+    ) -> None:
+        self._rng = rng
+        self._size = config.block_size
+        self._real = [np.asarray(items, dtype=np.int64) - 1 for items in histories if len(items)]
+        self._synthetic_share = config.synthetic_share if self._real else 1.0
+        self._values = [tuple(prompts.counts([attributes])) for attributes in catalogue.attributes]
+        by_value: dict[str, list[int]] = {}
+        for row, values in enumerate(self._values):
+            for value in values:
+                by_value.setdefault(value, []).append(row)
+        self._rows_of = [np.asarray(rows) for rows in by_value.values()]
+        # A user's chance to be drawn grows with the blocks they have, so that long histories are not underread.
+        weights = np.array([len(items) for items in self._real], dtype=np.float64) ** 0.5
+        self._weights = weights / weights.sum() if len(weights) else weights
+
+    def counts(self, rows: Sequence[int]) -> Counter[str]:
+        return Counter(value for row in rows for value in self._values[row])
+
+    def draw(self, blocks: int) -> list[list[int]]:
+        """Consecutive blocks of rows; the last one may be partial, as the newest block of a user is."""
+        wanted = (blocks - 1) * self._size + self._last_block()
+        rows = self._made_up(wanted) if self._rng.random() < self._synthetic_share else self._window(wanted)
+        return [rows[start : start + self._size] for start in range(0, len(rows), self._size)]
+
+    def _last_block(self) -> int:
+        return self._size if self._rng.random() < 0.7 else int(self._rng.integers(1, self._size + 1))
+
+    def _window(self, wanted: int) -> list[int]:
+        items = self._real[self._rng.choice(len(self._real), p=self._weights)]
+        start = int(self._rng.integers(0, max(1, len(items) - wanted + 1)))
+        return items[start : start + wanted].tolist()
+
+    def _made_up(self, wanted: int) -> list[int]:
+        """A few favourite values with weights, other favourites later on, and plain chance in between."""
+        rng = self._rng
+        turn = int(rng.integers(0, wanted + 1))
+        return self._taste(turn) + self._taste(wanted - turn)
+
+    def _taste(self, events: int) -> list[int]:
+        rng = self._rng
+        rows = rng.integers(0, len(self._values), size=events)
+        if self._rows_of:
+            favourites = rng.integers(0, len(self._rows_of), size=int(rng.integers(1, 5)))
+            weights = rng.dirichlet(np.ones(len(favourites)))
+            follows = rng.random(events) < rng.random()
+            for event in np.flatnonzero(follows):
+                pool = self._rows_of[favourites[rng.choice(len(favourites), p=weights)]]
+                rows[event] = pool[rng.integers(len(pool))]
+        return rows.tolist()

@@ -1,0 +1,201 @@
+"""Training the built-in language model: a prepared folder of tokenised examples, and the task a trainer runs on it.
+
+`prepare_lm` writes, and `LmTask` reads, one folder:
+
+    start/              the untrained checkpoint (configuration, tokenizer, random weights)
+    tokens.npy          int32 [tokens], all examples one after the other
+    ends.npy            int64 [examples], where each example ends in `tokens`
+    answer_starts.npy   int32 [examples], how many tokens of each example carry no loss
+    prepared.json       counts, written last: its existence means that the rest is complete
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from raypipe.config import Config, shaping
+from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
+from raypipe.language.instructions import Catalogue, Example, InstructionConfig, summary_examples
+from raypipe.language.summary_prompts import SummaryPrompts, times
+
+_MARKER = "prepared.json"
+_ENCODED_AT_ONCE = 2048
+_SORTED_BATCHES = 32
+_IGNORED = -100
+
+
+class LmDataConfig(Config):
+    """What the built-in LM is and what it is trained on."""
+
+    model: BuiltinLmConfig = shaping(BuiltinLmConfig)
+    prompts: SummaryPrompts = shaping(SummaryPrompts)
+    instructions: InstructionConfig = shaping(InstructionConfig)
+
+
+def prepare_lm(
+    folder: Path, histories: Sequence[Sequence[int]], catalogue: Catalogue, config: LmDataConfig
+) -> dict[str, int]:
+    """Writes the folder a task trains from and returns its counts (examples, tokens, answer_tokens, vocabulary).
+
+    `histories` hold item indices in time order, cut by the caller (`histories_before_cut`). The same arguments write
+    the same bytes. Raises ValueError for a catalogue without items.
+    """
+    if not catalogue.titles:
+        raise ValueError("A language model cannot be trained on a catalogue without items.")
+    folder.mkdir(parents=True, exist_ok=True)
+    examples = list(summary_examples(histories, catalogue, config.prompts, config.instructions))
+    values = [value for attributes in catalogue.attributes for value in config.prompts.counts([attributes]).elements()]
+    values += [times(count) for count in range(1, config.instructions.block_size + 1)] * len(values)
+    answers = (example.answer for example in examples[:: max(1, len(examples) // 2000)])
+    tokenizer = train_tokenizer(
+        chain(catalogue.lines(config.prompts), answers),
+        values,
+        [config.prompts.block, config.prompts.merge],
+        config.model.vocabulary,
+    )
+    save_untrained(folder / "start", config.model, tokenizer, config.instructions.seed)
+    tokens, ends, answer_starts = _tokenised(examples, tokenizer, config.model.context)
+    np.save(folder / "tokens.npy", tokens)
+    np.save(folder / "ends.npy", ends)
+    np.save(folder / "answer_starts.npy", answer_starts)
+    counts = {
+        "examples": len(ends),
+        "tokens": len(tokens),
+        "answer_tokens": int(len(tokens) - answer_starts.sum()),
+        "vocabulary": len(tokenizer),
+    }
+    (folder / _MARKER).write_text(json.dumps(counts))
+    return counts
+
+
+def _tokenised(examples: Iterable[Example], tokenizer: Any, context: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Flat tokens with ends and answer starts. An example longer than the context is left out: cut, it would teach
+    answers to what is not shown."""
+    pieces: list[list[int]] = []
+    starts: list[int] = []
+    remaining = iter(examples)
+    while chunk := list(islice(remaining, _ENCODED_AT_ONCE)):
+        prompts = tokenizer([example.prompt for example in chunk], add_special_tokens=False)["input_ids"]
+        # The space belongs to the answer: the prompt ends exactly as it will when the model is asked.
+        answers = tokenizer([f" {example.answer}" for example in chunk], add_special_tokens=False)["input_ids"]
+        for prompt, answer in zip(prompts, answers, strict=True):
+            if len(prompt) + len(answer) < context:
+                pieces.append([*prompt, *answer, tokenizer.eos_token_id])
+                starts.append(len(prompt))
+    ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
+    return np.fromiter(chain.from_iterable(pieces), np.int32, int(ends[-1])), ends, np.array(starts, np.int32)
+
+
+class LmLoss(nn.Module):
+    """A causal LM whose forward is the mean cross-entropy of the answer tokens.
+
+    Logits are made only where there is something to predict: with 4,096 words and a tenth of the tokens in answers,
+    the rest would cost as much as the model itself.
+    """
+
+    def __init__(self, lm: nn.Module) -> None:
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """`tokens` int64 [batch, length] padded on the right, `labels` the same shape with −100 where no loss is due."""
+        # Padding comes after every real token, so the causal mask alone keeps it out.
+        hidden = self.lm.model(input_ids=batch["tokens"], use_cache=False).last_hidden_state  # [batch, length, width]
+        labels = batch["labels"][:, 1:]
+        wanted = labels != _IGNORED
+        logits = self.lm.lm_head(hidden[:, :-1][wanted])  # [answer tokens, vocabulary]
+        return functional.cross_entropy(logits.float(), labels[wanted])
+
+
+class LmTask:
+    """What the trainer needs to know of training an LM on a prepared folder; picklable, reads files where it runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / _MARKER).is_file():
+            raise ValueError(f"{folder} holds no prepared examples; call prepare_lm first.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder}
+
+    def build(self) -> nn.Module:
+        """The model to train; forward(batch) is its loss."""
+        from transformers import AutoModelForCausalLM
+
+        return LmLoss(AutoModelForCausalLM.from_pretrained(self.folder / "start", local_files_only=True))
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        return max(1, len(self._ends) // batch_size)
+
+    def batch(self, step: int, seed: int, rank: int, world: int, batch_size: int) -> dict[str, Tensor]:
+        """This rank's share of the global batch of `step`: a function of the arguments alone.
+
+        Batches hold examples of like length, so that little is spent on padding.
+        """
+        epoch, index = divmod(step, self.steps_per_epoch(batch_size))
+        if self._order_of != (epoch, seed, batch_size):
+            self._order, self._order_of = self._batches(epoch, seed, batch_size), (epoch, seed, batch_size)
+        return self._padded(self._order[index][rank::world])
+
+    def save(self, weights: Mapping[str, Tensor], folder: Path) -> None:
+        """Writes trained weights (by parameter name of `build()`) as a checkpoint in Hugging Face layout."""
+        from safetensors.torch import save_file
+
+        shutil.copytree(
+            self.folder / "start", folder, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True
+        )
+        lm = {name.removeprefix("lm."): tensor.contiguous() for name, tensor in weights.items()}
+        save_file(lm, folder / "model.safetensors", metadata={"format": "pt"})
+
+    _order: list[np.ndarray]
+    _order_of: tuple[int, int, int] | None = None
+
+    @cached_property
+    def _tokens(self) -> np.ndarray:
+        return np.load(self.folder / "tokens.npy", mmap_mode="r")
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return np.load(self.folder / "ends.npy")
+
+    @cached_property
+    def _answer_starts(self) -> np.ndarray:
+        return np.load(self.folder / "answer_starts.npy")
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return np.concatenate([[0], self._ends[:-1]])
+
+    def _batches(self, epoch: int, seed: int, batch_size: int) -> list[np.ndarray]:
+        rng = np.random.default_rng((seed, epoch))
+        lengths = self._ends - self._starts
+        batches: list[np.ndarray] = []
+        order = rng.permutation(len(lengths))
+        for start in range(0, len(order), batch_size * _SORTED_BATCHES):
+            chunk = order[start : start + batch_size * _SORTED_BATCHES]
+            chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
+            whole = [chunk[at : at + batch_size] for at in range(0, len(chunk), batch_size)]
+            batches += [whole[i] for i in rng.permutation(len(whole))]
+        full = [batch for batch in batches if len(batch) == batch_size]
+        return full or batches
+
+    def _padded(self, examples: np.ndarray) -> dict[str, Tensor]:
+        starts, ends = self._starts[examples], self._ends[examples]
+        shape = (len(examples), int((ends - starts).max()))
+        tokens, labels = np.zeros(shape, np.int64), np.full(shape, _IGNORED, np.int64)
+        for row, (example, start, end) in enumerate(zip(examples, starts, ends, strict=True)):
+            length, answer = end - start, self._answer_starts[example]
+            tokens[row, :length] = self._tokens[start:end]
+            labels[row, answer:length] = tokens[row, answer:length]
+        return {"tokens": torch.from_numpy(tokens), "labels": torch.from_numpy(labels)}

@@ -1,0 +1,139 @@
+"""Training on a Ray cluster: Ray Train starts the workers and restarts them, DeepSpeed shards what they hold.
+
+A task says what is trained and on which batches and is plain torch; the trainer says how: workers, ZeRO stage, steps,
+schedule, checkpoints. A run that lost a worker goes on from its last checkpoint and ends with the weights of the run
+that lost none; so does a run submitted again under the same name after its driver died. Two things end that equality:
+another number of workers (optimiser state is bound to it, so it is refused) and a time budget (`max_seconds`, by which
+a slower machine takes fewer steps).
+
+Not covered: gradient accumulation, tensor or pipeline parallelism.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from pydantic import model_validator
+
+from raypipe.config import Config, free, shaping
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+MODEL = "model"
+"""The folder of a checkpoint that holds what the task saved."""
+
+
+class TrainingTask(Protocol):
+    """What is trained: pickled to every worker, opened there."""
+
+    def build(self) -> nn.Module:
+        """The module to train, on CPU; its forward(batch) returns the mean loss of the batch as a scalar."""
+        ...
+
+    def steps_per_epoch(self, batch_size: int) -> int: ...
+
+    def batch(self, step: int, seed: int, rank: int, world: int, batch_size: int) -> Any:
+        """This rank's share of the global batch of `step`, as a mapping of tensors: a function of the arguments alone."""
+        ...
+
+    def save(self, weights: Mapping[str, Tensor], folder: Path) -> None:
+        """Writes the trained weights, whole and by their names in `build()`, as a checkpoint."""
+        ...
+
+
+class TrainerConfig(Config):
+    """How a task is trained. Batch sizes are global: more workers mean smaller shares, not larger batches."""
+
+    workers: int = shaping(1, "processes; part of the output, as the order of summation follows it", ge=1)
+    zero_stage: Literal[0, 1, 2, 3] = free(0, "what DeepSpeed shards: nothing, optimiser, + gradients, + weights")
+    dtype: Literal["float32", "bfloat16"] = shaping("float32", "precision of training")
+    epochs: float = shaping(1.0, "passes over the examples; unused when `steps` is set", gt=0)
+    steps: int | None = shaping(None, "optimiser steps", ge=1)
+    max_seconds: float | None = shaping(None, "time budget; the schedule ends by then, whatever steps are left", gt=0)
+    batch_size: int = shaping(64, "examples of one step over all workers", ge=1)
+    lr: float = shaping(3e-3, "peak learning rate of AdamW", gt=0)
+    betas: tuple[float, float] = shaping((0.9, 0.98), "AdamW's decay rates")
+    weight_decay: float = shaping(0.05, "on matrices; never on norms and biases", ge=0)
+    clip: float = shaping(1.0, "largest gradient norm", gt=0)
+    schedule: Literal["linear", "cosine", "constant"] = shaping("linear", "after the warm-up")
+    warmup_steps: int = shaping(100, ge=0)
+    seed: int = shaping(0)
+    storage: str = free("", "folder or URI all nodes share, for checkpoints of running training")
+    checkpoint_every: int = free(500, "steps between checkpoints", ge=1)
+    max_failures: int = free(3, "worker failures after which the run gives up; -1 for never", ge=-1)
+    device: Literal["auto", "cpu", "cuda"] = free("auto", "auto trains on GPUs where the cluster has enough")
+    cpus_per_worker: int = free(1, "CPU cores, and torch threads, of each worker", ge=1)
+
+    @model_validator(mode="after")
+    def _each_worker_has_an_example(self) -> TrainerConfig:
+        if self.batch_size < self.workers:
+            raise ValueError(f"a batch of {self.batch_size} leaves some of {self.workers} workers without an example")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingResult:
+    """A finished run: its checkpoint folder, the mean loss of every step, and the seconds spent in steps."""
+
+    folder: Path
+    losses: list[float]
+    seconds: float
+
+    @property
+    def steps(self) -> int:
+        return len(self.losses)
+
+
+def fit(task: TrainingTask, config: TrainerConfig, run: str, out: Path) -> TrainingResult:
+    """Trains `task` and writes its checkpoint to `out`, which appears whole or not at all.
+
+    Ray must be initialised. `run` names the training in `config.storage` (default: beside `out`); the same name goes on
+    where that run stopped, so it must contain a hash of everything that shapes the result. Raises
+    ray.train.v2.api.exceptions.TrainingFailedError when more than `max_failures` workers failed.
+    """
+    import ray
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from raypipe.runtime.training_loop import train_on_worker
+
+    gpu = config.device == "cuda" or (
+        config.device == "auto" and ray.cluster_resources().get("GPU", 0) >= config.workers
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    trainer = TorchTrainer(
+        train_on_worker,
+        train_loop_config={"task": task, "config": config, "gpu": gpu},
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=config.workers,
+            use_gpu=gpu,
+            resources_per_worker={"CPU": config.cpus_per_worker, **({"GPU": 1} if gpu else {})},
+        ),
+        run_config=RunConfig(
+            name=run,
+            storage_path=config.storage or str(out.parent.resolve() / "training"),
+            failure_config=FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    result = trainer.fit()
+    assert result.checkpoint is not None, "a finished run has reported its last checkpoint"
+    with result.checkpoint.as_directory() as checkpoint:
+        _place(Path(checkpoint) / MODEL, out)
+    return TrainingResult(out, result.return_value["losses"], result.return_value["seconds"])
+
+
+def _place(model: Path, out: Path) -> None:
+    staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    shutil.copytree(model, staging, dirs_exist_ok=True)
+    staging.chmod(0o755)
+    if out.exists():
+        shutil.rmtree(out)
+    staging.rename(out)

@@ -1,0 +1,204 @@
+"""What each training worker runs: the step loop over a DeepSpeed engine, checkpoints, and progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray.train
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from raypipe.errors import UsageError
+from raypipe.runtime.trainer import MODEL, TrainerConfig, TrainingTask
+
+if TYPE_CHECKING:
+    from ray.train import Checkpoint
+
+_STATE = "state"
+_FINAL_LR = 0.02
+_PROGRESS_EVERY_S = 5.0
+
+
+def train_on_worker(arguments: dict[str, Any]) -> dict[str, Any] | None:
+    """Trains `arguments["task"]`; the losses and seconds of the run, on rank 0."""
+    config: TrainerConfig = arguments["config"]
+    worker = _Worker(arguments["task"], config, gpu=arguments["gpu"])
+    return worker.run()
+
+
+class _Worker:
+    """One rank of a training run."""
+
+    def __init__(self, task: TrainingTask, config: TrainerConfig, *, gpu: bool) -> None:
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.task, self.config = task, config
+        self.losses: list[float] = []  # mean over ranks, one a step
+        self.seconds = 0.0  # of earlier attempts, up to the checkpoint this one started from
+        if not gpu:
+            torch.set_num_threads(config.cpus_per_worker)
+        torch.manual_seed(config.seed)
+        self.engine = _deepspeed_engine(task.build(), config, self.world, gpu=gpu)
+        self.steps = config.steps or max(1, round(config.epochs * task.steps_per_epoch(config.batch_size)))
+
+    def run(self) -> dict[str, Any]:
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        pending: list[Tensor] = []  # losses of this rank since they were last averaged
+        started = reported = time.monotonic()
+        first = step = len(self.losses)
+        while (progress := self._progress(step, started)) < 1:
+            self._set_lr(step, progress)
+            batch = self.task.batch(step, self.config.seed, self.rank, self.world, self.config.batch_size)
+            loss = self.engine({name: tensor.to(self.engine.device) for name, tensor in batch.items()})
+            self.engine.backward(loss)
+            self.engine.step()
+            pending.append(loss.detach().float())
+            step += 1
+            if self.rank == 0 and time.monotonic() - reported > _PROGRESS_EVERY_S:
+                reported = time.monotonic()
+                self._print(step, pending[-1].item(), (step - first) / (reported - started), progress, started)
+            if step % self.config.checkpoint_every == 0 and step < self.steps:
+                self._record(pending)
+                self._checkpoint(time.monotonic() - started, final=False)
+        self._record(pending)
+        seconds = self.seconds + time.monotonic() - started
+        self._checkpoint(time.monotonic() - started, final=True)
+        return {"losses": self.losses, "seconds": seconds}
+
+    def _progress(self, step: int, started: float) -> float:
+        """The share of the run that is over, the same on every rank: of its steps, or of its time where less is left."""
+        share = step / self.steps
+        if self.config.max_seconds is None:
+            return share
+        elapsed = torch.tensor(self.seconds + time.monotonic() - started, device=self.engine.device)
+        dist.broadcast(elapsed, src=0)
+        return max(share, elapsed.item() / self.config.max_seconds)
+
+    def _set_lr(self, step: int, progress: float) -> None:
+        warmup = min(1.0, (step + 1) / max(1, self.config.warmup_steps))
+        decay = {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2, "constant": 1.0}
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = self.config.lr * warmup * max(_FINAL_LR, decay[self.config.schedule])
+
+    def _record(self, pending: list[Tensor]) -> None:
+        if pending:
+            means = torch.stack(pending)
+            dist.all_reduce(means)
+            self.losses += (means / self.world).tolist()
+            pending.clear()
+
+    def _checkpoint(self, elapsed: float, *, final: bool) -> None:
+        """Every rank saves its shard into a directory of its own; Ray puts them into one, and waits for all ranks."""
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            run = {"world": self.world, "seconds": self.seconds + elapsed, "losses": self.losses}
+            (folder / f"rank-{self.rank}.json").write_text(json.dumps(run))
+            self.engine.save_checkpoint(str(folder), tag=_STATE)
+            if final:
+                weights = _whole_weights(self.engine.module, self.config.zero_stage, keep=self.rank == 0)
+                if self.rank == 0:
+                    self.task.save(weights, folder / MODEL)
+            metrics = {"step": len(self.losses), "loss": self.losses[-1]}
+            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        with checkpoint.as_directory() as folder:
+            run = json.loads((Path(folder) / "rank-0.json").read_text())
+            if run["world"] != self.world:
+                problem = f"This run was checkpointed by {run['world']} workers and cannot go on with {self.world}."
+                raise UsageError(problem, f"Train with workers={run['world']}, or under another run name.")
+            self.engine.load_checkpoint(folder, tag=_STATE)
+        self.losses, self.seconds = run["losses"], run["seconds"]
+        if self.rank == 0:
+            print(f"train  goes on after step {len(self.losses)}", file=sys.stderr, flush=True)
+
+    def _print(self, step: int, loss: float, rate: float, progress: float, started: float) -> None:
+        elapsed = time.monotonic() - started
+        left_s = min(
+            (self.steps - step) / rate,
+            math.inf if self.config.max_seconds is None else self.config.max_seconds - self.seconds - elapsed,
+        )
+        line = f"train  step {step}/{self.steps}  loss {loss:.4f}  {rate:.1f} steps/s  {max(0, left_s):.0f} s left"
+        print(line, file=sys.stderr, flush=True)
+
+
+def _deepspeed_engine(module: nn.Module, config: TrainerConfig, world: int, *, gpu: bool) -> Any:
+    if not gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+    from deepspeed.utils import logger
+
+    # DeepSpeed logs to stdout, which belongs to the job's result.
+    logger.setLevel("ERROR")
+    matrices = [p for p in module.parameters() if p.requires_grad and p.ndim > 1]
+    others = [p for p in module.parameters() if p.requires_grad and p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
+    share = max(1, config.batch_size // world)
+    with _stdout_on_stderr():
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            dist_init_required=False,
+            config={
+                "train_micro_batch_size_per_gpu": share,
+                "gradient_accumulation_steps": 1,
+                "gradient_clipping": config.clip,
+                "bf16": {"enabled": config.dtype == "bfloat16"},
+                "zero_optimization": {"stage": config.zero_stage},
+                "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,
+                "steps_per_print": 10**9,
+            },
+        )
+    return engine
+
+
+@contextmanager
+def _stdout_on_stderr() -> Iterator[None]:
+    """The op that DeepSpeed compiles on first use prints to stdout from C; there it would mix with the job's result."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(stdout, 1)
+        os.close(stdout)
+
+
+def _whole_weights(module: nn.Module, zero_stage: int, *, keep: bool) -> Mapping[str, Tensor]:
+    """Parameters and persistent buffers on CPU where `keep`; every rank must call it, as ZeRO-3 gathers from all."""
+    weights: dict[str, Tensor] = {}
+    for name, parameter in module.named_parameters():
+        with _gathered(parameter, zero_stage):
+            if keep:
+                weights[name] = parameter.detach().to("cpu", copy=True)
+    if keep:
+        persistent = module.state_dict().keys()
+        weights |= {n: b.detach().to("cpu", copy=True) for n, b in module.named_buffers() if n in persistent}
+    return weights
+
+
+@contextmanager
+def _gathered(parameter: nn.Parameter, zero_stage: int) -> Iterator[None]:
+    if zero_stage < 3:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        yield
