@@ -1,0 +1,128 @@
+"""Byte ranges of text files as blocks of whole records.
+
+A range [start, end) owns the records that *start* in it, so ranges that tile a file read every record once, wherever
+their borders fall. A record is a line; with `quoted_newlines` it goes on while a double quote is open, which only a
+reader that starts at the file's first record can tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from raypipe.data.files import is_compressed, open_stream
+from raypipe.data.rejects import Reject
+from raypipe.errors import UsageError
+
+# Parsing 4 MiB at a time is as fast as 64 MiB (within 5 %, measured on 1 M rows) and keeps a worker small.
+BLOCK_BYTES = 4 << 20
+MAX_RECORD_BYTES = 64 << 20
+# The end of a compressed file, whose length is not known before it is read.
+UNKNOWN_END = 1 << 62
+
+_BOM = b"\xef\xbb\xbf"
+_NEWLINE, _RETURN, _QUOTE = 10, 13, 34
+
+
+@dataclass(frozen=True)
+class RawRows:
+    """Rows as their file spells them: columns of any type, not yet checked.
+
+    `positions` # [rows] int64, each row's byte or row number in its file. `rejects` are rows that never became columns.
+    """
+
+    table: pa.Table
+    positions: np.ndarray
+    rejects: list[Reject]
+
+
+def record_blocks(
+    uri: str, start: int, end: int, quoted_newlines: bool = False, block_bytes: int = BLOCK_BYTES
+) -> Iterator[tuple[int, bytes]]:
+    """The records that start in [start, end) as (byte of the block in the decompressed file, block).
+
+    Raises UsageError for a record longer than 64 MiB.
+    """
+    with open_stream(uri) as stream:
+        at = _skip_to_record(stream, start, is_compressed(uri))
+        block = b""
+        while at < end:
+            # A range smaller than a block reads little more than itself.
+            wanted = min(block_bytes, max(end - at - len(block), 0) + (64 << 10))
+            data = stream.read(wanted)
+            block += data
+            if not data:
+                if block:
+                    yield at, _without_bom(block, at)
+                return
+            if at + len(block) >= end and not quoted_newlines:
+                stop = block.find(b"\n", end - 1 - at) + 1
+                if stop:
+                    yield at, _without_bom(block[:stop], at)
+                    return
+            cut = _last_record_end(block, quoted_newlines)
+            if cut:
+                yield at, _without_bom(block[:cut], at)
+                at, block = at + cut, block[cut:]
+            elif len(block) > MAX_RECORD_BYTES:
+                raise UsageError(
+                    f"{uri} has no end of record in {MAX_RECORD_BYTES >> 20} MiB after byte {at}.",
+                    "Check that it is a text file with a line per row and that every opened quote is closed.",
+                )
+
+
+def record_starts(block: bytes, quoted_newlines: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Where the records of `block` start and end: two int64 arrays # [records]; blank lines are none."""
+    data = np.frombuffer(block, np.uint8)
+    ends = np.flatnonzero(data == _NEWLINE) + 1
+    if quoted_newlines:
+        quotes = np.flatnonzero(data == _QUOTE)
+        ends = ends[np.searchsorted(quotes, ends) % 2 == 0]
+    if not ends.size or ends[-1] != data.size:
+        ends = np.append(ends, data.size)
+    starts = np.concatenate([[0], ends[:-1]])
+    first = data[np.minimum(starts, data.size - 1)] if data.size else np.zeros(1, np.uint8)
+    second = data[np.minimum(starts + 1, data.size - 1)] if data.size else first
+    blank = (
+        (starts == ends) | (first == _NEWLINE) | ((first == _RETURN) & ((second == _NEWLINE) | (ends - starts == 1)))
+    )
+    return starts[~blank], ends[~blank]
+
+
+def _skip_to_record(stream: pa.NativeFile, start: int, compressed: bool) -> int:
+    """Moves `stream` to the first record that starts at `start` or after; returns its byte."""
+    if start == 0:
+        return 0
+    if compressed:
+        # A compressed file is one range, and its start is where the records begin.
+        left = start
+        while left:
+            left -= len(stream.read(min(left, BLOCK_BYTES)))
+        return start
+    # Reading from one byte before makes a record that starts exactly at `start` ours.
+    stream.seek(start - 1)
+    at = start - 1
+    while data := stream.read(64 << 10):
+        newline = data.find(b"\n")
+        if newline >= 0:
+            stream.seek(at + newline + 1)
+            return at + newline + 1
+        at += len(data)
+    return at
+
+
+def _last_record_end(block: bytes, quoted_newlines: bool) -> int:
+    if not quoted_newlines:
+        return block.rfind(b"\n") + 1
+    data = np.frombuffer(block, np.uint8)
+    ends = np.flatnonzero(data == _NEWLINE) + 1
+    closed = ends[np.searchsorted(np.flatnonzero(data == _QUOTE), ends) % 2 == 0]
+    return int(closed[-1]) if closed.size else 0
+
+
+def _without_bom(block: bytes, at: int) -> bytes:
+    # Blanks keep every later byte at its place, and JSON ignores them; blocks of CSV start after the header.
+    return b"   " + block[3:] if at == 0 and block.startswith(_BOM) else block

@@ -1,0 +1,79 @@
+"""Splits of a log: small values the driver hands to workers, and the reading of one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from raypipe.data.columnar import BATCH_ROWS, read_row_groups
+from raypipe.data.delimited import Dialect, parse_delimited
+from raypipe.data.events import EventRules, LogChunk, cast_events
+from raypipe.data.files import explained
+from raypipe.data.jsonlines import JsonType, parse_json_lines
+from raypipe.data.lines import BLOCK_BYTES, RawRows, record_blocks
+
+Reader = Literal["delimited", "jsonl", "columnar"]
+
+
+@dataclass(frozen=True)
+class LogSplit:
+    """A part of one file, with everything a worker needs to read it.
+
+    [start, end) are bytes of text files and row groups of Parquet; `position` is the byte or row where it starts in the
+    file, `seq` the place of the file's first byte or row in the whole log. `types` belong to JSON lines, `constants` to
+    Parquet and Delta: columns that folder names or the table hold instead of the file.
+    """
+
+    index: int
+    uri: str
+    name: str
+    reader: Reader
+    start: int
+    end: int
+    position: int
+    seq: int
+    rules: EventRules
+    dialect: Dialect | None = None
+    types: dict[str, JsonType] | None = None
+    constants: dict[str, str | None] | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> LogSplit:
+        values = json.loads(text)
+        values["rules"] = EventRules(**values["rules"])
+        if values["dialect"] is not None:
+            values["dialect"] = Dialect(**values["dialect"] | {"columns": tuple(values["dialect"]["columns"])})
+        return cls(**values)
+
+
+def read_split(split: LogSplit) -> Iterator[LogChunk]:
+    """The rows of `split`, checked, in the order of the log, at most about 500,000 at a time.
+
+    Neither the borders of chunks nor those of splits change any row. Raises UsageError when the file breaks off or is
+    gone.
+    """
+    for raw in read_rows(split):
+        yield cast_events(raw, split.rules, split.seq, split.name)
+
+
+def read_rows(split: LogSplit, block_bytes: int = BLOCK_BYTES, batch_rows: int = BATCH_ROWS) -> Iterator[RawRows]:
+    """The rows of `split` as its file spells them, in pieces of `block_bytes` of text or `batch_rows` of Parquet."""
+    columns = split.rules.columns
+    if split.reader == "columnar":
+        groups = range(split.start, split.end)
+        yield from read_row_groups(split.uri, columns, split.constants or {}, groups, split.position, batch_rows)
+        return
+    quoted_newlines = split.dialect is not None and split.dialect.quoted_newlines
+    with explained(split.uri):
+        for at, block in record_blocks(split.uri, split.start, split.end, quoted_newlines, block_bytes):
+            if split.reader == "jsonl":
+                assert split.types is not None
+                yield parse_json_lines(block, at, split.types)
+            else:
+                assert split.dialect is not None
+                yield parse_delimited(block, at, split.dialect, columns)
