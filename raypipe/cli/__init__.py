@@ -1,0 +1,1 @@
+"""`raypipe JOB …`, the same as `python jobs/JOB.py …` under `ray job submit`."""

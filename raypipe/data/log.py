@@ -278,3 +278,10 @@ def _count(parts: list[Part], sample: list[RawRows]) -> int:
         return rows
     length = (int(first.positions[-1]) - int(first.positions[0])) / (first.positions.size - 1)
     return max(round(total / length), 1)
+
+
+def is_movielens(config: LogConfig) -> bool:
+    """Whether the log is one of MovieLens's own layouts, which bring their catalogue with them."""
+    if config.format != "auto":
+        return config.format == "movielens"
+    return detect_format(resolve(config.path), "ratings") == "movielens"

@@ -1,0 +1,1 @@
+"""The jobs: each module owns one job's config and its run."""

@@ -8,6 +8,7 @@ count for nothing.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
@@ -84,6 +85,7 @@ def _execute(
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -98,8 +100,7 @@ def _execute(
         compute=ActorPoolStrategy(size=min(cluster.size(), len(rows)), max_tasks_in_flight_per_actor=2),
         num_cpus=cluster.cpus_per_worker,
         num_gpus=cluster.gpus_per_worker or None,
-        max_restarts=0,
-        max_task_retries=0,
+        ray_remote_args_fn=lambda: {"max_restarts": 0, "max_task_retries": 0},
     )
     for row in dataset.iter_rows():
         if row["error"]:

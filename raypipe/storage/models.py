@@ -1,7 +1,7 @@
-"""Content-addressed models: `models/<name>/<hash>/` holds safetensors, JSON and nothing that could run.
+"""Content-addressed models: `models/<name>/<hash>/checkpoint/` holds safetensors, JSON and nothing that could run.
 
-The hash is over the files' bytes, so the same weights are the same model wherever they were trained. `model.json`,
-written last, carries the lineage (data versions, seeds, protocol).
+The hash is over the files' bytes, so the same weights are the same model wherever they were trained. `model.json` beside
+the checkpoint, written last, carries the lineage (data versions, seeds, protocol).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Models:
             state.update(path.read_bytes())
         model = Model(name, state.hexdigest()[:32], recipe, dict(lineage))
         for path in paths:
-            self.store.put(f"{model.folder}/{path.relative_to(files)}", path.read_bytes())
+            self.store.put(f"{model.folder}/checkpoint/{path.relative_to(files)}", path.read_bytes())
         self.store.put(f"{model.folder}/{_CARD}", canonical_json(asdict(model)).encode())
         return model
 
@@ -73,9 +73,9 @@ class Models:
         return found[-1] if found else None
 
     def fetch(self, model: Model, cache: Path) -> Path:
-        """The model as a folder of the local file system, downloaded into `cache` when it lies on an object store."""
+        """The checkpoint as a local folder, downloaded into `cache` when it lies on an object store."""
         if self.store.is_local:
-            return self.store.local_path(model.folder)
+            return self.store.local_path(f"{model.folder}/checkpoint")
         target = cache / model.name / model.hash
         if not (target / _CARD).exists():
             entries = sorted(self.store.list(model.folder), key=lambda entry: entry.path.endswith(_CARD))
@@ -83,4 +83,4 @@ class Models:
                 path = target / entry.path.removeprefix(f"{model.folder}/")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(self.store.read(entry.path))
-        return target
+        return target / "checkpoint"

@@ -1,0 +1,96 @@
+"""The command line: find the job, validate its config, run it, end with one JSON line and an exit code.
+
+Exit codes: 0 ok or nothing to do, 1 failed, 2 wrong usage or config, 3 a quality gate refused.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import signal
+import sys
+import textwrap
+import traceback
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from raypipe import __version__
+from raypipe.cli.options import parse_config
+from raypipe.errors import RaypipeError, UsageError
+
+# Job → module, config class, function. Imported when named: `raypipe status` should not wait for torch.
+JOBS = {
+    "dataset": ("raypipe.pipeline.dataset", "DatasetConfig", "run_dataset"),
+    "ingest": ("raypipe.pipeline.ingest", "IngestConfig", "run_ingest"),
+    "lm": ("raypipe.pipeline.lm", "LmConfig", "run_lm"),
+    "summarize": ("raypipe.pipeline.summarize", "SummarizeConfig", "run_summarize"),
+    "nightly": ("raypipe.pipeline.nightly", "NightlyConfig", "run_nightly"),
+    "plan": ("raypipe.pipeline.plan", "PlanConfig", "run_plan"),
+    "status": ("raypipe.pipeline.status", "StatusConfig", "run_status"),
+    "retry-rejected": ("raypipe.pipeline.retry", "RetryConfig", "run_retry"),
+    "night": ("raypipe.pipeline.night", "NightConfig", "run_night"),
+    "doctor": ("raypipe.pipeline.doctor", "DoctorConfig", "run_doctor"),
+}
+_EXIT = {"ok": 0, "nothing_to_do": 0, "failed": 1, "refused": 3}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one job; returns its exit code. The last line of stdout is the job's JSON, whatever happened."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in {"-h", "--help"}:
+        print(_usage())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(__version__)
+        return 0
+    job = words[0]
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        if job not in JOBS:
+            raise UsageError(f"There is no job {job!r}.", f"The jobs are {', '.join(JOBS)}.")
+        module_name, config_name, function_name = JOBS[job]
+        module = importlib.import_module(module_name)
+        config = parse_config(job, getattr(module, config_name), words[1:])
+        result = getattr(module, function_name)(config).to_dict()
+    except RaypipeError as error:
+        _tell(f"{error.problem} {error.remedy}")
+        result = _failure(job, "refused" if error.exit_code == 3 else "failed", str(error))
+        return _end(result, error.exit_code)
+    except KeyboardInterrupt:
+        _tell("Stopped. What is finished is kept: submit the same command again and it goes on from there.")
+        return _end(_failure(job, "failed", "stopped"), 1)
+    except Exception as error:
+        traceback.print_exc()
+        _tell(
+            f"{job} failed: {error!r}. This is a defect in raypipe or in the machine. Nothing published is harmed; "
+            "submit the same command again to resume, and report the traceback above if it fails again."
+        )
+        return _end(_failure(job, "failed", repr(error)), 1)
+    return _end(result, _EXIT[result["status"]])
+
+
+def _failure(job: str, status: str, error: str) -> dict[str, Any]:
+    return {"job": job, "status": status, "run_key": "", "tables": {}, "models": {}, "metrics": {}, "cost": {}, "error": error}
+
+
+def _end(result: dict[str, Any], code: int) -> int:
+    sys.stdout.flush()
+    print(json.dumps(result, ensure_ascii=False), flush=True)
+    return code
+
+
+def _tell(paragraph: str) -> None:
+    print("raypipe: " + paragraph, file=sys.stderr, flush=True)
+
+
+def _stop(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _usage() -> str:
+    jobs = textwrap.fill(", ".join(JOBS), 100, initial_indent="  ", subsequent_indent="  ")
+    return f"usage: raypipe JOB [--config FILE] [--section.key value …]\n\njobs:\n{jobs}\n\n`raypipe JOB --help` lists a job's options."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

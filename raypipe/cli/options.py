@@ -1,0 +1,102 @@
+"""From a YAML file and dotted options to a validated config: `--config FILE` first, options over it."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+from pydantic import ValidationError, create_model
+from pydantic_settings import BaseSettings, CliSettingsSource
+
+from raypipe.config import Config
+from raypipe.errors import UsageError
+
+C = TypeVar("C", bound=Config)
+
+
+def parse_config(job: str, config_type: type[C], argv: Sequence[str]) -> C:
+    """The config of `job`; raises UsageError with the remedy for unknown keys, wrong types and unreadable files."""
+    parser = _Parser(prog=f"raypipe {job}")
+    parser.add_argument("--config", help="YAML file with the same keys, nested; options win over it")
+    fields: dict[str, Any] = {name: (field.annotation, field) for name, field in config_type.model_fields.items()}
+    source: Any = CliSettingsSource(
+        create_model(config_type.__name__, __base__=BaseSettings, **fields),
+        cli_parse_args=list(argv),
+        root_parser=parser,
+        cli_implicit_flags=True,
+        cli_prefix="",
+    )
+    values = source()
+    file = _option(argv, "--config")
+    merged = _merge(_read_yaml(file), values) if file else values
+    try:
+        return config_type.model_validate(merged)
+    except ValidationError as error:
+        raise UsageError(*_explain(error, config_type)) from None
+
+
+def _option(argv: Sequence[str], name: str) -> str | None:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(name)
+    return getattr(parser.parse_known_args(list(argv))[0], name.strip("-"))
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{**kwargs, "allow_abbrev": False})
+
+    def error(self, message: str) -> NoReturn:
+        known = [option for action in self._actions for option in action.option_strings]
+        unknown = [word.split("=")[0] for word in message.split() if word.startswith("--")]
+        close = difflib.get_close_matches(unknown[0], known, 1) if unknown else []
+        hint = f"Did you mean {close[0]}? " if close else ""
+        raise UsageError(f"{message[0].upper()}{message[1:]}.", f"{hint}`{self.prog} --help` lists every option.")
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"The config file {path} cannot be read: {error}.", "Check the path.") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"The config file {path} is not YAML: {error}.", "Mend it at the line named.") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UsageError(f"The config file {path} holds no keys.", "Write `key: value` lines, as in jobs/*.yaml.")
+    return values
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _explain(error: ValidationError, config_type: type[Config]) -> tuple[str, str]:
+    """The first problem in words, and what to do about it."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _keys(config_type, first["loc"][:-1])
+        close = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
+        hint = f"Did you mean {close[0]!r}? " if close else ""
+        return f"Unknown config key {place!r}.", f"{hint}Known here: {', '.join(known)}."
+    if first["type"] == "missing":
+        return f"The config key {place!r} is missing.", f"Add --{place} VALUE, or the key to the config file."
+    return f"Config key {place!r} is {first.get('input')!r}: {first['msg']}.", f"Correct --{place}."
+
+
+def _keys(config_type: type[Config], path: Sequence[str | int]) -> list[str]:
+    current: Any = config_type
+    for part in path:
+        annotation = current.model_fields[part].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        current = next(option for option in options if isinstance(option, type) and issubclass(option, Config))
+    return sorted(current.model_fields)

@@ -1,0 +1,111 @@
+"""What every job shares: where it works, and the one JSON object it ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from raypipe.config import Config, free
+from raypipe.errors import UsageError
+from raypipe.runtime.budget import Limits
+from raypipe.runtime.cluster import ClusterConfig
+from raypipe.storage.hashing import stable_hash
+from raypipe.storage.ledger import Usage
+from raypipe.storage.tracking import Tracking
+from raypipe.storage.workspace import Workspace
+
+
+class JobConfig(Config):
+    """The part of a job's configuration that says where, never what."""
+
+    workspace: str = free("./workspace", "workspace folder or s3:// URI")
+    tracking: Literal["auto", "off"] = free("auto", "MLflow: MLFLOW_TRACKING_URI or the workspace's own, or off")
+    cluster: ClusterConfig = free(ClusterConfig, "the Ray cluster and its workers")
+    lock_lease_s: float = free(60.0, "lease of the table locks on an object store, in seconds", gt=0)
+
+    def open_workspace(self) -> Workspace:
+        return Workspace(self.workspace)
+
+    def open_tracking(self, workspace: Workspace) -> Tracking:
+        return Tracking(workspace.store, self.tracking)
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """How a job ended; its JSON is the last line of stdout."""
+
+    job: str
+    status: str
+    run_key: str = ""
+    tables: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    models: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    cost: Mapping[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(raw: Mapping[str, Any]) -> JobResult:
+        return JobResult(**raw)
+
+
+def cost_of(usage: Usage, seconds: float) -> dict[str, float]:
+    """The `cost` object of a result; `seconds` are the job's wall clock."""
+    return {
+        "seconds": round(seconds, 3),
+        "calls": usage.calls,
+        "tokens_in": usage.tokens_in,
+        "tokens_out": usage.tokens_out,
+    }
+
+
+class BatchConfig(JobConfig):
+    """A job over many users: which of them, and what it may spend at most."""
+
+    users: str | None = free(None, "file of user ids, a line each: a canary of its own scope, never published")
+    sample: int | None = free(None, "as `users`, for so many users chosen by hash", ge=1)
+    max_calls: int | None = free(None, "hard cap on model calls", ge=0)
+    max_tokens: int | None = free(None, "hard cap on tokens, in and out together", ge=0)
+    max_cost: float | None = free(None, "hard cap on money, by the prices", ge=0)
+    deadline: datetime | None = free(None, "no new work after this moment (ISO time)")
+    price_in: float = free(0.0, "price of a million prompt tokens", ge=0)
+    price_out: float = free(0.0, "price of a million generated tokens", ge=0)
+
+    def canary_users(self, every_user: Callable[[], pa.Array]) -> list[str] | None:
+        """The canary's users, sorted; None for all. Raises UsageError for a file that cannot be read or names nobody."""
+        if self.users is not None and self.sample is not None:
+            raise UsageError("Both --users and --sample are given.", "Name the canary's users one way.")
+        if self.users is not None:
+            try:
+                lines = Path(self.users).read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise UsageError(f"The users file {self.users} cannot be read: {error}.", "Write one user id a line.") from error
+            named = sorted({line for line in lines if line})
+            known = set(every_user().to_pylist())
+            if strangers := [user for user in named if user not in known]:
+                raise UsageError(
+                    f"{len(strangers)} of {len(named)} users of {self.users} have no history, for example {strangers[0]!r}.",
+                    "Check the file; ids are compared exactly.",
+                )
+            if not named:
+                raise UsageError(f"The users file {self.users} names nobody.", "Write one user id a line.")
+            return named
+        if self.sample is None:
+            return None
+        users = every_user()
+        chosen = np.argsort(stable_hash(users), kind="stable")[: self.sample]
+        return sorted(users.take(pa.array(chosen)).to_pylist())
+
+    def limits(self) -> Limits:
+        deadline = self.deadline.timestamp() if self.deadline is not None else None
+        return Limits(self.max_calls, self.max_tokens, self.max_cost, deadline, self.price_in, self.price_out)
+
+    def money(self, usage: Usage) -> float:
+        return (usage.tokens_in * self.price_in + usage.tokens_out * self.price_out) / 1e6

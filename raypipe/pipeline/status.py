@@ -1,0 +1,100 @@
+"""`raypipe status`: what runs are open, how far they are, what they were rejected; and the tables as they stand."""
+
+from __future__ import annotations
+
+import collections
+import time
+from typing import Any
+
+from raypipe.config import free
+from raypipe.errors import UsageError
+from raypipe.pipeline.job import JobConfig, JobResult
+from raypipe.runtime.progress import say
+from raypipe.storage.ledger import Counts, Run
+from raypipe.storage.locks import hold
+from raypipe.storage.nights import Nights
+from raypipe.storage.tables import ABSENT
+from raypipe.storage.workspace import Workspace
+
+
+class StatusConfig(JobConfig):
+    """Configuration of `status`."""
+
+    discard: str | None = free(None, "give up the open run whose key starts so; its finished units are lost")
+
+
+def run_status(config: StatusConfig) -> JobResult:
+    """Report the workspace; with `discard`, give one open run up."""
+    workspace = config.open_workspace()
+    info = workspace.require_info()
+    runs = [run for job in jobs(workspace) for run in _runs(workspace, job)]
+    if config.discard is not None:
+        _discard(workspace, config, [run for run in runs if run.result() is None])
+    shown = [_describe(run) for run in runs if run.result() is None]
+    for run in shown:
+        say(f"{run['job']} {run['run_key'][:12]}: {run['done']}/{run['planned']} units, {run['state']}, started {run['started']}")
+    rows: dict[str, dict[str, int]] = {}
+    for name, table in workspace.tables.items():
+        version = table.version()
+        if version != ABSENT:
+            rows[name] = {"version": version, "rows": table.rows(version), "rejected": 0}
+            say(f"table {name}: {rows[name]['rows']:,} rows, version {version}")
+    rejects = _rejects(workspace)
+    for (table, reason), count in rejects.items():
+        say(f"rejected for {table}: {count:,} {reason}")
+    night = Nights(workspace.store).current()
+    say(f"night in force: {night.date if night else 'none'}")
+    metrics: dict[str, Any] = {
+        "kind": info.kind,
+        "buckets": info.buckets,
+        "open_runs": shown,
+        "rejects": {f"{table}/{reason}": count for (table, reason), count in rejects.items()},
+        "night": night.date if night else None,
+    }
+    return JobResult("status", "ok", tables=rows, metrics=metrics)
+
+
+def jobs(workspace: Workspace) -> list[str]:
+    """The jobs that ever ran in this workspace."""
+    return sorted({entry.path.split("/")[1] for entry in workspace.store.list("ledger")})
+
+
+def _runs(workspace: Workspace, job: str) -> list[Run]:
+    ledger = workspace.ledger(job)
+    runs = [ledger.run(key) for _, key in sorted(ledger.numbers().items())]
+    return [run for run in runs if workspace.store.exists(f"{run.folder}/manifest.json")]
+
+
+def _describe(run: Run) -> dict[str, Any]:
+    counts = sum((receipt.counts for receipt in run.receipts().values()), Counts())
+    return {
+        "job": run.job,
+        "run_key": run.run_key,
+        "state": "publishing" if run.publish_intent() is not None else "open",
+        "started": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run.manifest["created"])),
+        "done": len(run.receipts()),
+        "planned": sum(run.planned().values()),
+        "rows_in": counts.rows_in,
+        "rejected": counts.rejected,
+    }
+
+
+def _discard(workspace: Workspace, config: StatusConfig, open_runs: list[Run]) -> None:
+    prefix = config.discard or ""
+    found = [run for run in open_runs if run.run_key.startswith(prefix)]
+    if len(found) != 1:
+        keys = ", ".join(run.run_key[:12] for run in open_runs) or "none"
+        raise UsageError(f"{prefix!r} names {len(found)} open runs.", f"Open runs: {keys}.")
+    run = found[0]
+    if run.publish_intent() is not None:
+        raise UsageError(f"Run {run.run_key[:12]} began to publish.", "It can only be completed: submit its job again.")
+    with hold(workspace.store, sorted(run.manifest["base"]), "status --discard", config.lock_lease_s):
+        run.abandon("discarded by hand")
+    say(f"Run {run.run_key[:12]} of {run.job} was given up.")
+
+
+def _rejects(workspace: Workspace) -> dict[tuple[str, str], int]:
+    table = workspace.tables["rejects"]
+    rows = table.read(table.version(), ["table", "reason"])
+    pairs = zip(rows["table"].to_pylist(), rows["reason"].to_pylist(), strict=True)
+    return dict(sorted(collections.Counter(pairs).items()))

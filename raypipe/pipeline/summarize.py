@@ -1,0 +1,181 @@
+"""`raypipe summarize`: a written preference summary of every user whose history or recipe changed.
+
+The work is decided by change keys, so a night costs what changed: unchanged users are carried over, and of a changed
+user only the blocks whose items are new are read again.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from raypipe.config import free, shaping
+from raypipe.engines.engine import EngineConfig
+from raypipe.errors import UsageError
+from raypipe.pipeline.job import BatchConfig, JobResult, cost_of
+from raypipe.pipeline.summarize_units import SummarizeBucket, SummaryTask
+from raypipe.pipeline.summary_state import Pins, Recipes
+from raypipe.runtime.budget import Budget
+from raypipe.runtime.progress import say
+from raypipe.runtime.session import Session, open_session
+from raypipe.storage.fingerprint import fingerprint
+from raypipe.storage.ledger import Counts, Publish, Receipt, Run, Unit, Usage
+from raypipe.storage.models import Model, Models
+from raypipe.storage.tables import ABSENT
+from raypipe.storage.workspace import Workspace
+from raypipe.systems.summaries import SummariesConfig
+
+JOB = "summarize"
+VARIANT = "summarize-hierarchical"
+BUILTIN = "builtin"
+_WRITES = ("block_summaries", "summaries")
+
+
+class SummarizeConfig(BatchConfig):
+    """Configuration of `summarize`."""
+
+    engine: EngineConfig = shaping(lambda: EngineConfig(lm=BUILTIN), "what generates; lm `builtin` is the workspace's own")
+    summaries: SummariesConfig = shaping(SummariesConfig, "blocks, window, prompts, decoding")
+    micro_batch_users: int = free(256, "users a worker gives the engine at a time", ge=1)
+    model_cache: str = free(str(Path(tempfile.gettempdir()) / "raypipe-models"), "where models of a remote workspace are kept")
+
+    def resolve_model(self, workspace: Workspace) -> Model | None:
+        """The workspace's own LM where the config asks for it; UsageError where there is none yet."""
+        if self.engine.engine == "echo" or self.engine.lm != BUILTIN:
+            return None
+        model = Models(workspace.store).newest("lm")
+        if model is None:
+            raise UsageError(
+                f"The workspace {workspace.uri} has no language model of its own yet.",
+                "Run `raypipe lm` first, or name another with --engine.lm PATH_OR_NAME.",
+            )
+        return model
+
+    def recipes(self, workspace: Workspace, model: Model | None) -> Recipes:
+        """The fingerprints of both stages with the resolved model's content in them."""
+        engine = self.engine
+        if model is not None:
+            engine = engine.model_copy(update={"lm": str(Models(workspace.store).fetch(model, Path(self.model_cache)))})
+        identity = engine.identity()
+        return Recipes(VARIANT, self.summaries.block_recipe(identity), self.summaries.merge_recipe(identity))
+
+
+def run_summarize(config: SummarizeConfig) -> JobResult:
+    """Summarise every changed user; see the module. Raises UsageError before work starts."""
+    started = time.monotonic()
+    workspace = config.open_workspace()
+    tracking = config.open_tracking(workspace)
+    info = workspace.require_info()
+    model = config.resolve_model(workspace)
+    recipes = config.recipes(workspace, model)
+    canary = config.canary_users(lambda: _every_user(workspace))
+    writes = _WRITES if canary is None else ()
+    with open_session(workspace, JOB, writes, config.cluster, config.lock_lease_s) as session:
+        pins = pin(session, canary)
+        scope = "all" if canary is None else fingerprint({"users": canary})
+        run = session.run(
+            fingerprint({"block": recipes.block, "merge": recipes.merge}),
+            {"histories": pins.histories, "items": pins.items, "rejects": pins.rejects},
+            {"summaries": pins.summaries, "block_summaries": pins.block_summaries},
+            scope,
+            {"variant": recipes.variant, "model": model.hash if model else config.engine.lm},
+        )
+        task = SummaryTask(
+            workspace,
+            scope,
+            pins,
+            recipes,
+            config.summaries,
+            config.engine,
+            model,
+            pa.array(canary, pa.string()) if canary is not None else None,
+            config.micro_batch_users,
+            Path(config.model_cache),
+        )
+        units = [Unit("users", index) for index in range(info.buckets)]
+        receipts = _run_units(config, session, run, units, task)
+        result = _publish(config, session, run, receipts, scope, started)
+    if result.status == "ok":
+        params = {"engine": config.engine.engine, "model": model.hash if model else config.engine.lm, "scope": scope[:12]}
+        numbers = {name: value for name, value in result.metrics.items() if isinstance(value, (int, float))}
+        tracking.log_run(JOB, run.run_key, params, {**numbers, **result.cost})
+    return result
+
+
+def pin(session: Session, canary: list[str] | None) -> Pins:
+    """The versions this run reads. A canary starts from nothing, as a first night would."""
+    versions = session.versions("histories", "items", "summaries", "block_summaries", "rejects")
+    if canary is not None:
+        versions.update(summaries=ABSENT, block_summaries=ABSENT)
+    return Pins(**versions)
+
+
+def _run_units(
+    config: SummarizeConfig, session: Session, run: Run, units: list[Unit], task: SummaryTask
+) -> dict[Unit, Receipt]:
+    limits = config.limits()
+    if limits.any:
+        config.cluster.connect()
+    budget = Budget(limits, _usage(run.receipts("users").values()))
+    return session.phase(run, units, partial(SummarizeBucket, task, budget), JOB)
+
+
+def _publish(
+    config: SummarizeConfig, session: Session, run: Run, receipts: dict[Unit, Receipt], scope: str, started: float
+) -> JobResult:
+    counts = sum((receipt.counts for receipt in receipts.values()), Counts())
+    usage = _usage(receipts.values())
+    touched = [receipt for receipt in receipts.values() if receipt.staged]
+    parts = [
+        Publish(
+            table,
+            "append" if table == "rejects" else "overwrite",
+            [file for receipt in touched for file in receipt.staged.get(table, [])],
+            [] if table == "rejects" else [{"variant": VARIANT, "bucket": receipt.unit.index} for receipt in touched],
+        )
+        for table in ("rejects", *_WRITES)
+        if any(receipt.staged.get(table) for receipt in touched)
+    ]
+    metrics: dict[str, Any] = {
+        "users": counts.rows_in,
+        "computed": counts.ok,
+        "rejected": counts.rejected,
+        **counts.skipped,
+        "stale": sum(receipt.facts["stale"] for receipt in receipts.values()),
+        "attribute_precision": _mean(receipts.values(), "precision"),
+        "attribute_coverage": _mean(receipts.values(), "coverage"),
+        "bytes_written": sum(file.size for part in parts for file in part.files),
+    }
+    if counts.skipped.get("capped"):
+        say(f"{JOB}: a cap or the deadline left {counts.skipped['capped']:,} users for the next run")
+    cost = {**cost_of(usage, time.monotonic() - started), "money": round(config.money(usage), 6)}
+    rows = {table: sum(file.rows for file in part.files) for part in parts for table in [part.table]}
+    tables = {part.table: {"rows": rows[part.table], "rejected": counts.rejected} for part in parts}
+    status = "ok" if parts else "nothing_to_do"
+    result = JobResult(JOB, status, run.run_key, tables, metrics=metrics, cost=cost)
+    published = session.publish(run, parts, asdict(result))
+    if scope != "all":
+        say(f"{JOB}: the canary's tables are below {session.workspace.uri}/canary/{run.run_key}")
+    return JobResult.from_dict(published)
+
+
+def _every_user(workspace: Workspace) -> pa.Array:
+    table = workspace.tables["histories"]
+    return table.read(table.version(), ["user_id"])["user_id"].combine_chunks()
+
+
+def _usage(receipts: Iterable[Receipt]) -> Usage:
+    return sum((receipt.usage for receipt in receipts), Usage())
+
+
+def _mean(receipts: Iterable[Receipt], name: str) -> float | None:
+    totals = [receipt.facts[name] for receipt in receipts]
+    count = sum(count for _, count in totals)
+    return round(sum(total for total, _ in totals) / count, 4) if count else None

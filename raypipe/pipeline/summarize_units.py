@@ -1,0 +1,226 @@
+"""The unit work of `summarize`: one user bucket, in micro-batches, each named in the journal before it runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raypipe.data.rejects import row_json
+from raypipe.engines.engine import Engine, EngineConfig
+from raypipe.metrics.text import Vocabulary, attribute_coverage, attribute_precision, top_values, value_counts
+from raypipe.pipeline.rejects import reject_rows
+from raypipe.pipeline.summary_state import BucketState, Catalogue, Pins, Recipes
+from raypipe.runtime.budget import Budget
+from raypipe.runtime.session import output_table
+from raypipe.runtime.units import UnitContext
+from raypipe.storage.fingerprint import schema_hash
+from raypipe.storage.ledger import MAX_DEATHS, Counts, Receipt, Unit, Usage
+from raypipe.storage.models import Model, Models
+from raypipe.storage.schemas import BLOCK_SUMMARIES, SUMMARIES
+from raypipe.storage.tables import StagedFile
+from raypipe.storage.workspace import Workspace
+from raypipe.systems.summaries import HierarchicalSummarizer, SummariesConfig, UserSummary
+
+
+@dataclass(frozen=True)
+class SummaryTask:
+    """What every unit of a run shares; small and picklable."""
+
+    workspace: Workspace
+    scope: str
+    pins: Pins
+    recipes: Recipes
+    config: SummariesConfig
+    engine: EngineConfig
+    model: Model | None
+    users: pa.Array | None
+    micro_batch_users: int
+    model_cache: Path
+
+
+class SummarizeBucket:
+    """Writes the summaries of one bucket's changed users and carries the others over."""
+
+    def __init__(self, task: SummaryTask, budget: Budget) -> None:
+        self.task = task
+        self.budget = budget
+        workspace = task.workspace
+        self.catalogue = Catalogue(workspace.tables["items"].read(task.pins.items), task.config)
+        self.vocabulary = Vocabulary(v for item in self.catalogue.attributes for vs in item.values() for v in vs)
+        blocked = workspace.tables["rejects"].read(task.pins.rejects, ["key", "variant", "change_key"], table="summaries")
+        rows = blocked.filter(pc.equal(blocked["variant"], task.recipes.variant)).to_pylist()
+        self.blocked = {(row["key"], row["change_key"]) for row in rows}
+
+    @cached_property
+    def summarizer(self) -> HierarchicalSummarizer:
+        # Built at the first changed user: a night without changes loads no weights.
+        return HierarchicalSummarizer(build_engine(self.task.workspace, self.task.engine, self.task.model, self.task.model_cache), self.task.config, self.task.recipes.merge)
+
+    def run(self, unit: Unit, context: UnitContext) -> Receipt:
+        started = time.monotonic()
+        task = self.task
+        state = BucketState(
+            task.workspace, unit.index, task.pins, task.recipes, task.config, self.catalogue, task.users
+        )
+        changed = np.flatnonzero(state.changed).tolist()
+        names = state.users.take(pa.array(changed, pa.int64())).to_pylist()
+        keys = state.blocks.change_key.take(pa.array(changed, pa.int64())).to_pylist()
+        work = {name: user for name, key, user in zip(names, keys, changed, strict=True) if (name, key) not in self.blocked}
+        results = self._write(work, state, context)
+        capped = len(work) - len(results)
+        failed = [result for result in results.values() if result.reason]
+        counts = Counts(
+            len(state.users),
+            len(results) - len(failed),
+            len(failed),
+            {"unchanged": len(state.users) - len(changed), "blocked": len(changed) - len(work), "capped": capped},
+        )
+        staged: dict[str, Sequence[StagedFile]] = {}
+        if results or state.has_strangers:
+            staged = self._stage(state, work, results, context)
+        usage = Usage(
+            sum(result.calls for result in results.values()),
+            sum(result.tokens_in for result in results.values()),
+            sum(result.tokens_out for result in results.values()),
+            time.monotonic() - started,
+        )
+        schemas = {"summaries": schema_hash(SUMMARIES.schema), "block_summaries": schema_hash(BLOCK_SUMMARIES.schema)}
+        facts = {**self._quality(state, work, results), "stale": self._stale(state, work, results)}
+        return Receipt(unit, counts, usage, staged, schemas, facts, context.attempt)
+
+    def _write(self, work: Mapping[str, int], state: BucketState, context: UnitContext) -> dict[str, UserSummary]:
+        results: dict[str, UserSummary] = {}
+        for batch in self._batches(list(work), context.deaths):
+            user = batch[0]
+            if context.deaths.get(user, 0) >= MAX_DEATHS:
+                results[user] = UserSummary(user)
+                results[user].fail("worker_died", f"It killed its worker {MAX_DEATHS} times alone on a healthy node.")
+                continue
+            blocks = {user: state.user_blocks(work[user]) for user in batch}
+            known = state.known(batch)
+            calls = sum(self.summarizer.calls_needed(blocks[user], known.get(user, {})) for user in batch)
+            # A prompt and its answer share the context, so this bounds both; what is not used is given back.
+            most = Usage(calls, calls * self.summarizer.engine.context, 0)
+            if not self.budget.take(most):
+                break
+            context.journal(batch)
+            done = self.summarizer.summarize(blocks, known)
+            used = Usage(*(sum(getattr(r, name) for r in done) for name in ("calls", "tokens_in", "tokens_out")))
+            self.budget.give_back(most, used)
+            results.update((result.user_id, result) for result in done)
+        return results
+
+    def _batches(self, users: Sequence[str], suspects: Mapping[str, int]) -> list[list[str]]:
+        """Suspects alone and last, so that a poison row costs its neighbours nothing; the rest in micro-batches."""
+        rest = [user for user in users if user not in suspects]
+        size = self.task.micro_batch_users
+        batches = [rest[start : start + size] for start in range(0, len(rest), size)]
+        return batches + [[user] for user in users if user in suspects]
+
+    def _stage(
+        self, state: BucketState, work: Mapping[str, int], results: Mapping[str, UserSummary], context: UnitContext
+    ) -> dict[str, Sequence[StagedFile]]:
+        task = self.task
+        partition: dict[str, str | int] = {"variant": task.recipes.variant, "bucket": state.bucket}
+        name = context.file_name()
+        rows = {"summaries": self._summary_rows(state, work, results), "block_summaries": _block_rows(state, results)}
+        staged: dict[str, Sequence[StagedFile]] = {
+            table: [output_table(task.workspace, table, task.scope, context.run.run_key).stage(values, name, partition)]
+            for table, values in rows.items()
+        }
+        failed = [result for result in results.values() if result.reason]
+        if failed:
+            rejects = pa.table(
+                {
+                    "key": [result.user_id for result in failed],
+                    "reason": [result.reason for result in failed],
+                    "message": [result.message for result in failed],
+                    "row": [row_json({"user_id": result.user_id}) for result in failed],
+                    "attempts": pa.array([1 + context.deaths.get(result.user_id, 0) for result in failed], pa.int32()),
+                    "change_key": [state.blocks.change_key[work[result.user_id]].as_py() for result in failed],
+                }
+            )
+            table = output_table(task.workspace, "rejects", task.scope, context.run.run_key)
+            rejected = reject_rows(context.run.run_key, rejects, task.recipes.variant)
+            staged["rejects"] = [table.stage(rejected, name, {"table": "summaries"})]
+        return staged
+
+    def _summary_rows(self, state: BucketState, work: Mapping[str, int], results: Mapping[str, UserSummary]) -> pa.Table:
+        """All rows of the bucket: new ones, unchanged ones, and older ones of the same recipe where there is no new."""
+        good = [result for result in results.values() if not result.reason]
+        users = pa.array([work[result.user_id] for result in good], pa.int64())
+        fresh = pa.table(
+            [
+                pa.array([result.user_id for result in good], pa.string()),
+                pa.array([result.summary for result in good], pa.string()),
+                pa.nulls(len(good), pa.string()),
+                pa.array(state.blocks.covered, pa.int32()).take(users),
+                state.blocks.covered_key.take(users),
+                pa.array([result.calls for result in good], pa.int32()),
+                pa.array([result.tokens_in for result in good], pa.int64()),
+                pa.array([result.tokens_out for result in good], pa.int64()),
+                state.blocks.change_key.take(users),
+            ],
+            schema=SUMMARIES.columns,
+        )
+        place = state.place_before
+        kept_users = np.flatnonzero((place >= 0) & ~np.isin(np.arange(len(place)), users.to_numpy()))
+        kept = state.before.take(pa.array(place[kept_users]))
+        of_recipe = [state.is_of_recipe(key) for key in kept["change_key"].to_pylist()]
+        return pa.concat_tables([kept.filter(pa.array(of_recipe, pa.bool_())), fresh]).sort_by("user_id")
+
+    def _stale(self, state: BucketState, work: Mapping[str, int], results: Mapping[str, UserSummary]) -> int:
+        """Users left with an older summary of the same recipe."""
+        missing = [user for name, user in work.items() if name not in results or results[name].reason]
+        before = [state.place_before[user] for user in missing if state.place_before[user] >= 0]
+        return sum(state.is_of_recipe(state.before["change_key"][int(place)].as_py()) for place in before)
+
+    def _quality(
+        self, state: BucketState, work: Mapping[str, int], results: Mapping[str, UserSummary]
+    ) -> dict[str, list[float]]:
+        """Sums and counts of the new summaries' attribute precision and coverage."""
+        precision: list[float] = []
+        coverage: list[float] = []
+        for result in results.values():
+            if result.reason:
+                continue
+            counts = value_counts(self.catalogue.attributes[i - 1] for i in state.window_items(work[result.user_id]))
+            top = top_values(counts)
+            for figures, measure in ((precision, attribute_precision), (coverage, attribute_coverage)):
+                if (figure := measure(result.summary, top, self.vocabulary)) is not None:
+                    figures.append(figure)
+        return {"precision": [sum(precision), len(precision)], "coverage": [sum(coverage), len(coverage)]}
+
+
+def build_engine(workspace: Workspace, engine: EngineConfig, model: Model | None, cache: Path) -> Engine:
+    """The engine on this machine; `model` is the workspace's own, fetched first where it lies on an object store."""
+    if model is not None:
+        engine = engine.model_copy(update={"lm": str(Models(workspace.store).fetch(model, cache))})
+    return engine.build()
+
+
+def _block_rows(state: BucketState, results: Mapping[str, UserSummary]) -> pa.Table:
+    """All block summaries of the bucket: what these users' summaries are made of, and the other users' as they were."""
+    written = [(user, text) for user, result in results.items() for text in result.written]
+    fresh = pa.table(
+        [
+            [user for user, _ in written],
+            [text.level for _, text in written],
+            [text.number for _, text in written],
+            [text.key for _, text in written],
+            [text.text for _, text in written],
+        ],
+        schema=BLOCK_SUMMARIES.columns,
+    )
+    before = state.written_before
+    gone = pc.is_in(before["user_id"], value_set=pa.array(list(results), pa.string()))
+    stays = pc.and_(pc.is_in(before["user_id"], value_set=state.users), pc.invert(gone))
+    order = [("user_id", "ascending"), ("level", "ascending"), ("block", "ascending")]
+    return pa.concat_tables([before.filter(stays), fresh]).sort_by(order)

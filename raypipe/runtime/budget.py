@@ -1,0 +1,80 @@
+"""Hard caps shared by all workers of a run: what is not granted is not spent.
+
+A worker asks before each micro-batch with an upper bound (calls, prompt tokens, most generated tokens) and gives back
+what it did not use. Without caps there is no actor and nothing is asked.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from raypipe.storage.ledger import Usage
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Caps of one run; None is no cap. `deadline` in Unix seconds, prices per million tokens."""
+
+    calls: int | None = None
+    tokens: int | None = None
+    cost: float | None = None
+    deadline: float | None = None
+    price_in: float = 0.0
+    price_out: float = 0.0
+
+    @property
+    def any(self) -> bool:
+        return any(limit is not None for limit in (self.calls, self.tokens, self.cost, self.deadline))
+
+    def allows(self, spent: Usage) -> bool:
+        cost = (spent.tokens_in * self.price_in + spent.tokens_out * self.price_out) / 1e6
+        return (
+            (self.calls is None or spent.calls <= self.calls)
+            and (self.tokens is None or spent.tokens_in + spent.tokens_out <= self.tokens)
+            and (self.cost is None or cost <= self.cost)
+        )
+
+
+class Budget:
+    """What is left of the limits; `spent` is what earlier attempts of the run already used. Picklable."""
+
+    def __init__(self, limits: Limits, spent: Usage) -> None:
+        self.limits = limits
+        self._account: Any = None
+        if limits.any:
+            import ray
+
+            self._account = ray.remote(num_cpus=0)(_Account).remote(limits, spent)
+
+    def take(self, most: Usage) -> bool:
+        """Reserve at most `most`; False where that could break a cap or the deadline has passed."""
+        if self._account is None:
+            return True
+        if self.limits.deadline is not None and time.time() >= self.limits.deadline:
+            return False
+        import ray
+
+        return bool(ray.get(self._account.take.remote(most)))
+
+    def give_back(self, most: Usage, used: Usage) -> None:
+        """Return what was reserved and not used."""
+        if self._account is not None:
+            self._account.give_back.remote(most, used)
+
+
+class _Account:
+    def __init__(self, limits: Limits, spent: Usage) -> None:
+        self.limits = limits
+        self.spent = spent
+
+    def take(self, most: Usage) -> bool:
+        if not self.limits.allows(self.spent + most):
+            return False
+        self.spent = self.spent + most
+        return True
+
+    def give_back(self, most: Usage, used: Usage) -> None:
+        unused = Usage(used.calls - most.calls, used.tokens_in - most.tokens_in, used.tokens_out - most.tokens_out)
+        self.spent = self.spent + unused

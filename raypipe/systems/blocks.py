@@ -1,0 +1,80 @@
+"""Blocks of histories and what they depend on, for a whole bucket at once.
+
+Blocks never move: block k of a user is events 5k ... 5k+4 from the first event ever, and a window drops whole blocks.
+A block's key is a hash of its items' content and of the recipe that summarises it; a user's change key is a hash of the
+window's block keys and of the merge's recipe. Times are not in them: the prompts do not show them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from raypipe.storage.hashing import combine_lanes, sequence_lanes, to_hex
+
+Integers = NDArray[np.int64]
+RECIPE_DIGITS = 16
+
+
+@dataclass(frozen=True)
+class BucketBlocks:
+    """Every window block of every user of a bucket, users in order.
+
+    `bounds` [users + 1] delimits a user's blocks. Per block: `number` (from the first event ever), `start` and `length`
+    (events, counted over the whole bucket), `key` (hex). Per user: `covered` full blocks ever, `covered_key`,
+    `change_key`.
+    """
+
+    bounds: Integers
+    number: Integers
+    start: Integers
+    length: Integers
+    key: pa.Array
+    covered: Integers
+    covered_key: pa.Array
+    change_key: pa.Array
+
+
+def cut_blocks(
+    items: NDArray[np.int32],
+    lengths: Integers,
+    item_lanes: NDArray[np.uint64],
+    *,
+    block_items: int,
+    window_events: int,
+    block_recipe: str,
+    merge_recipe: str,
+) -> BucketBlocks:
+    """Cut the histories of a bucket into blocks.
+
+    `items` [events] are item indices, `lengths` [users] sums to events, `item_lanes` [items + 1, 2] are content hashes.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    blocks = -(-lengths // block_items)
+    bounds = np.concatenate([[0], np.cumsum(blocks)])
+    number = np.arange(bounds[-1]) - np.repeat(bounds[:-1], blocks)
+    event_start = np.repeat(np.cumsum(lengths) - lengths, blocks)
+    start = event_start + number * block_items
+    length = np.minimum(block_items, np.repeat(lengths, blocks) - number * block_items)
+    lanes = combine_lanes(sequence_lanes(item_lanes[items], length), block_recipe)
+
+    covered = lengths // block_items
+    full = length == block_items
+    covered_key = to_hex(sequence_lanes(lanes[full], covered))
+    first = -(-np.maximum(lengths - window_events, 0) // block_items)
+    inside = number >= np.repeat(first, blocks)
+    kept = blocks - first
+    change = to_hex(combine_lanes(sequence_lanes(lanes[inside], kept), merge_recipe))
+    return BucketBlocks(
+        np.concatenate([[0], np.cumsum(kept)]),
+        number[inside],
+        start[inside],
+        length[inside],
+        to_hex(lanes[inside]),
+        covered,
+        covered_key,
+        pa.array([merge_recipe[:RECIPE_DIGITS] + key for key in change.to_pylist()], pa.string()),
+    )
