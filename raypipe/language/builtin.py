@@ -67,8 +67,9 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer in which decode(encode(text)) == text for any text, special marks included.
 
-    `values` are attribute values with repetition: the commonest become one token each (with the space before them), so that counting them is counting tokens. The fixed pieces of `templates` (between placeholders such
-    as "{items}") become one token each too: instructions then cost next to nothing.
+    `values` are attribute values with repetition: the commonest become one token each (with the space before them), so
+    that counting them is counting tokens. The fixed pieces of `templates` (between placeholders such as "{items}")
+    become one token each too: instructions then cost next to nothing.
     """
     counts = Counter(values)
     common = [value for value, _ in counts.most_common(_MOST_WHOLE_VALUES)]

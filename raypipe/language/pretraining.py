@@ -104,12 +104,12 @@ class LmLoss(nn.Module):
     the rest would cost as much as the model itself.
     """
 
-    def __init__(self, lm: nn.Module) -> None:
+    def __init__(self, lm: Any) -> None:
         super().__init__()
-        self.lm = lm
+        self.lm: Any = lm
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """`tokens` int64 [batch, length] padded on the right, `labels` the same shape with −100 where no loss is due."""
+        """`tokens` int64 [batch, length], padded on the right; `labels` alike, with −100 where no loss is due."""
         # Padding comes after every real token, so the causal mask alone keeps it out.
         hidden = self.lm.model(input_ids=batch["tokens"], use_cache=False).last_hidden_state  # [batch, length, width]
         labels = batch["labels"][:, 1:]

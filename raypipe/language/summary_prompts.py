@@ -67,7 +67,7 @@ class SummaryPrompts(Config):
         return _with_placeholder(template, "{summaries}")
 
     def item_line(self, title: str, attributes: Attributes, text: str = "") -> str:
-        """One item as one line: "title: Alien; genre: Horror, Sci-Fi; text: In space no one…". Empty columns are left out."""
+        """One item as one line, empty columns left out: "title: Alien; genre: Horror, Sci-Fi; text: In space…"."""
         columns = [("title", title)]
         columns += [(name, ", ".join(values)) for name, values in self._shown(attributes)]
         if self.text_characters:

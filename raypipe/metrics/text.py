@@ -22,7 +22,7 @@ _LATELY = re.compile(r"\bLately\b(.*)", re.DOTALL)
 
 
 class Vocabulary:
-    """The attribute values of a catalogue, compiled once; `named` reads about 100,000 summaries a second at any size."""
+    """The attribute values of a catalogue, compiled once; `named` reads about 100,000 summaries a second."""
 
     def __init__(self, values: Iterable[str]) -> None:
         self.values = frozenset(value for value in values if value.strip())

@@ -39,7 +39,7 @@ class TrainingTask(Protocol):
     def steps_per_epoch(self, batch_size: int) -> int: ...
 
     def batch(self, step: int, seed: int, rank: int, world: int, batch_size: int) -> Any:
-        """This rank's share of the global batch of `step`, as a mapping of tensors: a function of the arguments alone."""
+        """This rank's share of the global batch of `step`, name → tensor: a function of the arguments alone."""
         ...
 
     def save(self, weights: Mapping[str, Tensor], folder: Path) -> None:

@@ -78,7 +78,7 @@ class _Worker:
         return {"losses": self.losses, "seconds": seconds}
 
     def _progress(self, step: int, started: float) -> float:
-        """The share of the run that is over, the same on every rank: of its steps, or of its time where less is left."""
+        """The share of the run that is over, of its steps or of its time, whichever is more; the same on every rank."""
         share = step / self.steps
         if self.config.max_seconds is None:
             return share

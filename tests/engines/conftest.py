@@ -1,0 +1,36 @@
+"""Checkpoints to generate with: the real one, where this machine has it, and tiny random ones."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
+
+STORIES = Path(__file__).parents[2] / "../shared/lm/stories260K"
+
+
+@pytest.fixture(scope="session")
+def stories() -> str:
+    if not STORIES.is_dir():
+        pytest.skip("the real checkpoint ../shared/lm/stories260K is not on this machine")
+    return str(STORIES.resolve())
+
+
+@pytest.fixture(scope="session")
+def random_checkpoint() -> Callable[..., str]:
+    return _random_checkpoint
+
+
+def _random_checkpoint(folder: Path, *, seed: int = 0, always_ends: bool = False) -> str:
+    """A model that talks nonsense at length, or one that ends every answer before its first word."""
+    tokenizer = train_tokenizer(["Once upon a time there was a little girl named Lily"] * 3, [], [], 400)
+    save_untrained(folder, BuiltinLmConfig(size="tiny", context=512), tokenizer, seed)
+    if always_ends:
+        weights = load_file(folder / "model.safetensors")
+        weights["model.norm.weight"] = torch.zeros_like(weights["model.norm.weight"])
+        # All logits are 0 then, and the first token, the end mark, is chosen.
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)

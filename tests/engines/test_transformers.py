@@ -1,0 +1,143 @@
+"""Batched generation equals one-by-one generation, and one bad prompt concerns no other."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from raypipe.engines.engine import Decoding, EngineConfig, Outcome
+from raypipe.language.backbone import load_backbone
+from raypipe.language.prompt import Prompt, Vectors
+
+WORDS = [
+    "Once",
+    "upon",
+    "a",
+    "time",
+    "there",
+    "was",
+    "little",
+    "girl",
+    "named",
+    "Lily",
+    "who",
+    "liked",
+    "to",
+    "play",
+    "with",
+    "her",
+    "red",
+    "ball",
+    "and",
+    "cat",
+    "in",
+    "park",
+]
+
+
+@pytest.fixture(scope="module")
+def random_lm(random_checkpoint, tmp_path_factory) -> str:
+    return random_checkpoint(tmp_path_factory.mktemp("random"))
+
+
+@pytest.fixture(params=["stories", "random_lm"])
+def lm(request) -> str:
+    return request.getfixturevalue(request.param)
+
+
+def engine(lm: str, **settings):
+    return EngineConfig(lm=lm, device="cpu", **settings).build()
+
+
+def mixed_prompts(count: int) -> list[Prompt]:
+    rng = random.Random(0)
+    return [Prompt.of(" ".join(rng.choices(WORDS, k=rng.randint(1, 60)))) for _ in range(count)]
+
+
+def answers(lm: str, prompts: list[Prompt], decoding: Decoding, **settings) -> list[Outcome]:
+    return sorted(engine(lm, **settings).generate(prompts, decoding), key=lambda outcome: outcome.index)
+
+
+def test_a_batch_of_mixed_lengths_answers_as_each_prompt_alone(lm):
+    prompts, decoding = mixed_prompts(32), Decoding(max_new_tokens=40)
+    alone = engine(lm)
+    singles = [next(alone.generate([prompt], decoding)) for prompt in prompts]
+    batched = answers(lm, prompts, decoding)
+    assert [outcome.text for outcome in batched] == [outcome.text for outcome in singles]
+    assert [outcome.tokens_out for outcome in batched] == [outcome.tokens_out for outcome in singles]
+    assert len({outcome.text for outcome in batched}) > 16
+
+
+def test_our_loop_answers_as_transformers_own_generate(stories):
+    backbone = load_backbone(stories, device="cpu")
+    prompts = mixed_prompts(6)
+    expected = []
+    for prompt in prompts:
+        (ids,) = backbone.encode([prompt.text])
+        ids_out = backbone.model.generate(torch.tensor([ids]), max_new_tokens=30, do_sample=False)
+        expected += backbone.decode(ids_out[:, len(ids) :].tolist())
+    assert [outcome.text for outcome in answers(stories, prompts, Decoding(max_new_tokens=30))] == expected
+
+
+def test_the_size_of_batches_changes_no_answer(lm):
+    prompts, decoding = mixed_prompts(16), Decoding(max_new_tokens=20)
+    assert answers(lm, prompts, decoding, batch_tokens=200) == answers(lm, prompts, decoding)
+
+
+def test_sampling_follows_seed_and_prompt_and_never_the_batch(lm):
+    prompts, decoding = mixed_prompts(16), Decoding(max_new_tokens=20, temperature=1.0, seed=7)
+    together = answers(lm, prompts, decoding)
+    assert answers(lm, prompts[::-1], decoding, batch_tokens=150)[::-1][3].text == together[3].text
+    assert [o.text for o in answers(lm, prompts[:3], decoding)] == [o.text for o in together[:3]]
+    other = decoding.model_copy(update={"seed": 8})
+    assert [o.text for o in answers(lm, prompts, other)] != [o.text for o in together]
+
+
+def test_a_prompt_too_long_is_an_error_in_its_row_and_never_cut(stories):
+    long, short = answers(stories, [Prompt.of("cat " * 600), Prompt.of("Once")], Decoding(max_new_tokens=10))
+    assert long.error is not None
+    assert (long.error.kind, long.text) == ("prompt_too_long", "")
+    assert long.tokens_in > 512
+    assert (short.error, short.tokens_out) == (None, 10)
+
+
+def test_the_context_is_filled_to_its_last_token(stories):
+    prompt = Prompt.of("Once upon a time")
+    (length,) = (outcome.tokens_in for outcome in answers(stories, [prompt], Decoding(max_new_tokens=1)))
+    fits, too_long = (
+        answers(stories, [prompt], Decoding(max_new_tokens=limit), context=64)[0]
+        for limit in (64 - length, 65 - length)
+    )
+    assert (fits.error, fits.tokens_out, fits.finish_reason) == (None, 64 - length, "length")
+    assert too_long.error is not None
+
+
+def test_vectors_and_empty_prompts_concern_their_rows_only(random_lm):
+    vectors = Prompt.of("x", Vectors(np.zeros((1, 64), np.float32), "sasrec"))
+    outcomes = answers(random_lm, [vectors, Prompt.of(""), Prompt.of("fine")], Decoding(max_new_tokens=3))
+    assert [outcome.error.kind if outcome.error else None for outcome in outcomes] == [
+        "unsupported_prompt",
+        "unsupported_prompt",
+        None,
+    ]
+
+
+def test_the_end_mark_stops_an_answer_and_is_not_part_of_it(random_checkpoint, tmp_path):
+    ending = random_checkpoint(tmp_path, always_ends=True)
+    (outcome,) = answers(ending, [Prompt.of("Say nothing.")], Decoding(max_new_tokens=5))
+    assert (outcome.text, outcome.tokens_out, outcome.finish_reason, outcome.error) == ("", 0, "stop", None)
+
+
+def test_no_prompts_are_no_outcomes(random_lm):
+    assert answers(random_lm, [], Decoding()) == []
+    assert engine(random_lm).count_tokens([]) == []
+
+
+def test_identity_follows_the_weights_and_not_the_place(random_lm, random_checkpoint, tmp_path):
+    same, other = random_checkpoint(tmp_path / "same"), random_checkpoint(tmp_path / "other", seed=1)
+    identity = EngineConfig(lm=random_lm).identity()
+    assert set(identity) == {"engine", "version", "dtype", "context", "model"}
+    assert EngineConfig(lm=same, threads=3).identity() == identity
+    assert EngineConfig(lm=other).identity() != identity
+    assert EngineConfig(lm=random_lm, dtype="bfloat16").identity() != identity
