@@ -12,7 +12,7 @@ from functools import partial
 
 import pyarrow as pa
 
-from raypipe.config import free, shaping
+from raypipe.config import Config, free, shaping
 from raypipe.data.catalogue import Catalogue, CatalogueConfig, read_catalogue
 from raypipe.data.items import MergedItems, merge_items
 from raypipe.data.log import Log, LogConfig, is_movielens, open_log
@@ -32,14 +32,18 @@ STEP_VERSION = 1
 _WRITES = ("items", "histories", "logs")
 
 
-class IngestConfig(JobConfig):
-    """Configuration of `ingest`."""
+class IngestOptions(Config):
+    """What is ingested, and how it is read."""
 
     log: LogConfig | None = shaping(None, "the interaction log; unset: read the catalogue only")
     catalogue: CatalogueConfig | None = shaping(None, "the items; unset: those of the workspace, or the log's own layout")
     partial_catalogue: bool = shaping(False, "items the catalogue does not name stay available")
     buckets: int | None = free(None, "user buckets, decided at the first ingest; unset: about 5,000 users each", ge=4)
     max_reject_rate: float = free(0.2, "share of rejected rows above which nothing is published", ge=0, le=1)
+
+
+class IngestConfig(IngestOptions, JobConfig):
+    """Configuration of `ingest`."""
 
 
 def run_ingest(config: IngestConfig) -> JobResult:

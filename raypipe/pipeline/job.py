@@ -66,17 +66,29 @@ def cost_of(usage: Usage, seconds: float) -> dict[str, float]:
     }
 
 
-class BatchConfig(JobConfig):
-    """A job over many users: which of them, and what it may spend at most."""
+class CapOptions(Config):
+    """What a job may spend at most, and what spending costs."""
 
-    users: str | None = free(None, "file of user ids, a line each: a canary of its own scope, never published")
-    sample: int | None = free(None, "as `users`, for so many users chosen by hash", ge=1)
     max_calls: int | None = free(None, "hard cap on model calls", ge=0)
     max_tokens: int | None = free(None, "hard cap on tokens, in and out together", ge=0)
     max_cost: float | None = free(None, "hard cap on money, by the prices", ge=0)
     deadline: datetime | None = free(None, "no new work after this moment (ISO time)")
     price_in: float = free(0.0, "price of a million prompt tokens", ge=0)
     price_out: float = free(0.0, "price of a million generated tokens", ge=0)
+
+    def limits(self) -> Limits:
+        deadline = self.deadline.timestamp() if self.deadline is not None else None
+        return Limits(self.max_calls, self.max_tokens, self.max_cost, deadline, self.price_in, self.price_out)
+
+    def money(self, usage: Usage) -> float:
+        return (usage.tokens_in * self.price_in + usage.tokens_out * self.price_out) / 1e6
+
+
+class BatchConfig(JobConfig):
+    """A job over many users, or over a canary of them."""
+
+    users: str | None = free(None, "file of user ids, a line each: a canary of its own scope, never published")
+    sample: int | None = free(None, "as `users`, for so many users chosen by hash", ge=1)
 
     def canary_users(self, every_user: Callable[[], pa.Array]) -> list[str] | None:
         """The canary's users, sorted; None for all. Raises UsageError for a file that cannot be read or names nobody."""
@@ -102,10 +114,3 @@ class BatchConfig(JobConfig):
         users = every_user()
         chosen = np.argsort(stable_hash(users), kind="stable")[: self.sample]
         return sorted(users.take(pa.array(chosen)).to_pylist())
-
-    def limits(self) -> Limits:
-        deadline = self.deadline.timestamp() if self.deadline is not None else None
-        return Limits(self.max_calls, self.max_tokens, self.max_cost, deadline, self.price_in, self.price_out)
-
-    def money(self, usage: Usage) -> float:
-        return (usage.tokens_in * self.price_in + usage.tokens_out * self.price_out) / 1e6

@@ -19,7 +19,7 @@ import pyarrow as pa
 from raypipe.config import free, shaping
 from raypipe.engines.engine import EngineConfig
 from raypipe.errors import UsageError
-from raypipe.pipeline.job import BatchConfig, JobResult, cost_of
+from raypipe.pipeline.job import BatchConfig, CapOptions, JobResult, cost_of
 from raypipe.pipeline.summarize_units import SummarizeBucket, SummaryTask
 from raypipe.pipeline.summary_state import Pins, Recipes
 from raypipe.runtime.budget import Budget
@@ -38,8 +38,8 @@ BUILTIN = "builtin"
 _WRITES = ("block_summaries", "summaries")
 
 
-class SummarizeConfig(BatchConfig):
-    """Configuration of `summarize`."""
+class SummarizeOptions(CapOptions):
+    """What writes the summaries, how, and at what cost at most."""
 
     engine: EngineConfig = shaping(lambda: EngineConfig(lm=BUILTIN), "what generates; lm `builtin` is the workspace's own")
     summaries: SummariesConfig = shaping(SummariesConfig, "blocks, window, prompts, decoding")
@@ -67,6 +67,10 @@ class SummarizeConfig(BatchConfig):
         return Recipes(VARIANT, self.summaries.block_recipe(identity), self.summaries.merge_recipe(identity))
 
 
+class SummarizeConfig(SummarizeOptions, BatchConfig):
+    """Configuration of `summarize`."""
+
+
 def run_summarize(config: SummarizeConfig) -> JobResult:
     """Summarise every changed user; see the module. Raises UsageError before work starts."""
     started = time.monotonic()
@@ -79,11 +83,14 @@ def run_summarize(config: SummarizeConfig) -> JobResult:
     writes = _WRITES if canary is None else ()
     with open_session(workspace, JOB, writes, config.cluster, config.lock_lease_s) as session:
         pins = pin(session, canary)
+        recipe = fingerprint({"block": recipes.block, "merge": recipes.merge})
         scope = "all" if canary is None else fingerprint({"users": canary})
+        if scope == "all" and session.is_current(recipe, pins.inputs()):
+            return JobResult(JOB, "nothing_to_do", cost=cost_of(Usage(), time.monotonic() - started))
         run = session.run(
-            fingerprint({"block": recipes.block, "merge": recipes.merge}),
-            {"histories": pins.histories, "items": pins.items, "rejects": pins.rejects},
-            {"summaries": pins.summaries, "block_summaries": pins.block_summaries},
+            recipe,
+            pins.inputs(),
+            pins.outputs(),
             scope,
             {"variant": recipes.variant, "model": model.hash if model else config.engine.lm},
         )

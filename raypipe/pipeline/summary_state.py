@@ -58,6 +58,12 @@ class Pins:
     block_summaries: int
     rejects: int
 
+    def inputs(self) -> dict[str, int]:
+        return {"histories": self.histories, "items": self.items, "rejects": self.rejects}
+
+    def outputs(self) -> dict[str, int]:
+        return {"summaries": self.summaries, "block_summaries": self.block_summaries}
+
 
 class BucketState:
     """Loads one bucket at the pinned versions; `users` restricts it to a canary's."""

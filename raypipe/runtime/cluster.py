@@ -21,6 +21,7 @@ class ClusterConfig(Config):
         """Connect once per process; raises UsageError where the cluster cannot be reached."""
         os.environ.setdefault("RAY_DEDUP_LOGS", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         import ray
 
         if ray.is_initialized():

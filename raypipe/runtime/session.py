@@ -38,6 +38,23 @@ class Session:
         """The newest versions of tables, to pin."""
         return {name: self.workspace.tables[name].version() for name in tables}
 
+    def is_current(self, recipe: str, pins: Mapping[str, int]) -> bool:
+        """Whether the newest run of this recipe read these very versions, left nothing undone, and its output stands."""
+        last = self.workspace.ledger(self.job).newest()
+        result = last.result() if last is not None else None
+        if last is None or result is None or result["status"] not in {"ok", "nothing_to_do"}:
+            return False
+        manifest = last.manifest
+        after = {name: table["version"] for name, table in result["tables"].items()}
+        expected = {**manifest["pins"], **manifest["base"], **after}
+        return (
+            manifest["recipe"] == recipe
+            and manifest["scope"] == "all"
+            and not result["metrics"].get("capped")
+            and self.versions(*expected) == expected
+            and set(pins) <= set(expected)
+        )
+
     def run(
         self, recipe: str, pins: Mapping[str, int], base: Mapping[str, int], scope: str, facts: Mapping[str, Any]
     ) -> Run:

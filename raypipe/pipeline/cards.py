@@ -1,0 +1,71 @@
+"""User cards: one page that shows, for a few users, what they did and what was written about them."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raypipe.metrics.text import value_counts
+from raypipe.storage.hashing import stable_hash
+from raypipe.storage.tables import ABSENT
+from raypipe.storage.workspace import Workspace
+
+_SHOWN_ITEMS = 10
+_SHOWN_VALUES = 6
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Night of {date}</title><style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430 }}
+article {{ border: 1px solid #d5dae1; border-radius: 8px; padding: 1rem 1.25rem; margin: 1rem 0 }}
+h2 {{ font-size: 1.05rem; margin: 0 0 .5rem }} blockquote {{ margin: 0 0 .75rem; padding-left: .8rem; border-left: 3px solid #2f6fde }}
+.columns {{ display: grid; grid-template-columns: 3fr 2fr; gap: 1.5rem }} ol {{ margin: 0; padding-left: 1.4rem }}
+.bar {{ display: grid; grid-template-columns: 8rem 1fr 2.5rem; gap: .5rem; align-items: center; font-size: .9rem }}
+.bar i {{ display: block; height: .7rem; background: #2f6fde; border-radius: 3px }} small {{ color: #5b6675 }}
+@media (max-width: 40rem) {{ .columns {{ grid-template-columns: 1fr }} }}
+</style></head><body><h1>Night of {date}</h1>
+<p><small>{users:,} users have a summary; {shown} of them, chosen by hash.</small></p>
+{cards}
+</body></html>
+"""
+
+
+def write_cards(workspace: Workspace, date: str, versions: Mapping[str, int], count: int) -> str:
+    """Write `nights/<date>/cards.html` from the night's own table versions; returns its URI."""
+    summaries = workspace.tables["summaries"].read(versions.get("summaries", ABSENT), ["user_id", "summary"])
+    items = workspace.tables["items"].read(versions["items"]).sort_by("index")
+    titles = items["title"].to_pylist()
+    attributes = [dict(pairs) for pairs in items["attributes"].to_pylist()]
+    chosen = np.argsort(stable_hash(summaries["user_id"].combine_chunks()), kind="stable")[:count]
+    users = summaries.take(pa.array(chosen))
+    histories = workspace.tables["histories"].read(versions["histories"], ["user_id", "items"])
+    mine = histories.filter(pc.is_in(histories["user_id"], value_set=users["user_id"].combine_chunks()))
+    history = dict(zip(mine["user_id"].to_pylist(), mine["items"].to_pylist(), strict=True))
+    cards = [
+        _card(user, summary, [titles[i - 1] for i in history[user]], value_counts(attributes[i - 1] for i in history[user]))
+        for user, summary in zip(users["user_id"].to_pylist(), users["summary"].to_pylist(), strict=True)
+    ]
+    page = _PAGE.format(date=date, users=summaries.num_rows, shown=len(cards), cards="\n".join(cards))
+    path = f"nights/{date}/cards.html"
+    workspace.store.put(path, page.encode())
+    return workspace.store.object_uri(path)
+
+
+def _card(user: str, summary: str, titles: list[str], counts: Mapping[str, int]) -> str:
+    recent = "".join(f"<li>{html.escape(title)}</li>" for title in titles[-_SHOWN_ITEMS:])
+    top = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:_SHOWN_VALUES]
+    bars = "".join(
+        f'<div class="bar"><span>{html.escape(value)}</span>'
+        f'<i style="width:{100 * number / len(titles):.0f}%"></i><span>{number}</span></div>'
+        for value, number in top
+    )
+    return (
+        f"<article><h2>User {html.escape(user[:80])} <small>{len(titles):,} events</small></h2>"
+        f"<blockquote>{html.escape(summary)}</blockquote>"
+        f'<div class="columns"><div><small>Last {min(len(titles), _SHOWN_ITEMS)} items</small><ol>{recent}</ol></div>'
+        f"<div><small>Most frequent</small>{bars}</div></div></article>"
+    )

@@ -1,0 +1,134 @@
+"""`raypipe lm`: the workspace's own language model, trained on its catalogue and on histories before the cut.
+
+It is what a workspace summarises with when no other model is named. Training reads item texts and templated exercises
+made from histories without their last events, so that an evaluation that holds those out stays honest.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from raypipe.config import Config, free, shaping
+from raypipe.errors import UsageError
+from raypipe.language.instructions import Catalogue, histories_before_cut
+from raypipe.language.pretraining import LmDataConfig, LmTask, prepare_lm
+from raypipe.pipeline.job import JobConfig, JobResult, cost_of
+from raypipe.runtime.progress import say
+from raypipe.runtime.trainer import TrainerConfig, fit
+from raypipe.storage.fingerprint import fingerprint
+from raypipe.storage.hashing import stable_hash
+from raypipe.storage.ledger import Usage
+from raypipe.storage.locks import hold
+from raypipe.storage.models import Model, Models
+from raypipe.storage.tables import ABSENT
+from raypipe.storage.workspace import Workspace
+
+JOB = "lm"
+MODEL = "lm"
+STEP_VERSION = 1
+
+
+class LmOptions(Config):
+    """What the model is, what it is trained on, and how."""
+
+    data: LmDataConfig = shaping(LmDataConfig, "model size, prompts and exercises")
+    trainer: TrainerConfig = shaping(TrainerConfig, "training under Ray Train and DeepSpeed")
+    hold_out: int = shaping(1, "last events of every user that training never sees", ge=0)
+    histories: int = shaping(20_000, "most users whose histories are read, chosen by hash", ge=1)
+    work_folder: str | None = free(None, "folder all training nodes share; unset: below a local workspace, else a temporary one")
+
+
+class LmConfig(LmOptions, JobConfig):
+    """Configuration of `lm`."""
+
+
+def run_lm(config: LmConfig) -> JobResult:
+    """Train the model unless one of this very recipe is stored; register it. Raises UsageError for an empty workspace."""
+    started = time.monotonic()
+    workspace = config.open_workspace()
+    tracking = config.open_tracking(workspace)
+    workspace.require_info()
+    with hold(workspace.store, [f"models-{MODEL}"], JOB, config.lock_lease_s):
+        versions = {name: workspace.tables[name].version() for name in ("items", "histories")}
+        if ABSENT in versions.values():
+            raise UsageError(f"The workspace {workspace.uri} has no histories to learn from.", "Run `raypipe ingest` first.")
+        items = workspace.tables["items"].read(versions["items"]).sort_by("index")
+        histories = _histories(workspace, versions["histories"], config.histories)
+        recipe = fingerprint(
+            {
+                "step": STEP_VERSION,
+                "config": config.shaping_values(),
+                "items": fingerprint({"hashes": items["content_hash"].to_pylist()}),
+                "histories": fingerprint({"keys": histories["history_key"].to_pylist()}),
+            }
+        )
+        models = Models(workspace.store)
+        if (model := models.newest(MODEL, recipe)) is not None:
+            tracking.register(model)
+            return _result(model, "nothing_to_do", {}, started)
+        model, metrics = _train(config, workspace, recipe, items, histories, versions)
+        tracking.register(model)
+    tracking.log_run(JOB, recipe, {"model": model.hash}, metrics)
+    return _result(model, "ok", metrics, started)
+
+
+def _train(
+    config: LmConfig, workspace: Workspace, recipe: str, items: pa.Table, histories: pa.Table, versions: dict[str, int]
+) -> tuple[Model, dict[str, float]]:
+    folder = _work_folder(config, workspace) / f"lm-{recipe}"
+    catalogue = Catalogue(
+        items["title"].to_pylist(),
+        [dict(pairs) for pairs in items["attributes"].to_pylist()],
+        items["text"].to_pylist(),
+    )
+    before = histories_before_cut(histories["items"].to_pylist(), config.hold_out)
+    counts = prepare_lm(folder / "data", before, catalogue, config.data)
+    say(f"lm: training on {counts['examples']:,} examples, {counts['tokens']:,} tokens")
+    config.cluster.connect()
+    trainer = config.trainer
+    if not trainer.storage:
+        trainer = trainer.model_copy(update={"storage": str(folder / "training")})
+    trained = fit(LmTask(folder / "data"), trainer, f"lm-{recipe}", folder / "checkpoint")
+    lineage = {
+        "job": JOB,
+        "versions": versions,
+        "hold_out": config.hold_out,
+        "seed": config.trainer.seed,
+        "users": histories.num_rows,
+        "config": config.shaping_values(),
+    }
+    model = Models(workspace.store).add(MODEL, trained.folder, recipe, lineage)
+    metrics = {
+        "loss_first": float(np.mean(trained.losses[:10])),
+        "loss_last": float(np.mean(trained.losses[-10:])),
+        "steps": trained.steps,
+        "train_seconds": round(trained.seconds, 1),
+        **counts,
+    }
+    workspace.store.delete_folder(f"staging/lm-{recipe}")
+    return model, metrics
+
+
+def _histories(workspace: Workspace, version: int, most: int) -> pa.Table:
+    """Item lists and keys of at most `most` users, the same ones whatever their order in the table."""
+    rows = workspace.tables["histories"].read(version, ["user_id", "items", "history_key"])
+    chosen = np.argsort(stable_hash(rows["user_id"].combine_chunks()), kind="stable")[:most]
+    return rows.take(pa.array(chosen)).sort_by("user_id")
+
+
+def _work_folder(config: LmConfig, workspace: Workspace) -> Path:
+    if config.work_folder is not None:
+        return Path(config.work_folder)
+    if workspace.store.is_local:
+        return workspace.store.local_path("staging")
+    return Path(tempfile.gettempdir()) / "raypipe-lm"
+
+
+def _result(model: Model, status: str, metrics: dict[str, float], started: float) -> JobResult:
+    cost = cost_of(Usage(), time.monotonic() - started)
+    return JobResult(JOB, status, model.recipe, models={MODEL: model.hash}, metrics=metrics, cost=cost)
