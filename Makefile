@@ -1,0 +1,47 @@
+# install  the package and its tools into .venv        demo      the main job on synthetic data, set-up included
+# test     the suite of minutes, set-up included       test-all  what CI runs, slow tests included
+# lint     ruff, mypy, import-linter                   bench     NAME=ingest: one benchmark, ratio printed
+# chaos    SEEDS=50: the long kill campaign
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := build/demo
+SEEDS ?= 50
+
+.PHONY: install demo test test-all lint bench chaos clean
+
+install: $(VENV)/installed
+
+# The marker is written last: a set-up that was interrupted starts again.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "raypipe needs Python 3.11 or newer"'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: install
+	mkdir -p $(DEMO)
+	$(BIN)/raypipe dataset synthetic --folder $(DEMO)/data --users 500 --items 400 --events 30000
+	$(BIN)/raypipe nightly --config jobs/nightly-demo.yaml --workspace $(DEMO)/workspace \
+		--ingest.log.path $(DEMO)/data/log.parquet --ingest.catalogue.path $(DEMO)/data/items.csv
+
+test: install
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: install lint
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: install
+	$(BIN)/python -m tests.benchmarks.$(NAME) $(ARGS)
+
+chaos: install
+	CHAOS_SEEDS=$(SEEDS) $(BIN)/python -m pytest tests/chaos -m chaos -s --timeout 0
+
+clean:
+	rm -rf build
