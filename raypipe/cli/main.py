@@ -20,7 +20,7 @@ from raypipe.errors import RaypipeError, UsageError
 
 # Job → module, config class, function. Imported when named: `raypipe status` should not wait for torch.
 JOBS = {
-    "dataset": ("raypipe.pipeline.dataset", "DatasetConfig", "run_dataset"),
+    "dataset synthetic": ("raypipe.pipeline.dataset", "SyntheticJobConfig", "run_synthetic"),
     "ingest": ("raypipe.pipeline.ingest", "IngestConfig", "run_ingest"),
     "lm": ("raypipe.pipeline.lm", "LmConfig", "run_lm"),
     "summarize": ("raypipe.pipeline.summarize", "SummarizeConfig", "run_summarize"),
@@ -43,14 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] == "--version":
         print(__version__)
         return 0
-    job = words[0]
+    # A job's name is one word, or two: `dataset synthetic`.
+    length = 2 if " ".join(words[:2]) in JOBS else 1
+    job, options = " ".join(words[:length]), words[length:]
     signal.signal(signal.SIGTERM, _stop)
     try:
         if job not in JOBS:
             raise UsageError(f"There is no job {job!r}.", f"The jobs are {', '.join(JOBS)}.")
         module_name, config_name, function_name = JOBS[job]
         module = importlib.import_module(module_name)
-        config = parse_config(job, getattr(module, config_name), words[1:])
+        config = parse_config(job, getattr(module, config_name), options)
         result = getattr(module, function_name)(config).to_dict()
     except RaypipeError as error:
         _tell(f"{error.problem} {error.remedy}")

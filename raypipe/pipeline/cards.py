@@ -11,7 +11,6 @@ import pyarrow.compute as pc
 
 from raypipe.metrics.text import value_counts
 from raypipe.storage.hashing import stable_hash
-from raypipe.storage.tables import ABSENT
 from raypipe.storage.workspace import Workspace
 
 _SHOWN_ITEMS = 10
@@ -36,23 +35,36 @@ h2 {{ font-size: 1.05rem; margin: 0 0 .5rem }} blockquote {{ margin: 0 0 .75rem;
 
 def write_cards(workspace: Workspace, date: str, versions: Mapping[str, int], count: int) -> str:
     """Write `nights/<date>/cards.html` from the night's own table versions; returns its URI."""
-    summaries = workspace.tables["summaries"].read(versions.get("summaries", ABSENT), ["user_id", "summary"])
     items = workspace.tables["items"].read(versions["items"]).sort_by("index")
     titles = items["title"].to_pylist()
     attributes = [dict(pairs) for pairs in items["attributes"].to_pylist()]
-    chosen = np.argsort(stable_hash(summaries["user_id"].combine_chunks()), kind="stable")[:count]
-    users = summaries.take(pa.array(chosen))
-    histories = workspace.tables["histories"].read(versions["histories"], ["user_id", "items"])
-    mine = histories.filter(pc.is_in(histories["user_id"], value_set=users["user_id"].combine_chunks()))
-    history = dict(zip(mine["user_id"].to_pylist(), mine["items"].to_pylist(), strict=True))
+    users, history = _choose(workspace, versions, count)
     cards = [
         _card(user, summary, [titles[i - 1] for i in history[user]], value_counts(attributes[i - 1] for i in history[user]))
         for user, summary in zip(users["user_id"].to_pylist(), users["summary"].to_pylist(), strict=True)
     ]
-    page = _PAGE.format(date=date, users=summaries.num_rows, shown=len(cards), cards="\n".join(cards))
+    page = _PAGE.format(date=date, users=workspace.tables["summaries"].rows(versions["summaries"]), shown=len(cards), cards="\n".join(cards))
     path = f"nights/{date}/cards.html"
     workspace.store.put(path, page.encode())
     return workspace.store.object_uri(path)
+
+
+def _choose(workspace: Workspace, versions: Mapping[str, int], count: int) -> tuple[pa.Table, dict[str, list[int]]]:
+    """`count` summaries and their users' items, from as few buckets as hold them: millions of users are not read."""
+    chosen = workspace.tables["summaries"].read_files([], ["user_id", "summary"])
+    history: dict[str, list[int]] = {}
+    by_bucket = {file.partition["bucket"]: file for file in workspace.tables["summaries"].files(versions["summaries"])}
+    for bucket, file in sorted(by_bucket.items(), key=lambda pair: int(pair[0])):
+        rows = workspace.tables["summaries"].read_files([file], ["user_id", "summary"])
+        order = np.argsort(stable_hash(rows["user_id"].combine_chunks()), kind="stable")[: count - chosen.num_rows]
+        rows = rows.take(pa.array(order))
+        owners = workspace.tables["histories"].read(versions["histories"], ["user_id", "items"], bucket=bucket)
+        mine = owners.filter(pc.is_in(owners["user_id"], value_set=rows["user_id"].combine_chunks()))
+        history.update(zip(mine["user_id"].to_pylist(), mine["items"].to_pylist(), strict=True))
+        chosen = pa.concat_tables([chosen, rows])
+        if chosen.num_rows >= count:
+            break
+    return chosen, history
 
 
 def _card(user: str, summary: str, titles: list[str], counts: Mapping[str, int]) -> str:

@@ -52,8 +52,9 @@ def run_nightly(config: NightlyConfig) -> JobResult:
         results[name] = step()
         say(f"{name}: {results[name].status}, {time.monotonic() - before:.1f} s")
     tables = {name: table.version() for name, table in workspace.tables.items() if table.version() != ABSENT}
-    model = Models(workspace.store).newest(MODEL)
-    release = {"lm": model.hash if model is not None else config.summarize.engine.lm}
+    uses_own = "lm" in results
+    model = Models(workspace.store).newest(MODEL) if uses_own else None
+    release = {"lm": model.hash if model is not None else config.summarize.engine.lm or config.summarize.engine.engine}
     nights = Nights(workspace.store)
     current = nights.current()
     is_new = current is None or dict(current.tables) != tables or dict(current.release) != release
@@ -63,7 +64,7 @@ def run_nightly(config: NightlyConfig) -> JobResult:
         with hold(workspace.store, ["nights"], JOB, config.lock_lease_s):
             nights.publish(Night(date, tables, release, metrics))
         say(f"{JOB}: the night of {date} is in force")
-    return _result(config, results, is_new, tables, release, time.monotonic() - started)
+    return _result(workspace, results, is_new, tables, release, time.monotonic() - started)
 
 
 def _steps(config: NightlyConfig, workspace: Workspace) -> dict[str, Any]:
@@ -84,14 +85,17 @@ def _train_once(config: NightlyConfig, workspace: Workspace, shared: Mapping[str
 
 
 def _result(
-    config: NightlyConfig,
+    workspace: Workspace,
     results: Mapping[str, JobResult],
     is_new: bool,
     tables: Mapping[str, int],
     release: Mapping[str, Any],
     seconds: float,
 ) -> JobResult:
-    shown = {name: {"version": version, "rows": 0, "rejected": 0} for name, version in tables.items()}
+    shown = {
+        name: {"version": version, "rows": workspace.tables[name].rows(version), "rejected": 0}
+        for name, version in tables.items()
+    }
     for result in results.values():
         shown.update({name: dict(table) for name, table in result.tables.items()})
     cost = {"seconds": round(seconds, 3)}
