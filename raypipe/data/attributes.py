@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import re
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+_BETWEEN_STRINGS = re.compile(r"""['"], ['"]""")
 
 ATTRIBUTES = pa.map_(pa.string(), pa.list_(pa.string()))
 
@@ -75,7 +78,10 @@ def _flattened(text: str) -> str:
     try:
         parts = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text
+        # Once HTML entities were resolved (18&#34; → 18"), such a list is no Python any more; 16 of Amazon's are so.
+        if text[1:2] not in ("'", '"') or text[-2:-1] not in ("'", '"'):
+            return text
+        parts = _BETWEEN_STRINGS.split(text[2:-2].replace("\\n", " "))
     if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
         return text
     return " ".join(part.strip() for part in parts if part.strip())

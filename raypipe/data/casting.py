@@ -78,12 +78,14 @@ def value_type(type_: pa.DataType) -> pa.DataType:
 
 
 def flat(column: pa.ChunkedArray) -> pa.Array:
-    """One array of plain values, dictionaries and decimals resolved."""
+    """One array of plain values: dictionaries, decimals and views resolved, which few functions of Arrow take."""
     array = column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):  # an empty column keeps its chunks
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
     if kinds.is_dictionary(array.type):
         array = array.dictionary_decode()
+    if kinds.is_string_view(array.type) or kinds.is_binary_view(array.type):
+        array = array.cast(pa.binary())
     if kinds.is_decimal(array.type):
         array = array.cast(pa.float64())
     return array

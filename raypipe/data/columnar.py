@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
-from raypipe.data.files import FoundFile, explained, find_files, is_s3, open_file
+from raypipe.data.files import FoundFile, check_endpoint, explained, find_files, is_s3, open_file
 from raypipe.data.lines import RawRows
 from raypipe.errors import UsageError
 
@@ -50,7 +50,9 @@ def parquet_files(path: str) -> list[ColumnarFile]:
 def is_delta(path: str) -> bool:
     """Whether `path` is a folder with a Delta log."""
     if is_s3(path):
-        return DeltaTable.is_deltatable(path, storage_options={})
+        check_endpoint()
+        with explained(path):
+            return DeltaTable.is_deltatable(path, storage_options={})
     return os.path.isdir(os.path.join(path, "_delta_log"))  # noqa: PTH112, PTH118 - an s3:// prefix is no Path
 
 
@@ -60,6 +62,8 @@ def delta_files(path: str) -> list[ColumnarFile]:
     Raises UsageError when there is no table, or one with deletion vectors or mapped columns, which need more than its
     files to be read.
     """
+    if is_s3(path):
+        check_endpoint()
     try:
         table = DeltaTable(path)
     except TableNotFoundError as error:

@@ -41,8 +41,11 @@ def parse_delimited(block: bytes, at: int, dialect: Dialect, wanted: list[str]) 
         wrong.append((row.number - 1, row.actual_columns))
         return "skip"
 
-    table = _parse_with_arrow(block, dialect, wanted, note)
-    if table is None or table.num_rows + len(wrong) != starts.size:
+    # Arrow hands malformed rows over as text, which bytes that are not UTF-8 have none; without `note` it gives up.
+    table = _parse_with_arrow(block, dialect, wanted, note if _is_utf8(block) else None)
+    # An unclosed quote swallows lines, unless it stands in the last one.
+    unclosed = dialect.quoting and block.count(b'"', starts[-1]) % 2
+    if table is None or table.num_rows + len(wrong) != starts.size or unclosed:
         return _parse_each(block, at, starts, ends, dialect, wanted)
     rejects = [
         Reject(
@@ -57,7 +60,7 @@ def parse_delimited(block: bytes, at: int, dialect: Dialect, wanted: list[str]) 
     return RawRows(table, positions, rejects)
 
 
-def _parse_with_arrow(block: bytes, dialect: Dialect, wanted: list[str], note: object) -> pa.Table | None:
+def _parse_with_arrow(block: bytes, dialect: Dialect, wanted: list[str], note: object | None) -> pa.Table | None:
     delimiter = dialect.delimiter
     if len(delimiter) > 1:
         block, delimiter = block.replace(delimiter.encode(), _UNIT_SEPARATOR.encode()), _UNIT_SEPARATOR
@@ -78,7 +81,7 @@ def _parse_with_arrow(block: bytes, dialect: Dialect, wanted: list[str], note: o
                 check_utf8=False,
             ),
         )
-    except (pa.ArrowInvalid, UnicodeDecodeError):  # the second: Arrow shows `note` a malformed line as text
+    except pa.ArrowInvalid:
         return None
 
 
@@ -94,8 +97,7 @@ def _parse_each(
         try:
             fields = _fields(record, dialect)
         except csv.Error as error:
-            message = f"{error}; a quoted field that holds a line break needs log.quoted_newlines: true"
-            rejects.append(Reject(at + start, "malformed_row", message, line_json(record)))
+            rejects.append(Reject(at + start, "malformed_row", str(error), line_json(record)))
             continue
         if len(fields) != len(dialect.columns):
             rejects.append(Reject(at + start, "malformed_row", _wrong_width(len(fields), dialect), line_json(record)))
@@ -114,8 +116,20 @@ def _fields(record: bytes, dialect: Dialect) -> list[bytes]:
         return [field.encode("latin-1") for field in text.split(dialect.delimiter)]
     # Not splitlines(): it also breaks at \x85, which is a byte of many UTF-8 characters.
     lines = [line + "\n" for line in text.split("\n")]
-    rows = list(csv.reader(lines, delimiter=dialect.delimiter, strict=True))
-    return [field.encode("latin-1") for row in rows for field in row]
+    # Arrow takes `"a"b` for ab, and so does a reader that is not strict. A line of ours after the record tells whether
+    # its last quote was closed: if not, that line is part of it.
+    rows = list(csv.reader([*lines, "."], delimiter=dialect.delimiter))
+    if len(rows) != 2:
+        raise csv.Error("a quote is not closed in its line; line breaks in quotes need log.quoted_newlines: true")
+    return [field.encode("latin-1") for field in rows[0]]
+
+
+def _is_utf8(block: bytes) -> bool:
+    try:
+        block.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _wrong_width(fields: int, dialect: Dialect) -> str:

@@ -78,8 +78,7 @@ class _Verdicts:
         rows = np.flatnonzero(self._codes)
         if not rows.size:
             return []
-        taken = raw.table.take(pa.array(rows))
-        columns = {name: _shown(taken.column(name)) for name in taken.column_names}
+        columns = {name: _shown(raw.table.column(name), rows) for name in raw.table.column_names}
         found = []
         for place, row in enumerate(rows.tolist()):
             reason, message = self._found[self._codes[row] - 1]
@@ -163,9 +162,9 @@ def _nonnull(column: pa.Array | np.ndarray) -> pa.Array:
     return array
 
 
-def _shown(column: pa.ChunkedArray) -> list[object]:
-    """Values for the eye; text as bytes, for it may not be UTF-8 even where the file says so."""
-    values = flat(column)
+def _shown(column: pa.ChunkedArray, rows: np.ndarray) -> list[object]:
+    """The values of `rows` for the eye; text as bytes, for it may not be UTF-8 even where the file says so."""
+    values = flat(column).take(pa.array(rows))
     if is_text(values.type):
         return values.cast(pa.binary()).to_pylist()
     # Arrow can spell the times that Python's datetime cannot hold.

@@ -25,6 +25,7 @@ from pyarrow import fs
 
 from raypipe.errors import UsageError
 
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _WILDCARD = re.compile(r"[*?\[]")
 
 
@@ -93,6 +94,17 @@ def checksum(files: Sequence[FoundFile]) -> str:
     return hashlib.sha256("\n".join(f"{name}\t{sum_}" for name, sum_ in sums).encode()).hexdigest()
 
 
+def check_endpoint() -> str:
+    """AWS_ENDPOINT_URL, or "" where it is not set; raises UsageError when it is http:// and that is not allowed."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
+    if endpoint.startswith("http://") and os.environ.get("AWS_ALLOW_HTTP", "").lower() not in ("1", "true"):
+        raise UsageError(
+            f"AWS_ENDPOINT_URL is {endpoint}, which is not encrypted.",
+            "Set AWS_ALLOW_HTTP=true to allow it, or give an https:// endpoint.",
+        )
+    return endpoint
+
+
 @contextmanager
 def explained(place: str) -> Iterator[None]:
     """Turns what goes wrong while `place` is found or read into a UsageError that says what to do."""
@@ -102,17 +114,19 @@ def explained(place: str) -> Iterator[None]:
         raise UsageError(f"There is nothing at {place}.", "Check the path.") from error
     except (PermissionError, obstore.exceptions.PermissionDeniedError) as error:
         raise UsageError(
-            f"{place} may not be read by this user: {_first_line(error)}.", "Give the account read access to it."
+            f"{place} may not be read by this user: {_in_short(error)}.", "Give the account read access to it."
         ) from error
     except (pa.ArrowException, OSError, EOFError, obstore.exceptions.BaseError) as error:
         raise UsageError(
-            f"{place} cannot be read: {_first_line(error)}.",
+            f"{place} cannot be read: {_in_short(error)}.",
             "Check that the file is whole and of the format the config names, and that the store is reachable.",
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")
+def _in_short(error: BaseException) -> str:
+    """The error's text on one line, without the colours that object stores' errors come with."""
+    text = " ".join(_COLOUR.sub("", str(error)).split()) or type(error).__name__
+    return text[:400].rstrip(".")
 
 
 def _find_locally(path: Path) -> list[FoundFile]:
@@ -165,25 +179,15 @@ def _on_s3(bucket: str, meta: Any, name: str) -> FoundFile:
 
 
 def _s3_store(bucket: str) -> S3Store:
-    _check_endpoint()
+    check_endpoint()
     # The default retries for three minutes; a wrong endpoint should be told while the user still watches.
     return S3Store(bucket, retry_config={"max_retries": 3, "retry_timeout": timedelta(seconds=20)})
 
 
 def _s3_filesystem() -> fs.S3FileSystem:
-    endpoint = _check_endpoint()
+    endpoint = check_endpoint()
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     return fs.S3FileSystem(endpoint_override=endpoint or None, region=region)
-
-
-def _check_endpoint() -> str:
-    endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
-    if endpoint.startswith("http://") and os.environ.get("AWS_ALLOW_HTTP", "").lower() not in ("1", "true"):
-        raise UsageError(
-            f"AWS_ENDPOINT_URL is {endpoint}, which is not encrypted.",
-            "Set AWS_ALLOW_HTTP=true to allow it, or give an https:// endpoint.",
-        )
-    return endpoint
 
 
 def _checksum_of_file(file: FoundFile) -> str:

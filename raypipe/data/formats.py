@@ -61,7 +61,7 @@ def detect_format(path: str, part: Literal["ratings", "items"]) -> Format:
     files = find_files(path)
     if find_layout(files, part) is not None:
         return "movielens"
-    formats = {_format_of(file) for file in files if file.size_bytes}
+    formats = {_format_of(file) for file in [file for file in files if file.size_bytes] or files}
     if len(formats) > 1:
         shown = ", ".join(file.name for file in files[:5])
         raise UsageError(

@@ -43,6 +43,8 @@ __all__ = ["Log", "LogChunk", "LogColumns", "LogConfig", "LogSplit", "open_log",
 
 _SAMPLE_ROWS = 1000
 _SAMPLE_BLOCK_BYTES = 256 << 10
+# A log whose first 4 MiB, or first 16 files, do not hold a usable row is not searched further.
+_SAMPLE_PIECES = 16
 # Seconds reach 1e11 in the year 5138; milliseconds were there in 1973.
 _FIRST_MILLISECONDS = 1e11
 
@@ -71,7 +73,7 @@ class LogConfig(Config):
     min_rating: float | None = shaping(None, "events rated lower are left out and counted as filtered")
     delimiter: str | None = shaping(None, "of CSV; unset: a comma, or a tab in .tsv files", min_length=1, max_length=1)
     quoted_newlines: bool = shaping(False, "CSV fields may hold line breaks in quotes; each file is then one split")
-    split_bytes: int = free(128 << 20, "about how much of the log one split holds", gt=0)
+    split_bytes: int = free(12 << 20, "about how much of the log one split holds", gt=0)
 
 
 @dataclass(frozen=True)
@@ -100,20 +102,33 @@ def open_log(config: LogConfig) -> Log:
     parts, types = _parts(config, format_, path, rules)
     for part in parts:
         _check_columns(part, config, rules)
+    # Judged by whole files, so that the size of splits has no say in what the times mean.
+    files = _splits(parts, rules, types, whole=True)
+    sample = list(islice(_first_rows(files), _SAMPLE_PIECES))
+    if not any(raw.table.num_rows or raw.rejects for raw in sample):
+        raise UsageError(f"The log {path} has no rows.", "Check that it is the right file and that it was written.")
+    _check_line_breaks(files[0], sample[0])
+    if rules.time is not None and rules.time_unit is None:
+        rules = replace(rules, time_unit=_judge_time_unit(sample, rules.time, path))
+    splits = _splits(parts, rules, types)
+    return Log(path, "order" if rules.time is None else "time", _sum(format_, parts), splits, _count(parts, sample))
+
+
+def _splits(
+    parts: list[Part], rules: EventRules, types: dict[str, JsonType] | None, whole: bool = False
+) -> list[LogSplit]:
+    """The splits of all parts in order; with `whole`, one a part."""
     splits: list[LogSplit] = []
     seq = 0
     for part in parts:
-        for start, end, position in part.ranges:
+        ranges = part.ranges
+        if whole and ranges:
+            ranges = [(ranges[0][0], ranges[-1][1], ranges[0][2])]
+        for start, end, position in ranges:
             split = LogSplit(len(splits), part.file.uri, part.file.name, part.reader, start, end, position, seq, rules)
             splits.append(replace(split, dialect=part.dialect, types=types, constants=part.constants))
         seq += part.length
-    sample = list(islice(_first_rows(splits), 16))
-    if not any(raw.table.num_rows or raw.rejects for raw in sample):
-        raise UsageError(f"The log {path} has no rows.", "Check that it is the right file and that it was written.")
-    if rules.time is not None and rules.time_unit is None:
-        rules = replace(rules, time_unit=_judge_time_unit(sample, rules.time, path))
-    splits = [replace(split, rules=rules) for split in splits]
-    return Log(path, "order" if rules.time is None else "time", _sum(format_, parts), splits, _count(parts, sample))
+    return splits
 
 
 def _rules(config: LogConfig) -> EventRules:
@@ -241,6 +256,18 @@ def _first_rows(splits: list[LogSplit]) -> Iterator[RawRows]:
                 return
 
 
+def _check_line_breaks(file: LogSplit, first: RawRows) -> None:
+    """Refuses a CSV file whose first lines are broken, but are whole rows once quotes may hold line breaks."""
+    if not first.rejects or file.dialect is None or not file.dialect.quoting or file.dialect.quoted_newlines:
+        return
+    quoted = replace(file, dialect=replace(file.dialect, quoted_newlines=True))
+    if not next(read_rows(quoted, block_bytes=_SAMPLE_BLOCK_BYTES)).rejects:
+        raise UsageError(
+            f"{file.uri} has fields with line breaks in quotes, so its lines are not its rows.",
+            "Set log.quoted_newlines: true (each file is then read by one worker).",
+        )
+
+
 def _judge_time_unit(sample: list[RawRows], column: str, path: str) -> Literal["seconds", "milliseconds", "iso"]:
     for raw in sample:
         values = casting.flat(raw.table.column(column).slice(0, _SAMPLE_ROWS))
@@ -271,13 +298,12 @@ def _count(parts: list[Part], sample: list[RawRows]) -> int:
     """Rows of the log: as Parquet tells them, or the bytes of text over the mean length of the first rows."""
     if parts[0].rows is not None:
         return sum(part.rows or 0 for part in parts)
-    rows = sum(raw.table.num_rows + len(raw.rejects) for raw in sample)
-    first = next(raw for raw in sample if raw.positions.size > 1) if rows > 1 else None
     total = sum(text_bytes(part.file) for part in parts)
-    if first is None:
-        return rows
-    length = (int(first.positions[-1]) - int(first.positions[0])) / (first.positions.size - 1)
-    return max(round(total / length), 1)
+    for raw in sample:
+        if raw.positions.size > 1:
+            length = (int(raw.positions[-1]) - int(raw.positions[0])) / (raw.positions.size - 1)
+            return max(round(total / length), 1)
+    return sum(raw.table.num_rows + len(raw.rejects) for raw in sample)
 
 
 def is_movielens(config: LogConfig) -> bool:

@@ -254,13 +254,17 @@ def _draw_items(
     pool[mode >= _GENRE_SHARE + _BRAND_SHARE] = config.genres + config.brands
     item = plan.pooled[plan.pool_start[pool] + zipf_ranks(rng.random(events), plan.pool_size[pool])]
 
-    # A run of following events goes on, part by part, from the event before the run.
+    # A run of following events goes on, part by part, from the event before the run. Where the parts end, the run
+    # begins anew; what is left after eight times, one run in sixty, stays without a sequel.
     follows = rng.random(events, np.float32) < _FOLLOW
     follows[np.flatnonzero(np.diff(user, prepend=-1))] = False
     place = np.arange(events)
-    origin = np.maximum.accumulate(np.where(follows, 0, place))
-    step, begun = place - origin, item[origin]
-    return np.where(step <= plan.parts_left[begun], begun + step, item)
+    for _ in range(8):
+        origin = np.maximum.accumulate(np.where(follows, 0, place))
+        step, begun = place - origin, item[origin]
+        beyond = step - plan.parts_left[begun]
+        follows[beyond == 1] = False
+    return np.where(beyond <= 0, begun + step, item)
 
 
 def _in_order_of_arrival(block: _Block, config: SyntheticConfig) -> pa.Table:

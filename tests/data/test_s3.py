@@ -1,0 +1,114 @@
+"""Logs and catalogues on an object store, against moto's server."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+
+import boto3
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from deltalake import write_deltalake
+
+from raypipe.data.catalogue import CatalogueConfig, read_catalogue
+from raypipe.data.log import LogColumns, LogConfig, open_log
+from raypipe.errors import UsageError
+
+TIME = LogColumns(time="t")
+HEADER = "user_id,item_id,t\n"
+LINES = [f"u{n % 5},i{n},{1_500_000_000 + n}\n" for n in range(300)]
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory) -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("moto") / "log"
+    with log.open("wb") as out:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-p", str(port), "-H", "127.0.0.1"], stdout=out, stderr=out
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                urllib.request.urlopen(url, timeout=1).close()
+                break
+            except OSError:
+                assert server.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.2)
+        yield url
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+@pytest.fixture
+def bucket(endpoint, monkeypatch):
+    settings = {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    bucket = boto3.resource("s3", endpoint_url=endpoint, region_name="us-east-1").Bucket(f"logs-{os.getpid()}")
+    bucket.create()
+    return bucket
+
+
+def test_csv_on_s3_reads_as_it_does_here(bucket, read_log, write_text):
+    text = HEADER + "".join(LINES)
+    bucket.put_object(Key="one/log.csv", Body=text.encode())
+    here = read_log(write_text("log.csv", text), TIME)
+    there = read_log(f"s3://{bucket.name}/one/log.csv", TIME, split_bytes=500)
+    assert there.events == here.events
+    assert there.splits > 10
+    etag = bucket.Object("one/log.csv").e_tag.strip('"')
+    assert open_log(LogConfig(path=f"s3://{bucket.name}/one/log.csv", columns=TIME)).checksum == f"{etag}-{len(text)}"
+
+
+def test_a_prefix_and_a_glob_on_s3_name_parts(bucket, read_log):
+    bucket.put_object(Key="many/part-0.csv", Body=(HEADER + "".join(LINES[:100])).encode())
+    bucket.put_object(Key="many/part-1.csv.gz", Body=gzip.compress((HEADER + "".join(LINES[100:])).encode()))
+    bucket.put_object(Key="many/_SUCCESS", Body=b"")
+    times = [1000 * (1_500_000_000 + n) for n in range(300)]
+    assert [e["time"] for e in read_log(f"s3://{bucket.name}/many", TIME).events] == times
+    assert [e["time"] for e in read_log(f"s3://{bucket.name}/many/part-*.gz", TIME).events] == times[100:]
+
+
+def test_parquet_and_delta_on_s3_are_read(bucket, read_log, tmp_path):
+    table = pa.table({"user_id": [f"u{n}" for n in range(50)], "item_id": [1] * 50, "t": list(range(50))})
+    pq.write_table(table, tmp_path / "log.parquet", row_group_size=7)
+    bucket.upload_file(str(tmp_path / "log.parquet"), "log.parquet")
+    write_deltalake(f"s3://{bucket.name}/delta", table)
+    for name in ("log.parquet", "delta"):
+        log = read_log(f"s3://{bucket.name}/{name}", TIME, split_bytes=1)
+        assert [(e["user_id"], e["time"]) for e in log.events] == [(f"u{n}", 1000 * n) for n in range(50)]
+
+
+def test_a_catalogue_on_s3_is_read(bucket):
+    bucket.put_object(Key="items.csv", Body=b"item_id,title\n1,One\n")
+    items, _ = read_catalogue(CatalogueConfig(path=f"s3://{bucket.name}/items.csv"))
+    assert items["title"].to_pylist() == ["One"]
+
+
+def test_what_is_not_on_s3_is_told(bucket, monkeypatch):
+    for uri in (f"s3://{bucket.name}/none.csv", "s3://no-such-bucket/log.csv"):
+        with pytest.raises(UsageError, match=r"There is no|cannot be read"):
+            open_log(LogConfig(path=uri, columns=TIME))
+    monkeypatch.setenv("AWS_ALLOW_HTTP", "false")
+    with pytest.raises(UsageError, match="Set AWS_ALLOW_HTTP=true"):
+        open_log(LogConfig(path=f"s3://{bucket.name}/none.csv", columns=TIME))
