@@ -1,10 +1,10 @@
 """Training on a Ray cluster: Ray Train starts the workers and restarts them, DeepSpeed shards what they hold.
 
-A task says what is trained and on which batches and is plain torch; the trainer says how: workers, ZeRO stage, steps,
-schedule, checkpoints. A run that lost a worker goes on from its last checkpoint and ends with the weights of the run
-that lost none; so does a run submitted again under the same name after its driver died. Two things end that equality:
-another number of workers (optimiser state is bound to it, so it is refused) and a time budget (`max_seconds`, by which
-a slower machine takes fewer steps).
+A task says what is trained and on which batches and is plain torch; the trainer says how: workers, ZeRO stage,
+steps, schedule, checkpoints. A run that lost a worker goes on from its last checkpoint and ends with the weights of the
+run that lost none; so does a run submitted again under the same name after its driver died. Another number of workers
+or ZeRO stage starts anew, as optimiser state is bound to both. A time budget (`max_seconds`) ends that equality: by it
+a slower machine takes fewer steps.
 
 Not covered: gradient accumulation, tensor or pipeline parallelism.
 """
@@ -117,7 +117,8 @@ def fit(task: TrainingTask, config: TrainerConfig, run: str, out: Path) -> Train
             resources_per_worker={"CPU": config.cpus_per_worker, **({"GPU": 1} if gpu else {})},
         ),
         run_config=RunConfig(
-            name=run,
+            # A checkpoint fits the stage and number of workers that wrote it and no other.
+            name=f"{run}-workers{config.workers}-zero{config.zero_stage}",
             storage_path=config.storage or str(out.parent.resolve() / "training"),
             failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),

@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from raypipe.errors import UsageError
 from raypipe.runtime.trainer import MODEL, TrainerConfig, TrainingTask
 
 if TYPE_CHECKING:
@@ -116,9 +115,7 @@ class _Worker:
     def _restore(self, checkpoint: Checkpoint) -> None:
         with checkpoint.as_directory() as folder:
             run = json.loads((Path(folder) / "rank-0.json").read_text())
-            if run["world"] != self.world:
-                problem = f"This run was checkpointed by {run['world']} workers and cannot go on with {self.world}."
-                raise UsageError(problem, f"Train with workers={run['world']}, or under another run name.")
+            assert run["world"] == self.world, "a run's name holds its configuration, the number of workers included"
             self.engine.load_checkpoint(folder, tag=_STATE)
         self.losses, self.seconds = run["losses"], run["seconds"]
         if self.rank == 0:

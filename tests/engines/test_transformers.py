@@ -10,30 +10,7 @@ from raypipe.engines.engine import Decoding, EngineConfig, Outcome
 from raypipe.language.backbone import load_backbone
 from raypipe.language.prompt import Prompt, Vectors
 
-WORDS = [
-    "Once",
-    "upon",
-    "a",
-    "time",
-    "there",
-    "was",
-    "little",
-    "girl",
-    "named",
-    "Lily",
-    "who",
-    "liked",
-    "to",
-    "play",
-    "with",
-    "her",
-    "red",
-    "ball",
-    "and",
-    "cat",
-    "in",
-    "park",
-]
+STORY = "Once upon a time there was little girl named Lily who liked to play with her red ball and cat in park"
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +24,12 @@ def lm(request) -> str:
 
 
 def engine(lm: str, **settings):
-    return EngineConfig(lm=lm, device="cpu", **settings).build()
+    return EngineConfig(lm=lm, device="cpu", threads=1, **settings).build()
 
 
 def mixed_prompts(count: int) -> list[Prompt]:
     rng = random.Random(0)
-    return [Prompt.of(" ".join(rng.choices(WORDS, k=rng.randint(1, 60)))) for _ in range(count)]
+    return [Prompt.of(" ".join(rng.choices(STORY.split(), k=rng.randint(1, 60)))) for _ in range(count)]
 
 
 def answers(lm: str, prompts: list[Prompt], decoding: Decoding, **settings) -> list[Outcome]:
@@ -105,10 +82,8 @@ def test_a_prompt_too_long_is_an_error_in_its_row_and_never_cut(stories):
 def test_the_context_is_filled_to_its_last_token(stories):
     prompt = Prompt.of("Once upon a time")
     (length,) = (outcome.tokens_in for outcome in answers(stories, [prompt], Decoding(max_new_tokens=1)))
-    fits, too_long = (
-        answers(stories, [prompt], Decoding(max_new_tokens=limit), context=64)[0]
-        for limit in (64 - length, 65 - length)
-    )
+    decodings = [Decoding(max_new_tokens=limit) for limit in (64 - length, 65 - length)]
+    fits, too_long = (answers(stories, [prompt], decoding, context=64)[0] for decoding in decodings)
     assert (fits.error, fits.tokens_out, fits.finish_reason) == (None, 64 - length, "length")
     assert too_long.error is not None
 

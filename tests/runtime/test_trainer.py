@@ -1,0 +1,150 @@
+"""Training under a real Ray and a real DeepSpeed: sharding changes no result, nor does a killed worker."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from raypipe.config import is_shaping
+from raypipe.language.backbone import load_backbone
+from raypipe.language.builtin import BuiltinLmConfig
+from raypipe.language.instructions import Catalogue, InstructionConfig
+from raypipe.language.pretraining import LmDataConfig, LmTask, prepare_lm
+from raypipe.runtime.trainer import TrainerConfig, TrainingResult, fit
+
+CONFIG = TrainerConfig(
+    workers=2, steps=12, batch_size=8, lr=1e-2, warmup_steps=3, checkpoint_every=5, device="cpu", max_failures=1
+)
+
+
+class Regression(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(6, 16), nn.Linear(16, 1)
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return functional.mse_loss(self.outer(torch.tanh(self.inner(batch["x"]))), batch["y"])
+
+
+class RegressionTask:
+    """Learns a sum. With `dies_at`, one worker is killed at that step, the first time it gets there."""
+
+    def __init__(self, deaths: Path, dies_at: int | None = None) -> None:
+        self.deaths, self.dies_at = deaths, dies_at
+
+    def build(self) -> nn.Module:
+        return Regression()
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        return 12
+
+    def batch(self, step: int, seed: int, rank: int, world: int, batch_size: int) -> dict[str, Tensor]:
+        if step == self.dies_at and rank == 1 and not (self.deaths / "died").exists():
+            (self.deaths / "died").touch()
+            os._exit(1)
+        with (self.deaths / f"steps-{rank}").open("a") as log:
+            log.write(f"{step}\n")
+        x = torch.randn(batch_size, 6, generator=torch.Generator().manual_seed(seed * 1000 + step))
+        return {"x": x[rank::world], "y": x.sum(1, keepdim=True)[rank::world]}
+
+    def save(self, weights: Mapping[str, Tensor], folder: Path) -> None:
+        folder.mkdir()
+        save_file(dict(weights), folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cluster():
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def train(folder: Path, config: TrainerConfig = CONFIG, dies_at: int | None = None, run: str = "run") -> TrainingResult:
+    folder.mkdir(exist_ok=True)
+    return fit(RegressionTask(folder, dies_at), config, run, folder / "out")
+
+
+def weights(result: TrainingResult) -> dict[str, Tensor]:
+    return load_file(result.folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> TrainingResult:
+    return train(tmp_path_factory.mktemp("undisturbed"), CONFIG.model_copy(update={"zero_stage": 3}))
+
+
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+def test_every_zero_stage_trains_the_same_weights(stage: int, undisturbed: TrainingResult, tmp_path: Path):
+    result = train(tmp_path, CONFIG.model_copy(update={"zero_stage": stage}))
+    assert result.losses == pytest.approx(undisturbed.losses, rel=1e-4)
+    assert {name: tuple(w.shape) for name, w in weights(result).items()} == {
+        "inner.weight": (16, 6),
+        "inner.bias": (16,),
+        "outer.weight": (1, 16),
+        "outer.bias": (1,),
+    }
+    for name, weight in weights(result).items():
+        torch.testing.assert_close(weight, weights(undisturbed)[name], rtol=1e-4, atol=1e-5)
+
+
+def test_two_workers_train_as_one_because_batches_are_global(undisturbed: TrainingResult, tmp_path: Path):
+    alone = train(tmp_path, CONFIG.model_copy(update={"workers": 1}))
+    assert alone.losses == pytest.approx(undisturbed.losses, rel=1e-4)
+    assert alone.losses[-1] < alone.losses[0]
+
+
+def test_a_killed_worker_changes_no_weight(undisturbed: TrainingResult, tmp_path: Path):
+    killed = train(tmp_path, CONFIG.model_copy(update={"zero_stage": 3}), dies_at=8)
+    assert (tmp_path / "died").exists()
+    # Steps up to the checkpoint at 5 are taken once, those between it and the death twice.
+    assert (tmp_path / "steps-0").read_text().split().count("4") == 1
+    assert (tmp_path / "steps-0").read_text().split().count("6") == 2
+    assert killed.losses == undisturbed.losses
+    for name, weight in weights(killed).items():
+        assert torch.equal(weight, weights(undisturbed)[name])
+
+
+def test_a_finished_run_submitted_again_trains_nothing(tmp_path: Path):
+    first = train(tmp_path)
+    steps = (tmp_path / "steps-0").read_text()
+    again = train(tmp_path)
+    assert (tmp_path / "steps-0").read_text() == steps
+    assert again.losses == first.losses
+    assert all(torch.equal(weight, weights(first)[name]) for name, weight in weights(again).items())
+
+
+def test_a_time_budget_ends_the_run_and_its_schedule(tmp_path: Path):
+    result = train(tmp_path, CONFIG.model_copy(update={"steps": 10**6, "max_seconds": 1.0}))
+    assert 1 <= result.steps < 10**6
+    assert result.seconds < 5
+
+
+def test_the_language_model_learns_and_loads_like_any_other(tmp_path: Path):
+    catalogue = Catalogue([f"Film {n}" for n in range(40)], [{"genre": [f"G{n % 4}"]} for n in range(40)])
+    data = LmDataConfig(
+        model=BuiltinLmConfig(size="tiny", vocabulary=400, context=256),
+        instructions=InstructionConfig(block_examples=200, merge_examples=40),
+    )
+    prepare_lm(tmp_path / "prepared", [[1, 2, 3, 4, 5, 6]], catalogue, data)
+    config = TrainerConfig(steps=30, batch_size=16, warmup_steps=5, device="cpu", max_failures=0)
+    result = fit(LmTask(tmp_path / "prepared"), config, "lm", tmp_path / "lm")
+    assert result.losses[-1] < result.losses[0] / 2
+    backbone = load_backbone(str(result.folder), device="cpu")
+    assert backbone.model.lm_head.weight is backbone.model.model.embed_tokens.weight
+
+
+def test_a_batch_must_reach_every_worker():
+    with pytest.raises(ValidationError, match="without an example"):
+        TrainerConfig(workers=4, batch_size=2)
+
+
+def test_every_field_is_marked_as_shaping_or_free():
+    for field in TrainerConfig.model_fields.values():
+        assert is_shaping(field) in (True, False)
