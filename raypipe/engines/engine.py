@@ -8,7 +8,7 @@ Importing this module loads neither torch nor transformers, so a driver can plan
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -115,6 +115,15 @@ class EngineConfig(Config):
         from raypipe.engines.transformers import TransformersEngine
 
         return TransformersEngine(self)
+
+    def token_counter(self) -> Callable[[Sequence[str]], list[int]]:
+        """What counts a text's tokens, without loading weights: for plans. Raises UsageError like `build`."""
+        if self.engine == "echo":
+            return lambda texts: [len(text.split()) for text in texts]
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(resolve_checkpoint(self.lm), local_files_only=True)
+        return lambda texts: [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
 
     def identity(self) -> dict[str, Any]:
         """What a fingerprint must hold of the engine: its name and version, its shaping settings, the model's content.

@@ -92,7 +92,7 @@ def run_summarize(config: SummarizeConfig) -> JobResult:
             pins.inputs(),
             pins.outputs(),
             scope,
-            {"variant": recipes.variant, "model": model.hash if model else config.engine.lm},
+            {"variant": recipes.variant, "engine": config.engine.engine, "model": model.hash if model else config.engine.lm},
         )
         task = SummaryTask(
             workspace,

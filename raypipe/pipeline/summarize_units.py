@@ -26,7 +26,7 @@ from raypipe.storage.models import Model, Models
 from raypipe.storage.schemas import BLOCK_SUMMARIES, SUMMARIES
 from raypipe.storage.tables import StagedFile
 from raypipe.storage.workspace import Workspace
-from raypipe.systems.summaries import HierarchicalSummarizer, SummariesConfig, UserSummary
+from raypipe.systems.summaries import HierarchicalSummarizer, SummariesConfig, UserSummary, calls_needed
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class SummarizeBucket:
                 continue
             blocks = {user: state.user_blocks(work[user]) for user in batch}
             known = state.known(batch)
-            calls = sum(self.summarizer.calls_needed(blocks[user], known.get(user, {})) for user in batch)
+            calls = sum(calls_needed(blocks[user], known.get(user, {})) for user in batch)
             # A prompt and its answer share the context, so this bounds both; what is not used is given back.
             most = Usage(calls, calls * self.summarizer.engine.context, 0)
             if not self.budget.take(most):

@@ -119,10 +119,6 @@ class HierarchicalSummarizer:
         self.merge_recipe = merge_recipe
         self._frame = engine.count_tokens([config.prompts.merge])[0]
 
-    def calls_needed(self, blocks: Sequence[Block], known: Known) -> int:
-        """Engine calls of one user, deeper merge levels not counted."""
-        return len(self._missing(blocks, known)) + int(len(blocks) > 1)
-
     def summarize(
         self,
         users: Mapping[str, Sequence[Block]],
@@ -145,7 +141,7 @@ class HierarchicalSummarizer:
     ) -> None:
         wanted: list[tuple[str, Block]] = []
         for user, blocks in users.items():
-            missing = {block.number for block in self._missing(blocks, known.get(user, {}))}
+            missing = {block.number for block in missing_blocks(blocks, known.get(user, {}))}
             for block in blocks:
                 if block.number in missing:
                     wanted.append((user, block))
@@ -224,8 +220,15 @@ class HierarchicalSummarizer:
             used += size + _NUMBERING_TOKENS
         return groups
 
-    def _missing(self, blocks: Sequence[Block], known: Known) -> list[Block]:
-        return [block for block in blocks if (old := known.get((0, block.number))) is None or old.key != block.key]
+
+def missing_blocks(blocks: Sequence[Block], known: Known) -> list[Block]:
+    """The blocks whose summary has to be written: those never written, or written from other items or by other means."""
+    return [block for block in blocks if (old := known.get((0, block.number))) is None or old.key != block.key]
+
+
+def calls_needed(blocks: Sequence[Block], known: Known) -> int:
+    """Engine calls of one user, deeper merge levels not counted."""
+    return len(missing_blocks(blocks, known)) + int(len(blocks) > 1)
 
 
 def _take(result: UserSummary, outcome: Outcome) -> str:
