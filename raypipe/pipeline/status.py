@@ -40,8 +40,8 @@ def run_status(config: StatusConfig) -> JobResult:
             rows[name] = {"version": version, "rows": table.rows(version), "rejected": 0}
             say(f"table {name}: {rows[name]['rows']:,} rows, version {version}")
     rejects = _rejects(workspace)
-    for (table, reason), count in rejects.items():
-        say(f"rejected for {table}: {count:,} {reason}")
+    for (rejected_for, reason), count in rejects.items():
+        say(f"rejected for {rejected_for}: {count:,} {reason}")
     night = Nights(workspace.store).current()
     say(f"night in force: {night.date if night else 'none'}")
     metrics: dict[str, Any] = {
