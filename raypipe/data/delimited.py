@@ -42,10 +42,8 @@ def parse_delimited(block: bytes, at: int, dialect: Dialect, wanted: list[str]) 
         return "skip"
 
     # Arrow hands malformed rows over as text, which bytes that are not UTF-8 have none; without `note` it gives up.
-    table = _parse_with_arrow(block, dialect, wanted, note if _is_utf8(block) else None)
-    # An unclosed quote swallows lines, unless it stands in the last one.
-    unclosed = dialect.quoting and block.count(b'"', starts[-1]) % 2
-    if table is None or table.num_rows + len(wrong) != starts.size or unclosed:
+    table, ended = _parse_with_arrow(block, dialect, wanted, note if _is_utf8(block) else None)
+    if table is None or table.num_rows + len(wrong) != starts.size or not ended:
         return _parse_each(block, at, starts, ends, dialect, wanted)
     rejects = [
         Reject(
@@ -60,12 +58,19 @@ def parse_delimited(block: bytes, at: int, dialect: Dialect, wanted: list[str]) 
     return RawRows(table, positions, rejects)
 
 
-def _parse_with_arrow(block: bytes, dialect: Dialect, wanted: list[str], note: object | None) -> pa.Table | None:
+def _parse_with_arrow(
+    block: bytes, dialect: Dialect, wanted: list[str], note: object | None
+) -> tuple[pa.Table | None, bool]:
+    """The rows of `block`, None if it is broken, and whether it ended outside of quotes.
+
+    That shows in a row of ours after the last one: an unclosed quote swallows it.
+    """
     delimiter = dialect.delimiter
+    block += f"\n{delimiter.join(['.'] * len(dialect.columns))}\n".encode()
     if len(delimiter) > 1:
         block, delimiter = block.replace(delimiter.encode(), _UNIT_SEPARATOR.encode()), _UNIT_SEPARATOR
     try:
-        return arrow_csv.read_csv(
+        table = arrow_csv.read_csv(
             pa.BufferReader(block),
             arrow_csv.ReadOptions(column_names=dialect.columns, use_threads=False, block_size=len(block) + 1),
             arrow_csv.ParseOptions(
@@ -82,7 +87,9 @@ def _parse_with_arrow(block: bytes, dialect: Dialect, wanted: list[str], note: o
             ),
         )
     except pa.ArrowInvalid:
-        return None
+        return None, False
+    ended = table.num_rows > 0 and table.column(0)[-1].as_py() == b"."
+    return table.slice(0, max(table.num_rows - 1, 0)), ended
 
 
 def _parse_each(
