@@ -85,7 +85,9 @@ def merge_histories(
         ],
         schema=HISTORIES.columns,
     )
-    unchanged = pc.sum(pc.is_in(keys, value_set=old["history_key"].combine_chunks())).as_py() or 0
+    # User by user: two users may well have one history, and then one key.
+    before = old["history_key"].combine_chunks().take(pc.index_in(names, value_set=old["user_id"].combine_chunks()))
+    unchanged = pc.sum(pc.equal(keys, before)).as_py() or 0
     return MergedHistories(merged, int(is_new.sum()), duplicates, len(names) - unchanged)
 
 
