@@ -38,7 +38,9 @@ class Store:
     """The objects below `uri`. Picklable: a worker opens its own connection at first use."""
 
     def __init__(self, uri: str) -> None:
-        self.uri = uri.rstrip("/") if uri.startswith("s3://") else str(Path(uri.removeprefix("file://")).absolute())
+        bucket = uri.removeprefix("s3://")
+        is_s3 = bucket != uri
+        self.uri = f"s3://{bucket.rstrip('/')}" if is_s3 else str(Path(uri.removeprefix("file://")).absolute())
 
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
         return Store, (self.uri,)
@@ -56,6 +58,11 @@ class Store:
             raise UsageError(f"{self.uri!r} names no bucket.", "Write s3://BUCKET/PREFIX.")
         return S3Store(bucket, prefix=prefix or None, client_options={"allow_http": True, "timeout": "60s"})
 
+    def _refuse_absent_folder(self) -> None:
+        # LocalStore makes its folder when it is opened; looking into a mistyped workspace should leave no trace.
+        if self.is_local and not self.local_path().is_dir():
+            raise FileNotFoundError(self.uri)
+
     def local_path(self, path: str = "") -> Path:
         """The path in the file system of an object of a local store."""
         assert self.is_local, f"{self.uri} has no local paths"
@@ -67,6 +74,7 @@ class Store:
     def read(self, path: str) -> bytes:
         """The object's bytes; raises FileNotFoundError where there is none."""
         with _plain_errors(self.uri):
+            self._refuse_absent_folder()
             return bytes(obstore.get(self._objects, path).bytes())
 
     def get(self, path: str) -> bytes | None:
@@ -83,19 +91,20 @@ class Store:
         """Bytes of the object, or None where there is none."""
         try:
             with _plain_errors(self.uri):
+                self._refuse_absent_folder()
                 return int(obstore.head(self._objects, path)["size"])
         except FileNotFoundError:
             return None
 
     def put(self, path: str, data: bytes) -> None:
         """Write the whole object; a reader sees the old bytes or the new, never a part."""
-        with _plain_errors(self.uri):
+        with _plain_errors(self.uri, writing=True):
             obstore.put(self._objects, path, data)
 
     def create(self, path: str, data: bytes) -> bool:
         """Write the object only where there is none; False where another came first."""
         try:
-            with _plain_errors(self.uri):
+            with _plain_errors(self.uri, writing=True):
                 obstore.put(self._objects, path, data, mode="create", use_multipart=False)
         except FileExistsError:
             return False
@@ -104,6 +113,8 @@ class Store:
     def list(self, prefix: str) -> list[Entry]:
         """Every object below `prefix` (a folder), in path order."""
         with _plain_errors(self.uri):
+            if self.is_local and not self.local_path().is_dir():
+                return []
             found = [meta for page in obstore.list(self._objects, prefix) for meta in page]
         entries = (Entry(str(m["path"]), int(m["size"]), m["last_modified"].timestamp()) for m in found)
         return sorted(entries, key=lambda entry: entry.path)
@@ -182,12 +193,18 @@ class _Seekable:
 
 
 @contextlib.contextmanager
-def _plain_errors(uri: str) -> Iterator[None]:
+def _plain_errors(uri: str, writing: bool = False) -> Iterator[None]:
     """Turn what object stores and disks raise into one paragraph each; absent and existing stay Python's own errors."""
     try:
         yield
-    except (FileNotFoundError, RaypipeError):
+    except RaypipeError:
         raise
+    except FileNotFoundError as error:
+        if not (writing and uri.startswith("s3://")):
+            raise
+        raise RaypipeError(
+            f"Nothing can be written under {uri}: there is no such bucket.", "Create the bucket, or name another."
+        ) from error
     except AlreadyExistsError as error:
         raise FileExistsError(str(error)) from None
     except (OSError, obstore.exceptions.BaseError) as error:

@@ -1,0 +1,176 @@
+"""What every test may use: a Ray of two workers, an S3 server, workspaces on both kinds of store, and the command line.
+
+A test that needs a server skips with the reason where it cannot be started, except under CI, where it fails.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+BUCKET = "raypipe-tests"
+_START_S = 40.0
+
+
+def unavailable(reason: str) -> None:
+    """Skip for want of a server; fail where every server has to be there."""
+    if os.environ.get("CI"):
+        pytest.fail(f"{reason}, and CI is set")
+    pytest.skip(reason)
+
+
+class S3Server(NamedTuple):
+    """A running S3 server: its URL, or why there is none."""
+
+    url: str
+    problem: str
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """moto's server as a process of its own, with `AWS_*` pointing to it. Ray's workers inherit these variables."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    log = tmp_path_factory.mktemp("moto") / "server.log"
+    patch = pytest.MonkeyPatch()
+    with log.open("wb") as output:
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        process = subprocess.Popen(command, stdout=output, stderr=output)
+    try:
+        problem = _wait_for(url, process, log)
+        if not problem:
+            settings = {
+                "AWS_ENDPOINT_URL": url,
+                "AWS_ALLOW_HTTP": "true",
+                "AWS_REGION": "us-east-1",
+                "AWS_DEFAULT_REGION": "us-east-1",
+                "AWS_ACCESS_KEY_ID": "test",
+                "AWS_SECRET_ACCESS_KEY": "test",
+            }
+            for name, value in settings.items():
+                patch.setenv(name, value)
+            problem = _make_bucket(url)
+        yield S3Server(url, problem)
+    finally:
+        patch.undo()
+        process.kill()
+        process.wait()
+
+
+def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> str:
+    deadline = time.monotonic() + _START_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            return f"moto's S3 server did not start: {log.read_text()[-500:]}"
+        try:
+            urllib.request.urlopen(f"{url}/moto-api/data.json", timeout=2).read()
+            return ""
+        except OSError:
+            time.sleep(0.1)
+    return f"moto's S3 server did not answer within {_START_S:.0f} s"
+
+
+def _make_bucket(url: str) -> str:
+    try:
+        import boto3
+    except ImportError as error:
+        return f"no bucket can be made on the S3 server: {error}"
+    boto3.client("s3", endpoint_url=url).create_bucket(Bucket=BUCKET)
+    return ""
+
+
+@pytest.fixture
+def s3_uri(s3_server: S3Server) -> str:
+    """A fresh prefix on the S3 server."""
+    if s3_server.problem:
+        unavailable(s3_server.problem)
+    return f"s3://{BUCKET}/{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture(params=["folder", "s3"])
+def workspace_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A fresh workspace's URI, once on a local folder and once on S3: the contract is the same."""
+    return request.getfixturevalue("s3_uri") if request.param == "s3" else str(tmp_path / "workspace")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3_server: S3Server) -> Iterator[None]:
+    """A real Ray with two CPUs on this machine, shared by all tests; its workers know the S3 server."""
+    import ray
+
+    if ray.is_initialized():  # another test's, whose workers do not know the S3 server
+        ray.shutdown()
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        logging_level="WARNING",
+        log_to_driver=False,
+        object_store_memory=200 * 2**20,
+    )
+    yield
+    ray.shutdown()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a job on the command line ended."""
+
+    code: int
+    result: dict[str, Any]
+    stderr: str
+
+    @property
+    def status(self) -> str:
+        return str(self.result["status"])
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        return dict(self.result["metrics"])
+
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def raypipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs `raypipe JOB …` in this process; the job's JSON is the last line of stdout.
+
+    Unless named otherwise there is one worker and no tracking: each costs a second or two that few tests are about.
+    """
+    from raypipe.cli.main import main
+
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+
+    def run(*words: object) -> Ended:
+        argv = [str(word) for word in words]
+        for option, value in (("--tracking", "off"), ("--cluster.workers", "1")):
+            if option not in argv:
+                argv += [option, value]
+        capsys.readouterr()
+        code = main(argv)
+        output = capsys.readouterr()
+        return Ended(code, json.loads(output.out.strip().splitlines()[-1]), output.err)
+
+    return run
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """An empty folder for logs, catalogues and configs."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    return folder

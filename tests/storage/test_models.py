@@ -1,0 +1,85 @@
+"""Content-addressed models: the same files are the same model, nothing executable is taken."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from raypipe.errors import UsageError
+from raypipe.storage.models import Models
+from raypipe.storage.store import Store
+
+
+@pytest.fixture
+def models(workspace_uri: str) -> Models:
+    return Models(Store(workspace_uri))
+
+
+def checkpoint(folder: Path, weights: bytes = b"\x00\x01", config: str = "{}") -> Path:
+    (folder / "tokenizer").mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(weights)
+    (folder / "config.json").write_text(config)
+    (folder / "tokenizer" / "vocab.txt").write_text("a\nb")
+    return folder
+
+
+def test_the_same_files_are_the_same_model_and_other_files_another(models: Models, tmp_path: Path) -> None:
+    first = models.add("lm", checkpoint(tmp_path / "a"), "recipe", {"seed": 1})
+    again = models.add("lm", checkpoint(tmp_path / "b"), "recipe", {"seed": 1})
+    other = models.add("lm", checkpoint(tmp_path / "c", weights=b"\x00\x02"), "recipe", {"seed": 1})
+    assert first.hash == again.hash != other.hash
+    assert [model.hash for model in models.all("lm")] == [first.hash, other.hash]
+    assert first.folder == f"models/lm/{first.hash}"
+    assert len(first.hash) == 32
+
+
+def test_a_file_by_another_name_or_border_is_another_model(models: Models, tmp_path: Path) -> None:
+    moved = checkpoint(tmp_path / "b")
+    (moved / "tokenizer" / "vocab.txt").rename(moved / "vocab.txt")
+    one = models.add("lm", checkpoint(tmp_path / "a"), "", {})
+    assert models.add("lm", moved, "", {}).hash != one.hash
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "weights.pkl", "modeling.py", "nested.pt"])
+def test_what_could_run_is_no_part_of_a_model(models: Models, tmp_path: Path, name: str) -> None:
+    folder = checkpoint(tmp_path / "a")
+    (folder / name).write_bytes(b"x")
+    with pytest.raises(UsageError, match=f"{name} cannot be part of a model"):
+        models.add("lm", folder, "recipe", {})
+    assert models.all("lm") == []
+
+
+def test_the_newest_of_a_recipe_is_found(models: Models, tmp_path: Path) -> None:
+    for number, recipe in enumerate(("old", "new", "new")):
+        if number == 2 and not models.store.is_local:
+            time.sleep(1.1)  # object stores date objects to the second
+        models.add("lm", checkpoint(tmp_path / str(number), weights=bytes([number])), recipe, {"number": number})
+    newest = [models.newest("lm", recipe) for recipe in ("old", "new", None, "never")]
+    assert [model.lineage["number"] if model else None for model in newest] == [0, 2, 2, None]
+    assert models.newest("recommender") is None
+
+
+def test_a_fetched_model_is_a_local_folder_of_the_same_files(models: Models, tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "a")
+    model = models.add("lm", source, "recipe", {})
+    folder = models.fetch(model, tmp_path / "cache")
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert found == {p.relative_to(source).as_posix(): p.read_bytes() for p in source.rglob("*") if p.is_file()}
+    assert models.fetch(model, tmp_path / "cache") == folder
+
+
+def test_a_download_that_broke_off_is_not_taken_for_the_model(s3_uri: str, tmp_path: Path) -> None:
+    models = Models(Store(s3_uri))
+    model = models.add("lm", checkpoint(tmp_path / "a"), "recipe", {})
+    folder = models.fetch(model, tmp_path / "cache")
+    (folder.parent / "model.json").unlink()  # written last
+    (folder / "model.safetensors").write_bytes(b"half")
+    assert (models.fetch(model, tmp_path / "cache") / "model.safetensors").read_bytes() == b"\x00\x01"
+
+
+def test_a_model_without_its_card_was_never_finished(models: Models, tmp_path: Path) -> None:
+    model = models.add("lm", checkpoint(tmp_path / "a"), "recipe", {})
+    models.store.delete([f"{model.folder}/model.json"])
+    assert models.newest("lm") is None
