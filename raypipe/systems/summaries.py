@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import model_validator
+
 from raypipe.config import Config, shaping
 from raypipe.engines.engine import Decoding, Engine, Outcome
 from raypipe.language.summary_prompts import SummaryPrompts
@@ -30,6 +32,13 @@ class SummariesConfig(Config):
     prompts: SummaryPrompts = shaping(SummaryPrompts, "prompt templates")
     block_decoding: Decoding = shaping(Decoding, "decoding of block summaries")
     merge_decoding: Decoding = shaping(Decoding, "decoding of merges")
+
+    @model_validator(mode="after")
+    def _window_holds_a_block(self) -> SummariesConfig:
+        # Only whole blocks are in the window: a smaller one would leave some users without any.
+        if self.window_events < self.block_items:
+            raise ValueError(f"window_events is {self.window_events}, less than one block of {self.block_items} items")
+        return self
 
     def block_recipe(self, engine: Mapping[str, Any]) -> str:
         """Fingerprint of a block's summary; `engine` is the engine's identity."""
