@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -130,10 +130,3 @@ def _fixed_pieces(templates: Sequence[str]) -> list[str]:
     pieces = (piece for template in templates for piece in re.split(r"\{\w+\}", template))
     # A byte-level decoder spells an added token in its own bytes only where a space makes it unmistakable.
     return [piece for piece in dict.fromkeys(pieces) if " " in piece.strip()]
-
-
-def architecture(folder: Path) -> Any:
-    """The model configuration of a checkpoint."""
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(folder, local_files_only=True)

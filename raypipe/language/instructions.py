@@ -18,6 +18,15 @@ import numpy as np
 from raypipe.config import Config, shaping
 from raypipe.language.summary_prompts import Attributes, SummaryPrompts
 
+RANKING = """Below are summaries of what one person chose over time, oldest first.
+{summaries}
+In one line, rank what this person chooses, the most frequent first.
+Answer:"""
+"""An exercise beside the two of summarising: a merge names three values, so it teaches three comparisons; ranking eight
+teaches the same counting at little more cost."""
+
+_RANKED = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -46,6 +55,7 @@ class InstructionConfig(Config):
 
     block_examples: int = shaping(24_000, "exercises in summarising one block of items", ge=0)
     merge_examples: int = shaping(16_000, "exercises in merging block summaries", ge=0)
+    ranking_examples: int = shaping(8_000, "exercises in ranking values over block summaries, for training only", ge=0)
     synthetic_share: float = shaping(0.5, "share of examples made from made-up histories", ge=0, le=1)
     catalogue_repeats: int = shaping(0, "how often every item's line stands in training as plain text", ge=0)
     block_size: int = shaping(5, "items of one block", ge=1)
@@ -75,19 +85,27 @@ def summary_examples(
     rng = np.random.default_rng(config.seed)
     source = _Histories(histories, catalogue, prompts, config, rng)
     lines = catalogue.lines(prompts)
+    ranking = prompts.model_copy(update={"merge": RANKING})
     for _ in range(config.block_examples):
         block = source.draw(1)[0]
         counts = source.counts(block)
         yield Example(prompts.block_prompt([lines[row] for row in block]).text, prompts.block_summary_of_counts(counts))
-    for _ in range(config.merge_examples):
+    for number in range(config.merge_examples + config.ranking_examples):
         blocks = [source.counts(block) for block in source.draw(_number_of_blocks(config.blocks, rng))]
         if rng.random() < config.noise:
             blocks = [_disturbed(counts, rng) for counts in blocks]
         texts = [prompts.block_summary_of_counts(counts) for counts in blocks]
         # The answer follows from what is shown, so that the exercise can be solved.
-        yield Example(prompts.merge_prompt(texts).text, prompts.merge_of_counts(blocks))
+        if number < config.merge_examples:
+            yield Example(prompts.merge_prompt(texts).text, prompts.merge_of_counts(blocks))
+        else:
+            yield Example(ranking.merge_prompt(texts).text, _ranking(prompts, blocks))
     for _ in range(config.catalogue_repeats):
         yield from (Example("", line) for line in lines)
+
+
+def _ranking(prompts: SummaryPrompts, blocks: Sequence[Counter[str]]) -> str:
+    return f"{', '.join(prompts.ranked(sum(blocks, Counter()))[:_RANKED])}."
 
 
 def _number_of_blocks(most: int, rng: np.random.Generator) -> int:
@@ -130,8 +148,7 @@ class _Histories:
                 by_value.setdefault(value, []).append(row)
         self._rows_of = [np.asarray(rows) for rows in by_value.values()]
         # A user's chance to be drawn grows with the blocks they have, so that long histories are not underread.
-        weights = np.array([len(items) for items in self._real], dtype=np.float64) ** 0.5
-        self._weights = weights / weights.sum() if len(weights) else weights
+        self._chances = np.cumsum([len(items) ** 0.5 for items in self._real])
 
     def counts(self, rows: Sequence[int]) -> Counter[str]:
         return Counter(value for row in rows for value in self._values[row])
@@ -146,7 +163,7 @@ class _Histories:
         return self._size if self._rng.random() < 0.7 else int(self._rng.integers(1, self._size + 1))
 
     def _window(self, wanted: int) -> list[int]:
-        items = self._real[self._rng.choice(len(self._real), p=self._weights)]
+        items = self._real[np.searchsorted(self._chances[:-1], self._rng.random() * self._chances[-1])]
         start = int(self._rng.integers(0, max(1, len(items) - wanted + 1)))
         return items[start : start + wanted].tolist()
 
@@ -161,9 +178,11 @@ class _Histories:
         rows = rng.integers(0, len(self._values), size=events)
         if self._rows_of:
             favourites = rng.integers(0, len(self._rows_of), size=int(rng.integers(1, 5)))
-            weights = rng.dirichlet(np.ones(len(favourites)))
+            share = np.cumsum(rng.dirichlet(np.ones(len(favourites))))
             follows = rng.random(events) < rng.random()
+            picked = favourites[np.searchsorted(share[:-1], rng.random(events))]
+            places = rng.random(events)
             for event in np.flatnonzero(follows):
-                pool = self._rows_of[favourites[rng.choice(len(favourites), p=weights)]]
-                rows[event] = pool[rng.integers(len(pool))]
+                pool = self._rows_of[picked[event]]
+                rows[event] = pool[int(places[event] * len(pool))]
         return rows.tolist()

@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from raypipe.config import Config, shaping
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
-from raypipe.language.instructions import Catalogue, Example, InstructionConfig, summary_examples
+from raypipe.language.instructions import RANKING, Catalogue, Example, InstructionConfig, summary_examples
 from raypipe.language.summary_prompts import SummaryPrompts, times
 
 _MARKER = "prepared.json"
@@ -61,7 +61,7 @@ def prepare_lm(
     tokenizer = train_tokenizer(
         chain(catalogue.lines(config.prompts), answers),
         values,
-        [config.prompts.block, config.prompts.merge],
+        [config.prompts.block, config.prompts.merge, RANKING],
         config.model.vocabulary,
     )
     save_untrained(folder / "start", config.model, tokenizer, config.instructions.seed)
@@ -126,8 +126,12 @@ class LmTask:
         if not (self.folder / _MARKER).is_file():
             raise ValueError(f"{folder} holds no prepared examples; call prepare_lm first.")
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder}
+        self._order: list[np.ndarray] = []
+        self._order_of: tuple[int, int, int] | None = None
+
+    def __reduce__(self) -> tuple[type[LmTask], tuple[Path]]:
+        # Workers open the files themselves.
+        return type(self), (self.folder,)
 
     def build(self) -> nn.Module:
         """The model to train; forward(batch) is its loss."""
@@ -157,9 +161,6 @@ class LmTask:
         )
         lm = {name.removeprefix("lm."): tensor.contiguous() for name, tensor in weights.items()}
         save_file(lm, folder / "model.safetensors", metadata={"format": "pt"})
-
-    _order: list[np.ndarray]
-    _order_of: tuple[int, int, int] | None = None
 
     @cached_property
     def _tokens(self) -> np.ndarray:

@@ -102,29 +102,30 @@ def fit(task: TrainingTask, config: TrainerConfig, run: str, out: Path) -> Train
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from raypipe.runtime.training_loop import train_on_worker
+    from raypipe.runtime.training_progress import shown_on_stderr
 
     gpu = config.device == "cuda" or (
         config.device == "auto" and ray.cluster_resources().get("GPU", 0) >= config.workers
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    trainer = TorchTrainer(
-        train_on_worker,
-        train_loop_config={"task": task, "config": config, "gpu": gpu},
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=config.workers,
-            use_gpu=gpu,
-            resources_per_worker={"CPU": config.cpus_per_worker, **({"GPU": 1} if gpu else {})},
-        ),
-        run_config=RunConfig(
-            # A checkpoint fits the stage and number of workers that wrote it and no other.
-            name=f"{run}-workers{config.workers}-zero{config.zero_stage}",
-            storage_path=config.storage or str(out.parent.resolve() / "training"),
-            failure_config=FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-        ),
-    )
-    result = trainer.fit()
+    with shown_on_stderr() as board:
+        result = TorchTrainer(
+            train_on_worker,
+            train_loop_config={"task": task, "config": config, "board": board, "gpu": gpu},
+            torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=config.workers,
+                use_gpu=gpu,
+                resources_per_worker={"CPU": config.cpus_per_worker, **({"GPU": 1} if gpu else {})},
+            ),
+            run_config=RunConfig(
+                # A checkpoint fits the stage and number of workers that wrote it and no other.
+                name=f"{run}-workers{config.workers}-zero{config.zero_stage}",
+                storage_path=config.storage or str(out.parent.resolve() / "training"),
+                failure_config=FailureConfig(max_failures=config.max_failures),
+                checkpoint_config=CheckpointConfig(num_to_keep=2),
+            ),
+        ).fit()
     assert result.checkpoint is not None, "a finished run has reported its last checkpoint"
     with result.checkpoint.as_directory() as checkpoint:
         _place(Path(checkpoint) / MODEL, out)

@@ -1,4 +1,4 @@
-"""What each training worker runs: the step loop over a DeepSpeed engine, checkpoints, and progress on stderr."""
+"""What each training worker runs: the step loop over a DeepSpeed engine, checkpoints, and progress."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ _PROGRESS_EVERY_S = 5.0
 def train_on_worker(arguments: dict[str, Any]) -> dict[str, Any] | None:
     """Trains `arguments["task"]`; the losses and seconds of the run, on rank 0."""
     config: TrainerConfig = arguments["config"]
-    worker = _Worker(arguments["task"], config, gpu=arguments["gpu"])
+    worker = _Worker(arguments["task"], config, arguments["board"], gpu=arguments["gpu"])
     return worker.run()
 
 
 class _Worker:
     """One rank of a training run."""
 
-    def __init__(self, task: TrainingTask, config: TrainerConfig, *, gpu: bool) -> None:
+    def __init__(self, task: TrainingTask, config: TrainerConfig, board: Any, *, gpu: bool) -> None:
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        self.task, self.config = task, config
+        self.task, self.config, self.board = task, config, board
         self.losses: list[float] = []  # mean over ranks, one a step
         self.seconds = 0.0  # of earlier attempts, up to the checkpoint this one started from
         if not gpu:
@@ -67,7 +67,7 @@ class _Worker:
             step += 1
             if self.rank == 0 and time.monotonic() - reported > _PROGRESS_EVERY_S:
                 reported = time.monotonic()
-                self._print(step, pending[-1].item(), (step - first) / (reported - started), progress, started)
+                self._post(step, pending[-1].item(), (step - first) / (reported - started), progress, started)
             if step % self.config.checkpoint_every == 0 and step < self.steps:
                 self._record(pending)
                 self._checkpoint(time.monotonic() - started, final=False)
@@ -119,16 +119,16 @@ class _Worker:
             self.engine.load_checkpoint(folder, tag=_STATE)
         self.losses, self.seconds = run["losses"], run["seconds"]
         if self.rank == 0:
-            print(f"train  goes on after step {len(self.losses)}", file=sys.stderr, flush=True)
+            self.board.post.remote(f"goes on after step {len(self.losses)}")
 
-    def _print(self, step: int, loss: float, rate: float, progress: float, started: float) -> None:
+    def _post(self, step: int, loss: float, rate: float, progress: float, started: float) -> None:
         elapsed = time.monotonic() - started
         left_s = min(
             (self.steps - step) / rate,
             math.inf if self.config.max_seconds is None else self.config.max_seconds - self.seconds - elapsed,
         )
-        line = f"train  step {step}/{self.steps}  loss {loss:.4f}  {rate:.1f} steps/s  {max(0, left_s):.0f} s left"
-        print(line, file=sys.stderr, flush=True)
+        line = f"step {step}/{self.steps}  loss {loss:.4f}  {rate:.1f} steps/s  {max(0, left_s):.0f} s left"
+        self.board.post.remote(line)
 
 
 def _deepspeed_engine(module: nn.Module, config: TrainerConfig, world: int, *, gpu: bool) -> Any:

@@ -1,6 +1,7 @@
 """Training under a real Ray and a real DeepSpeed: sharding changes no result, nor does a killed worker."""
 
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -61,6 +62,8 @@ class RegressionTask:
 
 @pytest.fixture(scope="module", autouse=True)
 def _cluster():
+    # Workers cannot import a test module, so its classes travel whole.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     yield
     ray.shutdown()
