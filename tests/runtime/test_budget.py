@@ -1,0 +1,63 @@
+"""Caps are hard: with any number of workers nothing is spent that was not granted."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import ray
+
+from raypipe.runtime.budget import Budget, Limits
+from raypipe.storage.ledger import Usage
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@ray.remote(num_cpus=1)
+def spend(budget: Budget, most: Usage, used: Usage, times: int) -> int:
+    granted = 0
+    for _ in range(times):
+        if budget.take(most):
+            granted += 1
+            budget.give_back(most, used)
+    return granted
+
+
+@pytest.mark.parametrize(
+    ("limits", "most", "granted"),
+    [
+        (Limits(calls=100), Usage(7, 0, 0), 14),
+        (Limits(tokens=1000), Usage(1, 90, 10), 10),
+        (Limits(cost=1.0, price_in=1000.0, price_out=5000.0), Usage(1, 100, 20), 5),
+        (Limits(calls=0), Usage(1, 0, 0), 0),
+    ],
+)
+def test_two_workers_never_get_more_than_the_cap(limits: Limits, most: Usage, granted: int) -> None:
+    budget = Budget(limits, Usage())
+    assert sum(ray.get([spend.remote(budget, most, most, 30) for _ in range(2)])) == granted
+
+
+def test_what_was_reserved_and_not_used_can_be_granted_again() -> None:
+    budget = Budget(Limits(calls=10), Usage())
+    assert budget.take(Usage(8, 0, 0))
+    assert not budget.take(Usage(3, 0, 0))
+    budget.give_back(Usage(8, 0, 0), Usage(2, 0, 0))
+    assert budget.take(Usage(8, 0, 0))
+    assert not budget.take(Usage(1, 0, 0))
+
+
+def test_what_earlier_attempts_spent_is_not_granted_again() -> None:
+    budget = Budget(Limits(calls=10), Usage(calls=9))
+    assert not budget.take(Usage(2, 0, 0))
+    assert budget.take(Usage(1, 0, 0))
+
+
+def test_nothing_is_granted_after_the_deadline() -> None:
+    assert Budget(Limits(deadline=time.time() + 60), Usage()).take(Usage(1, 1, 1))
+    assert not Budget(Limits(deadline=time.time() - 1), Usage()).take(Usage(1, 1, 1))
+
+
+def test_without_caps_nothing_is_asked_and_all_is_granted() -> None:
+    budget = Budget(Limits(), Usage())
+    assert budget._account is None
+    assert budget.take(Usage(10**9, 10**9, 10**9))
