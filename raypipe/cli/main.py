@@ -72,7 +72,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _failure(job: str, status: str, error: str) -> dict[str, Any]:
-    return {"job": job, "status": status, "run_key": "", "tables": {}, "models": {}, "metrics": {}, "cost": {}, "error": error}
+    return {
+        "job": job,
+        "status": status,
+        "run_key": "",
+        "tables": {},
+        "models": {},
+        "metrics": {},
+        "cost": {},
+        "error": error,
+    }
 
 
 def _end(result: dict[str, Any], code: int) -> int:

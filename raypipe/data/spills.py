@@ -7,8 +7,8 @@ power-of-two bucket count lie side by side. The number of buckets may thus be de
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -37,7 +37,13 @@ class Spill:
         self._chunks: list[tuple[pa.Table, U64]] = []
         self.events = 0
 
-    def add(self, users: pa.DictionaryArray, items: NDArray[np.int32], times: NDArray[np.int64], weights: NDArray[np.float32]) -> None:
+    def add(
+        self,
+        users: pa.DictionaryArray,
+        items: NDArray[np.int32],
+        times: NDArray[np.int64],
+        weights: NDArray[np.float32],
+    ) -> None:
         """Add events: `users` dictionary-encoded, the rest [events] each."""
         if len(users) == 0:
             return
@@ -66,8 +72,10 @@ class Spill:
         schema = ROW_SCHEMA.with_metadata({"groups": str(groups)})
         options = pa.ipc.IpcWriteOptions(compression="lz4")
         with pa.ipc.new_file(sink, schema, options=options) as writer:
-            for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
-                for batch in rows.slice(start, stop - start).to_batches() or [pa.RecordBatch.from_pylist([], ROW_SCHEMA)]:
+            for start, stop in pairwise(bounds.tolist()):
+                for batch in rows.slice(start, stop - start).to_batches() or [
+                    pa.RecordBatch.from_pylist([], ROW_SCHEMA)
+                ]:
                     writer.write_batch(batch)
         return sink.getvalue().to_pybytes()
 
@@ -142,8 +150,3 @@ def _choose_groups(events: int) -> int:
     while groups < MAX_GROUPS and groups * _ROWS_PER_GROUP < events:
         groups *= 2
     return groups
-
-
-def row_json(rows: pa.Table) -> list[str]:
-    """Each row as JSON text."""
-    return [json.dumps(row, ensure_ascii=False) for row in rows.to_pylist()]

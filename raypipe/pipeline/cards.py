@@ -40,10 +40,20 @@ def write_cards(workspace: Workspace, date: str, versions: Mapping[str, int], co
     attributes = [dict(pairs) for pairs in items["attributes"].to_pylist()]
     users, history = _choose(workspace, versions, count)
     cards = [
-        _card(user, summary, [titles[i - 1] for i in history[user]], value_counts(attributes[i - 1] for i in history[user]))
+        _card(
+            user,
+            summary,
+            [titles[i - 1] for i in history[user]],
+            value_counts(attributes[i - 1] for i in history[user]),
+        )
         for user, summary in zip(users["user_id"].to_pylist(), users["summary"].to_pylist(), strict=True)
     ]
-    page = _PAGE.format(date=date, users=workspace.tables["summaries"].rows(versions["summaries"]), shown=len(cards), cards="\n".join(cards))
+    page = _PAGE.format(
+        date=date,
+        users=workspace.tables["summaries"].rows(versions["summaries"]),
+        shown=len(cards),
+        cards="\n".join(cards),
+    )
     path = f"nights/{date}/cards.html"
     workspace.store.put(path, page.encode())
     return workspace.store.object_uri(path)

@@ -33,5 +33,8 @@ def run_synthetic(config: SyntheticJobConfig) -> JobResult:
     size = sum(path.stat().st_size for path in paths.values() if path is not None)
     say(f"dataset: {config.events:,} events of {config.users:,} users on {config.items:,} items in {folder}")
     return JobResult(
-        "dataset", "ok", metrics={**metrics, "bytes_written": size}, cost={"seconds": round(time.monotonic() - started, 3)}
+        "dataset",
+        "ok",
+        metrics={**metrics, "bytes_written": size},
+        cost={"seconds": round(time.monotonic() - started, 3)},
     )

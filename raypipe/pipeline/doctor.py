@@ -64,7 +64,9 @@ def _version(package: str) -> str:
 def _compiler() -> str:
     found = shutil.which("g++") or shutil.which("c++")
     if found is None:
-        raise RaypipeError("There is no C++ compiler, which DeepSpeed needs once.", "Install g++ (Debian: apt install g++).")
+        raise RaypipeError(
+            "There is no C++ compiler, which DeepSpeed needs once.", "Install g++ (Debian: apt install g++)."
+        )
     return found
 
 
@@ -76,7 +78,9 @@ def _workspace(store: Store) -> str:
 def _disk(store: Store) -> str:
     room = store.free_bytes()
     if room is not None and room < _FREE_BYTES:
-        raise RaypipeError(f"Only {room / 2**30:.1f} GiB are free under {store.uri}.", "Free some, or use another disk.")
+        raise RaypipeError(
+            f"Only {room / 2**30:.1f} GiB are free under {store.uri}.", "Free some, or use another disk."
+        )
     return "an object store" if room is None else f"{room / 2**30:.0f} GiB free"
 
 

@@ -36,7 +36,9 @@ class IngestOptions(Config):
     """What is ingested, and how it is read."""
 
     log: LogConfig | None = shaping(None, "the interaction log; unset: read the catalogue only")
-    catalogue: CatalogueConfig | None = shaping(None, "the items; unset: those of the workspace, or the log's own layout")
+    catalogue: CatalogueConfig | None = shaping(
+        None, "the items; unset: those of the workspace, or the log's own layout"
+    )
     partial_catalogue: bool = shaping(False, "items the catalogue does not name stay available")
     buckets: int | None = free(None, "user buckets, decided at the first ingest; unset: about 5,000 users each", ge=4)
     max_reject_rate: float = free(0.2, "share of rejected rows above which nothing is published", ge=0, le=1)
@@ -67,7 +69,10 @@ def run_ingest(config: IngestConfig) -> JobResult:
             return JobResult("ingest", "nothing_to_do", cost=cost_of(Usage(), time.monotonic() - started))
         result = _ingest(config, session, log, items, catalogue.rejects if catalogue else None, base, started)
     tracking.log_run(
-        "ingest", result.run_key, {"log": log.uri if log else "none"}, {**result.metrics, "seconds": result.cost["seconds"]}
+        "ingest",
+        result.run_key,
+        {"log": log.uri if log else "none"},
+        {**result.metrics, "seconds": result.cost["seconds"]},
     )
     return result
 
@@ -93,7 +98,8 @@ def _ingest(
     pins = session.versions("tombstones")
     run = session.run(recipe, pins, base, "all", {"log": log.uri if log else None, "kind": log.kind if log else None})
     workspace.store.put(
-        f"{run.staging}/items.arrow", item_table_bytes(items.rows["item_id"].combine_chunks(), digest_lanes(items.rows["content_hash"]))
+        f"{run.staging}/items.arrow",
+        item_table_bytes(items.rows["item_id"].combine_chunks(), digest_lanes(items.rows["content_hash"])),
     )
     info = workspace.info()
     spilled: dict[Unit, Receipt] = {}
@@ -109,9 +115,7 @@ def _ingest(
     if info is not None and (spilled or items.changed):
         units = [Unit("bucket", index) for index in range(info.buckets)]
         spills = [receipt.facts["spill"] for receipt in spilled.values()]
-        work_on = partial(
-            MergeBucket, workspace, run, base["histories"], spills, info, rekey=items.changed > 0
-        )
+        work_on = partial(MergeBucket, workspace, run, base["histories"], spills, info, rekey=items.changed > 0)
         merged = session.phase(run, units, work_on, "ingest, merging histories")
     return _publish(session, run, log, items, item_rejects, spilled, merged, info, started)
 
@@ -164,7 +168,9 @@ def _publish(
     }
     rows = {"items": items.rows.num_rows, "histories": users, "rejects": metrics["rejected"]}
     shown = {part.table: {"rows": rows.get(part.table, 1), "rejected": read.rejected} for part in parts}
-    result = JobResult("ingest", "ok", run.run_key, shown, metrics=metrics, cost=cost_of(Usage(), time.monotonic() - started))
+    result = JobResult(
+        "ingest", "ok", run.run_key, shown, metrics=metrics, cost=cost_of(Usage(), time.monotonic() - started)
+    )
     return JobResult.from_dict(session.publish(run, parts, result.to_dict()))
 
 

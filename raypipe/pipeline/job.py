@@ -98,7 +98,9 @@ class BatchConfig(JobConfig):
             try:
                 lines = Path(self.users).read_text(encoding="utf-8").splitlines()
             except (OSError, UnicodeDecodeError) as error:
-                raise UsageError(f"The users file {self.users} cannot be read: {error}.", "Write one user id a line.") from error
+                raise UsageError(
+                    f"The users file {self.users} cannot be read: {error}.", "Write one user id a line."
+                ) from error
             named = sorted({line for line in lines if line})
             known = set(every_user().to_pylist())
             if strangers := [user for user in named if user not in known]:

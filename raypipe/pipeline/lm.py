@@ -40,7 +40,9 @@ class LmOptions(Config):
     trainer: TrainerConfig = shaping(TrainerConfig, "training under Ray Train and DeepSpeed")
     hold_out: int = shaping(1, "last events of every user that training never sees", ge=0)
     histories: int = shaping(20_000, "most users whose histories are read, chosen by hash", ge=1)
-    work_folder: str | None = free(None, "folder all training nodes share; unset: below a local workspace, else a temporary one")
+    work_folder: str | None = free(
+        None, "folder all training nodes share; unset: below a local workspace, else a temporary one"
+    )
 
 
 class LmConfig(LmOptions, JobConfig):
@@ -56,7 +58,9 @@ def run_lm(config: LmConfig) -> JobResult:
     with hold(workspace.store, [f"models-{MODEL}"], JOB, config.lock_lease_s):
         versions = {name: workspace.tables[name].version() for name in ("items", "histories")}
         if ABSENT in versions.values():
-            raise UsageError(f"The workspace {workspace.uri} has no histories to learn from.", "Run `raypipe ingest` first.")
+            raise UsageError(
+                f"The workspace {workspace.uri} has no histories to learn from.", "Run `raypipe ingest` first."
+            )
         items = workspace.tables["items"].read(versions["items"]).sort_by("index")
         histories = _histories(workspace, versions["histories"], config.histories)
         recipe = fingerprint(

@@ -132,6 +132,10 @@ def _report(metrics: dict[str, Any], config: PlanConfig) -> None:
     if config.price_in or config.price_out:
         say(f"at most {config.money(spent):,.2f} at the prices given")
     seconds = metrics["seconds"]
-    say(f"about {seconds / 3600:.2f} hours" if seconds else "no run of this engine yet to tell the hours from: try --sample")
+    say(
+        f"about {seconds / 3600:.2f} hours"
+        if seconds
+        else "no run of this engine yet to tell the hours from: try --sample"
+    )
     if metrics["users_per_bucket"] > _CROWDED:
         say(f"{metrics['users_per_bucket']:,} users a bucket: ingest into a workspace with more --buckets")

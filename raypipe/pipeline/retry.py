@@ -95,9 +95,7 @@ def _ingest_again(config: RetryConfig, workspace: Workspace, rows: pa.Table) -> 
         event_weights=weights,
     )
     result = run_ingest(
-        IngestConfig(
-            **{name: getattr(config, name) for name in JobConfig.model_fields}, log=log, max_reject_rate=1.0
-        )
+        IngestConfig(**{name: getattr(config, name) for name in JobConfig.model_fields}, log=log, max_reject_rate=1.0)
     )
     workspace.store.delete([path])
     return result
@@ -112,7 +110,11 @@ def _remove(config: RetryConfig, workspace: Workspace, gone: pa.Table) -> int:
         number = table.published_number(f"rejects:{JOB}") + 1
         staged = []
         if any(stay):
-            staged.append(table.stage(rows.filter(pa.array(stay)), f"{JOB}-{number:08d}-{time.time_ns()}", {"table": config.table}))
+            staged.append(
+                table.stage(
+                    rows.filter(pa.array(stay)), f"{JOB}-{number:08d}-{time.time_ns()}", {"table": config.table}
+                )
+            )
         return table.publish(
             staged, mode="overwrite", app=f"rejects:{JOB}", number=number, replaces=[{"table": config.table}]
         )

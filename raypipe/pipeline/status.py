@@ -32,7 +32,9 @@ def run_status(config: StatusConfig) -> JobResult:
         _discard(workspace, config, [run for run in runs if run.result() is None])
     shown = [_describe(run) for run in runs if run.result() is None]
     for run in shown:
-        say(f"{run['job']} {run['run_key'][:12]}: {run['done']}/{run['planned']} units, {run['state']}, started {run['started']}")
+        say(
+            f"{run['job']} {run['run_key'][:12]}: {run['done']}/{run['planned']} units, {run['state']}, started {run['started']}"
+        )
     rows: dict[str, dict[str, int]] = {}
     for name, table in workspace.tables.items():
         version = table.version()

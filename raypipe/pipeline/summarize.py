@@ -41,10 +41,14 @@ _WRITES = ("block_summaries", "summaries")
 class SummarizeOptions(CapOptions):
     """What writes the summaries, how, and at what cost at most."""
 
-    engine: EngineConfig = shaping(lambda: EngineConfig(lm=BUILTIN), "what generates; lm `builtin` is the workspace's own")
+    engine: EngineConfig = shaping(
+        lambda: EngineConfig(lm=BUILTIN), "what generates; lm `builtin` is the workspace's own"
+    )
     summaries: SummariesConfig = shaping(SummariesConfig, "blocks, window, prompts, decoding")
     micro_batch_users: int = free(256, "users a worker gives the engine at a time", ge=1)
-    model_cache: str = free(str(Path(tempfile.gettempdir()) / "raypipe-models"), "where models of a remote workspace are kept")
+    model_cache: str = free(
+        str(Path(tempfile.gettempdir()) / "raypipe-models"), "where models of a remote workspace are kept"
+    )
 
     def resolve_model(self, workspace: Workspace) -> Model | None:
         """The workspace's own LM where the config asks for it; UsageError where there is none yet."""
@@ -92,7 +96,11 @@ def run_summarize(config: SummarizeConfig) -> JobResult:
             pins.inputs(),
             pins.outputs(),
             scope,
-            {"variant": recipes.variant, "engine": config.engine.engine, "model": model.hash if model else config.engine.lm},
+            {
+                "variant": recipes.variant,
+                "engine": config.engine.engine,
+                "model": model.hash if model else config.engine.lm,
+            },
         )
         task = SummaryTask(
             workspace,
@@ -110,7 +118,11 @@ def run_summarize(config: SummarizeConfig) -> JobResult:
         receipts = _run_units(config, session, run, units, task)
         result = _publish(config, session, run, receipts, scope, started)
     if result.status == "ok":
-        params = {"engine": config.engine.engine, "model": model.hash if model else config.engine.lm, "scope": scope[:12]}
+        params = {
+            "engine": config.engine.engine,
+            "model": model.hash if model else config.engine.lm,
+            "scope": scope[:12],
+        }
         numbers = {name: value for name, value in result.metrics.items() if isinstance(value, (int, float))}
         tracking.log_run(JOB, run.run_key, params, {**numbers, **result.cost})
     return result

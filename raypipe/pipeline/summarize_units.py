@@ -54,14 +54,20 @@ class SummarizeBucket:
         workspace = task.workspace
         self.catalogue = Catalogue(workspace.tables["items"].read(task.pins.items), task.config)
         self.vocabulary = Vocabulary(v for item in self.catalogue.attributes for vs in item.values() for v in vs)
-        blocked = workspace.tables["rejects"].read(task.pins.rejects, ["key", "variant", "change_key"], table="summaries")
+        blocked = workspace.tables["rejects"].read(
+            task.pins.rejects, ["key", "variant", "change_key"], table="summaries"
+        )
         rows = blocked.filter(pc.equal(blocked["variant"], task.recipes.variant)).to_pylist()
         self.blocked = {(row["key"], row["change_key"]) for row in rows}
 
     @cached_property
     def summarizer(self) -> HierarchicalSummarizer:
         # Built at the first changed user: a night without changes loads no weights.
-        return HierarchicalSummarizer(build_engine(self.task.workspace, self.task.engine, self.task.model, self.task.model_cache), self.task.config, self.task.recipes.merge)
+        return HierarchicalSummarizer(
+            build_engine(self.task.workspace, self.task.engine, self.task.model, self.task.model_cache),
+            self.task.config,
+            self.task.recipes.merge,
+        )
 
     def run(self, unit: Unit, context: UnitContext) -> Receipt:
         started = time.monotonic()
@@ -72,7 +78,9 @@ class SummarizeBucket:
         changed = np.flatnonzero(state.changed).tolist()
         names = state.users.take(pa.array(changed, pa.int64())).to_pylist()
         keys = state.blocks.change_key.take(pa.array(changed, pa.int64())).to_pylist()
-        work = {name: user for name, key, user in zip(names, keys, changed, strict=True) if (name, key) not in self.blocked}
+        work = {
+            name: user for name, key, user in zip(names, keys, changed, strict=True) if (name, key) not in self.blocked
+        }
         results = self._write(work, state, context)
         capped = len(work) - len(results)
         failed = [result for result in results.values() if result.reason]
@@ -152,7 +160,9 @@ class SummarizeBucket:
             staged["rejects"] = [table.stage(rejected, name, {"table": "summaries"})]
         return staged
 
-    def _summary_rows(self, state: BucketState, work: Mapping[str, int], results: Mapping[str, UserSummary]) -> pa.Table:
+    def _summary_rows(
+        self, state: BucketState, work: Mapping[str, int], results: Mapping[str, UserSummary]
+    ) -> pa.Table:
         """All rows of the bucket: new ones, unchanged ones, and older ones of the same recipe where there is no new."""
         good = [result for result in results.values() if not result.reason]
         users = pa.array([work[result.user_id] for result in good], pa.int64())

@@ -151,7 +151,10 @@ class BucketState:
             Block(
                 int(blocks.number[place]),
                 blocks.key[place].as_py(),
-                [line(item) for item in items[blocks.start[place] : blocks.start[place] + blocks.length[place]].tolist()],
+                [
+                    line(item)
+                    for item in items[blocks.start[place] : blocks.start[place] + blocks.length[place]].tolist()
+                ],
             )
             for place in range(int(blocks.bounds[user]), int(blocks.bounds[user + 1]))
         ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 
 from raypipe.config import Config, free
 from raypipe.errors import UsageError
@@ -27,6 +29,7 @@ class ClusterConfig(Config):
         if ray.is_initialized():
             return
         address = self.address or os.environ.get("RAY_ADDRESS")
+        on_term = signal.getsignal(signal.SIGTERM)
         try:
             if address:
                 ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
@@ -43,6 +46,9 @@ class ClusterConfig(Config):
                 f"Ray could not be reached at {address or 'this machine'}: {str(error).splitlines()[0]}",
                 "Check `ray status`, RAY_ADDRESS and RAY_AUTH_TOKEN, or leave --cluster.address out to run on this machine.",
             ) from error
+        if callable(on_term) and threading.current_thread() is threading.main_thread():
+            # Ray's core puts a crash handler of its own on SIGTERM; a job should stop cleanly instead.
+            signal.signal(signal.SIGTERM, on_term)
 
     def size(self) -> int:
         """Workers to start: as asked, else as many as the cluster's CPUs (or GPUs) hold."""

@@ -75,9 +75,7 @@ class Session:
         manifest = {"recipe": recipe, "pins": dict(pins), "base": dict(base), "scope": scope, "facts": dict(facts)}
         return ledger.start(key, {**manifest, "created": time.time()}, at_least=published + 1)
 
-    def phase(
-        self, run: Run, units: Sequence[Unit], build: Callable[[], UnitWork], what: str
-    ) -> dict[Unit, Receipt]:
+    def phase(self, run: Run, units: Sequence[Unit], build: Callable[[], UnitWork], what: str) -> dict[Unit, Receipt]:
         """Run the units that are left on the cluster; see `run_units`."""
         return run_units(run, units, build, self.cluster, what)
 

@@ -173,7 +173,9 @@ def _account_for_death(run: Run, left: Sequence[Unit], error: BaseException) -> 
             say(f"Node {worker['node'][:8]} was lost while it worked on {unit.name}; the unit starts again.")
             return
         run.record_death(unit)
-        say(f"A worker died while it worked on {unit.name} (process {worker['pid']} on {worker['host']}); trying again.")
+        say(
+            f"A worker died while it worked on {unit.name} (process {worker['pid']} on {worker['host']}); trying again."
+        )
         _check_bounded(run, unit)
         return
     say("A worker died between two units; the units that are left start again.")
