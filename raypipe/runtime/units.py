@@ -100,7 +100,8 @@ def _execute(
         fn_constructor_args=(build, run),
         batch_size=1,
         batch_format="numpy",
-        compute=ActorPoolStrategy(size=min(cluster.size(), len(rows)), max_tasks_in_flight_per_actor=2),
+        # One unit at a time: a second one queued behind a busy worker would wait for it while others idle.
+        compute=ActorPoolStrategy(size=min(cluster.size(), len(rows)), max_tasks_in_flight_per_actor=1),
         num_cpus=cluster.cpus_per_worker,
         num_gpus=cluster.gpus_per_worker or None,
         max_restarts=0,
