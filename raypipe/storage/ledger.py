@@ -264,16 +264,26 @@ class Ledger:
     def start(self, run_key: str, manifest: Mapping[str, Any], at_least: int = 1) -> Run:
         """Begin a new run: take the next number (never under `at_least`), then write the manifest.
 
-        A finished run of the same key (its output was taken back since) makes room for the new one.
+        A finished run of the same key (its output was taken back since) makes room for the new one. A start that was
+        killed before its manifest keeps its number, so that what carries the number equals the uninterrupted run's.
         """
         run = self.run(run_key)
-        if self.store.exists(f"{run.folder}/manifest.json"):
+        manifest_path = f"{run.folder}/manifest.json"
+        numbers = self.numbers()
+        number = max(numbers, default=0)
+        if self.store.exists(manifest_path):
             assert run.result() is not None, f"run {run_key} is still open"
-            self.store.delete_folder(run.folder)
-        number = max(at_least, 1 + max(self.numbers(), default=0))
-        while not self.store.create(
-            f"ledger/{self.job}/runs/{number:08d}.json", canonical_json({"run_key": run_key}).encode()
-        ):
-            number += 1
+            # First: a kill during the deletion must not leave a manifest without a result, which is an open run.
+            self.store.delete([manifest_path])
+            is_mine = False
+        else:
+            is_mine = numbers.get(number) == run_key and number >= at_least
+        self.store.delete_folder(run.folder)
+        if not is_mine:
+            number = max(at_least, 1 + number)
+            while not self.store.create(
+                f"ledger/{self.job}/runs/{number:08d}.json", canonical_json({"run_key": run_key}).encode()
+            ):
+                number += 1
         run._put("manifest.json", {**manifest, "number": number, "run_key": run_key, "job": self.job})
         return run

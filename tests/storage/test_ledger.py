@@ -125,6 +125,21 @@ def test_a_run_of_a_finished_key_starts_from_nothing(ledger: Ledger) -> None:
     assert (again.receipts(), again.result()) == ({}, None)
 
 
+def test_a_start_killed_before_its_manifest_keeps_its_number(ledger: Ledger, run: Run) -> None:
+    ledger.store.put("ledger/ingest/runs/00000002.json", b'{"run_key": "key-2"}')
+    assert ledger.start("key-2", MANIFEST).number == 2
+    ledger.store.put("ledger/ingest/runs/00000003.json", b'{"run_key": "key-3"}')
+    assert ledger.start("key-4", MANIFEST).number == 4
+
+
+def test_a_restart_killed_before_its_manifest_finds_nothing_of_the_run_before(ledger: Ledger, run: Run) -> None:
+    run.commit(Receipt(UNIT, Counts()))
+    run.finish({"status": "ok"})
+    ledger.store.delete(["ledger/ingest/key-1/manifest.json"])  # how far the killed restart came
+    again = ledger.start("key-1", MANIFEST, at_least=2)
+    assert (again.number, again.receipts(), again.result()) == (2, {}, None)
+
+
 def test_a_run_is_open_until_it_is_finished(ledger: Ledger, run: Run) -> None:
     assert ledger.open("no such key") is None
     found = ledger.open("key-1")
