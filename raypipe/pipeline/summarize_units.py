@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +27,7 @@ from raypipe.storage.models import Model, Models
 from raypipe.storage.schemas import BLOCK_SUMMARIES, SUMMARIES
 from raypipe.storage.tables import StagedFile
 from raypipe.storage.workspace import Workspace
-from raypipe.systems.summaries import HierarchicalSummarizer, SummariesConfig, UserSummary, calls_needed
+from raypipe.systems.summaries import HierarchicalSummarizer, SummariesConfig, UserSummary
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,9 @@ class SummarizeBucket:
 
     def _write(self, work: Mapping[str, int], state: BucketState, context: UnitContext) -> dict[str, UserSummary]:
         results: dict[str, UserSummary] = {}
-        for batch in self._batches(list(work), context.deaths):
+        batches = deque(self._batches(list(work), context.deaths))
+        while batches:
+            batch = batches.popleft()
             user = batch[0]
             if context.deaths.get(user, 0) >= MAX_DEATHS:
                 results[user] = UserSummary(user)
@@ -113,11 +116,15 @@ class SummarizeBucket:
                 continue
             blocks = {user: state.user_blocks(work[user]) for user in batch}
             known = state.known(batch)
-            calls = sum(calls_needed(blocks[user], known.get(user, {})) for user in batch)
-            # A prompt and its answer share the context, so this bounds both; what is not used is given back.
-            most = Usage(calls, calls * self.summarizer.engine.context, 0)
+            calls = sum(self.summarizer.most_calls(blocks[user], known.get(user, {})) for user in batch)
+            most = Usage(calls, *self.summarizer.most_tokens(calls))
             if not self.budget.take(most):
-                break
+                if len(batch) == 1:
+                    break
+                # What is left of a cap may not do for all of them, but for some.
+                half = len(batch) // 2
+                batches.extendleft([batch[half:], batch[:half]])
+                continue
             context.journal(batch)
             done = self.summarizer.summarize(blocks, known)
             used = Usage(*(sum(getattr(r, name) for r in done) for name in ("calls", "tokens_in", "tokens_out")))

@@ -126,7 +126,22 @@ class HierarchicalSummarizer:
         self.engine = engine
         self.config = config
         self.merge_recipe = merge_recipe
-        self._frame = engine.count_tokens([config.prompts.merge])[0]
+        frame = engine.count_tokens([config.prompts.merge])[0]
+        # Tokens of summaries that one merge prompt holds.
+        self._room = engine.context - config.merge_decoding.max_new_tokens - frame - _CHAT_TOKENS
+
+    def most_calls(self, blocks: Sequence[Block], known: Known) -> int:
+        """A bound on the engine calls of one user, deeper merge levels included: what a hard cap has to grant."""
+        longest = self.config.block_decoding.max_new_tokens + _NUMBERING_TOKENS
+        fit = len(blocks) * longest <= self._room
+        # Every merge leaves at least one text less than it found.
+        merges = min(len(blocks) - 1, 1) if fit else len(blocks) - 1
+        return len(missing_blocks(blocks, known)) + merges
+
+    def most_tokens(self, calls: int) -> tuple[int, int]:
+        """Bounds on prompt tokens and on generated tokens of so many calls; a prompt and its answer share the context."""
+        answers = (self.config.block_decoding.max_new_tokens, self.config.merge_decoding.max_new_tokens)
+        return calls * (self.engine.context - min(answers)), calls * max(answers)
 
     def summarize(
         self,
@@ -218,11 +233,10 @@ class HierarchicalSummarizer:
     def _groups(self, texts: Sequence[Written]) -> list[list[Written]]:
         """Consecutive texts in groups that each fit one merge prompt."""
         sizes = self.engine.count_tokens([text.text for text in texts])
-        room = self.engine.context - self.config.merge_decoding.max_new_tokens - self._frame - _CHAT_TOKENS
         groups: list[list[Written]] = [[]]
         used = 0
         for text, size in zip(texts, sizes, strict=True):
-            if groups[-1] and used + size + _NUMBERING_TOKENS > room:
+            if groups[-1] and used + size + _NUMBERING_TOKENS > self._room:
                 groups.append([])
                 used = 0
             groups[-1].append(text)

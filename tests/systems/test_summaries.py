@@ -157,6 +157,22 @@ def test_company_changes_nobodys_summary() -> None:
     assert [result.user_id for result in together] == list(users)
 
 
+@pytest.mark.parametrize("context", [160, 300, 8192])
+@pytest.mark.parametrize("events", [1, 6, 50, 500])
+def test_what_a_cap_grants_is_never_less_than_what_is_spent(context: int, events: int) -> None:
+    options = {"merge_decoding": {"max_new_tokens": 12}, "block_decoding": {"max_new_tokens": 12}}
+    engine = CountingEngine(context)
+    most = summarizer(engine, **options).most_calls(blocks_of(events), {})
+    result = one(engine, blocks_of(events), **options)
+    tokens_in, tokens_out = summarizer(engine, **options).most_tokens(most)
+    assert result.reason == ""
+    assert result.calls <= most
+    assert result.tokens_in <= tokens_in
+    assert result.tokens_out <= tokens_out
+    if context == 8192:
+        assert result.calls == most
+
+
 def test_a_silent_model_is_a_reason() -> None:
     class Silent(EchoEngine):
         def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> Iterator[Outcome]:
