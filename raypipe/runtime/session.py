@@ -83,6 +83,9 @@ class Session:
         """Commit all tables and finish the run; `rejects` first, then in the order given."""
         for lock in self._locks:
             lock.check_held()
+        # Before the intent, for a run with one can no longer be given up.
+        for part in parts:
+            output_table(self.workspace, part.table, run.manifest["scope"], run.run_key).check_staged(part.files)
         run.intend_publish(parts, result)
         return complete(self.workspace, run)
 

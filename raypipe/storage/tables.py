@@ -109,6 +109,16 @@ class Table:
         newest = self._open()
         return int((newest.transaction_version(app) if newest is not None else None) or 0)
 
+    def check_staged(self, staged: Iterable[StagedFile]) -> None:
+        """Raise RaypipeError where a staged file is missing or cut short."""
+        for file in staged:
+            if self.store.size(f"{self.folder}/{file.path}") != file.size:
+                raise RaypipeError(
+                    f"The staged file {file.path} of table {self.spec.name} is missing or not {file.size} bytes long.",
+                    "Something outside raypipe changed it. Nothing of this table was published; look up the run with "
+                    "`raypipe status`, give it up with `raypipe status --discard KEY` and submit again.",
+                )
+
     def publish(
         self,
         staged: Sequence[StagedFile],
@@ -127,13 +137,7 @@ class Table:
         """
         if self.published_number(app) >= number:
             return self.version()
-        for file in staged:
-            if self.store.size(f"{self.folder}/{file.path}") != file.size:
-                raise RaypipeError(
-                    f"The staged file {file.path} of table {self.spec.name} is missing or not {file.size} bytes long.",
-                    "Something outside raypipe changed it. Nothing was published; remove the run with "
-                    "`raypipe status --discard` and submit again.",
-                )
+        self.check_staged(staged)
         adds = [
             AddAction(
                 file.path,
