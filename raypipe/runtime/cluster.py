@@ -34,7 +34,9 @@ class ClusterConfig(Config):
             if address:
                 ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
             else:
+                # Unset, Ray would join whatever `ray start` ran here last, dead or alive.
                 ray.init(
+                    address="local",
                     include_dashboard=False,
                     num_cpus=max(self.workers or 0, os.cpu_count() or 1),
                     logging_level=logging.WARNING,
