@@ -210,9 +210,9 @@ class Run:
         return None if raw is None else ([Publish.from_dict(part) for part in raw["parts"]], raw["result"])
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """The run is over: write its result, drop its staging folder."""
-        self._put("done.json", dict(result))
+        """The run is over: drop its staging folder, then write its result, so that a kill leaves no folder behind."""
         self.store.delete_folder(self.staging)
+        self._put("done.json", dict(result))
 
     def result(self) -> dict[str, Any] | None:
         """What the run ended with, or None while it is open."""
@@ -221,7 +221,9 @@ class Run:
     def abandon(self, why: str) -> None:
         """Give the run up: its inputs or its recipe moved on before it could publish."""
         assert self.publish_intent() is None, "a run that began to publish can only be completed"
-        self.finish({"status": "abandoned", "why": why})
+        # In this order: units that lost their spills must not look resumable.
+        self._put("done.json", {"status": "abandoned", "why": why})
+        self.store.delete_folder(self.staging)
 
     def _put(self, name: str, value: Any) -> None:
         self.store.put(f"{self.folder}/{name}", canonical_json(value).encode())
