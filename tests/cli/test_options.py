@@ -1,0 +1,77 @@
+"""From YAML and dotted options to a config; every mistake is one paragraph with its remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from raypipe.cli.options import parse_config
+from raypipe.errors import UsageError
+from raypipe.pipeline.ingest import IngestConfig
+from raypipe.pipeline.summarize import SummarizeConfig
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_options_win_over_the_file_and_the_file_over_defaults(files: Path) -> None:
+    path = write(
+        files, "workspace: /data/w\nlog:\n  path: a.csv\n  columns: {time: t, user: who}\nmax_reject_rate: 0.5\n"
+    )
+    config = parse_config(
+        "ingest", IngestConfig, ["--config", path, "--log.columns.user", "person", "--workspace", "/w"]
+    )
+    assert (config.workspace, config.max_reject_rate, config.buckets) == ("/w", 0.5, None)
+    assert config.log is not None
+    assert (config.log.path, config.log.columns.time, config.log.columns.user) == ("a.csv", "t", "person")
+
+
+def test_nothing_named_is_the_default() -> None:
+    assert parse_config("ingest", IngestConfig, []) == IngestConfig()
+    assert parse_config("summarize", SummarizeConfig, []).summaries.window_events == 50
+
+
+def test_options_may_be_spelled_with_an_equals_sign_and_hold_any_text() -> None:
+    config = parse_config("ingest", IngestConfig, ["--log.path=my log, the 2nd.csv", "--log.columns.time=naïve 🎬"])
+    assert config.log is not None
+    assert (config.log.path, config.log.columns.time) == ("my log, the 2nd.csv", "naïve 🎬")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--log.pth", "x"], r"--log.pth.*Did you mean --log.path\?"),
+        (["--cluster.workers", "two"], r"'cluster.workers' is 'two'.*Correct --cluster.workers"),
+        (["--cluster.workers", "0"], r"'cluster.workers' is '?0'?: .*greater than or equal to 1"),
+        (["--log.columns.time", "t"], r"'log.path' is missing. Add --log.path VALUE"),
+        (["--tracking", "maybe"], r"tracking"),
+    ],
+)
+def test_a_wrong_option_is_told_with_its_remedy(argv: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_config("ingest", IngestConfig, argv)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("workspce: /w\n", r"Unknown config key 'workspce'. Did you mean 'workspace'\?"),
+        ("log:\n  path: a\n  columns: {tiem: t}\n", r"Unknown config key 'log.columns.tiem'. Did you mean 'time'\?"),
+        ("log: [1]\n", r"'log'"),
+        ("max_reject_rate: lots\n", r"'max_reject_rate' is 'lots'"),
+        ("- a\n- b\n", r"holds no keys"),
+        ("a: [\n", r"is not YAML"),
+    ],
+)
+def test_a_wrong_file_is_told_with_its_remedy(files: Path, text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_config("ingest", IngestConfig, ["--config", write(files, text)])
+
+
+def test_a_missing_file_is_told(files: Path) -> None:
+    with pytest.raises(UsageError, match=r"config file .*none.yaml cannot be read.*Check the path"):
+        parse_config("ingest", IngestConfig, ["--config", str(files / "none.yaml")])

@@ -1,0 +1,67 @@
+"""Status, plan and doctor tell what is there; none of them changes a table."""
+
+from __future__ import annotations
+
+import shutil
+
+from raypipe.storage.ledger import Counts, Receipt, Unit
+from raypipe.storage.workspace import Workspace
+from tests.conftest import Run
+from tests.pipeline.small_logs import SMALL_LOG, full_cost
+
+LENGTHS = [*range(1, 25), 120]
+
+
+def test_status_tells_rows_versions_and_open_runs(raypipe: Run, summarised: str) -> None:
+    workspace = Workspace(summarised)
+    run = workspace.ledger("summarize").start(
+        "f" * 32, {"recipe": "r", "pins": {}, "base": {"summaries": 0}, "scope": "all", "created": 0.0}
+    )
+    run.plan("users", [Unit("users", index) for index in range(4)])
+    run.commit(Receipt(Unit("users", 0), Counts(5, 4, 1)))
+    ended = raypipe("status", "--workspace", summarised)
+    assert ended.result["tables"]["histories"] == {"version": 0, "rows": 25, "rejected": 0}
+    assert ended.result["tables"]["summaries"]["rows"] == 25
+    assert (ended.metrics["kind"], ended.metrics["buckets"], ended.metrics["night"]) == ("time", 4, None)
+    (shown,) = ended.metrics["open_runs"]
+    assert {name: shown[name] for name in ("job", "state", "done", "planned", "rows_in", "rejected")} == {
+        "job": "summarize",
+        "state": "open",
+        "done": 1,
+        "planned": 4,
+        "rows_in": 5,
+        "rejected": 1,
+    }
+    assert "summarize ffffffffffff: 1/4 units, open" in ended.stderr
+
+    refused = raypipe("status", "--workspace", summarised, "--discard", "0000")
+    assert (refused.code, refused.status) == (2, "failed")
+    assert "Open runs: ffffffffffff." in refused.stderr
+    assert raypipe("status", "--workspace", summarised, "--discard", "ffff").metrics["open_runs"] == []
+
+
+def test_a_plan_counts_users_and_calls_and_writes_nothing(raypipe: Run, ingested: str) -> None:
+    before = {entry.path for entry in Workspace(ingested).store.list("")}
+    ended = raypipe("plan", "--workspace", ingested, "--engine.engine", "echo")
+    assert (ended.code, ended.metrics["users"], ended.metrics["users_changed"]) == (0, 25, 25)
+    assert ended.metrics["calls"] == sum(map(full_cost, LENGTHS))
+    assert {entry.path for entry in Workspace(ingested).store.list("")} == before
+
+
+def test_a_plan_after_the_night_is_free(raypipe: Run, summarised: str) -> None:
+    ended = raypipe("plan", "--workspace", summarised, "--engine.engine", "echo")
+    assert (ended.metrics["users_changed"], ended.metrics["calls"]) == (0, 0)
+
+
+def test_doctor_finds_a_healthy_machine_and_a_missing_compiler(raypipe: Run, ingested: str, monkeypatch) -> None:
+    healthy = raypipe("doctor", "--workspace", ingested, "--no-start_ray")
+    assert (healthy.code, healthy.status) == (0, "ok"), healthy.stderr
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    ill = raypipe("doctor", "--workspace", ingested, "--no-start_ray")
+    assert (ill.code, ill.status, ill.metrics["compiler"]) == (1, "failed", False)
+    assert "failed  compiler: There is no C++ compiler" in ill.stderr
+
+
+def test_the_small_log_is_what_the_tests_say_it_is() -> None:
+    assert len(SMALL_LOG) == sum(LENGTHS)
+    assert len(set(SMALL_LOG)) == len(SMALL_LOG)
