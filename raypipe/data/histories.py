@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from raypipe.data.spills import ROW_SCHEMA
+from raypipe.data.spills import ROW_SCHEMA, stable_order
 from raypipe.storage.hashing import event_lanes, sequence_lanes, to_hex
 from raypipe.storage.schemas import HISTORIES
 
@@ -49,19 +49,22 @@ def merge_histories(
     rank = np.empty(len(names), np.int64)
     rank[by_name.to_numpy()] = np.arange(len(names))
     row_user = rank[encoded.indices.to_numpy()]
+    # Whole rows first: there are far fewer of them than events. Stable, so that a user's rows keep their order of arrival.
+    row_order = stable_order(row_user)
+    rows, row_user = rows.take(pa.array(row_order)), row_user[row_order]
 
     lengths = pc.list_value_length(rows["items"]).to_numpy().astype(np.int64)
     user = np.repeat(row_user, lengths)
     items = _flat(rows["items"])
     times = _flat(rows["times"])
     weights = _flat(rows["weights"])
-    old_events = int(lengths[: old_rows.num_rows].sum())
-    is_new = np.zeros(len(user), bool)
-    is_new[old_events:] = True
+    is_new = np.repeat(row_order >= old_rows.num_rows, lengths)
 
-    # lexsort is stable: equal (user, time) keep their order of arrival.
-    order = np.lexsort((times, is_new, user) if order_kind else (times, user))
-    user, items, times, weights, is_new = (column[order] for column in (user, items, times, weights, is_new))
+    # A log in time order arrives sorted; lexsort is stable, so equal (user, time) keep their order of arrival.
+    same_run = (np.diff(user) == 0) & ((np.diff(is_new.view(np.int8)) == 0) if order_kind else True)
+    if np.any(np.diff(times)[same_run] < 0):
+        order = np.lexsort((times, is_new, user) if order_kind else (times, user))
+        user, items, times, weights, is_new = (column[order] for column in (user, items, times, weights, is_new))
     keep = ~_repeats(user, times, items, is_new if order_kind else None)
     duplicates = int(np.count_nonzero(~keep))
     if duplicates:

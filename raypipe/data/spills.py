@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from raypipe.storage.hashing import U64, stable_hash
 
 MAX_GROUPS = 1024
-_ROWS_PER_GROUP = 1024
+_ROWS_PER_GROUP = 4096
 _SKETCH = 1024
 
 ROW_SCHEMA = pa.schema(
@@ -34,55 +34,68 @@ class Spill:
     """Collects the chunks of one split; events must come in log order."""
 
     def __init__(self) -> None:
-        self._chunks: list[tuple[pa.Table, U64]] = []
+        self._users: list[pa.Array] = []
+        self._values: list[tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.float32]]] = []
+        self._hashes: U64 = np.empty(0, np.uint64)
         self.events = 0
 
     def add(
-        self,
-        users: pa.DictionaryArray,
-        items: NDArray[np.int32],
-        times: NDArray[np.int64],
-        weights: NDArray[np.float32],
+        self, users: pa.Array, items: NDArray[np.int32], times: NDArray[np.int64], weights: NDArray[np.float32]
     ) -> None:
-        """Add events: `users` dictionary-encoded, the rest [events] each."""
-        if len(users) == 0:
-            return
-        codes = users.indices.to_numpy(zero_copy_only=False)
-        order = np.argsort(codes, kind="stable")
-        counts = np.bincount(codes, minlength=len(users.dictionary))
-        present = np.flatnonzero(counts)
-        offsets = np.concatenate([[0], np.cumsum(counts[present])]).astype(np.int32)
-        names = users.dictionary.take(pa.array(present))
-        columns = [pa.ListArray.from_arrays(offsets, pa.array(values[order])) for values in (items, times, weights)]
-        self._chunks.append((pa.table([names, *columns], schema=ROW_SCHEMA), stable_hash(names)))
-        self.events += len(codes)
+        """Add events: ids, item indices, times and weights, [events] each."""
+        self._users.append(users)
+        self._values.append((items, times, weights))
+        self.events += len(users)
 
     def write(self, groups: int | None = None) -> bytes:
         """The spill file. `groups` is the workspace's bucket count; unset, enough for any later decision."""
         groups = groups or _choose_groups(self.events)
-        rows = pa.concat_tables([chunk for chunk, _ in self._chunks]) if self._chunks else ROW_SCHEMA.empty_table()
-        hashes = np.concatenate([hashes for _, hashes in self._chunks]) if self._chunks else np.empty(0, np.uint64)
-        group = (hashes % np.uint64(groups)).astype(np.int64)
-        place = bit_reversed(groups)[group]
-        # Stable, so that one user's chunks stay in log order.
-        order = np.argsort(place, kind="stable")
+        encoded = pa.chunked_array(self._users, pa.string()).dictionary_encode()
+        names = encoded.chunk(0).dictionary if encoded.num_chunks else pa.array([], pa.string())
+        self._hashes = stable_hash(names)
+        place = bit_reversed(groups)[(self._hashes % np.uint64(groups)).astype(np.int64)]
+        by_place = stable_order(place)
+        rank = np.empty(len(names), np.int64)
+        rank[by_place] = np.arange(len(names))
+        codes = [rank[chunk.indices.to_numpy()] for chunk in encoded.chunks]
+        user = np.concatenate(codes) if codes else np.empty(0, np.int64)
+        order = stable_order(user)
+        offsets = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=len(names)))]).astype(np.int32)
+        columns = [
+            pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(values)[order]))
+            for values in (zip(*self._values, strict=True) if self._values else ())
+        ]
+        rows = ROW_SCHEMA.empty_table()
+        if columns:
+            rows = pa.table([names.take(pa.array(by_place)), *columns], schema=ROW_SCHEMA)
         bounds = np.concatenate([[0], np.cumsum(np.bincount(place, minlength=groups))])
-        rows = rows.take(pa.array(order)).combine_chunks()
-        sink = pa.BufferOutputStream()
-        schema = ROW_SCHEMA.with_metadata({"groups": str(groups)})
-        options = pa.ipc.IpcWriteOptions(compression="lz4")
-        with pa.ipc.new_file(sink, schema, options=options) as writer:
-            for start, stop in pairwise(bounds.tolist()):
-                for batch in rows.slice(start, stop - start).to_batches() or [
-                    pa.RecordBatch.from_pylist([], ROW_SCHEMA)
-                ]:
-                    writer.write_batch(batch)
-        return sink.getvalue().to_pybytes()
+        return _write_groups(rows, bounds.tolist(), groups)
 
     def sketch(self) -> list[int]:
-        """The smallest hashes of the split's users (k minimum values, Bar-Yossef et al. 2002), for `estimate_users`."""
-        hashes = [hashes for _, hashes in self._chunks]
-        return np.unique(np.concatenate(hashes))[:_SKETCH].tolist() if hashes else []
+        """The smallest hashes of the split's users (k minimum values, Bar-Yossef et al. 2002); after `write`."""
+        return np.sort(self._hashes)[:_SKETCH].tolist()
+
+
+def stable_order(keys: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`argsort(keys, kind="stable")` for keys from 0 to 2^32 − 1, by 16 digits at a time.
+
+    NumPy sorts 16-bit integers by radix and wider ones by merging: two passes were 3× faster at a million keys.
+    """
+    order = np.argsort((keys & 0xFFFF).astype(np.uint16), kind="stable")
+    if len(keys) and keys.max() > 0xFFFF:
+        order = order[np.argsort((keys >> 16).astype(np.uint16)[order], kind="stable")]
+    return order
+
+
+def _write_groups(rows: pa.Table, bounds: Sequence[int], groups: int) -> bytes:
+    """An Arrow IPC file with one record batch a group: rows bounds[g] to bounds[g + 1]."""
+    sink = pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(compression="lz4")
+    whole = pa.RecordBatch.from_arrays([column.combine_chunks() for column in rows.columns], schema=ROW_SCHEMA)
+    with pa.ipc.new_file(sink, ROW_SCHEMA.with_metadata({"groups": str(groups)}), options=options) as writer:
+        for start, stop in pairwise(bounds):
+            writer.write_batch(whole.slice(start, stop - start))
+    return sink.getvalue().to_pybytes()
 
 
 def estimate_users(sketches: Sequence[Sequence[int]]) -> int:

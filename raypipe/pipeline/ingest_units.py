@@ -47,15 +47,13 @@ class SpillSplit:
             rejects.append(chunk.rejects)
             events, unknown = self._index_items(chunk.events, split)
             rejects.append(unknown)
-            users = events["user_id"].combine_chunks().dictionary_encode()
-            dropped = is_forgotten(users.dictionary, self.tombstones)
-            if dropped.any():
-                stay = ~dropped[users.indices.to_numpy()]
-                forgotten += int(np.count_nonzero(~stay))
-                events, users = events.filter(stay), users.filter(pa.array(stay))
-            spill.add(users, *(events[name].to_numpy() for name in ("index", "time", "weight")))
+            events, dropped = self._drop_forgotten(events)
+            forgotten += dropped
+            columns = (events[name].to_numpy() for name in ("index", "time", "weight"))
+            spill.add(events["user_id"].combine_chunks(), *columns)
+        data = spill.write(self.groups)
         path = f"{context.run.staging}/spill/{context.file_name()}.arrow"
-        self.workspace.store.put(path, spill.write(self.groups))
+        self.workspace.store.put(path, data)
         bad = pa.concat_tables(rejects) if rejects else REJECTS.empty_table()
         staged = {}
         if bad.num_rows:
@@ -76,6 +74,14 @@ class SpillSplit:
             },
             attempt=context.attempt,
         )
+
+    def _drop_forgotten(self, events: pa.Table) -> tuple[pa.Table, int]:
+        """Events without those of users who have a tombstone, and how many these were."""
+        if self.tombstones.num_rows == 0:
+            return events, 0
+        users = events["user_id"].combine_chunks().dictionary_encode()
+        stay = ~is_forgotten(users.dictionary, self.tombstones)[users.indices.to_numpy()]
+        return events.filter(stay), int(np.count_nonzero(~stay))
 
     def _index_items(self, events: pa.Table, split: LogSplit) -> tuple[pa.Table, pa.Table]:
         """Events with their item's index (int32, from 1), and rejects for items the catalogue does not have."""

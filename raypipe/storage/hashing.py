@@ -78,11 +78,12 @@ def sequence_lanes(elements: NDArray[np.uint64], lengths: NDArray[np.integer]) -
     """
     lengths = np.asarray(lengths, np.int64)
     starts = np.cumsum(lengths) - lengths
-    position = (np.arange(len(elements), dtype=np.int64) - np.repeat(starts, lengths)).astype(np.uint64)
+    position = np.arange(len(elements), dtype=np.int64) - np.repeat(starts, lengths)
+    places = np.arange(lengths.max(initial=0), dtype=np.uint64)
     out = np.empty((len(lengths), 2), np.uint64)
     with np.errstate(over="ignore"):
         for lane in range(2):
-            placed = mix(elements[:, lane] ^ mix(position + _LANES[lane]))
+            placed = mix(elements[:, lane] ^ mix(places + _LANES[lane])[position])
             # A running sum differenced at the borders: unlike add.reduceat it is right for empty runs too.
             total = np.concatenate([np.zeros(1, np.uint64), np.cumsum(placed)])
             sums = total[starts + lengths] - total[starts]

@@ -1,7 +1,7 @@
 """Ingest beside Polars: the same Parquet log into per-user histories, alternating in one run.
 
 Both read the log and the catalogue, replace item ids by indices, order every user's events by time, drop repeated ones
-and write bucketed Parquet. Ours adds what a night needs: keys, counts, ledger, spills, a Delta transaction; Ray is
+and write the same columns (text ids; lists of items, times, weights) as bucketed Parquet. Ours adds what a night needs: keys, counts, ledger, spills, a Delta transaction; Ray is
 started before the clock. Polars runs in a process of its own, so that its peak memory is its own.
 
 Figures: `ratio_to_polars` (median of the rounds' ratios), `worker_peak_mb` (largest resident set of any Ray worker),
@@ -45,12 +45,13 @@ started = time.monotonic()
 catalogue = pl.scan_csv(items).with_row_index("index", offset=1).select("item_id", pl.col("index").cast(pl.Int32))
 histories = (
     pl.scan_parquet(log)
+    .with_columns(pl.col("user_id").cast(pl.String), pl.lit(1.0, pl.Float32).alias("weight"))
     .with_row_index("row")
     .join(catalogue, on="item_id", how="inner")
     .unique(["user_id", "item_id", "time"], keep="first")
     .sort("user_id", "time", "row")
     .group_by("user_id", maintain_order=True)
-    .agg("index", "time")
+    .agg("index", "time", "weight")
     .with_columns((pl.col("user_id").hash(0) % buckets).alias("bucket"))
 )
 histories.sink_parquet(pl.PartitionBy(out, key="bucket"), mkdir=True)

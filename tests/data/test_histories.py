@@ -31,7 +31,7 @@ def spill_of(events: Sequence[Event], chunk: int = 7, groups: int | None = None)
     for start in range(0, len(events), chunk):
         part = events[start : start + chunk]
         spill.add(
-            pa.array([user for user, _, _ in part]).dictionary_encode(),
+            pa.array([user for user, _, _ in part], pa.string()),
             np.array([item for _, item, _ in part], np.int32),
             np.array([time for _, _, time in part], np.int64),
             np.array([item / 2 for _, item, _ in part], np.float32),
@@ -184,6 +184,7 @@ def test_users_are_counted_exactly_when_few_and_nearly_when_many(users: int, tol
         spill = Spill()
         names = pa.array([f"user {n}" for n in range(first, users)], pa.string())
         ones = np.ones(len(names))
-        spill.add(names.dictionary_encode(), ones.astype(np.int32), ones.astype(np.int64), ones.astype(np.float32))
+        spill.add(names, ones.astype(np.int32), ones.astype(np.int64), ones.astype(np.float32))
+        spill.write()
         sketches.append(spill.sketch())
     assert estimate_users(sketches) == pytest.approx(users, rel=tolerance, abs=0)
