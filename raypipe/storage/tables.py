@@ -100,7 +100,7 @@ class Table:
         rows = rows.select(self.spec.columns.names).cast(self.spec.columns)
         buffer = pa.BufferOutputStream()
         # Times are nearly all different and nearly sorted: a dictionary of them is wasted work, their differences are small.
-        deltas = {name: "DELTA_BINARY_PACKED" for name in _leaves(rows.schema, pa.int64())}
+        deltas = dict.fromkeys(_leaves(rows.schema, pa.int64()), "DELTA_BINARY_PACKED")
         pq.write_table(
             rows,
             buffer,

@@ -1,8 +1,9 @@
 """Ingest beside Polars: the same Parquet log into per-user histories, alternating in one run.
 
 Both read the log and the catalogue, replace item ids by indices, order every user's events by time, drop repeated ones
-and write the same columns (text ids; lists of items, times, weights) as bucketed Parquet. Ours adds what a night needs: keys, counts, ledger, spills, a Delta transaction; Ray is
-started before the clock. Polars runs in a process of its own, so that its peak memory is its own.
+and write the same columns (text ids; lists of items, times, weights) as bucketed Parquet. Ours adds what a night needs:
+keys, counts, ledger, spills, a Delta transaction; Ray is started before the clock. Polars runs in a process of its own,
+so that its peak memory is its own.
 
 Figures: `ratio_to_polars` (median of the rounds' ratios), `worker_peak_mb` (largest resident set of any Ray worker),
 `polars_peak_mb`, `growth` (exponent of our seconds from a tenth of the events to all), `events_per_s`.
