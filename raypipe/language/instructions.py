@@ -18,15 +18,6 @@ import numpy as np
 from raypipe.config import Config, shaping
 from raypipe.language.summary_prompts import Attributes, SummaryPrompts
 
-RANKING = """Below are summaries of what one person chose over time, oldest first.
-{summaries}
-In one line, rank what this person chooses, the most frequent first.
-Answer:"""
-"""An exercise beside the two of summarising: a merge names three values, so it teaches three comparisons; ranking eight
-teaches the same counting at little more cost."""
-
-_RANKED = 8
-
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -53,9 +44,8 @@ class Catalogue:
 class InstructionConfig(Config):
     """How many examples of which kind are made."""
 
-    block_examples: int = shaping(24_000, "exercises in summarising one block of items", ge=0)
-    merge_examples: int = shaping(16_000, "exercises in merging block summaries", ge=0)
-    ranking_examples: int = shaping(8_000, "exercises in ranking values over block summaries, for training only", ge=0)
+    block_examples: int = shaping(14_000, "exercises in summarising one block of items", ge=0)
+    merge_examples: int = shaping(22_000, "exercises in merging block summaries", ge=0)
     synthetic_share: float = shaping(0.5, "share of examples made from made-up histories", ge=0, le=1)
     catalogue_repeats: int = shaping(0, "how often every item's line stands in training as plain text", ge=0)
     block_size: int = shaping(5, "items of one block", ge=1)
@@ -85,27 +75,19 @@ def summary_examples(
     rng = np.random.default_rng(config.seed)
     source = _Histories(histories, catalogue, prompts, config, rng)
     lines = catalogue.lines(prompts)
-    ranking = prompts.model_copy(update={"merge": RANKING})
     for _ in range(config.block_examples):
         block = source.draw(1)[0]
         counts = source.counts(block)
         yield Example(prompts.block_prompt([lines[row] for row in block]).text, prompts.block_summary_of_counts(counts))
-    for number in range(config.merge_examples + config.ranking_examples):
+    for _ in range(config.merge_examples):
         blocks = [source.counts(block) for block in source.draw(_number_of_blocks(config.blocks, rng))]
         if rng.random() < config.noise:
             blocks = [_disturbed(counts, rng) for counts in blocks]
         texts = [prompts.block_summary_of_counts(counts) for counts in blocks]
         # The answer follows from what is shown, so that the exercise can be solved.
-        if number < config.merge_examples:
-            yield Example(prompts.merge_prompt(texts).text, prompts.merge_of_counts(blocks))
-        else:
-            yield Example(ranking.merge_prompt(texts).text, _ranking(prompts, blocks))
+        yield Example(prompts.merge_prompt(texts).text, prompts.merge_of_counts(blocks))
     for _ in range(config.catalogue_repeats):
         yield from (Example("", line) for line in lines)
-
-
-def _ranking(prompts: SummaryPrompts, blocks: Sequence[Counter[str]]) -> str:
-    return f"{', '.join(prompts.ranked(sum(blocks, Counter()))[:_RANKED])}."
 
 
 def _number_of_blocks(most: int, rng: np.random.Generator) -> int:

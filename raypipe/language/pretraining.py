@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from raypipe.config import Config, shaping
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
-from raypipe.language.instructions import RANKING, Catalogue, Example, InstructionConfig, summary_examples
+from raypipe.language.instructions import Catalogue, Example, InstructionConfig, summary_examples
 from raypipe.language.summary_prompts import SummaryPrompts, times
 
 _MARKER = "prepared.json"
@@ -61,7 +61,7 @@ def prepare_lm(
     tokenizer = train_tokenizer(
         chain(catalogue.lines(config.prompts), answers),
         values,
-        [config.prompts.block, config.prompts.merge, RANKING],
+        [config.prompts.block, config.prompts.merge],
         config.model.vocabulary,
     )
     save_untrained(folder / "start", config.model, tokenizer, config.instructions.seed)

@@ -89,10 +89,6 @@ class SummaryPrompts(Config):
             value for item in items for value in dict.fromkeys(v for _, values in self._shown(item) for v in values)
         )
 
-    def ranked(self, counts: Mapping[str, int]) -> list[str]:
-        """The values by falling count. Ties go by name, an order that holds in every history, so it can be learnt."""
-        return sorted(counts, key=lambda value: (-counts[value], value))
-
     def reference_block_summary(self, items: Sequence[Attributes]) -> str:
         """The exact summary of one block: how often each value occurs, in order of name."""
         return self.block_summary_of_counts(self.counts(items))
@@ -101,7 +97,7 @@ class SummaryPrompts(Config):
         """As `reference_block_summary`, for values already counted."""
         if not counts:
             return NOTHING
-        named = sorted(self.ranked(counts)[: self.block_values])
+        named = sorted(_ranked(counts)[: self.block_values])
         return f"{_listed([f'{value} {times(counts[value])}' for value in named])}."
 
     def reference_merge(self, blocks: Sequence[Sequence[Attributes]]) -> str:
@@ -113,7 +109,7 @@ class SummaryPrompts(Config):
         total: Counter[str] = Counter()
         for counts in blocks:
             total.update(counts)
-        named = self.ranked(total)[: self.summary_values]
+        named = _ranked(total)[: self.summary_values]
         if not named:
             return NOTHING
         summary = f"Mostly chooses {_listed(named[:_LEADING])}"
@@ -137,6 +133,11 @@ class SummaryPrompts(Config):
     def _shown(self, attributes: Attributes) -> list[tuple[str, Sequence[str]]]:
         names = self.attributes or tuple(sorted(attributes))
         return [(name, attributes[name]) for name in names if attributes.get(name)]
+
+
+def _ranked(counts: Mapping[str, int]) -> list[str]:
+    # Ties go by name, an order that holds in every history, so a model can learn it.
+    return sorted(counts, key=lambda value: (-counts[value], value))
 
 
 def _mean_count(blocks: Sequence[Mapping[str, int]], value: str) -> float:

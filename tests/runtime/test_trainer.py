@@ -100,7 +100,6 @@ def test_every_zero_stage_trains_the_same_weights(stage: int, undisturbed: Train
 def test_two_workers_train_as_one_because_batches_are_global(undisturbed: TrainingResult, tmp_path: Path):
     alone = train(tmp_path, CONFIG.model_copy(update={"workers": 1}))
     assert alone.losses == pytest.approx(undisturbed.losses, rel=1e-4)
-    assert alone.losses[-1] < alone.losses[0]
 
 
 def test_a_killed_worker_changes_no_weight(undisturbed: TrainingResult, tmp_path: Path):
