@@ -81,7 +81,9 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _explain(error: ValidationError, config_type: type[Config]) -> tuple[str, str]:
     """The first problem in words, and what to do about it."""
-    first = error.errors()[0]
+    errors = error.errors()
+    # An unknown key comes first: a misspelt one is also why another is missing.
+    first = next((found for found in errors if found["type"] == "extra_forbidden"), errors[0])
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         known = _keys(config_type, first["loc"][:-1])
