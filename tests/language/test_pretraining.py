@@ -1,0 +1,106 @@
+"""Prepared examples and the task a trainer runs on them: loss on answers only, batches a function of the step."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from raypipe.language.backbone import load_backbone
+from raypipe.language.instructions import Catalogue, summary_examples
+from raypipe.language.pretraining import LmTask, prepare_lm
+
+
+@pytest.fixture(scope="module")
+def prepared(histories, catalogue, tiny_data, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared")
+    prepare_lm(folder, histories, catalogue, tiny_data)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def task(prepared: Path) -> LmTask:
+    return LmTask(prepared)
+
+
+def test_loss_is_taken_on_the_answer_and_its_end_mark_only(task, prepared, histories, catalogue, tiny_data):
+    tokenizer = load_backbone(str(prepared / "start"), device="cpu").tokenizer
+    examples = {
+        example.prompt: example.answer
+        for example in summary_examples(histories, catalogue, tiny_data.prompts, tiny_data.instructions)
+    }
+    batch = task.batch(0, 0, 0, 1, 8)
+    for tokens, labels in zip(batch["tokens"], batch["labels"], strict=True):
+        wanted = labels != -100
+        assert torch.equal(labels[wanted], tokens[wanted])
+        answer = tokenizer.decode(labels[wanted], skip_special_tokens=False)
+        prompt = tokenizer.decode(tokens[: int(wanted.nonzero()[0])])
+        assert answer == f" {examples[prompt]}</s>"
+
+
+def test_the_loss_equals_the_textbooks(task):
+    batch = task.batch(0, 0, 0, 1, 8)
+    module = task.build()
+    logits = module.lm(input_ids=batch["tokens"]).logits[:, :-1]
+    expected = functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
+    torch.testing.assert_close(module(batch), expected)
+
+
+def test_padding_changes_no_loss(task):
+    batch, module = task.batch(0, 0, 0, 1, 4), task.build()
+    padded = {
+        "tokens": functional.pad(batch["tokens"], (0, 9), value=3),
+        "labels": functional.pad(batch["labels"], (0, 9), value=-100),
+    }
+    torch.testing.assert_close(module(padded), module(batch))
+
+
+def test_an_epoch_shows_every_example_once_and_ranks_share_each_batch(task):
+    def rows(rank: int, world: int, epoch: int) -> list[bytes]:
+        steps = task.steps_per_epoch(10)
+        batches = (task.batch(epoch * steps + step, 3, rank, world, 10) for step in range(steps))
+        # Trailing padding differs between shares of a batch.
+        return [np.trim_zeros(row.numpy(), "b").tobytes() for batch in batches for row in batch["tokens"]]
+
+    whole = rows(0, 1, 0)
+    assert len(whole) == 100
+    assert sorted(rows(0, 2, 0) + rows(1, 2, 0)) == sorted(whole)
+    assert sorted(rows(0, 1, 1)) == sorted(whole)
+    assert rows(0, 1, 1) != whole
+
+
+def test_a_batch_is_the_same_wherever_and_whenever_it_is_asked_for(task):
+    elsewhere = pickle.loads(pickle.dumps(task))
+    elsewhere.batch(7, 1, 0, 2, 10)
+    for name, tensor in task.batch(13, 1, 1, 2, 10).items():
+        assert torch.equal(elsewhere.batch(13, 1, 1, 2, 10)[name], tensor)
+
+
+def test_batches_hold_examples_of_like_length(task):
+    batches = [task.batch(step, 0, 0, 1, 10)["tokens"] for step in range(10)]
+    real = sum(int((batch != 0).sum()) for batch in batches)
+    assert real / sum(batch.numel() for batch in batches) > 0.85
+
+
+def test_preparation_writes_the_same_bytes_again(prepared, histories, catalogue, tiny_data, tmp_path):
+    counts = prepare_lm(tmp_path, histories, catalogue, tiny_data)
+    assert counts["examples"] == 100
+    for file in ["tokens.npy", "ends.npy", "answer_starts.npy", "start/model.safetensors", "start/tokenizer.json"]:
+        assert (tmp_path / file).read_bytes() == (prepared / file).read_bytes()
+
+
+def test_untrained_weights_saved_as_trained_are_the_same_checkpoint(task, tmp_path):
+    module = task.build()
+    task.save(dict(module.named_parameters()), tmp_path / "saved")
+    again = load_backbone(str(tmp_path / "saved"), device="cpu").model
+    for name, weight in module.lm.named_parameters():
+        assert torch.equal(again.get_parameter(name), weight)
+
+
+def test_a_folder_that_was_not_prepared_is_refused(tmp_path, tiny_data):
+    with pytest.raises(ValueError, match="call prepare_lm first"):
+        LmTask(tmp_path)
+    with pytest.raises(ValueError, match="without items"):
+        prepare_lm(tmp_path, [], Catalogue([], []), tiny_data)
