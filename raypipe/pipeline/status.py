@@ -27,7 +27,7 @@ def run_status(config: StatusConfig) -> JobResult:
     """Report the workspace; with `discard`, give one open run up."""
     workspace = config.open_workspace()
     info = workspace.require_info()
-    runs = [run for job in jobs(workspace) for run in _runs(workspace, job)]
+    runs = [run for job in workspace.store.folders("ledger") for run in _runs(workspace, job)]
     if config.discard is not None:
         _discard(workspace, config, [run for run in runs if run.result() is None])
     shown = [_describe(run) for run in runs if run.result() is None]
@@ -54,11 +54,6 @@ def run_status(config: StatusConfig) -> JobResult:
         "night": night.date if night else None,
     }
     return JobResult("status", "ok", tables=rows, metrics=metrics)
-
-
-def jobs(workspace: Workspace) -> list[str]:
-    """The jobs that ever ran in this workspace."""
-    return sorted({entry.path.split("/")[1] for entry in workspace.store.list("ledger")})
 
 
 def _runs(workspace: Workspace, job: str) -> list[Run]:

@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from raypipe.errors import RaypipeError
 from raypipe.runtime.cluster import ClusterConfig
 from raypipe.runtime.progress import say
 from raypipe.runtime.units import UnitWork, run_units
-from raypipe.storage.fingerprint import fingerprint
+from raypipe.storage.fingerprint import fingerprint, schema_hash
 from raypipe.storage.ledger import Publish, Receipt, Run, Unit
 from raypipe.storage.locks import LEASE_S, Lock, hold
 from raypipe.storage.tables import Table
@@ -68,16 +69,26 @@ class Session:
         if (run := ledger.open(key)) is not None:
             say(f"{self.job}: resuming run {key[:12]}")
             return run
-        for open_key in ledger.numbers().values():
-            if open_key != key and (other := ledger.open(open_key)) is not None and other.manifest["scope"] == scope:
-                other.abandon(f"run {key} took its place")
+        for other in list(ledger.open_runs(scope)):
+            other.abandon(f"run {key} took its place")
         published = max(self.workspace.tables[table].published_number(f"{table}:{self.job}") for table in base)
         manifest = {"recipe": recipe, "pins": dict(pins), "base": dict(base), "scope": scope, "facts": dict(facts)}
         return ledger.start(key, {**manifest, "created": time.time()}, at_least=published + 1)
 
     def phase(self, run: Run, units: Sequence[Unit], build: Callable[[], UnitWork], what: str) -> dict[Unit, Receipt]:
-        """Run the units that are left on the cluster; see `run_units`."""
-        return run_units(run, units, build, self.cluster, what)
+        """Run the units that are left on the cluster; see `run_units`.
+
+        Raises RaypipeError where receipts of an older raypipe staged files of another schema.
+        """
+        receipts = run_units(run, units, build, self.cluster, what)
+        for receipt in receipts.values():
+            for table, staged_as in receipt.schemas.items():
+                if staged_as != schema_hash(self.workspace.tables[table].spec.schema):
+                    raise RaypipeError(
+                        f"Run {run.run_key[:12]} was begun by a raypipe whose table {table} had another schema.",
+                        f"Give it up with `raypipe status --discard {run.run_key[:12]}` and submit again.",
+                    )
+        return receipts
 
     def publish(self, run: Run, parts: Sequence[Publish], result: Mapping[str, Any]) -> dict[str, Any]:
         """Commit all tables and finish the run; `rejects` first, then in the order given."""
@@ -104,8 +115,7 @@ def open_session(
 
 def recover(workspace: Workspace, job: str, held: set[str]) -> None:
     """Complete every publish that a killed run began, of any job, so that no job reads half of it."""
-    jobs = {entry.path.split("/")[1] for entry in workspace.store.list("ledger")}
-    for name in sorted(jobs):
+    for name in workspace.store.folders("ledger"):
         run = workspace.ledger(name).newest()
         if run is None or run.result() is not None or (intent := run.publish_intent()) is None:
             continue

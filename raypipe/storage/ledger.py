@@ -16,7 +16,7 @@ Resume is set difference: planned units less those with a receipt.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -242,10 +242,10 @@ class Ledger:
 
     def numbers(self) -> dict[int, str]:
         """Run keys by run number."""
-        entries = self.store.list(f"ledger/{self.job}/runs")
-        return {
-            int(e.path.rsplit("/", 1)[1].split(".")[0]): json.loads(self.store.read(e.path))["run_key"] for e in entries
-        }
+        paths = [entry.path for entry in self.store.list(f"ledger/{self.job}/runs")]
+        with ThreadPoolExecutor(16) as readers:
+            found = [json.loads(data)["run_key"] for data in readers.map(self.store.read, paths)]
+        return {int(path.rsplit("/", 1)[1].split(".")[0]): key for path, key in zip(paths, found, strict=True)}
 
     def newest(self) -> Run | None:
         """The newest run that wrote its manifest, open or not."""
@@ -254,6 +254,19 @@ class Ledger:
             if self.store.exists(f"{run.folder}/manifest.json"):
                 return run
         return None
+
+    def open_runs(self, scope: str) -> Iterator[Run]:
+        """The unfinished runs of a scope, newest first.
+
+        Only those after its newest finished one are looked at: that one gave up all that were open before it.
+        """
+        for _, run_key in sorted(self.numbers().items(), reverse=True):
+            run = self.run(run_key)
+            if not self.store.exists(f"{run.folder}/manifest.json") or run.manifest["scope"] != scope:
+                continue
+            if run.result() is not None:
+                return
+            yield run
 
     def run(self, run_key: str) -> Run:
         return Run(self.store, self.job, run_key)

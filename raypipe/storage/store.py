@@ -110,6 +110,12 @@ class Store:
             return False
         return True
 
+    def folders(self, prefix: str) -> list[str]:
+        """The names directly below `prefix` that hold objects, without reading what they hold."""
+        with _plain_errors(self.uri):
+            found = obstore.list_with_delimiter(self._objects, prefix)["common_prefixes"]
+        return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in found)
+
     def list(self, prefix: str) -> list[Entry]:
         """Every object below `prefix` (a folder), in path order."""
         with _plain_errors(self.uri):

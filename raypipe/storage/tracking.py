@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from raypipe.errors import UsageError
+from raypipe.storage.hashing import content_digest
 from raypipe.storage.models import Model
 from raypipe.storage.store import Store
 
-_TAG = "raypipe.run_key"
+# A run key is unique within a workspace, and a tracking server has runs of many.
+_TAG = "raypipe.run"
 
 
 class Tracking:
@@ -38,13 +40,14 @@ class Tracking:
         else:
             location = f"{self.store.local_path('mlartifacts').as_uri()}" if self.store.is_local else None
             experiment_id = client.create_experiment(self.experiment, artifact_location=location)
-        found = client.search_runs([experiment_id], f"tags.`{_TAG}` = '{run_key}'", max_results=1)
+        mark = content_digest(self.store.uri, run_key)
+        found = client.search_runs([experiment_id], f"tags.`{_TAG}` = '{mark}'", max_results=1)
         run_id = (
             found[0].info.run_id
             if found
             else client.create_run(experiment_id, run_name=f"{job}-{run_key[:8]}").info.run_id
         )
-        for key, value in {_TAG: run_key, "raypipe.job": job, **tags}.items():
+        for key, value in {_TAG: mark, "raypipe.run_key": run_key, "raypipe.job": job, **tags}.items():
             client.set_tag(run_id, key, value)
         if not found:
             for key, value in params.items():

@@ -50,7 +50,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         workspace = arguments.workspace or str(Path(scratch) / "workspace")
         if not arguments.workspace:
-            code = raypipe(["nightly", "--workspace", workspace, "--ingest.log.path", arguments.log, "--tracking", "off"])
+            code = raypipe(
+                ["nightly", "--workspace", workspace, "--ingest.log.path", arguments.log, "--tracking", "off"]
+            )
             if code:
                 sys.exit(code)
         figures = {name: measure(*inputs) for name, inputs in variants(Workspace(workspace)).items()}
