@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -107,6 +108,7 @@ class SummarizeBucket:
     def _write(self, work: Mapping[str, int], state: BucketState, context: UnitContext) -> dict[str, UserSummary]:
         results: dict[str, UserSummary] = {}
         batches = deque(self._batches(list(work), context.deaths))
+        refused = sys.maxsize  # calls that a cap refused already; so many are not asked for again
         while batches:
             batch = batches.popleft()
             user = batch[0]
@@ -117,13 +119,15 @@ class SummarizeBucket:
             blocks = {user: state.user_blocks(work[user]) for user in batch}
             known = state.known(batch)
             calls = sum(self.summarizer.most_calls(blocks[user], known.get(user, {})) for user in batch)
-            most = Usage(calls, *self.summarizer.most_tokens(calls))
-            if not self.budget.take(most):
-                if len(batch) == 1:
+            most = self._most(calls)
+            if calls >= refused or not self.budget.take(most):
+                if calls < refused and not self._leaves_a_call():
                     break
                 # What is left of a cap may not do for all of them, but for some.
-                half = len(batch) // 2
-                batches.extendleft([batch[half:], batch[:half]])
+                refused = min(refused, calls)
+                if len(batch) > 1:
+                    half = len(batch) // 2
+                    batches.extendleft([batch[half:], batch[:half]])
                 continue
             context.journal(batch)
             done = self.summarizer.summarize(blocks, known)
@@ -131,6 +135,17 @@ class SummarizeBucket:
             self.budget.give_back(most, used)
             results.update((result.user_id, result) for result in done)
         return results
+
+    def _most(self, calls: int) -> Usage:
+        return Usage(calls, *self.summarizer.most_tokens(calls))
+
+    def _leaves_a_call(self) -> bool:
+        """Whether the caps leave room for anything at all."""
+        one = self._most(1)
+        if not self.budget.take(one):
+            return False
+        self.budget.give_back(one, Usage())
+        return True
 
     def _batches(self, users: Sequence[str], suspects: Mapping[str, int]) -> list[list[str]]:
         """Suspects alone and last, so that a poison row costs its neighbours nothing; the rest in micro-batches."""
