@@ -115,6 +115,7 @@ def ray_cluster(s3_server: S3Server) -> Iterator[None]:
     if ray.is_initialized():  # another test's, whose workers do not know the S3 server
         ray.shutdown()
     ray.init(
+        address="local",  # never a cluster that somebody else left running
         num_cpus=2,
         include_dashboard=False,
         logging_level="WARNING",
