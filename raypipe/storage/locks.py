@@ -74,8 +74,14 @@ class Lock:
 
     def _enter_flock(self) -> None:
         path = self.store.local_path(f"locks/{self.name}.lock")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+")
+        except OSError as error:
+            raise UsageError(
+                f"The lock file {path} cannot be opened: {error.strerror}.",
+                "Give this user write permission below the workspace's locks/ folder.",
+            ) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -141,3 +141,12 @@ def test_generations_do_not_pile_up(s3: Store) -> None:
         with Lock(s3, "summaries", "one"):
             pass
     assert [entry.path for entry in s3.list("locks")] == ["locks/summaries/000000000003.json"]
+
+
+def test_a_locks_folder_that_cannot_be_written_is_one_paragraph(tmp_path: Path) -> None:
+    (tmp_path / "locks").write_text("a file where the folder should be")
+    with (
+        pytest.raises(UsageError, match=r"lock file .* cannot be opened.*permission"),
+        hold(Store(str(tmp_path)), ["items"], "ingest"),
+    ):
+        pass
