@@ -45,7 +45,7 @@ class InstructionConfig(Config):
     """How many examples of which kind are made."""
 
     block_examples: int = shaping(14_000, "exercises in summarising one block of items", ge=0)
-    merge_examples: int = shaping(22_000, "exercises in merging block summaries", ge=0)
+    merge_examples: int = shaping(26_000, "exercises in merging block summaries", ge=0)
     synthetic_share: float = shaping(0.5, "share of examples made from made-up histories", ge=0, le=1)
     catalogue_repeats: int = shaping(0, "how often every item's line stands in training as plain text", ge=0)
     block_size: int = shaping(5, "items of one block", ge=1)
@@ -91,8 +91,8 @@ def summary_examples(
 
 
 def _number_of_blocks(most: int, rng: np.random.Generator) -> int:
-    # Half of the exercises are full windows, the hardest case; the rest are the short histories of new users.
-    return most if rng.random() < 0.5 else int(rng.integers(1, most + 1))
+    # Short ones teach the same counting with fewer tokens, and are what new users have; long ones are the usual case.
+    return int(rng.integers(1, most + 1 if rng.random() < 0.4 else max(2, most // 2)))
 
 
 def _disturbed(counts: Counter[str], rng: np.random.Generator) -> Counter[str]:

@@ -62,7 +62,7 @@ class TrainerConfig(Config):
     weight_decay: float = shaping(0.05, "on matrices; never on norms and biases", ge=0)
     clip: float = shaping(1.0, "largest gradient norm", gt=0)
     schedule: Literal["linear", "cosine", "constant"] = shaping("linear", "after the warm-up")
-    warmup_steps: int = shaping(100, ge=0)
+    warmup_steps: int = shaping(50, ge=0)
     seed: int = shaping(0)
     storage: str = free("", "folder or URI all nodes share, for checkpoints of running training")
     checkpoint_every: int = free(500, "steps between checkpoints", ge=1)
