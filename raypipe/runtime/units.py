@@ -22,6 +22,9 @@ from raypipe.runtime.cluster import ClusterConfig
 from raypipe.runtime.progress import Progress, say
 from raypipe.storage.ledger import MAX_DEATHS, Receipt, Run, Unit
 
+# Ray gives a node that does not answer 5 chances, 3 s apart; seen on 2 cores: 11 s.
+_NODE_VERDICT_S = 30.0
+
 
 class UnitContext:
     """What the work may ask of the runner while it has a unit: its attempt, its journal, its suspects."""
@@ -163,14 +166,11 @@ def _worker_deaths() -> tuple[type[BaseException], ...]:
 
 def _account_for_death(run: Run, left: Sequence[Unit], error: BaseException) -> None:
     """Make the journal of the dead worker's unit suspect; raise where one unit kills every worker it is given."""
-    import ray
-
     actor = str(getattr(error, "actor_id", "") or "")
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
     for unit, _, worker in run.attempt_markers(left):
         if worker["actor"] != actor:
             continue
-        if worker["node"] not in alive or getattr(error, "preempted", False):
+        if getattr(error, "preempted", False) or _lost_node(worker["node"], error):
             say(f"Node {worker['node'][:8]} was lost while it worked on {unit.name}; the unit starts again.")
             return
         run.record_death(unit)
@@ -180,6 +180,23 @@ def _account_for_death(run: Run, left: Sequence[Unit], error: BaseException) -> 
         _check_bounded(run, unit)
         return
     say("A worker died between two units; the units that are left start again.")
+
+
+def _lost_node(node: str, error: BaseException) -> bool:
+    """Whether the worker went down with its node.
+
+    Ray reports a process that died on a living node as such. Of one that merely stopped answering it knows no more until
+    the node's heartbeats have been missed.
+    """
+    import ray
+    from ray.exceptions import ActorUnavailableError
+
+    deadline = time.monotonic() + (_NODE_VERDICT_S if isinstance(error, ActorUnavailableError) else 0.0)
+    while any(found["NodeID"] == node and found["Alive"] for found in ray.nodes()):
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.5)
+    return True
 
 
 def _check_bounded(run: Run, unit: Unit) -> None:
