@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,15 +37,26 @@ class CleanNights:
 
 
 @pytest.fixture(scope="session")
-def clean(tmp_path_factory: pytest.TempPathFactory) -> CleanNights:
+def ray_folder() -> Iterator[Path]:
+    """Where Ray keeps its sessions, with the address of a cluster in it that was killed: nobody may try to join that."""
+    # A short path, because a Unix socket's is at most 107 bytes long.
+    with tempfile.TemporaryDirectory(prefix="rp-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        address = Path(folder, "ray", "ray_current_cluster")
+        address.parent.mkdir()
+        address.write_text("127.0.0.1:6399")
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def clean(tmp_path_factory: pytest.TempPathFactory, ray_folder: Path) -> CleanNights:
     folder = tmp_path_factory.mktemp("clean")
     catalogue = write_catalogue(folder / "items.csv")
     first = write_log(folder / "log.csv", 1, EVENTS, USERS, _START)
     later = write_log(folder / "later.csv", 2, LATER_EVENTS, USERS // 5, _START + 700 * _DAY_S)
     workspace = str(folder / "workspace")
     nights = (
-        Night(workspace, first, catalogue, "2024-05-01", folder / "first"),
-        Night(workspace, later, catalogue, "2024-05-02", folder / "second"),
+        Night(workspace, first, catalogue, "2024-05-01", folder / "first", ray_folder),
+        Night(workspace, later, catalogue, "2024-05-02", folder / "second", ray_folder),
     )
     published, seconds = [], []
     for night in nights:

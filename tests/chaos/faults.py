@@ -1,8 +1,9 @@
 """Deaths at moments too narrow for chance: before or after one write of the driver or of a worker.
 
-A fault reads `driver before tables/logs`, `worker after ledger/*/units/users-*`, `driver before nights/current.json 1`: who
-dies, on which side of which write, and at which time of such a write in that process (from 1). Writes are named by their
-path in the workspace; `tables/<name>` alone is the table's commit. Nothing of this is in raypipe: the driver below wraps
+A fault reads `driver before tables/logs`, `worker after ledger/*/units/users-*`, `raylet after ledger/*/journal/* 2`: who
+dies (of raylets, that of the worker which writes), on which side of which write, and at which time of such a write in that
+process (from 1). Writes are named by their path in the workspace; `tables/<name>` alone is the table's commit. Nothing of
+this is in raypipe: the driver below wraps
 `Store.put`, `Store.create` and `Table.publish` in its own process, and in its workers' by an actor class that does so first.
 """
 
@@ -30,13 +31,14 @@ class Fault:
     when: str
     path: str
     nth: int
+    struck: str
 
     @staticmethod
-    def parse(text: str) -> Fault:
+    def parse(text: str, struck: str) -> Fault:
         who, when, path, *nth = text.split()
-        assert who in {"driver", "worker"}, text
+        assert who in {"driver", "worker", "raylet"}, text
         assert when in {"before", "after"}, text
-        return Fault(who, when, path, int(nth[0]) if nth else 1)
+        return Fault(who, when, path, int(nth[0]) if nth else 1, struck)
 
 
 def arm(fault: Fault) -> None:
@@ -50,10 +52,10 @@ def arm(fault: Fault) -> None:
             hit = fnmatch.fnmatchcase(path_of(self, *args), fault.path)
             seen += hit
             if hit and seen == fault.nth and fault.when == "before":
-                _die()
+                _die(fault)
             result = write(self, *args, **options)
             if hit and seen == fault.nth and fault.when == "after":
-                _die()
+                _die(fault)
             return result
 
         return wrapped
@@ -63,30 +65,35 @@ def arm(fault: Fault) -> None:
     Table.publish = dying(Table.publish, lambda table, *_: table.folder)  # type: ignore[method-assign]
 
 
-def _die() -> None:
+def _die(fault: Fault) -> None:
     """SIGKILL, once: of several workers one dies, and what comes after it lives."""
     try:
-        os.close(os.open(os.environ["CHAOS_STRUCK"], os.O_CREAT | os.O_EXCL))
+        os.close(os.open(fault.struck, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return
+    if fault.who == "raylet":  # and the worker with it, as if the machine had gone
+        os.kill(os.getppid(), signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-class DoomedWorker(units._Worker):
+def _doomed(fault: Fault) -> type[units._Worker]:
     """raypipe's actor, with the fault armed in its process."""
 
-    def __init__(self, *args: Any) -> None:
-        arm(Fault.parse(os.environ["CHAOS_FAULT"]))
-        super().__init__(*args)
+    class Doomed(units._Worker):
+        def __init__(self, *args: Any) -> None:
+            arm(fault)
+            super().__init__(*args)
+
+    return Doomed
 
 
 def main() -> None:
     """The command line with a fault in it: `CHAOS_FAULT` names it, `CHAOS_STRUCK` is the file it leaves."""
     from raypipe.cli.main import main as run
 
-    fault = Fault.parse(os.environ["CHAOS_FAULT"])
+    fault = Fault.parse(os.environ["CHAOS_FAULT"], os.environ["CHAOS_STRUCK"])
     if fault.who == "driver":
         arm(fault)
     else:
-        units._Worker = DoomedWorker  # type: ignore[misc]
+        units._Worker = _doomed(fault)  # type: ignore[misc]
     sys.exit(run(sys.argv[1:]))

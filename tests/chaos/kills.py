@@ -32,6 +32,7 @@ DRIVER_FAULTS = (
     "driver after nights/current.json",
 )
 WORKER_FAULTS = (
+    "raylet after ledger/summarize/*/journal/* 2",
     "worker after staging/*/spill/*",
     "worker after tables/histories/*",
     "worker after tables/block_summaries/*",
@@ -151,7 +152,7 @@ def survive(night: Night, kills: list[Kill | str], rng: random.Random) -> Ordeal
             if fault:
                 hit = night.struck(number).exists()
                 (ordeal.struck if hit else ordeal.missed).append(fault)
-                must_end_well = not hit or fault.startswith("worker")
+                must_end_well = not hit or fault.startswith("worker") or bool(night.address)
             if code == 0:
                 ordeal.statuses.append(submission.result()["status"])
                 if not left:

@@ -140,6 +140,8 @@ class Night:
     catalogue: Path
     date: str
     output: Path
+    ray_folder: Path
+    address: str = ""
 
     def submit(self, fault: str = "") -> Submission:
         """Start the command; `fault` is a death at a named moment (tests/chaos/faults.py)."""
@@ -157,9 +159,11 @@ class Night:
             "summarize.engine.engine": "echo",
             "summarize.micro_batch_users": 4,
         }
+        if self.address:
+            options["cluster.address"] = self.address
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        environment["PYTHONPATH"] = str(_ROOT)
+        environment |= {"PYTHONPATH": str(_ROOT), "RAY_TMPDIR": str(self.ray_folder)}
         self.output.mkdir(parents=True, exist_ok=True)
         number = len(list(self.output.glob("*.out")))
         if fault:
@@ -170,6 +174,10 @@ class Night:
     def struck(self, submission: int) -> Path:
         """The file that a fault leaves where it struck."""
         return self.output / f"{submission}.struck"
+
+    def deaths(self) -> list[str]:
+        """Units with rows under suspicion, because a worker died with them in its journal."""
+        return [entry.path for entry in Store(self.workspace).list("ledger") if "/deaths/" in entry.path]
 
     def units_done(self) -> int:
         """Receipts in the ledger, of all jobs."""
