@@ -5,7 +5,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DEMO := build/demo
 SEEDS ?= 50
 
 .PHONY: install demo test test-all lint bench chaos clean
@@ -20,10 +19,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: install
-	mkdir -p $(DEMO)
-	$(BIN)/raypipe dataset synthetic --folder $(DEMO)/data --users 500 --items 400 --events 30000
-	$(BIN)/raypipe nightly --config jobs/nightly-demo.yaml --workspace $(DEMO)/workspace \
-		--ingest.log.path $(DEMO)/data/log.parquet --ingest.catalogue.path $(DEMO)/data/items.csv
+	$(BIN)/raypipe dataset synthetic --folder build/demo/data --users 500 --items 400 --events 30000
+	$(BIN)/raypipe nightly --config jobs/nightly-demo.yaml
 
 test: install
 	$(BIN)/python -m pytest -m "not slow"

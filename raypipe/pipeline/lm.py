@@ -37,7 +37,7 @@ class LmOptions(Config):
     """What the model is, what it is trained on, and how."""
 
     data: LmDataConfig = shaping(LmDataConfig, "model size, prompts and exercises")
-    trainer: TrainerConfig = shaping(TrainerConfig, "training under Ray Train and DeepSpeed")
+    trainer: TrainerConfig = shaping(lambda: TrainerConfig(workers=2), "training under Ray Train and DeepSpeed")
     hold_out: int = shaping(1, "last events of every user that training never sees", ge=0)
     histories: int = shaping(20_000, "most users whose histories are read, chosen by hash", ge=1)
     work_folder: str | None = free(

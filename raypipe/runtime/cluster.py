@@ -10,6 +10,9 @@ import threading
 from raypipe.config import Config, free
 from raypipe.errors import UsageError
 
+# A private cluster claims at least this many, so that training with two workers never waits for a second core.
+_MIN_CPUS = 2
+
 
 class ClusterConfig(Config):
     """Where the units run. Nothing here shapes an output."""
@@ -38,7 +41,7 @@ class ClusterConfig(Config):
                 ray.init(
                     address="local",
                     include_dashboard=False,
-                    num_cpus=max(self.workers or 0, os.cpu_count() or 1),
+                    num_cpus=max(self.workers or 0, os.cpu_count() or 1, _MIN_CPUS),
                     logging_level=logging.WARNING,
                     log_to_driver=False,
                     object_store_memory=200 * 2**20,
