@@ -69,10 +69,11 @@ class Tracking:
             client.create_model_version(name, source, tags={"recipe": model.recipe})
 
     def _client(self) -> Any:
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
         from mlflow import MlflowClient
 
+        # After the import, which sets levels of its own.
+        for name in ("alembic", "mlflow"):
+            logging.getLogger(name).setLevel(logging.WARNING)
         return MlflowClient(self.uri, registry_uri=self.uri)
 
 
