@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from raypipe.metrics.text import value_counts
 from raypipe.storage.hashing import stable_hash
 from raypipe.storage.workspace import Workspace
+from raypipe.systems.summaries import SummariesConfig
 
 _SHOWN_ITEMS = 10
 _SHOWN_VALUES = 6
@@ -33,7 +34,9 @@ h2 {{ font-size: 1.05rem; margin: 0 0 .5rem }} blockquote {{ margin: 0 0 .75rem;
 """
 
 
-def write_cards(workspace: Workspace, date: str, versions: Mapping[str, int], count: int) -> str:
+def write_cards(
+    workspace: Workspace, date: str, versions: Mapping[str, int], count: int, summaries: SummariesConfig
+) -> str:
     """Write `nights/<date>/cards.html` from the night's own table versions; returns its URI."""
     items = workspace.tables["items"].read(versions["items"]).sort_by("index")
     titles = items["title"].to_pylist()
@@ -44,7 +47,7 @@ def write_cards(workspace: Workspace, date: str, versions: Mapping[str, int], co
             user,
             summary,
             [titles[i - 1] for i in history[user]],
-            value_counts(attributes[i - 1] for i in history[user]),
+            [attributes[i - 1] for i in history[user][summaries.window_start(len(history[user])) :]],
         )
         for user, summary in zip(users["user_id"].to_pylist(), users["summary"].to_pylist(), strict=True)
     ]
@@ -77,17 +80,18 @@ def _choose(workspace: Workspace, versions: Mapping[str, int], count: int) -> tu
     return chosen, history
 
 
-def _card(user: str, summary: str, titles: list[str], counts: Mapping[str, int]) -> str:
+def _card(user: str, summary: str, titles: list[str], window: list[dict[str, list[str]]]) -> str:
+    counts = value_counts(window)
     recent = "".join(f"<li>{html.escape(title)}</li>" for title in titles[-_SHOWN_ITEMS:])
     top = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:_SHOWN_VALUES]
     bars = "".join(
         f'<div class="bar"><span>{html.escape(value)}</span>'
-        f'<i style="width:{100 * number / len(titles):.0f}%"></i><span>{number}</span></div>'
+        f'<i style="width:{100 * number / len(window):.0f}%"></i><span>{number}</span></div>'
         for value, number in top
     )
     return (
         f"<article><h2>User {html.escape(user[:80])} <small>{len(titles):,} events</small></h2>"
         f"<blockquote>{html.escape(summary)}</blockquote>"
         f'<div class="columns"><div><small>Last {min(len(titles), _SHOWN_ITEMS)} items</small><ol>{recent}</ol></div>'
-        f"<div><small>Most frequent</small>{bars}</div></div></article>"
+        f"<div><small>Most frequent in the {len(window)} events summarised</small>{bars}</div></div></article>"
     )

@@ -60,7 +60,7 @@ def run_nightly(config: NightlyConfig) -> JobResult:
     is_new = current is None or dict(current.tables) != tables or dict(current.release) != release
     if is_new:
         metrics = {name: dict(result.metrics) for name, result in results.items()}
-        write_cards(workspace, date, tables, config.cards)
+        write_cards(workspace, date, tables, config.cards, config.summarize.summaries)
         with hold(workspace.store, ["nights"], JOB, config.lock_lease_s):
             nights.publish(Night(date, tables, release, metrics))
         say(f"{JOB}: the night of {date} is in force")

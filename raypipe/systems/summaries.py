@@ -40,6 +40,10 @@ class SummariesConfig(Config):
             raise ValueError(f"window_events is {self.window_events}, less than one block of {self.block_items} items")
         return self
 
+    def window_start(self, events: int) -> int:
+        """The first event of a history of so many that its summary is about: whole blocks only."""
+        return -(-max(events - self.window_events, 0) // self.block_items) * self.block_items
+
     def block_recipe(self, engine: Mapping[str, Any]) -> str:
         """Fingerprint of a block's summary; `engine` is the engine's identity."""
         return fingerprint(
