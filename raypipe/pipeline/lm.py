@@ -62,7 +62,7 @@ def run_lm(config: LmConfig) -> JobResult:
                 f"The workspace {workspace.uri} has no histories to learn from.", "Run `raypipe ingest` first."
             )
         items = workspace.tables["items"].read(versions["items"]).sort_by("index")
-        histories = _histories(workspace, versions["histories"], config.histories)
+        histories = training_histories(workspace, versions["histories"], config.histories)
         recipe = fingerprint(
             {
                 "step": STEP_VERSION,
@@ -118,7 +118,7 @@ def _train(
     return model, metrics
 
 
-def _histories(workspace: Workspace, version: int, most: int) -> pa.Table:
+def training_histories(workspace: Workspace, version: int, most: int) -> pa.Table:
     """Item lists and keys of at most `most` users, the same ones whatever their order in the table."""
     rows = workspace.tables["histories"].read(version, ["user_id", "items", "history_key"])
     chosen = np.argsort(stable_hash(rows["user_id"].combine_chunks()), kind="stable")[:most]
