@@ -6,6 +6,9 @@ run that lost none; so does a run submitted again under the same name after its 
 or ZeRO stage starts anew, as optimiser state is bound to both. A time budget (`max_seconds`) ends that equality: by it
 a slower machine takes fewer steps.
 
+A checkpoint counts once Ray's controller has polled it, which it does every 2 s: a worker that dies sooner goes on from
+the checkpoint before. More than one checkpoint in 2 s falls behind, so `checkpoint_every` should take longer.
+
 Not covered: gradient accumulation, tensor or pipeline parallelism.
 """
 

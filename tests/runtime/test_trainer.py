@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -49,11 +50,21 @@ class RegressionTask:
     def batch(self, step: int, seed: int, rank: int, world: int, batch_size: int) -> dict[str, Tensor]:
         if step == self.dies_at and rank == 1 and not (self.deaths / "died").exists():
             (self.deaths / "died").touch()
+            self._wait_for_checkpoint(step)
             os._exit(1)
         with (self.deaths / f"steps-{rank}").open("a") as log:
             log.write(f"{step}\n")
         x = torch.randn(batch_size, 6, generator=torch.Generator().manual_seed(seed * 1000 + step))
         return {"x": x[rank::world], "y": x.sum(1, keepdim=True)[rank::world]}
+
+    def _wait_for_checkpoint(self, step: int) -> None:
+        """Ray counts a checkpoint once its controller has polled it, seconds after the worker reported it."""
+        snapshots = self.deaths / "training"
+        deadline = time.monotonic() + 60
+        while step > CONFIG.checkpoint_every and time.monotonic() < deadline:
+            if any('"checkpoint_' in file.read_text() for file in snapshots.glob("*/checkpoint_manager_snapshot.json")):
+                return
+            time.sleep(0.1)
 
     def save(self, weights: Mapping[str, Tensor], folder: Path) -> None:
         folder.mkdir()
@@ -111,6 +122,14 @@ def test_a_killed_worker_changes_no_weight(undisturbed: TrainingResult, tmp_path
     assert killed.losses == undisturbed.losses
     for name, weight in weights(killed).items():
         assert torch.equal(weight, weights(undisturbed)[name])
+
+
+@pytest.mark.slow
+def test_a_worker_killed_before_any_checkpoint_changes_no_weight(undisturbed: TrainingResult, tmp_path: Path):
+    killed = train(tmp_path, CONFIG.model_copy(update={"zero_stage": 3}), dies_at=3)
+    assert (tmp_path / "steps-0").read_text().split().count("1") == 2
+    assert killed.losses == undisturbed.losses
+    assert all(torch.equal(weight, weights(undisturbed)[name]) for name, weight in weights(killed).items())
 
 
 def test_a_finished_run_submitted_again_trains_nothing(tmp_path: Path):
