@@ -24,6 +24,8 @@ from raypipe.storage.ledger import MAX_DEATHS, Receipt, Run, Unit
 
 # Ray gives a node that does not answer 5 chances, 3 s apart; seen on 2 cores: 11 s.
 _NODE_VERDICT_S = 30.0
+# Ray Data takes about 0.1 s from one task's end to the next one's start (measured), as long as a small unit takes to run.
+_TASKS_PER_WORKER = 8
 
 
 class UnitContext:
@@ -98,13 +100,14 @@ def _execute(
     # Ray Data's own default restarts a dead actor without end; it has no named parameter to say otherwise.
     warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
     rows = [{"kind": unit.kind, "index": unit.index} for unit in units]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+    workers = min(cluster.size(), len(rows))
+    dataset = ray.data.from_items(rows, override_num_blocks=max(workers, _tasks(len(rows), workers))).map_batches(
         _Worker,
         fn_constructor_args=(build, run),
-        batch_size=1,
+        batch_size=None,
         batch_format="numpy",
-        # One unit at a time: a second one queued behind a busy worker would wait for it while others idle.
-        compute=ActorPoolStrategy(size=min(cluster.size(), len(rows)), max_tasks_in_flight_per_actor=1),
+        # One task at a time: a second one queued behind a busy worker would wait for it while others idle.
+        compute=ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
         num_cpus=cluster.cpus_per_worker,
         num_gpus=cluster.gpus_per_worker or None,
         max_restarts=0,
@@ -114,6 +117,11 @@ def _execute(
         if row["error"]:
             raise RaypipeError(row["error"], row["remedy"])
         yield Receipt.from_json(row["receipt"])
+
+
+def _tasks(units: int, workers: int) -> int:
+    """How many tasks to cut the units into: enough to even out their lengths, few enough not to wait for dispatch."""
+    return -(-units // max(1, units // (workers * _TASKS_PER_WORKER)))
 
 
 class _Worker:
@@ -133,15 +141,22 @@ class _Worker:
         self.build = build
         self.work: UnitWork | None = None
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        unit = Unit(str(batch["kind"][0]), int(batch["index"][0]))
-        try:
-            return _row(self._run(unit))
-        except RaypipeError as error:
-            return _row(None, error.problem, error.remedy)
-        except Exception as error:
-            remedy = "This is a defect in raypipe or in the machine; the run resumes where it stopped when you submit it again."
-            return _row(None, f"Unit {unit.name} failed: {error!r}\n{traceback.format_exc()}", remedy)
+    def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[Any]]]:
+        for kind, index in zip(batch["kind"], batch["index"], strict=True):
+            unit = Unit(str(kind), int(index))
+            try:
+                yield _row(self._run(unit))
+            except RaypipeError as error:
+                yield _row(None, error.problem, error.remedy)
+                return
+            except Exception as error:
+                problem = f"Unit {unit.name} failed: {error!r}\n{traceback.format_exc()}"
+                yield _row(
+                    None,
+                    problem,
+                    "The run resumes where it stopped when you submit it again; report this if it repeats.",
+                )
+                return
 
     def _run(self, unit: Unit) -> Receipt:
         attempt = self.run.begin_attempt(unit, {**self.worker, "started": time.time()})
