@@ -101,13 +101,16 @@ def _execute(
     warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
     rows = [{"kind": unit.kind, "index": unit.index} for unit in units]
     workers = min(cluster.size(), len(rows))
-    dataset = ray.data.from_items(rows, override_num_blocks=max(workers, _tasks(len(rows), workers))).map_batches(
+    tasks = _tasks(len(rows), workers)
+    dataset = ray.data.from_items(rows, override_num_blocks=tasks).map_batches(
         _Worker,
         fn_constructor_args=(build, run),
         batch_size=None,
         batch_format="numpy",
-        # One task at a time: a second one queued behind a busy worker would wait for it while others idle.
-        compute=ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
+        # A task queued behind a busy worker saves the wait for dispatch, but of few tasks it would leave a worker idle.
+        compute=ActorPoolStrategy(
+            size=workers, max_tasks_in_flight_per_actor=2 if tasks >= workers * _TASKS_PER_WORKER else 1
+        ),
         num_cpus=cluster.cpus_per_worker,
         num_gpus=cluster.gpus_per_worker or None,
         max_restarts=0,

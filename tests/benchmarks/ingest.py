@@ -1,9 +1,9 @@
 """Ingest beside Polars: the same Parquet log into per-user histories, alternating in one run.
 
 Both read the log and the catalogue, replace item ids by indices, order every user's events by time, drop repeated ones
-and write the same columns (text ids; lists of items, times, weights) as bucketed Parquet. Ours adds what a night needs:
-keys, counts, ledger, spills, a Delta transaction; Ray is started before the clock. Polars runs in a process of its own,
-so that its peak memory is its own.
+and write the same columns (text ids; lists of items, times, order within equal times, weights) as bucketed Parquet. Ours
+adds what a night needs: keys, counts, ledger, spills, a Delta transaction; Ray is started before the clock. Polars runs
+in a process of its own, so that its peak memory is its own.
 
 Figures: `ratio_to_polars` (median of the rounds' ratios), `worker_peak_mb` (largest resident set of any Ray worker),
 `polars_peak_mb`, `growth` (exponent of our seconds from a tenth of the events to all), `events_per_s`.
@@ -51,8 +51,14 @@ histories = (
     .join(catalogue, on="item_id", how="inner")
     .unique(["user_id", "item_id", "time"], keep="first")
     .sort("user_id", "time", "row")
+    .with_columns(place=pl.int_range(pl.len(), dtype=pl.Int64))
+    .with_columns(
+        tie=pl.when((pl.col("user_id") != pl.col("user_id").shift()) | (pl.col("time") != pl.col("time").shift()))
+        .then(pl.col("place")).forward_fill().fill_null(0)
+    )
+    .with_columns(seq=(pl.col("place") - pl.col("tie")).cast(pl.Int32))
     .group_by("user_id", maintain_order=True)
-    .agg("index", "time", "weight")
+    .agg("index", "time", "seq", "weight")
     .with_columns((pl.col("user_id").hash(0) % buckets).alias("bucket"))
 )
 histories.sink_parquet(pl.PartitionBy(out, key="bucket"), mkdir=True)
