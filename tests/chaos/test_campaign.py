@@ -51,7 +51,7 @@ def draw(rng: random.Random, clean: CleanNights) -> tuple[int, str, list[Kill | 
     """A night (0 or 1), where it runs, and one to three kills in the order they come."""
     night = int(rng.random() < 0.3)
     place = rng.choice(["folder", "s3"])
-    return night, place, [_draw_kill(rng, clean.seconds[night]) for _ in range(rng.choice([1, 1, 2, 3]))]
+    return night, place, [_draw_kill(rng, clean.night(night).seconds) for _ in range(rng.choice([1, 1, 2, 3]))]
 
 
 def _draw_kill(rng: random.Random, seconds: float) -> Kill | str:
@@ -74,7 +74,7 @@ def test_a_killed_night_equals_an_uninterrupted_one(
     started = time.monotonic()
     again = clean.again(night, uri, tmp_path / "output")
     ordeal = survive(again, kills, rng)
-    problems = differences(Published.of(uri), clean.published[night]) + unbalanced(uri)
+    problems = differences(Published.of(uri), clean.night(night).published) + unbalanced(uri)
     if not any(text.startswith("worker") for text in ordeal.struck):
         problems += [f"rows under suspicion: {path}" for path in again.deaths()]
     problems += [f"left running: {orphan}" for orphan in ordeal.orphans]

@@ -38,4 +38,4 @@ def test_a_lost_node_counts_against_no_row(clean: CleanNights, two_nodes: str, t
     assert ordeal.struck == [fault]
     assert ordeal.codes == [0]
     assert night.deaths() == []
-    assert differences(Published.of(uri), clean.published[0]) == []
+    assert differences(Published.of(uri), clean.first.published) == []
