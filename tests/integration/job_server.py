@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).parents[2]
+START_HEAD = ROOT / "cluster/start-head.sh"
 _BIN = Path(sys.executable).parent
 _START_S = 120.0
 
@@ -112,14 +113,14 @@ def start_job_server(log: Path) -> Iterator[JobServer]:
     )
     # A short path, because a Unix socket's is at most 107 bytes long.
     with tempfile.TemporaryDirectory(prefix="rp-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        command = [str(_BIN / "ray"), "start", "--head", "--block", "--num-cpus", "2", "--temp-dir", folder]
-        command += ["--node-ip-address", "127.0.0.1", "--dashboard-host", "127.0.0.1", "--include-dashboard", "true"]
-        command += ["--object-store-memory", str(200 << 20), "--disable-usage-stats"]
+        command = [str(START_HEAD), "--num-cpus", "2", "--temp-dir", folder]
+        command += ["--node-ip-address", "127.0.0.1", "--dashboard-host", "127.0.0.1"]
+        command += ["--object-store-memory", str(200 << 20)]
         command += [word for name, port in zip(names, ports, strict=True) for word in (f"--{name}", str(port))]
         with log.open("wb") as output:
             head = subprocess.Popen(
                 command,
-                env=_environment() | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token},
+                env=_environment() | {"RAY_AUTH_TOKEN": token},
                 stdout=output,
                 stderr=output,
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +12,7 @@ import pytest
 
 from raypipe.storage.nights import Nights
 from raypipe.storage.workspace import Workspace
-from tests.integration.job_server import ROOT, Job, JobServer, run_ray, start_job_server
+from tests.integration.job_server import ROOT, START_HEAD, Job, JobServer, run_ray, start_job_server
 
 ML_100K = ROOT.parent / "shared" / "data" / "ml-100k"
 REFUSED = (401, 403)
@@ -119,3 +121,10 @@ def test_a_client_without_the_token_is_refused(server: JobServer) -> None:
     assert ended.returncode == 1
     assert "Python 3" not in ended.stdout
     assert len(server.get("jobs/")) == before
+
+
+def test_a_head_without_a_token_is_not_started(tmp_path: Path) -> None:
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    ended = subprocess.run([str(START_HEAD)], env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 2
+    assert "Set RAY_AUTH_TOKEN" in ended.stderr
