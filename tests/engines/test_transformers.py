@@ -36,7 +36,7 @@ def answers(lm: str, prompts: list[Prompt], decoding: Decoding, **settings) -> l
     return sorted(engine(lm, **settings).generate(prompts, decoding), key=lambda outcome: outcome.index)
 
 
-def test_a_batch_of_mixed_lengths_answers_as_each_prompt_alone(lm):
+def test_g7_one_truth_a_batch_of_mixed_lengths_answers_as_each_prompt_alone(lm):
     prompts, decoding = mixed_prompts(32), Decoding(max_new_tokens=40)
     alone = engine(lm)
     singles = [next(alone.generate([prompt], decoding)) for prompt in prompts]
