@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 
@@ -43,7 +42,6 @@ def _checks(config: DoctorConfig) -> Iterator[tuple[str, Callable[[], str]]]:
     yield "python", lambda: sys.version.split()[0]
     for package in _PACKAGES:
         yield package, lambda package=package: _version(package)  # type: ignore[misc]
-    yield "compiler", _compiler
     store = Store(config.workspace)
     yield "workspace", lambda: _workspace(store)
     yield "format", lambda: str(config.open_workspace().info() or "empty, nothing ingested yet")
@@ -59,15 +57,6 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         raise RaypipeError(f"{package} is not installed.", "Run `make install`.") from None
-
-
-def _compiler() -> str:
-    found = shutil.which("g++") or shutil.which("c++")
-    if found is None:
-        raise RaypipeError(
-            "There is no C++ compiler, which DeepSpeed needs once.", "Install g++ (Debian: apt install g++)."
-        )
-    return found
 
 
 def _workspace(store: Store) -> str:

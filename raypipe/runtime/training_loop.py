@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -137,6 +136,8 @@ def _deepspeed_engine(module: nn.Module, config: TrainerConfig, world: int, *, g
     import deepspeed
     from deepspeed.utils import logger
 
+    # An operator for inference alone, compiled on first use behind a lock file that a killed worker would leave for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed logs to stdout, which belongs to the job's result.
     logger.setLevel("ERROR")
     matrices = [p for p in module.parameters() if p.requires_grad and p.ndim > 1]
@@ -144,37 +145,22 @@ def _deepspeed_engine(module: nn.Module, config: TrainerConfig, world: int, *, g
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
     share = max(1, config.batch_size // world)
-    with _stdout_on_stderr():
-        engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=optimizer,
-            dist_init_required=False,
-            config={
-                "train_micro_batch_size_per_gpu": share,
-                "gradient_accumulation_steps": 1,
-                "gradient_clipping": config.clip,
-                "bf16": {"enabled": config.dtype == "bfloat16"},
-                "zero_optimization": {"stage": config.zero_stage},
-                "zero_allow_untested_optimizer": True,
-                "zero_force_ds_cpu_optimizer": False,
-                "steps_per_print": 10**9,
-            },
-        )
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        optimizer=optimizer,
+        dist_init_required=False,
+        config={
+            "train_micro_batch_size_per_gpu": share,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": config.clip,
+            "bf16": {"enabled": config.dtype == "bfloat16"},
+            "zero_optimization": {"stage": config.zero_stage},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 10**9,
+        },
+    )
     return engine
-
-
-@contextmanager
-def _stdout_on_stderr() -> Iterator[None]:
-    """The op that DeepSpeed compiles on first use prints to stdout from C; there it would mix with the job's result."""
-    sys.stdout.flush()
-    stdout = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(stdout, 1)
-        os.close(stdout)
 
 
 def _whole_weights(module: nn.Module, zero_stage: int, *, keep: bool) -> Mapping[str, Tensor]:

@@ -8,6 +8,7 @@ count for nothing.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import socket
@@ -15,6 +16,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from raypipe.errors import RaypipeError
@@ -75,13 +77,17 @@ def run_units(
         say(f"{what}: {len(done)} of {len(units)} units were done before")
     while todo := [unit for unit in units if unit not in done]:
         cluster.connect()
+        death = None
         try:
             for receipt in _execute(run, todo, build, cluster):
                 done[receipt.unit] = receipt
                 progress.step(amount(receipt))
         except _worker_deaths() as error:
+            death = _Death.of(error)
+        if death is not None:
+            _release_workers()
             done = run.receipts(kind)
-            _account_for_death(run, [unit for unit in todo if unit not in done], error)
+            _account_for_death(run, [unit for unit in todo if unit not in done], death)
     return {unit: done[unit] for unit in units}
 
 
@@ -116,10 +122,21 @@ def _execute(
         max_restarts=0,
         max_task_retries=0,
     )
-    for row in dataset.iter_rows():
+    results = dataset.iter_rows()
+    for row in results:
         if row["error"]:
+            del results, dataset
+            _release_workers()
             raise RaypipeError(row["error"], row["remedy"])
         yield Receipt.from_json(row["receipt"])
+
+
+def _release_workers() -> None:
+    """Ray Data ends the actors of an aborted execution by dropping their handles, which its own exceptions keep in cycles.
+
+    Uncollected, those actors hold their CPUs and the next execution waits for them, for ever.
+    """
+    gc.collect()
 
 
 def _tasks(units: int, workers: int) -> int:
@@ -182,13 +199,31 @@ def _worker_deaths() -> tuple[type[BaseException], ...]:
     return (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError)
 
 
-def _account_for_death(run: Run, left: Sequence[Unit], error: BaseException) -> None:
+@dataclass(frozen=True, slots=True)
+class _Death:
+    """What Ray told of a dead worker, without the exception, whose traceback holds on to the execution it ended."""
+
+    actor: str
+    preempted: bool
+    unavailable: bool
+
+    @classmethod
+    def of(cls, error: BaseException) -> _Death:
+        from ray.exceptions import ActorUnavailableError
+
+        return cls(
+            actor=str(getattr(error, "actor_id", "") or ""),
+            preempted=bool(getattr(error, "preempted", False)),
+            unavailable=isinstance(error, ActorUnavailableError),
+        )
+
+
+def _account_for_death(run: Run, left: Sequence[Unit], death: _Death) -> None:
     """Make the journal of the dead worker's unit suspect; raise where one unit kills every worker it is given."""
-    actor = str(getattr(error, "actor_id", "") or "")
     for unit, _, worker in run.attempt_markers(left):
-        if worker["actor"] != actor:
+        if worker["actor"] != death.actor:
             continue
-        if getattr(error, "preempted", False) or _lost_node(worker["node"], error):
+        if death.preempted or _lost_node(worker["node"], death):
             say(f"Node {worker['node'][:8]} was lost while it worked on {unit.name}; the unit starts again.")
             return
         run.record_death(unit)
@@ -200,16 +235,15 @@ def _account_for_death(run: Run, left: Sequence[Unit], error: BaseException) -> 
     say("A worker died between two units; the units that are left start again.")
 
 
-def _lost_node(node: str, error: BaseException) -> bool:
+def _lost_node(node: str, death: _Death) -> bool:
     """Whether the worker went down with its node.
 
     Ray reports a process that died on a living node as such. Of one that merely stopped answering it knows no more until
     the node's heartbeats have been missed.
     """
     import ray
-    from ray.exceptions import ActorUnavailableError
 
-    deadline = time.monotonic() + (_NODE_VERDICT_S if isinstance(error, ActorUnavailableError) else 0.0)
+    deadline = time.monotonic() + (_NODE_VERDICT_S if death.unavailable else 0.0)
     while any(found["NodeID"] == node and found["Alive"] for found in ray.nodes()):
         if time.monotonic() >= deadline:
             return False

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 from raypipe.storage.ledger import Counts, Receipt, Unit
 from raypipe.storage.workspace import Workspace
 from tests.conftest import Run
@@ -53,13 +51,13 @@ def test_a_plan_after_the_night_is_free(raypipe: Run, summarised: str) -> None:
     assert (ended.metrics["users_changed"], ended.metrics["calls"]) == (0, 0)
 
 
-def test_doctor_finds_a_healthy_machine_and_a_missing_compiler(raypipe: Run, ingested: str, monkeypatch) -> None:
+def test_doctor_finds_a_healthy_machine_and_a_full_disk(raypipe: Run, ingested: str, monkeypatch) -> None:
     healthy = raypipe("doctor", "--workspace", ingested, "--no-start_ray")
     assert (healthy.code, healthy.status) == (0, "ok"), healthy.stderr
-    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.setattr("raypipe.storage.store.Store.free_bytes", lambda _: 2**20)
     ill = raypipe("doctor", "--workspace", ingested, "--no-start_ray")
-    assert (ill.code, ill.status, ill.metrics["compiler"]) == (1, "failed", False)
-    assert "failed  compiler: There is no C++ compiler" in ill.stderr
+    assert (ill.code, ill.status, ill.metrics["disk"]) == (1, "failed", False)
+    assert "failed  disk: Only 0.0 GiB are free" in ill.stderr
 
 
 def test_the_small_log_is_what_the_tests_say_it_is() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import signal
@@ -72,6 +73,23 @@ class DiesAtOnce:
     def run(self, unit: Unit, context: UnitContext) -> Receipt:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError
+
+
+class DiesBesideABusyOne:
+    """Unit 0 kills its process, once, while unit 1 runs in another."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def run(self, unit: Unit, context: UnitContext) -> Receipt:
+        if unit.index == 1:
+            (self.folder / "busy").touch()
+            time.sleep(1)
+        elif context.attempt == 1:
+            while not (self.folder / "busy").exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Receipt(unit, Counts(1, 1))
 
 
 class DiesWhileItIsBuilt:
@@ -152,6 +170,18 @@ def test_a_row_that_kills_its_process_is_rejected_after_three_deaths_alone_and_n
     assert sum(line[:2] == ["bucket-000001", "row4"] for line in traced(trace)) == 1 + MAX_DEATHS
     assert receipts[Unit("bucket", 1)].attempt == 2 + MAX_DEATHS
     assert "A worker died while it worked on bucket-000001" in capsys.readouterr().err
+
+
+def test_a_death_gives_the_other_workers_back_though_python_never_collects(run: Run, tmp_path: Path) -> None:
+    gc.disable()
+    try:
+        go(run, 2, partial(DiesBesideABusyOne, tmp_path))
+        deadline = time.monotonic() + 40
+        while ray.available_resources().get("CPU") != 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert ray.available_resources().get("CPU") == 2
+    finally:
+        gc.enable()
 
 
 def test_a_unit_that_dies_three_times_before_it_names_a_row_is_a_clear_error(run: Run) -> None:
