@@ -20,6 +20,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests.ground import GOOD, Ground
+from tests.pipeline.small_logs import write_catalogue, write_log
+
 BUCKET = "raypipe-tests"
 _START_S = 40.0
 
@@ -175,3 +178,13 @@ def files(tmp_path: Path) -> Path:
     folder = tmp_path / "files"
     folder.mkdir()
     return folder
+
+
+@pytest.fixture
+def ground(tmp_path: Path, files: Path) -> Ground:
+    return Ground(
+        str(tmp_path / "workspace"),
+        files,
+        write_log(files / "log.csv", GOOD),
+        write_catalogue(files / "items.csv", 5),
+    )

@@ -24,6 +24,12 @@ from tests.pipeline.small_logs import (
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 ECHO = ("--engine.engine", "echo")
+# A context in which not even two texts can be merged.
+TIGHT = (
+    *("--engine.context", 110),
+    *("--summaries.block_decoding.max_new_tokens", 12),
+    *("--summaries.merge_decoding.max_new_tokens", 12),
+)
 LENGTHS = {**{f"u{length}": length for length in range(1, 25)}, "long": 120}
 BLOCK = SummaryPrompts().block.replace("how often", "how many times")
 MERGE = SummaryPrompts().merge.replace("mostly", "often")
@@ -186,16 +192,7 @@ def test_no_cap_is_ever_exceeded(raypipe: Run, ingested: str, cap: str, value: A
 def test_a_user_who_cannot_be_summarised_is_rejected_and_blocked_until_his_history_changes(
     raypipe: Run, ingested: str, files: Path
 ) -> None:
-    # A context in which the longest user's merge does not fit, nor two of its texts, so that nothing can be merged.
-    small = (
-        *ECHO,
-        "--engine.context",
-        110,
-        "--summaries.block_decoding.max_new_tokens",
-        12,
-        "--summaries.merge_decoding.max_new_tokens",
-        12,
-    )
+    small = (*ECHO, *TIGHT)
     ended = raypipe("summarize", "--workspace", ingested, *small)
     failed = {user for user, length in LENGTHS.items() if length > 5}
     assert counted(ended) == {"computed": 5, "rejected": len(failed)}
@@ -221,24 +218,16 @@ def test_a_user_who_cannot_be_summarised_is_rejected_and_blocked_until_his_histo
 def test_a_rejected_user_keeps_an_older_summary_only_if_it_is_of_the_same_recipe(
     raypipe: Run, ingested: str, files: Path
 ) -> None:
-    tight = (
-        "--engine.context",
-        110,
-        "--summaries.block_decoding.max_new_tokens",
-        12,
-        "--summaries.merge_decoding.max_new_tokens",
-        12,
-    )
-    raypipe("summarize", "--workspace", ingested, *ECHO, *tight)
+    raypipe("summarize", "--workspace", ingested, *ECHO, *TIGHT)
     older = summaries(ingested)["u5"]
     # A sixth event makes two blocks, whose merge does not fit: the summary of five events stays, and counts as stale.
     ingest(raypipe, ingested, write_log(files / "more.csv", [("u5", "i1", START + 99 * DAY)]))
-    ended = raypipe("summarize", "--workspace", ingested, *ECHO, *tight)
+    ended = raypipe("summarize", "--workspace", ingested, *ECHO, *TIGHT)
     assert counted(ended)["rejected"] == 1
     assert ended.metrics["stale"] == 1
     assert summaries(ingested)["u5"] == older
     # With another recipe the older row would be a stale mix.
-    changed = raypipe("summarize", "--workspace", ingested, *ECHO, *tight, "--summaries.prompts.block", BLOCK)
+    changed = raypipe("summarize", "--workspace", ingested, *ECHO, *TIGHT, "--summaries.prompts.block", BLOCK)
     assert changed.metrics["stale"] == 0
     assert set(summaries(ingested)) == {"u1", "u2", "u3", "u4"}
 
