@@ -97,7 +97,8 @@ def _execute(
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # What it logs as errors is raised too; and a handler that keeps records would keep their tracebacks, thus the actors.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
