@@ -19,11 +19,12 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from pydantic import model_validator
 
 from raypipe.config import Config, free, shaping
+from raypipe.errors import RaypipeError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -50,6 +51,19 @@ class TrainingTask(Protocol):
         ...
 
 
+@runtime_checkable
+class ValidatedTask(TrainingTask, Protocol):
+    """A task that can tell how good a model is; the trained weights are those of the best validation."""
+
+    def validate(self, module: nn.Module, rank: int, world: int) -> tuple[float, float]:
+        """Sum of a metric over this rank's share of examples, and their number; a higher mean is better."""
+        ...
+
+    def describe(self, step: int, seed: int, batch_size: int) -> str:
+        """What the batch of `step` holds, for a person to look at when its loss is no number."""
+        ...
+
+
 class TrainerConfig(Config):
     """How a task is trained. Batch sizes are global: more workers mean smaller shares, not larger batches."""
 
@@ -67,6 +81,10 @@ class TrainerConfig(Config):
     schedule: Literal["linear", "cosine", "constant"] = shaping("linear", "after the warm-up")
     warmup_steps: int = shaping(50, ge=0)
     seed: int = shaping(0)
+    validate_every: float | None = shaping(
+        None, "epochs between validations; unset: the last weights are the result", gt=0
+    )
+    patience: int = shaping(10, "validations without a better one after which training ends", ge=1)
     storage: str = free("", "folder or URI all nodes share, for checkpoints of running training")
     checkpoint_every: int = free(500, "steps between checkpoints", ge=1)
     max_failures: int = free(3, "worker failures after which the run gives up; -1 for never", ge=-1)
@@ -82,11 +100,13 @@ class TrainerConfig(Config):
 
 @dataclass(frozen=True, slots=True)
 class TrainingResult:
-    """A finished run: its checkpoint folder, the mean loss of every step, and the seconds spent in steps."""
+    """A finished run: its checkpoint folder, the mean loss of every step, the seconds spent in steps, and every
+    validation as (step, metric)."""
 
     folder: Path
     losses: list[float]
     seconds: float
+    validations: list[tuple[int, float]]
 
     @property
     def steps(self) -> int:
@@ -97,8 +117,9 @@ def fit(task: TrainingTask, config: TrainerConfig, run: str, out: Path) -> Train
     """Trains `task` and writes its checkpoint to `out`, which appears whole or not at all.
 
     Ray must be initialised. `run` names the training in `config.storage` (default: beside `out`); the same name goes on
-    where that run stopped, so it must contain a hash of everything that shapes the result. Raises
-    ray.train.v2.api.exceptions.TrainingFailedError when more than `max_failures` workers failed.
+    where that run stopped, so it must contain a hash of everything that shapes the result. Raises RaypipeError where the
+    loss is no number any more, and ray.train.v2.api.exceptions.TrainingFailedError when more than `max_failures` workers
+    failed.
     """
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -129,10 +150,17 @@ def fit(task: TrainingTask, config: TrainerConfig, run: str, out: Path) -> Train
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
             ),
         ).fit()
+    if problem := result.return_value.get("diverged"):
+        raise RaypipeError(
+            problem,
+            "Lower the learning rate or `clip`, or train in float32; the weights before that step are in the last "
+            f"checkpoint under {config.storage or out.parent.resolve() / 'training'}.",
+        )
     assert result.checkpoint is not None, "a finished run has reported its last checkpoint"
     with result.checkpoint.as_directory() as checkpoint:
         _place(Path(checkpoint) / MODEL, out)
-    return TrainingResult(out, result.return_value["losses"], result.return_value["seconds"])
+    told = result.return_value
+    return TrainingResult(out, told["losses"], told["seconds"], [(at, value) for at, value in told["validations"]])
 
 
 def _place(model: Path, out: Path) -> None:

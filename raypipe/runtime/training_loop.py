@@ -15,16 +15,19 @@ from typing import TYPE_CHECKING, Any
 import ray.train
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from raypipe.runtime.trainer import MODEL, TrainerConfig, TrainingTask
+from raypipe.runtime.trainer import MODEL, TrainerConfig, TrainingTask, ValidatedTask
 
 if TYPE_CHECKING:
     from ray.train import Checkpoint
 
 _STATE = "state"
+_BEST = "best.safetensors"
 _FINAL_LR = 0.02
 _PROGRESS_EVERY_S = 5.0
+_RECORDED_AT_ONCE = 50
 
 
 def train_on_worker(arguments: dict[str, Any]) -> dict[str, Any] | None:
@@ -42,12 +45,16 @@ class _Worker:
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.task, self.config, self.board = task, config, board
         self.losses: list[float] = []  # mean over ranks, one a step
+        self.validations: list[tuple[int, float]] = []
+        self.best: dict[str, Tensor] = {}  # whole weights of the best validation; on rank 0 alone
         self.seconds = 0.0  # of earlier attempts, up to the checkpoint this one started from
         if not gpu:
             torch.set_num_threads(config.cpus_per_worker)
         torch.manual_seed(config.seed)
         self.engine = _deepspeed_engine(task.build(), config, self.world, gpu=gpu)
-        self.steps = config.steps or max(1, round(config.epochs * task.steps_per_epoch(config.batch_size)))
+        epoch = task.steps_per_epoch(config.batch_size)
+        self.steps = config.steps or max(1, round(config.epochs * epoch))
+        self.validate_every = 0 if config.validate_every is None else max(1, round(config.validate_every * epoch))
 
     def run(self) -> dict[str, Any]:
         checkpoint = ray.train.get_checkpoint()
@@ -56,8 +63,10 @@ class _Worker:
         pending: list[Tensor] = []  # losses of this rank since they were last averaged
         started = reported = time.monotonic()
         first = step = len(self.losses)
-        while (progress := self._progress(step, started)) < 1:
+        while (progress := self._progress(step, started)) < 1 and not self._out_of_patience():
             self._set_lr(step, progress)
+            # A step's dropout depends on the step, not on how often the run was resumed.
+            torch.manual_seed(hash((self.config.seed, step, self.rank)))
             batch = self.task.batch(step, self.config.seed, self.rank, self.world, self.config.batch_size)
             loss = self.engine({name: tensor.to(self.engine.device) for name, tensor in batch.items()})
             self.engine.backward(loss)
@@ -67,13 +76,52 @@ class _Worker:
             if self.rank == 0 and time.monotonic() - reported > _PROGRESS_EVERY_S:
                 reported = time.monotonic()
                 self._post(step, pending[-1].item(), (step - first) / (reported - started), progress, started)
-            if step % self.config.checkpoint_every == 0 and step < self.steps:
+            if len(pending) == _RECORDED_AT_ONCE or step % self.config.checkpoint_every == 0:
                 self._record(pending)
+                if problem := self._diverged():
+                    return {"diverged": problem}
+            if self.validate_every and (step % self.validate_every == 0 or step == self.steps):
+                self._validate(step)
+            if step % self.config.checkpoint_every == 0 and step < self.steps:
                 self._checkpoint(time.monotonic() - started, final=False)
         self._record(pending)
+        if problem := self._diverged():
+            return {"diverged": problem}
         seconds = self.seconds + time.monotonic() - started
         self._checkpoint(time.monotonic() - started, final=True)
-        return {"losses": self.losses, "seconds": seconds}
+        return {"losses": self.losses, "seconds": seconds, "validations": self.validations}
+
+    def _validate(self, step: int) -> None:
+        """Every rank validates its share of examples with the whole weights."""
+        assert isinstance(self.task, ValidatedTask), "validate_every is set for a task that has no validation"
+        module = self.engine.module
+        module.eval()
+        with _gathered(list(module.parameters()), self.config.zero_stage):
+            total = torch.tensor(self.task.validate(module, self.rank, self.world), device=self.engine.device)
+        module.train()
+        dist.all_reduce(total)
+        metric = (total[0] / total[1]).item()
+        if metric > max((value for _, value in self.validations), default=-math.inf):
+            self.best = dict(_whole_weights(module, self.config.zero_stage, keep=self.rank == 0))
+        self.validations.append((step, metric))
+        if self.rank == 0:
+            self.board.post.remote(f"step {step}/{self.steps}  validation {metric:.4f}")
+
+    def _out_of_patience(self) -> bool:
+        values = [value for _, value in self.validations]
+        return bool(values) and len(values) - 1 - values.index(max(values)) >= self.config.patience
+
+    def _diverged(self) -> str:
+        """What to tell of the first step whose loss is no number; empty where there is none."""
+        step = next((at for at, loss in enumerate(self.losses) if not math.isfinite(loss)), None)
+        if step is None:
+            return ""
+        held = ""
+        if isinstance(self.task, ValidatedTask):
+            held = f" Its batch held {self.task.describe(step, self.config.seed, self.config.batch_size)}."
+        kept = step - step % self.config.checkpoint_every
+        good = f"The last good checkpoint is that of step {kept}." if kept else "There was no checkpoint before it."
+        return f"The loss of step {step} is {self.losses[step]}.{held} {good}"
 
     def _progress(self, step: int, started: float) -> float:
         """The share of the run that is over, of its steps or of its time, whichever is more; the same on every rank."""
@@ -101,13 +149,20 @@ class _Worker:
         """Every rank saves its shard into a directory of its own; Ray puts them into one, and waits for all ranks."""
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            run = {"world": self.world, "seconds": self.seconds + elapsed, "losses": self.losses}
+            run = {
+                "world": self.world,
+                "seconds": self.seconds + elapsed,
+                "losses": self.losses,
+                "validations": self.validations,
+            }
             (folder / f"rank-{self.rank}.json").write_text(json.dumps(run))
             self.engine.save_checkpoint(str(folder), tag=_STATE)
+            if self.best:
+                save_file(self.best, folder / _BEST)
             if final:
-                weights = _whole_weights(self.engine.module, self.config.zero_stage, keep=self.rank == 0)
+                last = _whole_weights(self.engine.module, self.config.zero_stage, keep=self.rank == 0)
                 if self.rank == 0:
-                    self.task.save(weights, folder / MODEL)
+                    self.task.save(self.best or last, folder / MODEL)
             metrics = {"step": len(self.losses), "loss": self.losses[-1]}
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
@@ -116,7 +171,10 @@ class _Worker:
             run = json.loads((Path(folder) / "rank-0.json").read_text())
             assert run["world"] == self.world, "a run's name holds its configuration, the number of workers included"
             self.engine.load_checkpoint(folder, tag=_STATE)
+            if self.rank == 0 and (Path(folder) / _BEST).exists():
+                self.best = load_file(Path(folder) / _BEST)
         self.losses, self.seconds = run["losses"], run["seconds"]
+        self.validations = [(at, value) for at, value in run["validations"]]
         if self.rank == 0:
             self.board.post.remote(f"goes on after step {len(self.losses)}")
 
@@ -167,7 +225,7 @@ def _whole_weights(module: nn.Module, zero_stage: int, *, keep: bool) -> Mapping
     """Parameters and persistent buffers on CPU where `keep`; every rank must call it, as ZeRO-3 gathers from all."""
     weights: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
-        with _gathered(parameter, zero_stage):
+        with _gathered([parameter], zero_stage):
             if keep:
                 weights[name] = parameter.detach().to("cpu", copy=True)
     if keep:
@@ -177,11 +235,12 @@ def _whole_weights(module: nn.Module, zero_stage: int, *, keep: bool) -> Mapping
 
 
 @contextmanager
-def _gathered(parameter: nn.Parameter, zero_stage: int) -> Iterator[None]:
+def _gathered(parameters: list[nn.Parameter], zero_stage: int) -> Iterator[None]:
+    """The parameters whole on every rank."""
     if zero_stage < 3:
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters([parameter]):
+    with deepspeed.zero.GatheredParameters(parameters):
         yield

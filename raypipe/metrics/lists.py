@@ -1,0 +1,32 @@
+"""What recommended lists are like beyond being right: coverage, novelty, diversity."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def coverage(lists: NDArray[np.int64], items: int) -> float:
+    """Share of the catalogue that is in some list. lists [users, k], item indices from 1, 0 for none."""
+    return np.count_nonzero(np.bincount(lists.ravel(), minlength=items + 1)[1:]) / items
+
+
+def novelty(lists: NDArray[np.int64], counts: NDArray[np.int64]) -> float:
+    """Mean self-information of the recommended items, in bits: −log2 of an item's share of all events.
+
+    counts [items + 1], events of each item; an item without any counts as having one (Zhou et al., PNAS 2010).
+    """
+    shares = np.maximum(counts, 1) / max(1, int(counts.sum()))
+    return float(-np.log2(shares[lists[lists > 0]]).mean())
+
+
+def diversity(lists: NDArray[np.int64], vectors: NDArray[np.float32]) -> float:
+    """Mean cosine distance of the pairs of each list (Ziegler et al., WWW 2005). vectors [items + 1, width]."""
+    units = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    real = (lists > 0)[..., None]
+    chosen = units[lists] * real
+    n = real.sum((1, 2)).astype(np.float64)
+    # The sum over pairs of a list is the squared length of its sum, less the items with themselves.
+    pairs = (chosen.sum(1) ** 2).sum(1) - (chosen**2).sum((1, 2))
+    several = n > 1
+    return float((1 - pairs[several] / (n * (n - 1))[several]).mean())

@@ -1,0 +1,59 @@
+"""Ranking metrics of one relevant item per user, honest about ties.
+
+Every function takes how many candidates score above the relevant one and how many the same, itself included. Tied items
+stand in every order with the same probability and a metric is its mean over these orders, so that a scorer which gives
+all items one score is as good as chance.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Counts = NDArray[np.int64]
+Values = NDArray[np.float64]
+
+
+def hit_rate(above: Counts, same: Counts, k: int) -> Values:
+    """Per user the probability that the relevant item is among the first k."""
+    return np.clip(k - above, 0, same) / same
+
+
+def ndcg(above: Counts, same: Counts, k: int) -> Values:
+    """Per user 1 / log2(1 + rank) where the rank is at most k, else 0."""
+    return _mean_over_ties(1 / np.log2(1 + np.arange(1, k + 1)), above, same)
+
+
+def reciprocal_rank(above: Counts, same: Counts, k: int) -> Values:
+    """Per user 1 / rank where the rank is at most k, else 0."""
+    return _mean_over_ties(1 / np.arange(1, k + 1), above, same)
+
+
+def _mean_over_ties(gains: Values, above: Counts, same: Counts) -> Values:
+    sums = np.concatenate([[0.0], np.cumsum(gains)])
+    first, last = np.minimum(above, len(gains)), np.minimum(above + same, len(gains))
+    return (sums[last] - sums[first]) / same
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over users with the half-width of its 95 % confidence interval (normal approximation)."""
+
+    value: float
+    half_width: float
+
+    @classmethod
+    def of(cls, values: Values) -> Mean:
+        if not len(values):
+            return cls(math.nan, math.nan)
+        spread = float(values.std(ddof=1)) if len(values) > 1 else math.nan
+        return cls(float(values.mean()), 1.96 * spread / math.sqrt(len(values)))
+
+
+def ranking_metrics(above: Counts, same: Counts, cutoffs: tuple[int, ...] = (5, 10, 20)) -> dict[str, Mean]:
+    """HR, NDCG and MRR at each cutoff, by name: `NDCG@10`."""
+    functions = {"HR": hit_rate, "NDCG": ndcg, "MRR": reciprocal_rank}
+    return {f"{name}@{k}": Mean.of(function(above, same, k)) for k in cutoffs for name, function in functions.items()}

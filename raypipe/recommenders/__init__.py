@@ -1,0 +1,1 @@
+"""Sequential recommenders in plain torch: prefixes in, states and scores out."""

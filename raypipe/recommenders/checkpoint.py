@@ -1,0 +1,56 @@
+"""A recommender on disk: `recommender.json` (what it is, over which items) and `model.safetensors`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from raypipe.errors import UsageError
+from raypipe.recommenders.config import RecommenderConfig
+from raypipe.recommenders.recommender import Recommender
+
+_CARD = "recommender.json"
+_WEIGHTS = "model.safetensors"
+
+
+def save_recommender(
+    folder: Path, config: RecommenderConfig, catalogue: Mapping[str, object], weights: Mapping[str, Tensor]
+) -> None:
+    """`catalogue` says which items the rows of the table are: {"items": count, "hash": of their ids in order}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    card = {"format": 1, "config": config.model_dump(mode="json"), "catalogue": dict(catalogue)}
+    (folder / _CARD).write_text(json.dumps(card, indent=1, sort_keys=True))
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / _WEIGHTS)
+
+
+def load_recommender(folder: Path, device: torch.device | str = "cpu") -> tuple[Recommender, dict[str, object]]:
+    """The model in eval mode and its catalogue card. Raises UsageError where the folder holds none or another's weights."""
+    try:
+        card = json.loads((folder / _CARD).read_text())
+        weights = load_file(folder / _WEIGHTS, device=str(device))
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"{folder} holds no recommender: {Path(str(error.filename)).name} is missing.",
+            "Name one made by `raypipe train`.",
+        ) from None
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise UsageError(
+            f"The recommender in {folder} is damaged: {error}.", "Train it again, or restore it."
+        ) from None
+    model = RecommenderConfig.model_validate(card["config"]).build(int(card["catalogue"]["items"])).to(device)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if expected != found:
+        name = sorted(set(expected.items()) ^ set(found.items()))[0][0]
+        raise UsageError(
+            f"The weights in {folder} are another model's: {name} is {found.get(name)} and not {expected.get(name)}.",
+            "Do not edit recommender.json, nor mix files of two models.",
+        )
+    model.load_state_dict(weights)
+    return model.eval(), card["catalogue"]

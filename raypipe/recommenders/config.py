@@ -1,0 +1,63 @@
+"""Which recommender and how large; the one place that knows all of them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import model_validator
+
+from raypipe.config import Config, shaping
+from raypipe.recommenders.bert4rec import Bert4Rec
+from raypipe.recommenders.caser import Caser, CaserOptions
+from raypipe.recommenders.dreamrec import DreamRec, DreamRecOptions
+from raypipe.recommenders.gru4rec import Gru4Rec
+from raypipe.recommenders.losses import LossConfig
+from raypipe.recommenders.mf import Mf
+from raypipe.recommenders.recommender import Recommender
+from raypipe.recommenders.sasrec import SasRec
+
+ModelName = Literal["gru4rec", "caser", "sasrec", "bert4rec", "dreamrec", "mf"]
+
+
+class RecommenderConfig(Config):
+    """A model; the options of the others do not matter."""
+
+    model: ModelName = shaping("sasrec")
+    width: int = shaping(64, "of states and item vectors", ge=2)
+    max_length: int = shaping(200, "last items of a history a state sees", ge=2)
+    layers: int = shaping(2, "transformer blocks or recurrent layers", ge=1)
+    heads: int = shaping(1, "attention heads", ge=1)
+    hidden: int = shaping(256, "width of feed-forward layers, and of gru4rec's state", ge=1)
+    dropout: float = shaping(0.2, ge=0, lt=1)
+    masked: float = shaping(0.2, "share of items bert4rec masks", gt=0, le=1)
+    caser: CaserOptions = shaping(CaserOptions)
+    dreamrec: DreamRecOptions = shaping(DreamRecOptions)
+    loss: LossConfig = shaping(LossConfig)
+
+    @model_validator(mode="after")
+    def _heads_divide_the_width(self) -> RecommenderConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} cannot be shared by {self.heads} heads: choose a multiple")
+        return self
+
+    def build(self, items: int, seed: int = 0) -> Recommender:
+        """An untrained model over `items` items; equal arguments give equal weights."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return self._build(items)
+
+    def _build(self, items: int) -> Recommender:
+        size = (items, self.width, self.max_length, self.loss)
+        blocks = (self.layers, self.heads, self.hidden, self.dropout)
+        if self.model == "sasrec":
+            return SasRec(*size, *blocks)
+        if self.model == "bert4rec":
+            return Bert4Rec(*size, *blocks, self.masked)
+        if self.model == "gru4rec":
+            return Gru4Rec(*size, self.layers, self.hidden, self.dropout)
+        if self.model == "caser":
+            return Caser(*size, self.caser, self.dropout)
+        if self.model == "mf":
+            return Mf(*size, self.dropout)
+        return DreamRec(*size, *blocks, self.dreamrec)

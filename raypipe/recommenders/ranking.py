@@ -1,0 +1,57 @@
+"""Ranks and lists of many users: prefixes in batches of like length, states once, scores in blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from raypipe.recommenders.recommender import Recommender
+from raypipe.recommenders.scoring import Filters, ranks
+from raypipe.recommenders.sequences import Sequences
+from raypipe.recommenders.windows import Histories
+
+_BATCH_POSITIONS = 20_000
+
+
+def batches_by_length(histories: Histories, max_length: int) -> Iterator[NDArray[np.int64]]:
+    """Rows of `histories` in groups of like length, each of about `_BATCH_POSITIONS` positions once padded."""
+    lengths = np.minimum(histories.lengths, max_length)
+    order = np.argsort(lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        # The longest of a group is its last: as many rows as fit when padded to it.
+        padded = lengths[order[start:]] * np.arange(1, len(order) - start + 1)
+        size = max(1, int(np.searchsorted(padded, _BATCH_POSITIONS, side="right")))
+        yield order[start : start + size]
+        start += size
+
+
+def sequences_of(histories: Histories, rows: NDArray[np.int64], last: int | None = None) -> Sequences:
+    """The histories of `rows`, of each its `last` items where given."""
+    lengths = histories.lengths[rows]
+    kept = lengths if last is None else np.minimum(lengths, last)
+    taken = histories.take(histories.ends[rows] - kept, kept)
+    return Sequences(torch.from_numpy(taken.items.astype(np.int64)), torch.from_numpy(kept))
+
+
+@torch.no_grad()
+def target_ranks(
+    model: Recommender, prefixes: Histories, targets: NDArray[np.int32], *, filter_seen: bool = True
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """How many items score above each user's target, and how many the same, itself included: int64 [users] each."""
+    was_training = model.training
+    model.eval()
+    device = model.table.device
+    above = np.empty(len(prefixes), np.int64)
+    same = np.empty_like(above)
+    for rows in batches_by_length(prefixes, model.max_length):
+        states = model.encode(sequences_of(prefixes, rows, model.max_length).to(device))
+        seen = sequences_of(prefixes, rows).to(device) if filter_seen else None
+        asked = torch.from_numpy(targets[rows].astype(np.int64)).to(device)
+        better, equal = ranks(model.queries(states), model.item_states(), asked, Filters(excluded=seen))
+        above[rows], same[rows] = better.cpu().numpy(), equal.cpu().numpy()
+    model.train(was_training)
+    return above, same

@@ -1,0 +1,105 @@
+"""What every recommender is: prefixes in, one state per prefix, one score per state and item."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from raypipe.recommenders.losses import (
+    LossConfig,
+    bce_loss,
+    gbce_loss,
+    sampled_softmax_loss,
+    softmax_loss,
+)
+from raypipe.recommenders.sequences import Sequences
+
+
+class Recommender(nn.Module):
+    """Base of the models: an item table, states of prefixes, inner-product scores, and next-item training.
+
+    A subclass gives `encode_all` where the state of a position depends on it and the positions before it alone, else
+    `encode` and `loss`. States of a prefix longer than `max_length` are those of its last `max_length` items.
+    """
+
+    causal: ClassVar[bool] = True
+
+    def __init__(self, items: int, width: int, max_length: int, loss: LossConfig) -> None:
+        super().__init__()
+        self.items, self.width, self.max_length = items, width, max_length
+        self.loss_config = loss
+        self.table = nn.Parameter(torch.empty(items + 1, width))
+        nn.init.normal_(self.table, std=width**-0.5)
+        with torch.no_grad():
+            self.table[0] = 0
+
+    def encode_all(self, sequences: Sequences) -> Tensor:
+        """The state at every position, [positions, width]: that of the prefix which ends there."""
+        raise NotImplementedError(f"{type(self).__name__} has one state per prefix; encode every prefix by itself")
+
+    def encode(self, prefixes: Sequences) -> Tensor:
+        """[batch, width]; sees nothing but the prefix."""
+        recent = prefixes.tail(self.max_length)
+        return recent.last(self.encode_all(recent))
+
+    def item_states(self) -> Tensor:
+        """[items + 1, width]; row 0 is padding."""
+        return self.table
+
+    def queries(self, states: Tensor) -> Tensor:
+        """[batch, width], what item states are multiplied with; the states themselves where a model says no other."""
+        return states
+
+    def score(self, states: Tensor, items: slice | Tensor | None = None) -> Tensor:
+        """[batch, items + 1], or the columns of `items` alone; higher is better. Row 0, padding, has no meaning."""
+        table = self.item_states()
+        return self.queries(states) @ (table if items is None else table[items]).T
+
+    def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Mean next-item loss.
+
+        `items` and `targets` int64 [positions], `lengths` int64 [batch]; `count` the positions the sum is divided by, all
+        workers' divided by their number; `negatives` and `expected` as the loss wants them.
+        """
+        states = self.encode_all(Sequences(batch["items"], batch["lengths"]))
+        return self.next_item_loss(states, batch["targets"], batch)
+
+    def next_item_loss(self, states: Tensor, targets: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """The configured loss of states [positions, width] against the items that came next, divided by `count`."""
+        table, config = self.item_states(), self.loss_config
+        if config.kind == "softmax":
+            total = softmax_loss(states, table, targets)
+        elif config.kind == "sampled_softmax":
+            total = sampled_softmax_loss(states, table, targets, batch["negatives"], batch["expected"])
+        elif config.kind == "gbce":
+            total = gbce_loss(states, table, targets, batch["negatives"], config.calibration)
+        else:
+            total = bce_loss(states, table, targets, batch["negatives"])
+        return total / batch["count"]
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return self.loss(batch)
+
+
+def freeze(model: Recommender) -> Recommender:
+    """The model in eval mode, for good, and without gradients: the target of an alignment."""
+    model.eval().requires_grad_(False)
+    model.train = _refuse_training  # type: ignore[method-assign]
+    return model
+
+
+def weights_hash(model: nn.Module) -> str:
+    """A hash of every weight's bytes, to show that a frozen model stayed what it was."""
+    state = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        state.update(name.encode() + b"\0" + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()[:32]
+
+
+def _refuse_training(mode: bool = True) -> Any:
+    if mode:
+        raise RuntimeError("This recommender is frozen: it is a target, and stays in eval mode.")

@@ -1,0 +1,33 @@
+"""SASRec: causal self-attention over the history (Kang & McAuley, ICDM 2018)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional
+
+from raypipe.recommenders.attention import Transformer
+from raypipe.recommenders.losses import LossConfig
+from raypipe.recommenders.recommender import Recommender
+from raypipe.recommenders.sequences import Sequences
+
+
+class SasRec(Recommender):
+    """Places are counted from the window's start, so that a prefix has the state it has within a longer sequence."""
+
+    def __init__(
+        self,
+        items: int,
+        width: int,
+        max_length: int,
+        loss: LossConfig,
+        layers: int,
+        heads: int,
+        feedforward: int,
+        dropout: float,
+    ) -> None:
+        super().__init__(items, width, max_length, loss)
+        self.transformer = Transformer(width, max_length, layers, heads, feedforward, dropout, causal=True)
+
+    def encode_all(self, sequences: Sequences) -> Tensor:
+        vectors = functional.embedding(sequences.items, self.table) * self.width**0.5
+        return self.transformer(vectors, sequences)

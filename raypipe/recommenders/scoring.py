@@ -1,0 +1,101 @@
+"""Exact top-k and ranks over the whole catalogue, a block of items at a time, with items that may not be recommended."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raypipe.recommenders.sequences import Sequences
+
+_BLOCK_SCORES = 2**22
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Which items may be recommended to whom.
+
+    allowed: bool [items + 1] for all users alike (availability, deny lists, categories), or None for every item.
+    excluded: one sequence of items per user (what they have seen, their own deny list), or None.
+    """
+
+    allowed: Tensor | None = None
+    excluded: Sequences | None = None
+
+
+EVERYTHING = Filters()
+
+
+def top_k(queries: Tensor, table: Tensor, k: int, filters: Filters = EVERYTHING) -> tuple[Tensor, Tensor]:
+    """The best k items of each user: int64 and float32 [batch, k], by falling score and, where equal, rising index.
+
+    queries [batch, width]; table [items + 1, width], whose row 0, padding, is no item. Scores are inner products. Where
+    fewer than k items may be recommended, the rest is item 0 with score −inf. Raises ValueError where the catalogue has
+    fewer than k items.
+    """
+    items = len(table) - 1
+    if k > items:
+        raise ValueError(f"A list of {k} items was asked for and the catalogue has {items}: ask for fewer.")
+    best: Tensor | None = None
+    for rows in _blocks(items, len(queries)):
+        keys = _keys(_filtered(queries @ table[rows].T, rows, filters), rows)
+        keys = keys if best is None else torch.cat([best, keys], 1)
+        best = keys.topk(min(k, keys.shape[1]), dim=1).values
+    assert best is not None
+    scores = _ordered_to_float(best >> 32)
+    indices = 0xFFFFFFFF - (best & 0xFFFFFFFF)
+    return torch.where(scores == -math.inf, 0, indices), scores
+
+
+def ranks(queries: Tensor, table: Tensor, targets: Tensor, filters: Filters = EVERYTHING) -> tuple[Tensor, Tensor]:
+    """How many items score above each user's target and how many the same, the target included: int64 [batch] each.
+
+    The target is a candidate even where a filter would take it out.
+    """
+    above, same = torch.zeros_like(targets), torch.ones_like(targets)
+    blocks = _blocks(len(table) - 1, len(queries))
+    own = torch.empty(len(targets), device=queries.device)
+    held = None
+    for rows in blocks:  # The target's score comes from the same product as the others', so that ties are exact.
+        held = (queries @ table[rows].T).float()
+        here = ((targets >= rows.start) & (targets < rows.stop)).nonzero()[:, 0]
+        own[here] = held[here, targets[here] - rows.start]
+    for rows in blocks:
+        scores = _filtered(held if len(blocks) == 1 and held is not None else queries @ table[rows].T, rows, filters)
+        here = ((targets >= rows.start) & (targets < rows.stop)).nonzero()[:, 0]
+        scores[here, targets[here] - rows.start] = -math.inf
+        above += (scores > own[:, None]).sum(1)
+        same += ((scores == own[:, None]) & (scores > -math.inf)).sum(1)
+    return above, same
+
+
+def _blocks(items: int, batch: int) -> list[slice]:
+    """Slices of the table's rows 1…items that make at most `_BLOCK_SCORES` scores each."""
+    size = max(1, _BLOCK_SCORES // max(1, batch))
+    return [slice(at, min(at + size, items + 1)) for at in range(1, items + 1, size)]
+
+
+def _filtered(scores: Tensor, rows: slice, filters: Filters) -> Tensor:
+    scores = scores.float().clone()
+    if filters.allowed is not None:
+        scores.masked_fill_(~filters.allowed[rows], -math.inf)
+    if filters.excluded is not None:
+        items = filters.excluded.items
+        here = (items >= rows.start) & (items < rows.stop)
+        scores[filters.excluded.rows[here], items[here] - rows.start] = -math.inf
+    return scores
+
+
+def _keys(scores: Tensor, rows: slice) -> Tensor:
+    """One int64 per score that orders by score and then by falling index: the float's order in the upper half."""
+    bits = (scores + 0.0).contiguous().view(torch.int32)  # adding 0.0 makes −0.0 equal 0.0
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    indices = torch.arange(rows.start, rows.stop, device=scores.device)
+    return (ordered << 32) | (0xFFFFFFFF - indices)
+
+
+def _ordered_to_float(ordered: Tensor) -> Tensor:
+    bits = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(torch.int32)
+    return bits.view(torch.float32)

@@ -1,0 +1,87 @@
+"""Packed batches of sequences: one flat tensor of items, no padding, and the way to a padded view and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Item sequences one after the other.
+
+    `items` int64 [positions] are catalogue indices from 1; `lengths` int64 [batch], each at least 1. What is computed
+    per position without looking at others never sees padding; what mixes positions goes through `pad` and `unpad`.
+    """
+
+    items: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, lists: Sequence[Sequence[int]]) -> Sequences:
+        """Raises ValueError for an empty sequence."""
+        if not all(len(items) for items in lists):
+            raise ValueError("An empty history has no state; recommend what is popular to users without events.")
+        flat = np.concatenate([np.asarray(items, np.int64) for items in lists]) if lists else np.zeros(0, np.int64)
+        return cls(torch.from_numpy(flat), torch.tensor([len(items) for items in lists], dtype=torch.int64))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """int64 [batch], where each sequence ends in `items`."""
+        return self.lengths.cumsum(0)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """int64 [positions], the sequence each position belongs to."""
+        return torch.repeat_interleave(self.lengths, output_size=len(self.items))
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """int64 [positions], the place of each position in its sequence, from 0."""
+        starts = self.ends - self.lengths
+        return torch.arange(len(self.items), device=self.items.device) - starts[self.rows]
+
+    @cached_property
+    def longest(self) -> int:
+        return int(self.lengths.max()) if len(self.lengths) else 0
+
+    @cached_property
+    def _cells(self) -> Tensor:
+        return self.rows * self.longest + self.offsets
+
+    def tail(self, length: int) -> Sequences:
+        """The last `length` items of each sequence."""
+        if self.longest <= length:
+            return self
+        keep = self.offsets >= (self.lengths - length)[self.rows]
+        return Sequences(self.items[keep], self.lengths.clamp(max=length))
+
+    def followed_by(self, item: int) -> Sequences:
+        """Each sequence with `item` appended."""
+        items = self.items.new_full((len(self.items) + len(self),), item)
+        items[torch.arange(len(self.items), device=items.device) + self.rows] = self.items
+        return Sequences(items, self.lengths + 1)
+
+    def pad(self, values: Tensor) -> Tensor:
+        """[positions, …] as [batch, longest, …], filled with zeros on the right."""
+        padded = values.new_zeros(len(self) * self.longest, *values.shape[1:])
+        return padded.index_copy(0, self._cells, values).view(len(self), self.longest, *values.shape[1:])
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """[batch, longest, …] as [positions, …]."""
+        return padded.reshape(-1, *padded.shape[2:])[self._cells]
+
+    def last(self, values: Tensor) -> Tensor:
+        """[positions, …] as [batch, …], the value at each sequence's end."""
+        return values[self.ends - 1]
+
+    def to(self, device: torch.device | str) -> Sequences:
+        return Sequences(self.items.to(device), self.lengths.to(device))

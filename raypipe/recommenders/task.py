@@ -1,0 +1,165 @@
+"""Training a recommender: a prepared folder of histories, and the task a trainer runs on it.
+
+`prepare_training` writes, and `RecommenderTask` reads, one folder:
+
+    items.npy        int32 [events], the training histories one after the other
+    ends.npy         int64 [users], where each ends
+    held.npy         int32 [users], the event after each history that validation asks for; 0 for none
+    table.npy        float32 [items + 1, width], item vectors to start from; only where the model takes some
+    prepared.json    model, catalogue, sampling; written last: its existence means that the rest is complete
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from raypipe.metrics.ranking import ndcg
+from raypipe.recommenders.checkpoint import save_recommender
+from raypipe.recommenders.config import RecommenderConfig
+from raypipe.recommenders.ranking import target_ranks
+from raypipe.recommenders.windows import Histories, Windows
+
+_MARKER = "prepared.json"
+_VALIDATED_USERS = 10_000
+_VALIDATION_CUTOFF = 10
+
+
+def prepare_training(
+    folder: Path,
+    histories: Histories,
+    held: NDArray[np.int32],
+    catalogue: Mapping[str, object],
+    config: RecommenderConfig,
+    seed: int,
+    table: NDArray[np.float32] | None = None,
+) -> None:
+    """Writes the folder a task trains from. `catalogue` is the checkpoint's card: {"items": count, "hash": …}.
+
+    Raises ValueError where there is nothing to learn from.
+    """
+    if not len(histories) or int(histories.lengths.max()) < 2:
+        raise ValueError("No history has two events, so there is no next item to learn.")
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "items.npy", histories.items.astype(np.int32))
+    np.save(folder / "ends.npy", histories.ends)
+    np.save(folder / "held.npy", held.astype(np.int32))
+    if table is not None:
+        np.save(folder / "table.npy", table)
+    card = {"config": config.model_dump(mode="json"), "catalogue": dict(catalogue), "seed": seed}
+    (folder / _MARKER).write_text(json.dumps(card))
+
+
+class RecommenderTask:
+    """What a trainer needs to know of a recommender; picklable, reads files where it runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        try:
+            card = json.loads((self.folder / _MARKER).read_text())
+        except FileNotFoundError:
+            raise ValueError(f"{folder} holds no prepared histories; call prepare_training first.") from None
+        self.config = RecommenderConfig.model_validate(card["config"])
+        self.catalogue: dict[str, Any] = card["catalogue"]
+        self.seed = int(card["seed"])
+
+    def __reduce__(self) -> tuple[type[RecommenderTask], tuple[Path]]:
+        return type(self), (self.folder,)
+
+    def build(self) -> nn.Module:
+        model = self.config.build(self._items, self.seed)
+        start = self.folder / "table.npy"
+        if start.exists():
+            with torch.no_grad():
+                model.table.copy_(torch.from_numpy(np.load(start)))
+        return model
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        return self._windows.steps_per_epoch(batch_size)
+
+    def batch(self, step: int, seed: int, rank: int, world: int, batch_size: int) -> dict[str, Tensor]:
+        """This rank's windows of `step`, and the negatives all ranks share; a function of the arguments alone."""
+        batch = self._windows.batch(step, seed, rank, world, batch_size)
+        tensors = {
+            "items": torch.from_numpy(batch.items),
+            "targets": torch.from_numpy(batch.targets),
+            "lengths": torch.from_numpy(batch.lengths),
+            "count": torch.tensor(batch.count / world),
+        }
+        loss = self.config.loss
+        if loss.samples:
+            rng = np.random.default_rng((seed, step, 1))
+            if loss.kind == "bce":
+                drawn = np.random.default_rng((seed, step, 2, rank)).integers(1, self._items + 1, len(batch.items))
+            else:
+                drawn = np.unique(self._sampler.searchsorted(rng.random(loss.negatives), side="right") + 1)
+            tensors["negatives"] = torch.from_numpy(np.minimum(drawn, self._items))
+            tensors["expected"] = self._expected
+        return tensors
+
+    def describe(self, step: int, seed: int, batch_size: int) -> str:
+        """Whose events are in the batch of `step`."""
+        users = np.unique(self._windows.batch(step, seed, 0, 1, batch_size).users)
+        shown = ", ".join(map(str, users[:10]))
+        return f"histories number {shown}{', …' if len(users) > 10 else ''} of the training data"
+
+    def validate(self, module: nn.Module, rank: int, world: int) -> tuple[float, float]:
+        """Sum of NDCG@10 over this rank's share of validated users, and their number; seen items are filtered."""
+        chosen = self._validated[rank::world]
+        histories = self._histories
+        prefixes = histories.take(histories.starts[chosen], histories.lengths[chosen])
+        above, same = target_ranks(module, prefixes, self._held[chosen])  # type: ignore[arg-type]
+        values = ndcg(above, same, _VALIDATION_CUTOFF)
+        return float(values.sum()), float(len(values))
+
+    def save(self, weights: Mapping[str, Tensor], folder: Path) -> None:
+        save_recommender(folder, self.config, self.catalogue, weights)
+
+    @property
+    def _items(self) -> int:
+        return int(self.catalogue["items"])
+
+    @cached_property
+    def _histories(self) -> Histories:
+        return Histories(np.load(self.folder / "items.npy"), np.load(self.folder / "ends.npy"))
+
+    @cached_property
+    def _held(self) -> NDArray[np.int32]:
+        return np.load(self.folder / "held.npy")
+
+    @cached_property
+    def _validated(self) -> NDArray[np.int64]:
+        asked = np.flatnonzero((self._held > 0) & (self._histories.lengths > 0))
+        if len(asked) > _VALIDATED_USERS:
+            asked = np.sort(np.random.default_rng(self.seed).choice(asked, _VALIDATED_USERS, replace=False))
+        return asked
+
+    @cached_property
+    def _windows(self) -> Windows:
+        return Windows(self._histories, self.config.max_length, whole=self.config.model == "bert4rec")
+
+    @cached_property
+    def _shares(self) -> NDArray[np.float64]:
+        """The probability of each item, from 1, to be drawn as a negative."""
+        loss = self.config.loss
+        exponent = loss.popularity if loss.kind == "sampled_softmax" else 0.0
+        weights = np.maximum(self._histories.counts(self._items)[1:], 1).astype(np.float64) ** exponent
+        return weights / weights.sum()
+
+    @cached_property
+    def _sampler(self) -> NDArray[np.float64]:
+        return self._shares.cumsum()
+
+    @cached_property
+    def _expected(self) -> Tensor:
+        """float32 [items + 1]: the probability of each item to be among the distinct negatives of a step."""
+        inclusion = -np.expm1(self.config.loss.negatives * np.log1p(-self._shares))
+        return torch.from_numpy(np.concatenate([[1.0], inclusion]).astype(np.float32))

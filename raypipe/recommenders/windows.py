@@ -1,0 +1,114 @@
+"""Training batches of packed windows: every event of every history is a target exactly once in an epoch.
+
+Batches are a function of (seed, step): a run that was interrupted goes on with the batch it would have had, and there is
+no loader whose state could be lost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Batches of like length waste little attention on padding; shuffling this many windows first keeps them mixed.
+_SORTED_BATCHES = 16
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Item sequences of many users as one array. `items` int32 [events]; `ends` int64 [users]."""
+
+    items: NDArray[np.int32]
+    ends: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @cached_property
+    def starts(self) -> NDArray[np.int64]:
+        return np.concatenate([[0], self.ends[:-1]]).astype(np.int64)
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        return self.ends - self.starts
+
+    def without_last(self, count: int) -> Histories:
+        """Every history without its last `count` events; one that is not longer becomes empty."""
+        kept = np.maximum(self.lengths - count, 0)
+        return self.take(self.starts, kept)
+
+    def take(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> Histories:
+        """One slice of `items` per entry."""
+        ends = lengths.cumsum()
+        index = np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
+        return Histories(self.items[index], ends)
+
+    def counts(self, items: int) -> NDArray[np.int64]:
+        """int64 [items + 1], how often each item occurs."""
+        return np.bincount(self.items, minlength=items + 1).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs and the items that came next, packed. `users` int64 [windows] are rows of the histories."""
+
+    items: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    users: NDArray[np.int64]
+    count: int  # targets of the whole step, all workers'
+
+
+class Windows:
+    """Windows of at most `max_length` inputs over histories, and the batches of every step.
+
+    A history of n events has n − 1 targets. Its windows end at its end and are cut backwards, so that the newest has
+    the most context. With `whole` (masked training) a window is max_length − 1 events, its own targets.
+    """
+
+    def __init__(self, histories: Histories, max_length: int, *, whole: bool = False) -> None:
+        self.histories, self.whole = histories, whole
+        targets = histories.lengths if whole else histories.lengths - 1
+        size = max_length - 1 if whole else max_length
+        pieces = np.maximum(-(-targets // size), 0)
+        self.users = np.repeat(np.arange(len(histories)), pieces)
+        nth_from_end = np.arange(int(pieces.sum())) - np.repeat(pieces.cumsum() - pieces, pieces)
+        # `stop` is where the inputs end, exclusive: the last target lies there.
+        stops = np.repeat(histories.ends - (0 if whole else 1), pieces) - nth_from_end * size
+        self.starts = np.maximum(stops - size, histories.starts[self.users])
+        self.lengths = stops - self.starts
+        self._epoch: tuple[int, int, int] | None = None
+        self._order: NDArray[np.int64] = np.zeros((0, 0), np.int64)
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        return max(1, len(self) // batch_size)
+
+    def batch(self, step: int, seed: int, rank: int, world: int, batch_size: int) -> Batch:
+        """This rank's share of the `batch_size` windows of `step`."""
+        epoch, index = divmod(step, self.steps_per_epoch(batch_size))
+        if self._epoch != (epoch, seed, batch_size):
+            self._order, self._epoch = self._shuffled(epoch, seed, batch_size), (epoch, seed, batch_size)
+        chosen = self._order[index]
+        count = int(self.lengths[chosen].sum())
+        chosen = chosen[rank::world]
+        starts, lengths = self.starts[chosen], self.lengths[chosen]
+        inputs = self.histories.take(starts, lengths).items.astype(np.int64)
+        targets = inputs if self.whole else self.histories.take(starts + 1, lengths).items.astype(np.int64)
+        return Batch(inputs, targets, lengths, self.users[chosen], count)
+
+    def _shuffled(self, epoch: int, seed: int, batch_size: int) -> NDArray[np.int64]:
+        """int64 [steps, batch_size]; the few windows that fill no batch sit out this epoch."""
+        rng = np.random.default_rng((seed, epoch))
+        steps = self.steps_per_epoch(batch_size)
+        if len(self) < batch_size:
+            return np.arange(len(self))[None]
+        order = rng.permutation(len(self))[: steps * batch_size]
+        # Sorted by length within groups of `_SORTED_BATCHES` batches.
+        group = np.arange(len(order)) // (batch_size * _SORTED_BATCHES)
+        order = order[np.lexsort((self.lengths[order], group))].reshape(steps, batch_size)
+        return order[rng.permutation(steps)]
