@@ -49,9 +49,10 @@ def sampled_softmax_loss(states: Tensor, table: Tensor, targets: Tensor, negativ
     """Sum of the cross-entropies over the target and shared negatives, with logQ correction (Bengio & Senécal 2008).
 
     negatives int64 [samples], distinct items; expected [items + 1], the probability of each item to be in the sample. A
-    negative that is a position's target is no candidate for it.
+    negative that is a position's target is no candidate for it. The target itself is always among the candidates, so its
+    score stays as it is, and the sum of exponentials is an unbiased estimate of the whole catalogue's.
     """
-    positives = _wide((states * table[targets]).sum(1)) - expected[targets].log()
+    positives = _wide((states * table[targets]).sum(1))
     column = _columns(negatives, len(table))[targets]
     bias = -expected[negatives].log()
     return _SharedCandidates.apply(states, table[negatives], positives, column, bias, False)
