@@ -23,6 +23,8 @@ JOBS = {
     "dataset synthetic": ("raypipe.pipeline.dataset", "SyntheticJobConfig", "run_synthetic"),
     "ingest": ("raypipe.pipeline.ingest", "IngestConfig", "run_ingest"),
     "lm": ("raypipe.pipeline.lm", "LmConfig", "run_lm"),
+    "train": ("raypipe.pipeline.train", "TrainConfig", "run_train"),
+    "evaluate": ("raypipe.pipeline.evaluate", "EvaluateConfig", "run_evaluate"),
     "summarize": ("raypipe.pipeline.summarize", "SummarizeConfig", "run_summarize"),
     "nightly": ("raypipe.pipeline.nightly", "NightlyConfig", "run_nightly"),
     "plan": ("raypipe.pipeline.plan", "PlanConfig", "run_plan"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -34,6 +35,22 @@ class JobConfig(Config):
 
     def open_tracking(self, workspace: Workspace) -> Tracking:
         return Tracking(workspace.store, self.tracking)
+
+
+class TrainingOptions(Config):
+    """Where a training job keeps what its workers share."""
+
+    work_folder: str | None = free(
+        None, "folder all training nodes share; unset: below a local workspace, else a temporary one"
+    )
+
+    def training_folder(self, workspace: Workspace, name: str) -> Path:
+        """A folder for the prepared data and the checkpoints of the training `name`."""
+        if self.work_folder is not None:
+            return Path(self.work_folder) / name
+        if workspace.store.is_local:
+            return workspace.store.local_path(f"staging/{name}")
+        return Path(tempfile.gettempdir()) / "raypipe-training" / name
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,16 @@ made from histories without their last events, so that an evaluation that holds 
 
 from __future__ import annotations
 
-import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from raypipe.config import Config, free, shaping
+from raypipe.config import shaping
 from raypipe.errors import UsageError
 from raypipe.language.instructions import Catalogue, histories_before_cut
 from raypipe.language.pretraining import LmDataConfig, LmTask, prepare_lm
-from raypipe.pipeline.job import JobConfig, JobResult, cost_of
+from raypipe.pipeline.job import JobConfig, JobResult, TrainingOptions, cost_of
 from raypipe.runtime.progress import say
 from raypipe.runtime.trainer import TrainerConfig, fit
 from raypipe.storage.fingerprint import fingerprint
@@ -33,16 +31,13 @@ MODEL = "lm"
 STEP_VERSION = 1
 
 
-class LmOptions(Config):
+class LmOptions(TrainingOptions):
     """What the model is, what it is trained on, and how."""
 
     data: LmDataConfig = shaping(LmDataConfig, "model size, prompts and exercises")
     trainer: TrainerConfig = shaping(lambda: TrainerConfig(workers=2), "training under Ray Train and DeepSpeed")
     hold_out: int = shaping(1, "last events of every user that training never sees", ge=0)
     histories: int = shaping(20_000, "most users whose histories are read, chosen by hash", ge=1)
-    work_folder: str | None = free(
-        None, "folder all training nodes share; unset: below a local workspace, else a temporary one"
-    )
 
 
 class LmConfig(LmOptions, JobConfig):
@@ -84,7 +79,7 @@ def run_lm(config: LmConfig) -> JobResult:
 def _train(
     config: LmConfig, workspace: Workspace, recipe: str, items: pa.Table, histories: pa.Table, versions: dict[str, int]
 ) -> tuple[Model, dict[str, float]]:
-    folder = _work_folder(config, workspace) / f"lm-{recipe}"
+    folder = config.training_folder(workspace, f"lm-{recipe}")
     catalogue = Catalogue(
         items["title"].to_pylist(),
         [dict(pairs) for pairs in items["attributes"].to_pylist()],
@@ -123,14 +118,6 @@ def training_histories(workspace: Workspace, version: int, most: int) -> pa.Tabl
     rows = workspace.tables["histories"].read(version, ["user_id", "items", "history_key"])
     chosen = np.argsort(stable_hash(rows["user_id"].combine_chunks()), kind="stable")[:most]
     return rows.take(pa.array(chosen)).sort_by("user_id")
-
-
-def _work_folder(config: LmConfig, workspace: Workspace) -> Path:
-    if config.work_folder is not None:
-        return Path(config.work_folder)
-    if workspace.store.is_local:
-        return workspace.store.local_path("staging")
-    return Path(tempfile.gettempdir()) / "raypipe-lm"
 
 
 def _result(model: Model, status: str, metrics: dict[str, float], started: float) -> JobResult:

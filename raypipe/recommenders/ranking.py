@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from raypipe.recommenders.recommender import Recommender
-from raypipe.recommenders.scoring import Filters, ranks
+from raypipe.recommenders.scoring import Filters, ranks, top_k
 from raypipe.recommenders.sequences import Sequences
 from raypipe.recommenders.windows import Histories
 
@@ -55,3 +55,19 @@ def target_ranks(
         above[rows], same[rows] = better.cpu().numpy(), equal.cpu().numpy()
     model.train(was_training)
     return above, same
+
+
+@torch.no_grad()
+def top_lists(model: Recommender, prefixes: Histories, k: int, *, filter_seen: bool = True) -> NDArray[np.int64]:
+    """The best k items of each prefix, int64 [users, k]; 0 where there are fewer."""
+    was_training = model.training
+    model.eval()
+    device = model.table.device
+    lists = np.empty((len(prefixes), k), np.int64)
+    for rows in batches_by_length(prefixes, model.max_length):
+        states = model.encode(sequences_of(prefixes, rows, model.max_length).to(device))
+        seen = sequences_of(prefixes, rows).to(device) if filter_seen else None
+        items, _ = top_k(model.queries(states), model.item_states(), k, Filters(excluded=seen))
+        lists[rows] = items.cpu().numpy()
+    model.train(was_training)
+    return lists

@@ -54,21 +54,38 @@ def ranks(queries: Tensor, table: Tensor, targets: Tensor, filters: Filters = EV
 
     The target is a candidate even where a filter would take it out.
     """
-    above, same = torch.zeros_like(targets), torch.ones_like(targets)
     blocks = _blocks(len(table) - 1, len(queries))
+    if len(blocks) == 1:
+        return ranks_among(queries @ table.T, targets, filters)
     own = torch.empty(len(targets), device=queries.device)
-    held = None
     for rows in blocks:  # The target's score comes from the same product as the others', so that ties are exact.
-        held = (queries @ table[rows].T).float()
-        here = ((targets >= rows.start) & (targets < rows.stop)).nonzero()[:, 0]
-        own[here] = held[here, targets[here] - rows.start]
+        here = _within(targets, rows)
+        own[here] = (queries @ table[rows].T)[here, targets[here] - rows.start].float()
+    above, same = torch.zeros_like(targets), torch.ones_like(targets)
     for rows in blocks:
-        scores = _filtered(held if len(blocks) == 1 and held is not None else queries @ table[rows].T, rows, filters)
-        here = ((targets >= rows.start) & (targets < rows.stop)).nonzero()[:, 0]
-        scores[here, targets[here] - rows.start] = -math.inf
-        above += (scores > own[:, None]).sum(1)
-        same += ((scores == own[:, None]) & (scores > -math.inf)).sum(1)
+        more = _counted(queries @ table[rows].T, rows, targets, own, filters)
+        above, same = above + more[0], same + more[1]
     return above, same
+
+
+def ranks_among(scores: Tensor, targets: Tensor, filters: Filters = EVERYTHING) -> tuple[Tensor, Tensor]:
+    """As `ranks`, from scores [batch, items + 1] themselves; column 0 has no meaning."""
+    own = scores.gather(1, targets[:, None])[:, 0].float()
+    rows = slice(1, scores.shape[1])
+    above, same = _counted(scores[:, rows], rows, targets, own, filters)
+    return above, same + 1
+
+
+def _counted(scores: Tensor, rows: slice, targets: Tensor, own: Tensor, filters: Filters) -> tuple[Tensor, Tensor]:
+    """Items of a block above `own` and equal to it, the target itself left out."""
+    scores = _filtered(scores, rows, filters)
+    here = _within(targets, rows)
+    scores[here, targets[here] - rows.start] = -math.inf
+    return (scores > own[:, None]).sum(1), ((scores == own[:, None]) & (scores > -math.inf)).sum(1)
+
+
+def _within(targets: Tensor, rows: slice) -> Tensor:
+    return ((targets >= rows.start) & (targets < rows.stop)).nonzero()[:, 0]
 
 
 def _blocks(items: int, batch: int) -> list[slice]:

@@ -1,0 +1,91 @@
+"""`raypipe evaluate`: a stored recommender on the last event of every user, beside the floors it has to beat."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+from raypipe.config import free, shaping
+from raypipe.errors import UsageError
+from raypipe.metrics.ranking import Mean
+from raypipe.pipeline.job import JobConfig, JobResult, cost_of
+from raypipe.pipeline.sequences import check_catalogue, pinned_versions, read_histories
+from raypipe.recommenders.checkpoint import load_recommender
+from raypipe.recommenders.evaluation import HeldOut, evaluate_floor, evaluate_model
+from raypipe.recommenders.floors import Popularity, Transitions
+from raypipe.runtime.progress import say
+from raypipe.storage.fingerprint import fingerprint
+from raypipe.storage.ledger import Usage
+from raypipe.storage.models import Model, Models
+
+JOB = "evaluate"
+
+
+class EvaluateConfig(JobConfig):
+    """Configuration of `evaluate`."""
+
+    model: str = shaping("sasrec", "a recommender's name, for its newest, or NAME/HASH")
+    filter_seen: bool = shaping(True, "items of the prefix are no candidates")
+    model_cache: str = free(
+        str(Path(tempfile.gettempdir()) / "raypipe-models"), "where models of a remote workspace are kept"
+    )
+
+
+def run_evaluate(config: EvaluateConfig) -> JobResult:
+    """Measure, print the table, log the figures. Raises UsageError for a model that saw all events or other items."""
+    started = time.monotonic()
+    workspace = config.open_workspace()
+    tracking = config.open_tracking(workspace)
+    workspace.require_info()
+    models = Models(workspace.store)
+    model = find_model(models, config.model)
+    versions = pinned_versions(workspace)
+    recommender, card = load_recommender(models.fetch(model, Path(config.model_cache)))
+    ids = (
+        workspace.tables["items"].read(versions["items"], ["item_id", "index"]).sort_by("index")["item_id"].to_pylist()
+    )
+    check_catalogue(card, ids, config.model)
+    _, histories = read_histories(workspace, versions["histories"])
+    try:
+        held = HeldOut.of(histories, int(model.lineage["hold_out"]))
+    except ValueError as error:
+        raise UsageError(str(error), "Train with `--hold_out 2` for a model to evaluate.") from None
+    options = {"filter_seen": config.filter_seen}
+    rows = {
+        "popularity": evaluate_floor(Popularity(held.training, recommender.items), held, **options),
+        "transitions": evaluate_floor(Transitions(held.training, recommender.items), held, **options),
+        model.name: evaluate_model(recommender, held, **options),
+    }
+    protocol = {**model.lineage["protocol"], "seen items": "filtered" if config.filter_seen else "kept"}
+    say(table(rows, protocol, len(held.targets)))
+    metrics = {f"{row}.{name}": round(mean.value, 6) for row, means in rows.items() for name, mean in means.items()}
+    run_key = fingerprint({"job": JOB, "model": model.hash, "versions": versions, "config": config.shaping_values()})
+    numbers = {name.replace("–", "-").replace(">", "over"): value for name, value in metrics.items() if value == value}
+    tracking.log_run(JOB, run_key, {"model": model.hash, **protocol}, numbers)
+    cost = cost_of(Usage(), time.monotonic() - started)
+    return JobResult(JOB, "ok", run_key, models={model.name: model.hash}, metrics=metrics, cost=cost)
+
+
+def find_model(models: Models, named: str) -> Model:
+    """The model of NAME/HASH, or the newest of NAME; UsageError where there is none."""
+    name, _, wanted = named.partition("/")
+    found = [model for model in models.all(name) if model.hash.startswith(wanted)]
+    if not found:
+        raise UsageError(
+            f"No model {named} is stored in this workspace.", f"Train one: `raypipe train --recommender.model {name}`."
+        )
+    return found[-1]
+
+
+def table(rows: dict[str, dict[str, Mean]], protocol: dict[str, str], users: int) -> str:
+    """Metrics as lines, models and floors as columns, each with its 95 % interval."""
+    switches = ", ".join(f"{name}: {value}" for name, value in protocol.items())
+    names = list(dict.fromkeys(name for means in rows.values() for name in means))
+    wide = max(map(len, names))
+    lines = [f"{users:,} users, the whole catalogue, {switches}", " " * wide + "".join(f"{row:>18}" for row in rows)]
+    for name in names:
+        cells = (means.get(name) for means in rows.values())
+        shown = ("" if mean is None else f"{mean.value:.4f} ± {mean.half_width:.4f}" for mean in cells)
+        lines.append(f"{name:<{wide}}" + "".join(f"{cell:>18}" for cell in shown))
+    return "\n".join(lines)

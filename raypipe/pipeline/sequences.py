@@ -1,0 +1,50 @@
+"""Histories and the catalogue of a workspace as recommenders read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+
+from raypipe.errors import UsageError
+from raypipe.recommenders.windows import Histories
+from raypipe.storage.fingerprint import fingerprint
+from raypipe.storage.tables import ABSENT
+from raypipe.storage.workspace import Workspace
+
+
+def pinned_versions(workspace: Workspace) -> dict[str, int]:
+    """The newest versions of items and histories; UsageError where nothing was ingested."""
+    versions = {name: workspace.tables[name].version() for name in ("items", "histories")}
+    if ABSENT in versions.values():
+        raise UsageError(
+            f"The workspace {workspace.uri} has no histories to learn from.", "Run `raypipe ingest` first."
+        )
+    return versions
+
+
+def read_histories(workspace: Workspace, version: int) -> tuple[pa.Array, Histories]:
+    """All users, sorted by id, and their items in time order."""
+    rows = workspace.tables["histories"].read(version, ["user_id", "items"]).sort_by("user_id").combine_chunks()
+    lists = rows["items"].combine_chunks()
+    flat = lists.flatten().to_numpy(zero_copy_only=False).astype(np.int32)
+    lengths = lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+    return rows["user_id"].combine_chunks(), Histories(flat, lengths.cumsum())
+
+
+def catalogue_card(item_ids: list[str], count: int | None = None) -> dict[str, object]:
+    """Which items the first `count` rows of a table are (all where unset), in the order of their index."""
+    known = item_ids if count is None else item_ids[:count]
+    return {"items": len(known), "hash": fingerprint({"item_ids": known})}
+
+
+def check_catalogue(card: Mapping[str, object], item_ids: list[str], model: str) -> None:
+    """Raises UsageError unless the model's items are the first of this catalogue, in the same order."""
+    count = int(str(card["items"]))
+    if count > len(item_ids) or catalogue_card(item_ids, count) != dict(card):
+        raise UsageError(
+            f"The recommender {model} was trained on another catalogue: its {count:,} items are not the first of the "
+            f"{len(item_ids):,} here.",
+            "Use a model of this workspace, or train one with `raypipe train`.",
+        )

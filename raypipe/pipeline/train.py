@@ -1,0 +1,216 @@
+"""`raypipe train`: one recommender over the workspace's histories, its weights those of the best validation.
+
+Training never sees the last `hold_out` events of any history; validation asks for the first of them, and `evaluate` for
+the last. A model of this very recipe over these very histories is not trained twice.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from pydantic import model_validator
+
+from raypipe.config import free, shaping
+from raypipe.errors import UsageError
+from raypipe.pipeline.job import JobConfig, JobResult, TrainingOptions, cost_of
+from raypipe.pipeline.sequences import catalogue_card, pinned_versions, read_histories
+from raypipe.recommenders.checkpoint import load_recommender
+from raypipe.recommenders.config import RecommenderConfig
+from raypipe.recommenders.task import RecommenderTask, prepare_training
+from raypipe.recommenders.windows import Histories
+from raypipe.runtime.progress import say
+from raypipe.runtime.trainer import TrainerConfig, TrainingResult, fit
+from raypipe.storage.fingerprint import fingerprint
+from raypipe.storage.ledger import Usage
+from raypipe.storage.locks import hold
+from raypipe.storage.models import Model, Models
+from raypipe.storage.workspace import Workspace
+
+JOB = "train"
+STEP_VERSION = 1
+
+
+def _trainer() -> TrainerConfig:
+    return TrainerConfig(
+        epochs=200,
+        batch_size=128,
+        lr=1e-3,
+        weight_decay=0.0,
+        schedule="constant",
+        warmup_steps=100,
+        validate_every=1,
+        patience=10,
+    )
+
+
+class TrainOptions(TrainingOptions):
+    """Which recommender, and how it is trained."""
+
+    recommender: RecommenderConfig = shaping(RecommenderConfig, "the model and its loss")
+    trainer: TrainerConfig = shaping(_trainer, "training under Ray Train and DeepSpeed")
+    hold_out: int = shaping(2, "last events of every user that training never sees", ge=0)
+    model_cache: str = free("", "where models of a remote workspace are kept; unset: a temporary folder")
+
+    @model_validator(mode="after")
+    def _validation_needs_an_event(self) -> TrainOptions:
+        if self.trainer.validate_every is not None and not self.hold_out:
+            raise ValueError(
+                "validation asks for a held-out event: set hold_out to 1 or more, or validate_every to null"
+            )
+        return self
+
+
+class TrainConfig(TrainOptions, JobConfig):
+    """Configuration of `train`."""
+
+
+def run_train(config: TrainConfig) -> JobResult:
+    """Train the recommender unless one of this recipe is stored; see the module. Raises UsageError for bad input."""
+    started = time.monotonic()
+    workspace = config.open_workspace()
+    tracking = config.open_tracking(workspace)
+    workspace.require_info()
+    name = config.recommender.model
+    with hold(workspace.store, [f"models-{name}"], JOB, config.lock_lease_s):
+        versions = pinned_versions(workspace)
+        items = workspace.tables["items"].read(versions["items"], ["item_id", "index"]).sort_by("index")
+        card = catalogue_card(items["item_id"].to_pylist())
+        histories_hash = _content(workspace, versions["histories"])
+        recipe = fingerprint(
+            {
+                "step": STEP_VERSION,
+                "config": config.shaping_values(),
+                "catalogue": card,
+                "histories": histories_hash,
+            }
+        )
+        models = Models(workspace.store)
+        if (model := models.newest(name, recipe)) is not None:
+            tracking.register(model)
+            return _result(model, "nothing_to_do", {}, started)
+        folder = config.training_folder(workspace, f"{name}-{recipe}")
+        trained, facts = _train(config, workspace, versions, card, folder, recipe)
+        lineage = {
+            "job": JOB,
+            "versions": versions,
+            "hold_out": config.hold_out,
+            "seed": config.trainer.seed,
+            "catalogue": card,
+            "protocol": protocol(config),
+            "config": config.shaping_values(),
+            **facts,
+        }
+        (trained.folder / "README.md").write_text(model_card(name, lineage))
+        model = models.add(name, trained.folder, recipe, lineage)
+        workspace.store.delete_folder(f"staging/{name}-{recipe}")
+        tracking.register(model)
+    metrics = {**facts, "train_seconds": round(trained.seconds, 1)}
+    tracking.log_run(JOB, recipe, {"model": model.hash, **protocol(config)}, metrics)
+    return _result(model, "ok", metrics, started)
+
+
+def protocol(config: TrainOptions) -> dict[str, str]:
+    """The switches that move recommenders' figures most, in words."""
+    return {
+        "loss": config.recommender.loss.kind,
+        "history": f"last {config.recommender.max_length} items",
+        "windows": "all positions",
+    }
+
+
+def model_card(name: str, lineage: dict[str, object]) -> str:
+    """What a stranger should know of a stored model, as Markdown."""
+    told = {key: lineage[key] for key in ("users", "events", "hold_out", "seed", "steps", "versions")}
+    lines = [f"# {name}", "", "A sequential recommender trained by `raypipe train`.", ""]
+    lines += [f"- {key}: {json.dumps(value)}" for key, value in told.items()]
+    lines += [f"- validation NDCG@10, best of {lineage['validations']}: {lineage['validation_ndcg']}"]
+    lines += [f"- {key}: {value}" for key, value in lineage["protocol"].items()]  # type: ignore[attr-defined]
+    lines += ["", "Configuration:", "", "```json", json.dumps(lineage["config"], indent=1, sort_keys=True), "```", ""]
+    return "\n".join(lines)
+
+
+def _train(
+    config: TrainConfig,
+    workspace: Workspace,
+    versions: dict[str, int],
+    card: dict[str, object],
+    folder: Path,
+    recipe: str,
+) -> tuple[TrainingResult, dict[str, float]]:
+    _, histories = read_histories(workspace, versions["histories"])
+    seen = histories.without_last(config.hold_out)
+    try:
+        prepare_training(
+            folder / "data",
+            seen,
+            _held(histories, config.hold_out),
+            card,
+            config.recommender,
+            config.trainer.seed,
+            _start_table(config, workspace),
+        )
+    except ValueError as error:
+        raise UsageError(
+            str(error), f"Training leaves out the last {config.hold_out} events of every history; ingest longer ones."
+        ) from None
+    say(f"{JOB}: {config.recommender.model} on {len(seen.items):,} events of {len(seen):,} users")
+    config.cluster.connect()
+    trainer = config.trainer
+    if not trainer.storage:
+        trainer = trainer.model_copy(update={"storage": str(folder / "training")})
+    trained = fit(RecommenderTask(folder / "data"), trainer, f"{JOB}-{recipe}", folder / "checkpoint")
+    facts: dict[str, float] = {
+        "users": int(np.count_nonzero(seen.lengths)),
+        "events": len(seen.items),
+        "steps": trained.steps,
+        "loss_last": float(np.mean(trained.losses[-10:])),
+        "validations": len(trained.validations),
+        "validation_ndcg": round(max((value for _, value in trained.validations), default=float("nan")), 6),
+    }
+    return trained, facts
+
+
+def _held(histories: Histories, hold_out: int) -> np.ndarray:
+    """The first held-out event of every history; 0 where there is no training prefix before it."""
+    held = np.zeros(len(histories), np.int32)
+    asked = histories.lengths > hold_out
+    if hold_out:
+        held[asked] = histories.items[histories.ends[asked] - hold_out]
+    return held
+
+
+def _start_table(config: TrainConfig, workspace: Workspace) -> np.ndarray | None:
+    """Item vectors of the model `dreamrec.table` names."""
+    wanted = config.recommender.dreamrec.table
+    if config.recommender.model != "dreamrec" or wanted is None:
+        return None
+    models = Models(workspace.store)
+    found = [model for name in ("sasrec", "gru4rec", "caser", "bert4rec", "mf") for model in models.all(name)]
+    given = next((model for model in found if model.hash == wanted), None)
+    if given is None:
+        raise UsageError(f"No recommender {wanted} is stored in this workspace.", "Train it first, and name its hash.")
+    trained, _ = load_recommender(models.fetch(given, Path(config.model_cache)))
+    if trained.width != config.recommender.width:
+        raise UsageError(
+            f"The item vectors of {wanted} are {trained.width} wide and dreamrec's {config.recommender.width}.",
+            "Give both the same --recommender.width.",
+        )
+    table = trained.item_states().detach()
+    # Noise has a length of √width: the vectors start at its scale.
+    scale = table.shape[1] ** 0.5 / table[1:].norm(dim=1).mean()
+    return (table * scale).numpy()
+
+
+def _content(workspace: Workspace, version: int) -> str:
+    rows = workspace.tables["histories"].read(version, ["user_id", "history_key"]).sort_by("user_id")
+    keys: pa.ChunkedArray = rows["history_key"]
+    return fingerprint({"keys": keys.to_pylist()})
+
+
+def _result(model: Model, status: str, metrics: dict[str, float], started: float) -> JobResult:
+    cost = cost_of(Usage(), time.monotonic() - started)
+    return JobResult(JOB, status, model.recipe, models={model.name: model.hash}, metrics=metrics, cost=cost)

@@ -1,0 +1,87 @@
+"""Leave-one-out evaluation over the whole catalogue: ranks of the last events, and what the lists are like."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from raypipe.metrics.lists import coverage, diversity, novelty
+from raypipe.metrics.ranking import Mean, hit_rate, ranking_metrics
+from raypipe.recommenders.floors import Floor
+from raypipe.recommenders.ranking import batches_by_length, sequences_of, target_ranks, top_lists
+from raypipe.recommenders.recommender import Recommender
+from raypipe.recommenders.scoring import Filters, ranks_among
+from raypipe.recommenders.windows import Histories
+
+_CUTOFF = 10
+_COLD_EVENTS = 5
+_LENGTHS = (10, 20, 50, 100, 200)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What an evaluation asks: the last event of every history that has one beyond training's.
+
+    `training` are the histories that models learnt from, `prefixes` everything before the last event, `targets` the last
+    events; one entry per asked user.
+    """
+
+    training: Histories
+    prefixes: Histories
+    targets: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, histories: Histories, hold_out: int) -> HeldOut:
+        """Users with at least one training event. Raises ValueError where `hold_out` is 0: training saw all there is."""
+        if hold_out < 1:
+            raise ValueError("The model was trained on every event, so that none is left to ask for.")
+        asked = np.flatnonzero(histories.lengths > hold_out)
+        before = histories.without_last(1)
+        prefixes = before.take(before.starts[asked], before.lengths[asked])
+        return cls(histories.without_last(hold_out), prefixes, histories.items[histories.ends[asked] - 1])
+
+
+def ranks_of_floor(floor: Floor, held: HeldOut, *, filter_seen: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """As `target_ranks`, for a scorer without states."""
+    above = np.empty(len(held.targets), np.int64)
+    same = np.empty_like(above)
+    for rows in batches_by_length(held.prefixes, max_length=200):
+        prefixes = held.prefixes.take(held.prefixes.starts[rows], held.prefixes.lengths[rows])
+        scores = torch.from_numpy(floor.scores(prefixes))
+        seen = sequences_of(held.prefixes, rows) if filter_seen else None
+        found = ranks_among(scores, torch.from_numpy(held.targets[rows].astype(np.int64)), Filters(excluded=seen))
+        above[rows], same[rows] = found[0].numpy(), found[1].numpy()
+    return above, same
+
+
+def evaluate_floor(floor: Floor, held: HeldOut, *, filter_seen: bool = True) -> dict[str, Mean]:
+    """HR, NDCG and MRR of a scorer without learning."""
+    return ranking_metrics(*ranks_of_floor(floor, held, filter_seen=filter_seen))
+
+
+def evaluate_model(model: Recommender, held: HeldOut, *, filter_seen: bool = True) -> dict[str, Mean]:
+    """HR, NDCG and MRR; HR@10 by length of the prefix and for items of few training events; coverage, novelty (bits)
+    and diversity of the lists of ten."""
+    above, same = target_ranks(model, held.prefixes, held.targets, filter_seen=filter_seen)
+    metrics = ranking_metrics(above, same)
+    hits = hit_rate(above, same, _CUTOFF)
+    lengths = held.prefixes.lengths
+    for low, high in zip((0, *_LENGTHS), (*_LENGTHS, None), strict=True):
+        chosen = (lengths > low) & (lengths <= high if high is not None else True)
+        if chosen.any():
+            name = f"HR@{_CUTOFF} length {low + 1}–{high}" if high is not None else f"HR@{_CUTOFF} length > {low}"
+            metrics[name] = Mean.of(hits[chosen])
+    counts = held.training.counts(model.items)
+    cold = counts[held.targets] < _COLD_EVENTS
+    metrics[f"HR@{_CUTOFF} cold items"] = Mean.of(hits[cold])
+    lists = top_lists(model, held.prefixes, _CUTOFF, filter_seen=filter_seen)
+    vectors = model.item_states().detach().cpu().numpy()
+    exact = {
+        f"coverage@{_CUTOFF}": coverage(lists, model.items),
+        f"novelty@{_CUTOFF}": novelty(lists, counts),
+        f"diversity@{_CUTOFF}": diversity(lists, vectors),
+    }
+    return metrics | {name: Mean(value, 0.0) for name, value in exact.items()}
