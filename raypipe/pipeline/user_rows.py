@@ -1,0 +1,85 @@
+"""One user bucket as a job sees it that computes something of every user: who has changed, and what is carried over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from raypipe.recommenders.windows import Histories
+from raypipe.storage.hashing import combine_lanes, digest_lanes, to_hex
+from raypipe.storage.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class UserRows:
+    """Users of a bucket at the pinned versions, and the rows of one variant published of them.
+
+    A user's change key is made of the history's key and the recipe. Rows of `output` whose change key is not their
+    user's any more, or whose user is gone, are left behind.
+    """
+
+    workspace: Workspace
+    bucket: int
+    output: str
+    variant: str
+    recipe: str
+    histories_version: int
+    output_version: int
+    only: pa.Array | None = None
+
+    @cached_property
+    def _histories(self) -> pa.Table:
+        columns = ["user_id", "items", "history_key"]
+        rows = self.workspace.tables["histories"].read(self.histories_version, columns, bucket=self.bucket)
+        if self.only is not None:
+            rows = rows.filter(pc.is_in(rows["user_id"], value_set=self.only))
+        return rows.sort_by("user_id").combine_chunks()
+
+    @cached_property
+    def users(self) -> pa.Array:
+        return self._histories["user_id"].combine_chunks()
+
+    @cached_property
+    def histories(self) -> Histories:
+        lists = self._histories["items"].combine_chunks()
+        lengths = lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+        return Histories(lists.flatten().to_numpy(zero_copy_only=False).astype(np.int32), lengths.cumsum())
+
+    @cached_property
+    def change_keys(self) -> pa.Array:
+        lanes = digest_lanes(self._histories["history_key"].combine_chunks())
+        return to_hex(combine_lanes(lanes, self.recipe))
+
+    @cached_property
+    def before(self) -> pa.Table:
+        table = self.workspace.tables[self.output]
+        names = table.spec.columns.names
+        return table.read(self.output_version, names, variant=self.variant, bucket=self.bucket)
+
+    @cached_property
+    def _standing(self) -> NDArray[np.bool_]:
+        """Which rows of `before` are still right: [rows]."""
+        owners = pc.index_in(self.before["user_id"].combine_chunks(), value_set=self.users)
+        current = pc.equal(self.change_keys.take(owners), self.before["change_key"].combine_chunks())
+        return pc.fill_null(current, False).to_numpy(zero_copy_only=False)
+
+    @cached_property
+    def kept(self) -> pa.Table:
+        """The rows that are carried over."""
+        return self.before.filter(pa.array(self._standing))
+
+    @cached_property
+    def changed(self) -> NDArray[np.int64]:
+        """The users without a standing row, by their place in `users`."""
+        known = pc.is_in(self.users, value_set=self.kept["user_id"].combine_chunks())
+        return np.flatnonzero(~known.to_numpy(zero_copy_only=False))
+
+    @property
+    def is_touched(self) -> bool:
+        """Whether the bucket's rows have to be written anew."""
+        return bool(len(self.changed)) or self.kept.num_rows < self.before.num_rows

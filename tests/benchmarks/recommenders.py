@@ -1,0 +1,104 @@
+"""A recommender trained and measured on a real log, as a user does it: `raypipe ingest`, `train`, `evaluate`.
+
+The workspace is kept, so that a run that was interrupted goes on from its last checkpoint when the command is given
+again. With `--golden` the figures of this model and seed take their place in `tests/golden/recommenders-<dataset>.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+from raypipe.cli.main import main as raypipe
+
+ROOT = Path(__file__).parents[2]
+SHARED = ROOT.parent / "shared/data"
+MODELS = ("sasrec", "gru4rec", "bert4rec", "caser", "dreamrec", "mf")
+# Leave-one-out, whole catalogue, seen items filtered: (HR@10, NDCG@10) and where it was published.
+PUBLISHED = {
+    ("ml-1m", "sasrec"): (0.3159, 0.1857, "Klenitskiy & Vasilev, RecSys 2023, 3,000 negatives"),
+    ("ml-1m", "gru4rec"): (0.2811, 0.1648, "Klenitskiy & Vasilev, RecSys 2023"),
+    ("ml-1m", "bert4rec"): (0.2843, 0.1537, "Klenitskiy & Vasilev, RecSys 2023"),
+    ("ml-1m", "caser"): (0.1442, 0.0734, "OpenP5, untuned"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dataset", default="ml-100k", choices=("ml-100k", "ml-1m", "amazon-industrial"))
+    parser.add_argument("--model", default="sasrec", choices=MODELS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workspace", default=str(ROOT / "build/recommenders"))
+    parser.add_argument("--golden", action="store_true", help="write the golden table")
+    parser.add_argument("options", nargs="*", help="more options of `raypipe train`, after --")
+    given = parser.parse_args()
+    workspace = ["--workspace", f"{given.workspace}/{given.dataset}", "--tracking", "off"]
+    run("ingest", *workspace, *log_options(given.dataset))
+    config = ROOT / f"jobs/train/{given.model}-{given.dataset}.yaml"
+    trained = run("train", "--config", str(config), *workspace, "--trainer.seed", str(given.seed), *given.options)
+    model = f"{given.model}/{trained['models'][given.model]}"
+    filtered = given.dataset != "amazon-industrial"  # whose users buy the same item again
+    switch = [] if filtered else ["--no-filter_seen"]
+    metrics = run("evaluate", *workspace, "--model", model, *switch)["metrics"]
+    protocol = f"leave-one-out, whole catalogue, seen items {'filtered' if filtered else 'kept'}, best validation"
+    rows = [
+        {
+            "dataset": given.dataset,
+            "model": name.split(".")[0],
+            "metric": name.split(".", 1)[1],
+            "value": value,
+            "seed": given.seed,
+            "protocol": protocol,
+            "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+            "command": f"make bench NAME=recommenders ARGS='--dataset {given.dataset} --model {given.model} "
+            f"--seed {given.seed} --golden'",
+        }
+        for name, value in metrics.items()
+    ]
+    if given.golden:
+        merge(ROOT / f"tests/golden/recommenders-{given.dataset}.json", rows)
+    figures = {name: metrics[name] for name in metrics if name.endswith(("HR@10", "NDCG@10"))}
+    if known := PUBLISHED.get((given.dataset, given.model)):
+        figures |= {"published.HR@10": known[0], "published.NDCG@10": known[1]}
+        print(f"published: {known[2]}", file=sys.stderr)
+    print(json.dumps({"bench": "recommenders", "figures": figures, "machine": rows[0]["machine"]}))
+
+
+def log_options(dataset: str) -> list[str]:
+    folder = SHARED / dataset
+    if dataset == "ml-100k":
+        return ["--log.path", str(folder), "--log.format", "movielens"]
+    order = ["--log.columns.user", "user_id", "--log.columns.item", "item_id", "--log.columns.order", "pos"]
+    return [
+        *("--log.path", str(folder / "interactions.csv.gz"), *order),
+        *("--catalogue.path", str(folder / "items.csv.gz"), "--catalogue.columns.item", "item_id"),
+    ]
+
+
+def run(*words: str) -> dict[str, Any]:
+    """One job; its JSON result. Ends this process with the job's exit code where that is not 0."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        code = raypipe(list(words))
+    if code:
+        sys.exit(code)
+    return dict(json.loads(output.getvalue().strip().splitlines()[-1]))
+
+
+def merge(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Put `rows` in the place of those of the same models and seed."""
+    old = json.loads(path.read_text()) if path.exists() else []
+    named = {(row["model"], row["seed"]) for row in rows}
+    kept = [row for row in old if (row["model"], row["seed"]) not in named]
+    path.write_text(json.dumps(sorted([*kept, *rows], key=lambda row: (row["model"], row["seed"])), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""`train` and `evaluate` on a log with a planted answer: every item is followed by the next one of the catalogue."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raypipe.recommenders.checkpoint import load_recommender
+from raypipe.storage.models import Models
+from raypipe.storage.store import Store
+from tests.conftest import Run
+from tests.ground import one_paragraph
+from tests.pipeline.small_logs import START, write_catalogue, write_log
+
+ITEMS = 30
+SMALL = (
+    *("--recommender.width", 16, "--recommender.hidden", 32, "--recommender.max_length", 12),
+    *("--recommender.dropout", 0, "--trainer.batch_size", 16, "--trainer.lr", 0.01, "--trainer.warmup_steps", 5),
+    *("--trainer.epochs", 8, "--trainer.device", "cpu"),
+)
+
+
+def chain_log(files: Path, users: int, length: int) -> tuple[Path, Path]:
+    starts = np.random.default_rng(0).integers(0, ITEMS, users)
+    events = [
+        (f"u{user}", f"i{(int(start) + step) % ITEMS + 1}", START + step)
+        for user, start in enumerate(starts)
+        for step in range(length)
+    ]
+    return write_log(files / "log.csv", events), write_catalogue(files / "items.csv", ITEMS)
+
+
+def ingest_chains(raypipe: Run, uri: str, files: Path, users: int = 80, length: int = 9) -> None:
+    log, catalogue = chain_log(files, users, length)
+    words = ("--log.path", log, "--log.columns.time", "time", "--catalogue.path", catalogue)
+    assert raypipe("ingest", "--workspace", uri, *words).code == 0
+
+
+@pytest.fixture
+def chains(ray_cluster: None, raypipe: Run, tmp_path: Path, files: Path) -> str:
+    uri = str(tmp_path / "workspace")
+    ingest_chains(raypipe, uri, files)
+    return uri
+
+
+def test_a_planted_answer_is_learnt_stored_evaluated_and_not_trained_twice(raypipe: Run, chains: str) -> None:
+    trained = raypipe("train", "--workspace", chains, *SMALL)
+    assert (trained.code, trained.status) == (0, "ok"), trained.stderr
+    assert (trained.metrics["users"], trained.metrics["events"]) == (80, 80 * 7)
+    assert trained.metrics["validation_ndcg"] > 0.9
+    assert "validation 0." in trained.stderr
+    again = raypipe("train", "--workspace", chains, *SMALL)
+    assert (again.status, again.result["models"]) == ("nothing_to_do", trained.result["models"])
+
+    store = Store(chains)
+    models = Models(store)
+    model = models.newest("sasrec")
+    assert model is not None
+    assert model.lineage["hold_out"] == 2
+    recommender, card = load_recommender(store.local_path(f"{model.folder}/checkpoint"))
+    assert (recommender.items, card["items"]) == (ITEMS, ITEMS)
+    told = store.local_path(f"{model.folder}/checkpoint/README.md").read_text()
+    assert "validation NDCG@10" in told
+    assert '"width": 16' in told
+
+    ended = raypipe("evaluate", "--workspace", chains)
+    assert ended.code == 0, ended.stderr
+    assert ended.metrics["sasrec.HR@10"] > 0.95
+    assert ended.metrics["sasrec.NDCG@10"] > ended.metrics["popularity.NDCG@10"] + 0.5
+    # What follows what is the whole secret of this log.
+    assert ended.metrics["transitions.HR@10"] == 1.0
+    assert "80 users, the whole catalogue, loss: softmax, history: last 12 items" in ended.stderr
+
+
+def test_nothing_held_out_is_in_what_training_reads(raypipe: Run, chains: str, monkeypatch) -> None:
+    from raypipe.recommenders import task
+
+    seen = []
+    prepare = task.prepare_training
+
+    def watched(folder, histories, held, *rest):
+        seen.append((histories, held))
+        raise ValueError("enough")
+
+    monkeypatch.setattr("raypipe.pipeline.train.prepare_training", watched)
+    assert raypipe("train", "--workspace", chains, *SMALL).code == 2
+    assert prepare is not watched
+    ((histories, held),) = seen
+    # Events 1…7 train, 8 validates, 9 is for evaluation.
+    assert set(histories.lengths) == {7}
+    last = histories.items[histories.ends - 1]
+    assert (held == last % ITEMS + 1).all()
+
+
+def test_a_loss_that_is_no_number_stops_with_step_users_and_checkpoint(raypipe: Run, chains: str) -> None:
+    ended = raypipe("train", "--workspace", chains, *SMALL, "--trainer.lr", "1e38", "--trainer.clip", "1e38")
+    assert (ended.code, ended.status) == (1, "failed")
+    told = one_paragraph(ended.stderr)
+    assert "The loss of step" in told
+    assert "Its batch held histories number" in told
+    assert "There was no checkpoint before it" in told
+    assert "Lower the learning rate" in told
+
+
+def test_without_anything_to_learn_there_is_one_paragraph(
+    ray_cluster: None, raypipe: Run, tmp_path: Path, files: Path
+) -> None:
+    uri = str(tmp_path / "workspace")
+    empty = raypipe("train", "--workspace", uri)
+    assert (empty.code, "`raypipe ingest` first" in one_paragraph(empty.stderr)) == (2, True)
+    ingest_chains(raypipe, uri, files, users=5, length=3)
+    short = raypipe("train", "--workspace", uri, *SMALL)
+    assert short.code == 2
+    assert "No history has two events" in one_paragraph(short.stderr)
+    none = raypipe("evaluate", "--workspace", uri)
+    assert none.code == 2
+    assert "No model sasrec is stored" in one_paragraph(none.stderr)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--hold_out", 0), "validation asks for a held-out event"),
+        (("--recommender.heads", 5), "width 16 cannot be shared by 5 heads"),
+        (("--recommender.model", "magic"), "recommender.model"),
+        (("--recommender.dreamrec.sampling_steps", 900), "more than the 500 steps there are"),
+    ],
+)
+def test_a_wrong_config_is_refused_before_anything_is_read(
+    raypipe: Run, tmp_path: Path, options: tuple[object, ...], told: str
+) -> None:
+    ended = raypipe("train", "--workspace", tmp_path / "none", *SMALL, *options)
+    assert ended.code == 2
+    assert told in one_paragraph(ended.stderr)
+
+
+def test_a_model_of_another_catalogue_is_refused(raypipe: Run, chains: str, tmp_path: Path, files: Path) -> None:
+    assert raypipe("train", "--workspace", chains, *SMALL, "--trainer.steps", 2).code == 0
+    other = str(tmp_path / "other")
+    log = write_log(files / "other.csv", [("u1", f"x{n}", START + n) for n in range(9)])
+    catalogue = files / "others.csv"
+    catalogue.write_text("item_id,title\n" + "".join(f"x{n},Other {n}\n" for n in range(40)))
+    words = ("--log.path", log, "--log.columns.time", "time", "--catalogue.path", catalogue)
+    assert raypipe("ingest", "--workspace", other, *words).code == 0
+    model = Models(Store(chains)).newest("sasrec")
+    assert model is not None
+    Models(Store(other)).add("sasrec", Store(chains).local_path(f"{model.folder}/checkpoint"), "r", model.lineage)
+    ended = raypipe("evaluate", "--workspace", other)
+    assert ended.code == 2
+    assert "was trained on another catalogue" in one_paragraph(ended.stderr)
