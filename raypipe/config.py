@@ -7,9 +7,10 @@ declared with neither.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
 
@@ -17,6 +18,20 @@ class Config(BaseModel):
     """Base of all configuration: frozen, unknown keys are errors, and each config builds what it describes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _over_the_default(cls, values: Any) -> Any:
+        """A section that is given in part keeps the rest of its default, where that differs from its type's own."""
+        if not isinstance(values, Mapping):
+            return values
+        merged = dict(values)
+        for name, field in cls.model_fields.items():
+            if isinstance(merged.get(name), Mapping) and field.default_factory is not None:
+                default = field.get_default(call_default_factory=True)
+                if isinstance(default, Config):
+                    merged[name] = merge(default.model_dump(exclude_unset=True), merged[name])
+        return merged
 
     def shaping_values(self) -> dict[str, Any]:
         """The values that shape the output, as plain JSON types, nested configs included."""
@@ -27,6 +42,15 @@ class Config(BaseModel):
             value = getattr(self, name)
             values[name] = value.shaping_values() if isinstance(value, Config) else self.model_dump(mode="json")[name]
         return values
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, section by section."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
 
 
 def shaping(default: Any = ..., description: str = "", **kwargs: Any) -> Any:

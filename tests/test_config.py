@@ -96,3 +96,16 @@ def test_how_an_ingest_is_split_shapes_nothing_and_how_it_is_read_does() -> None
 
     assert values() == values(split_bytes=1) == values(path="b.csv")
     assert values() != values(min_rating=3.0)
+
+
+def test_a_section_given_in_part_keeps_the_rest_of_its_default() -> None:
+    class Inner(Config):
+        a: int = shaping(1)
+        b: int = shaping(2)
+
+    class Outer(Config):
+        inner: Inner = shaping(lambda: Inner(b=20))
+
+    assert Outer.model_validate({"inner": {"a": 5}}).inner == Inner(a=5, b=20)
+    assert Outer.model_validate({"inner": {"b": 7}}).inner == Inner(b=7)
+    assert Outer().inner == Inner(b=20)

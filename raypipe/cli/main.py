@@ -25,6 +25,8 @@ JOBS = {
     "lm": ("raypipe.pipeline.lm", "LmConfig", "run_lm"),
     "train": ("raypipe.pipeline.train", "TrainConfig", "run_train"),
     "evaluate": ("raypipe.pipeline.evaluate", "EvaluateConfig", "run_evaluate"),
+    "extract": ("raypipe.pipeline.extract", "ExtractConfig", "run_extract"),
+    "recommend": ("raypipe.pipeline.recommend", "RecommendConfig", "run_recommend"),
     "summarize": ("raypipe.pipeline.summarize", "SummarizeConfig", "run_summarize"),
     "nightly": ("raypipe.pipeline.nightly", "NightlyConfig", "run_nightly"),
     "plan": ("raypipe.pipeline.plan", "PlanConfig", "run_plan"),

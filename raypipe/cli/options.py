@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError, create_model
 from pydantic_settings import BaseSettings, CliSettingsSource
 
-from raypipe.config import Config
+from raypipe.config import Config, merge
 from raypipe.errors import UsageError
 
 C = TypeVar("C", bound=Config)
@@ -32,7 +32,7 @@ def parse_config(job: str, config_type: type[C], argv: Sequence[str]) -> C:
     )
     values = source()
     file = _option(argv, "--config")
-    merged = _merge(_read_yaml(file), values) if file else values
+    merged = merge(_read_yaml(file), values) if file else values
     try:
         return config_type.model_validate(merged)
     except ValidationError as error:
@@ -69,14 +69,6 @@ def _read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UsageError(f"The config file {path} holds no keys.", "Write `key: value` lines, as in jobs/*.yaml.")
     return values
-
-
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
 
 
 def _explain(error: ValidationError, config_type: type[Config]) -> tuple[str, str]:

@@ -45,7 +45,7 @@ def run_evaluate(config: EvaluateConfig) -> JobResult:
     ids = (
         workspace.tables["items"].read(versions["items"], ["item_id", "index"]).sort_by("index")["item_id"].to_pylist()
     )
-    check_catalogue(card, ids, config.model)
+    check_catalogue(card.catalogue, ids, config.model)
     _, histories = read_histories(workspace, versions["histories"])
     try:
         held = HeldOut.of(histories, int(model.lineage["hold_out"]))

@@ -14,10 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raypipe.data.rejects import row_json
 from raypipe.engines.engine import Engine, EngineConfig
 from raypipe.metrics.text import Vocabulary, attribute_coverage, attribute_precision, top_values, value_counts
-from raypipe.pipeline.rejects import reject_rows
+from raypipe.pipeline.rejects import blocked_users, rejected_users
 from raypipe.pipeline.summary_state import BucketState, Catalogue, Pins, Recipes
 from raypipe.runtime.budget import Budget
 from raypipe.runtime.session import output_table
@@ -56,11 +55,7 @@ class SummarizeBucket:
         workspace = task.workspace
         self.catalogue = Catalogue(workspace.tables["items"].read(task.pins.items), task.config)
         self.vocabulary = Vocabulary(v for item in self.catalogue.attributes for vs in item.values() for v in vs)
-        blocked = workspace.tables["rejects"].read(
-            task.pins.rejects, ["key", "variant", "change_key"], table="summaries"
-        )
-        rows = blocked.filter(pc.equal(blocked["variant"], task.recipes.variant)).to_pylist()
-        self.blocked = {(row["key"], row["change_key"]) for row in rows}
+        self.blocked = blocked_users(workspace, task.pins.rejects, "summaries", task.recipes.variant)
 
     @cached_property
     def summarizer(self) -> HierarchicalSummarizer:
@@ -167,18 +162,16 @@ class SummarizeBucket:
         }
         failed = [result for result in results.values() if result.reason]
         if failed:
-            rejects = pa.table(
-                {
-                    "key": [result.user_id for result in failed],
-                    "reason": [result.reason for result in failed],
-                    "message": [result.message for result in failed],
-                    "row": [row_json({"user_id": result.user_id}) for result in failed],
-                    "attempts": pa.array([1 + context.deaths.get(result.user_id, 0) for result in failed], pa.int32()),
-                    "change_key": [state.blocks.change_key[work[result.user_id]].as_py() for result in failed],
-                }
-            )
             table = output_table(task.workspace, "rejects", task.scope, context.run.run_key)
-            rejected = reject_rows(context.run.run_key, rejects, task.recipes.variant)
+            rejected = rejected_users(
+                context.run.run_key,
+                task.recipes.variant,
+                [result.user_id for result in failed],
+                [result.reason for result in failed],
+                [result.message for result in failed],
+                [1 + context.deaths.get(result.user_id, 0) for result in failed],
+                [state.blocks.change_key[work[result.user_id]].as_py() for result in failed],
+            )
             staged["rejects"] = [table.stage(rejected, name, {"table": "summaries"})]
         return staged
 

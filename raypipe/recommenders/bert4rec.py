@@ -25,16 +25,13 @@ class Bert4Rec(Recommender):
         width: int,
         max_length: int,
         loss: LossConfig,
-        layers: int,
-        heads: int,
-        feedforward: int,
-        dropout: float,
+        transformer: Transformer,
         masked: float,
     ) -> None:
         super().__init__(items, width, max_length, loss)
         self.masked = masked
         self.mask = nn.Parameter(torch.randn(width) * width**-0.5)
-        self.transformer = Transformer(width, max_length, layers, heads, feedforward, dropout, causal=False)
+        self.transformer = transformer
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
 
     def encode(self, prefixes: Sequences) -> Tensor:

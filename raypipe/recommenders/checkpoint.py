@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,20 +21,35 @@ _CARD = "recommender.json"
 _WEIGHTS = "model.safetensors"
 
 
-def save_recommender(
-    folder: Path, config: RecommenderConfig, catalogue: Mapping[str, object], weights: Mapping[str, Tensor]
-) -> None:
-    """`catalogue` says which items the rows of the table are: {"items": count, "hash": of their ids in order}."""
+@dataclass(frozen=True)
+class Card:
+    """What a checkpoint is of: which items the rows of its table are, and the most frequent ones of its training data.
+
+    `catalogue` is {"items": count, "hash": of their ids in order}; `popular` are item indices, most events first.
+    """
+
+    config: RecommenderConfig
+    catalogue: Mapping[str, Any]
+    popular: Sequence[int]
+
+
+def save_recommender(folder: Path, card: Card, weights: Mapping[str, Tensor]) -> None:
+    """Writes a checkpoint; `weights` by the names of the built model's state."""
     folder.mkdir(parents=True, exist_ok=True)
-    card = {"format": 1, "config": config.model_dump(mode="json"), "catalogue": dict(catalogue)}
-    (folder / _CARD).write_text(json.dumps(card, indent=1, sort_keys=True))
+    told = {
+        "format": 1,
+        "config": card.config.model_dump(mode="json"),
+        "catalogue": dict(card.catalogue),
+        "popular": list(card.popular),
+    }
+    (folder / _CARD).write_text(json.dumps(told, indent=1, sort_keys=True))
     save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / _WEIGHTS)
 
 
-def load_recommender(folder: Path, device: torch.device | str = "cpu") -> tuple[Recommender, dict[str, object]]:
-    """The model in eval mode and its catalogue card. Raises UsageError where the folder holds none or another's weights."""
+def load_recommender(folder: Path, device: torch.device | str = "cpu") -> tuple[Recommender, Card]:
+    """The model in eval mode and its card. Raises UsageError where the folder holds none or another's weights."""
     try:
-        card = json.loads((folder / _CARD).read_text())
+        told = json.loads((folder / _CARD).read_text())
         weights = load_file(folder / _WEIGHTS, device=str(device))
     except FileNotFoundError as error:
         raise UsageError(
@@ -43,7 +60,8 @@ def load_recommender(folder: Path, device: torch.device | str = "cpu") -> tuple[
         raise UsageError(
             f"The recommender in {folder} is damaged: {error}.", "Train it again, or restore it."
         ) from None
-    model = RecommenderConfig.model_validate(card["config"]).build(int(card["catalogue"]["items"])).to(device)
+    card = Card(RecommenderConfig.model_validate(told["config"]), told["catalogue"], told["popular"])
+    model = card.config.build(int(card.catalogue["items"])).to(device)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if expected != found:
@@ -53,4 +71,4 @@ def load_recommender(folder: Path, device: torch.device | str = "cpu") -> tuple[
             "Do not edit recommender.json, nor mix files of two models.",
         )
     model.load_state_dict(weights)
-    return model.eval(), card["catalogue"]
+    return model.eval(), card

@@ -8,6 +8,7 @@ import torch
 from pydantic import model_validator
 
 from raypipe.config import Config, shaping
+from raypipe.recommenders.attention import Transformer
 from raypipe.recommenders.bert4rec import Bert4Rec
 from raypipe.recommenders.caser import Caser, CaserOptions
 from raypipe.recommenders.dreamrec import DreamRec, DreamRecOptions
@@ -49,15 +50,19 @@ class RecommenderConfig(Config):
 
     def _build(self, items: int) -> Recommender:
         size = (items, self.width, self.max_length, self.loss)
-        blocks = (self.layers, self.heads, self.hidden, self.dropout)
         if self.model == "sasrec":
-            return SasRec(*size, *blocks)
+            return SasRec(*size, self._transformer(causal=True))
         if self.model == "bert4rec":
-            return Bert4Rec(*size, *blocks, self.masked)
+            return Bert4Rec(*size, self._transformer(causal=False), self.masked)
         if self.model == "gru4rec":
             return Gru4Rec(*size, self.layers, self.hidden, self.dropout)
         if self.model == "caser":
             return Caser(*size, self.caser, self.dropout)
         if self.model == "mf":
             return Mf(*size, self.dropout)
-        return DreamRec(*size, *blocks, self.dreamrec)
+        return DreamRec(*size, self._transformer(causal=True), self.dreamrec)
+
+    def _transformer(self, *, causal: bool) -> Transformer:
+        return Transformer(
+            self.width, self.max_length, self.layers, self.heads, self.hidden, self.dropout, causal=causal
+        )

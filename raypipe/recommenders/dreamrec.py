@@ -64,10 +64,7 @@ class DreamRec(Recommender):
         width: int,
         max_length: int,
         loss: LossConfig,
-        layers: int,
-        heads: int,
-        feedforward: int,
-        dropout: float,
+        transformer: Transformer,
         options: DreamRecOptions,
     ) -> None:
         super().__init__(items, width, max_length, loss)
@@ -77,7 +74,7 @@ class DreamRec(Recommender):
         with torch.no_grad():
             self.table[0] = 0
         self.table.requires_grad_(not options.frozen_table)
-        self.transformer = Transformer(width, max_length, layers, heads, feedforward, dropout, causal=True)
+        self.transformer = transformer
         self.nobody = nn.Parameter(torch.randn(width))  # guidance of no history
         self.time = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         self.denoiser = nn.Linear(3 * width, width)

@@ -20,13 +20,10 @@ class SasRec(Recommender):
         width: int,
         max_length: int,
         loss: LossConfig,
-        layers: int,
-        heads: int,
-        feedforward: int,
-        dropout: float,
+        transformer: Transformer,
     ) -> None:
         super().__init__(items, width, max_length, loss)
-        self.transformer = Transformer(width, max_length, layers, heads, feedforward, dropout, causal=True)
+        self.transformer = transformer
 
     def encode_all(self, sequences: Sequences) -> Tensor:
         vectors = functional.embedding(sequences.items, self.table) * self.width**0.5

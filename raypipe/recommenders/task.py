@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raypipe.metrics.ranking import ndcg
-from raypipe.recommenders.checkpoint import save_recommender
+from raypipe.recommenders.checkpoint import Card, save_recommender
 from raypipe.recommenders.config import RecommenderConfig
 from raypipe.recommenders.ranking import target_ranks
 from raypipe.recommenders.windows import Histories, Windows
@@ -31,6 +31,7 @@ from raypipe.recommenders.windows import Histories, Windows
 _MARKER = "prepared.json"
 _VALIDATED_USERS = 10_000
 _VALIDATION_CUTOFF = 10
+_POPULAR = 1000
 
 
 def prepare_training(
@@ -121,7 +122,10 @@ class RecommenderTask:
         return float(values.sum()), float(len(values))
 
     def save(self, weights: Mapping[str, Tensor], folder: Path) -> None:
-        save_recommender(folder, self.config, self.catalogue, weights)
+        counts = self._histories.counts(self._items)
+        popular = np.argsort(-counts, kind="stable")[:_POPULAR]
+        kept = popular[counts[popular] > 0].tolist()
+        save_recommender(folder, Card(self.config, self.catalogue, kept), weights)
 
     @property
     def _items(self) -> int:

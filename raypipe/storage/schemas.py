@@ -81,7 +81,7 @@ HISTORIES = _spec(
 )
 HIDDEN_STATES = _spec(
     "hidden_states",
-    [("user_id", pa.string()), ("position", pa.int32()), ("state", _STATE)],
+    [("user_id", pa.string()), ("position", pa.int32()), ("state", _STATE), ("change_key", pa.string())],
     ("variant", "bucket"),
     ("variant", "user_id", "position"),
 )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from raypipe.errors import UsageError
-from raypipe.recommenders.checkpoint import load_recommender, save_recommender
+from raypipe.recommenders.checkpoint import Card, load_recommender, save_recommender
 from raypipe.recommenders.config import RecommenderConfig
 from raypipe.recommenders.dreamrec import DreamRec, DreamRecOptions, collapse, noise_schedule
 from raypipe.recommenders.noise import seeded_normal
@@ -127,8 +127,8 @@ def batch_of(model: Recommender, lists: list[list[int]]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_checkpoint_gives_the_same_states(name: str, tmp_path: Path) -> None:
     model = config(name).build(ITEMS).eval()
-    card = {"items": ITEMS, "hash": "x"}
-    save_recommender(tmp_path / "model", config(name), card, model.state_dict())
+    card = Card(config(name), {"items": ITEMS, "hash": "x"}, [3, 1])
+    save_recommender(tmp_path / "model", card, model.state_dict())
     loaded, found = load_recommender(tmp_path / "model")
     histories = Sequences.of(some_histories())
     assert found == card
@@ -140,7 +140,7 @@ def test_a_checkpoint_that_is_none_or_damaged_or_anothers_is_refused(tmp_path: P
     with pytest.raises(UsageError, match=r"holds no recommender: recommender\.json is missing"):
         load_recommender(tmp_path)
     model = config("sasrec").build(ITEMS)
-    save_recommender(tmp_path, config("sasrec"), {"items": ITEMS + 1}, model.state_dict())
+    save_recommender(tmp_path, Card(config("sasrec"), {"items": ITEMS + 1}, []), model.state_dict())
     with pytest.raises(UsageError, match="another model's: table is"):
         load_recommender(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"no tensors here at all")

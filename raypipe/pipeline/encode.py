@@ -1,0 +1,151 @@
+"""What `extract` and `recommend` share: a recommender over every user whose history, model or options changed."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from raypipe.config import free, shaping
+from raypipe.pipeline.encode_units import EncodeBucket, EncodeTask, Rows
+from raypipe.pipeline.evaluate import find_model
+from raypipe.pipeline.job import BatchConfig, JobResult, cost_of
+from raypipe.pipeline.sequences import check_catalogue
+from raypipe.recommenders.checkpoint import Card, load_recommender
+from raypipe.recommenders.recommender import Recommender
+from raypipe.runtime.progress import say
+from raypipe.runtime.session import Session, open_session
+from raypipe.storage.fingerprint import fingerprint
+from raypipe.storage.ledger import Counts, Publish, Run, Unit, Usage
+from raypipe.storage.models import Model, Models
+from raypipe.storage.tables import ABSENT
+from raypipe.storage.workspace import Workspace
+
+
+class EncodeOptions(BatchConfig):
+    """Which recommender reads the histories, and where."""
+
+    model: str = shaping("sasrec", "a recommender's name, for its newest, or NAME/HASH")
+    micro_batch_positions: int = free(20_000, "positions a worker encodes at a time, padding included", ge=1)
+    device: str = free("auto", "auto takes a GPU where the worker has one")
+    model_cache: str = free(
+        str(Path(tempfile.gettempdir()) / "raypipe-models"), "where models of a remote workspace are kept"
+    )
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The resolved model, and the catalogue it works on."""
+
+    model: Model
+    recommender: Recommender
+    card: Card
+    items: pa.Table
+
+    @classmethod
+    def of(cls, config: EncodeOptions, workspace: Workspace, version: int) -> Loaded:
+        """Raises UsageError for a model that is not there or knows other items."""
+        models = Models(workspace.store)
+        model = find_model(models, config.model)
+        recommender, card = load_recommender(models.fetch(model, Path(config.model_cache)))
+        items = workspace.tables["items"].read(version).sort_by("index")
+        check_catalogue(card.catalogue, items["item_id"].to_pylist(), config.model)
+        return cls(model, recommender, card, items)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What a job computes: rows of `output` under `variant`, by a recipe that names all that shapes them."""
+
+    job: str
+    output: str
+    variant: str
+    recipe: str
+    rows: Rows
+
+
+def run_encoding(
+    config: EncodeOptions, workspace: Workspace, loaded: Loaded, encoding: Encoding, started: float
+) -> JobResult:
+    """Compute what changed and publish it; a canary's rows go to a place of their own."""
+    info = workspace.require_info()
+    canary = config.canary_users(lambda: _every_user(workspace))
+    writes = (encoding.output,) if canary is None else ()
+    with open_session(workspace, encoding.job, writes, config.cluster, config.lock_lease_s) as session:
+        inputs = session.versions("histories", "items", "rejects")
+        base = session.versions(encoding.output) if canary is None else {encoding.output: ABSENT}
+        scope = "all" if canary is None else fingerprint({"users": canary})
+        if scope == "all" and session.is_current(encoding.recipe, inputs):
+            return JobResult(encoding.job, "nothing_to_do", cost=cost_of(Usage(), time.monotonic() - started))
+        facts = {"variant": encoding.variant, "model": loaded.model.hash}
+        run = session.run(encoding.recipe, inputs, base, scope, facts)
+        task = EncodeTask(
+            workspace,
+            scope,
+            encoding.output,
+            encoding.variant,
+            encoding.recipe,
+            {**inputs, **base},
+            loaded.model,
+            encoding.rows,
+            pa.array(canary, pa.string()) if canary is not None else None,
+            config.micro_batch_positions,
+            Path(config.model_cache),
+            config.device,
+        )
+        units = [Unit("users", index) for index in range(info.buckets)]
+        receipts = session.phase(run, units, partial(EncodeBucket, task), encoding.job)
+        counts = sum((receipt.counts for receipt in receipts.values()), Counts())
+        touched = [receipt for receipt in receipts.values() if receipt.staged]
+        parts = [
+            Publish(
+                table,
+                "append" if table == "rejects" else "overwrite",
+                [file for receipt in touched for file in receipt.staged.get(table, [])],
+                []
+                if table == "rejects"
+                else [{"variant": encoding.variant, "bucket": receipt.unit.index} for receipt in touched],
+            )
+            for table in ("rejects", encoding.output)
+            if any(receipt.staged.get(table) for receipt in touched)
+        ]
+        return _finish(session, run, encoding, parts, counts, started)
+
+
+def _finish(
+    session: Session, run: Run, encoding: Encoding, parts: Sequence[Publish], counts: Counts, started: float
+) -> JobResult:
+    seconds = time.monotonic() - started
+    metrics: dict[str, Any] = {
+        "users": counts.rows_in,
+        "computed": counts.ok,
+        "rejected": counts.rejected,
+        **counts.skipped,
+        "bytes_written": sum(file.size for part in parts for file in part.files),
+    }
+    tables = {
+        part.table: {"rows": sum(file.rows for file in part.files), "rejected": counts.rejected} for part in parts
+    }
+    result = JobResult(
+        encoding.job,
+        "ok" if parts else "nothing_to_do",
+        run.run_key,
+        tables,
+        metrics=metrics,
+        cost=cost_of(Usage(), seconds),
+    )
+    published = session.publish(run, parts, asdict(result))
+    if run.manifest["scope"] != "all":
+        say(f"{encoding.job}: the canary's tables are below {session.workspace.uri}/canary/{run.run_key}")
+    return JobResult.from_dict(published)
+
+
+def _every_user(workspace: Workspace) -> pa.Array:
+    table = workspace.tables["histories"]
+    return table.read(table.version(), ["user_id"])["user_id"].combine_chunks()

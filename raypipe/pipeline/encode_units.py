@@ -1,0 +1,260 @@
+"""The unit work of `extract` and `recommend`: one user bucket through a recommender, in micro-batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from raypipe.pipeline.rejects import blocked_users, rejected_users
+from raypipe.pipeline.user_rows import UserRows
+from raypipe.recommenders.checkpoint import load_recommender
+from raypipe.recommenders.ranking import sequences_of
+from raypipe.recommenders.recommender import Recommender
+from raypipe.recommenders.scoring import Filters, top_k
+from raypipe.recommenders.windows import Histories
+from raypipe.runtime.session import output_table
+from raypipe.runtime.units import UnitContext
+from raypipe.storage.fingerprint import schema_hash
+from raypipe.storage.ledger import MAX_DEATHS, Counts, Receipt, Unit, Usage
+from raypipe.storage.models import Model, Models
+from raypipe.storage.workspace import Workspace
+
+
+class Rows(Protocol):
+    """What a job makes of users; columns of its table, `place` standing for the user."""
+
+    def warm(self, model: Recommender, known: Histories, places: NDArray[np.int64]) -> pa.Table:
+        """Rows of the users at `places`, of whose histories `known` holds what the model has seen."""
+        ...
+
+    def cold(self, places: NDArray[np.int64]) -> pa.Table | None:
+        """Rows of users of whom the model knows nothing; None where there is nothing to say."""
+        ...
+
+
+@dataclass(frozen=True)
+class EncodeTask:
+    """What every unit of a run shares; small and picklable. `users` restricts it to a canary's."""
+
+    workspace: Workspace
+    scope: str
+    output: str
+    variant: str
+    recipe: str
+    versions: dict[str, int]
+    model: Model
+    rows: Rows
+    users: pa.Array | None
+    micro_batch_positions: int
+    model_cache: Path
+    device: str
+
+
+class EncodeBucket:
+    """Computes the rows of one bucket's changed users and carries the others over.
+
+    Items the model never saw are left out of a history. A user without any item it knows is cold: skipped, unless the
+    job has rows for such users.
+    """
+
+    def __init__(self, task: EncodeTask) -> None:
+        self.task = task
+        self.blocked = blocked_users(task.workspace, task.versions["rejects"], task.output, task.variant)
+
+    @cached_property
+    def model(self) -> Recommender:
+        # Loaded at the first changed user: a night without changes loads no weights.
+        models = Models(self.task.workspace.store)
+        device = self.task.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        model, _ = load_recommender(models.fetch(self.task.model, self.task.model_cache), device)
+        return model
+
+    def run(self, unit: Unit, context: UnitContext) -> Receipt:
+        started = time.monotonic()
+        task = self.task
+        state = UserRows(
+            task.workspace,
+            unit.index,
+            task.output,
+            task.variant,
+            task.recipe,
+            task.versions["histories"],
+            task.versions[task.output],
+            task.users,
+        )
+        keys = state.change_keys.to_pylist() if self.blocked else []
+        names = state.users.to_pylist() if len(state.changed) else []
+        work = np.array(
+            [place for place in state.changed.tolist() if not keys or (names[place], keys[place]) not in self.blocked],
+            np.int64,
+        )
+        made, failed, cold = self._rows(state, work, names, context)
+        skipped = {
+            "unchanged": len(state.users) - len(state.changed),
+            "blocked": len(state.changed) - len(work),
+            "cold": cold,
+        }
+        counts = Counts(len(state.users), len(work) - len(failed) - cold, len(failed), skipped)
+        staged = self._stage(state, made, failed, context) if state.is_touched else {}
+        schemas = {task.output: schema_hash(task.workspace.tables[task.output].spec.schema)}
+        usage = Usage(0, 0, 0, time.monotonic() - started)
+        return Receipt(unit, counts, usage, staged, schemas, {}, context.attempt)
+
+    def _rows(
+        self, state: UserRows, work: NDArray[np.int64], names: Sequence[str], context: UnitContext
+    ) -> tuple[list[pa.Table], list[int], int]:
+        """Tables of new rows, the places of users that failed, and how many were skipped as cold."""
+        if not len(work):
+            return [], [], 0
+        known = self._known(state.histories)
+        is_warm = known.lengths[work] > 0
+        made: list[pa.Table] = []
+        failed: list[int] = []
+        for batch in self._batches(known, work[is_warm], names, context.deaths):
+            if context.deaths.get(names[batch[0]], 0) >= MAX_DEATHS:
+                failed += batch.tolist()
+                continue
+            context.journal([names[place] for place in batch])
+            made.append(self.task.rows.warm(self.model, known, batch))
+        cold = work[~is_warm]
+        if len(cold) and (rows := self.task.rows.cold(cold)) is not None:
+            return [*made, rows], failed, 0
+        return made, failed, len(cold)
+
+    def _known(self, histories: Histories) -> Histories:
+        """The histories without items the model never saw."""
+        inside = histories.items <= self.model.items
+        if inside.all():
+            return histories
+        kept = np.concatenate([[0], inside.cumsum()])
+        return Histories(histories.items[inside], kept[histories.ends])
+
+    def _batches(
+        self, known: Histories, users: NDArray[np.int64], names: Sequence[str], suspects: Mapping[str, int]
+    ) -> Iterator[NDArray[np.int64]]:
+        """Users of like length together; suspects alone and last, so that a poison row costs its neighbours nothing."""
+        alone = np.array([names[place] in suspects for place in users], bool)
+        rest = users[~alone]
+        lengths = np.minimum(known.lengths[rest], self.model.max_length)
+        rest, lengths = rest[np.argsort(lengths, kind="stable")], np.sort(lengths, kind="stable")
+        start = 0
+        while start < len(rest):
+            padded = lengths[start:] * np.arange(1, len(rest) - start + 1)
+            size = max(1, int(np.searchsorted(padded, self.task.micro_batch_positions, side="right")))
+            yield rest[start : start + size]
+            start += size
+        for place in users[alone]:
+            yield np.array([place])
+
+    def _stage(
+        self, state: UserRows, made: list[pa.Table], failed: list[int], context: UnitContext
+    ) -> dict[str, Sequence]:
+        task = self.task
+        spec = task.workspace.tables[task.output].spec
+        fresh = [
+            rows.set_column(0, "user_id", state.users.take(rows["place"]))
+            .append_column("change_key", state.change_keys.take(rows["place"]))
+            .select(spec.columns.names)
+            .cast(spec.columns)
+            for rows in made
+        ]
+        order = [(name, "ascending") for name in spec.key if name != "variant"]
+        rows = pa.concat_tables([state.kept, *fresh]).sort_by(order)
+        table = output_table(task.workspace, task.output, task.scope, context.run.run_key)
+        partition: dict[str, str | int] = {"variant": task.variant, "bucket": state.bucket}
+        staged: dict[str, Sequence] = {task.output: [table.stage(rows, context.file_name(), partition)]}
+        if failed:
+            names = state.users.take(pa.array(failed)).to_pylist()
+            where = output_table(task.workspace, "rejects", task.scope, context.run.run_key)
+            rejected = rejected_users(
+                context.run.run_key,
+                task.variant,
+                names,
+                ["worker_died"] * len(names),
+                [f"It killed its worker {MAX_DEATHS} times alone on a healthy node."] * len(names),
+                [1 + context.deaths[name] for name in names],
+                state.change_keys.take(pa.array(failed)).to_pylist(),
+            )
+            staged["rejects"] = [where.stage(rejected, context.file_name(), {"table": task.output})]
+        return staged
+
+
+@dataclass(frozen=True)
+class States:
+    """The state of every history (`last`), or of every position of it (`all`)."""
+
+    positions: str
+
+    @torch.no_grad()
+    def warm(self, model: Recommender, known: Histories, places: NDArray[np.int64]) -> pa.Table:
+        device = model.table.device
+        sequences = sequences_of(known, places, model.max_length).to(device)
+        if self.positions == "last":
+            states, owners = model.encode(sequences), places
+            at = known.lengths[places] - 1
+        else:
+            states = model.encode_all(sequences)
+            owners = places[sequences.rows.cpu().numpy()]
+            skipped = np.maximum(known.lengths[places] - model.max_length, 0)
+            at = sequences.offsets.cpu().numpy() + skipped[sequences.rows.cpu().numpy()]
+        return pa.table(
+            {
+                "place": pa.array(owners),
+                "position": pa.array(at.astype(np.int32)),
+                "state": lists_of(states.float().cpu().numpy()),
+            }
+        )
+
+    def cold(self, places: NDArray[np.int64]) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Recommendations:
+    """The best k items of every history; to users of whom the model knows nothing, what is popular.
+
+    `allowed` bool [items + 1] over the model's items; `popular` int32 [≤ k], the most popular allowed items.
+    """
+
+    k: int
+    filter_seen: bool
+    allowed: NDArray[np.bool_]
+    popular: NDArray[np.int32]
+
+    @torch.no_grad()
+    def warm(self, model: Recommender, known: Histories, places: NDArray[np.int64]) -> pa.Table:
+        device = model.table.device
+        states = model.encode(sequences_of(known, places, model.max_length).to(device))
+        seen = sequences_of(known, places).to(device) if self.filter_seen else None
+        allowed = torch.from_numpy(self.allowed).to(device)
+        items, scores = top_k(model.queries(states), model.item_states(), self.k, Filters(allowed, seen))
+        return pa.table(
+            {
+                "place": pa.array(places),
+                "items": lists_of(items.cpu().numpy().astype(np.int32)),
+                "scores": lists_of(scores.cpu().numpy()),
+            }
+        )
+
+    def cold(self, places: NDArray[np.int64]) -> pa.Table:
+        items = np.broadcast_to(self.popular, (len(places), len(self.popular)))
+        # Scores of popularity and of a model cannot be compared.
+        scores = np.full(items.shape, np.nan, np.float32)
+        return pa.table({"place": pa.array(places), "items": lists_of(items), "scores": lists_of(scores)})
+
+
+def lists_of(values: NDArray) -> pa.ListArray:
+    """[rows, width] as a list column, without copying row by row."""
+    offsets = np.arange(0, values.size + 1, max(1, values.shape[1]), dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.ascontiguousarray(values).reshape(-1)))

@@ -1,0 +1,39 @@
+"""`raypipe extract`: the states of every user, after the last event or after each, and those of the items."""
+
+from __future__ import annotations
+
+import time
+from typing import Literal
+
+from raypipe.config import shaping
+from raypipe.errors import UsageError
+from raypipe.pipeline.encode import EncodeOptions, Encoding, Loaded, run_encoding
+from raypipe.pipeline.encode_units import States
+from raypipe.pipeline.job import JobResult
+from raypipe.pipeline.sequences import pinned_versions
+from raypipe.storage.fingerprint import fingerprint
+
+JOB = "extract"
+STEP_VERSION = 1
+
+
+class ExtractConfig(EncodeOptions):
+    """Configuration of `extract`."""
+
+    positions: Literal["last", "all"] = shaping("last", "one state per user, or one after every event of the window")
+
+
+def run_extract(config: ExtractConfig) -> JobResult:
+    """States into `hidden_states`, variant `extract-<model>` or `extract-<model>-all`."""
+    started = time.monotonic()
+    workspace = config.open_workspace()
+    workspace.require_info()
+    loaded = Loaded.of(config, workspace, pinned_versions(workspace)["items"])
+    if config.positions == "all" and not loaded.recommender.causal:
+        raise UsageError(
+            f"{loaded.model.name} has one state per prefix, not one per position.", "Extract with `--positions last`."
+        )
+    recipe = fingerprint({"step": STEP_VERSION, "model": loaded.model.hash, "positions": config.positions})
+    variant = f"{JOB}-{loaded.model.name}" + ("-all" if config.positions == "all" else "")
+    encoding = Encoding(JOB, "hidden_states", variant, recipe, States(config.positions))
+    return run_encoding(config, workspace, loaded, encoding, started)
