@@ -1,4 +1,4 @@
-"""`raypipe recommend`: the best k items of every user, over the whole catalogue."""
+"""`raypipe recommend`: the best items of every user, over the whole catalogue."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STEP_VERSION = 1
 class RecommendConfig(EncodeOptions):
     """Configuration of `recommend`."""
 
-    k: int = shaping(10, "items of each list", ge=1)
+    length: int = shaping(10, "items of each list", ge=1)
     filter_seen: bool = shaping(True, "nothing of a user's own history")
     deny: str | None = shaping(None, "file of item ids that nobody is recommended, a line each")
     only: dict[str, str] = shaping(dict, "attribute → value that an item must have, for example genres: Drama")
@@ -34,30 +34,30 @@ class RecommendConfig(EncodeOptions):
 def run_recommend(config: RecommendConfig) -> JobResult:
     """Lists into `recommendations`, variant `recommend-<model>`; unavailable items are in none.
 
-    Raises UsageError where fewer than k items may be recommended.
+    Raises UsageError where fewer than `length` items may be recommended.
     """
     started = time.monotonic()
     workspace = config.open_workspace()
     workspace.require_info()
     loaded = Loaded.of(config, workspace, pinned_versions(workspace)["items"])
     allowed = allowed_items(loaded.items, config)[: loaded.recommender.items + 1]
-    if (left := int(allowed.sum())) < config.k:
+    if (left := int(allowed.sum())) < config.length:
         raise UsageError(
-            f"Lists of {config.k} were asked for, and {left:,} of the model's {loaded.recommender.items:,} items may be "
+            f"Lists of {config.length} were asked for, and {left:,} of the model's {loaded.recommender.items:,} items may be "
             "recommended.",
-            "Ask for fewer with --k, or allow more items.",
+            "Ask for fewer with --length, or allow more items.",
         )
     recipe = fingerprint(
         {
             "step": STEP_VERSION,
             "model": loaded.model.hash,
-            "k": config.k,
+            "length": config.length,
             "filter_seen": config.filter_seen,
             "allowed": content_digest(np.packbits(allowed).tobytes().hex()),
         }
     )
-    popular = [item for item in loaded.card.popular if allowed[item]][: config.k]
-    rows = Recommendations(config.k, config.filter_seen, allowed, np.array(popular, np.int32))
+    popular = [item for item in loaded.card.popular if allowed[item]][: config.length]
+    rows = Recommendations(config.length, config.filter_seen, allowed, np.array(popular, np.int32))
     encoding = Encoding(JOB, "recommendations", f"{JOB}-{loaded.model.name}", recipe, rows)
     return run_encoding(config, workspace, loaded, encoding, started)
 
