@@ -22,12 +22,8 @@ demo: install
 	$(BIN)/raypipe dataset synthetic --folder build/demo/data --users 500 --items 400 --events 30000
 	$(BIN)/raypipe nightly --config jobs/nightly-demo.yaml
 
-# Training has a Ray of its own, started and ended by its tests: a process of its own too.
-TRAINING := tests/runtime/test_trainer.py
-
 test: install
-	$(BIN)/python -m pytest -m "not slow" --ignore $(TRAINING)
-	$(BIN)/python -m pytest -m "not slow" $(TRAINING)
+	$(BIN)/python -m pytest -m "not slow"
 
 test-all: lint test
 	$(BIN)/python -m pytest -m slow

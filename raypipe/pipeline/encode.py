@@ -75,6 +75,7 @@ def run_encoding(
 ) -> JobResult:
     """Compute what changed and publish it; a canary's rows go to a place of their own."""
     info = workspace.require_info()
+    tracking = config.open_tracking(workspace)
     canary = config.canary_users(lambda: _every_user(workspace))
     writes = (encoding.output,) if canary is None else ()
     with open_session(workspace, encoding.job, writes, config.cluster, config.lock_lease_s) as session:
@@ -115,7 +116,11 @@ def run_encoding(
             for table in ("rejects", encoding.output)
             if any(receipt.staged.get(table) for receipt in touched)
         ]
-        return _finish(session, run, encoding, parts, counts, started)
+        result = _finish(session, run, encoding, parts, counts, started)
+    if result.status == "ok":
+        params = {"model": loaded.model.hash, "variant": encoding.variant, "scope": scope[:12]}
+        tracking.log_run(encoding.job, run.run_key, params, {**result.metrics, **result.cost})
+    return result
 
 
 def _finish(

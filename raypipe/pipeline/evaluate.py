@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -59,9 +60,14 @@ def run_evaluate(config: EvaluateConfig) -> JobResult:
     }
     protocol = {**model.lineage["protocol"], "seen items": "filtered" if config.filter_seen else "kept"}
     say(table(rows, protocol, len(held.targets)))
-    metrics = {f"{row}.{name}": round(mean.value, 6) for row, means in rows.items() for name, mean in means.items()}
+    metrics = {
+        f"{row}.{name}": round(mean.value, 6)
+        for row, means in rows.items()
+        for name, mean in means.items()
+        if not math.isnan(mean.value)  # of nobody, as of cold items where there are none
+    }
     run_key = fingerprint({"job": JOB, "model": model.hash, "versions": versions, "config": config.shaping_values()})
-    numbers = {name.replace("–", "-").replace(">", "over"): value for name, value in metrics.items() if value == value}
+    numbers = {name.replace("–", "-").replace(">", "over"): value for name, value in metrics.items()}
     tracking.log_run(JOB, run_key, {"model": model.hash, **protocol}, numbers)
     cost = cost_of(Usage(), time.monotonic() - started)
     return JobResult(JOB, "ok", run_key, models={model.name: model.hash}, metrics=metrics, cost=cost)
@@ -85,7 +91,12 @@ def table(rows: dict[str, dict[str, Mean]], protocol: dict[str, str], users: int
     wide = max(map(len, names))
     lines = [f"{users:,} users, the whole catalogue, {switches}", " " * wide + "".join(f"{row:>18}" for row in rows)]
     for name in names:
-        cells = (means.get(name) for means in rows.values())
-        shown = ("" if mean is None else f"{mean.value:.4f} ± {mean.half_width:.4f}" for mean in cells)
-        lines.append(f"{name:<{wide}}" + "".join(f"{cell:>18}" for cell in shown))
+        cells = (_cell(means.get(name)) for means in rows.values())
+        lines.append(f"{name:<{wide}}" + "".join(f"{cell:>18}" for cell in cells))
     return "\n".join(lines)
+
+
+def _cell(mean: Mean | None) -> str:
+    if mean is None or math.isnan(mean.value):
+        return ""
+    return f"{mean.value:.4f} ± {mean.half_width:.4f}" if mean.half_width else f"{mean.value:.4f}         "

@@ -9,13 +9,28 @@ from torch.nn import functional
 from raypipe.recommenders.sequences import Sequences
 
 
+def rotated(vectors: Tensor) -> Tensor:
+    """Rotary positions (Su et al. 2021): [batch, heads, length, width], pairs of halves turned by place × rate.
+
+    Products of two turned vectors depend on the distance of their places alone, so that a state in the middle of a long
+    window teaches as much as one at its end.
+    """
+    half = vectors.shape[-1] // 2
+    rates = 10_000 ** (-torch.arange(half, device=vectors.device) / half)
+    angles = torch.arange(vectors.shape[-2], device=vectors.device)[:, None] * rates
+    cosine, sine = angles.cos().to(vectors.dtype), angles.sin().to(vectors.dtype)
+    first, second = vectors[..., :half], vectors[..., half : 2 * half]
+    turned = [first * cosine - second * sine, first * sine + second * cosine, vectors[..., 2 * half :]]
+    return torch.cat(turned, -1)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention within each sequence. The weights themselves are not dropped: the kernels that hold no
     [length × length] matrix cannot."""
 
-    def __init__(self, width: int, heads: int, *, causal: bool) -> None:
+    def __init__(self, width: int, heads: int, *, causal: bool, rotary: bool) -> None:
         super().__init__()
-        self.heads, self.causal = heads, causal
+        self.heads, self.causal, self.rotary = heads, causal, rotary
         self.project = nn.Linear(width, 3 * width)
         self.merge = nn.Linear(width, width)
 
@@ -24,6 +39,8 @@ class Attention(nn.Module):
         padded = sequences.pad(self.project(states))  # [batch, longest, 3 · width]
         batch, longest, _ = padded.shape
         queries, keys, values = padded.view(batch, longest, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        if self.rotary:
+            queries, keys = rotated(queries), rotated(keys)
         mask = None
         if not self.causal:
             within = torch.arange(longest, device=states.device) < sequences.lengths[:, None]
@@ -36,10 +53,10 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + feed-forward(norm(x))."""
 
-    def __init__(self, width: int, heads: int, feedforward: int, dropout: float, *, causal: bool) -> None:
+    def __init__(self, width: int, heads: int, feedforward: int, dropout: float, *, causal: bool, rotary: bool) -> None:
         super().__init__()
         self.attention_norm, self.feedforward_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = Attention(width, heads, causal=causal)
+        self.attention = Attention(width, heads, causal=causal, rotary=rotary)
         self.feedforward = nn.Sequential(
             nn.Linear(width, feedforward), nn.GELU(), nn.Dropout(dropout), nn.Linear(feedforward, width)
         )
@@ -54,17 +71,31 @@ class Transformer(nn.Module):
     """Positions, dropout, blocks, and a last norm: item vectors [positions, width] → states [positions, width]."""
 
     def __init__(
-        self, width: int, max_length: int, layers: int, heads: int, feedforward: int, dropout: float, *, causal: bool
+        self,
+        width: int,
+        max_length: int,
+        layers: int,
+        heads: int,
+        feedforward: int,
+        dropout: float,
+        *,
+        causal: bool,
+        rotary: bool = False,
     ) -> None:
         super().__init__()
-        self.places = nn.Embedding(max_length, width)
-        nn.init.normal_(self.places.weight, std=0.02)
+        self.places = None if rotary else nn.Embedding(max_length, width)
+        if self.places is not None:
+            nn.init.normal_(self.places.weight, std=0.02)
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(width, heads, feedforward, dropout, causal=causal) for _ in range(layers))
+        self.blocks = nn.ModuleList(
+            Block(width, heads, feedforward, dropout, causal=causal, rotary=rotary) for _ in range(layers)
+        )
         self.norm = nn.LayerNorm(width)
 
     def forward(self, vectors: Tensor, sequences: Sequences) -> Tensor:
-        states = self.dropout(vectors + self.places(sequences.offsets))
+        if self.places is not None:
+            vectors = vectors + self.places(sequences.offsets)
+        states = self.dropout(vectors)
         for block in self.blocks:
             states = block(states, sequences)
         return self.norm(states)

@@ -28,6 +28,9 @@ class RecommenderConfig(Config):
     width: int = shaping(64, "of states and item vectors", ge=2)
     max_length: int = shaping(200, "last items of a history a state sees", ge=2)
     layers: int = shaping(2, "transformer blocks or recurrent layers", ge=1)
+    places: Literal["learned", "rotary"] = shaping(
+        "learned", "how a transformer knows the order: vectors of places, or turned keys"
+    )
     heads: int = shaping(1, "attention heads", ge=1)
     hidden: int = shaping(256, "width of feed-forward layers, and of gru4rec's state", ge=1)
     dropout: float = shaping(0.2, ge=0, lt=1)
@@ -64,5 +67,12 @@ class RecommenderConfig(Config):
 
     def _transformer(self, *, causal: bool) -> Transformer:
         return Transformer(
-            self.width, self.max_length, self.layers, self.heads, self.hidden, self.dropout, causal=causal
+            self.width,
+            self.max_length,
+            self.layers,
+            self.heads,
+            self.hidden,
+            self.dropout,
+            causal=causal,
+            rotary=self.places == "rotary",
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from raypipe.errors import UsageError
+from raypipe.recommenders.attention import rotated
 from raypipe.recommenders.checkpoint import Card, load_recommender, save_recommender
 from raypipe.recommenders.config import RecommenderConfig
 from raypipe.recommenders.dreamrec import DreamRec, DreamRecOptions, collapse, noise_schedule
@@ -18,13 +19,14 @@ from raypipe.recommenders.recommender import Recommender, freeze, weights_hash
 from raypipe.recommenders.sequences import Sequences
 
 ITEMS = 40
-MODELS = ["gru4rec", "caser", "sasrec", "bert4rec", "dreamrec", "mf"]
+MODELS = ["gru4rec", "caser", "sasrec", "sasrec rotary", "bert4rec", "dreamrec", "mf"]
 CAUSAL = [name for name in MODELS if name != "bert4rec"]
 
 
 def config(name: str, **options: object) -> RecommenderConfig:
     small = {"width": 16, "max_length": 12, "hidden": 24, "heads": 2, "dreamrec": {"steps": 20}}
-    return RecommenderConfig.model_validate({"model": name, **small, **options})
+    model, *places = name.split()
+    return RecommenderConfig.model_validate({"model": model, "places": (places or ["learned"])[0], **small, **options})
 
 
 def some_histories() -> list[list[int]]:
@@ -84,7 +86,7 @@ def chains(count: int, seed: int) -> list[list[int]]:
     return [[(int(start) + step) % ITEMS + 1 for step in range(10)] for start in starts]
 
 
-@pytest.mark.parametrize("name", ["caser", "sasrec", "gru4rec", "bert4rec"])
+@pytest.mark.parametrize("name", ["caser", "sasrec", "sasrec rotary", "gru4rec", "bert4rec"])
 def test_a_planted_answer_is_learnt_and_shuffled_targets_are_not(name: str) -> None:
     def trained(shuffled: bool) -> Recommender:
         model = config(name, dropout=0.0, masked=0.3).build(ITEMS)
@@ -165,6 +167,17 @@ def test_a_frozen_model_stays_what_it_was(name: str) -> None:
 def test_an_empty_history_has_no_state() -> None:
     with pytest.raises(ValueError, match="empty history"):
         Sequences.of([[1], []])
+
+
+def test_rotary_places_make_products_depend_on_distance_alone() -> None:
+    queries, keys = torch.randn(2, 8), torch.randn(2, 8)
+    turned = [rotated(vectors[:, None, None].expand(2, 1, 9, 8)) for vectors in (queries, keys)]
+    products = (turned[0][:, 0] @ turned[1][:, 0].transpose(1, 2)).double()
+    for distance in range(-8, 9):
+        along = products.diagonal(distance, 1, 2)
+        torch.testing.assert_close(along, along[:, :1].expand_as(along), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(products[:, 0, 0], (queries * keys).sum(1).double(), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(products[:, 0, 0], products[:, 0, 3], atol=1e-2)
 
 
 @pytest.mark.parametrize("kind", ["exp", "cosine", "linear"])

@@ -71,13 +71,9 @@ class RegressionTask:
         save_file(dict(weights), folder / "model.safetensors")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _cluster():
-    # Workers cannot import a test module, so its classes travel whole.
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-    yield
-    ray.shutdown()
+# Workers cannot import a test module, so its classes travel whole.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 def train(folder: Path, config: TrainerConfig = CONFIG, dies_at: int | None = None, run: str = "run") -> TrainingResult:
@@ -90,7 +86,7 @@ def weights(result: TrainingResult) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> TrainingResult:
+def undisturbed(ray_cluster: None, tmp_path_factory) -> TrainingResult:
     return train(tmp_path_factory.mktemp("undisturbed"), CONFIG.model_copy(update={"zero_stage": 3}))
 
 
@@ -159,6 +155,50 @@ def test_the_language_model_learns_and_loads_like_any_other(tmp_path: Path):
     assert result.losses[-1] < result.losses[0] / 2
     backbone = load_backbone(str(result.folder), device="cpu")
     assert backbone.model.lm_head.weight is backbone.model.model.embed_tokens.weight
+
+
+class ValidatedTask(RegressionTask):
+    """Validates as the test says; notes how often. The shares of two ranks differ, so that a mean needs both."""
+
+    def __init__(self, deaths: Path, values: list[float], dies_at: int | None = None) -> None:
+        super().__init__(deaths, dies_at)
+        self.values = values
+
+    def validate(self, module: nn.Module, rank: int, world: int) -> tuple[float, float]:
+        assert not module.training
+        assert next(module.parameters()).numel() == 96, "the weights are whole"
+        with (self.deaths / f"validations-{rank}").open("a") as log:
+            log.write("x")
+        asked = len((self.deaths / f"validations-{rank}").read_text()) - 1
+        return self.values[asked] * (rank + 1), 0.75 * world
+
+    def describe(self, step: int, seed: int, batch_size: int) -> str:
+        return f"rows of step {step}"
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_the_best_validation_gives_the_weights_and_patience_ends_the_run(stage: int, tmp_path: Path) -> None:
+    options = {"zero_stage": stage, "schedule": "constant", "validate_every": 1 / 6, "patience": 2, "steps": 20}
+    config = CONFIG.model_copy(update=options)
+    task = ValidatedTask(tmp_path, [0.1, 0.5, 0.3, 0.4, 0.9])
+    result = fit(task, config, "run", tmp_path / "out")
+    # Validated after every second step; two in a row were no better than the one after step 4.
+    assert result.validations == [
+        (2, pytest.approx(0.1)),
+        (4, pytest.approx(0.5)),
+        (6, pytest.approx(0.3)),
+        (8, pytest.approx(0.4)),
+    ]
+    assert result.steps == 8
+    (tmp_path / "short").mkdir()
+    short = fit(
+        RegressionTask(tmp_path / "short"),
+        config.model_copy(update={"steps": 4, "validate_every": None}),
+        "short",
+        tmp_path / "short/out",
+    )
+    for name, weight in weights(result).items():
+        torch.testing.assert_close(weight, weights(short)[name], rtol=1e-5, atol=1e-6)
 
 
 def test_a_batch_must_reach_every_worker():
