@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,17 +9,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from raypipe.config import free, shaping
-from raypipe.pipeline.encode_units import EncodeBucket, EncodeTask, Rows
+from raypipe.pipeline.encode_units import EncodeBucket, EncodeTask, Rows, lists_of
 from raypipe.pipeline.evaluate import find_model
-from raypipe.pipeline.job import BatchConfig, JobResult, cost_of
+from raypipe.pipeline.job import BatchConfig, JobResult, ModelCache, cost_of
 from raypipe.pipeline.sequences import check_catalogue
 from raypipe.recommenders.checkpoint import Card, load_recommender
 from raypipe.recommenders.recommender import Recommender
 from raypipe.runtime.progress import say
-from raypipe.runtime.session import Session, open_session
+from raypipe.runtime.session import Session, open_session, output_table
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.ledger import Counts, Publish, Run, Unit, Usage
 from raypipe.storage.models import Model, Models
@@ -28,15 +28,12 @@ from raypipe.storage.tables import ABSENT
 from raypipe.storage.workspace import Workspace
 
 
-class EncodeOptions(BatchConfig):
+class EncodeOptions(BatchConfig, ModelCache):
     """Which recommender reads the histories, and where."""
 
     model: str = shaping("sasrec", "a recommender's name, for its newest, or NAME/HASH")
     micro_batch_positions: int = free(20_000, "positions a worker encodes at a time, padding included", ge=1)
     device: str = free("auto", "auto takes a GPU where the worker has one")
-    model_cache: str = free(
-        str(Path(tempfile.gettempdir()) / "raypipe-models"), "where models of a remote workspace are kept"
-    )
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class Loaded:
         """Raises UsageError for a model that is not there or knows other items."""
         models = Models(workspace.store)
         model = find_model(models, config.model)
-        recommender, card = load_recommender(models.fetch(model, Path(config.model_cache)))
+        recommender, card = load_recommender(config.fetch(workspace, model))
         items = workspace.tables["items"].read(version).sort_by("index")
         check_catalogue(card.catalogue, items["item_id"].to_pylist(), config.model)
         return cls(model, recommender, card, items)
@@ -61,13 +58,21 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Encoding:
-    """What a job computes: rows of `output` under `variant`, by a recipe that names all that shapes them."""
+    """What a job computes: rows of `output` under `variant`, by a recipe that names all that shapes them.
+
+    With `item_states` the model's item vectors are published too, under the same variant.
+    """
 
     job: str
     output: str
     variant: str
     recipe: str
     rows: Rows
+    item_states: bool = False
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        return (self.output, "item_states") if self.item_states else (self.output,)
 
 
 def run_encoding(
@@ -77,10 +82,10 @@ def run_encoding(
     info = workspace.require_info()
     tracking = config.open_tracking(workspace)
     canary = config.canary_users(lambda: _every_user(workspace))
-    writes = (encoding.output,) if canary is None else ()
+    writes = encoding.writes if canary is None else ()
     with open_session(workspace, encoding.job, writes, config.cluster, config.lock_lease_s) as session:
         inputs = session.versions("histories", "items", "rejects")
-        base = session.versions(encoding.output) if canary is None else {encoding.output: ABSENT}
+        base = session.versions(*encoding.writes) if canary is None else dict.fromkeys(encoding.writes, ABSENT)
         scope = "all" if canary is None else fingerprint({"users": canary})
         if scope == "all" and session.is_current(encoding.recipe, inputs):
             return JobResult(encoding.job, "nothing_to_do", cost=cost_of(Usage(), time.monotonic() - started))
@@ -116,11 +121,29 @@ def run_encoding(
             for table in ("rejects", encoding.output)
             if any(receipt.staged.get(table) for receipt in touched)
         ]
+        if encoding.item_states:
+            parts += _item_states(session, run, encoding, loaded, base["item_states"])
         result = _finish(session, run, encoding, parts, counts, started)
     if result.status == "ok":
         params = {"model": loaded.model.hash, "variant": encoding.variant, "scope": scope[:12]}
         tracking.log_run(encoding.job, run.run_key, params, {**result.metrics, **result.cost})
     return result
+
+
+def _item_states(session: Session, run: Run, encoding: Encoding, loaded: Loaded, version: int) -> list[Publish]:
+    """The model's item vectors, unless they are published already."""
+    workspace, name = session.workspace, "item_states"
+    table = workspace.tables[name]
+    states = loaded.recommender.item_states().detach().float().numpy()[1:]
+    indices = pa.array(np.arange(1, len(states) + 1, dtype=np.int32))
+    rows = pa.table([indices, lists_of(states)], schema=table.spec.columns)
+    before = table.read(version, table.spec.columns.names, variant=encoding.variant).sort_by("item_index")
+    if before.num_rows == rows.num_rows and before.combine_chunks().equals(rows):
+        return []
+    target = output_table(workspace, name, run.manifest["scope"], run.run_key)
+    # Under one name: what a resumed run stages again are the same bytes.
+    staged = target.stage(rows, f"{run.run_key[:12]}-items", {"variant": encoding.variant})
+    return [Publish(name, "overwrite", [staged], [{"variant": encoding.variant}])]
 
 
 def _finish(

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import time
-from pathlib import Path
 
-from raypipe.config import free, shaping
+from raypipe.config import shaping
 from raypipe.errors import UsageError
 from raypipe.metrics.ranking import Mean
-from raypipe.pipeline.job import JobConfig, JobResult, cost_of
+from raypipe.pipeline.job import JobConfig, JobResult, ModelCache, cost_of
 from raypipe.pipeline.sequences import check_catalogue, pinned_versions, read_histories
 from raypipe.recommenders.checkpoint import load_recommender
 from raypipe.recommenders.evaluation import HeldOut, evaluate_floor, evaluate_model
@@ -23,14 +21,11 @@ from raypipe.storage.models import Model, Models
 JOB = "evaluate"
 
 
-class EvaluateConfig(JobConfig):
+class EvaluateConfig(JobConfig, ModelCache):
     """Configuration of `evaluate`."""
 
     model: str = shaping("sasrec", "a recommender's name, for its newest, or NAME/HASH")
     filter_seen: bool = shaping(True, "items of the prefix are no candidates")
-    model_cache: str = free(
-        str(Path(tempfile.gettempdir()) / "raypipe-models"), "where models of a remote workspace are kept"
-    )
 
 
 def run_evaluate(config: EvaluateConfig) -> JobResult:
@@ -42,7 +37,7 @@ def run_evaluate(config: EvaluateConfig) -> JobResult:
     models = Models(workspace.store)
     model = find_model(models, config.model)
     versions = pinned_versions(workspace)
-    recommender, card = load_recommender(models.fetch(model, Path(config.model_cache)))
+    recommender, card = load_recommender(config.fetch(workspace, model))
     ids = (
         workspace.tables["items"].read(versions["items"], ["item_id", "index"]).sort_by("index")["item_id"].to_pylist()
     )

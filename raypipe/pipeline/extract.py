@@ -24,7 +24,7 @@ class ExtractConfig(EncodeOptions):
 
 
 def run_extract(config: ExtractConfig) -> JobResult:
-    """States into `hidden_states`, variant `extract-<model>` or `extract-<model>-all`."""
+    """States into `hidden_states` and `item_states`, variant `extract-<model>` or `extract-<model>-all`."""
     started = time.monotonic()
     workspace = config.open_workspace()
     workspace.require_info()
@@ -35,5 +35,5 @@ def run_extract(config: ExtractConfig) -> JobResult:
         )
     recipe = fingerprint({"step": STEP_VERSION, "model": loaded.model.hash, "positions": config.positions})
     variant = f"{JOB}-{loaded.model.name}" + ("-all" if config.positions == "all" else "")
-    encoding = Encoding(JOB, "hidden_states", variant, recipe, States(config.positions))
+    encoding = Encoding(JOB, "hidden_states", variant, recipe, States(config.positions), item_states=True)
     return run_encoding(config, workspace, loaded, encoding, started)

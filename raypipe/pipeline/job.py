@@ -18,6 +18,7 @@ from raypipe.runtime.budget import Limits
 from raypipe.runtime.cluster import ClusterConfig
 from raypipe.storage.hashing import stable_hash
 from raypipe.storage.ledger import Usage
+from raypipe.storage.models import Model, Models
 from raypipe.storage.tracking import Tracking
 from raypipe.storage.workspace import Workspace
 
@@ -35,6 +36,18 @@ class JobConfig(Config):
 
     def open_tracking(self, workspace: Workspace) -> Tracking:
         return Tracking(workspace.store, self.tracking)
+
+
+class ModelCache(Config):
+    """For jobs that read stored models."""
+
+    model_cache: str = free(
+        str(Path(tempfile.gettempdir()) / "raypipe-models"), "where models of a remote workspace are kept"
+    )
+
+    def fetch(self, workspace: Workspace, model: Model) -> Path:
+        """The model's checkpoint on this machine."""
+        return Models(workspace.store).fetch(model, Path(self.model_cache))
 
 
 class TrainingOptions(Config):

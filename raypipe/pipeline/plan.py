@@ -19,7 +19,6 @@ from raypipe.pipeline.summarize import JOB, SummarizeOptions
 from raypipe.pipeline.summary_state import BucketState, Catalogue, Pins, Recipes
 from raypipe.runtime.progress import say
 from raypipe.storage.ledger import Usage
-from raypipe.storage.models import Models
 from raypipe.storage.workspace import USERS_PER_BUCKET, Workspace
 from raypipe.systems.summaries import calls_needed
 
@@ -52,7 +51,7 @@ def run_plan(config: PlanConfig) -> JobResult:
     sample = [length for count in counted for length in count["tokens"]]
     engine = config.engine
     if model is not None:
-        folder = Models(workspace.store).fetch(model, Path(config.model_cache))
+        folder = config.fetch(workspace, model)
         engine = engine.model_copy(update={"lm": str(folder)})
     lengths = engine.token_counter()(sample) if sample else []
     rate = _calls_per_s(workspace, engine.engine)

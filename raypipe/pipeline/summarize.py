@@ -6,7 +6,6 @@ user only the blocks whose items are new are read again.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -19,7 +18,7 @@ import pyarrow as pa
 from raypipe.config import free, shaping
 from raypipe.engines.engine import EngineConfig
 from raypipe.errors import UsageError
-from raypipe.pipeline.job import BatchConfig, CapOptions, JobResult, cost_of
+from raypipe.pipeline.job import BatchConfig, CapOptions, JobResult, ModelCache, cost_of
 from raypipe.pipeline.summarize_units import SummarizeBucket, SummaryTask
 from raypipe.pipeline.summary_state import Pins, Recipes
 from raypipe.runtime.budget import Budget
@@ -38,7 +37,7 @@ BUILTIN = "builtin"
 _WRITES = ("block_summaries", "summaries")
 
 
-class SummarizeOptions(CapOptions):
+class SummarizeOptions(CapOptions, ModelCache):
     """What writes the summaries, how, and at what cost at most."""
 
     engine: EngineConfig = shaping(
@@ -46,9 +45,6 @@ class SummarizeOptions(CapOptions):
     )
     summaries: SummariesConfig = shaping(SummariesConfig, "blocks, window, prompts, decoding")
     micro_batch_users: int = free(256, "users a worker gives the engine at a time", ge=1)
-    model_cache: str = free(
-        str(Path(tempfile.gettempdir()) / "raypipe-models"), "where models of a remote workspace are kept"
-    )
 
     def resolve_model(self, workspace: Workspace) -> Model | None:
         """The workspace's own LM where the config asks for it; UsageError where there is none yet."""
@@ -66,7 +62,7 @@ class SummarizeOptions(CapOptions):
         """The fingerprints of both stages with the resolved model's content in them."""
         engine = self.engine
         if model is not None:
-            engine = engine.model_copy(update={"lm": str(Models(workspace.store).fetch(model, Path(self.model_cache)))})
+            engine = engine.model_copy(update={"lm": str(self.fetch(workspace, model))})
         identity = engine.identity()
         return Recipes(VARIANT, self.summaries.block_recipe(identity), self.summaries.merge_recipe(identity))
 

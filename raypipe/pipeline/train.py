@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 from pydantic import model_validator
 
-from raypipe.config import free, shaping
+from raypipe.config import shaping
 from raypipe.errors import UsageError
-from raypipe.pipeline.job import JobConfig, JobResult, TrainingOptions, cost_of
+from raypipe.pipeline.job import JobConfig, JobResult, ModelCache, TrainingOptions, cost_of
 from raypipe.pipeline.sequences import catalogue_card, pinned_versions, read_histories
 from raypipe.recommenders.checkpoint import load_recommender
 from raypipe.recommenders.config import RecommenderConfig
@@ -47,13 +47,12 @@ def _trainer() -> TrainerConfig:
     )
 
 
-class TrainOptions(TrainingOptions):
+class TrainOptions(TrainingOptions, ModelCache):
     """Which recommender, and how it is trained."""
 
     recommender: RecommenderConfig = shaping(RecommenderConfig, "the model and its loss")
     trainer: TrainerConfig = shaping(_trainer, "training under Ray Train and DeepSpeed")
     hold_out: int = shaping(2, "last events of every user that training never sees", ge=0)
-    model_cache: str = free("", "where models of a remote workspace are kept; unset: a temporary folder")
 
     @model_validator(mode="after")
     def _validation_needs_an_event(self) -> TrainOptions:
@@ -193,7 +192,7 @@ def _start_table(config: TrainConfig, workspace: Workspace) -> np.ndarray | None
     given = next((model for model in found if model.hash == wanted), None)
     if given is None:
         raise UsageError(f"No recommender {wanted} is stored in this workspace.", "Train it first, and name its hash.")
-    trained, _ = load_recommender(models.fetch(given, Path(config.model_cache)))
+    trained, _ = load_recommender(config.fetch(workspace, given))
     if trained.width != config.recommender.width:
         raise UsageError(
             f"The item vectors of {wanted} are {trained.width} wide and dreamrec's {config.recommender.width}.",

@@ -90,6 +90,9 @@ def test_states_are_those_of_the_model(raypipe: Run, chains: str) -> None:
         assert position == LENGTH - 1
         expected = model.encode(Sequences.of([known[user]]))[0]
         np.testing.assert_allclose(row["state"], expected.detach().numpy(), rtol=1e-5, atol=1e-5)
+    items = newest(chains, "item_states").sort_by("item_index")
+    assert items["item_index"].to_pylist() == list(range(1, ITEMS + 1))
+    assert np.array_equal(np.array(items["state"].to_pylist(), np.float32), model.item_states().detach().numpy()[1:])
     again = raypipe("extract", "--workspace", chains)
     assert again.status == "nothing_to_do"
 
@@ -114,7 +117,9 @@ def test_only_changed_users_are_computed_and_both_kinds_of_states_live_side_by_s
     log = write_log(files / "more.csv", [("u3", "i1", START + DAY), ("new", "i2", START + DAY)])
     assert raypipe("ingest", "--workspace", chains, "--log.path", log, "--log.columns.time", "time").code == 0
     before = {key: row["state"] for key, row in rows_of_variant(chains, "extract-sasrec").items()}
+    version = Workspace(chains).tables["item_states"].version()
     assert counted(raypipe("extract", "--workspace", chains)) == {"computed": 2, "unchanged": USERS - 1}
+    assert Workspace(chains).tables["item_states"].version() == version, "the same item states are not written again"
     after = {key: row["state"] for key, row in rows_of_variant(chains, "extract-sasrec").items()}
     assert set(after) - set(before) == {("u3", LENGTH), ("new", 0)}
     assert set(before) - set(after) == {("u3", LENGTH - 1)}
