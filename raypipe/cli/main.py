@@ -25,6 +25,7 @@ JOBS = {
     "lm": ("raypipe.pipeline.lm", "LmConfig", "run_lm"),
     "train": ("raypipe.pipeline.train", "TrainConfig", "run_train"),
     "evaluate": ("raypipe.pipeline.evaluate", "EvaluateConfig", "run_evaluate"),
+    "release": ("raypipe.pipeline.release", "ReleaseConfig", "run_release"),
     "extract": ("raypipe.pipeline.extract", "ExtractConfig", "run_extract"),
     "recommend": ("raypipe.pipeline.recommend", "RecommendConfig", "run_recommend"),
     "summarize": ("raypipe.pipeline.summarize", "SummarizeConfig", "run_summarize"),

@@ -48,8 +48,7 @@ class Loaded:
     @classmethod
     def of(cls, config: EncodeOptions, workspace: Workspace, version: int) -> Loaded:
         """Raises UsageError for a model that is not there or knows other items."""
-        models = Models(workspace.store)
-        model = find_model(models, config.model)
+        model = find_model(Models(workspace.store), config.model)
         recommender, card = load_recommender(config.fetch(workspace, model))
         items = workspace.tables["items"].read(version).sort_by("index")
         check_catalogue(card.catalogue, items["item_id"].to_pylist(), config.model)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from raypipe.pipeline.rejects import blocked_users, rejected_users
 from raypipe.pipeline.user_rows import UserRows
 from raypipe.recommenders.checkpoint import load_recommender
-from raypipe.recommenders.ranking import sequences_of
+from raypipe.recommenders.ranking import batches_by_length, sequences_of
 from raypipe.recommenders.recommender import Recommender
 from raypipe.recommenders.scoring import Filters, top_k
 from raypipe.recommenders.windows import Histories
@@ -117,7 +117,7 @@ class EncodeBucket:
         """Tables of new rows, the places of users that failed, and how many were skipped as cold."""
         if not len(work):
             return [], [], 0
-        known = self._known(state.histories)
+        known = state.histories.within(self.model.items)
         is_warm = known.lengths[work] > 0
         made: list[pa.Table] = []
         failed: list[int] = []
@@ -132,28 +132,12 @@ class EncodeBucket:
             return [*made, rows], failed, 0
         return made, failed, len(cold)
 
-    def _known(self, histories: Histories) -> Histories:
-        """The histories without items the model never saw."""
-        inside = histories.items <= self.model.items
-        if inside.all():
-            return histories
-        kept = np.concatenate([[0], inside.cumsum()])
-        return Histories(histories.items[inside], kept[histories.ends])
-
     def _batches(
         self, known: Histories, users: NDArray[np.int64], names: Sequence[str], suspects: Mapping[str, int]
     ) -> Iterator[NDArray[np.int64]]:
         """Users of like length together; suspects alone and last, so that a poison row costs its neighbours nothing."""
         alone = np.array([names[place] in suspects for place in users], bool)
-        rest = users[~alone]
-        lengths = np.minimum(known.lengths[rest], self.model.max_length)
-        rest, lengths = rest[np.argsort(lengths, kind="stable")], np.sort(lengths, kind="stable")
-        start = 0
-        while start < len(rest):
-            padded = lengths[start:] * np.arange(1, len(rest) - start + 1)
-            size = max(1, int(np.searchsorted(padded, self.task.micro_batch_positions, side="right")))
-            yield rest[start : start + size]
-            start += size
+        yield from batches_by_length(known, self.model.max_length, users[~alone], self.task.micro_batch_positions)
         for place in users[alone]:
             yield np.array([place])
 

@@ -13,10 +13,12 @@ from raypipe.pipeline.sequences import check_catalogue, pinned_versions, read_hi
 from raypipe.recommenders.checkpoint import load_recommender
 from raypipe.recommenders.evaluation import HeldOut, evaluate_floor, evaluate_model
 from raypipe.recommenders.floors import Popularity, Transitions
+from raypipe.recommenders.recommender import Recommender
 from raypipe.runtime.progress import say
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.ledger import Usage
 from raypipe.storage.models import Model, Models
+from raypipe.storage.workspace import Workspace
 
 JOB = "evaluate"
 
@@ -34,19 +36,8 @@ def run_evaluate(config: EvaluateConfig) -> JobResult:
     workspace = config.open_workspace()
     tracking = config.open_tracking(workspace)
     workspace.require_info()
-    models = Models(workspace.store)
-    model = find_model(models, config.model)
-    versions = pinned_versions(workspace)
-    recommender, card = load_recommender(config.fetch(workspace, model))
-    ids = (
-        workspace.tables["items"].read(versions["items"], ["item_id", "index"]).sort_by("index")["item_id"].to_pylist()
-    )
-    check_catalogue(card.catalogue, ids, config.model)
-    _, histories = read_histories(workspace, versions["histories"])
-    try:
-        held = HeldOut.of(histories, int(model.lineage["hold_out"]))
-    except ValueError as error:
-        raise UsageError(str(error), "Train with `--hold_out 2` for a model to evaluate.") from None
+    recommender, model = load_for(config, workspace, config.model)
+    held = held_out(workspace, int(model.lineage["hold_out"]))
     options = {"filter_seen": config.filter_seen}
     rows = {
         "popularity": evaluate_floor(Popularity(held.training, recommender.items), held, **options),
@@ -61,11 +52,31 @@ def run_evaluate(config: EvaluateConfig) -> JobResult:
         for name, mean in means.items()
         if not math.isnan(mean.value)  # of nobody, as of cold items where there are none
     }
-    run_key = fingerprint({"job": JOB, "model": model.hash, "versions": versions, "config": config.shaping_values()})
+    run_key = fingerprint(
+        {"job": JOB, "model": model.hash, "versions": pinned_versions(workspace), "config": config.shaping_values()}
+    )
     numbers = {name.replace("–", "-").replace(">", "over"): value for name, value in metrics.items()}
     tracking.log_run(JOB, run_key, {"model": model.hash, **protocol}, numbers)
     cost = cost_of(Usage(), time.monotonic() - started)
     return JobResult(JOB, "ok", run_key, models={model.name: model.hash}, metrics=metrics, cost=cost)
+
+
+def load_for(config: ModelCache, workspace: Workspace, named: str) -> tuple[Recommender, Model]:
+    """A stored recommender, checked against the workspace's catalogue."""
+    model = find_model(Models(workspace.store), named)
+    recommender, card = load_recommender(config.fetch(workspace, model))
+    items = workspace.tables["items"].read(pinned_versions(workspace)["items"], ["item_id", "index"]).sort_by("index")
+    check_catalogue(card.catalogue, items["item_id"].to_pylist(), named)
+    return recommender, model
+
+
+def held_out(workspace: Workspace, hold_out: int) -> HeldOut:
+    """The last event of every user; UsageError where training left none out."""
+    _, histories = read_histories(workspace, pinned_versions(workspace)["histories"])
+    try:
+        return HeldOut.of(histories, hold_out)
+    except ValueError as error:
+        raise UsageError(str(error), "Train with `--hold_out 2` for a model to evaluate.") from None
 
 
 def find_model(models: Models, named: str) -> Model:

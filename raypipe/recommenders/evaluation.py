@@ -74,7 +74,8 @@ def evaluate_model(model: Recommender, held: HeldOut, *, filter_seen: bool = Tru
         if chosen.any():
             name = f"HR@{_CUTOFF} length {low + 1}–{high}" if high is not None else f"HR@{_CUTOFF} length > {low}"
             metrics[name] = Mean.of(hits[chosen])
-    counts = held.training.counts(model.items)
+    everything = max(model.items, int(held.training.items.max(initial=0)), int(held.targets.max(initial=0)))
+    counts = held.training.counts(everything)
     cold = counts[held.targets] < _COLD_EVENTS
     metrics[f"HR@{_CUTOFF} cold items"] = Mean.of(hits[cold])
     lists = top_lists(model, held.prefixes, _CUTOFF, filter_seen=filter_seen)

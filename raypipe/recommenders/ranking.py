@@ -16,16 +16,20 @@ from raypipe.recommenders.windows import Histories
 _BATCH_POSITIONS = 20_000
 
 
-def batches_by_length(histories: Histories, max_length: int) -> Iterator[NDArray[np.int64]]:
-    """Rows of `histories` in groups of like length, each of about `_BATCH_POSITIONS` positions once padded."""
-    lengths = np.minimum(histories.lengths, max_length)
+def batches_by_length(
+    histories: Histories, max_length: int, rows: NDArray[np.int64] | None = None, positions: int = _BATCH_POSITIONS
+) -> Iterator[NDArray[np.int64]]:
+    """`rows` of histories (all where unset) in groups of like length, each of about `positions` once padded."""
+    rows = np.arange(len(histories)) if rows is None else rows
+    lengths = np.minimum(histories.lengths[rows], max_length)
     order = np.argsort(lengths, kind="stable")
+    rows, lengths = rows[order], lengths[order]
     start = 0
-    while start < len(order):
+    while start < len(rows):
         # The longest of a group is its last: as many rows as fit when padded to it.
-        padded = lengths[order[start:]] * np.arange(1, len(order) - start + 1)
-        size = max(1, int(np.searchsorted(padded, _BATCH_POSITIONS, side="right")))
-        yield order[start : start + size]
+        padded = lengths[start:] * np.arange(1, len(rows) - start + 1)
+        size = max(1, int(np.searchsorted(padded, positions, side="right")))
+        yield rows[start : start + size]
         start += size
 
 
@@ -41,13 +45,19 @@ def sequences_of(histories: Histories, rows: NDArray[np.int64], last: int | None
 def target_ranks(
     model: Recommender, prefixes: Histories, targets: NDArray[np.int32], *, filter_seen: bool = True
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """How many items score above each user's target, and how many the same, itself included: int64 [users] each."""
+    """How many items score above each user's target, and how many the same, itself included: int64 [users] each.
+
+    Items the model never saw are left out of the prefixes. A target it never saw, or one after nothing it knows, ranks
+    last.
+    """
     was_training = model.training
     model.eval()
     device = model.table.device
-    above = np.empty(len(prefixes), np.int64)
-    same = np.empty_like(above)
-    for rows in batches_by_length(prefixes, model.max_length):
+    prefixes = prefixes.within(model.items)
+    above = np.full(len(prefixes), model.items, np.int64)
+    same = np.ones_like(above)
+    asked_of = (prefixes.lengths > 0) & (targets <= model.items)
+    for rows in batches_by_length(prefixes, model.max_length, np.flatnonzero(asked_of)):
         states = model.encode(sequences_of(prefixes, rows, model.max_length).to(device))
         seen = sequences_of(prefixes, rows).to(device) if filter_seen else None
         asked = torch.from_numpy(targets[rows].astype(np.int64)).to(device)
@@ -59,12 +69,13 @@ def target_ranks(
 
 @torch.no_grad()
 def top_lists(model: Recommender, prefixes: Histories, k: int, *, filter_seen: bool = True) -> NDArray[np.int64]:
-    """The best k items of each prefix, int64 [users, k]; 0 where there are fewer."""
+    """The best k items of each prefix, int64 [users, k]; 0 where there are fewer, or nothing the model knows."""
     was_training = model.training
     model.eval()
     device = model.table.device
-    lists = np.empty((len(prefixes), k), np.int64)
-    for rows in batches_by_length(prefixes, model.max_length):
+    prefixes = prefixes.within(model.items)
+    lists = np.zeros((len(prefixes), k), np.int64)
+    for rows in batches_by_length(prefixes, model.max_length, np.flatnonzero(prefixes.lengths)):
         states = model.encode(sequences_of(prefixes, rows, model.max_length).to(device))
         seen = sequences_of(prefixes, rows).to(device) if filter_seen else None
         items, _ = top_k(model.queries(states), model.item_states(), k, Filters(excluded=seen))

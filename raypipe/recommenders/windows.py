@@ -45,6 +45,14 @@ class Histories:
         index = np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
         return Histories(self.items[index], ends)
 
+    def within(self, items: int) -> Histories:
+        """Every history without events of items beyond the first `items`; one may become empty."""
+        inside = self.items <= items
+        if inside.all():
+            return self
+        kept = np.concatenate([[0], inside.cumsum()])
+        return Histories(self.items[inside], kept[self.ends])
+
     def counts(self, items: int) -> NDArray[np.int64]:
         """int64 [items + 1], how often each item occurs."""
         return np.bincount(self.items, minlength=items + 1).astype(np.int64)

@@ -1,0 +1,65 @@
+"""Releases: which recommender, language model and adapters belong together, and which release is in force.
+
+A release is content-addressed (`releases/<hash>.json`) and never changes; an alias (`releases/aliases/<alias>.json`)
+points to one, and moving it is one write. `champion` is what batch and serving read, `candidate` what is to be judged.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+from raypipe.errors import UsageError
+from raypipe.storage.fingerprint import canonical_json, fingerprint
+from raypipe.storage.store import Store
+
+Alias = Literal["champion", "candidate"]
+
+
+@dataclass(frozen=True)
+class Release:
+    """Models by name and content: `recommender` as NAME/HASH, `lm` as a hash, a hub name or empty, `adapters` by name."""
+
+    recommender: str
+    lm: str = ""
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    catalogue: int = 0
+
+    @property
+    def hash(self) -> str:
+        return fingerprint(asdict(self))
+
+
+class Releases:
+    """The releases of a workspace and their aliases."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def add(self, release: Release) -> Release:
+        self.store.put(f"releases/{release.hash}.json", canonical_json(asdict(release)).encode())
+        return release
+
+    def get(self, start: str) -> Release:
+        """The release whose hash starts so; UsageError where there is none, or several."""
+        found = [name for name in self.hashes() if name.startswith(start)]
+        if len(found) != 1:
+            known = ", ".join(name[:12] for name in self.hashes()) or "none"
+            raise UsageError(f"{len(found)} releases start with {start!r}.", f"There are: {known}.")
+        return Release(**json.loads(self.store.read(f"releases/{found[0]}.json")))
+
+    def hashes(self) -> list[str]:
+        """Oldest first."""
+        entries = sorted(self.store.list("releases"), key=lambda entry: (entry.modified, entry.path))
+        names = (entry.path.removeprefix("releases/").removesuffix(".json") for entry in entries)
+        return [name for name in names if "/" not in name]
+
+    def named(self, alias: Alias) -> Release | None:
+        data = self.store.get(f"releases/aliases/{alias}.json")
+        return None if data is None else self.get(json.loads(data)["release"])
+
+    def point(self, alias: Alias, release: Release) -> None:
+        """Move an alias; readers see the old release or the new one."""
+        self.store.put(f"releases/aliases/{alias}.json", canonical_json({"release": release.hash}).encode())
