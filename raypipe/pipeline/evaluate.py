@@ -40,8 +40,8 @@ def run_evaluate(config: EvaluateConfig) -> JobResult:
     held = held_out(workspace, int(model.lineage["hold_out"]))
     options = {"filter_seen": config.filter_seen}
     rows = {
-        "popularity": evaluate_floor(Popularity(held.training, recommender.items), held, **options),
-        "transitions": evaluate_floor(Transitions(held.training, recommender.items), held, **options),
+        "popularity": evaluate_floor(Popularity(held.training, held.items), held, **options),
+        "transitions": evaluate_floor(Transitions(held.training, held.items), held, **options),
         model.name: evaluate_model(recommender, held, **options),
     }
     protocol = {**model.lineage["protocol"], "seen items": "filtered" if config.filter_seen else "kept"}
@@ -72,9 +72,10 @@ def load_for(config: ModelCache, workspace: Workspace, named: str) -> tuple[Reco
 
 def held_out(workspace: Workspace, hold_out: int) -> HeldOut:
     """The last event of every user; UsageError where training left none out."""
-    _, histories = read_histories(workspace, pinned_versions(workspace)["histories"])
+    versions = pinned_versions(workspace)
+    _, histories = read_histories(workspace, versions["histories"])
     try:
-        return HeldOut.of(histories, hold_out)
+        return HeldOut.of(histories, hold_out, workspace.tables["items"].rows(versions["items"]))
     except ValueError as error:
         raise UsageError(str(error), "Train with `--hold_out 2` for a model to evaluate.") from None
 

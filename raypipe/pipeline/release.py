@@ -99,7 +99,7 @@ def _judged(config: ReleaseConfig, workspace: Workspace, candidate: str, champio
     figures = {"candidate": known[candidate][metric].value}
     if champion is not None:
         figures["champion"] = known[champion][metric].value
-    floor = evaluate_floor(Popularity(held.training, loaded[candidate][0].items), held)
+    floor = evaluate_floor(Popularity(held.training, held.items), held)
     if metric in floor:
         figures["popularity"] = floor[metric].value
     return {f"{name}.{metric}": round(value, 6) for name, value in figures.items()}

@@ -26,22 +26,23 @@ class HeldOut:
     """What an evaluation asks: the last event of every history that has one beyond training's.
 
     `training` are the histories that models learnt from, `prefixes` everything before the last event, `targets` the last
-    events; one entry per asked user.
+    events; one entry per asked user. `items` is the size of the catalogue.
     """
 
     training: Histories
     prefixes: Histories
     targets: NDArray[np.int32]
+    items: int
 
     @classmethod
-    def of(cls, histories: Histories, hold_out: int) -> HeldOut:
+    def of(cls, histories: Histories, hold_out: int, items: int) -> HeldOut:
         """Users with at least one training event. Raises ValueError where `hold_out` is 0: training saw all there is."""
         if hold_out < 1:
             raise ValueError("The model was trained on every event, so that none is left to ask for.")
         asked = np.flatnonzero(histories.lengths > hold_out)
         before = histories.without_last(1)
         prefixes = before.take(before.starts[asked], before.lengths[asked])
-        return cls(histories.without_last(hold_out), prefixes, histories.items[histories.ends[asked] - 1])
+        return cls(histories.without_last(hold_out), prefixes, histories.items[histories.ends[asked] - 1], items)
 
 
 def ranks_of_floor(floor: Floor, held: HeldOut, *, filter_seen: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -74,14 +75,13 @@ def evaluate_model(model: Recommender, held: HeldOut, *, filter_seen: bool = Tru
         if chosen.any():
             name = f"HR@{_CUTOFF} length {low + 1}–{high}" if high is not None else f"HR@{_CUTOFF} length > {low}"
             metrics[name] = Mean.of(hits[chosen])
-    everything = max(model.items, int(held.training.items.max(initial=0)), int(held.targets.max(initial=0)))
-    counts = held.training.counts(everything)
+    counts = held.training.counts(held.items)
     cold = counts[held.targets] < _COLD_EVENTS
     metrics[f"HR@{_CUTOFF} cold items"] = Mean.of(hits[cold])
     lists = top_lists(model, held.prefixes, _CUTOFF, filter_seen=filter_seen)
     vectors = model.item_states().detach().cpu().numpy()
     exact = {
-        f"coverage@{_CUTOFF}": coverage(lists, model.items),
+        f"coverage@{_CUTOFF}": coverage(lists, held.items),
         f"novelty@{_CUTOFF}": novelty(lists, counts),
         f"diversity@{_CUTOFF}": diversity(lists, vectors),
     }

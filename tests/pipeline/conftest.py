@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from raypipe.cli.main import main
-from tests.pipeline.small_logs import SMALL_ITEMS, SMALL_LOG, write_catalogue, write_log
+from tests.pipeline.small_logs import (
+    CHAIN_ITEMS,
+    CHAIN_TRAINING,
+    SMALL_ITEMS,
+    SMALL_LOG,
+    chain_events,
+    write_catalogue,
+    write_log,
+)
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +49,20 @@ def ingested(ingested_once: Path, tmp_path: Path) -> str:
 def summarised(summarised_once: Path, tmp_path: Path) -> str:
     """As `ingested`, and every user has a summary by the echo engine."""
     return str(shutil.copytree(summarised_once, tmp_path / "workspace"))
+
+
+@pytest.fixture(scope="session")
+def trained_once(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    log, catalogue = write_log(folder / "log.csv", chain_events()), write_catalogue(folder / "items.csv", CHAIN_ITEMS)
+    shared = ["--workspace", str(folder / "workspace"), "--tracking", "off"]
+    words = ["--log.path", str(log), "--log.columns.time", "time", "--catalogue.path", str(catalogue)]
+    assert main(["ingest", *shared, *words, "--cluster.workers", "1"]) == 0
+    assert main(["train", *shared, *CHAIN_TRAINING]) == 0
+    return folder / "workspace"
+
+
+@pytest.fixture
+def trained(trained_once: Path, tmp_path: Path) -> str:
+    """A workspace of its own for the test: the log of `chain_events`, and a sasrec that has learnt it."""
+    return str(shutil.copytree(trained_once, tmp_path / "trained"))

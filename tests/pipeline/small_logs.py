@@ -35,6 +35,25 @@ def write_catalogue(path: Path, items: dict[str, str] | int, **genres: str) -> P
     return path
 
 
+CHAIN_ITEMS, CHAIN_USERS, CHAIN_LENGTH = 30, 40, 9
+CHAIN_TRAINING = (
+    *("--recommender.width", "16", "--recommender.hidden", "32", "--recommender.max_length", "6"),
+    *("--recommender.dropout", "0", "--trainer.batch_size", "16", "--trainer.lr", "0.01"),
+    *("--trainer.warmup_steps", "5", "--trainer.epochs", "10", "--trainer.device", "cpu"),
+)
+
+
+def chain_events() -> list[Event]:
+    """Every item is followed by the next one of the catalogue, whose first follows its last."""
+    draw = random.Random(0)
+    starts = [draw.randrange(CHAIN_ITEMS) for _ in range(CHAIN_USERS)]
+    return [
+        (f"u{user}", f"i{(start + step) % CHAIN_ITEMS + 1}", START + step)
+        for user, start in enumerate(starts)
+        for step in range(CHAIN_LENGTH)
+    ]
+
+
 def random_events(seed: int, users: int, items: int, events: int) -> list[Event]:
     """Events with ties in time and repeats, in no order."""
     draw = random.Random(seed)

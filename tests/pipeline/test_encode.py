@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
-from raypipe.cli.main import main
 from raypipe.recommenders.checkpoint import load_recommender
 from raypipe.recommenders.recommender import Recommender
 from raypipe.recommenders.sequences import Sequences
@@ -20,37 +17,10 @@ from raypipe.storage.store import Store
 from raypipe.storage.workspace import Workspace
 from tests.conftest import Ended, Run
 from tests.ground import one_paragraph
+from tests.pipeline.small_logs import CHAIN_ITEMS as ITEMS
+from tests.pipeline.small_logs import CHAIN_LENGTH as LENGTH
+from tests.pipeline.small_logs import CHAIN_USERS as USERS
 from tests.pipeline.small_logs import DAY, START, newest, write_catalogue, write_log
-
-ITEMS, USERS, LENGTH = 30, 40, 9
-SMALL = (
-    *("--recommender.width", 16, "--recommender.hidden", 32, "--recommender.max_length", 6),
-    *("--recommender.dropout", 0, "--trainer.batch_size", 16, "--trainer.lr", 0.01, "--trainer.warmup_steps", 5),
-    *("--trainer.epochs", 10, "--trainer.device", "cpu"),
-)
-
-
-@pytest.fixture(scope="module")
-def trained_once(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A log in which every item is followed by the next one, and a sasrec that has learnt so."""
-    folder = tmp_path_factory.mktemp("chains")
-    starts = np.random.default_rng(0).integers(0, ITEMS, USERS)
-    events = [
-        (f"u{user}", f"i{(int(start) + step) % ITEMS + 1}", START + step)
-        for user, start in enumerate(starts)
-        for step in range(LENGTH)
-    ]
-    log, catalogue = write_log(folder / "log.csv", events), write_catalogue(folder / "items.csv", ITEMS)
-    shared = ["--workspace", str(folder / "workspace"), "--tracking", "off"]
-    words = ["--log.path", str(log), "--log.columns.time", "time", "--catalogue.path", str(catalogue)]
-    assert main(["ingest", *shared, *words, "--cluster.workers", "1"]) == 0
-    assert main(["train", *shared, *map(str, SMALL)]) == 0
-    return folder / "workspace"
-
-
-@pytest.fixture
-def chains(trained_once: Path, tmp_path: Path) -> str:
-    return str(shutil.copytree(trained_once, tmp_path / "workspace"))
 
 
 def model_of(uri: str) -> Recommender:
@@ -81,26 +51,26 @@ def counted(ended: Ended) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count and name != "users"}
 
 
-def test_states_are_those_of_the_model(raypipe: Run, chains: str) -> None:
-    assert counted(raypipe("extract", "--workspace", chains)) == {"computed": USERS}
-    model, known = model_of(chains), histories(chains)
-    rows = rows_of(chains, "hidden_states")
+def test_states_are_those_of_the_model(raypipe: Run, trained: str) -> None:
+    assert counted(raypipe("extract", "--workspace", trained)) == {"computed": USERS}
+    model, known = model_of(trained), histories(trained)
+    rows = rows_of(trained, "hidden_states")
     assert {user for user, _ in rows} == set(known)
     for (user, position), row in rows.items():
         assert position == LENGTH - 1
         expected = model.encode(Sequences.of([known[user]]))[0]
         np.testing.assert_allclose(row["state"], expected.detach().numpy(), rtol=1e-5, atol=1e-5)
-    items = newest(chains, "item_states").sort_by("item_index")
+    items = newest(trained, "item_states").sort_by("item_index")
     assert items["item_index"].to_pylist() == list(range(1, ITEMS + 1))
     assert np.array_equal(np.array(items["state"].to_pylist(), np.float32), model.item_states().detach().numpy()[1:])
-    again = raypipe("extract", "--workspace", chains)
+    again = raypipe("extract", "--workspace", trained)
     assert again.status == "nothing_to_do"
 
 
-def test_all_positions_are_the_states_of_the_window(raypipe: Run, chains: str) -> None:
-    assert counted(raypipe("extract", "--workspace", chains, "--positions", "all")) == {"computed": USERS}
-    model, known = model_of(chains), histories(chains)
-    rows = rows_of(chains, "hidden_states")
+def test_all_positions_are_the_states_of_the_window(raypipe: Run, trained: str) -> None:
+    assert counted(raypipe("extract", "--workspace", trained, "--positions", "all")) == {"computed": USERS}
+    model, known = model_of(trained), histories(trained)
+    rows = rows_of(trained, "hidden_states")
     assert {position for _, position in rows} == set(range(LENGTH - 6, LENGTH))
     for user in ("u0", "u17"):
         expected = model.encode_all(Sequences.of([known[user][-6:]])).detach().numpy()
@@ -110,21 +80,21 @@ def test_all_positions_are_the_states_of_the_window(raypipe: Run, chains: str) -
 
 
 def test_only_changed_users_are_computed_and_both_kinds_of_states_live_side_by_side(
-    raypipe: Run, chains: str, files: Path
+    raypipe: Run, trained: str, files: Path
 ) -> None:
-    raypipe("extract", "--workspace", chains)
-    raypipe("extract", "--workspace", chains, "--positions", "all")
+    raypipe("extract", "--workspace", trained)
+    raypipe("extract", "--workspace", trained, "--positions", "all")
     log = write_log(files / "more.csv", [("u3", "i1", START + DAY), ("new", "i2", START + DAY)])
-    assert raypipe("ingest", "--workspace", chains, "--log.path", log, "--log.columns.time", "time").code == 0
-    before = {key: row["state"] for key, row in rows_of_variant(chains, "extract-sasrec").items()}
-    version = Workspace(chains).tables["item_states"].version()
-    assert counted(raypipe("extract", "--workspace", chains)) == {"computed": 2, "unchanged": USERS - 1}
-    assert Workspace(chains).tables["item_states"].version() == version, "the same item states are not written again"
-    after = {key: row["state"] for key, row in rows_of_variant(chains, "extract-sasrec").items()}
+    assert raypipe("ingest", "--workspace", trained, "--log.path", log, "--log.columns.time", "time").code == 0
+    before = {key: row["state"] for key, row in rows_of_variant(trained, "extract-sasrec").items()}
+    version = Workspace(trained).tables["item_states"].version()
+    assert counted(raypipe("extract", "--workspace", trained)) == {"computed": 2, "unchanged": USERS - 1}
+    assert Workspace(trained).tables["item_states"].version() == version, "the same item states are not written again"
+    after = {key: row["state"] for key, row in rows_of_variant(trained, "extract-sasrec").items()}
     assert set(after) - set(before) == {("u3", LENGTH), ("new", 0)}
     assert set(before) - set(after) == {("u3", LENGTH - 1)}
     assert all(after[key] == before[key] for key in set(before) & set(after))
-    assert len(rows_of_variant(chains, "extract-sasrec-all")) == USERS * 6
+    assert len(rows_of_variant(trained, "extract-sasrec-all")) == USERS * 6
 
 
 def rows_of_variant(uri: str, variant: str) -> dict[Any, dict[str, Any]]:
@@ -132,11 +102,11 @@ def rows_of_variant(uri: str, variant: str) -> dict[Any, dict[str, Any]]:
     return {(row["user_id"], row["position"]): row for row in rows}
 
 
-def test_lists_are_the_exact_best_and_hold_nothing_seen(raypipe: Run, chains: str) -> None:
-    assert counted(raypipe("recommend", "--workspace", chains, "--length", 5)) == {"computed": USERS}
-    model, known = model_of(chains), histories(chains)
+def test_lists_are_the_exact_best_and_hold_nothing_seen(raypipe: Run, trained: str) -> None:
+    assert counted(raypipe("recommend", "--workspace", trained, "--length", 5)) == {"computed": USERS}
+    model, known = model_of(trained), histories(trained)
     hits = 0
-    for (user, _), row in rows_of(chains, "recommendations").items():
+    for (user, _), row in rows_of(trained, "recommendations").items():
         scores = model.score(model.encode(Sequences.of([known[user]])))[0].detach()
         scores[[0, *known[user]]] = -torch.inf
         best = scores.topk(5)
@@ -144,25 +114,25 @@ def test_lists_are_the_exact_best_and_hold_nothing_seen(raypipe: Run, chains: st
         np.testing.assert_allclose(row["scores"], best.values.numpy(), rtol=1e-5, atol=1e-5)
         hits += row["items"][0] == known[user][-1] % ITEMS + 1
     assert hits > 0.9 * USERS
-    assert raypipe("recommend", "--workspace", chains, "--length", 5).status == "nothing_to_do"
-    assert counted(raypipe("recommend", "--workspace", chains, "--length", 6)) == {"computed": USERS}
+    assert raypipe("recommend", "--workspace", trained, "--length", 5).status == "nothing_to_do"
+    assert counted(raypipe("recommend", "--workspace", trained, "--length", 6)) == {"computed": USERS}
 
 
-def test_denied_unavailable_and_other_items_are_in_no_list(raypipe: Run, chains: str, files: Path) -> None:
+def test_denied_unavailable_and_other_items_are_in_no_list(raypipe: Run, trained: str, files: Path) -> None:
     deny = files / "deny.txt"
     deny.write_text("i5\ni6\n")
     catalogue = files / "fewer.csv"
     catalogue.write_text("".join(line for line in _catalogue_lines(files) if not line.startswith("i7,")))
-    assert raypipe("ingest", "--workspace", chains, "--catalogue.path", catalogue).code == 0
-    assert counted(raypipe("recommend", "--workspace", chains, "--length", 3, "--deny", deny)) == {"computed": USERS}
-    listed = {item for row in newest(chains, "recommendations").to_pylist() for item in row["items"]}
+    assert raypipe("ingest", "--workspace", trained, "--catalogue.path", catalogue).code == 0
+    assert counted(raypipe("recommend", "--workspace", trained, "--length", 3, "--deny", deny)) == {"computed": USERS}
+    listed = {item for row in newest(trained, "recommendations").to_pylist() for item in row["items"]}
     assert listed
     assert not listed & {5, 6, 7}
-    only = raypipe("recommend", "--workspace", chains, "--length", 3, "--only", '{"genre": "War"}')
+    only = raypipe("recommend", "--workspace", trained, "--length", 3, "--only", '{"genre": "War"}')
     assert counted(only) == {"computed": USERS}
-    listed = {item for row in newest(chains, "recommendations").to_pylist() for item in row["items"]}
+    listed = {item for row in newest(trained, "recommendations").to_pylist() for item in row["items"]}
     assert {(item - 1) % 5 for item in listed - {0}} == {2}
-    too_many = raypipe("recommend", "--workspace", chains, "--length", 20, "--only", '{"genre": "War"}')
+    too_many = raypipe("recommend", "--workspace", trained, "--length", 20, "--only", '{"genre": "War"}')
     assert too_many.code == 2
     assert "Lists of 20 were asked for, and 6 of the model's 30 items" in one_paragraph(too_many.stderr)
 
@@ -171,29 +141,29 @@ def _catalogue_lines(files: Path) -> list[str]:
     return write_catalogue(files / "all.csv", ITEMS).read_text().splitlines(keepends=True)
 
 
-def test_users_of_items_the_model_never_saw_are_cold(raypipe: Run, chains: str, files: Path) -> None:
+def test_users_of_items_the_model_never_saw_are_cold(raypipe: Run, trained: str, files: Path) -> None:
     catalogue = files / "more.csv"
     catalogue.write_text("".join([*_catalogue_lines(files), "x1,Brand New,War\n", "x2,Brand Newer,War\n"]))
     log = write_log(files / "cold.csv", [("cold", "x1", START), ("half", "x2", START), ("half", "i4", START + 1)])
     words = ("--log.path", log, "--log.columns.time", "time", "--catalogue.path", catalogue)
-    assert raypipe("ingest", "--workspace", chains, *words).code == 0
-    assert counted(raypipe("extract", "--workspace", chains)) == {"computed": USERS + 1, "cold": 1}
-    assert counted(raypipe("recommend", "--workspace", chains, "--length", 4)) == {"computed": USERS + 2}
-    rows = rows_of(chains, "recommendations")
+    assert raypipe("ingest", "--workspace", trained, *words).code == 0
+    assert counted(raypipe("extract", "--workspace", trained)) == {"computed": USERS + 1, "cold": 1}
+    assert counted(raypipe("recommend", "--workspace", trained, "--length", 4)) == {"computed": USERS + 2}
+    rows = rows_of(trained, "recommendations")
     assert len(rows["cold", None]["items"]) == 4
     assert np.isnan(rows["cold", None]["scores"]).all()
-    model = model_of(chains)
+    model = model_of(trained)
     expected = model.encode(Sequences.of([[4]]))[0].detach().numpy()
-    states = rows_of(chains, "hidden_states")
+    states = rows_of(trained, "hidden_states")
     np.testing.assert_allclose(states["half", 0]["state"], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_canary_is_computed_and_never_published(raypipe: Run, chains: str) -> None:
-    assert counted(raypipe("recommend", "--workspace", chains, "--sample", 7)) == {"computed": 7}
-    assert Workspace(chains).tables["recommendations"].version() < 0
+def test_a_canary_is_computed_and_never_published(raypipe: Run, trained: str) -> None:
+    assert counted(raypipe("recommend", "--workspace", trained, "--sample", 7)) == {"computed": 7}
+    assert Workspace(trained).tables["recommendations"].version() < 0
 
 
-def test_what_cannot_be_done_is_one_paragraph(raypipe: Run, chains: str, tmp_path: Path) -> None:
+def test_what_cannot_be_done_is_one_paragraph(raypipe: Run, trained: str, tmp_path: Path) -> None:
     cases = {
         ("extract", "--model", "gru4rec"): "No model gru4rec is stored",
         ("recommend", "--length", 31): "Lists of 31 were asked for",
@@ -201,6 +171,6 @@ def test_what_cannot_be_done_is_one_paragraph(raypipe: Run, chains: str, tmp_pat
         ("recommend", "--only", '{"genre": "Poetry"}'): "No item has 'Poetry' in its attribute 'genre'",
     }
     for (job, *options), told in cases.items():
-        ended = raypipe(job, "--workspace", chains, *options)
+        ended = raypipe(job, "--workspace", trained, *options)
         assert ended.code == 2
         assert told in one_paragraph(ended.stderr)

@@ -36,7 +36,7 @@ def model() -> Recommender:
 
 @pytest.mark.parametrize("filter_seen", [True, False])
 def test_ranks_are_those_of_sorting_every_item(lists: list[list[int]], model: Recommender, filter_seen: bool) -> None:
-    held = HeldOut.of(of(lists), hold_out=2)
+    held = HeldOut.of(of(lists), 2, ITEMS)
     assert len(held.targets) == 5  # users with a training event
     above, same = target_ranks(model, held.prefixes, held.targets, filter_seen=filter_seen)
     asked = [items for items in lists if len(items) > 2]
@@ -52,7 +52,7 @@ def test_ranks_are_those_of_sorting_every_item(lists: list[list[int]], model: Re
 
 def test_a_trained_on_log_has_nothing_left_to_ask(lists: list[list[int]]) -> None:
     with pytest.raises(ValueError, match="none is left to ask for"):
-        HeldOut.of(of(lists), hold_out=0)
+        HeldOut.of(of(lists), 0, ITEMS)
 
 
 def test_floors_count_what_they_say() -> None:
@@ -70,7 +70,7 @@ def test_a_floor_without_an_opinion_is_at_chance(lists: list[list[int]]) -> None
         def scores(self, prefixes: Histories) -> np.ndarray:
             return np.ones((len(prefixes), ITEMS + 1), np.float32)
 
-    held = HeldOut.of(of(lists), hold_out=2)
+    held = HeldOut.of(of(lists), 2, ITEMS)
     above, same = ranks_of_floor(Constant(), held, filter_seen=False)
     assert (above.tolist(), same.tolist()) == ([0] * 5, [ITEMS] * 5)
     assert evaluate_floor(Constant(), held, filter_seen=False)["HR@5"].value == pytest.approx(5 / ITEMS)
@@ -79,7 +79,7 @@ def test_a_floor_without_an_opinion_is_at_chance(lists: list[list[int]]) -> None
 def test_what_a_model_never_saw_is_left_out_and_never_hit(model: Recommender) -> None:
     new = ITEMS + 3
     lists = [[1, 2, new, 3, 4], [1, 2, 3, 4, new], [new, new, new, new, 5]]
-    held = HeldOut.of(of(lists), hold_out=1)
+    held = HeldOut.of(of(lists), 1, new)
     above, same = target_ranks(model, held.prefixes, held.targets)
     known = target_ranks(model, of([[1, 2, 3]]), np.array([4], np.int32))
     assert (above[0], same[0]) == (known[0][0], known[1][0])
@@ -99,7 +99,7 @@ def test_batches_hold_every_row_once_and_stay_small(lists: list[list[int]]) -> N
 
 def test_lists_beyond_accuracy_are_told(lists: list[list[int]], model: Recommender) -> None:
     torch.manual_seed(0)
-    metrics = evaluate_model(model, HeldOut.of(of(lists), hold_out=2))
+    metrics = evaluate_model(model, HeldOut.of(of(lists), 2, ITEMS))
     assert 0 < metrics["coverage@10"].value <= 1
     assert metrics["novelty@10"].value > 0
     assert 0 < metrics["diversity@10"].value < 2

@@ -1,0 +1,96 @@
+"""Releases: a candidate is judged beside the release in force; a refusal keeps the old one and ends with exit code 3."""
+
+from __future__ import annotations
+
+from safetensors.numpy import load_file, save_file
+
+from raypipe.storage.models import Models
+from raypipe.storage.releases import Releases
+from raypipe.storage.store import Store
+from tests.conftest import Run
+from tests.ground import one_paragraph
+from tests.pipeline.small_logs import START, write_log
+
+
+def champion(uri: str) -> str | None:
+    release = Releases(Store(uri)).named("champion")
+    return release.recommender if release is not None else None
+
+
+def spoiled(uri: str, tmp_path) -> str:
+    """A copy of the trained model that ranks the best item last."""
+    store = Store(uri)
+    model = Models(store).newest("sasrec")
+    assert model is not None
+    source, folder = store.local_path(f"{model.folder}/checkpoint"), tmp_path / "spoiled"
+    folder.mkdir()
+    (folder / "recommender.json").write_bytes((source / "recommender.json").read_bytes())
+    weights = load_file(source / "model.safetensors")
+    for name in ("transformer.norm.weight", "transformer.norm.bias"):
+        weights[name] = -weights[name]
+    save_file(weights, folder / "model.safetensors")
+    return f"sasrec/{Models(store).add('sasrec', folder, 'spoiled', model.lineage).hash}"
+
+
+def test_the_better_model_is_put_in_force_the_worse_refused_and_the_old_one_restored(
+    raypipe: Run, trained: str, tmp_path
+) -> None:
+    first = raypipe("release", "--workspace", trained, "--recommender", "sasrec")
+    assert first.code == 0, first.stderr
+    good = champion(trained)
+    assert good is not None
+    assert first.metrics["candidate.NDCG@10"] > first.metrics["popularity.NDCG@10"] + 0.5
+    assert "champion.NDCG@10" not in first.metrics
+
+    worse = spoiled(trained, tmp_path)
+    refused = raypipe("release", "--workspace", trained, "--recommender", worse)
+    assert (refused.code, refused.status) == (3, "refused")
+    assert "of the release in force, which stays" in one_paragraph(refused.stderr)
+    assert champion(trained) == good
+    candidate = Releases(Store(trained)).named("candidate")
+    assert candidate is not None
+    assert candidate.recommender == worse
+
+    lenient = ("--gate.least_share", 0, "--no-gate.beats_popularity")
+    assert raypipe("release", "--workspace", trained, "--recommender", worse, *lenient).code == 0
+    assert champion(trained) == worse
+    listed = raypipe("release", "--workspace", trained)
+    assert listed.stderr.count("in force") == 1
+    releases = Releases(Store(trained))
+    old = next(name for name in releases.hashes() if releases.get(name).recommender == good)
+    assert raypipe("release", "--workspace", trained, "--restore", old[:8]).code == 0
+    assert champion(trained) == good
+
+
+def test_a_model_that_does_not_beat_popularity_is_no_first_release(raypipe: Run, trained: str, tmp_path) -> None:
+    refused = raypipe("release", "--workspace", trained, "--recommender", spoiled(trained, tmp_path))
+    assert refused.code == 3
+    assert "has not learnt" in one_paragraph(refused.stderr)
+    assert champion(trained) is None
+
+
+def test_the_release_in_force_is_judged_on_a_catalogue_that_grew(raypipe: Run, trained: str, files) -> None:
+    assert raypipe("release", "--workspace", trained, "--recommender", "sasrec").code == 0
+    catalogue = files / "more.csv"
+    catalogue.write_text("item_id,title\n" + "".join(f"i{n},Title {n}\n" for n in range(1, 31)) + "new,Brand New\n")
+    log = write_log(
+        files / "log.csv", [("u1", "new", START + 100), ("u2", "new", START + 100), ("u2", "i4", START + 101)]
+    )
+    words = ("--log.path", log, "--log.columns.time", "time", "--catalogue.path", catalogue)
+    assert raypipe("ingest", "--workspace", trained, *words).code == 0
+    ended = raypipe("evaluate", "--workspace", trained)
+    assert ended.code == 0, ended.stderr
+    assert 0.8 < ended.metrics["sasrec.HR@10"] < 1
+
+
+def test_what_is_not_there_cannot_be_released(raypipe: Run, trained: str) -> None:
+    cases = {
+        ("--recommender", "gru4rec"): "No model gru4rec is stored",
+        ("--restore", "abc"): "0 releases start with 'abc'",
+        ("--restore", "abc", "--recommender", "sasrec"): "Both --recommender and --restore are given",
+        ("--recommender", "sasrec", "--gate.metric", "Luck@10"): "There is no metric Luck@10",
+    }
+    for options, told in cases.items():
+        ended = raypipe("release", "--workspace", trained, *options)
+        assert ended.code == 2
+        assert told in one_paragraph(ended.stderr)
