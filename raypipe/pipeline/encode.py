@@ -28,12 +28,16 @@ from raypipe.storage.tables import ABSENT
 from raypipe.storage.workspace import Workspace
 
 
-class EncodeOptions(BatchConfig, ModelCache):
-    """Which recommender reads the histories, and where."""
+class EncodeOptions(ModelCache):
+    """Which recommender reads the histories, and how."""
 
     model: str = shaping("sasrec", "a recommender's name, for its newest, or NAME/HASH")
     micro_batch_positions: int = free(20_000, "positions a worker encodes at a time, padding included", ge=1)
     device: str = free("auto", "auto takes a GPU where the worker has one")
+
+
+class EncodeConfig(EncodeOptions, BatchConfig):
+    """The part that `extract` and `recommend` have in common."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class Encoding:
 
 
 def run_encoding(
-    config: EncodeOptions, workspace: Workspace, loaded: Loaded, encoding: Encoding, started: float
+    config: EncodeConfig, workspace: Workspace, loaded: Loaded, encoding: Encoding, started: float
 ) -> JobResult:
     """Compute what changed and publish it; a canary's rows go to a place of their own."""
     info = workspace.require_info()

@@ -7,7 +7,7 @@ from typing import Literal
 
 from raypipe.config import shaping
 from raypipe.errors import UsageError
-from raypipe.pipeline.encode import EncodeOptions, Encoding, Loaded, run_encoding
+from raypipe.pipeline.encode import EncodeConfig, EncodeOptions, Encoding, Loaded, run_encoding
 from raypipe.pipeline.encode_units import States
 from raypipe.pipeline.job import JobResult
 from raypipe.pipeline.sequences import pinned_versions
@@ -17,10 +17,14 @@ JOB = "extract"
 STEP_VERSION = 1
 
 
-class ExtractConfig(EncodeOptions):
-    """Configuration of `extract`."""
+class ExtractOptions(EncodeOptions):
+    """Which states."""
 
     positions: Literal["last", "all"] = shaping("last", "one state per user, or one after every event of the window")
+
+
+class ExtractConfig(ExtractOptions, EncodeConfig):
+    """Configuration of `extract`."""
 
 
 def run_extract(config: ExtractConfig) -> JobResult:

@@ -1,26 +1,35 @@
-"""`raypipe nightly`: ingest, language model, summaries, night manifest, user cards — each step only if it has to.
+"""`raypipe nightly`: ingest, models, states, recommendations, summaries, night manifest, user cards.
 
 A step is skipped when nothing it reads and nothing of its recipe changed. The language model is trained once, when the
-workspace has none, and never again by this job. The manifest is written last: until then readers see the night before.
+workspace has none, and never again by this job. A recommender is trained where `train_policy` says so, and takes the
+place of the one in force only if it passes the gate; if it does not, the night is published on the old one and the job
+ends refused, exit code 3. The manifest is written last: until then readers see the night before.
 """
 
 from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, Literal
 
 from raypipe.config import free, shaping
+from raypipe.errors import RefusedError
 from raypipe.pipeline.cards import write_cards
+from raypipe.pipeline.extract import ExtractConfig, ExtractOptions, run_extract
 from raypipe.pipeline.ingest import IngestConfig, IngestOptions, run_ingest
 from raypipe.pipeline.job import JobConfig, JobResult
 from raypipe.pipeline.lm import MODEL, LmConfig, LmOptions, run_lm
+from raypipe.pipeline.recommend import RecommendConfig, RecommendOptions, run_recommend
+from raypipe.pipeline.release import GateConfig, ReleaseConfig, promote
 from raypipe.pipeline.summarize import BUILTIN, SummarizeConfig, SummarizeOptions, run_summarize
+from raypipe.pipeline.train import TrainConfig, TrainOptions, run_train
 from raypipe.runtime.progress import say
 from raypipe.storage.locks import hold
 from raypipe.storage.models import Models
 from raypipe.storage.nights import Night, Nights, check_date
+from raypipe.storage.releases import Release, Releases
 from raypipe.storage.tables import ABSENT
 from raypipe.storage.workspace import Workspace
 
@@ -33,6 +42,13 @@ class NightlyConfig(JobConfig):
     date: str | None = free(None, "the night's date, YYYY-MM-DD; unset: today")
     ingest: IngestOptions = shaping(IngestOptions, "the log and the catalogue; without a log this step reads none")
     lm: LmOptions = shaping(LmOptions, "the workspace's own language model")
+    train_policy: Literal["never", "nightly"] = free(
+        "never", "whether a recommender is trained on what the night brought"
+    )
+    train: TrainOptions = shaping(TrainOptions, "the recommender, where one is trained")
+    gate: GateConfig = shaping(GateConfig, "what a new recommender has to reach")
+    extract: ExtractOptions = shaping(ExtractOptions, "states by the recommender in force")
+    recommend: RecommendOptions = shaping(RecommendOptions, "lists by the recommender in force")
     summarize: SummarizeOptions = shaping(SummarizeOptions, "the summaries")
     cards: int = free(12, "users shown in the night's cards", ge=0)
 
@@ -47,35 +63,70 @@ def run_nightly(config: NightlyConfig) -> JobResult:
     date = check_date(config.date or datetime.date.today().isoformat())
     workspace = config.open_workspace()
     results: dict[str, JobResult] = {}
-    for name, step in _steps(config, workspace).items():
+    refusal: RefusedError | None = None
+
+    def take(name: str, step: Callable[[], JobResult]) -> JobResult:
         before = time.monotonic()
         results[name] = step()
         say(f"{name}: {results[name].status}, {time.monotonic() - before:.1f} s")
+        return results[name]
+
+    shared = config.shared()
+    if config.ingest.log is not None or config.ingest.catalogue is not None:
+        take("ingest", lambda: run_ingest(IngestConfig(**shared, **dict(config.ingest))))
+    engine = config.summarize.engine
+    lm = engine.engine if engine.engine == "echo" else engine.lm or engine.engine
+    if engine.engine != "echo" and engine.lm == BUILTIN:
+        lm = take("lm", lambda: _train_once(config, workspace, shared)).models[MODEL]
+    if config.train_policy == "nightly":
+        trained = take("train", lambda: run_train(TrainConfig(**shared, **dict(config.train))))
+        refusal = _judge(config, workspace, trained, lm)
+    release = _in_force(config, workspace, lm)
+    if release.recommender:
+        model = {"model": release.recommender}
+        take("extract", lambda: run_extract(ExtractConfig(**shared, **dict(config.extract) | model)))
+        take("recommend", lambda: run_recommend(RecommendConfig(**shared, **dict(config.recommend) | model)))
+    take("summarize", lambda: run_summarize(SummarizeConfig(**shared, **dict(config.summarize))))
     tables = {name: table.version() for name, table in workspace.tables.items() if table.version() != ABSENT}
-    uses_own = "lm" in results
-    model = Models(workspace.store).newest(MODEL) if uses_own else None
-    release = {"lm": model.hash if model is not None else config.summarize.engine.lm or config.summarize.engine.engine}
+    parts = {"release": release.hash, "recommender": release.recommender, "lm": release.lm}
     nights = Nights(workspace.store)
     current = nights.current()
-    is_new = current is None or dict(current.tables) != tables or dict(current.release) != release
+    is_new = current is None or dict(current.tables) != tables or dict(current.release) != parts
     if is_new:
         metrics = {name: dict(result.metrics) for name, result in results.items()}
         write_cards(workspace, date, tables, config.cards, config.summarize.summaries)
         with hold(workspace.store, ["nights"], JOB, config.lock_lease_s):
-            nights.publish(Night(date, tables, release, metrics))
+            nights.publish(Night(date, tables, parts, metrics))
         say(f"{JOB}: the night of {date} is in force")
-    return _result(workspace, results, is_new, tables, release, time.monotonic() - started)
+    status = "ok" if is_new else "nothing_to_do"
+    if refusal is not None:
+        say(f"{JOB}: {refusal.problem} {refusal.remedy}")
+        status = "refused"
+    return _result(workspace, results, status, tables, parts, time.monotonic() - started)
 
 
-def _steps(config: NightlyConfig, workspace: Workspace) -> dict[str, Any]:
-    shared = config.shared()
-    steps: dict[str, Any] = {}
-    if config.ingest.log is not None or config.ingest.catalogue is not None:
-        steps["ingest"] = lambda: run_ingest(IngestConfig(**shared, **dict(config.ingest)))
-    if config.summarize.engine.engine != "echo" and config.summarize.engine.lm == BUILTIN:
-        steps["lm"] = lambda: _train_once(config, workspace, shared)
-    steps["summarize"] = lambda: run_summarize(SummarizeConfig(**shared, **dict(config.summarize)))
-    return steps
+def _judge(config: NightlyConfig, workspace: Workspace, trained: JobResult, lm: str) -> RefusedError | None:
+    """Put a newly trained recommender in force, or tell why not. One that was judged before is not judged again."""
+    ((name, content),) = trained.models.items()
+    named = f"{name}/{content}"
+    if trained.status == "nothing_to_do" and Releases(workspace.store).was_judged(named):
+        return None
+    try:
+        promote(ReleaseConfig(**config.shared(), gate=config.gate), workspace, named, lm)
+    except RefusedError as refusal:
+        return refusal
+    return None
+
+
+def _in_force(config: NightlyConfig, workspace: Workspace, lm: str) -> Release:
+    """The release in force, with the language model this night summarises with."""
+    releases = Releases(workspace.store)
+    champion = releases.named("champion") or Release(catalogue=workspace.tables["items"].version())
+    if champion.lm != lm:
+        with hold(workspace.store, ["releases"], JOB, config.lock_lease_s):
+            champion = releases.add(replace(champion, lm=lm))
+            releases.point("champion", champion)
+    return champion
 
 
 def _train_once(config: NightlyConfig, workspace: Workspace, shared: Mapping[str, Any]) -> JobResult:
@@ -87,7 +138,7 @@ def _train_once(config: NightlyConfig, workspace: Workspace, shared: Mapping[str
 def _result(
     workspace: Workspace,
     results: Mapping[str, JobResult],
-    is_new: bool,
+    status: str,
     tables: Mapping[str, int],
     release: Mapping[str, Any],
     seconds: float,
@@ -102,6 +153,5 @@ def _result(
     for name in ("calls", "tokens_in", "tokens_out", "money"):
         cost[name] = sum(result.cost.get(name, 0) for result in results.values())
     metrics = {f"{name}.{key}": value for name, result in results.items() for key, value in result.metrics.items()}
-    status = "ok" if is_new else "nothing_to_do"
     run_key = results["summarize"].run_key
     return JobResult(JOB, status, run_key, shown, {key: str(value) for key, value in release.items()}, metrics, cost)

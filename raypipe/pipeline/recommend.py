@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from raypipe.config import shaping
 from raypipe.errors import UsageError
-from raypipe.pipeline.encode import EncodeOptions, Encoding, Loaded, run_encoding
+from raypipe.pipeline.encode import EncodeConfig, EncodeOptions, Encoding, Loaded, run_encoding
 from raypipe.pipeline.encode_units import Recommendations
 from raypipe.pipeline.job import JobResult
 from raypipe.pipeline.sequences import pinned_versions
@@ -22,13 +22,17 @@ JOB = "recommend"
 STEP_VERSION = 1
 
 
-class RecommendConfig(EncodeOptions):
-    """Configuration of `recommend`."""
+class RecommendOptions(EncodeOptions):
+    """How long the lists are and what may be in them."""
 
     length: int = shaping(10, "items of each list", ge=1)
     filter_seen: bool = shaping(True, "nothing of a user's own history")
     deny: str | None = shaping(None, "file of item ids that nobody is recommended, a line each")
     only: dict[str, str] = shaping(dict, "attribute → value that an item must have, for example genres: Drama")
+
+
+class RecommendConfig(RecommendOptions, EncodeConfig):
+    """Configuration of `recommend`."""
 
 
 def run_recommend(config: RecommendConfig) -> JobResult:
@@ -62,7 +66,7 @@ def run_recommend(config: RecommendConfig) -> JobResult:
     return run_encoding(config, workspace, loaded, encoding, started)
 
 
-def allowed_items(items: pa.Table, config: RecommendConfig) -> NDArray[np.bool_]:
+def allowed_items(items: pa.Table, config: RecommendOptions) -> NDArray[np.bool_]:
     """bool [items + 1] by index: available, not denied, with the attributes asked for.
 
     Raises UsageError for a deny list that cannot be read or an attribute that no item has.

@@ -35,7 +35,7 @@ class ReleaseConfig(JobConfig, ModelCache):
     """Configuration of `release`."""
 
     recommender: str | None = free(None, "NAME, for its newest, or NAME/HASH: judge it and put it in force")
-    lm: str = free("", "the language model of the release: a stored model's hash, or a hub name")
+    lm: str | None = free(None, "the release's language model, a hash or hub name; unset: that of the one in force")
     restore: str | None = free(None, "put this earlier release back in force, unjudged")
     gate: GateConfig = shaping(GateConfig, "what a candidate has to reach")
 
@@ -65,7 +65,7 @@ def run_release(config: ReleaseConfig) -> JobResult:
     return JobResult(JOB, "ok", models={"recommender": champion.recommender}, metrics=metrics)
 
 
-def promote(config: ReleaseConfig, workspace: Workspace, recommender: str, lm: str) -> dict[str, float]:
+def promote(config: ReleaseConfig, workspace: Workspace, recommender: str, lm: str | None) -> dict[str, float]:
     """Make `recommender` a candidate, judge it, and put it in force. Returns the figures it was judged by.
 
     Raises RefusedError where the gate keeps the release in force.
@@ -75,21 +75,26 @@ def promote(config: ReleaseConfig, workspace: Workspace, recommender: str, lm: s
     named = f"{model.name}/{model.hash}"
     with hold(workspace.store, ["releases"], JOB, config.lock_lease_s):
         catalogue = workspace.tables["items"].version()
-        candidate = releases.add(Release(named, lm, {}, catalogue))
-        champion = releases.named("champion")
-        if champion is not None and (champion.recommender, champion.lm) == (named, lm):
+        champion = releases.named("champion") or Release()
+        candidate = Release(named, champion.lm if lm is None else lm, champion.adapters, catalogue)
+        if (champion.recommender, champion.lm) == (candidate.recommender, candidate.lm):
             return {}
-        releases.point("candidate", candidate)
-        metrics = _judged(config, workspace, named, champion.recommender if champion is not None else None)
-        _check(config.gate, named, metrics)
+        releases.point("candidate", releases.add(candidate))
+        metrics = _judged(config, workspace, named, champion.recommender)
+        try:
+            _check(config.gate, named, metrics)
+        except RefusedError:
+            releases.judge(named, False, metrics)
+            raise
         releases.point("champion", candidate)
+        releases.judge(named, True, metrics)
     say(f"Release {candidate.hash[:12]} is in force: {named}")
     return metrics
 
 
-def _judged(config: ReleaseConfig, workspace: Workspace, candidate: str, champion: str | None) -> dict[str, float]:
+def _judged(config: ReleaseConfig, workspace: Workspace, candidate: str, champion: str) -> dict[str, float]:
     """The gate's metric of candidate, champion and popularity, on the events that neither model was trained on."""
-    names = [candidate] + ([champion] if champion is not None and champion != candidate else [])
+    names = [candidate] + ([champion] if champion not in {"", candidate} else [])
     loaded = {name: load_for(config, workspace, name) for name in names}
     held = held_out(workspace, max(int(model.lineage["hold_out"]) for _, model in loaded.values()))
     metric = config.gate.metric
@@ -97,7 +102,7 @@ def _judged(config: ReleaseConfig, workspace: Workspace, candidate: str, champio
     if metric not in known[candidate]:
         raise UsageError(f"There is no metric {metric}.", f"Known are: {', '.join(known[candidate])}.")
     figures = {"candidate": known[candidate][metric].value}
-    if champion is not None:
+    if champion:
         figures["champion"] = known[champion][metric].value
     floor = evaluate_floor(Popularity(held.training, held.items), held)
     if metric in floor:

@@ -20,9 +20,10 @@ Alias = Literal["champion", "candidate"]
 
 @dataclass(frozen=True)
 class Release:
-    """Models by name and content: `recommender` as NAME/HASH, `lm` as a hash, a hub name or empty, `adapters` by name."""
+    """Models by name and content: `recommender` as NAME/HASH, `lm` as a hash or hub name, each empty where there is none,
+    `adapters` by name, `catalogue` the version of the items."""
 
-    recommender: str
+    recommender: str = ""
     lm: str = ""
     adapters: Mapping[str, str] = field(default_factory=dict)
     catalogue: int = 0
@@ -56,6 +57,14 @@ class Releases:
         names = (entry.path.removeprefix("releases/").removesuffix(".json") for entry in entries)
         return [name for name in names if "/" not in name]
 
+    def judge(self, recommender: str, passed: bool, metrics: Mapping[str, float]) -> None:
+        """Keep the gate's verdict on a recommender (NAME/HASH)."""
+        verdict = {"passed": passed, "metrics": dict(metrics)}
+        self.store.put(_verdict(recommender), canonical_json(verdict).encode())
+
+    def was_judged(self, recommender: str) -> bool:
+        return self.store.get(_verdict(recommender)) is not None
+
     def named(self, alias: Alias) -> Release | None:
         data = self.store.get(f"releases/aliases/{alias}.json")
         return None if data is None else self.get(json.loads(data)["release"])
@@ -63,3 +72,7 @@ class Releases:
     def point(self, alias: Alias, release: Release) -> None:
         """Move an alias; readers see the old release or the new one."""
         self.store.put(f"releases/aliases/{alias}.json", canonical_json({"release": release.hash}).encode())
+
+
+def _verdict(recommender: str) -> str:
+    return f"releases/verdicts/{recommender.replace('/', '-')}.json"

@@ -11,7 +11,17 @@ from raypipe.storage.nights import Nights
 from raypipe.storage.store import Store
 from raypipe.storage.workspace import Workspace
 from tests.conftest import Run
-from tests.pipeline.small_logs import DAY, SMALL_ITEMS, SMALL_LOG, START, newest, write_catalogue, write_log
+from tests.pipeline.small_logs import (
+    CHAIN_TRAINING,
+    CHAIN_USERS,
+    DAY,
+    SMALL_ITEMS,
+    SMALL_LOG,
+    START,
+    newest,
+    write_catalogue,
+    write_log,
+)
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -81,3 +91,37 @@ def test_a_step_that_fails_leaves_the_night_before_in_force(
     current = Nights(Store(summarised)).current()
     assert current is not None
     assert current.date == "2026-01-06"
+
+
+def test_a_night_trains_judges_recommends_and_a_refusal_keeps_the_release_in_force(
+    raypipe: Run, trained: str, files: Path
+) -> None:
+    words = ("nightly", "--workspace", trained, "--summarize.engine.engine", "echo", "--recommend.length", 5)
+    plain = raypipe(*words, "--date", "2026-01-04")
+    assert (plain.code, plain.status) == (0, "ok")
+    assert "recommendations" not in plain.result["tables"]
+
+    trains = (*words, "--train_policy", "nightly", *(str(word).replace("--", "--train.") for word in CHAIN_TRAINING))
+    monday = raypipe(*trains, "--date", "2026-01-05")
+    assert (monday.code, monday.status) == (0, "ok"), monday.stderr
+    assert monday.metrics["recommend.computed"] == monday.metrics["extract.computed"] == CHAIN_USERS
+    nights = Nights(Store(trained))
+    first = nights.current()
+    assert first is not None
+    assert first.release["recommender"].startswith("sasrec/")
+    assert first.release["lm"] == "echo"
+    assert raypipe(*trains, "--date", "2026-01-06").status == "nothing_to_do"
+
+    # What came overnight, and a training too short to learn anything.
+    log = write_log(files / "more.csv", [("u1", "i1", START + 99 * DAY)])
+    short = (*trains, "--ingest.log.path", log, "--ingest.log.columns.time", "time", "--train.trainer.steps", 1)
+    tuesday = raypipe(*short, "--date", "2026-01-06")
+    assert (tuesday.code, tuesday.status) == (3, "refused")
+    assert "of the release in force, which stays" in tuesday.stderr
+    second = nights.current()
+    assert second is not None
+    assert (second.date, second.release) == ("2026-01-06", first.release)
+    assert second.tables["recommendations"] > first.tables["recommendations"]
+    assert tuesday.metrics["recommend.computed"] == 1
+    # Judged once: the same night again has nothing to do, and refuses nothing.
+    assert raypipe(*short, "--date", "2026-01-07").status == "nothing_to_do"
