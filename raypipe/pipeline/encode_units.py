@@ -240,5 +240,5 @@ class Recommendations:
 
 def lists_of(values: NDArray) -> pa.ListArray:
     """[rows, width] as a list column, without copying row by row."""
-    offsets = np.arange(0, values.size + 1, max(1, values.shape[1]), dtype=np.int32)
+    offsets = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.ascontiguousarray(values).reshape(-1)))

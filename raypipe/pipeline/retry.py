@@ -1,7 +1,8 @@
 """`raypipe retry-rejected`: give rejected rows another chance, now that the reason may be gone.
 
-Log rows whose item was unknown are ingested again once the catalogue has it. Users whose summary was rejected are
-unblocked: the next `summarize` tries them. A row that goes through leaves `rejects`; Delta's history keeps it.
+Log rows whose item was unknown are ingested again once the catalogue has it. Users whose summary, states or list was
+rejected are unblocked: the next `summarize`, `extract` or `recommend` tries them. A row that goes through leaves
+`rejects`; Delta's history keeps it.
 """
 
 from __future__ import annotations
@@ -28,12 +29,19 @@ from raypipe.storage.workspace import Workspace
 
 JOB = "retry-rejected"
 _UNKNOWN = "unknown_item"
+_NEXT = {
+    "summaries": "; run summarize",
+    "hidden_states": "; run extract",
+    "recommendations": "; run recommend",
+}
 
 
 class RetryConfig(JobConfig):
     """Configuration of `retry-rejected`."""
 
-    table: Literal["histories", "summaries"] = free("summaries", "rejected for which table")
+    table: Literal["histories", "summaries", "hidden_states", "recommendations"] = free(
+        "summaries", "rejected for which table"
+    )
     reason: str | None = free(None, "only rows rejected for this reason")
 
 
@@ -54,7 +62,7 @@ def run_retry(config: RetryConfig) -> JobResult:
         return JobResult(JOB, "nothing_to_do", metrics=metrics, cost=cost_of(Usage(), time.monotonic() - started))
     version = _remove(config, workspace, chosen)
     rows = workspace.tables["rejects"].rows(version)
-    say(f"{JOB}: {chosen.num_rows:,} rows left rejects" + ("; run summarize" if config.table == "summaries" else ""))
+    say(f"{JOB}: {chosen.num_rows:,} rows left rejects" + _NEXT.get(config.table, ""))
     return JobResult(
         JOB,
         "ok",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from raypipe.cli.main import main
+from raypipe.pipeline.encode_units import lists_of
+from raypipe.pipeline.rejects import rejected_users
 from raypipe.recommenders.checkpoint import load_recommender
 from raypipe.recommenders.recommender import Recommender
 from raypipe.recommenders.sequences import Sequences
@@ -156,6 +160,34 @@ def test_users_of_items_the_model_never_saw_are_cold(raypipe: Run, trained: str,
     expected = model.encode(Sequences.of([[4]]))[0].detach().numpy()
     states = rows_of(trained, "hidden_states")
     np.testing.assert_allclose(states["half", 0]["state"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_width_of_nothing_is_a_list_of_nothing() -> None:
+    assert lists_of(np.zeros((3, 0), np.int32)).to_pylist() == [[], [], []]
+    assert lists_of(np.arange(4, dtype=np.int32).reshape(2, 2)).to_pylist() == [[0, 1], [2, 3]]
+
+
+def test_a_user_who_killed_his_workers_is_rejected_blocked_and_can_be_retried(raypipe: Run, trained: str) -> None:
+    workspace = Workspace(trained)
+    rows = rejected_users(
+        "r", "recommend-sasrec", ["u1"], ["worker_died"], ["It died."], [3], [change_key(trained, "u1")]
+    )
+    table = workspace.tables["rejects"]
+    staged = table.stage(rows, "r", {"table": "recommendations"})
+    table.publish([staged], mode="append", app="rejects:test", number=1, replaces=[], metadata={})
+    words = ("recommend", "--workspace", trained, "--length", 5)
+    assert counted(raypipe(*words)) == {"computed": USERS - 1, "blocked": 1}
+    assert raypipe("retry-rejected", "--workspace", trained, "--table", "recommendations").metrics["retried"] == 1
+    assert counted(raypipe(*words)) == {"computed": 1, "unchanged": USERS - 1}
+
+
+def change_key(uri: str, user: str) -> str:
+    """The key under which `user` is recommended lists of five."""
+    copy = f"{uri}-copy"
+    shutil.copytree(uri, copy)
+    words = ["recommend", "--workspace", copy, "--tracking", "off", "--cluster.workers", "1", "--length", "5"]
+    assert main(words) == 0
+    return str(rows_of(copy, "recommendations")[user, None]["change_key"])
 
 
 def test_a_canary_is_computed_and_never_published(raypipe: Run, trained: str) -> None:
