@@ -20,7 +20,7 @@ from raypipe.pipeline.sequences import check_catalogue
 from raypipe.recommenders.checkpoint import Card, load_recommender
 from raypipe.recommenders.recommender import Recommender
 from raypipe.runtime.progress import say
-from raypipe.runtime.session import Session, open_session, output_table
+from raypipe.runtime.session import Session, bucket_parts, open_session, output_table
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.ledger import Counts, Publish, Run, Unit, Usage
 from raypipe.storage.models import Model, Models
@@ -84,7 +84,7 @@ def run_encoding(
     """Compute what changed and publish it; a canary's rows go to a place of their own."""
     info = workspace.require_info()
     tracking = config.open_tracking(workspace)
-    canary = config.canary_users(lambda: _every_user(workspace))
+    canary = config.canary_users(workspace)
     writes = encoding.writes if canary is None else ()
     with open_session(workspace, encoding.job, writes, config.cluster, config.lock_lease_s) as session:
         inputs = session.versions("histories", "items", "rejects")
@@ -111,19 +111,7 @@ def run_encoding(
         units = [Unit("users", index) for index in range(info.buckets)]
         receipts = session.phase(run, units, partial(EncodeBucket, task), encoding.job)
         counts = sum((receipt.counts for receipt in receipts.values()), Counts())
-        touched = [receipt for receipt in receipts.values() if receipt.staged]
-        parts = [
-            Publish(
-                table,
-                "append" if table == "rejects" else "overwrite",
-                [file for receipt in touched for file in receipt.staged.get(table, [])],
-                []
-                if table == "rejects"
-                else [{"variant": encoding.variant, "bucket": receipt.unit.index} for receipt in touched],
-            )
-            for table in ("rejects", encoding.output)
-            if any(receipt.staged.get(table) for receipt in touched)
-        ]
+        parts = bucket_parts(receipts.values(), encoding.variant, (encoding.output,))
         if encoding.item_states:
             parts += _item_states(session, run, encoding, loaded, base["item_states"])
         result = _finish(session, run, encoding, parts, counts, started)
@@ -175,8 +163,3 @@ def _finish(
     if run.manifest["scope"] != "all":
         say(f"{encoding.job}: the canary's tables are below {session.workspace.uri}/canary/{run.run_key}")
     return JobResult.from_dict(published)
-
-
-def _every_user(workspace: Workspace) -> pa.Array:
-    table = workspace.tables["histories"]
-    return table.read(table.version(), ["user_id"])["user_id"].combine_chunks()

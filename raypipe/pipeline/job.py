@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -120,7 +120,7 @@ class BatchConfig(JobConfig):
     users: str | None = free(None, "file of user ids, a line each: a canary of its own scope, never published")
     sample: int | None = free(None, "as `users`, for so many users chosen by hash", ge=1)
 
-    def canary_users(self, every_user: Callable[[], pa.Array]) -> list[str] | None:
+    def canary_users(self, workspace: Workspace) -> list[str] | None:
         """The canary's users, sorted; None for all. Raises UsageError for a file that cannot be read or names nobody."""
         if self.users is not None and self.sample is not None:
             raise UsageError("Both --users and --sample are given.", "Name the canary's users one way.")
@@ -132,7 +132,7 @@ class BatchConfig(JobConfig):
                     f"The users file {self.users} cannot be read: {error}.", "Write one user id a line."
                 ) from error
             named = sorted({line for line in lines if line})
-            known = set(every_user().to_pylist())
+            known = set(_every_user(workspace).to_pylist())
             if strangers := [user for user in named if user not in known]:
                 raise UsageError(
                     f"{len(strangers)} of {len(named)} users of {self.users} have no history, for example {strangers[0]!r}.",
@@ -143,6 +143,11 @@ class BatchConfig(JobConfig):
             return named
         if self.sample is None:
             return None
-        users = every_user()
+        users = _every_user(workspace)
         chosen = np.argsort(stable_hash(users), kind="stable")[: self.sample]
         return sorted(users.take(pa.array(chosen)).to_pylist())
+
+
+def _every_user(workspace: Workspace) -> pa.Array:
+    table = workspace.tables["histories"]
+    return table.read(table.version(), ["user_id"])["user_id"].combine_chunks()

@@ -23,9 +23,9 @@ from raypipe.pipeline.summarize_units import SummarizeBucket, SummaryTask
 from raypipe.pipeline.summary_state import Pins, Recipes
 from raypipe.runtime.budget import Budget
 from raypipe.runtime.progress import say
-from raypipe.runtime.session import Session, open_session
+from raypipe.runtime.session import Session, bucket_parts, open_session
 from raypipe.storage.fingerprint import fingerprint
-from raypipe.storage.ledger import Counts, Publish, Receipt, Run, Unit, Usage
+from raypipe.storage.ledger import Counts, Receipt, Run, Unit, Usage
 from raypipe.storage.models import Model, Models
 from raypipe.storage.tables import ABSENT
 from raypipe.storage.workspace import Workspace
@@ -79,7 +79,7 @@ def run_summarize(config: SummarizeConfig) -> JobResult:
     info = workspace.require_info()
     model = config.resolve_model(workspace)
     recipes = config.recipes(workspace, model)
-    canary = config.canary_users(lambda: _every_user(workspace))
+    canary = config.canary_users(workspace)
     writes = _WRITES if canary is None else ()
     with open_session(workspace, JOB, writes, config.cluster, config.lock_lease_s) as session:
         pins = pin(session, canary)
@@ -147,17 +147,7 @@ def _publish(
 ) -> JobResult:
     counts = sum((receipt.counts for receipt in receipts.values()), Counts())
     usage = _usage(receipts.values())
-    touched = [receipt for receipt in receipts.values() if receipt.staged]
-    parts = [
-        Publish(
-            table,
-            "append" if table == "rejects" else "overwrite",
-            [file for receipt in touched for file in receipt.staged.get(table, [])],
-            [] if table == "rejects" else [{"variant": VARIANT, "bucket": receipt.unit.index} for receipt in touched],
-        )
-        for table in ("rejects", *_WRITES)
-        if any(receipt.staged.get(table) for receipt in touched)
-    ]
+    parts = bucket_parts(receipts.values(), VARIANT, _WRITES)
     metrics: dict[str, Any] = {
         "users": counts.rows_in,
         "computed": counts.ok,
@@ -179,11 +169,6 @@ def _publish(
     if scope != "all":
         say(f"{JOB}: the canary's tables are below {session.workspace.uri}/canary/{run.run_key}")
     return JobResult.from_dict(published)
-
-
-def _every_user(workspace: Workspace) -> pa.Array:
-    table = workspace.tables["histories"]
-    return table.read(table.version(), ["user_id"])["user_id"].combine_chunks()
 
 
 def _usage(receipts: Iterable[Receipt]) -> Usage:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from raypipe.errors import RaypipeError
@@ -99,6 +99,22 @@ class Session:
             output_table(self.workspace, part.table, run.manifest["scope"], run.run_key).check_staged(part.files)
         run.intend_publish(parts, result)
         return complete(self.workspace, run)
+
+
+def bucket_parts(receipts: Iterable[Receipt], variant: str, tables: Sequence[str]) -> list[Publish]:
+    """What units of user buckets staged: each table's touched buckets of `variant` replaced, rejects appended."""
+    touched = [receipt for receipt in receipts if receipt.staged]
+    buckets: list[dict[str, str | int]] = [{"variant": variant, "bucket": receipt.unit.index} for receipt in touched]
+    return [
+        Publish(
+            table,
+            "append" if table == "rejects" else "overwrite",
+            [file for receipt in touched for file in receipt.staged.get(table, [])],
+            [] if table == "rejects" else buckets,
+        )
+        for table in ("rejects", *tables)
+        if any(receipt.staged.get(table) for receipt in touched)
+    ]
 
 
 @contextlib.contextmanager
