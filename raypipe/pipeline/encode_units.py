@@ -32,8 +32,10 @@ from raypipe.storage.workspace import Workspace
 class Rows(Protocol):
     """What a job makes of users; columns of its table, `place` standing for the user."""
 
-    def warm(self, model: Recommender, known: Histories, places: NDArray[np.int64]) -> pa.Table:
-        """Rows of the users at `places`, of whose histories `known` holds what the model has seen."""
+    def warm(
+        self, model: Recommender, known: Histories, places: NDArray[np.int64], seeds: NDArray[np.int64]
+    ) -> pa.Table:
+        """Rows of the users at `places`, of whose histories `known` holds what the model has seen; one seed each."""
         ...
 
     def cold(self, places: NDArray[np.int64]) -> pa.Table | None:
@@ -126,7 +128,7 @@ class EncodeBucket:
                 failed += batch.tolist()
                 continue
             context.journal([names[place] for place in batch])
-            made.append(self.task.rows.warm(self.model, known, batch))
+            made.append(self.task.rows.warm(self.model, known, batch, state.seeds[batch]))
         cold = work[~is_warm]
         if len(cold) and (rows := self.task.rows.cold(cold)) is not None:
             return [*made, rows], failed, 0
@@ -181,7 +183,9 @@ class States:
     positions: str
 
     @torch.no_grad()
-    def warm(self, model: Recommender, known: Histories, places: NDArray[np.int64]) -> pa.Table:
+    def warm(
+        self, model: Recommender, known: Histories, places: NDArray[np.int64], seeds: NDArray[np.int64]
+    ) -> pa.Table:
         device = model.table.device
         sequences = sequences_of(known, places, model.max_length).to(device)
         if self.positions == "last":
@@ -217,12 +221,15 @@ class Recommendations:
     popular: NDArray[np.int32]
 
     @torch.no_grad()
-    def warm(self, model: Recommender, known: Histories, places: NDArray[np.int64]) -> pa.Table:
+    def warm(
+        self, model: Recommender, known: Histories, places: NDArray[np.int64], seeds: NDArray[np.int64]
+    ) -> pa.Table:
         device = model.table.device
         states = model.encode(sequences_of(known, places, model.max_length).to(device))
         seen = sequences_of(known, places).to(device) if self.filter_seen else None
         allowed = torch.from_numpy(self.allowed).to(device)
-        items, scores = top_k(model.queries(states), model.item_states(), self.k, Filters(allowed, seen))
+        queries = model.queries(states, torch.from_numpy(seeds).to(device))
+        items, scores = top_k(queries, model.item_states(), self.k, Filters(allowed, seen))
         return pa.table(
             {
                 "place": pa.array(places),

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raypipe.recommenders.windows import Histories
-from raypipe.storage.hashing import combine_lanes, digest_lanes, to_hex
+from raypipe.storage.hashing import combine_lanes, digest_lanes, stable_hash, to_hex
 from raypipe.storage.workspace import Workspace
 
 
@@ -54,6 +54,12 @@ class UserRows:
     def change_keys(self) -> pa.Array:
         lanes = digest_lanes(self._histories["history_key"].combine_chunks())
         return to_hex(combine_lanes(lanes, self.recipe))
+
+    @cached_property
+    def seeds(self) -> NDArray[np.int64]:
+        """Of what is sampled for each user, from the user and the history alone: [users]."""
+        lanes = digest_lanes(self._histories["history_key"].combine_chunks())
+        return (stable_hash(self.users) ^ lanes[:, 0]).view(np.int64)
 
     @cached_property
     def before(self) -> pa.Table:

@@ -50,8 +50,11 @@ class Recommender(nn.Module):
         """[items + 1, width]; row 0 is padding."""
         return self.table
 
-    def queries(self, states: Tensor) -> Tensor:
-        """[batch, width], what item states are multiplied with; the states themselves where a model says no other."""
+    def queries(self, states: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """[batch, width], what item states are multiplied with; the states themselves where a model says no other.
+
+        `seeds` int64 [batch], one per user, for a model that samples.
+        """
         return states
 
     def score(self, states: Tensor, items: slice | Tensor | None = None) -> Tensor:

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 
 from raypipe.cli.main import main
-from raypipe.pipeline.encode_units import lists_of
+from raypipe.pipeline.encode_units import Recommendations, lists_of
 from raypipe.pipeline.rejects import rejected_users
 from raypipe.recommenders.checkpoint import load_recommender
+from raypipe.recommenders.config import RecommenderConfig
 from raypipe.recommenders.recommender import Recommender
 from raypipe.recommenders.sequences import Sequences
+from raypipe.recommenders.windows import Histories
 from raypipe.storage.models import Models
 from raypipe.storage.schemas import HISTORIES
 from raypipe.storage.store import Store
@@ -160,6 +162,21 @@ def test_users_of_items_the_model_never_saw_are_cold(raypipe: Run, trained: str,
     expected = model.encode(Sequences.of([[4]]))[0].detach().numpy()
     states = rows_of(trained, "hidden_states")
     np.testing.assert_allclose(states["half", 0]["state"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_dreamrec_samples_is_the_same_in_every_batch() -> None:
+    options = {"model": "dreamrec", "width": 8, "hidden": 8, "max_length": 6, "dreamrec": {"steps": 10}}
+    model = RecommenderConfig.model_validate(options).build(ITEMS).eval()
+    lists = [[1, 2, 3], [1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11]]
+    known = Histories(np.array([item for items in lists for item in items], np.int32), np.cumsum(list(map(len, lists))))
+    seeds = np.array([11, 12, 13, 14])
+    rows = Recommendations(ITEMS, False, np.arange(ITEMS + 1) > 0, np.zeros(0, np.int32))
+    together = rows.warm(model, known, np.arange(4), seeds).to_pylist()
+    alone = [rows.warm(model, known, np.array([n]), seeds[n : n + 1]).to_pylist()[0] for n in range(4)]
+    for row, single in zip(together, alone, strict=True):
+        np.testing.assert_allclose(row["scores"], single["scores"], rtol=1e-3, atol=1e-3)
+    # The same history of two users: their own samples.
+    assert not np.allclose(together[0]["scores"], together[1]["scores"], atol=1e-2)
 
 
 def test_a_width_of_nothing_is_a_list_of_nothing() -> None:
