@@ -13,7 +13,18 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.chaos.nights import EVENTS, LATER_EVENTS, USERS, Night, Published, copy_workspace, write_catalogue, write_log
+from tests.chaos.nights import (
+    EVENTS,
+    LATER_EVENTS,
+    USERS,
+    Command,
+    Log,
+    Published,
+    copy_workspace,
+    night_of,
+    write_catalogue,
+    write_log,
+)
 
 # The long campaign is not part of the suite: `make chaos SEEDS=50` asks for it.
 collect_ignore = [] if os.environ.get("CHAOS_SEEDS") else ["test_campaign.py"]
@@ -22,9 +33,10 @@ _START = 1_600_000_000
 
 
 class CleanNight(NamedTuple):
-    """A night that nobody disturbed: its command, what it published, how long it took."""
+    """A night that nobody disturbed: its log and command, what it published, how long it took."""
 
-    command: Night
+    log: Log
+    command: Command
     published: Published
     seconds: float
 
@@ -37,16 +49,17 @@ class CleanNights:
         catalogue = write_catalogue(folder / "items.csv")
         first = write_log(folder / "log.csv", 1, EVENTS, USERS, _START)
         later = write_log(folder / "later.csv", 2, LATER_EVENTS, USERS // 5, _START + 700 * _DAY_S)
+        self._logs = (first, later)
         self._commands = [
-            Night(
-                str(folder / f"workspace-{number}"),
+            night_of(
                 log,
                 catalogue,
                 f"2024-05-0{number}",
+                str(folder / f"workspace-{number}"),
                 folder / str(number),
                 ray_folder,
             )
-            for number, log in ((1, first), (2, later))
+            for number, log in enumerate(self._logs, start=1)
         ]
 
     @cached_property
@@ -61,7 +74,7 @@ class CleanNights:
     def night(self, which: int) -> CleanNight:
         return self.second if which else self.first
 
-    def again(self, which: int, workspace: str, output: Path) -> Night:
+    def again(self, which: int, workspace: str, output: Path) -> Command:
         """The same command on another workspace, brought to where that night begins."""
         if which == 1:
             copy_workspace(self.first.command.workspace, workspace)
@@ -73,7 +86,7 @@ class CleanNights:
         submission = command.submit()
         assert submission.wait() == 0, submission.log()
         assert submission.result()["status"] == "ok"
-        return CleanNight(command, Published.of(command.workspace), time.monotonic() - started)
+        return CleanNight(self._logs[which], command, Published.of(command.workspace), time.monotonic() - started)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import psutil
 
-from tests.chaos.nights import Night, Submission
+from tests.chaos.nights import Command, Submission
 
 # Every moment between two steps of a night at which a death could leave something half done.
 DRIVER_FAULTS = (
@@ -64,10 +64,10 @@ class Kill:
         place = f"after {self.units} units " if self.units else "after start "
         return f"{self.target} {place}+ {self.seconds:.2f} s"
 
-    def strike(self, night: Night, submission: Submission, rng: random.Random) -> bool:
+    def strike(self, command: Command, submission: Submission, rng: random.Random) -> bool:
         """Wait for the point, then for the target to be there, and kill it; False where the command ended before."""
-        goal = night.units_done() + self.units
-        while self.units and night.units_done() < goal:
+        goal = command.units_done() + self.units
+        while self.units and command.units_done() < goal:
             if submission.ended:
                 return False
             time.sleep(0.1)
@@ -105,7 +105,7 @@ def _role(process: psutil.Process) -> str:
 
 @dataclass
 class Ordeal:
-    """What a night went through."""
+    """What a command went through."""
 
     struck: list[str] = field(default_factory=list)
     missed: list[str] = field(default_factory=list)
@@ -118,8 +118,8 @@ class Ordeal:
         return len(self.codes)
 
 
-def survive(night: Night, kills: list[Kill | str], rng: random.Random) -> Ordeal:
-    """Submit the night, kill it at each point in turn, and submit it again until it ends well.
+def survive(command: Command, kills: list[Kill | str], rng: random.Random) -> Ordeal:
+    """Submit the command, kill it at each point in turn, and submit it again until it ends well.
 
     A string is a fault: it needs a submission of its own. After a worker's death the same submission has to go on.
     """
@@ -131,12 +131,12 @@ def survive(night: Night, kills: list[Kill | str], rng: random.Random) -> Ordeal
             fault = left.pop(0) if left and isinstance(left[0], str) else ""
             assert isinstance(fault, str)
             number = len(submissions)
-            submission = night.submit(fault)
+            submission = command.submit(fault)
             submissions.append(submission)
             must_end_well = True
             while not fault and left and isinstance(left[0], Kill):
                 kill = left.pop(0)
-                if not kill.strike(night, submission, rng):
+                if not kill.strike(command, submission, rng):
                     ordeal.missed.append(str(kill))
                     break
                 ordeal.struck.append(str(kill))
@@ -150,9 +150,9 @@ def survive(night: Night, kills: list[Kill | str], rng: random.Random) -> Ordeal
             code = submission.wait()
             ordeal.codes.append(code)
             if fault:
-                hit = night.struck(number).exists()
+                hit = command.struck(number).exists()
                 (ordeal.struck if hit else ordeal.missed).append(fault)
-                must_end_well = not hit or fault.startswith("worker") or bool(night.address)
+                must_end_well = not hit or fault.startswith("worker") or bool(command.address)
             if code == 0:
                 ordeal.statuses.append(submission.result()["status"])
                 if not left:

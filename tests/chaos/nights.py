@@ -132,13 +132,11 @@ class Submission:
 
 
 @dataclass(frozen=True)
-class Night:
-    """One night's command: the same each time it is submitted."""
+class Command:
+    """A job on a workspace: the same each time it is submitted."""
 
     workspace: str
-    log: Log
-    catalogue: Path
-    date: str
+    words: tuple[str, ...]
     output: Path
     ray_folder: Path
     address: str = ""
@@ -146,30 +144,16 @@ class Night:
     def submit(self, fault: str = "") -> Submission:
         """Start the command; `fault` is a death at a named moment (tests/chaos/faults.py)."""
         program = ["-c", "from tests.chaos.faults import main; main()"] if fault else ["-m", "raypipe.cli.main"]
-        options = {
-            "workspace": self.workspace,
-            "date": self.date,
-            "tracking": "off",
-            "cluster.workers": 2,
-            "ingest.log.path": self.log.path,
-            "ingest.log.columns.time": "time",
-            "ingest.log.split_bytes": self.log.path.stat().st_size // SPLITS + 100,
-            "ingest.buckets": BUCKETS,
-            "ingest.catalogue.path": self.catalogue,
-            "summarize.engine.engine": "echo",
-            "summarize.micro_batch_users": 4,
-        }
+        shared = ["--workspace", self.workspace, "--tracking", "off", "--cluster.workers", "2"]
         if self.address:
-            options["cluster.address"] = self.address
-        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+            shared += ["--cluster.address", self.address]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         environment |= {"PYTHONPATH": str(_ROOT), "RAY_TMPDIR": str(self.ray_folder)}
         self.output.mkdir(parents=True, exist_ok=True)
         number = len(list(self.output.glob("*.out")))
         if fault:
             environment |= {"CHAOS_FAULT": fault, "CHAOS_STRUCK": str(self.struck(number))}
-        command = [sys.executable, *program, "nightly", *words]
-        return Submission(command, environment, self.output / f"{number}")
+        return Submission([sys.executable, *program, *self.words, *shared], environment, self.output / f"{number}")
 
     def struck(self, submission: int) -> Path:
         """The file that a fault leaves where it struck."""
@@ -182,6 +166,22 @@ class Night:
     def units_done(self) -> int:
         """Receipts in the ledger, of all jobs."""
         return sum("/units/" in entry.path for entry in Store(self.workspace).list("ledger"))
+
+
+def night_of(log: Log, catalogue: Path, date: str, workspace: str, output: Path, ray_folder: Path) -> Command:
+    """One night over a log."""
+    options = {
+        "date": date,
+        "ingest.log.path": log.path,
+        "ingest.log.columns.time": "time",
+        "ingest.log.split_bytes": log.path.stat().st_size // SPLITS + 100,
+        "ingest.buckets": BUCKETS,
+        "ingest.catalogue.path": catalogue,
+        "summarize.engine.engine": "echo",
+        "summarize.micro_batch_users": 4,
+    }
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return Command(workspace, ("nightly", *words), output, ray_folder)
 
 
 @dataclass(frozen=True)

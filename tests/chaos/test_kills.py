@@ -48,7 +48,7 @@ def test_a_clean_second_night_accounts_for_every_row(clean: CleanNights) -> None
 
 
 def check_sums(published: Published, nights: list[CleanNight]) -> None:
-    logs = [night.command.log for night in nights]
+    logs = [night.log for night in nights]
     rows = sorted(published.tables["logs"].values(), key=lambda row: row["ingest"])
     assert [row["rows_in"] for row in rows] == [log.rows for log in logs]
     assert [row["rows_rejected"] for row in rows] == [log.rejected for log in logs]
