@@ -1,4 +1,4 @@
-"""What recommended lists are like beyond being right: coverage, novelty, diversity."""
+"""What recommended lists, and the vectors behind them, are like beyond being right."""
 
 from __future__ import annotations
 
@@ -30,3 +30,14 @@ def diversity(lists: NDArray[np.int64], vectors: NDArray[np.float32]) -> float:
     pairs = (chosen.sum(1) ** 2).sum(1) - (chosen**2).sum((1, 2))
     several = n > 1
     return float((1 - pairs[several] / (n * (n - 1))[several]).mean())
+
+
+def collapse(vectors: NDArray[np.float32]) -> float:
+    """How much of the item vectors is one direction: the length of their mean unit vector, 0 for spread, 1 for one.
+
+    vectors [items + 1, width], row 0 padding. Models that are trained to regress item vectors they may move can do so by
+    making all alike.
+    """
+    real = vectors[1:]
+    units = real / np.maximum(np.linalg.norm(real, axis=1, keepdims=True), 1e-12)
+    return float(np.linalg.norm(units.mean(0)))

@@ -178,9 +178,14 @@ class EncodeBucket:
 
 @dataclass(frozen=True)
 class States:
-    """The state of every history (`last`), or of every position of it (`all`)."""
+    """The state of every history (`last`), or of every position of it (`all`).
+
+    With `queries`, what the model multiplies item vectors with instead: DreamRec's oracles. Those of a last position are
+    the very ones that `recommend` ranks by.
+    """
 
     positions: str
+    queries: bool
 
     @torch.no_grad()
     def warm(
@@ -193,9 +198,12 @@ class States:
             at = known.lengths[places] - 1
         else:
             states = model.encode_all(sequences)
-            owners = places[sequences.rows.cpu().numpy()]
-            skipped = np.maximum(known.lengths[places] - model.max_length, 0)
-            at = sequences.offsets.cpu().numpy() + skipped[sequences.rows.cpu().numpy()]
+            rows = sequences.rows.cpu().numpy()
+            owners = places[rows]
+            at = sequences.offsets.cpu().numpy() + np.maximum(known.lengths[owners] - model.max_length, 0)
+            seeds = seeds[rows] ^ (known.lengths[owners] - 1 - at)
+        if self.queries:
+            states = model.queries(states, torch.from_numpy(seeds).to(device))
         return pa.table(
             {
                 "place": pa.array(owners),

@@ -7,6 +7,7 @@ import time
 
 from raypipe.config import shaping
 from raypipe.errors import UsageError
+from raypipe.metrics.published import published
 from raypipe.metrics.ranking import Mean
 from raypipe.pipeline.job import JobConfig, JobResult, ModelCache, cost_of
 from raypipe.pipeline.sequences import check_catalogue, pinned_versions, read_histories
@@ -44,8 +45,13 @@ def run_evaluate(config: EvaluateConfig) -> JobResult:
         "transitions": evaluate_floor(Transitions(held.training, held.items), held, **options),
         model.name: evaluate_model(recommender, held, **options),
     }
+    known = published(len(held.training), held.events, model.name)
     protocol = {**model.lineage["protocol"], "seen items": "filtered" if config.filter_seen else "kept"}
+    if known is not None:
+        rows["published"] = {name: Mean(value, 0.0) for name, value in known.values.items()}
     say(table(rows, protocol, len(held.targets)))
+    if known is not None:
+        say(f"published: {known.source}; {known.training}, seen items: filtered")
     metrics = {
         f"{row}.{name}": round(mean.value, 6)
         for row, means in rows.items()

@@ -21,6 +21,9 @@ class ExtractOptions(EncodeOptions):
     """Which states."""
 
     positions: Literal["last", "all"] = shaping("last", "one state per user, or one after every event of the window")
+    vectors: Literal["states", "queries"] = shaping(
+        "states", "the states, or what item vectors are multiplied with: dreamrec's oracles"
+    )
 
 
 class ExtractConfig(ExtractOptions, EncodeConfig):
@@ -28,7 +31,7 @@ class ExtractConfig(ExtractOptions, EncodeConfig):
 
 
 def run_extract(config: ExtractConfig) -> JobResult:
-    """States into `hidden_states` and `item_states`, variant `extract-<model>` or `extract-<model>-all`."""
+    """States into `hidden_states` and `item_states`, variant `extract-<model>` with `-queries` and `-all` as asked."""
     started = time.monotonic()
     workspace = config.open_workspace()
     workspace.require_info()
@@ -37,7 +40,13 @@ def run_extract(config: ExtractConfig) -> JobResult:
         raise UsageError(
             f"{loaded.model.name} has one state per prefix, not one per position.", "Extract with `--positions last`."
         )
-    recipe = fingerprint({"step": STEP_VERSION, "model": loaded.model.hash, "positions": config.positions})
-    variant = f"{JOB}-{loaded.model.name}" + ("-all" if config.positions == "all" else "")
-    encoding = Encoding(JOB, "hidden_states", variant, recipe, States(config.positions), item_states=True)
+    recipe = fingerprint(
+        {"step": STEP_VERSION, "model": loaded.model.hash, "positions": config.positions, "vectors": config.vectors}
+    )
+    oracles = config.vectors == "queries"
+    variant = (
+        f"{JOB}-{loaded.model.name}" + ("-queries" if oracles else "") + ("-all" if config.positions == "all" else "")
+    )
+    rows = States(config.positions, oracles)
+    encoding = Encoding(JOB, "hidden_states", variant, recipe, rows, item_states=True)
     return run_encoding(config, workspace, loaded, encoding, started)

@@ -143,8 +143,3 @@ def state_seeds(states: Tensor) -> Tensor:
     rounded = (states.float() * 1024).round().long()
     factors = torch.arange(1, states.shape[1] + 1, device=states.device) * -7046029254386353131
     return (rounded * factors).sum(1)
-
-
-def collapse(table: Tensor) -> float:
-    """How much of the item vectors one direction holds: the length of their mean unit vector, 0 for spread, 1 for one."""
-    return float(functional.normalize(table[1:].float(), dim=1).mean(0).norm())

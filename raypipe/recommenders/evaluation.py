@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from raypipe.metrics.lists import coverage, diversity, novelty
+from raypipe.metrics.lists import collapse, coverage, diversity, novelty
 from raypipe.metrics.ranking import Mean, hit_rate, ranking_metrics
 from raypipe.recommenders.floors import Floor
 from raypipe.recommenders.ranking import batches_by_length, sequences_of, target_ranks, top_lists
@@ -26,13 +26,14 @@ class HeldOut:
     """What an evaluation asks: the last event of every history that has one beyond training's.
 
     `training` are the histories that models learnt from, `prefixes` everything before the last event, `targets` the last
-    events; one entry per asked user. `items` is the size of the catalogue.
+    events; one entry per asked user. `items` is the size of the catalogue, `events` that of the whole log.
     """
 
     training: Histories
     prefixes: Histories
     targets: NDArray[np.int32]
     items: int
+    events: int
 
     @classmethod
     def of(cls, histories: Histories, hold_out: int, items: int) -> HeldOut:
@@ -42,7 +43,8 @@ class HeldOut:
         asked = np.flatnonzero(histories.lengths > hold_out)
         before = histories.without_last(1)
         prefixes = before.take(before.starts[asked], before.lengths[asked])
-        return cls(histories.without_last(hold_out), prefixes, histories.items[histories.ends[asked] - 1], items)
+        targets = histories.items[histories.ends[asked] - 1]
+        return cls(histories.without_last(hold_out), prefixes, targets, items, len(histories.items))
 
 
 def ranks_of_floor(floor: Floor, held: HeldOut, *, filter_seen: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -65,7 +67,7 @@ def evaluate_floor(floor: Floor, held: HeldOut, *, filter_seen: bool = True) -> 
 
 def evaluate_model(model: Recommender, held: HeldOut, *, filter_seen: bool = True) -> dict[str, Mean]:
     """HR, NDCG and MRR; HR@10 by length of the prefix and for items of few training events; coverage, novelty (bits)
-    and diversity of the lists of ten."""
+    and diversity of the lists of ten; collapse of the item vectors."""
     above, same = target_ranks(model, held.prefixes, held.targets, filter_seen=filter_seen)
     metrics = ranking_metrics(above, same)
     hits = hit_rate(above, same, _CUTOFF)
@@ -84,5 +86,6 @@ def evaluate_model(model: Recommender, held: HeldOut, *, filter_seen: bool = Tru
         f"coverage@{_CUTOFF}": coverage(lists, held.items),
         f"novelty@{_CUTOFF}": novelty(lists, counts),
         f"diversity@{_CUTOFF}": diversity(lists, vectors),
+        "collapse": collapse(vectors),
     }
     return metrics | {name: Mean(value, 0.0) for name, value in exact.items()}

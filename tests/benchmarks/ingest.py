@@ -20,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -32,6 +31,7 @@ import pyarrow.parquet as pq
 from raypipe.data.catalogue import CatalogueConfig
 from raypipe.data.log import LogColumns, LogConfig
 from raypipe.pipeline.ingest import IngestConfig, run_ingest
+from tests.benchmarks.peak import Peak
 
 ITEMS = 20_000
 EVENTS_PER_USER = 100
@@ -137,7 +137,7 @@ def ours(log: Path, workspace: Path, events: int) -> tuple[float, float]:
         log=LogConfig(path=str(log), columns=LogColumns(time="time")),
         catalogue=CatalogueConfig(path=str(log.with_name("items.csv"))),
     )
-    with _Peak() as peak:
+    with Peak() as peak:
         started = time.monotonic()
         result = run_ingest(config)
         seconds = time.monotonic() - started
@@ -151,33 +151,6 @@ def polars(log: Path, out: Path, events: int) -> tuple[float, float]:
     command = [sys.executable, "-c", POLARS, str(log), str(log.with_name("items.csv")), str(out), str(buckets)]
     seconds, peak = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     return float(seconds), float(peak)
-
-
-class _Peak:
-    """The largest VmHWM of the Ray workers below this process, looked up five times a second."""
-
-    mib = 0.0
-
-    def __enter__(self) -> _Peak:
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.2):
-            for process in psutil.Process().children(recursive=True):
-                try:
-                    if "MapWorker" in process.name() or any("MapBatches" in word for word in process.cmdline()[:1]):
-                        status = Path(f"/proc/{process.pid}/status").read_text()
-                        peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-                        self.mib = max(self.mib, peak / 1024)
-                except (psutil.Error, OSError, StopIteration):
-                    continue
 
 
 if __name__ == "__main__":

@@ -10,15 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raypipe.pipeline.sequences import catalogue_card
-from raypipe.recommenders.checkpoint import Card, save_recommender
 from raypipe.recommenders.config import RecommenderConfig
-from raypipe.storage.models import Models
 from raypipe.storage.store import Store
 from raypipe.storage.workspace import Workspace
 from tests.chaos.conftest import CleanNights
 from tests.chaos.kills import Kill, survive
 from tests.chaos.nights import BUCKETS, USERS, Command, copy_workspace, unbalanced
+from tests.untrained import store_untrained
 
 pytestmark = pytest.mark.chaos
 
@@ -26,15 +24,10 @@ TABLES = {"extract": "hidden_states", "recommend": "recommendations"}
 VECTORS = {"extract": "state", "recommend": "scores"}
 
 
-def with_model(source: str, uri: str, folder: Path) -> str:
+def with_model(source: str, uri: str) -> str:
     """A copy of the workspace that holds a recommender."""
     copy_workspace(source, uri)
-    workspace = Workspace(uri)
-    items = workspace.tables["items"].read(workspace.tables["items"].version(), ["item_id", "index"]).sort_by("index")
-    card = catalogue_card(items["item_id"].to_pylist())
-    config = RecommenderConfig(width=16, max_length=20, hidden=16)
-    save_recommender(folder, Card(config, card, []), config.build(items.num_rows, seed=1).state_dict())
-    Models(workspace.store).add("sasrec", folder, "untrained", {"hold_out": 2})
+    store_untrained(uri, RecommenderConfig(width=16, max_length=20, hidden=16))
     return uri
 
 
@@ -58,7 +51,7 @@ def receipts(uri: str, job: str) -> dict[str, str]:
 def undisturbed(clean: CleanNights, ray_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A workspace with states and lists that nobody disturbed the making of."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    uri = with_model(clean.first.command.workspace, str(folder / "workspace"), folder / "model")
+    uri = with_model(clean.first.command.workspace, str(folder / "workspace"))
     for job in TABLES:
         assert survive(Command(uri, (job,), folder / job, ray_folder), [], random.Random(0)).codes == [0]
     return uri
@@ -80,7 +73,7 @@ def test_a_killed_encoding_is_resumed_and_equal(
     kills: list[Kill | str],
     codes: list[int],
 ) -> None:
-    uri = with_model(clean.first.command.workspace, str(tmp_path / "workspace"), tmp_path / "model")
+    uri = with_model(clean.first.command.workspace, str(tmp_path / "workspace"))
     command = Command(uri, (job, "--micro_batch_positions", "100"), tmp_path / "first", ray_folder)
     first = command.submit()
     assert kills[0].strike(command, first, random.Random(0))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import ndcg_score
 
-from raypipe.metrics.lists import coverage, diversity, novelty
+from raypipe.metrics.lists import collapse, coverage, diversity, novelty
+from raypipe.metrics.published import published
 from raypipe.metrics.ranking import Mean, hit_rate, ndcg, ranking_metrics, reciprocal_rank
 
 
@@ -63,3 +64,17 @@ def test_lists_are_told_apart_by_coverage_novelty_and_diversity() -> None:
     vectors = np.array([[9, 9], [1, 0], [0, 2], [-3, 0], [1, 1]], np.float32)
     # 1 and 2 are orthogonal, 1 and 3 opposed; a list of one has no pairs.
     assert diversity(lists, vectors) == pytest.approx((1 + 2) / 2)
+
+
+def test_collapse_tells_spread_from_one_direction() -> None:
+    spread = np.random.default_rng(0).normal(size=(2001, 64)).astype(np.float32)
+    assert collapse(spread) < 0.05
+    assert collapse(spread * 0.01 + 1) > 0.99
+
+
+def test_figures_are_published_for_the_data_they_were_measured_on_alone() -> None:
+    known = published(6_040, 1_000_209, "sasrec")
+    assert known is not None
+    assert known.values == {"HR@10": 0.3159, "NDCG@10": 0.1857}
+    assert published(6_040, 1_000_208, "sasrec") is None
+    assert published(6_040, 1_000_209, "mf") is None

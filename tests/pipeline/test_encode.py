@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tests.pipeline.small_logs import CHAIN_ITEMS as ITEMS
 from tests.pipeline.small_logs import CHAIN_LENGTH as LENGTH
 from tests.pipeline.small_logs import CHAIN_USERS as USERS
 from tests.pipeline.small_logs import DAY, START, newest, write_catalogue, write_log
+from tests.untrained import store_untrained
 
 
 def model_of(uri: str) -> Recommender:
@@ -83,6 +85,26 @@ def test_all_positions_are_the_states_of_the_window(raypipe: Run, trained: str) 
         for place in range(6):
             found = rows[user, LENGTH - 6 + place]["state"]
             np.testing.assert_allclose(found, expected[place], rtol=1e-5, atol=1e-5)
+
+
+def test_oracles_are_what_lists_are_ranked_by(raypipe: Run, trained: str) -> None:
+    options = {"model": "dreamrec", "width": 8, "hidden": 8, "max_length": 6, "dreamrec": {"steps": 10}}
+    store_untrained(trained, RecommenderConfig.model_validate(options))
+    for positions in ("last", "all"):
+        words = ("--model", "dreamrec", "--vectors", "queries", "--positions", positions)
+        assert counted(raypipe("extract", "--workspace", trained, *words)) == {"computed": USERS}
+    words = ("--model", "dreamrec", "--no-filter_seen", "--length", ITEMS)
+    assert counted(raypipe("recommend", "--workspace", trained, *words)) == {"computed": USERS}
+    items = [row for row in newest(trained, "item_states").to_pylist() if row["variant"] == "extract-dreamrec-queries"]
+    vectors = np.array([row["state"] for row in sorted(items, key=itemgetter("item_index"))])
+    lists = rows_of(trained, "recommendations")
+    last, every = (rows_of_variant(trained, f"extract-dreamrec-queries{end}") for end in ("", "-all"))
+    assert (len(last), len(every)) == (USERS, USERS * 6)
+    for (user, position), row in last.items():
+        scores = vectors @ np.array(row["state"])
+        listed = lists[user, None]
+        np.testing.assert_allclose(scores[np.array(listed["items"]) - 1], listed["scores"], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(every[user, position]["state"], row["state"], rtol=1e-4, atol=1e-4)
 
 
 def test_only_changed_users_are_computed_and_both_kinds_of_states_live_side_by_side(

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from raypipe.metrics import published
 from raypipe.recommenders.checkpoint import load_recommender
 from raypipe.storage.models import Models
 from raypipe.storage.store import Store
@@ -72,6 +73,16 @@ def test_a_planted_answer_is_learnt_stored_evaluated_and_not_trained_twice(raypi
     # What follows what is the whole secret of this log.
     assert ended.metrics["transitions.HR@10"] == 1.0
     assert "80 users, the whole catalogue, history: last 12 items, loss: softmax" in ended.stderr
+
+
+def test_published_figures_of_the_data_stand_beside_ours(raypipe: Run, chains: str, monkeypatch) -> None:
+    raypipe("train", "--workspace", chains, *SMALL, "--trainer.epochs", 1)
+    known = published.Published({"NDCG@10": 0.4321}, "somebody, somewhere", "some loss")
+    monkeypatch.setitem(published._FIGURES, ((80, 720), "sasrec"), known)
+    evaluated = raypipe("evaluate", "--workspace", chains)
+    assert evaluated.metrics["published.NDCG@10"] == 0.4321
+    assert "0.4321" in evaluated.stderr
+    assert "published: somebody, somewhere; some loss" in evaluated.stderr
 
 
 def test_nothing_held_out_is_in_what_training_reads(raypipe: Run, chains: str, monkeypatch) -> None:

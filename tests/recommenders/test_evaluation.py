@@ -103,4 +103,5 @@ def test_lists_beyond_accuracy_are_told(lists: list[list[int]], model: Recommend
     assert 0 < metrics["coverage@10"].value <= 1
     assert metrics["novelty@10"].value > 0
     assert 0 < metrics["diversity@10"].value < 2
+    assert 0 < metrics["collapse"].value < 1
     assert "HR@10 length 1–10" in metrics

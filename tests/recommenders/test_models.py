@@ -13,7 +13,7 @@ from raypipe.errors import UsageError
 from raypipe.recommenders.attention import rotated
 from raypipe.recommenders.checkpoint import Card, load_recommender, save_recommender
 from raypipe.recommenders.config import RecommenderConfig
-from raypipe.recommenders.dreamrec import DreamRec, DreamRecOptions, collapse, noise_schedule
+from raypipe.recommenders.dreamrec import DreamRec, DreamRecOptions, noise_schedule
 from raypipe.recommenders.noise import seeded_normal
 from raypipe.recommenders.recommender import Recommender, freeze, weights_hash
 from raypipe.recommenders.sequences import Sequences
@@ -230,10 +230,3 @@ def test_an_oracle_does_not_depend_on_the_batch() -> None:
     together = model.queries(states)
     alone = torch.cat([model.queries(state[None]) for state in states])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
-
-
-def test_collapse_tells_spread_from_one_direction() -> None:
-    torch.manual_seed(0)
-    spread = torch.randn(2001, 64)
-    assert collapse(spread) < 0.05
-    assert collapse(spread * 0.01 + torch.ones(64)) > 0.99
