@@ -14,16 +14,12 @@ import pyarrow as pa
 
 from raypipe.config import free, shaping
 from raypipe.pipeline.encode_units import EncodeBucket, EncodeTask, Rows, lists_of
-from raypipe.pipeline.evaluate import find_model
 from raypipe.pipeline.job import BatchConfig, JobResult, ModelCache, cost_of
-from raypipe.pipeline.sequences import check_catalogue
-from raypipe.recommenders.checkpoint import Card, load_recommender
-from raypipe.recommenders.recommender import Recommender
+from raypipe.pipeline.loaded import Loaded
 from raypipe.runtime.progress import say
 from raypipe.runtime.session import Session, bucket_parts, open_session, output_table
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.ledger import Counts, Publish, Run, Unit, Usage
-from raypipe.storage.models import Model, Models
 from raypipe.storage.tables import ABSENT
 from raypipe.storage.workspace import Workspace
 
@@ -38,25 +34,6 @@ class EncodeOptions(ModelCache):
 
 class EncodeConfig(EncodeOptions, BatchConfig):
     """The part that `extract` and `recommend` have in common."""
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """The resolved model, and the catalogue it works on."""
-
-    model: Model
-    recommender: Recommender
-    card: Card
-    items: pa.Table
-
-    @classmethod
-    def of(cls, config: EncodeOptions, workspace: Workspace, version: int) -> Loaded:
-        """Raises UsageError for a model that is not there or knows other items."""
-        model = find_model(Models(workspace.store), config.model)
-        recommender, card = load_recommender(config.fetch(workspace, model))
-        items = workspace.tables["items"].read(version).sort_by("index")
-        check_catalogue(card.catalogue, items["item_id"].to_pylist(), config.model)
-        return cls(model, recommender, card, items)
 
 
 @dataclass(frozen=True)

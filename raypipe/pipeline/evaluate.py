@@ -10,15 +10,13 @@ from raypipe.errors import UsageError
 from raypipe.metrics.published import published
 from raypipe.metrics.ranking import Mean
 from raypipe.pipeline.job import JobConfig, JobResult, ModelCache, cost_of
-from raypipe.pipeline.sequences import check_catalogue, pinned_versions, read_histories
-from raypipe.recommenders.checkpoint import load_recommender
+from raypipe.pipeline.loaded import Loaded
+from raypipe.pipeline.sequences import pinned_versions, read_histories
 from raypipe.recommenders.evaluation import HeldOut, evaluate_floor, evaluate_model
 from raypipe.recommenders.floors import Popularity, Transitions
-from raypipe.recommenders.recommender import Recommender
 from raypipe.runtime.progress import say
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.ledger import Usage
-from raypipe.storage.models import Model, Models
 from raypipe.storage.workspace import Workspace
 
 JOB = "evaluate"
@@ -37,13 +35,14 @@ def run_evaluate(config: EvaluateConfig) -> JobResult:
     workspace = config.open_workspace()
     tracking = config.open_tracking(workspace)
     workspace.require_info()
-    recommender, model = load_for(config, workspace, config.model)
+    loaded = Loaded.of(config, workspace, config.model)
+    model = loaded.model
     held = held_out(workspace, int(model.lineage["hold_out"]))
     options = {"filter_seen": config.filter_seen}
     rows = {
         "popularity": evaluate_floor(Popularity(held.training, held.items), held, **options),
         "transitions": evaluate_floor(Transitions(held.training, held.items), held, **options),
-        model.name: evaluate_model(recommender, held, **options),
+        model.name: evaluate_model(loaded.recommender, held, **options),
     }
     known = published(len(held.training), held.events, model.name)
     protocol = {**model.lineage["protocol"], "seen items": "filtered" if config.filter_seen else "kept"}
@@ -67,15 +66,6 @@ def run_evaluate(config: EvaluateConfig) -> JobResult:
     return JobResult(JOB, "ok", run_key, models={model.name: model.hash}, metrics=metrics, cost=cost)
 
 
-def load_for(config: ModelCache, workspace: Workspace, named: str) -> tuple[Recommender, Model]:
-    """A stored recommender, checked against the workspace's catalogue."""
-    model = find_model(Models(workspace.store), named)
-    recommender, card = load_recommender(config.fetch(workspace, model))
-    items = workspace.tables["items"].read(pinned_versions(workspace)["items"], ["item_id", "index"]).sort_by("index")
-    check_catalogue(card.catalogue, items["item_id"].to_pylist(), named)
-    return recommender, model
-
-
 def held_out(workspace: Workspace, hold_out: int) -> HeldOut:
     """The last event of every user; UsageError where training left none out."""
     versions = pinned_versions(workspace)
@@ -84,17 +74,6 @@ def held_out(workspace: Workspace, hold_out: int) -> HeldOut:
         return HeldOut.of(histories, hold_out, workspace.tables["items"].rows(versions["items"]))
     except ValueError as error:
         raise UsageError(str(error), "Train with `--hold_out 2` for a model to evaluate.") from None
-
-
-def find_model(models: Models, named: str) -> Model:
-    """The model of NAME/HASH, or the newest of NAME; UsageError where there is none."""
-    name, _, wanted = named.partition("/")
-    found = [model for model in models.all(name) if model.hash.startswith(wanted)]
-    if not found:
-        raise UsageError(
-            f"No model {named} is stored in this workspace.", f"Train one: `raypipe train --recommender.model {name}`."
-        )
-    return found[-1]
 
 
 def table(rows: dict[str, dict[str, Mean]], protocol: dict[str, str], users: int) -> str:

@@ -7,10 +7,10 @@ from typing import Literal
 
 from raypipe.config import shaping
 from raypipe.errors import UsageError
-from raypipe.pipeline.encode import EncodeConfig, EncodeOptions, Encoding, Loaded, run_encoding
+from raypipe.pipeline.encode import EncodeConfig, EncodeOptions, Encoding, run_encoding
 from raypipe.pipeline.encode_units import States
 from raypipe.pipeline.job import JobResult
-from raypipe.pipeline.sequences import pinned_versions
+from raypipe.pipeline.loaded import Loaded
 from raypipe.storage.fingerprint import fingerprint
 
 JOB = "extract"
@@ -35,7 +35,7 @@ def run_extract(config: ExtractConfig) -> JobResult:
     started = time.monotonic()
     workspace = config.open_workspace()
     workspace.require_info()
-    loaded = Loaded.of(config, workspace, pinned_versions(workspace)["items"])
+    loaded = Loaded.of(config, workspace, config.model)
     if config.positions == "all" and not loaded.recommender.causal:
         raise UsageError(
             f"{loaded.model.name} has one state per prefix, not one per position.", "Extract with `--positions last`."

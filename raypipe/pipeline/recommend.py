@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from raypipe.config import shaping
 from raypipe.errors import UsageError
-from raypipe.pipeline.encode import EncodeConfig, EncodeOptions, Encoding, Loaded, run_encoding
+from raypipe.pipeline.encode import EncodeConfig, EncodeOptions, Encoding, run_encoding
 from raypipe.pipeline.encode_units import Recommendations
 from raypipe.pipeline.job import JobResult
-from raypipe.pipeline.sequences import pinned_versions
+from raypipe.pipeline.loaded import Loaded
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.hashing import content_digest
 
@@ -43,7 +43,7 @@ def run_recommend(config: RecommendConfig) -> JobResult:
     started = time.monotonic()
     workspace = config.open_workspace()
     workspace.require_info()
-    loaded = Loaded.of(config, workspace, pinned_versions(workspace)["items"])
+    loaded = Loaded.of(config, workspace, config.model)
     allowed = allowed_items(loaded.items, config)[: loaded.recommender.items + 1]
     if (left := int(allowed.sum())) < config.length:
         raise UsageError(

@@ -10,8 +10,9 @@ from dataclasses import asdict
 
 from raypipe.config import Config, free, shaping
 from raypipe.errors import RefusedError, UsageError
-from raypipe.pipeline.evaluate import find_model, held_out, load_for
+from raypipe.pipeline.evaluate import held_out
 from raypipe.pipeline.job import JobConfig, JobResult, ModelCache
+from raypipe.pipeline.loaded import Loaded, find_model
 from raypipe.recommenders.evaluation import evaluate_floor, evaluate_model
 from raypipe.recommenders.floors import Popularity
 from raypipe.runtime.progress import say
@@ -95,10 +96,10 @@ def promote(config: ReleaseConfig, workspace: Workspace, recommender: str, lm: s
 def _judged(config: ReleaseConfig, workspace: Workspace, candidate: str, champion: str) -> dict[str, float]:
     """The gate's metric of candidate, champion and popularity, on the events that neither model was trained on."""
     names = [candidate] + ([champion] if champion not in {"", candidate} else [])
-    loaded = {name: load_for(config, workspace, name) for name in names}
-    held = held_out(workspace, max(int(model.lineage["hold_out"]) for _, model in loaded.values()))
+    loaded = {name: Loaded.of(config, workspace, name) for name in names}
+    held = held_out(workspace, max(int(one.model.lineage["hold_out"]) for one in loaded.values()))
     metric = config.gate.metric
-    known = {name: evaluate_model(recommender, held) for name, (recommender, _) in loaded.items()}
+    known = {name: evaluate_model(one.recommender, held) for name, one in loaded.items()}
     if metric not in known[candidate]:
         raise UsageError(f"There is no metric {metric}.", f"Known are: {', '.join(known[candidate])}.")
     figures = {"candidate": known[candidate][metric].value}

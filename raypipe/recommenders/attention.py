@@ -25,12 +25,14 @@ def rotated(vectors: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention within each sequence. The weights themselves are not dropped: the kernels that hold no
-    [length × length] matrix cannot."""
+    """Multi-head self-attention within each sequence.
 
-    def __init__(self, width: int, heads: int, *, causal: bool, rotary: bool) -> None:
+    Where attention itself is dropped, the kernels for CPU hold [batch, heads, longest, longest] in training.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float, *, causal: bool, rotary: bool) -> None:
         super().__init__()
-        self.heads, self.causal, self.rotary = heads, causal, rotary
+        self.heads, self.dropout, self.causal, self.rotary = heads, dropout, causal, rotary
         self.project = nn.Linear(width, 3 * width)
         self.merge = nn.Linear(width, width)
 
@@ -46,17 +48,28 @@ class Attention(nn.Module):
             within = torch.arange(longest, device=states.device) < sequences.lengths[:, None]
             mask = within[:, None, None, :]
         # Under a causal mask nothing real looks at padding, which is on the right.
-        mixed = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=self.causal)
+        dropout = self.dropout if self.training else 0.0
+        mixed = functional.scaled_dot_product_attention(queries, keys, values, mask, dropout, is_causal=self.causal)
         return self.merge(sequences.unpad(mixed.transpose(1, 2).reshape(batch, longest, -1)))
 
 
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + feed-forward(norm(x))."""
 
-    def __init__(self, width: int, heads: int, feedforward: int, dropout: float, *, causal: bool, rotary: bool) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        feedforward: int,
+        dropout: float,
+        attention_dropout: float,
+        *,
+        causal: bool,
+        rotary: bool,
+    ) -> None:
         super().__init__()
         self.attention_norm, self.feedforward_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = Attention(width, heads, causal=causal, rotary=rotary)
+        self.attention = Attention(width, heads, attention_dropout, causal=causal, rotary=rotary)
         self.feedforward = nn.Sequential(
             nn.Linear(width, feedforward), nn.GELU(), nn.Dropout(dropout), nn.Linear(feedforward, width)
         )
@@ -80,6 +93,7 @@ class Transformer(nn.Module):
         dropout: float,
         *,
         causal: bool,
+        attention_dropout: float = 0.0,
         rotary: bool = False,
     ) -> None:
         super().__init__()
@@ -88,7 +102,8 @@ class Transformer(nn.Module):
             nn.init.normal_(self.places.weight, std=0.02)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
-            Block(width, heads, feedforward, dropout, causal=causal, rotary=rotary) for _ in range(layers)
+            Block(width, heads, feedforward, dropout, attention_dropout, causal=causal, rotary=rotary)
+            for _ in range(layers)
         )
         self.norm = nn.LayerNorm(width)
 

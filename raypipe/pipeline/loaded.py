@@ -1,0 +1,46 @@
+"""A stored recommender, resolved by name and checked against the workspace's catalogue."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from raypipe.errors import UsageError
+from raypipe.pipeline.job import ModelCache
+from raypipe.pipeline.sequences import check_catalogue, pinned_versions
+from raypipe.recommenders.checkpoint import Card, load_recommender
+from raypipe.recommenders.recommender import Recommender
+from raypipe.storage.models import Model, Models
+from raypipe.storage.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The resolved model and what it is, and the catalogue it works on."""
+
+    model: Model
+    recommender: Recommender
+    card: Card
+    items: pa.Table
+
+    @classmethod
+    def of(cls, config: ModelCache, workspace: Workspace, named: str) -> Loaded:
+        """`named` as for `find_model`. Raises UsageError for a model that is not there or knows other items."""
+        version = pinned_versions(workspace)["items"]
+        model = find_model(Models(workspace.store), named)
+        recommender, card = load_recommender(config.fetch(workspace, model))
+        items = workspace.tables["items"].read(version).sort_by("index")
+        check_catalogue(card.catalogue, items["item_id"].to_pylist(), named)
+        return cls(model, recommender, card, items)
+
+
+def find_model(models: Models, named: str) -> Model:
+    """The model of NAME/HASH, or the newest of NAME; UsageError where there is none."""
+    name, _, wanted = named.partition("/")
+    found = [model for model in models.all(name) if model.hash.startswith(wanted)]
+    if not found:
+        raise UsageError(
+            f"No model {named} is stored in this workspace.", f"Train one: `raypipe train --recommender.model {name}`."
+        )
+    return found[-1]
