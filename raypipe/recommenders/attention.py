@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from raypipe.recommenders.dropout import Dropout
 from raypipe.recommenders.sequences import Sequences
 
 
@@ -27,12 +30,13 @@ def rotated(vectors: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention within each sequence.
 
-    Where attention itself is dropped, the kernels for CPU hold [batch, heads, longest, longest] in training.
+    Where attention weights are dropped, training on CPU holds [batch, heads, longest, longest] of them.
     """
 
     def __init__(self, width: int, heads: int, dropout: float, *, causal: bool, rotary: bool) -> None:
         super().__init__()
-        self.heads, self.dropout, self.causal, self.rotary = heads, dropout, causal, rotary
+        self.heads, self.causal, self.rotary = heads, causal, rotary
+        self.dropout = Dropout(dropout)
         self.project = nn.Linear(width, 3 * width)
         self.merge = nn.Linear(width, width)
 
@@ -48,9 +52,21 @@ class Attention(nn.Module):
             within = torch.arange(longest, device=states.device) < sequences.lengths[:, None]
             mask = within[:, None, None, :]
         # Under a causal mask nothing real looks at padding, which is on the right.
-        dropout = self.dropout if self.training else 0.0
-        mixed = functional.scaled_dot_product_attention(queries, keys, values, mask, dropout, is_causal=self.causal)
+        if self.training and self.dropout.dropped:
+            mixed = self._dropped(queries, keys, values, mask)
+        else:
+            mixed = functional.scaled_dot_product_attention(queries, keys, values, mask, is_causal=self.causal)
         return self.merge(sequences.unpad(mixed.transpose(1, 2).reshape(batch, longest, -1)))
+
+    def _dropped(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        if queries.device.type != "cpu":
+            rate = self.dropout.dropped / 256
+            return functional.scaled_dot_product_attention(queries, keys, values, mask, rate, is_causal=self.causal)
+        scores = (queries * queries.shape[-1] ** -0.5) @ keys.transpose(-1, -2)
+        if mask is None:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
+        return self.dropout(weights) @ values
 
 
 class Block(nn.Module):
@@ -71,9 +87,9 @@ class Block(nn.Module):
         self.attention_norm, self.feedforward_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = Attention(width, heads, attention_dropout, causal=causal, rotary=rotary)
         self.feedforward = nn.Sequential(
-            nn.Linear(width, feedforward), nn.GELU(), nn.Dropout(dropout), nn.Linear(feedforward, width)
+            nn.Linear(width, feedforward), nn.GELU(), Dropout(dropout), nn.Linear(feedforward, width)
         )
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, states: Tensor, sequences: Sequences) -> Tensor:
         states = states + self.dropout(self.attention(self.attention_norm(states), sequences))
@@ -100,7 +116,7 @@ class Transformer(nn.Module):
         self.places = None if rotary else nn.Embedding(max_length, width)
         if self.places is not None:
             nn.init.normal_(self.places.weight, std=0.02)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(
             Block(width, heads, feedforward, dropout, attention_dropout, causal=causal, rotary=rotary)
             for _ in range(layers)

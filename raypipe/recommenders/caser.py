@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from raypipe.config import Config, shaping
+from raypipe.recommenders.dropout import Dropout
 from raypipe.recommenders.losses import LossConfig
 from raypipe.recommenders.recommender import Recommender
 from raypipe.recommenders.sequences import Sequences
@@ -37,7 +38,7 @@ class Caser(Recommender):
         heights = range(1, window + 1)
         self.horizontal = nn.ModuleList(nn.Conv1d(width, options.horizontal, height) for height in heights)
         self.vertical = nn.Linear(window, options.vertical)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.project = nn.Linear(options.horizontal * window + options.vertical * width, width)
 
     def encode_all(self, sequences: Sequences) -> Tensor:

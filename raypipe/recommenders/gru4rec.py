@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from raypipe.recommenders.dropout import Dropout
 from raypipe.recommenders.losses import LossConfig
 from raypipe.recommenders.recommender import Recommender
 from raypipe.recommenders.sequences import Sequences
@@ -16,7 +17,7 @@ class Gru4Rec(Recommender):
         self, items: int, width: int, max_length: int, loss: LossConfig, layers: int, hidden: int, dropout: float
     ) -> None:
         super().__init__(items, width, max_length, loss)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.gru = nn.GRU(width, hidden, layers, batch_first=True, dropout=dropout if layers > 1 else 0.0)
         self.project = nn.Linear(hidden, width)
 

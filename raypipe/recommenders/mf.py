@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from raypipe.recommenders.dropout import Dropout
 from raypipe.recommenders.losses import LossConfig
 from raypipe.recommenders.recommender import Recommender
 from raypipe.recommenders.sequences import Sequences
@@ -18,7 +19,7 @@ class Mf(Recommender):
     def __init__(self, items: int, width: int, max_length: int, loss: LossConfig, dropout: float) -> None:
         super().__init__(items, width, max_length, loss)
         self.sources = nn.Parameter(torch.randn(items + 1, width))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def encode_all(self, sequences: Sequences) -> Tensor:
         """State of a prefix of n items: their source vectors' sum over √n."""
