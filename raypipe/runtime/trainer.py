@@ -80,6 +80,9 @@ class TrainerConfig(Config):
     clip: float = shaping(1.0, "largest gradient norm", gt=0)
     schedule: Literal["linear", "cosine", "constant"] = shaping("linear", "after the warm-up")
     warmup_steps: int = shaping(50, ge=0)
+    average: float = shaping(
+        0.0, "decay, a step, of the moving average of weights that is validated and stored; 0 for none", ge=0, lt=1
+    )
     seed: int = shaping(0)
     validate_every: float | None = shaping(
         None, "epochs between validations; unset: the last weights are the result", gt=0

@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from raypipe.runtime.averaging import WeightAverage
 from raypipe.runtime.trainer import MODEL, TrainerConfig, TrainingTask, ValidatedTask
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class _Worker:
             torch.set_num_threads(config.cpus_per_worker)
         torch.manual_seed(config.seed)
         self.engine = _deepspeed_engine(task.build(), config, self.world, gpu=gpu)
+        self.average = WeightAverage(self.engine.module, config.average) if config.average else None
         epoch = task.steps_per_epoch(config.batch_size)
         self.steps = config.steps or max(1, round(config.epochs * epoch))
         self.validate_every = 0 if config.validate_every is None else max(1, round(config.validate_every * epoch))
@@ -73,6 +75,8 @@ class _Worker:
             self.engine.step()
             pending.append(loss.detach().float())
             step += 1
+            if self.average is not None:
+                self.average.update(step)
             if self.rank == 0 and time.monotonic() - reported > _PROGRESS_EVERY_S:
                 reported = time.monotonic()
                 self._post(step, pending[-1].item(), (step - first) / (reported - started), progress, started)
@@ -96,16 +100,21 @@ class _Worker:
         assert isinstance(self.task, ValidatedTask), "validate_every is set for a task that has no validation"
         module = self.engine.module
         module.eval()
-        with _gathered(list(module.parameters()), self.config.zero_stage):
-            total = torch.tensor(self.task.validate(module, self.rank, self.world), device=self.engine.device)
+        with self._averaged():
+            with _gathered(list(module.parameters()), self.config.zero_stage):
+                total = torch.tensor(self.task.validate(module, self.rank, self.world), device=self.engine.device)
+            dist.all_reduce(total)
+            metric = (total[0] / total[1]).item()
+            if metric > max((value for _, value in self.validations), default=-math.inf):
+                self.best = dict(_whole_weights(module, self.config.zero_stage, keep=self.rank == 0))
         module.train()
-        dist.all_reduce(total)
-        metric = (total[0] / total[1]).item()
-        if metric > max((value for _, value in self.validations), default=-math.inf):
-            self.best = dict(_whole_weights(module, self.config.zero_stage, keep=self.rank == 0))
         self.validations.append((step, metric))
         if self.rank == 0:
             self.board.post.remote(f"step {step}/{self.steps}  validation {metric:.4f}")
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """The module holds what is to be validated and stored."""
+        return nullcontext() if self.average is None else self.average.in_place()
 
     def _out_of_patience(self) -> bool:
         values = [value for _, value in self.validations]
@@ -145,6 +154,10 @@ class _Worker:
             self.losses += (means / self.world).tolist()
             pending.clear()
 
+    @property
+    def _average_file(self) -> str:
+        return f"average-{self.rank}.safetensors"
+
     def _checkpoint(self, elapsed: float, *, final: bool) -> None:
         """Every rank saves its shard into a directory of its own; Ray puts them into one, and waits for all ranks."""
         with tempfile.TemporaryDirectory() as name:
@@ -159,8 +172,11 @@ class _Worker:
             self.engine.save_checkpoint(str(folder), tag=_STATE)
             if self.best:
                 save_file(self.best, folder / _BEST)
+            if self.average is not None:
+                self.average.save(folder / self._average_file)
             if final:
-                last = _whole_weights(self.engine.module, self.config.zero_stage, keep=self.rank == 0)
+                with self._averaged():
+                    last = _whole_weights(self.engine.module, self.config.zero_stage, keep=self.rank == 0)
                 if self.rank == 0:
                     self.task.save(self.best or last, folder / MODEL)
             metrics = {"step": len(self.losses), "loss": self.losses[-1]}
@@ -173,6 +189,8 @@ class _Worker:
             self.engine.load_checkpoint(folder, tag=_STATE)
             if self.rank == 0 and (Path(folder) / _BEST).exists():
                 self.best = load_file(Path(folder) / _BEST)
+            if self.average is not None:
+                self.average.load(Path(folder) / self._average_file)
         self.losses, self.seconds = run["losses"], run["seconds"]
         self.validations = [(at, value) for at, value in run["validations"]]
         if self.rank == 0:
@@ -203,6 +221,8 @@ def _deepspeed_engine(module: nn.Module, config: TrainerConfig, world: int, *, g
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
     share = max(1, config.batch_size // world)
+    # Small parameters that every rank keeps whole have two values to be averaged, and two to be put in place.
+    whole = {"param_persistence_threshold": 0} if config.average else {}
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=optimizer,
@@ -212,7 +232,7 @@ def _deepspeed_engine(module: nn.Module, config: TrainerConfig, world: int, *, g
             "gradient_accumulation_steps": 1,
             "gradient_clipping": config.clip,
             "bf16": {"enabled": config.dtype == "bfloat16"},
-            "zero_optimization": {"stage": config.zero_stage},
+            "zero_optimization": {"stage": config.zero_stage, **whole},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,

@@ -19,6 +19,7 @@ from raypipe.language.backbone import load_backbone
 from raypipe.language.builtin import BuiltinLmConfig
 from raypipe.language.instructions import Catalogue, InstructionConfig
 from raypipe.language.pretraining import LmDataConfig, LmTask, prepare_lm
+from raypipe.runtime.averaging import WeightAverage
 from raypipe.runtime.trainer import TrainerConfig, TrainingResult, fit
 
 CONFIG = TrainerConfig(
@@ -118,6 +119,34 @@ def test_a_killed_worker_changes_no_weight(undisturbed: TrainingResult, tmp_path
     assert killed.losses == undisturbed.losses
     for name, weight in weights(killed).items():
         assert torch.equal(weight, weights(undisturbed)[name])
+
+
+def test_an_average_is_stored_that_neither_shards_nor_deaths_change(undisturbed: TrainingResult, tmp_path: Path):
+    config = CONFIG.model_copy(update={"average": 0.7})
+    alone = train(tmp_path / "alone", config.model_copy(update={"workers": 1}))
+    killed = train(tmp_path / "killed", config.model_copy(update={"zero_stage": 3}), dies_at=8)
+    assert (tmp_path / "killed/died").exists()
+    assert killed.losses == undisturbed.losses, "what is trained is not averaged"
+    for name, weight in weights(killed).items():
+        torch.testing.assert_close(weight, weights(alone)[name], rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(weight, weights(undisturbed)[name], rtol=1e-3)
+
+
+def test_an_average_is_what_its_formula_says(tmp_path: Path):
+    module = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(module.weight, 0.0)
+    average, expected = WeightAverage(module, 0.5), 0.0
+    for step in range(1, 6):
+        nn.init.constant_(module.weight, float(step))
+        average.update(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    average.save(tmp_path / "average.safetensors")
+    again = WeightAverage(module, 0.5)
+    again.load(tmp_path / "average.safetensors")
+    with again.in_place():
+        assert module.weight.item() == pytest.approx(expected)
+    assert module.weight.item() == 5
 
 
 @pytest.mark.slow
