@@ -24,4 +24,4 @@ class Dropout(nn.Module):
         count = values.numel()
         draws = torch.empty(-(-count // 8), dtype=torch.int64).random_(-(2**63), None).view(torch.uint8)
         kept = draws[:count].view(values.shape) >= self.dropped
-        return values * kept * (256 / (256 - self.dropped))
+        return values * kept.to(values.dtype).mul_(256 / (256 - self.dropped))
