@@ -6,14 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from raypipe.metrics import published
 from raypipe.recommenders.checkpoint import load_recommender
+from raypipe.recommenders.config import RecommenderConfig
 from raypipe.storage.models import Models
 from raypipe.storage.store import Store
 from tests.conftest import Run
 from tests.ground import one_paragraph
 from tests.pipeline.small_logs import START, write_catalogue, write_log
+from tests.untrained import store_untrained
 
 ITEMS = 30
 SMALL = (
@@ -161,3 +164,24 @@ def test_a_model_of_another_catalogue_is_refused(raypipe: Run, chains: str, tmp_
     ended = raypipe("evaluate", "--workspace", other)
     assert ended.code == 2
     assert "was trained on another catalogue" in one_paragraph(ended.stderr)
+
+
+def test_item_vectors_to_start_from_have_to_be_there_and_fit(raypipe: Run, chains: str) -> None:
+    given = store_untrained(chains, RecommenderConfig(width=8, hidden=8, max_length=6))
+    words = ("train", "--workspace", chains, *SMALL, "--recommender.model", "dreamrec", "--trainer.steps", 2)
+    unknown = raypipe(*words, "--recommender.dreamrec.table", "0" * 32)
+    assert unknown.code == 2
+    assert f"No recommender {'0' * 32} is stored" in one_paragraph(unknown.stderr)
+    wider = raypipe(*words, "--recommender.dreamrec.table", given.hash)
+    assert wider.code == 2
+    assert f"The item vectors of {given.hash} are 8 wide and dreamrec's 16" in one_paragraph(wider.stderr)
+    options = ("--recommender.width", 8, "--recommender.dreamrec.frozen_table")
+    trained = raypipe(*words, *options, "--recommender.dreamrec.table", given.hash)
+    assert trained.code == 0, trained.stderr
+    store = Store(chains)
+    (model,) = Models(store).all("dreamrec")
+    table = load_recommender(store.local_path(f"{model.folder}/checkpoint"))[0].item_states()
+    start = load_recommender(store.local_path(f"{given.folder}/checkpoint"))[0].item_states()
+    # In the direction they had, at the length of noise.
+    torch.testing.assert_close(table[1:] / table[1:].norm() * start[1:].norm(), start[1:])
+    assert table[1:].norm(dim=1).mean().item() == pytest.approx(8**0.5)
