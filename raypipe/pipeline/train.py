@@ -17,8 +17,8 @@ from pydantic import model_validator
 from raypipe.config import shaping
 from raypipe.errors import UsageError
 from raypipe.pipeline.job import JobConfig, JobResult, ModelCache, TrainingOptions, cost_of
+from raypipe.pipeline.loaded import Loaded, find_model
 from raypipe.pipeline.sequences import catalogue_card, pinned_versions, read_histories
-from raypipe.recommenders.checkpoint import load_recommender
 from raypipe.recommenders.config import RecommenderConfig
 from raypipe.recommenders.task import RecommenderTask, prepare_training
 from raypipe.recommenders.windows import Histories
@@ -73,6 +73,7 @@ def run_train(config: TrainConfig) -> JobResult:
     workspace = config.open_workspace()
     tracking = config.open_tracking(workspace)
     workspace.require_info()
+    config = _resolved(config, workspace)
     name = config.recommender.model
     with hold(workspace.store, [f"models-{name}"], JOB, config.lock_lease_s):
         versions = pinned_versions(workspace)
@@ -182,20 +183,25 @@ def _held(histories: Histories, hold_out: int) -> np.ndarray:
     return held
 
 
+def _resolved(config: TrainConfig, workspace: Workspace) -> TrainConfig:
+    """With the content hash of the model that gives dreamrec its item vectors, which then is part of the recipe."""
+    named = config.recommender.dreamrec.table
+    if config.recommender.model != "dreamrec" or named is None:
+        return config
+    model = find_model(Models(workspace.store), named)
+    options = config.recommender.dreamrec.model_copy(update={"table": f"{model.name}/{model.hash}"})
+    return config.model_copy(update={"recommender": config.recommender.model_copy(update={"dreamrec": options})})
+
+
 def _start_table(config: TrainConfig, workspace: Workspace) -> np.ndarray | None:
     """Item vectors of the model `dreamrec.table` names."""
-    wanted = config.recommender.dreamrec.table
-    if config.recommender.model != "dreamrec" or wanted is None:
+    named = config.recommender.dreamrec.table
+    if config.recommender.model != "dreamrec" or named is None:
         return None
-    models = Models(workspace.store)
-    found = [model for name in ("sasrec", "gru4rec", "caser", "bert4rec", "mf") for model in models.all(name)]
-    given = next((model for model in found if model.hash == wanted), None)
-    if given is None:
-        raise UsageError(f"No recommender {wanted} is stored in this workspace.", "Train it first, and name its hash.")
-    trained, _ = load_recommender(config.fetch(workspace, given))
+    trained = Loaded.of(config, workspace, named).recommender
     if trained.width != config.recommender.width:
         raise UsageError(
-            f"The item vectors of {wanted} are {trained.width} wide and dreamrec's {config.recommender.width}.",
+            f"The item vectors of {named} are {trained.width} wide and dreamrec's {config.recommender.width}.",
             "Give both the same --recommender.width.",
         )
     table = trained.item_states().detach()

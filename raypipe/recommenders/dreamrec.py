@@ -45,7 +45,7 @@ class DreamRecOptions(Config):
     guidance: float = shaping(2.0, "w of classifier-free guidance", ge=0)
     sampling_steps: int | None = shaping(None, "unset: all T; fewer are faster", ge=1)
     normalised: bool = shaping(False, "item vectors at the length of noise, against collapse")
-    table: str | None = shaping(None, "content hash of a trained model of the workspace that gives the item vectors")
+    table: str | None = shaping(None, "NAME or NAME/HASH of a model of the workspace that gives the item vectors")
     frozen_table: bool = shaping(False, "item vectors stay as they start")
 
     @model_validator(mode="after")

@@ -27,6 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", default="ml-100k", choices=("ml-100k", "ml-1m", "amazon-industrial"))
     parser.add_argument("--model", default="sasrec", choices=MODELS)
+    parser.add_argument("--variant", default="", help="of the recipe: jobs/train/MODEL-DATASET-VARIANT.yaml")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workspace", default=str(ROOT / "build/recommenders"))
     parser.add_argument("--golden", action="store_true", help="write the golden table")
@@ -34,24 +35,27 @@ def main() -> None:
     given = parser.parse_args()
     workspace = ["--workspace", f"{given.workspace}/{given.dataset}", "--tracking", "off"]
     run("ingest", *workspace, *log_options(given.dataset))
-    config = ROOT / f"jobs/train/{given.model}-{given.dataset}.yaml"
+    variant = f"-{given.variant}" if given.variant else ""
+    config = ROOT / f"jobs/train/{given.model}-{given.dataset}{variant}.yaml"
     trained = run("train", "--config", str(config), *workspace, "--trainer.seed", str(given.seed), *given.options)
     model = f"{given.model}/{trained['models'][given.model]}"
     filtered = given.dataset != "amazon-industrial"  # whose users buy the same item again
     switch = [] if filtered else ["--no-filter_seen"]
     metrics = run("evaluate", *workspace, "--model", model, *switch)["metrics"]
     protocol = f"leave-one-out, whole catalogue, seen items {'filtered' if filtered else 'kept'}, best validation"
+    options = " -- " + " ".join(given.options) if given.options else ""
     rows = [
         {
             "dataset": given.dataset,
-            "model": name.split(".")[0],
+            "model": name.split(".")[0] + (variant if name.startswith(f"{given.model}.") else ""),
             "metric": name.split(".", 1)[1],
             "value": value,
             "seed": given.seed,
             "protocol": protocol,
             "machine": f"{os.cpu_count()} cores, {platform.machine()}",
             "command": f"make bench NAME=recommenders ARGS='--dataset {given.dataset} --model {given.model} "
-            f"--seed {given.seed} --golden'",
+            f"{f'--variant {given.variant} ' if given.variant else ''}"
+            f"--seed {given.seed} --golden{options}'",
         }
         for name, value in metrics.items()
         if not name.startswith("published.")  # measured by others

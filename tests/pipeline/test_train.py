@@ -169,14 +169,14 @@ def test_a_model_of_another_catalogue_is_refused(raypipe: Run, chains: str, tmp_
 def test_item_vectors_to_start_from_have_to_be_there_and_fit(raypipe: Run, chains: str) -> None:
     given = store_untrained(chains, RecommenderConfig(width=8, hidden=8, max_length=6))
     words = ("train", "--workspace", chains, *SMALL, "--recommender.model", "dreamrec", "--trainer.steps", 2)
-    unknown = raypipe(*words, "--recommender.dreamrec.table", "0" * 32)
+    unknown = raypipe(*words, "--recommender.dreamrec.table", "sasrec/0")
     assert unknown.code == 2
-    assert f"No recommender {'0' * 32} is stored" in one_paragraph(unknown.stderr)
-    wider = raypipe(*words, "--recommender.dreamrec.table", given.hash)
+    assert "No model sasrec/0 is stored" in one_paragraph(unknown.stderr)
+    wider = raypipe(*words, "--recommender.dreamrec.table", "sasrec")
     assert wider.code == 2
-    assert f"The item vectors of {given.hash} are 8 wide and dreamrec's 16" in one_paragraph(wider.stderr)
+    assert f"The item vectors of sasrec/{given.hash} are 8 wide and dreamrec's 16" in one_paragraph(wider.stderr)
     options = ("--recommender.width", 8, "--recommender.dreamrec.frozen_table")
-    trained = raypipe(*words, *options, "--recommender.dreamrec.table", given.hash)
+    trained = raypipe(*words, *options, "--recommender.dreamrec.table", "sasrec")
     assert trained.code == 0, trained.stderr
     store = Store(chains)
     (model,) = Models(store).all("dreamrec")
