@@ -8,10 +8,9 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 
-from raypipe.engines.engine import Capabilities, Decoding, FinishReason, Outcome, OutcomeError
+from raypipe.engines.engine import DEFAULT_CONTEXT, Capabilities, Decoding, FinishReason, Outcome, OutcomeError
 from raypipe.language.prompt import Prompt
 
-DEFAULT_CONTEXT = 8192
 _ECHOED_WORDS = 8
 
 

@@ -11,22 +11,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
+from urllib.parse import urlsplit
 
 from pydantic import model_validator
 
 from raypipe.config import Config, free, shaping
+from raypipe.errors import RaypipeError
 from raypipe.language.checkpoint import checkpoint_hash, resolve_checkpoint
 
 if TYPE_CHECKING:
     from raypipe.language.prompt import Prompt
 
 FinishReason = Literal["stop", "length"]
-ErrorKind = Literal["prompt_too_long", "unsupported_prompt"]
+ErrorKind = Literal["prompt_too_long", "unsupported_prompt", "refused", "timeout", "server_error", "bad_response"]
 Dtype = Literal["float32", "bfloat16"]
 
 
 # Each goes into fingerprints and is raised whenever the same prompt would get another answer.
-VERSIONS = {"echo": 1, "transformers": 1}
+VERSIONS = {"echo": 1, "transformers": 1, "openai": 1}
+DEFAULT_CONTEXT = 8192
+_BYTES_PER_TOKEN = 2  # cautious: tokenizers make 3 to 5 of most scripts' text
+_LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+
+
+class EngineDownError(RaypipeError):
+    """An engine that answers nobody: no prompt is to blame, and the work stops as it stands."""
 
 
 class Decoding(Config):
@@ -88,30 +97,61 @@ class Engine(Protocol):
         ...
 
 
+class HttpConfig(Config):
+    """An endpoint with OpenAI's chat completions API."""
+
+    url: str = free("", "address up to /v1, for example http://vllm:8000/v1")
+    model: str = shaping("", "the model's name there; what it stands for is the endpoint's business")
+    tokenizer: str = free("", "checkpoint folder or hub name that counts tokens; unset: two bytes are taken for one")
+    key_variable: str = free("OPENAI_API_KEY", "environment variable of the workers that holds the key, if any")
+    consent: bool = free(False, "user text may be sent to a host that is not this machine")
+    concurrency: int = free(64, "requests in flight of each worker", ge=1)
+    timeout_s: float = free(120.0, "of one attempt, in seconds", gt=0)
+    attempts: int = free(5, "at one prompt, before it is rejected", ge=1)
+
+    @model_validator(mode="after")
+    def _an_address_that_may_be_told(self) -> HttpConfig:
+        host = urlsplit(self.url).hostname
+        if self.url and (host is None or not self.url.startswith(("http://", "https://"))):
+            raise ValueError(f"url {self.url!r} is no http:// or https:// address")
+        if self.url and not self.consent and host not in _LOOPBACK:
+            raise ValueError(
+                f"prompts hold what users did, and would be sent to {host}: set consent to true if they may be"
+            )
+        return self
+
+
 class EngineConfig(Config):
     """Which engine answers, with which model, and how fast it may go about it."""
 
-    engine: Literal["echo", "transformers"] = shaping("transformers", "what generates")
+    engine: Literal["echo", "transformers", "openai"] = shaping("transformers", "what generates")
     # The name of a model is a place; what shapes the output is its content, which `identity` hashes.
-    lm: str = free("", "checkpoint folder or hub name; unused by echo")
+    lm: str = free("", "checkpoint folder or hub name; for transformers")
     dtype: Dtype = shaping("float32", "precision of the weights and of decoding")
     context: int | None = shaping(None, "most tokens of prompt and answer; the model's own limit when unset", ge=2)
     device: str = free("auto", "cpu, cuda, cuda:1 …; auto takes a GPU where there is one")
     batch_tokens: int = free(32_768, "most tokens of prompts and answers held in one batch", ge=1)
     threads: int = free(0, "torch threads of this process; 0 leaves torch's own choice", ge=0)
+    http: HttpConfig = shaping(HttpConfig, "the endpoint of openai")
 
     @model_validator(mode="after")
     def _a_model_is_named(self) -> EngineConfig:
-        if self.engine != "echo" and not self.lm:
+        if self.engine == "openai" and not (self.http.url and self.http.model):
+            raise ValueError("engine 'openai' needs http.url and http.model")
+        if self.engine == "transformers" and not self.lm:
             raise ValueError(f"engine {self.engine!r} needs `lm`: a checkpoint folder or a hub name")
         return self
 
     def build(self) -> Engine:
         """The engine, weights loaded. Raises UsageError when the checkpoint cannot be found or read."""
         if self.engine == "echo":
-            from raypipe.engines.echo import DEFAULT_CONTEXT, EchoEngine
+            from raypipe.engines.echo import EchoEngine
 
             return EchoEngine(self.context or DEFAULT_CONTEXT)
+        if self.engine == "openai":
+            from raypipe.engines.http import HttpEngine
+
+            return HttpEngine(self.http, self.context or DEFAULT_CONTEXT, self.token_counter())
         from raypipe.engines.transformers import TransformersEngine
 
         return TransformersEngine(self)
@@ -120,9 +160,12 @@ class EngineConfig(Config):
         """What counts a text's tokens, without loading weights: for plans. Raises UsageError like `build`."""
         if self.engine == "echo":
             return lambda texts: [len(text.split()) for text in texts]
+        named = self.http.tokenizer if self.engine == "openai" else self.lm
+        if not named:
+            return lambda texts: [-(-len(text.encode()) // _BYTES_PER_TOKEN) for text in texts]
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(resolve_checkpoint(self.lm), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(resolve_checkpoint(named), local_files_only=True)
         return lambda texts: [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
 
     def identity(self) -> dict[str, Any]:
@@ -131,7 +174,10 @@ class EngineConfig(Config):
         Reads the checkpoint's files without loading them. Raises UsageError when there is no such checkpoint.
         """
         values = {**self.shaping_values(), "version": VERSIONS[self.engine]}
-        if self.engine == "echo":
-            # Precision means nothing to echo, so a change of it must not compute anything anew.
-            return {key: value for key, value in values.items() if key != "dtype"}
+        # What means nothing to an engine must not compute anything anew when it changes.
+        if self.engine != "openai":
+            values.pop("http")
+        if self.engine != "transformers":
+            values.pop("dtype")
+            return values
         return {**values, "model": checkpoint_hash(resolve_checkpoint(self.lm))}

@@ -1,0 +1,76 @@
+"""What every engine promises, each on a real thing: the echo, a model of transformers, an HTTP server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from raypipe.engines.engine import Decoding, Engine, EngineConfig, Outcome
+from raypipe.language.prompt import Prompt, Vectors
+from tests.engines.chat_server import ChatServer
+
+SHORT = Decoding(max_new_tokens=5)
+
+
+@pytest.fixture(params=["echo", "transformers", "openai"], scope="module")
+def engine(
+    request: pytest.FixtureRequest, random_checkpoint: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Engine]:
+    if request.param == "openai":
+        with ChatServer() as server:
+            http = {"url": server.url, "model": "echo"}
+            yield EngineConfig.model_validate({"engine": "openai", "context": 200, "http": http}).build()
+    elif request.param == "transformers":
+        checkpoint = random_checkpoint(tmp_path_factory.mktemp("lm"))
+        yield EngineConfig(lm=checkpoint, context=200, device="cpu").build()
+    else:
+        yield EngineConfig(engine="echo", context=200).build()
+
+
+def answers(engine: Engine, *prompts: Prompt, decoding: Decoding = SHORT) -> list[Outcome]:
+    found = list(engine.generate(prompts, decoding))
+    assert sorted(outcome.index for outcome in found) == list(range(len(prompts))), "one outcome a prompt"
+    return sorted(found, key=lambda outcome: outcome.index)
+
+
+def test_no_prompts_no_outcomes(engine: Engine) -> None:
+    assert answers(engine) == []
+
+
+def test_the_same_prompt_gets_the_same_answer_in_any_company(engine: Engine) -> None:
+    prompt = Prompt.of("Once upon a time there was a little girl")
+    others = [Prompt.of("a b " * n) for n in range(1, 9)]
+    (alone,) = answers(engine, prompt)
+    assert alone.text
+    assert alone.error is None
+    assert answers(engine, *others, prompt, *others)[8].text == alone.text
+
+
+def test_an_answer_ends_by_itself_or_at_the_limit_and_says_which(engine: Engine) -> None:
+    prompt = Prompt.of("one two three four five six seven eight nine ten")
+    (cut,) = answers(engine, prompt)
+    assert (cut.tokens_out, cut.finish_reason) == (5, "length")
+    assert cut.tokens_in >= 10
+    (longer,) = answers(engine, prompt, decoding=Decoding(max_new_tokens=60))
+    assert longer.tokens_out > 5
+
+
+def test_a_prompt_that_does_not_fit_or_holds_vectors_is_an_error_in_its_row_only(engine: Engine) -> None:
+    vectors = Prompt.of("state: ", Vectors(np.zeros((1, 4), np.float32), "sasrec"))
+    first, long, refused, last = answers(
+        engine, Prompt.of("fits"), Prompt.of("word " * 300), vectors, Prompt.of("fits")
+    )
+    assert (first.error, last.error) == (None, None)
+    assert first.text == last.text
+    assert long.error is not None
+    assert (long.error.kind, long.text) == ("prompt_too_long", "")
+    assert refused.error is not None
+    assert (refused.error.kind, refused.text) == ("unsupported_prompt", "")
+
+
+def test_tokens_are_counted_text_by_text(engine: Engine) -> None:
+    counts = engine.count_tokens(["", "one two three", "one two three four five six"])
+    assert counts[0] == 0
+    assert 3 <= counts[1] < counts[2]
