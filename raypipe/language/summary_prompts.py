@@ -15,6 +15,7 @@ value, among those already named, whose frequency rose most; it is left out wher
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -43,6 +44,11 @@ _MERGE = """Below are summaries of what one person chose over time, oldest first
 {summaries}
 In two sentences, say what this person mostly chooses, and what more lately.
 Answer:"""
+_UPDATE = """Below are a summary of what one person chose so far and the items chosen since, oldest first.
+Summary: {summary}
+{items}
+In two sentences, say what this person now mostly chooses, and what more lately.
+Answer:"""
 
 
 class SummaryPrompts(Config):
@@ -50,6 +56,7 @@ class SummaryPrompts(Config):
 
     block: str = shaping(_BLOCK, "prompt for one block of items; {items} stands for their lines")
     merge: str = shaping(_MERGE, "prompt that merges block summaries; {summaries} stands for the numbered summaries")
+    update: str = shaping(_UPDATE, "prompt that adds a block to a summary; {summary} and {items} stand for the two")
     attributes: tuple[str, ...] = shaping((), "attributes shown and counted; all of them when empty")
     text_characters: int = shaping(0, "characters of an item's text that are shown; 0 leaves the text out", ge=0)
     block_values: int = shaping(12, "most values a reference block summary names", ge=1)
@@ -65,6 +72,11 @@ class SummaryPrompts(Config):
     @classmethod
     def _merge_takes_summaries(cls, template: str) -> str:
         return _with_placeholder(template, "{summaries}")
+
+    @field_validator("update")
+    @classmethod
+    def _update_takes_both(cls, template: str) -> str:
+        return _with_placeholder(_with_placeholder(template, "{items}"), "{summary}")
 
     def item_line(self, title: str, attributes: Attributes, text: str = "") -> str:
         """One item as one line, empty columns left out: "title: Alien; genre: Horror, Sci-Fi; text: In space…"."""
@@ -82,6 +94,12 @@ class SummaryPrompts(Config):
         """The prompt that merges block summaries given in time order."""
         lines = (f"{number}. {_one_line(text)}" for number, text in enumerate(block_texts, 1))
         return Prompt.of(self.merge.replace("{summaries}", "\n".join(lines)))
+
+    def update_prompt(self, summary: str, item_lines: Sequence[str]) -> Prompt:
+        """The prompt that adds a block of item lines, oldest first, to the summary of everything before."""
+        values = {"{summary}": _one_line(summary), "{items}": "\n".join(item_lines)}
+        # At once: a title that reads like a placeholder stays a title.
+        return Prompt.of(re.sub(r"\{summary\}|\{items\}", lambda found: values[found[0]], self.update))
 
     def counts(self, items: Sequence[Attributes]) -> Counter[str]:
         """In how many of the items each attribute value occurs, all attributes pooled."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from raypipe.metrics.text import value_counts
 from raypipe.storage.hashing import stable_hash
+from raypipe.storage.tables import StagedFile
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.summaries import SummariesConfig
 
@@ -41,7 +42,8 @@ def write_cards(
     items = workspace.tables["items"].read(versions["items"]).sort_by("index")
     titles = items["title"].to_pylist()
     attributes = [dict(pairs) for pairs in items["attributes"].to_pylist()]
-    users, history = _choose(workspace, versions, count)
+    files = workspace.tables["summaries"].files(versions["summaries"], variant=summaries.variant)
+    users, history = _choose(workspace, files, versions["histories"], count)
     cards = [
         _card(
             user,
@@ -53,7 +55,7 @@ def write_cards(
     ]
     page = _PAGE.format(
         date=date,
-        users=workspace.tables["summaries"].rows(versions["summaries"]),
+        users=sum(file.rows for file in files),
         shown=len(cards),
         cards="\n".join(cards),
     )
@@ -62,16 +64,18 @@ def write_cards(
     return workspace.store.object_uri(path)
 
 
-def _choose(workspace: Workspace, versions: Mapping[str, int], count: int) -> tuple[pa.Table, dict[str, list[int]]]:
+def _choose(
+    workspace: Workspace, files: Sequence[StagedFile], histories: int, count: int
+) -> tuple[pa.Table, dict[str, list[int]]]:
     """`count` summaries and their users' items, from as few buckets as hold them: millions of users are not read."""
     chosen = workspace.tables["summaries"].read_files([], ["user_id", "summary"])
     history: dict[str, list[int]] = {}
-    by_bucket = {file.partition["bucket"]: file for file in workspace.tables["summaries"].files(versions["summaries"])}
+    by_bucket = {file.partition["bucket"]: file for file in files}
     for bucket, file in sorted(by_bucket.items(), key=lambda pair: int(pair[0])):
         rows = workspace.tables["summaries"].read_files([file], ["user_id", "summary"])
         order = np.argsort(stable_hash(rows["user_id"].combine_chunks()), kind="stable")[: count - chosen.num_rows]
         rows = rows.take(pa.array(order))
-        owners = workspace.tables["histories"].read(versions["histories"], ["user_id", "items"], bucket=bucket)
+        owners = workspace.tables["histories"].read(histories, ["user_id", "items"], bucket=bucket)
         mine = owners.filter(pc.is_in(owners["user_id"], value_set=rows["user_id"].combine_chunks()))
         history.update(zip(mine["user_id"].to_pylist(), mine["items"].to_pylist(), strict=True))
         chosen = pa.concat_tables([chosen, rows])

@@ -20,7 +20,7 @@ from raypipe.pipeline.summary_state import BucketState, Catalogue, Pins, Recipes
 from raypipe.runtime.progress import say
 from raypipe.storage.ledger import Usage
 from raypipe.storage.workspace import USERS_PER_BUCKET, Workspace
-from raypipe.systems.summaries import calls_needed
+from raypipe.systems.paradigms import calls_needed
 
 _CROWDED = 4 * USERS_PER_BUCKET
 
@@ -82,7 +82,7 @@ def _count(
     prompts: list[str] = []
     for user, name in zip(changed, names, strict=True):
         blocks = state.user_blocks(user)
-        calls += calls_needed(blocks, known.get(name, {}))
+        calls += calls_needed(config.summaries, blocks, known.get(name, {}))
         if len(prompts) < config.sample_users:
             prompts.append(config.summaries.prompts.block_prompt(blocks[0].lines).text)
     return {"users": len(state.users), "changed": len(changed), "calls": calls, "tokens": prompts}

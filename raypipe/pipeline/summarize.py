@@ -32,7 +32,6 @@ from raypipe.storage.workspace import Workspace
 from raypipe.systems.summaries import SummariesConfig
 
 JOB = "summarize"
-VARIANT = "summarize-hierarchical"
 BUILTIN = "builtin"
 _WRITES = ("block_summaries", "summaries")
 
@@ -64,7 +63,9 @@ class SummarizeOptions(CapOptions, ModelCache):
         if model is not None:
             engine = engine.model_copy(update={"lm": str(self.fetch(workspace, model))})
         identity = engine.identity()
-        return Recipes(VARIANT, self.summaries.block_recipe(identity), self.summaries.merge_recipe(identity))
+        return Recipes(
+            self.summaries.variant, self.summaries.block_recipe(identity), self.summaries.merge_recipe(identity)
+        )
 
 
 class SummarizeConfig(SummarizeOptions, BatchConfig):
@@ -147,7 +148,7 @@ def _publish(
 ) -> JobResult:
     counts = sum((receipt.counts for receipt in receipts.values()), Counts())
     usage = _usage(receipts.values())
-    parts = bucket_parts(receipts.values(), VARIANT, _WRITES)
+    parts = bucket_parts(receipts.values(), config.summaries.variant, _WRITES)
     metrics: dict[str, Any] = {
         "users": counts.rows_in,
         "computed": counts.ok,
@@ -160,6 +161,8 @@ def _publish(
     }
     if counts.skipped.get("capped"):
         say(f"{JOB}: a cap or the deadline left {counts.skipped['capped']:,} users for the next run")
+    if counts.skipped.get("unfinished"):
+        say(f"{JOB}: {counts.skipped['unfinished']:,} users have more blocks than one run reads; the next one goes on")
     cost = {**cost_of(usage, time.monotonic() - started), "money": round(config.money(usage), 6)}
     rows = {table: sum(file.rows for file in part.files) for part in parts for table in [part.table]}
     tables = {part.table: {"rows": rows[part.table], "rejected": counts.rejected} for part in parts}

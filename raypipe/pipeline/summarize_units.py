@@ -27,7 +27,9 @@ from raypipe.storage.models import Model, Models
 from raypipe.storage.schemas import BLOCK_SUMMARIES, SUMMARIES
 from raypipe.storage.tables import StagedFile
 from raypipe.storage.workspace import Workspace
-from raypipe.systems.summaries import HierarchicalSummarizer, SummariesConfig, UserSummary
+from raypipe.systems.blocks import RECIPE_DIGITS
+from raypipe.systems.paradigms import build_summarizer
+from raypipe.systems.summaries import UNFINISHED, SummariesConfig, Summarizer, UserSummary
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,9 @@ class SummarizeBucket:
         self.blocked = blocked_users(workspace, task.pins.rejects, "summaries", task.recipes.variant)
 
     @cached_property
-    def summarizer(self) -> HierarchicalSummarizer:
+    def summarizer(self) -> Summarizer:
         # Built at the first changed user: a night without changes loads no weights.
-        return HierarchicalSummarizer(
+        return build_summarizer(
             build_engine(self.task.workspace, self.task.engine, self.task.model, self.task.model_cache),
             self.task.config,
             self.task.recipes.merge,
@@ -81,12 +83,14 @@ class SummarizeBucket:
         results = self._write(work, state, context)
         capped = len(work) - len(results)
         failed = [result for result in results.values() if result.reason]
-        counts = Counts(
-            len(state.users),
-            len(results) - len(failed),
-            len(failed),
-            {"unchanged": len(state.users) - len(changed), "blocked": len(changed) - len(work), "capped": capped},
-        )
+        unfinished = sum(result.unfinished for result in results.values() if not result.reason)
+        skipped = {
+            "unchanged": len(state.users) - len(changed),
+            "blocked": len(changed) - len(work),
+            "capped": capped,
+            "unfinished": unfinished,
+        }
+        counts = Counts(len(state.users), len(results) - len(failed) - unfinished, len(failed), skipped)
         staged: dict[str, Sequence[StagedFile]] = {}
         if results or state.has_strangers:
             staged = self._stage(state, work, results, context)
@@ -179,19 +183,22 @@ class SummarizeBucket:
         self, state: BucketState, work: Mapping[str, int], results: Mapping[str, UserSummary]
     ) -> pa.Table:
         """All rows of the bucket: new ones, unchanged ones, and older ones of the same recipe where there is no new."""
-        good = [result for result in results.values() if not result.reason]
+        good = [result for result in results.values() if result.summary and not result.reason]
         users = pa.array([work[result.user_id] for result in good], pa.int64())
+        keys = state.blocks.change_key.take(users).to_pylist()
+        done = [
+            key[:RECIPE_DIGITS] + UNFINISHED if result.unfinished else key
+            for key, result in zip(keys, good, strict=True)
+        ]
         fresh = pa.table(
             [
                 pa.array([result.user_id for result in good], pa.string()),
                 pa.array([result.summary for result in good], pa.string()),
-                pa.nulls(len(good), pa.string()),
-                pa.array(state.blocks.covered, pa.int32()).take(users),
-                state.blocks.covered_key.take(users),
+                *self._carries(state, users, good),
                 pa.array([result.calls for result in good], pa.int32()),
                 pa.array([result.tokens_in for result in good], pa.int64()),
                 pa.array([result.tokens_out for result in good], pa.int64()),
-                state.blocks.change_key.take(users),
+                pa.array(done, pa.string()),
             ],
             schema=SUMMARIES.columns,
         )
@@ -200,6 +207,20 @@ class SummarizeBucket:
         kept = state.before.take(pa.array(place[kept_users]))
         of_recipe = [state.is_of_recipe(key) for key in kept["change_key"].to_pylist()]
         return pa.concat_tables([kept.filter(pa.array(of_recipe, pa.bool_())), fresh]).sort_by("user_id")
+
+    def _carries(
+        self, state: BucketState, users: pa.Array, results: Sequence[UserSummary]
+    ) -> tuple[pa.Array, pa.Array, pa.Array]:
+        """What a later summary is built on, where one is: its text, the full blocks it is of, and their key."""
+        if self.task.config.paradigm == "hierarchical":
+            covered = pa.array(state.blocks.covered, pa.int32()).take(users)
+            return pa.nulls(len(results), pa.string()), covered, state.blocks.covered_key.take(users)
+        last = [result.written[-1] if result.written else None for result in results]
+        return (
+            pa.array([text and text.text for text in last], pa.string()),
+            pa.array([text.number + 1 if text else 0 for text in last], pa.int32()),
+            pa.array([text.key if text else "" for text in last], pa.string()),
+        )
 
     def _stale(self, state: BucketState, work: Mapping[str, int], results: Mapping[str, UserSummary]) -> int:
         """Users left with an older summary of the same recipe."""
@@ -214,7 +235,7 @@ class SummarizeBucket:
         precision: list[float] = []
         coverage: list[float] = []
         for result in results.values():
-            if result.reason:
+            if result.reason or result.unfinished:
                 continue
             counts = value_counts(self.catalogue.attributes[i - 1] for i in state.window_items(work[result.user_id]))
             top = top_values(counts)

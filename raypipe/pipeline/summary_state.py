@@ -96,7 +96,8 @@ class BucketState:
             self.lengths,
             catalogue.lanes,
             block_items=config.block_items,
-            window_events=config.window_events,
+            window_events=config.window_events if config.paradigm == "hierarchical" else None,
+            cumulative=config.paradigm == "recurrent",
             block_recipe=recipes.block,
             merge_recipe=recipes.merge,
         )
@@ -155,6 +156,7 @@ class BucketState:
                     line(item)
                     for item in items[blocks.start[place] : blocks.start[place] + blocks.length[place]].tolist()
                 ],
+                bool(blocks.full[place]),
             )
             for place in range(int(blocks.bounds[user]), int(blocks.bounds[user + 1]))
         ]

@@ -79,16 +79,35 @@ def sequence_lanes(elements: NDArray[np.uint64], lengths: NDArray[np.integer]) -
     lengths = np.asarray(lengths, np.int64)
     starts = np.cumsum(lengths) - lengths
     position = np.arange(len(elements), dtype=np.int64) - np.repeat(starts, lengths)
-    places = np.arange(lengths.max(initial=0), dtype=np.uint64)
     out = np.empty((len(lengths), 2), np.uint64)
     with np.errstate(over="ignore"):
         for lane in range(2):
-            placed = mix(elements[:, lane] ^ mix(places + _LANES[lane])[position])
             # A running sum differenced at the borders: unlike add.reduceat it is right for empty runs too.
-            total = np.concatenate([np.zeros(1, np.uint64), np.cumsum(placed)])
+            total = _running(elements[:, lane], position, lane)
             sums = total[starts + lengths] - total[starts]
             out[:, lane] = mix(sums ^ mix(lengths.astype(np.uint64) ^ _LANES[lane]))
     return out
+
+
+def prefix_lanes(elements: NDArray[np.uint64], lengths: NDArray[np.integer]) -> NDArray[np.uint64]:
+    """For every element the `sequence_lanes` of its run up to it, itself included: [total, 2]."""
+    lengths = np.asarray(lengths, np.int64)
+    starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
+    position = np.arange(len(elements), dtype=np.int64) - starts
+    out = np.empty((len(elements), 2), np.uint64)
+    with np.errstate(over="ignore"):
+        for lane in range(2):
+            total = _running(elements[:, lane], position, lane)
+            sums = total[1:] - total[starts]
+            out[:, lane] = mix(sums ^ mix((position + 1).astype(np.uint64) ^ _LANES[lane]))
+    return out
+
+
+def _running(elements: NDArray[np.uint64], position: NDArray[np.int64], lane: int) -> NDArray[np.uint64]:
+    """Sums of the elements before each, and of all: [total + 1]; an element's place in its run is mixed in."""
+    places = np.arange(position.max(initial=-1) + 1, dtype=np.uint64)
+    placed = mix(elements ^ mix(places + _LANES[lane])[position])
+    return np.concatenate([np.zeros(1, np.uint64), np.cumsum(placed)])
 
 
 def event_lanes(item_lanes: NDArray[np.uint64], times: NDArray[np.int64]) -> NDArray[np.uint64]:

@@ -1,8 +1,9 @@
 """Blocks of histories and what they depend on, for a whole bucket at once.
 
 Blocks never move: block k of a user is events 5k ... 5k+4 from the first event ever, and a window drops whole blocks.
-A block's key is a hash of its items' content and of the recipe that summarises it; a user's change key is a hash of the
-window's block keys and of the merge's recipe. Times are not in them: the prompts do not show them.
+A block's key is a hash of its items' content and of the recipe that summarises it, where `cumulative` of all blocks up to
+it; a user's change key is a hash of the window's block keys and of the merge's recipe. Times are not in them: the prompts
+do not show them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from raypipe.storage.hashing import combine_lanes, sequence_lanes, to_hex
+from raypipe.storage.hashing import combine_lanes, prefix_lanes, sequence_lanes, to_hex
 
 Integers = NDArray[np.int64]
 RECIPE_DIGITS = 16
@@ -24,7 +25,7 @@ class BucketBlocks:
     """Every window block of every user of a bucket, users in order.
 
     `bounds` [users + 1] delimits a user's blocks. Per block: `number` (from the first event ever), `start` and `length`
-    (events, counted over the whole bucket), `key` (hex). Per user: `covered` full blocks ever, `covered_key`,
+    (events, counted over the whole bucket), whether it is `full`, `key` (hex). Per user: `covered` full blocks ever, `covered_key`,
     `change_key`.
     """
 
@@ -32,6 +33,7 @@ class BucketBlocks:
     number: Integers
     start: Integers
     length: Integers
+    full: NDArray[np.bool_]
     key: pa.Array
     covered: Integers
     covered_key: pa.Array
@@ -44,13 +46,15 @@ def cut_blocks(
     item_lanes: NDArray[np.uint64],
     *,
     block_items: int,
-    window_events: int,
+    window_events: int | None,
+    cumulative: bool,
     block_recipe: str,
     merge_recipe: str,
 ) -> BucketBlocks:
     """Cut the histories of a bucket into blocks.
 
-    `items` [events] are item indices, `lengths` [users] sums to events, `item_lanes` [items + 1, 2] are content hashes.
+    `items` [events] are item indices, `lengths` [users] sums to events, `item_lanes` [items + 1, 2] are content hashes;
+    without `window_events` every block is in the window.
     """
     lengths = np.asarray(lengths, np.int64)
     blocks = -(-lengths // block_items)
@@ -64,7 +68,11 @@ def cut_blocks(
     covered = lengths // block_items
     full = length == block_items
     covered_key = to_hex(sequence_lanes(lanes[full], covered))
-    first = -(-np.maximum(lengths - window_events, 0) // block_items)
+    if cumulative:
+        lanes = prefix_lanes(lanes, blocks)
+    first = np.zeros_like(lengths)
+    if window_events is not None:
+        first = -(-np.maximum(lengths - window_events, 0) // block_items)
     inside = number >= np.repeat(first, blocks)
     kept = blocks - first
     change = to_hex(combine_lanes(sequence_lanes(lanes[inside], kept), merge_recipe))
@@ -73,6 +81,7 @@ def cut_blocks(
         number[inside],
         start[inside],
         length[inside],
+        full[inside],
         to_hex(lanes[inside]),
         covered,
         covered_key,

@@ -35,8 +35,8 @@ BLOCK = SummaryPrompts().block.replace("how often", "how many times")
 MERGE = SummaryPrompts().merge.replace("mostly", "often")
 
 
-def summaries(uri: str) -> dict[str, dict[str, Any]]:
-    rows = newest(uri, "summaries").to_pylist()
+def summaries(uri: str, paradigm: str = "hierarchical") -> dict[str, dict[str, Any]]:
+    rows = [row for row in newest(uri, "summaries").to_pylist() if row["variant"] == f"summarize-{paradigm}"]
     assert len({row["user_id"] for row in rows}) == len(rows), "a user is there twice"
     return {row["user_id"]: row for row in rows}
 
@@ -48,7 +48,7 @@ def calls(ended: Ended) -> int:
 
 def counted(ended: Ended) -> dict[str, int]:
     """The users by what became of them; nothing vanishes."""
-    kinds = ("computed", "rejected", "unchanged", "blocked", "capped")
+    kinds = ("computed", "rejected", "unchanged", "blocked", "capped", "unfinished")
     assert ended.metrics["users"] == sum(ended.metrics[kind] for kind in kinds)
     return {kind: ended.metrics[kind] for kind in kinds if ended.metrics[kind]}
 
@@ -96,6 +96,59 @@ def test_a_second_night_computes_exactly_the_changed_users_and_their_new_blocks(
     assert counted(full) == {"computed": 26}
     shaped = {user: (row["summary"], row["change_key"], row["covered_key"]) for user, row in after.items()}
     assert {u: (r["summary"], r["change_key"], r["covered_key"]) for u, r in summaries(summarised).items()} == shaped
+
+
+def test_recurrent_summaries_read_new_blocks_alone_and_stand_beside_the_others(
+    raypipe: Run, summarised: str, files: Path
+) -> None:
+    words = ("summarize", "--workspace", summarised, *ECHO, "--summaries.paradigm", "recurrent")
+    hierarchical = summaries(summarised)
+    planned = raypipe("plan", *words[1:])
+    first = raypipe(*words)
+    assert counted(first) == {"computed": 25}
+    assert calls(first) == sum(-(-length // 5) for length in LENGTHS.values()) == planned.metrics["calls"]
+    rows = summaries(summarised, "recurrent")
+    assert {user: row["covered"] for user, row in rows.items()} == {u: n // 5 for u, n in LENGTHS.items()}
+    assert rows["u10"]["carry"] == rows["u10"]["summary"] != rows["u11"]["carry"]
+    assert rows["u4"]["carry"] is None
+    assert summaries(summarised) == hierarchical
+
+    later = START + 300 * DAY
+    events = [("u7", "i9", later), *(("u10", f"i{n}", later + n) for n in range(1, 7)), ("u24", "i39", START + 1)]
+    ingest(raypipe, summarised, write_log(files / "tuesday.csv", events))
+    second = raypipe(*words)
+    # u7: its partial block; u10: a full one and a partial one; u24, whose past changed: all five.
+    assert calls(second) == 1 + 2 + 5
+    assert counted(second) == {"computed": 3, "unchanged": 22}
+    after = summaries(summarised, "recurrent")
+    assert raypipe(*words).status == "nothing_to_do"
+    workspace = Workspace(summarised)
+    for table in ("summaries", "block_summaries"):
+        workspace.store.delete_folder(f"tables/{table}")
+    assert counted(raypipe(*words)) == {"computed": 25}
+    costs = {"calls", "tokens_in", "tokens_out"}
+    shaped = {user: {name: row[name] for name in row if name not in costs} for user, row in after.items()}
+    whole = summaries(summarised, "recurrent")
+    assert {user: {name: row[name] for name in row if name not in costs} for user, row in whole.items()} == shaped
+
+
+@pytest.mark.parametrize("paradigm", ["hierarchical", "recurrent"])
+def test_an_endless_history_is_read_over_several_nights(raypipe: Run, ingested: str, paradigm: str) -> None:
+    all_of_it = ("--summaries.window_events", 200, "--summaries.paradigm", paradigm)
+    words = ("summarize", "--workspace", ingested, *ECHO, *all_of_it, "--summaries.max_blocks_per_run", 10)
+    first = raypipe(*words)
+    assert {kind: first.metrics[kind] for kind in ("computed", "unfinished")} == {"computed": 24, "unfinished": 1}
+    assert "1 users have more blocks than one run reads" in first.stderr
+    assert ("long" in summaries(ingested, paradigm)) == (paradigm == "recurrent")
+    second, third, fourth = (raypipe(*words) for _ in range(3))
+    assert (second.metrics["unfinished"], calls(second)) == (1, 10)
+    assert (third.metrics["computed"], calls(third)) == (1, 4 + (paradigm == "hierarchical"))
+    assert fourth.status == "nothing_to_do"
+    found = summaries(ingested, paradigm)["long"]["summary"]
+    Workspace(ingested).store.delete_folder("tables/summaries")
+    Workspace(ingested).store.delete_folder("tables/block_summaries")
+    assert raypipe("summarize", "--workspace", ingested, *ECHO, *all_of_it).code == 0
+    assert summaries(ingested, paradigm)["long"]["summary"] == found
 
 
 def test_a_word_of_the_block_prompt_recomputes_all_and_of_the_merge_prompt_only_merges(

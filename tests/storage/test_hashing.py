@@ -14,6 +14,7 @@ from raypipe.storage.hashing import (
     content_digest,
     digest_lanes,
     event_lanes,
+    prefix_lanes,
     sequence_lanes,
     stable_hash,
     to_hex,
@@ -165,3 +166,16 @@ def test_a_tombstone_names_its_user_to_nobody_and_finds_him_again() -> None:
 def test_a_user_who_only_shares_a_tombstones_short_hash_is_not_forgotten() -> None:
     collision = pa.table({"hash": stable_hash(pa.array(["stranger"])).view(np.int64), "digest": [digest("user 1")]})
     assert is_forgotten(pa.array(["stranger"]), collision).tolist() == [False]
+
+
+def test_prefixes_hash_as_the_sequences_they_are() -> None:
+    draw = np.random.default_rng(4)
+    lengths = [3, 0, 1, 7, 0]
+    elements = draw.integers(0, 2**64, (sum(lengths), 2), np.uint64)
+    found = prefix_lanes(elements, np.array(lengths))
+    at = 0
+    for length in lengths:
+        for end in range(1, length + 1):
+            (expected,) = sequence_lanes(elements[at : at + end], np.array([end]))
+            assert (found[at + end - 1] == expected).all()
+        at += length

@@ -15,12 +15,25 @@ RECIPE, MERGE = "a" * 32, "b" * 32
 
 
 def cut(
-    histories: list[list[int]], block: int = 5, window: int = 50, recipe: str = RECIPE, merge: str = MERGE
+    histories: list[list[int]],
+    block: int = 5,
+    window: int | None = 50,
+    recipe: str = RECIPE,
+    merge: str = MERGE,
+    *,
+    cumulative: bool = False,
 ) -> BucketBlocks:
     items = np.array([item for history in histories for item in history], np.int32)
     lengths = np.array([len(history) for history in histories])
     return cut_blocks(
-        items, lengths, LANES, block_items=block, window_events=window, block_recipe=recipe, merge_recipe=merge
+        items,
+        lengths,
+        LANES,
+        block_items=block,
+        window_events=window,
+        cumulative=cumulative,
+        block_recipe=recipe,
+        merge_recipe=merge,
     )
 
 
@@ -91,3 +104,15 @@ def test_order_and_neighbours_do_not_mix() -> None:
 def test_an_empty_bucket_has_no_blocks() -> None:
     found = cut([])
     assert (found.bounds.tolist(), len(found.key), len(found.change_key)) == ([0], 0, 0)
+
+
+def test_a_cumulative_key_is_of_everything_up_to_its_block() -> None:
+    history = [n % 39 + 1 for n in range(63)]
+    other = [*history[:12], 5, *history[13:]]
+    found = cut([history, other, history[:40]], window=None, cumulative=True)
+    one, two, three = (found.key.to_pylist()[found.bounds[u] : found.bounds[u + 1]] for u in range(3))
+    assert (len(one), len(three)) == (13, 8)
+    assert [a == b for a, b in zip(one, two, strict=True)] == [True, True] + [False] * 11
+    assert three == one[:8]
+    assert found.full.tolist() == [True] * 12 + [False] + [True] * 12 + [False] + [True] * 8
+    assert found.change_key[0] != found.change_key[1]

@@ -13,14 +13,14 @@ from raypipe.engines.echo import EchoEngine
 from raypipe.engines.engine import Decoding, EngineConfig, Outcome
 from raypipe.language.prompt import Prompt
 from raypipe.language.summary_prompts import SummaryPrompts
+from raypipe.systems.hierarchical import HierarchicalSummarizer
+from raypipe.systems.paradigms import calls_needed
 from raypipe.systems.summaries import (
     STEP_VERSION,
     Block,
-    HierarchicalSummarizer,
     SummariesConfig,
     UserSummary,
     Written,
-    calls_needed,
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "summaries-echo.json"
@@ -66,7 +66,7 @@ def test_a_history_costs_one_call_up_to_five_items_and_above_one_a_block_and_a_m
     result = one(engine, blocks_of(events))
     expected = 1 if events <= 5 else -(-events // 5) + 1
     assert (result.reason, result.calls, len(engine.prompts)) == ("", expected, expected)
-    assert calls_needed(blocks_of(events), {}) == expected
+    assert calls_needed(SummariesConfig(), blocks_of(events), {}) == expected
     assert result.summary
     assert [(text.level, text.number) for text in result.written] == [(0, n) for n in range(-(-events // 5))]
 

@@ -1,0 +1,155 @@
+"""Hierarchical summaries: blocks alone, then merges (LLM-TRSR, arXiv 2403.13325, section 3.2).
+
+A history of n > 5 items in one level costs ceil(n/5) + 1 calls; of up to five items, one. Where the block summaries do
+not fit one merge prompt they are merged in groups, level by level, until one remains; no prompt is ever cut short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from raypipe.engines.engine import Engine
+from raypipe.storage.fingerprint import fingerprint
+from raypipe.systems.summaries import Block, Known, SummariesConfig, UserSummary, Written, take
+
+# Room left for what count_tokens does not see: a chat template's wrapping, and "12. " before each numbered summary.
+_CHAT_TOKENS = 64
+_NUMBERING_TOKENS = 6
+
+
+@dataclass(frozen=True)
+class _Merge:
+    user: str
+    level: int
+    texts: Sequence[Written]
+    final: bool
+
+    @property
+    def number(self) -> int:
+        return self.texts[0].number
+
+
+class HierarchicalSummarizer:
+    """Implements `Summarizer`."""
+
+    def __init__(self, engine: Engine, config: SummariesConfig, merge_recipe: str) -> None:
+        self.engine = engine
+        self.config = config
+        self.merge_recipe = merge_recipe
+        frame = engine.count_tokens([config.prompts.merge])[0]
+        # Tokens of summaries that one merge prompt holds.
+        self._room = engine.context - config.merge_decoding.max_new_tokens - frame - _CHAT_TOKENS
+
+    def most_calls(self, blocks: Sequence[Block], known: Known) -> int:
+        """A bound on the engine calls of one user, deeper merge levels included: what a hard cap has to grant."""
+        longest = self.config.block_decoding.max_new_tokens + _NUMBERING_TOKENS
+        fit = len(blocks) * longest <= self._room
+        # Every merge leaves at least one text less than it found.
+        merges = min(len(blocks) - 1, 1) if fit else len(blocks) - 1
+        return len(missing_blocks(blocks, known)[: self.config.max_blocks_per_run]) + merges
+
+    def most_tokens(self, calls: int) -> tuple[int, int]:
+        """Bounds on prompt tokens and on generated tokens of so many calls; a prompt and its answer share the context."""
+        answers = (self.config.block_decoding.max_new_tokens, self.config.merge_decoding.max_new_tokens)
+        return calls * (self.engine.context - min(answers)), calls * max(answers)
+
+    def summarize(self, users: Mapping[str, Sequence[Block]], known: Mapping[str, Known]) -> list[UserSummary]:
+        results = {user: UserSummary(user) for user in users}
+        self._write_blocks(users, known, results)
+        self._merge(known, results)
+        return list(results.values())
+
+    def _write_blocks(
+        self,
+        users: Mapping[str, Sequence[Block]],
+        known: Mapping[str, Known],
+        results: Mapping[str, UserSummary],
+    ) -> None:
+        wanted: list[tuple[str, Block]] = []
+        for user, blocks in users.items():
+            missing = missing_blocks(blocks, known.get(user, {}))
+            read = missing[: self.config.max_blocks_per_run]
+            results[user].unfinished = len(read) < len(missing)
+            wanted += [(user, block) for block in read]
+            left_out = {block.number for block in missing}
+            results[user].written += [known[user][0, block.number] for block in blocks if block.number not in left_out]
+        prompts = [self.config.prompts.block_prompt(block.lines) for _, block in wanted]
+        for outcome in self.engine.generate(prompts, self.config.block_decoding):
+            user, block = wanted[outcome.index]
+            if text := take(results[user], outcome):
+                results[user].written.append(Written(0, block.number, block.key, text))
+        for result in results.values():
+            result.written.sort(key=lambda written: written.number)
+
+    def _merge(self, known: Mapping[str, Known], results: Mapping[str, UserSummary]) -> None:
+        texts = {user: list(result.written) for user, result in results.items()}
+        texts = {
+            user: written for user, written in texts.items() if not (results[user].reason or results[user].unfinished)
+        }
+        level = 0
+        while texts:
+            level += 1
+            merges: list[_Merge] = []
+            for user, written in texts.items():
+                if len(written) == 1:
+                    results[user].summary = written[0].text
+                    continue
+                groups = self._groups(written)
+                if len(groups) == len(written):
+                    results[user].fail("prompt_too_long", "No two of its summaries fit one merge prompt.")
+                    continue
+                merges.extend(_Merge(user, level, group, final=len(groups) == 1) for group in groups)
+            texts = self._run_merges(merges, known, results)
+
+    def _run_merges(
+        self, merges: Sequence[_Merge], known: Mapping[str, Known], results: Mapping[str, UserSummary]
+    ) -> dict[str, list[Written]]:
+        """Run one level; returns the texts that the next level has to merge, by user."""
+        texts: dict[str, list[Written]] = {}
+        wanted: list[tuple[_Merge, str]] = []
+        for merge in merges:
+            key = fingerprint({"recipe": self.merge_recipe, "texts": [text.key for text in merge.texts]})
+            old = known.get(merge.user, {}).get((merge.level, merge.number))
+            if len(merge.texts) == 1:  # the odd one out of an uneven grouping goes up as it is
+                texts.setdefault(merge.user, []).append(merge.texts[0])
+            elif not merge.final and old is not None and old.key == key:
+                texts.setdefault(merge.user, []).append(old)
+                results[merge.user].written.append(old)
+            else:
+                wanted.append((merge, key))
+        prompts = [self.config.prompts.merge_prompt([text.text for text in merge.texts]) for merge, _ in wanted]
+        for outcome in self.engine.generate(prompts, self.config.merge_decoding):
+            merge, key = wanted[outcome.index]
+            result = results[merge.user]
+            text = take(result, outcome)
+            if merge.final:
+                # The last merge is the summary itself; only the steps on the way to it are kept as block summaries.
+                result.summary = text
+            else:
+                written = Written(merge.level, merge.number, key, text)
+                result.written.append(written)
+                texts.setdefault(merge.user, []).append(written)
+        return {
+            user: sorted(found, key=lambda text: text.number)
+            for user, found in texts.items()
+            if not results[user].reason
+        }
+
+    def _groups(self, texts: Sequence[Written]) -> list[list[Written]]:
+        """Consecutive texts in groups that each fit one merge prompt."""
+        sizes = self.engine.count_tokens([text.text for text in texts])
+        groups: list[list[Written]] = [[]]
+        used = 0
+        for text, size in zip(texts, sizes, strict=True):
+            if groups[-1] and used + size + _NUMBERING_TOKENS > self._room:
+                groups.append([])
+                used = 0
+            groups[-1].append(text)
+            used += size + _NUMBERING_TOKENS
+        return groups
+
+
+def missing_blocks(blocks: Sequence[Block], known: Known) -> list[Block]:
+    """The blocks whose summary has to be written: those never written, or written from other items or by other means."""
+    return [block for block in blocks if (old := known.get((0, block.number))) is None or old.key != block.key]

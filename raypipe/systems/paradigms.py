@@ -1,0 +1,26 @@
+"""The two ways of summarising blocks; the one place that knows both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from raypipe.engines.engine import Engine
+from raypipe.systems.hierarchical import HierarchicalSummarizer, missing_blocks
+from raypipe.systems.recurrent import RecurrentSummarizer, unread_blocks
+from raypipe.systems.summaries import Block, Known, SummariesConfig, Summarizer
+
+
+def build_summarizer(engine: Engine, config: SummariesConfig, merge_recipe: str) -> Summarizer:
+    if config.paradigm == "recurrent":
+        return RecurrentSummarizer(engine, config)
+    return HierarchicalSummarizer(engine, config, merge_recipe)
+
+
+def calls_needed(config: SummariesConfig, blocks: Sequence[Block], known: Known) -> int:
+    """Engine calls of one user in the next run, deeper merge levels not counted."""
+    if config.paradigm == "recurrent":
+        return min(len(unread_blocks(blocks, known)), config.max_blocks_per_run)
+    missing = len(missing_blocks(blocks, known))
+    if missing > config.max_blocks_per_run:
+        return config.max_blocks_per_run
+    return missing + int(len(blocks) > 1)
