@@ -142,6 +142,11 @@ class EngineConfig(Config):
             raise ValueError(f"engine {self.engine!r} needs `lm`: a checkpoint folder or a hub name")
         return self
 
+    @property
+    def model_name(self) -> str:
+        """What a report calls the model; empty for echo."""
+        return {"openai": self.http.model, "transformers": self.lm}.get(self.engine, "")
+
     def build(self) -> Engine:
         """The engine, weights loaded. Raises UsageError when the checkpoint cannot be found or read."""
         if self.engine == "echo":

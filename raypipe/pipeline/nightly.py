@@ -75,8 +75,8 @@ def run_nightly(config: NightlyConfig) -> JobResult:
     if config.ingest.log is not None or config.ingest.catalogue is not None:
         take("ingest", lambda: run_ingest(IngestConfig(**shared, **dict(config.ingest))))
     engine = config.summarize.engine
-    lm = engine.engine if engine.engine == "echo" else engine.lm or engine.engine
-    if engine.engine != "echo" and engine.lm == BUILTIN:
+    lm = engine.model_name or engine.engine
+    if engine.engine == "transformers" and engine.lm == BUILTIN:
         lm = take("lm", lambda: _train_once(config, workspace, shared)).models[MODEL]
     if config.train_policy == "nightly":
         trained = take("train", lambda: run_train(TrainConfig(**shared, **dict(config.train))))

@@ -47,7 +47,7 @@ class SummarizeOptions(CapOptions, ModelCache):
 
     def resolve_model(self, workspace: Workspace) -> Model | None:
         """The workspace's own LM where the config asks for it; UsageError where there is none yet."""
-        if self.engine.engine == "echo" or self.engine.lm != BUILTIN:
+        if self.engine.engine != "transformers" or self.engine.lm != BUILTIN:
             return None
         model = Models(workspace.store).newest("lm")
         if model is None:
@@ -96,7 +96,7 @@ def run_summarize(config: SummarizeConfig) -> JobResult:
             {
                 "variant": recipes.variant,
                 "engine": config.engine.engine,
-                "model": model.hash if model else config.engine.lm,
+                "model": model.hash if model else config.engine.model_name,
             },
         )
         task = SummaryTask(
@@ -117,7 +117,7 @@ def run_summarize(config: SummarizeConfig) -> JobResult:
     if result.status == "ok":
         params = {
             "engine": config.engine.engine,
-            "model": model.hash if model else config.engine.lm,
+            "model": model.hash if model else config.engine.model_name,
             "scope": scope[:12],
         }
         numbers = {name: value for name, value in result.metrics.items() if isinstance(value, (int, float))}

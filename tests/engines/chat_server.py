@@ -27,13 +27,14 @@ _ORDER = re.compile(r"\[([a-z0-9]+)(?: (\d+))?\]")
 
 
 class ChatServer:
-    """Serves in a thread. `requests` are the bodies in order, `most` how many were in flight at once."""
+    """Serves in a thread. `requests` are the bodies in order, `most` how many were in flight at once; after `down_after`
+    requests it answers none."""
 
     def __init__(self, key: str = "") -> None:
         self.key = key
         self.requests: list[dict[str, Any]] = []
         self.most = self._now = 0
-        self.down = False
+        self.down_after: int | None = None  # requests
         self._seen: collections.Counter[str] = collections.Counter()
 
     def __enter__(self) -> ChatServer:
@@ -70,8 +71,9 @@ class ChatServer:
         self._now += 1
         self.most = max(self.most, self._now)
         try:
-            if self.down or (self.key and request.headers.get("Authorization") != f"Bearer {self.key}"):
-                return web.Response(status=503 if self.down else 401, text="go away")
+            down = self.down_after is not None and len(self.requests) > self.down_after
+            if down or (self.key and request.headers.get("Authorization") != f"Bearer {self.key}"):
+                return web.Response(status=503 if down else 401, text="go away")
             return await self._obey(request, body)
         finally:
             self._now -= 1

@@ -95,7 +95,7 @@ def test_silence_is_an_answer_without_text(server: ChatServer) -> None:
 
 
 def test_an_outage_blames_no_prompt(server: ChatServer) -> None:
-    server.down = True
+    server.down_after = 0
     with pytest.raises(EngineDownError, match="answers nothing: HTTP 503"):
         answers(server, [f"prompt {n}" for n in range(20)], concurrency=3)
     gone = ChatServer()

@@ -1,0 +1,68 @@
+"""Summarising over HTTP: one bad prompt rejects its user alone, an outage rejects nobody and is gone on from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Run
+from tests.engines.chat_server import ChatServer
+from tests.ground import one_paragraph
+from tests.pipeline.small_logs import DAY, START, newest, write_catalogue, write_log
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+TITLES = {"i1": "One", "i2": "Two", "evil": "Evil [400]"}
+
+
+@pytest.fixture
+def server() -> Iterator[ChatServer]:
+    with ChatServer() as running:
+        yield running
+
+
+@pytest.fixture
+def uri(raypipe: Run, tmp_path: Path, files: Path) -> str:
+    """Twenty users with three events each, and one who met the evil item."""
+    events = [(f"u{user}", f"i{n % 2 + 1}", START + n * DAY) for user in range(20) for n in range(3)]
+    log = write_log(files / "log.csv", [*events, ("unlucky", "i1", START), ("unlucky", "evil", START + DAY)])
+    words = ("--log.columns.time", "time", "--catalogue.path", write_catalogue(files / "items.csv", TITLES))
+    workspace = str(tmp_path / "workspace")
+    assert raypipe("ingest", "--workspace", workspace, "--log.path", log, *words).code == 0
+    return workspace
+
+
+def words(uri: str, server: ChatServer) -> tuple[object, ...]:
+    http = ("--engine.http.url", server.url, "--engine.http.model", "echo", "--engine.http.attempts", 2)
+    return ("summarize", "--workspace", uri, "--engine.engine", "openai", *http, "--micro_batch_users", 4)
+
+
+def test_a_prompt_the_endpoint_refuses_rejects_its_user_alone(raypipe: Run, uri: str, server: ChatServer) -> None:
+    ended = raypipe(*words(uri, server))
+    assert ended.code == 0, ended.stderr
+    assert (ended.metrics["computed"], ended.metrics["rejected"]) == (20, 1)
+    (reject,) = newest(uri, "rejects").to_pylist()
+    assert (reject["key"], reject["reason"]) == ("unlucky", "refused")
+    assert "HTTP 400: told to answer 400" in reject["message"]
+    usage = ended.result["cost"]
+    assert (usage["calls"], usage["tokens_in"] > 0) == (21, True)
+
+
+def test_an_outage_rejects_nobody_and_the_next_run_goes_on(raypipe: Run, uri: str, server: ChatServer) -> None:
+    server.down_after = 10
+    down = raypipe(*words(uri, server))
+    assert (down.code, down.status) == (1, "failed")
+    told = one_paragraph(down.stderr)
+    assert "answers nothing: HTTP 503" in told
+    assert "it goes on where it stopped" in told
+    server.down_after = None
+    again = raypipe(*words(uri, server))
+    assert again.code == 0, again.stderr
+    assert (again.metrics["computed"], again.metrics["rejected"]) == (20, 1)
+
+
+def test_prompts_go_to_no_other_host_without_consent(raypipe: Run, uri: str, server: ChatServer) -> None:
+    ended = raypipe(*words(uri, server), "--engine.http.url", "http://10.1.2.3:8000/v1")
+    assert ended.code == 2
+    assert "would be sent to 10.1.2.3: set consent to true" in one_paragraph(ended.stderr)
