@@ -23,7 +23,22 @@ if TYPE_CHECKING:
     from raypipe.language.prompt import Prompt
 
 FinishReason = Literal["stop", "length"]
-ErrorKind = Literal["prompt_too_long", "unsupported_prompt", "refused", "timeout", "server_error", "bad_response"]
+ErrorKind = Literal[
+    # of the prompt
+    "prompt_too_long",
+    "unsupported_prompt",
+    # of an endpoint
+    "refused",
+    "timeout",
+    "server_error",
+    "bad_response",
+    # of the answer
+    "empty_output",
+    "declined",
+    "unended",
+    "too_long",
+    "malformed",
+]
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -70,8 +85,9 @@ class OutcomeError:
 class Outcome:
     """The answer to prompt number `index` of the call, or the error in its place.
 
-    `tokens_in` counts the prompt as the model reads it (chat wrapping included); `tokens_out` counts generated tokens
-    without the end mark. `finish_reason` is "stop" when the model ended the answer, "length" when the limit did.
+    `calls` is how often the model was asked, `tokens_in` counts the prompt as it reads it (chat wrapping included) and
+    `tokens_out` what it generated, without the end mark, over all of them. `finish_reason` is "stop" when the model ended
+    the answer, "length" when the limit did.
     """
 
     index: int
@@ -80,6 +96,7 @@ class Outcome:
     tokens_out: int = 0
     finish_reason: FinishReason | None = None
     error: OutcomeError | None = None
+    calls: int = 1
 
 
 class Engine(Protocol):

@@ -101,7 +101,11 @@ class SummarizeBucket:
             time.monotonic() - started,
         )
         schemas = {"summaries": schema_hash(SUMMARIES.schema), "block_summaries": schema_hash(BLOCK_SUMMARIES.schema)}
-        facts = {**self._quality(state, work, results), "stale": self._stale(state, work, results)}
+        facts = {
+            **self._quality(state, work, results),
+            "stale": self._stale(state, work, results),
+            "reasons": {result.reason: result.message for result in failed},
+        }
         return Receipt(unit, counts, usage, staged, schemas, facts, context.attempt)
 
     def _write(self, work: Mapping[str, int], state: BucketState, context: UnitContext) -> dict[str, UserSummary]:
@@ -117,7 +121,8 @@ class SummarizeBucket:
                 continue
             blocks = {user: state.user_blocks(work[user]) for user in batch}
             known = state.known(batch)
-            calls = sum(self.summarizer.most_calls(blocks[user], known.get(user, {})) for user in batch)
+            tries = 1 + self.task.config.checks.retries
+            calls = tries * sum(self.summarizer.most_calls(blocks[user], known.get(user, {})) for user in batch)
             most = self._most(calls)
             if calls >= refused or not self.budget.take(most):
                 if calls < refused and not self._leaves_a_call():
@@ -140,7 +145,7 @@ class SummarizeBucket:
 
     def _leaves_a_call(self) -> bool:
         """Whether the caps leave room for anything at all."""
-        one = self._most(1)
+        one = self._most(1 + self.task.config.checks.retries)
         if not self.budget.take(one):
             return False
         self.budget.give_back(one, Usage())

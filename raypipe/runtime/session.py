@@ -75,12 +75,19 @@ class Session:
         manifest = {"recipe": recipe, "pins": dict(pins), "base": dict(base), "scope": scope, "facts": dict(facts)}
         return ledger.start(key, {**manifest, "created": time.time()}, at_least=published + 1)
 
-    def phase(self, run: Run, units: Sequence[Unit], build: Callable[[], UnitWork], what: str) -> dict[Unit, Receipt]:
+    def phase(
+        self,
+        run: Run,
+        units: Sequence[Unit],
+        build: Callable[[], UnitWork],
+        what: str,
+        watch: Callable[[Mapping[Unit, Receipt]], None] = lambda receipts: None,
+    ) -> dict[Unit, Receipt]:
         """Run the units that are left on the cluster; see `run_units`.
 
         Raises RaypipeError where receipts of an older raypipe staged files of another schema.
         """
-        receipts = run_units(run, units, build, self.cluster, what)
+        receipts = run_units(run, units, build, self.cluster, what, watch=watch)
         for receipt in receipts.values():
             for table, staged_as in receipt.schemas.items():
                 if staged_as != schema_hash(self.workspace.tables[table].spec.schema):

@@ -15,7 +15,7 @@ import socket
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -61,9 +61,11 @@ def run_units(
     cluster: ClusterConfig,
     what: str,
     amount: Callable[[Receipt], int] = lambda receipt: receipt.counts.rows_in,
+    watch: Callable[[Mapping[Unit, Receipt]], None] = lambda receipts: None,
 ) -> dict[Unit, Receipt]:
     """Run every unit that has no receipt yet and return all receipts of the phase.
 
+    `watch` sees the receipts after each new one, and may raise to end the phase there.
     Raises RaypipeError where a unit failed, with what the worker said; the finished ones keep their receipts.
     """
     if not units:
@@ -75,15 +77,22 @@ def run_units(
     progress.resume(len(done))
     if done:
         say(f"{what}: {len(done)} of {len(units)} units were done before")
+        watch(done)
     while todo := [unit for unit in units if unit not in done]:
         cluster.connect()
         death = None
+        execution = _execute(run, todo, build, cluster)
         try:
-            for receipt in _execute(run, todo, build, cluster):
+            for receipt in execution:
                 done[receipt.unit] = receipt
                 progress.step(amount(receipt))
+                watch(done)
         except _worker_deaths() as error:
             death = _Death.of(error)
+        except RaypipeError:
+            execution.close()
+            _release_workers()
+            raise
         if death is not None:
             _release_workers()
             done = run.receipts(kind)
@@ -93,7 +102,7 @@ def run_units(
 
 def _execute(
     run: Run, units: Sequence[Unit], build: Callable[[], UnitWork], cluster: ClusterConfig
-) -> Iterator[Receipt]:
+) -> Generator[Receipt]:
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
@@ -126,8 +135,6 @@ def _execute(
     results = dataset.iter_rows()
     for row in results:
         if row["error"]:
-            del results, dataset
-            _release_workers()
             raise RaypipeError(row["error"], row["remedy"])
         yield Receipt.from_json(row["receipt"])
 

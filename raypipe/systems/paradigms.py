@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from raypipe.engines.checks import CheckedEngine
 from raypipe.engines.engine import Engine
 from raypipe.systems.hierarchical import HierarchicalSummarizer, missing_blocks
 from raypipe.systems.recurrent import RecurrentSummarizer, unread_blocks
@@ -11,6 +12,7 @@ from raypipe.systems.summaries import Block, Known, SummariesConfig, Summarizer
 
 
 def build_summarizer(engine: Engine, config: SummariesConfig, merge_recipe: str) -> Summarizer:
+    engine = CheckedEngine(engine, config.checks)
     if config.paradigm == "recurrent":
         return RecurrentSummarizer(engine, config)
     return HierarchicalSummarizer(engine, config, merge_recipe)

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 from pydantic import model_validator
 
 from raypipe.config import Config, free, shaping
+from raypipe.engines.checks import AnswerChecks
 from raypipe.engines.engine import Decoding, Outcome
 from raypipe.language.summary_prompts import SummaryPrompts
 from raypipe.storage.fingerprint import fingerprint
@@ -32,7 +33,8 @@ class SummariesConfig(Config):
     max_blocks_per_run: int = free(1000, "new blocks of one user that a run reads; the next one goes on", ge=1)
     prompts: SummaryPrompts = shaping(SummaryPrompts, "prompt templates")
     block_decoding: Decoding = shaping(Decoding, "decoding of block summaries")
-    merge_decoding: Decoding = shaping(Decoding, "decoding of merges")
+    merge_decoding: Decoding = shaping(Decoding, "decoding of merges and of recurrent updates")
+    checks: AnswerChecks = shaping(AnswerChecks, "what an answer has to be")
 
     @model_validator(mode="after")
     def _window_holds_a_block(self) -> SummariesConfig:
@@ -59,6 +61,7 @@ class SummariesConfig(Config):
                 "step": STEP_VERSION,
                 "engine": dict(engine),
                 "decoding": self.block_decoding.shaping_values(),
+                "checks": self.checks.shaping_values(),
                 "block_items": self.block_items,
                 "prompt": self.prompts.block,
                 "attributes": list(self.prompts.attributes),
@@ -157,12 +160,9 @@ class Summarizer(Protocol):
 
 def take(result: UserSummary, outcome: Outcome) -> str:
     """Account for one outcome; its text, or nothing where the user failed."""
-    result.calls += 1
+    result.calls += outcome.calls
     result.tokens_in += outcome.tokens_in
     result.tokens_out += outcome.tokens_out
-    text = outcome.text.strip()
     if outcome.error is not None:
         result.fail(outcome.error.kind, outcome.error.message)
-    elif not text:
-        result.fail("empty_output", "The model wrote nothing.")
-    return text
+    return outcome.text.strip()

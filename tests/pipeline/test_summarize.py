@@ -228,7 +228,7 @@ def test_a_cap_on_calls_is_hard_and_the_next_run_does_the_rest(raypipe: Run, ing
     ("cap", "value", "spent"),
     [
         ("--max_calls", 0, lambda cost: cost["calls"]),
-        ("--max_tokens", 12_000, lambda cost: cost["tokens_in"] + cost["tokens_out"]),
+        ("--max_tokens", 24_000, lambda cost: cost["tokens_in"] + cost["tokens_out"]),
         ("--max_cost", 0.1, lambda cost: cost["money"]),
         ("--deadline", datetime.datetime.now(datetime.UTC).isoformat(), lambda cost: cost["calls"]),
     ],

@@ -66,3 +66,23 @@ def test_prompts_go_to_no_other_host_without_consent(raypipe: Run, uri: str, ser
     ended = raypipe(*words(uri, server), "--engine.http.url", "http://10.1.2.3:8000/v1")
     assert ended.code == 2
     assert "would be sent to 10.1.2.3: set consent to true" in one_paragraph(ended.stderr)
+
+
+def test_a_run_that_rejects_too_many_stops_with_what_it_saw(
+    raypipe: Run, uri: str, server: ChatServer, files: Path
+) -> None:
+    titles = {**TITLES, "i1": "One [silent]"}
+    assert (
+        raypipe("ingest", "--workspace", uri, "--catalogue.path", write_catalogue(files / "new.csv", titles)).code == 0
+    )
+    stopped = raypipe(*words(uri, server))
+    assert (stopped.code, stopped.status) == (1, "failed")
+    told = one_paragraph(stopped.stderr)
+    assert "users were rejected, more than max_reject_rate 20%" in told
+    assert "empty_output: The model wrote nothing." in told
+    asked = len(server.requests)
+    again = raypipe(*words(uri, server))
+    assert (again.code, len(server.requests)) == (1, asked)
+    tolerated = raypipe(*words(uri, server), "--max_reject_rate", 1)
+    assert tolerated.code == 0, tolerated.stderr
+    assert (tolerated.metrics["computed"], tolerated.metrics["rejected"]) == (0, 21)

@@ -13,12 +13,12 @@ from raypipe.engines.echo import EchoEngine
 from raypipe.engines.engine import Decoding, EngineConfig, Outcome
 from raypipe.language.prompt import Prompt
 from raypipe.language.summary_prompts import SummaryPrompts
-from raypipe.systems.hierarchical import HierarchicalSummarizer
-from raypipe.systems.paradigms import calls_needed
+from raypipe.systems.paradigms import build_summarizer, calls_needed
 from raypipe.systems.summaries import (
     STEP_VERSION,
     Block,
     SummariesConfig,
+    Summarizer,
     UserSummary,
     Written,
 )
@@ -47,8 +47,8 @@ def blocks_of(events: int, first: int = 0, word: str = "Title") -> list[Block]:
     ]
 
 
-def summarizer(engine: EchoEngine, **config: object) -> HierarchicalSummarizer:
-    return HierarchicalSummarizer(engine, SummariesConfig.model_validate(config), "merge recipe")
+def summarizer(engine: EchoEngine, **config: object) -> Summarizer:
+    return build_summarizer(engine, SummariesConfig.model_validate(config), "merge recipe")
 
 
 def one(engine: EchoEngine, blocks: list[Block], known: dict | None = None, **config: object) -> UserSummary:

@@ -1,0 +1,116 @@
+"""What an answer has to be, and a second try for one that is not.
+
+An answer that is empty, declines the task, does not end, is longer than anybody would read or is no text at all is asked
+for again, sampled at a temperature and with a seed of its own, so that a greedy model does not repeat itself. What still
+fails carries the reason as its error. All of it follows from the prompt and the answer alone, never from the batch.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from raypipe.config import Config, shaping
+from raypipe.engines.engine import Decoding, Engine, Outcome, OutcomeError
+from raypipe.language.prompt import Prompt
+
+# What another try may change; the others are as true the second time.
+_RETRIED = {"empty_output", "declined", "unended", "too_long", "malformed"}
+_LOOP_WORDS, _LOOP_TIMES = 5, 4
+
+
+class AnswerChecks(Config):
+    """When an answer is none, and how often it is asked for again."""
+
+    retries: int = shaping(1, "second tries of an answer that is none", ge=0)
+    temperature: float = shaping(0.7, "of a second try", ge=0)
+    declines: tuple[str, ...] = shaping(
+        ("I cannot", "I can't", "I can’t", "I'm sorry", "I’m sorry", "I am sorry", "I'm unable", "As an AI"),
+        "beginnings of answers that decline the task, in any case",
+    )
+    most_characters: int = shaping(4000, "of an answer", ge=1)
+    must_end: bool = shaping(False, "an answer that reached its token limit is none")
+
+    def problem(self, outcome: Outcome, prompt: Prompt) -> OutcomeError | None:
+        """Why the outcome is no answer to `prompt`; None where it is one."""
+        if outcome.error is not None:
+            return outcome.error
+        text = outcome.text.strip()
+        if not text:
+            return OutcomeError("empty_output", "The model wrote nothing.")
+        shown = repr(text[:80])
+        if text.casefold().startswith(tuple(start.casefold() for start in self.declines)):
+            return OutcomeError("declined", f"The model declined: {shown}.")
+        if len(text) > self.most_characters:
+            message = f"The answer has {len(text):,} characters, more than {self.most_characters:,}: {shown}."
+            return OutcomeError("too_long", message)
+        if self.must_end and outcome.finish_reason == "length":
+            return OutcomeError("unended", f"The answer reached its token limit: {shown}.")
+        # What already stands in the prompt may be repeated: titles come in every state.
+        if any(_is_no_text(sign) and sign not in prompt.text for sign in set(text)):
+            return OutcomeError("malformed", f"The answer holds what is no text: {shown}.")
+        if _loops(text):
+            return OutcomeError("malformed", f"The answer goes round in circles: {shown}.")
+        return None
+
+
+class CheckedEngine:
+    """An engine whose answers were checked; implements `Engine`. Outcomes count the tokens and calls of all tries."""
+
+    def __init__(self, engine: Engine, checks: AnswerChecks) -> None:
+        self.engine, self.checks = engine, checks
+        self.capabilities, self.context = engine.capabilities, engine.context
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        return self.engine.count_tokens(texts)
+
+    def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> Iterator[Outcome]:
+        spent: dict[int, Outcome] = {}
+        left = list(range(len(prompts)))
+        for attempt in range(self.checks.retries + 1):
+            again: list[int] = []
+            for outcome in self.engine.generate([prompts[index] for index in left], self._decoding(decoding, attempt)):
+                whole = _added(replace(outcome, index=left[outcome.index]), spent.get(left[outcome.index]))
+                problem = self.checks.problem(whole, prompts[whole.index])
+                if problem is None:
+                    yield whole
+                elif problem.kind in _RETRIED and attempt < self.checks.retries:
+                    spent[whole.index] = whole
+                    again.append(whole.index)
+                else:
+                    yield replace(whole, text="", error=problem)
+            left = sorted(again)
+            if not left:
+                return
+
+    def _decoding(self, decoding: Decoding, attempt: int) -> Decoding:
+        if not attempt:
+            return decoding
+        temperature = max(decoding.temperature, self.checks.temperature)
+        return decoding.model_copy(update={"temperature": temperature, "seed": decoding.seed + attempt})
+
+
+def _added(outcome: Outcome, before: Outcome | None) -> Outcome:
+    if before is None:
+        return outcome
+    return replace(
+        outcome,
+        tokens_in=outcome.tokens_in + before.tokens_in,
+        tokens_out=outcome.tokens_out + before.tokens_out,
+        calls=outcome.calls + before.calls,
+    )
+
+
+def _is_no_text(sign: str) -> bool:
+    return sign == "\ufffd" or (unicodedata.category(sign) == "Cc" and not sign.isspace())
+
+
+def _loops(text: str) -> bool:
+    """Whether five words in a row stand there four times."""
+    words = text.split()
+    if len(words) < _LOOP_WORDS * _LOOP_TIMES:
+        return False
+    runs = Counter(tuple(words[at : at + _LOOP_WORDS]) for at in range(len(words) - _LOOP_WORDS + 1))
+    return max(runs.values()) >= _LOOP_TIMES
