@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from raypipe import __version__
 from raypipe.cli.options import parse_config
+from raypipe.cli.webhook import notify
 from raypipe.errors import RaypipeError, UsageError
 
 # Job → module, config class, function. Imported when named: `raypipe status` should not wait for torch.
@@ -52,28 +53,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     length = 2 if " ".join(words[:2]) in JOBS else 1
     job, options = " ".join(words[:length]), words[length:]
     signal.signal(signal.SIGTERM, _stop)
+    webhook: str | None = None
     try:
         if job not in JOBS:
             raise UsageError(f"There is no job {job!r}.", f"The jobs are {', '.join(JOBS)}.")
         module_name, config_name, function_name = JOBS[job]
         module = importlib.import_module(module_name)
         config = parse_config(job, getattr(module, config_name), options)
+        webhook = getattr(config, "webhook", None)
         result = getattr(module, function_name)(config).to_dict()
+        code = _EXIT[result["status"]]
     except RaypipeError as error:
         _tell(f"{error.problem} {error.remedy}")
-        result = _failure(job, "refused" if error.exit_code == 3 else "failed", str(error))
-        return _end(result, error.exit_code)
+        result, code = _failure(job, "refused" if error.exit_code == 3 else "failed", str(error)), error.exit_code
     except KeyboardInterrupt:
         _tell("Stopped. What is finished is kept: submit the same command again and it goes on from there.")
-        return _end(_failure(job, "failed", "stopped"), 1)
+        result, code = _failure(job, "failed", "stopped"), 1
     except Exception as error:
         traceback.print_exc()
         _tell(
             f"{job} failed: {error!r}. This is a defect in raypipe or in the machine. Nothing published is harmed; "
             "submit the same command again to resume, and report the traceback above if it fails again."
         )
-        return _end(_failure(job, "failed", repr(error)), 1)
-    return _end(result, _EXIT[result["status"]])
+        result, code = _failure(job, "failed", repr(error)), 1
+    if webhook is not None:
+        notify(webhook, result)
+    sys.stdout.flush()
+    print(json.dumps(result, ensure_ascii=False), flush=True)
+    return code
 
 
 def _failure(job: str, status: str, error: str) -> dict[str, Any]:
@@ -87,12 +94,6 @@ def _failure(job: str, status: str, error: str) -> dict[str, Any]:
         "cost": {},
         "error": error,
     }
-
-
-def _end(result: dict[str, Any], code: int) -> int:
-    sys.stdout.flush()
-    print(json.dumps(result, ensure_ascii=False), flush=True)
-    return code
 
 
 def _tell(paragraph: str) -> None:

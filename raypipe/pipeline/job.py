@@ -29,6 +29,7 @@ class JobConfig(Config):
     workspace: str = free("./workspace", "workspace folder or s3:// URI")
     tracking: Literal["auto", "off"] = free("auto", "MLflow: MLFLOW_TRACKING_URI or the workspace's own, or off")
     cluster: ClusterConfig = free(ClusterConfig, "the Ray cluster and its workers")
+    webhook: str | None = free(None, "URL that gets the job's JSON result by POST, however it ends")
     lock_lease_s: float = free(60.0, "lease of the table locks on an object store, in seconds", gt=0)
 
     def open_workspace(self) -> Workspace:

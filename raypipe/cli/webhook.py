@@ -1,0 +1,25 @@
+"""How a job ended, told to whoever waits for it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+_TIMEOUT_S = 10.0
+
+
+def notify(url: str, result: Mapping[str, Any]) -> None:
+    """POST the job's result as JSON. One that does not arrive is told on stderr and changes nothing else."""
+    body = json.dumps(result, ensure_ascii=False).encode()
+    try:
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        urllib.request.urlopen(request, timeout=_TIMEOUT_S).close()
+    except (OSError, ValueError) as error:
+        # The rest of the address may be a secret.
+        reason = f"HTTP {error.code}" if isinstance(error, urllib.error.HTTPError) else type(error).__name__
+        print(f"raypipe: the webhook on {urlsplit(url).hostname} was not told ({reason}).", file=sys.stderr, flush=True)
