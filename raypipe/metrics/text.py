@@ -105,3 +105,24 @@ def shift_precision(
         return None
     right = sum(recent.get(v, 0) * earlier_items > earlier.get(v, 0) * recent_items for v in named)
     return right / len(named)
+
+
+def untouched_share(summary: str, counts: Mapping[str, int], vocabulary: Vocabulary) -> float | None:
+    """Share of the values named in the summary that occur in none of the user's items; None where it names none."""
+    named = vocabulary.named(summary)
+    return sum(not counts.get(value) for value in named) / len(named) if named else None
+
+
+def stability(before: str, after: str, vocabulary: Vocabulary) -> float | None:
+    """How much of what two summaries of a user name is the same: shared values over all; None where neither names any."""
+    one, other = set(vocabulary.named(before)), set(vocabulary.named(after))
+    return len(one & other) / len(one | other) if one or other else None
+
+
+def distinctness(summaries: Sequence[str]) -> float | None:
+    """The chance that two different users have different summaries (Simpson 1949); None for fewer than two users."""
+    users = len(summaries)
+    if users < 2:
+        return None
+    alike = sum(count * (count - 1) for count in Counter(summaries).values())
+    return 1 - alike / (users * (users - 1))

@@ -19,7 +19,7 @@ from raypipe.config import free, shaping
 from raypipe.engines.engine import EngineConfig
 from raypipe.errors import RaypipeError, UsageError
 from raypipe.pipeline.job import BatchConfig, CapOptions, JobResult, ModelCache, cost_of
-from raypipe.pipeline.summarize_units import SummarizeBucket, SummaryTask
+from raypipe.pipeline.summarize_units import QUALITY, SummarizeBucket, SummaryTask
 from raypipe.pipeline.summary_state import Pins, Recipes
 from raypipe.runtime.budget import Budget
 from raypipe.runtime.progress import say
@@ -174,8 +174,7 @@ def _publish(
         "rejected": counts.rejected,
         **counts.skipped,
         "stale": sum(receipt.facts["stale"] for receipt in receipts.values()),
-        "attribute_precision": _mean(receipts.values(), "precision"),
-        "attribute_coverage": _mean(receipts.values(), "coverage"),
+        **{name: _mean(receipts.values(), name) for name in QUALITY},
         "bytes_written": sum(file.size for part in parts for file in part.files),
     }
     if counts.skipped.get("capped"):

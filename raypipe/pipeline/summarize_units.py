@@ -15,7 +15,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raypipe.engines.engine import Engine, EngineConfig
-from raypipe.metrics.text import Vocabulary, attribute_coverage, attribute_precision, top_values, value_counts
+from raypipe.metrics.text import (
+    Vocabulary,
+    attribute_coverage,
+    attribute_precision,
+    distinctness,
+    stability,
+    top_values,
+    untouched_share,
+    value_counts,
+)
 from raypipe.pipeline.rejects import blocked_users, rejected_users
 from raypipe.pipeline.summary_state import BucketState, Catalogue, Pins, Recipes
 from raypipe.runtime.budget import Budget
@@ -30,6 +39,9 @@ from raypipe.storage.workspace import Workspace
 from raypipe.systems.blocks import RECIPE_DIGITS
 from raypipe.systems.paradigms import build_summarizer
 from raypipe.systems.summaries import UNFINISHED, SummariesConfig, Summarizer, UserSummary
+
+QUALITY = ("attribute_precision", "attribute_coverage", "untouched_share", "stability", "distinctness")
+"""What is measured of new summaries; `stability` against a user's older one, `distinctness` within a bucket."""
 
 
 @dataclass(frozen=True)
@@ -236,18 +248,28 @@ class SummarizeBucket:
     def _quality(
         self, state: BucketState, work: Mapping[str, int], results: Mapping[str, UserSummary]
     ) -> dict[str, list[float]]:
-        """Sums and counts of the new summaries' attribute precision and coverage."""
-        precision: list[float] = []
-        coverage: list[float] = []
-        for result in results.values():
-            if result.reason or result.unfinished:
-                continue
-            counts = value_counts(self.catalogue.attributes[i - 1] for i in state.window_items(work[result.user_id]))
+        """Of the new summaries, the sum and the count of each figure."""
+        figures: dict[str, list[float]] = {name: [0.0, 0] for name in QUALITY}
+        finished = [result for result in results.values() if not result.reason and not result.unfinished]
+        for result in finished:
+            user = work[result.user_id]
+            counts = value_counts(self.catalogue.attributes[i - 1] for i in state.window_items(user))
             top = top_values(counts)
-            for figures, measure in ((precision, attribute_precision), (coverage, attribute_coverage)):
-                if (figure := measure(result.summary, top, self.vocabulary)) is not None:
-                    figures.append(figure)
-        return {"precision": [sum(precision), len(precision)], "coverage": [sum(coverage), len(coverage)]}
+            place = int(state.place_before[user])
+            old = state.before["summary"][place].as_py() if place >= 0 else None
+            found = {
+                "attribute_precision": attribute_precision(result.summary, top, self.vocabulary),
+                "attribute_coverage": attribute_coverage(result.summary, top, self.vocabulary),
+                "untouched_share": untouched_share(result.summary, counts, self.vocabulary),
+                "stability": None if old is None else stability(old, result.summary, self.vocabulary),
+            }
+            for name, figure in found.items():
+                if figure is not None:
+                    figures[name][0] += figure
+                    figures[name][1] += 1
+        if (distinct := distinctness([result.summary for result in finished])) is not None:
+            figures["distinctness"] = [distinct * len(finished), len(finished)]
+        return figures
 
 
 def build_engine(workspace: Workspace, engine: EngineConfig, model: Model | None, cache: Path) -> Engine:

@@ -9,8 +9,11 @@ from raypipe.metrics.text import (
     Vocabulary,
     attribute_coverage,
     attribute_precision,
+    distinctness,
     shift_precision,
+    stability,
     top_values,
+    untouched_share,
     value_counts,
 )
 
@@ -102,3 +105,24 @@ def test_a_summary_is_read_in_microseconds_whatever_the_vocabulary():
     for _ in range(1000):
         assert vocabulary.named(summary) == ("Brand 17 & Sons", "Brand 170 & Sons")
     assert time.perf_counter() - started < 1.0  # about 10 ms; comparing every value would take 20 s
+
+
+def test_what_a_user_never_touched_is_told() -> None:
+    assert untouched_share("Drama and War.", {"Drama": 3}, GENRES) == 0.5
+    assert untouched_share("Drama.", {"Drama": 0}, GENRES) == 1
+    assert untouched_share("Nothing.", {"Drama": 3}, GENRES) is None
+
+
+def test_stability_is_what_two_summaries_share() -> None:
+    assert stability("Drama and War.", "War, Drama.", GENRES) == 1
+    assert stability("Drama and War.", "War and Comedy.", GENRES) == pytest.approx(1 / 3)
+    assert stability("Drama.", "Nothing.", GENRES) == 0
+    assert stability("Nothing.", "Nothing.", GENRES) is None
+
+
+def test_distinctness_is_the_chance_that_two_users_differ() -> None:
+    summaries = ["a", "a", "b", "c"]
+    pairs = [(one, other) for i, one in enumerate(summaries) for other in summaries[i + 1 :]]
+    assert distinctness(summaries) == pytest.approx(sum(one != other for one, other in pairs) / len(pairs))
+    assert distinctness(["same"] * 9) == 0
+    assert distinctness(["alone"]) is None
