@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 from raypipe.errors import RaypipeError
 from raypipe.runtime.cluster import ClusterConfig
+from raypipe.runtime.metrics import WorkMetrics
 from raypipe.runtime.progress import Progress, say
 from raypipe.storage.ledger import MAX_DEATHS, Receipt, Run, Unit
 
@@ -83,10 +84,13 @@ def run_units(
     while todo := [unit for unit in units if unit not in done]:
         cluster.connect()
         death = None
+        metrics = WorkMetrics(run.job)
+        metrics.units_left(len(todo))
         execution = _execute(run, todo, build, cluster)
         try:
             for receipt in execution:
                 done[receipt.unit] = receipt
+                metrics.units_left(len(units) - len(done))
                 progress.step(amount(receipt))
                 watch(done)
         except _worker_deaths() as error:
@@ -170,6 +174,7 @@ class _Worker:
         }
         self.build = build
         self.work: UnitWork | None = None
+        self.metrics = WorkMetrics(run.job)
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[Any]]]:
         for kind, index in zip(batch["kind"], batch["index"], strict=True):
@@ -195,6 +200,7 @@ class _Worker:
         receipt = self.work.run(unit, UnitContext(self.run, unit, attempt))
         _return_memory()
         if self.run.commit(receipt):
+            self.metrics.unit_done(receipt)
             return receipt
         return self.run.receipts(unit.kind)[unit]
 

@@ -1,0 +1,40 @@
+"""What running work says to Prometheus, through Ray's own metrics: rows, calls and tokens of a job, and units left.
+
+On every node Ray serves them as `ray_raypipe_…`; a dead worker's counts stay in the sums of those that were scraped.
+"""
+
+from __future__ import annotations
+
+from raypipe.storage.ledger import Receipt
+
+
+class WorkMetrics:
+    """The counters of one process; made where Ray is connected."""
+
+    def __init__(self, job: str) -> None:
+        from ray.util.metrics import Counter, Gauge, Histogram
+
+        tags = {"job": job}
+        self._rows = Counter("raypipe_rows", "Rows of finished units, by what became of them.", ("job", "outcome"))
+        self._calls = Counter("raypipe_calls", "Model calls of finished units.", ("job",))
+        self._tokens = Counter("raypipe_tokens", "Tokens of finished units, in and out.", ("job", "direction"))
+        self._seconds = Histogram("raypipe_unit_seconds", "Seconds of a unit.", [1, 10, 60, 600, 3600], ("job",))
+        self._left = Gauge("raypipe_units_left", "Units without a receipt.", ("job",))
+        for metric in (self._rows, self._calls, self._tokens, self._seconds, self._left):
+            metric.set_default_tags(tags)
+
+    def unit_done(self, receipt: Receipt) -> None:
+        outcomes = {"ok": receipt.counts.ok, "rejected": receipt.counts.rejected, **receipt.counts.skipped}
+        for outcome, count in outcomes.items():
+            if count:
+                self._rows.inc(count, {"outcome": outcome})
+        usage = receipt.usage
+        if usage.calls:
+            self._calls.inc(usage.calls)
+        for direction, count in (("in", usage.tokens_in), ("out", usage.tokens_out)):
+            if count:
+                self._tokens.inc(count, {"direction": direction})
+        self._seconds.observe(usage.seconds)
+
+    def units_left(self, count: int) -> None:
+        self._left.set(count)
