@@ -83,6 +83,7 @@ class BucketState:
         self.pins = pins
         self.recipes = recipes
         self.catalogue = catalogue
+        self._block_items = config.block_items
         histories = workspace.tables["histories"].read(pins.histories, ["user_id", "items"], bucket=bucket)
         if users is not None:
             histories = histories.filter(pc.is_in(histories["user_id"], value_set=users))
@@ -123,6 +124,16 @@ class BucketState:
         same = pc.equal(keys, self.blocks.change_key.filter(pa.array(there)))
         changed[np.flatnonzero(there)] = ~same.to_numpy(zero_copy_only=False)
         return changed
+
+    @property
+    def changed_by_activity(self) -> NDArray[np.int64]:
+        """The changed users by number, those with most events since their published summary first."""
+        covered = np.zeros(len(self.lengths), np.int64)
+        there = self.place_before >= 0
+        covered[there] = self.before["covered"].to_numpy()[self.place_before[there]]
+        changed = np.flatnonzero(self.changed)
+        new = self.lengths[changed] - covered[changed] * self._block_items
+        return changed[np.argsort(-new, kind="stable")]
 
     @cached_property
     def has_strangers(self) -> bool:

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
+from raypipe.engines.engine import EngineConfig
 from raypipe.errors import RaypipeError
 from raypipe.language.summary_prompts import SummaryPrompts
+from raypipe.pipeline.summarize import SummarizeConfig
+from raypipe.pipeline.summary_state import BucketState, Catalogue, Pins
 from raypipe.storage.tables import ABSENT, Table
 from raypipe.storage.workspace import Workspace
 from tests.conftest import Ended, Run
@@ -228,6 +231,28 @@ def test_a_cap_on_calls_is_hard_and_the_next_run_does_the_rest(raypipe: Run, ing
     assert counted(ended).get("capped") is None
     assert len(summaries(ingested)) == 25
     assert raypipe("summarize", "--workspace", ingested, *ECHO).status == "nothing_to_do"
+
+
+def test_who_did_most_since_the_last_summary_is_read_first(raypipe: Run, summarised: str, files: Path) -> None:
+    later = START + 300 * DAY
+    new = {"u7": 1, "u10": 6, "u3": 3, "u24": 9, "fresh": 4}
+    events = [(user, f"i{n + 1}", later + n) for user, count in new.items() for n in range(count)]
+    ingest(raypipe, summarised, write_log(files / "tuesday.csv", events))
+    workspace = Workspace(summarised)
+    config = SummarizeConfig(workspace=summarised, engine=EngineConfig(engine="echo"))
+    names = ("histories", "items", "summaries", "block_summaries", "rejects")
+    pins = Pins(**{name: workspace.tables[name].version() for name in names})
+    catalogue = Catalogue(workspace.tables["items"].read(pins.items), config.summaries)
+    order = {}
+    for bucket in range(4):
+        state = BucketState(workspace, bucket, pins, config.recipes(workspace, None), config.summaries, catalogue)
+        users = state.users.to_pylist()
+        order[bucket] = [users[place] for place in state.changed_by_activity]
+    assert sorted(user for users in order.values() for user in users) == sorted(new)
+    # Events after the last full block count as not yet read: u7 had two, u3 three, u24 four.
+    unread = {"u7": 3, "u10": 6, "u3": 6, "u24": 13, "fresh": 4}
+    for users in order.values():
+        assert [unread[user] for user in users] == sorted((unread[user] for user in users), reverse=True)
 
 
 @pytest.mark.parametrize(
