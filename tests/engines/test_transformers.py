@@ -1,13 +1,17 @@
 """Batched generation equals one-by-one generation, and one bad prompt concerns no other."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
+from raypipe.engines import decoding as decoding_loop
 from raypipe.engines.engine import Decoding, EngineConfig, Outcome
 from raypipe.language.backbone import load_backbone
+from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
 from raypipe.language.prompt import Prompt, Vectors
 
 STORY = "Once upon a time there was little girl named Lily who liked to play with her red ball and cat in park"
@@ -116,3 +120,59 @@ def test_identity_follows_the_weights_and_not_the_place(random_lm, random_checkp
     assert EngineConfig(lm=same, threads=3).identity() == identity
     assert EngineConfig(lm=other).identity() != identity
     assert EngineConfig(lm=random_lm, dtype="bfloat16").identity() != identity
+
+
+def ending_often(lm: str, **settings):
+    """An engine whose answers end at about every tenth token, so that rows come and go at all times."""
+    found = engine(lm, **settings)
+    found._backbone = replace(found._backbone, ends=tuple(range(0, 400, 10)))
+    return found
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("batch_tokens", [1, 200, 500, 5000])
+def test_prompts_that_join_a_batch_are_answered_as_alone(random_lm, batch_tokens, temperature):
+    prompts, decoding = mixed_prompts(40), Decoding(max_new_tokens=30, temperature=temperature)
+    alone = ending_often(random_lm)
+    singles = [next(alone.generate([prompt], decoding)) for prompt in prompts]
+    lengths = [outcome.tokens_out for outcome in singles]
+    assert len(set(lengths)) > 8
+    found = list(ending_often(random_lm, batch_tokens=batch_tokens).generate(prompts, decoding))
+    assert len(found) == 40
+    for outcome in found:
+        single = singles[outcome.index]
+        assert (outcome.text, outcome.tokens_out, outcome.finish_reason) == (
+            single.text,
+            single.tokens_out,
+            single.finish_reason,
+        )
+
+
+def test_a_batch_never_holds_more_tokens_than_it_may(random_lm, monkeypatch):
+    held = []
+    step = decoding_loop._Batch.step
+
+    def watched(batch):
+        held.append(batch.mask.numel())
+        step(batch)
+
+    monkeypatch.setattr(decoding_loop._Batch, "step", watched)
+    prompts = mixed_prompts(40)
+    list(ending_often(random_lm, batch_tokens=600).generate(prompts, Decoding(max_new_tokens=30)))
+    assert max(held) <= 600
+    assert np.mean(held) > 350, "room that rows leave is filled again"
+
+
+def test_a_model_whose_cache_slides_answers_as_alone(tmp_path):
+    folder = tmp_path / "sliding"
+    save_untrained(folder, BuiltinLmConfig(size="tiny", context=512), train_tokenizer([STORY] * 3, [], [], 300), 0)
+    config = MistralConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=512, sliding_window=8, eos_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    MistralForCausalLM(config).save_pretrained(folder)
+    prompts, decoding = mixed_prompts(12), Decoding(max_new_tokens=20)
+    alone = engine(str(folder))
+    singles = [next(alone.generate([prompt], decoding)).text for prompt in prompts]
+    assert [outcome.text for outcome in answers(str(folder), prompts, decoding, batch_tokens=300)] == singles

@@ -1,0 +1,283 @@
+"""A decoding loop of our own for models of transformers: rows that have ended make room for prompts that wait.
+
+All rows of a batch share their columns: a row's prompt ends where the batch stands when it joins, so that one mask and one
+buffer of keys and values serve rows of any age. When enough rows have ended, the batch is built anew of those that have
+not and of as many waiting prompts as its tokens hold; columns that no row needs any more are left behind.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from raypipe.engines.engine import Decoding
+from raypipe.language.backbone import Backbone
+
+# Building a batch anew copies its cache and reads new prompts at once: it waits until this share of its rows has ended.
+_ENDED_SHARE = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The tokens generated for prompt number `prompt`, without the end mark, and whether the model ended them."""
+
+    prompt: int
+    tokens: list[int]
+    ended: bool
+
+
+@torch.inference_mode()
+def decode(
+    backbone: Backbone,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    seeds: Sequence[int],
+    batch_tokens: int,
+) -> Iterator[Answer]:
+    """Answers in the order they end; prompts, longest first, join in theirs. `seeds`, one a prompt, where it samples.
+
+    A batch holds at most `batch_tokens` of prompts and answers, or one row.
+    """
+    waiting = deque(range(len(prompts)))
+    batch = _Batch(backbone, decoding)
+    while waiting or len(batch.prompts):
+        if batch.ended_share >= _ENDED_SHARE:
+            batch.keep_live()
+            joining: list[int] = []
+            while waiting and batch.holds(
+                len(joining) + 1, len(prompts[joining[0] if joining else waiting[0]]), batch_tokens
+            ):
+                joining.append(waiting.popleft())
+            if joining:
+                batch.join(joining, [prompts[row] for row in joining], [seeds[row] for row in joining] if seeds else [])
+        else:
+            batch.step()
+        yield from batch.take_answers()
+
+
+class _Batch:
+    """Rows being answered; columns of the cache up to `stop` are filled, and every row's newest token is yet to be read.
+
+    Per row: `prompts` its number, `live` whether it goes on, `taken` answer tokens so far, `answers` [rows, most] these
+    tokens, `newest` the last of them, `position` where in its text that stands, `mask` [rows, capacity] 1 where a column
+    holds one of its tokens, `draws` [rows, most] where it samples.
+    """
+
+    def __init__(self, backbone: Backbone, decoding: Decoding) -> None:
+        self.model, self.device = backbone.model, backbone.device
+        self.most, self.temperature = decoding.max_new_tokens, decoding.temperature
+        self.ends = torch.tensor(backbone.ends, device=self.device)
+        self.cache: DynamicCache | None = None
+        self.stop = 0
+        self.prompts = self.taken = self.newest = self.position = torch.zeros(0, dtype=torch.long, device=self.device)
+        self.live = self.prompts.bool()
+        self.answers, self.mask = self.prompts.view(0, self.most), self.prompts.view(0, 0)
+        self.draws = torch.zeros(0, self.most, device=self.device)
+        self._done: list[Answer] = []
+
+    @property
+    def ended_share(self) -> float:
+        return 1 - int(self.live.sum()) / len(self.live) if len(self.live) else 1.0
+
+    def holds(self, joining: int, longest: int, batch_tokens: int) -> bool:
+        """Whether so many rows more, the longest of so many tokens, leave the batch within its bound."""
+        rows = len(self.prompts) + joining
+        if len(self.prompts) and not _is_plain(self.cache):
+            return False  # Caches that are no plain buffers cannot take rows of another age.
+        return rows == 1 or rows * (max(self.stop, longest) + self.most) <= batch_tokens
+
+    def keep_live(self) -> None:
+        """Drop the rows that have ended, and the columns that none of the others needs."""
+        kept = self.live.nonzero().squeeze(1)
+        if not len(kept):
+            self.cache, self.stop = None, 0
+        elif _is_plain(self.cache):
+            first = int(self.mask[kept].argmax(1).min())
+            columns = self.stop - first
+            self.cache = _joined(self.cache, kept, first, None, columns, columns + self.most)
+            self.mask = torch.nn.functional.pad(self.mask[:, first : self.stop], (0, self.most))
+            self.stop = columns
+        elif self.cache is not None:
+            self.cache.batch_select_indices(kept)
+        for name in ("prompts", "live", "taken", "answers", "newest", "position", "mask"):
+            setattr(self, name, getattr(self, name)[kept])
+        if len(self.draws):
+            self.draws = self.draws[kept]
+
+    def join(self, numbers: Sequence[int], prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> None:
+        """Read new prompts and choose the first token of each."""
+        longest, rows = max(map(len, prompts)), len(prompts)
+        padding = [longest - len(prompt) for prompt in prompts]
+        tokens = torch.tensor(
+            [[0] * pad + list(p) for pad, p in zip(padding, prompts, strict=True)], device=self.device
+        )
+        read = torch.arange(longest, device=self.device) >= torch.tensor(padding, device=self.device)[:, None]
+        columns = max(self.stop, longest)
+        cache = _cache(self.model, columns + self.most if self.cache is None else longest)
+        logits = self.model(
+            input_ids=tokens,
+            attention_mask=read.long() if any(padding) else None,
+            position_ids=(read.cumsum(1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        if self.cache is None:
+            self.cache = cache
+        else:
+            everyone = torch.arange(len(self.prompts), device=self.device)
+            self.cache = _joined(self.cache, everyone, 0, cache, columns, columns + self.most)
+        old, new = self.mask[:, : self.stop], read.long()
+        pad = torch.nn.functional.pad
+        self.mask = torch.cat([pad(m, (columns - m.shape[1], self.most)) for m in (old, new) if len(m)])
+        self.stop = columns
+        before = len(self.prompts)
+        zeros = torch.zeros(rows, dtype=torch.long, device=self.device)
+        self.prompts = torch.cat([self.prompts, torch.tensor(list(numbers), device=self.device)])
+        self.live = torch.cat([self.live, zeros == 0])
+        self.taken, self.newest = torch.cat([self.taken, zeros]), torch.cat([self.newest, zeros])
+        self.answers = torch.cat([self.answers, zeros[:, None].expand(rows, self.most)])
+        self.position = torch.cat([self.position, read.sum(1) - 1])
+        if seeds:
+            self.draws = torch.cat([self.draws, _draws(seeds, self.most).to(self.device)])
+        self._choose(logits, torch.arange(before, before + rows, device=self.device))
+
+    def step(self) -> None:
+        """Every row reads its newest token and chooses the next."""
+        self.mask[:, self.stop] = 1
+        self.stop += 1
+        logits = self.model(
+            input_ids=self.newest[:, None],
+            attention_mask=self.mask[:, : self.stop],
+            position_ids=self.position[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        self._choose(logits, torch.arange(len(self.prompts), device=self.device))
+
+    def take_answers(self) -> list[Answer]:
+        done, self._done = self._done, []
+        return done
+
+    def _choose(self, logits: Tensor, rows: Tensor) -> None:
+        """The next token of `rows`, of which logits [rows, vocabulary] are; who ends is done."""
+        at = self.taken[rows].clamp(max=self.most - 1)
+        draws = self.draws[rows, at] if len(self.draws) else None
+        chosen = _chosen(logits, self.temperature, draws)
+        stops = torch.isin(chosen, self.ends)
+        goes_on = self.live[rows] & ~stops
+        writing = rows[goes_on]
+        self.answers[writing, self.taken[writing]] = chosen[goes_on]
+        self.taken[writing] += 1
+        self.newest[rows] = chosen
+        self.position[rows] += 1
+        done = self.live[rows] & (stops | (self.taken[rows] >= self.most))
+        if done.any():
+            ended = rows[done]
+            self.live[ended] = False
+            told = zip(self.prompts[ended].tolist(), self.taken[ended].tolist(), stops[done].tolist(), strict=True)
+            for (number, taken, stopped), tokens in zip(told, self.answers[ended].tolist(), strict=True):
+                self._done.append(Answer(number, tokens[:taken], stopped))
+
+
+def _chosen(logits: Tensor, temperature: float, draws: Tensor | None) -> Tensor:
+    """The next token of each row: the likeliest, or the one at quantile `draws` of the tempered distribution."""
+    if draws is None:
+        return logits.argmax(-1)
+    # float64, so that the sum over a large vocabulary does not depend on how it is split.
+    cumulative = torch.softmax(logits.double() / temperature, -1).cumsum(-1)
+    quantiles = draws.unsqueeze(1).double() * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, quantiles).squeeze(1).clamp(max=logits.shape[-1] - 1)
+
+
+def _draws(seeds: Sequence[int], count: int) -> Tensor:
+    """Uniform numbers [rows, count], each row from its own seed."""
+    return torch.stack([torch.rand(count, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def _cache(model: Any, capacity: int) -> DynamicCache:
+    """A cache whose plain layers fill buffers of `capacity` positions; sliding and other layers stay as they are."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [_BufferedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def _is_plain(cache: DynamicCache | None) -> bool:
+    return cache is not None and all(isinstance(layer, _BufferedLayer) for layer in cache.layers)
+
+
+def _joined(
+    old: DynamicCache, kept: Tensor, first: int, new: DynamicCache | None, columns: int, capacity: int
+) -> DynamicCache:
+    """Rows `kept` of `old` from column `first`, then all of `new`, all ending at `columns`, with room up to `capacity`."""
+    layers: list[Any] = []
+    for place, layer in enumerate(old.layers):
+        added = None if new is None else new.layers[place]
+        layers.append(layer.joined(kept, first, added, columns, capacity))
+    cache = DynamicCache()
+    cache.layers = layers
+    return cache
+
+
+class _BufferedLayer(DynamicLayer):
+    """Keys and values [rows, heads, positions, width] in a buffer allocated once: appending copies one position only.
+
+    transformers' own layer concatenates, copying the whole cache at every token.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self._capacity = capacity
+        self._length = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            rows, heads, _, width = key_states.shape
+            self._keys = key_states.new_empty(rows, heads, self._capacity, width)
+            self._values = value_states.new_empty(rows, heads, self._capacity, value_states.shape[-1])
+        start, self._length = self._length, self._length + key_states.shape[-2]
+        self._keys[:, :, start : self._length] = key_states
+        self._values[:, :, start : self._length] = value_states
+        self.keys, self.values = self._keys[:, :, : self._length], self._values[:, :, : self._length]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._keys, self._values = self._keys[indices], self._values[indices]
+        self.keys, self.values = self._keys[:, :, : self._length], self._values[:, :, : self._length]
+
+    def joined(
+        self, kept: Tensor, first: int, added: _BufferedLayer | None, columns: int, capacity: int
+    ) -> _BufferedLayer:
+        """See `_joined`."""
+        layer = _BufferedLayer(capacity)
+        layer.lazy_initialization(self.keys, self.values)
+        layer._keys, layer._values = (
+            _placed(old, kept, first, None if added is None else new, columns, capacity)
+            for old, new in (
+                (self.keys, None if added is None else added.keys),
+                (self.values, None if added is None else added.values),
+            )
+        )
+        layer._length = columns
+        layer.keys, layer.values = layer._keys[:, :, :columns], layer._values[:, :, :columns]
+        return layer
+
+
+def _placed(old: Tensor, kept: Tensor, first: int, new: Tensor | None, columns: int, capacity: int) -> Tensor:
+    """One buffer of `_joined`. Zeros where a row has no token: what is masked must still be finite."""
+    _, heads, stop, width = old.shape
+    rows = len(kept) + (0 if new is None else len(new))
+    buffer = old.new_zeros(rows, heads, capacity, width)
+    buffer[: len(kept), :, columns - (stop - first) : columns] = old[kept, :, first:]
+    if new is not None:
+        buffer[len(kept) :, :, columns - new.shape[2] : columns] = new
+    return buffer
