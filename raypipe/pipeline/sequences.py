@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from raypipe.errors import UsageError
-from raypipe.recommenders.windows import Histories
+from raypipe.recommenders.windows import Histories, tie_groups
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.tables import ABSENT
 from raypipe.storage.workspace import Workspace
@@ -27,10 +27,20 @@ def pinned_versions(workspace: Workspace) -> dict[str, int]:
 def read_histories(workspace: Workspace, version: int) -> tuple[pa.Array, Histories]:
     """All users, sorted by id, and their items in time order."""
     rows = workspace.tables["histories"].read(version, ["user_id", "items"]).sort_by("user_id").combine_chunks()
-    lists = rows["items"].combine_chunks()
+    return rows["user_id"].combine_chunks(), _histories(rows["items"].combine_chunks())
+
+
+def read_ties(workspace: Workspace, version: int) -> Histories:
+    """As `read_histories`, the numbers of the groups of events of one time in the place of items."""
+    rows = workspace.tables["histories"].read(version, ["user_id", "times"]).sort_by("user_id").combine_chunks()
+    lists = rows["times"].combine_chunks()
+    ends = lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64).cumsum()
+    return Histories(tie_groups(lists.flatten().to_numpy(zero_copy_only=False), ends), ends)
+
+
+def _histories(lists: pa.ListArray) -> Histories:
     flat = lists.flatten().to_numpy(zero_copy_only=False).astype(np.int32)
-    lengths = lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
-    return rows["user_id"].combine_chunks(), Histories(flat, lengths.cumsum())
+    return Histories(flat, lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64).cumsum())
 
 
 def catalogue_card(item_ids: list[str], count: int | None = None) -> dict[str, object]:

@@ -18,7 +18,7 @@ from raypipe.config import shaping
 from raypipe.errors import UsageError
 from raypipe.pipeline.job import JobConfig, JobResult, ModelCache, TrainingOptions, cost_of
 from raypipe.pipeline.loaded import Loaded, find_model
-from raypipe.pipeline.sequences import catalogue_card, pinned_versions, read_histories
+from raypipe.pipeline.sequences import catalogue_card, pinned_versions, read_histories, read_ties
 from raypipe.recommenders.config import RecommenderConfig
 from raypipe.recommenders.task import RecommenderTask, prepare_training
 from raypipe.recommenders.windows import Histories
@@ -52,6 +52,7 @@ class TrainOptions(TrainingOptions, ModelCache):
 
     recommender: RecommenderConfig = shaping(RecommenderConfig, "the model and its loss")
     trainer: TrainerConfig = shaping(_trainer, "training under Ray Train and DeepSpeed")
+    shuffle_ties: bool = shaping(False, "events of a user at one time come in another order in every epoch")
     hold_out: int = shaping(2, "last events of every user that training never sees", ge=0)
 
     @model_validator(mode="after")
@@ -143,6 +144,9 @@ def _train(
 ) -> tuple[TrainingResult, dict[str, float]]:
     _, histories = read_histories(workspace, versions["histories"])
     seen = histories.without_last(config.hold_out)
+    ties = None
+    if config.shuffle_ties:
+        ties = read_ties(workspace, versions["histories"]).without_last(config.hold_out).items
     try:
         prepare_training(
             folder / "data",
@@ -152,6 +156,7 @@ def _train(
             config.recommender,
             config.trainer.seed,
             _start_table(config, workspace),
+            ties,
         )
     except ValueError as error:
         raise UsageError(

@@ -5,6 +5,7 @@
     items.npy        int32 [events], the training histories one after the other
     ends.npy         int64 [users], where each ends
     held.npy         int32 [users], the event after each history that validation asks for; 0 for none
+    ties.npy         int32 [events], groups of events without an order; only where it is to be drawn anew
     table.npy        float32 [items + 1, width], item vectors to start from; only where the model takes some
     prepared.json    model, catalogue, sampling; written last: its existence means that the rest is complete
 """
@@ -42,8 +43,10 @@ def prepare_training(
     config: RecommenderConfig,
     seed: int,
     table: NDArray[np.float32] | None = None,
+    ties: NDArray[np.int32] | None = None,
 ) -> None:
-    """Writes the folder a task trains from. `catalogue` is the checkpoint's card: {"items": count, "hash": …}.
+    """Writes the folder a task trains from. `catalogue` is the checkpoint's card: {"items": count, "hash": …}; `ties` as
+    for `Windows`.
 
     Raises ValueError where there is nothing to learn from.
     """
@@ -53,8 +56,10 @@ def prepare_training(
     np.save(folder / "items.npy", histories.items.astype(np.int32))
     np.save(folder / "ends.npy", histories.ends)
     np.save(folder / "held.npy", held.astype(np.int32))
-    if table is not None:
-        np.save(folder / "table.npy", table)
+    for name, values in (("table", table), ("ties", ties)):
+        (folder / f"{name}.npy").unlink(missing_ok=True)
+        if values is not None:
+            np.save(folder / f"{name}.npy", values)
     card = {"config": config.model_dump(mode="json"), "catalogue": dict(catalogue), "seed": seed}
     (folder / _MARKER).write_text(json.dumps(card))
 
@@ -148,7 +153,13 @@ class RecommenderTask:
 
     @cached_property
     def _windows(self) -> Windows:
-        return Windows(self._histories, self.config.max_length, whole=self.config.model == "bert4rec")
+        ties = self.folder / "ties.npy"
+        return Windows(
+            self._histories,
+            self.config.max_length,
+            whole=self.config.model == "bert4rec",
+            ties=np.load(ties) if ties.exists() else None,
+        )
 
     @cached_property
     def _shares(self) -> NDArray[np.float64]:

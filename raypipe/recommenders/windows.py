@@ -74,10 +74,15 @@ class Windows:
 
     A history of n events has n − 1 targets. Its windows end at its end and are cut backwards, so that the newest has
     the most context. With `whole` (masked training) a window is max_length − 1 events, its own targets.
+
+    `ties` int32 [events] numbers the groups of events whose order means nothing, in order; every epoch draws another
+    order within each.
     """
 
-    def __init__(self, histories: Histories, max_length: int, *, whole: bool = False) -> None:
-        self.histories, self.whole = histories, whole
+    def __init__(
+        self, histories: Histories, max_length: int, *, whole: bool = False, ties: NDArray[np.int32] | None = None
+    ) -> None:
+        self.histories, self.whole, self.ties = histories, whole, ties
         targets = histories.lengths if whole else histories.lengths - 1
         size = max_length - 1 if whole else max_length
         pieces = np.maximum(-(-targets // size), 0)
@@ -88,6 +93,7 @@ class Windows:
         self.starts = np.maximum(stops - size, histories.starts[self.users])
         self.lengths = stops - self.starts
         self._epoch: tuple[int, int, int] | None = None
+        self._drawn = histories
         self._order: NDArray[np.int64] = np.zeros((0, 0), np.int64)
 
     def __len__(self) -> int:
@@ -101,12 +107,13 @@ class Windows:
         epoch, index = divmod(step, self.steps_per_epoch(batch_size))
         if self._epoch != (epoch, seed, batch_size):
             self._order, self._epoch = self._shuffled(epoch, seed, batch_size), (epoch, seed, batch_size)
+            self._drawn = self._with_ties_drawn(epoch, seed)
         chosen = self._order[index]
         count = int(self.lengths[chosen].sum())
         chosen = chosen[rank::world]
         starts, lengths = self.starts[chosen], self.lengths[chosen]
-        inputs = self.histories.take(starts, lengths).items.astype(np.int64)
-        targets = inputs if self.whole else self.histories.take(starts + 1, lengths).items.astype(np.int64)
+        inputs = self._drawn.take(starts, lengths).items.astype(np.int64)
+        targets = inputs if self.whole else self._drawn.take(starts + 1, lengths).items.astype(np.int64)
         return Batch(inputs, targets, lengths, self.users[chosen], count)
 
     def _shuffled(self, epoch: int, seed: int, batch_size: int) -> NDArray[np.int64]:
@@ -120,3 +127,17 @@ class Windows:
         group = np.arange(len(order)) // (batch_size * _SORTED_BATCHES)
         order = order[np.lexsort((self.lengths[order], group))].reshape(steps, batch_size)
         return order[rng.permutation(steps)]
+
+    def _with_ties_drawn(self, epoch: int, seed: int) -> Histories:
+        if self.ties is None:
+            return self.histories
+        drawn = np.random.default_rng((seed, epoch, 1)).random(len(self.ties))
+        return Histories(self.histories.items[np.lexsort((drawn, self.ties))], self.histories.ends)
+
+
+def tie_groups(times: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int32]:
+    """int32 [events]: the number, from 1, of each event's group of one history's events of one time."""
+    begins = np.ones(len(times), bool)
+    begins[1:] = times[1:] != times[:-1]
+    begins[ends[:-1][ends[:-1] < len(times)]] = True
+    return begins.cumsum().astype(np.int32)

@@ -11,6 +11,7 @@ import torch
 from raypipe.metrics import published
 from raypipe.recommenders.checkpoint import load_recommender
 from raypipe.recommenders.config import RecommenderConfig
+from raypipe.recommenders.task import prepare_training
 from raypipe.storage.models import Models
 from raypipe.storage.store import Store
 from tests.conftest import Run
@@ -106,6 +107,31 @@ def test_nothing_held_out_is_in_what_training_reads(raypipe: Run, chains: str, m
     assert set(histories.lengths) == {7}
     last = histories.items[histories.ends - 1]
     assert (held == last % ITEMS + 1).all()
+
+
+def test_events_of_one_time_are_told_to_training(
+    ray_cluster: None, raypipe: Run, tmp_path: Path, files: Path, monkeypatch
+) -> None:
+    uri = str(tmp_path / "workspace")
+    events = [(f"u{user}", f"i{n + 1}", START + n // 2) for user in range(20) for n in range(8)]
+    words = ("--log.path", write_log(files / "log.csv", events), "--log.columns.time", "time")
+    catalogue = write_catalogue(files / "items.csv", ITEMS)
+    assert raypipe("ingest", "--workspace", uri, *words, "--catalogue.path", catalogue).code == 0
+    told = []
+
+    def watched(*given):
+        told.append(given[-1])
+        return prepare_training(*given)
+
+    monkeypatch.setattr("raypipe.pipeline.train.prepare_training", watched)
+    short = (*SMALL, "--trainer.steps", 2)
+    plain = raypipe("train", "--workspace", uri, *short)
+    shuffled = raypipe("train", "--workspace", uri, *short, "--shuffle_ties")
+    assert (plain.status, shuffled.status) == ("ok", "ok")
+    assert plain.result["run_key"] != shuffled.result["run_key"]
+    assert told[0] is None
+    # Six events of each user in training, two at a time.
+    assert told[1].tolist() == [1 + 4 * user + n // 2 for user in range(20) for n in range(6)]
 
 
 def test_a_loss_that_is_no_number_stops_with_step_users_and_checkpoint(raypipe: Run, chains: str) -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from raypipe.recommenders.windows import Histories, Windows
+from raypipe.recommenders.windows import Histories, Windows, tie_groups
 
 LENGTHS = [1, 2, 3, 9, 10, 11, 25, 40, 0, 7]
 
@@ -71,3 +71,31 @@ def test_cut_histories_keep_order_and_may_become_empty(histories: Histories) -> 
     cut = histories.without_last(2)
     assert cut.lengths.tolist() == [max(0, length - 2) for length in LENGTHS]
     assert cut.items[cut.starts[6] : cut.ends[6]].tolist() == list(range(601, 624))
+
+
+def test_events_of_one_time_come_in_another_order_in_every_epoch(histories: Histories) -> None:
+    times = np.array([n // 3 for length in LENGTHS for n in range(length)])  # three events at a time
+    ties = tie_groups(times, histories.ends)
+    group = dict(zip(histories.items.tolist(), ties.tolist(), strict=True))
+    windows = Windows(histories, 50, ties=ties)
+    long = histories.items[histories.starts[7] : histories.ends[7]].tolist()
+    orders = set()
+    for epoch in range(4):
+        steps = range(epoch * windows.steps_per_epoch(1), (epoch + 1) * windows.steps_per_epoch(1))
+        batches = [windows.batch(step, 7, 0, 1, 1) for step in steps]
+        (found,) = (batch for batch in batches if batch.users[0] == 7)
+        order = [*found.items.tolist(), int(found.targets[-1])]
+        assert found.targets[:-1].tolist() == order[1:-1]
+        assert sorted(order) == long
+        assert [group[item] for item in order] == [group[item] for item in long]
+        orders.add(tuple(order))
+    assert len(orders) == 4
+    assert tuple(long) not in orders
+    again = Windows(histories, 50, ties=ties)
+    step = windows.steps_per_epoch(1) + 3
+    assert again.batch(step, 7, 0, 1, 1).items.tolist() == windows.batch(step, 7, 0, 1, 1).items.tolist()
+
+
+def test_ties_end_where_a_time_or_a_history_does() -> None:
+    times = np.array([5, 5, 6, 6, 6, 7, 7, 7])
+    assert tie_groups(times, np.array([3, 3, 6, 8])).tolist() == [1, 1, 2, 3, 3, 4, 5, 5]
