@@ -27,8 +27,9 @@ from tests.pipeline.small_logs import (
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 ECHO = ("--engine.engine", "echo")
-# A context in which not even two texts can be merged.
+# A context in which not even two texts can be merged; most users are rejected for it.
 TIGHT = (
+    *("--max_reject_rate", 1),
     *("--engine.context", 110),
     *("--summaries.block_decoding.max_new_tokens", 12),
     *("--summaries.merge_decoding.max_new_tokens", 12),
