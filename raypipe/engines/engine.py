@@ -8,6 +8,7 @@ Importing this module loads neither torch nor transformers, so a driver can plan
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -59,6 +60,12 @@ class Decoding(Config):
     max_new_tokens: int = shaping(96, "most tokens of one answer", ge=1)
     temperature: float = shaping(0.0, "0 is greedy", ge=0)
     seed: int = shaping(0, "seed of sampling; without effect when greedy")
+
+
+def prompt_seed(seed: int, text: str) -> int:
+    """A seed of 63 bits from the decoding's seed and the prompt: the same in every batch and process."""
+    digest = hashlib.blake2b(f"{seed}\0{text}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 @dataclass(frozen=True, slots=True)

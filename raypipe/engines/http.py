@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import os
 import queue
@@ -22,7 +21,16 @@ from typing import Any
 
 import aiohttp
 
-from raypipe.engines.engine import Capabilities, Decoding, EngineDownError, ErrorKind, HttpConfig, Outcome, OutcomeError
+from raypipe.engines.engine import (
+    Capabilities,
+    Decoding,
+    EngineDownError,
+    ErrorKind,
+    HttpConfig,
+    Outcome,
+    OutcomeError,
+    prompt_seed,
+)
 from raypipe.language.prompt import Prompt
 
 _FIRST_PAUSE_S = 0.5
@@ -89,7 +97,7 @@ class HttpEngine:
             "messages": [{"role": "user", "content": prompt.text}],
             "max_tokens": decoding.max_new_tokens,
             "temperature": decoding.temperature,
-            "seed": _seed(decoding.seed, prompt.text),
+            "seed": prompt_seed(decoding.seed, prompt.text) >> 32,  # 31 bits: what every server takes
         }
         try:
             return await self._attempts(session, index, body)
@@ -167,11 +175,6 @@ def _pause(header: str | None) -> float | None:
         return max(0.0, float(header)) if header is not None else None
     except ValueError:
         return None
-
-
-def _seed(seed: int, text: str) -> int:
-    digest = hashlib.blake2b(f"{seed}\0{text}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 33
 
 
 class _Background:

@@ -9,14 +9,13 @@ Not covered: paged memory, several GPUs. Use a serving engine for those.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from raypipe.engines.decoding import decode
-from raypipe.engines.engine import Capabilities, Decoding, FinishReason, Outcome, OutcomeError
+from raypipe.engines.engine import Capabilities, Decoding, FinishReason, Outcome, OutcomeError, prompt_seed
 from raypipe.language.backbone import load_backbone
 from raypipe.language.prompt import Prompt
 
@@ -51,7 +50,7 @@ class TransformersEngine:
                 yield Outcome(index, tokens_in=len(encoded.get(index, ())), error=error)
         # Longest first: if memory does not suffice, that shows at once and not at the end.
         fitting.sort(key=lambda index: (-len(encoded[index]), index))
-        seeds = [_seed(decoding.seed, prompts[index].text) for index in fitting] if decoding.temperature else []
+        seeds = [prompt_seed(decoding.seed, prompts[index].text) for index in fitting] if decoding.temperature else []
         for answer in decode(self._backbone, [encoded[i] for i in fitting], decoding, seeds, self._batch_tokens):
             index = fitting[answer.prompt]
             (text,) = self._backbone.decode([answer.tokens])
@@ -69,9 +68,3 @@ class TransformersEngine:
             )
             return OutcomeError("prompt_too_long", message)
         return None
-
-
-def _seed(seed: int, text: str) -> int:
-    """A seed of 63 bits from the decoding's seed and the prompt: the same in every batch and process."""
-    digest = hashlib.blake2b(f"{seed}\0{text}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

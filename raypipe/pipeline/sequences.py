@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from raypipe.errors import UsageError
 from raypipe.recommenders.windows import Histories, tie_groups
@@ -26,21 +27,22 @@ def pinned_versions(workspace: Workspace) -> dict[str, int]:
 
 def read_histories(workspace: Workspace, version: int) -> tuple[pa.Array, Histories]:
     """All users, sorted by id, and their items in time order."""
-    rows = workspace.tables["histories"].read(version, ["user_id", "items"]).sort_by("user_id").combine_chunks()
-    return rows["user_id"].combine_chunks(), _histories(rows["items"].combine_chunks())
+    users, items, ends = _lists(workspace, version, "items")
+    return users, Histories(items.astype(np.int32), ends)
 
 
 def read_ties(workspace: Workspace, version: int) -> Histories:
     """As `read_histories`, the numbers of the groups of events of one time in the place of items."""
-    rows = workspace.tables["histories"].read(version, ["user_id", "times"]).sort_by("user_id").combine_chunks()
-    lists = rows["times"].combine_chunks()
-    ends = lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64).cumsum()
-    return Histories(tie_groups(lists.flatten().to_numpy(zero_copy_only=False), ends), ends)
+    _, times, ends = _lists(workspace, version, "times")
+    return Histories(tie_groups(times, ends), ends)
 
 
-def _histories(lists: pa.ListArray) -> Histories:
-    flat = lists.flatten().to_numpy(zero_copy_only=False).astype(np.int32)
-    return Histories(flat, lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64).cumsum())
+def _lists(workspace: Workspace, version: int, name: str) -> tuple[pa.Array, NDArray[np.int64], NDArray[np.int64]]:
+    """All users, sorted by id, the values of a list column one after the other, and where each user's end."""
+    rows = workspace.tables["histories"].read(version, ["user_id", name]).sort_by("user_id").combine_chunks()
+    lists = rows[name].combine_chunks()
+    lengths = lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+    return rows["user_id"].combine_chunks(), lists.flatten().to_numpy(zero_copy_only=False), lengths.cumsum()
 
 
 def catalogue_card(item_ids: list[str], count: int | None = None) -> dict[str, object]:

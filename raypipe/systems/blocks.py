@@ -25,8 +25,8 @@ class BucketBlocks:
     """Every window block of every user of a bucket, users in order.
 
     `bounds` [users + 1] delimits a user's blocks. Per block: `number` (from the first event ever), `start` and `length`
-    (events, counted over the whole bucket), whether it is `full`, `key` (hex). Per user: `covered` full blocks ever, `covered_key`,
-    `change_key`.
+    (events, counted over the whole bucket), whether it is `full`, `key` (hex). Per user: `covered` full blocks ever,
+    `covered_key`, `change_key`.
     """
 
     bounds: Integers

@@ -7,8 +7,8 @@ import pytest
 from raypipe.engines.echo import EchoEngine
 from raypipe.systems.paradigms import build_summarizer, calls_needed
 from raypipe.systems.recurrent import RecurrentSummarizer
-from raypipe.systems.summaries import Block, SummariesConfig, UserSummary, Written
-from tests.systems.test_summaries import CountingEngine
+from raypipe.systems.summaries import Block, SummariesConfig, UserSummary
+from tests.systems.test_summaries import CountingEngine, known_of
 
 CONFIG = SummariesConfig(paradigm="recurrent")
 
@@ -26,10 +26,6 @@ def one(engine: EchoEngine, blocks: list[Block], known: dict | None = None, **op
     config = CONFIG.model_copy(update=options)
     (result,) = build_summarizer(engine, config, "").summarize({"u": blocks}, {"u": known or {}})
     return result
-
-
-def known_of(result: UserSummary) -> dict[tuple[int, int], Written]:
-    return {(text.level, text.number): text for text in result.written}
 
 
 @pytest.mark.parametrize("events", range(1, 41))
