@@ -40,7 +40,7 @@ def top_k(queries: Tensor, table: Tensor, k: int, filters: Filters = EVERYTHING)
         raise ValueError(f"A list of {k} items was asked for and the catalogue has {items}: ask for fewer.")
     best: Tensor | None = None
     for rows in _blocks(items, len(queries)):
-        keys = _keys(_filtered(queries @ table[rows].T, rows, filters), rows)
+        keys = _best_keys(_filtered(queries @ table[rows].T, rows, filters), rows, k)
         keys = keys if best is None else torch.cat([best, keys], 1)
         best = keys.topk(min(k, keys.shape[1]), dim=1).values
     assert best is not None
@@ -72,12 +72,12 @@ def ranks_among(scores: Tensor, targets: Tensor, filters: Filters = EVERYTHING) 
     """As `ranks`, from scores [batch, items + 1] themselves; column 0 has no meaning."""
     own = scores.gather(1, targets[:, None])[:, 0].float()
     rows = slice(1, scores.shape[1])
-    above, same = _counted(scores[:, rows], rows, targets, own, filters)
+    above, same = _counted(scores[:, rows].clone(), rows, targets, own, filters)
     return above, same + 1
 
 
 def _counted(scores: Tensor, rows: slice, targets: Tensor, own: Tensor, filters: Filters) -> tuple[Tensor, Tensor]:
-    """Items of a block above `own` and equal to it, the target itself left out."""
+    """Items of a block above `own` and equal to it, the target itself left out. Overwrites `scores`."""
     scores = _filtered(scores, rows, filters)
     here = _within(targets, rows)
     scores[here, targets[here] - rows.start] = -math.inf
@@ -95,7 +95,8 @@ def _blocks(items: int, batch: int) -> list[slice]:
 
 
 def _filtered(scores: Tensor, rows: slice, filters: Filters) -> Tensor:
-    scores = scores.float().clone()
+    """Overwrites `scores`."""
+    scores = scores.float()
     if filters.allowed is not None:
         scores.masked_fill_(~filters.allowed[rows], -math.inf)
     if filters.excluded is not None:
@@ -105,11 +106,26 @@ def _filtered(scores: Tensor, rows: slice, filters: Filters) -> Tensor:
     return scores
 
 
-def _keys(scores: Tensor, rows: slice) -> Tensor:
+def _best_keys(scores: Tensor, rows: slice, k: int) -> Tensor:
+    """The k largest keys of each user among a block's scores, all where it has no more, in no order.
+
+    Keys are made of the k best scores alone, a third of the work, but where others score the same as the last of them.
+    """
+    if scores.shape[1] <= k:
+        return _keys(scores, torch.arange(rows.start, rows.stop, device=scores.device))
+    values, places = scores.topk(k + 1, dim=1)
+    keys = _keys(values[:, :k], places[:, :k] + rows.start)
+    ties = (values[:, k] == values[:, k - 1]) & (values[:, k] > -math.inf)
+    if ties.any():
+        indices = torch.arange(rows.start, rows.stop, device=scores.device)
+        keys[ties] = _keys(scores[ties], indices).topk(k, dim=1).values
+    return keys
+
+
+def _keys(scores: Tensor, indices: Tensor) -> Tensor:
     """One int64 per score that orders by score and then by falling index: the float's order in the upper half."""
     bits = (scores + 0.0).contiguous().view(torch.int32)  # adding 0.0 makes −0.0 equal 0.0
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
-    indices = torch.arange(rows.start, rows.stop, device=scores.device)
     return (ordered << 32) | (0xFFFFFFFF - indices)
 
 
