@@ -7,10 +7,11 @@ fails carries the reason as its error. All of it follows from the prompt and the
 
 from __future__ import annotations
 
-import unicodedata
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from raypipe.config import Config, shaping
 from raypipe.engines.engine import Decoding, Engine, Outcome, OutcomeError
@@ -19,6 +20,8 @@ from raypipe.language.prompt import Prompt
 # What another try may change; the others are as true the second time.
 _RETRIED = {"empty_output", "declined", "unended", "too_long", "malformed"}
 _LOOP_WORDS, _LOOP_TIMES = 5, 4
+# Control characters that are no space, and the sign for what could not be decoded.
+_NO_TEXT = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ufffd]")
 
 
 class AnswerChecks(Config):
@@ -40,19 +43,19 @@ class AnswerChecks(Config):
         text = outcome.text.strip()
         if not text:
             return OutcomeError("empty_output", "The model wrote nothing.")
-        shown = repr(text[:80])
-        if text.casefold().startswith(tuple(start.casefold() for start in self.declines)):
-            return OutcomeError("declined", f"The model declined: {shown}.")
+        starts, longest = _folded(self.declines)
+        if text[:longest].casefold().startswith(starts):
+            return OutcomeError("declined", f"The model declined: {_shown(text)}.")
         if len(text) > self.most_characters:
-            message = f"The answer has {len(text):,} characters, more than {self.most_characters:,}: {shown}."
+            message = f"The answer has {len(text):,} characters, more than {self.most_characters:,}: {_shown(text)}."
             return OutcomeError("too_long", message)
         if self.must_end and outcome.finish_reason == "length":
-            return OutcomeError("unended", f"The answer reached its token limit: {shown}.")
+            return OutcomeError("unended", f"The answer reached its token limit: {_shown(text)}.")
         # What already stands in the prompt may be repeated: titles come in every state.
-        if any(_is_no_text(sign) and sign not in prompt.text for sign in set(text)):
-            return OutcomeError("malformed", f"The answer holds what is no text: {shown}.")
+        if any(sign not in prompt.text for sign in _NO_TEXT.findall(text)):
+            return OutcomeError("malformed", f"The answer holds what is no text: {_shown(text)}.")
         if _loops(text):
-            return OutcomeError("malformed", f"The answer goes round in circles: {shown}.")
+            return OutcomeError("malformed", f"The answer goes round in circles: {_shown(text)}.")
         return None
 
 
@@ -72,7 +75,7 @@ class CheckedEngine:
         for attempt in range(self.checks.retries + 1):
             again: list[int] = []
             for outcome in self.engine.generate([prompts[index] for index in left], self._decoding(decoding, attempt)):
-                whole = _added(replace(outcome, index=left[outcome.index]), spent.get(left[outcome.index]))
+                whole = _added(outcome, left[outcome.index], spent.get(left[outcome.index]))
                 problem = self.checks.problem(whole, prompts[whole.index])
                 if problem is None:
                     yield whole
@@ -92,19 +95,27 @@ class CheckedEngine:
         return decoding.model_copy(update={"temperature": temperature, "seed": decoding.seed + attempt})
 
 
-def _added(outcome: Outcome, before: Outcome | None) -> Outcome:
+def _added(outcome: Outcome, index: int, before: Outcome | None) -> Outcome:
+    """The outcome of prompt number `index`, with what an earlier try spent."""
     if before is None:
-        return outcome
+        return outcome if outcome.index == index else replace(outcome, index=index)
     return replace(
         outcome,
+        index=index,
         tokens_in=outcome.tokens_in + before.tokens_in,
         tokens_out=outcome.tokens_out + before.tokens_out,
         calls=outcome.calls + before.calls,
     )
 
 
-def _is_no_text(sign: str) -> bool:
-    return sign == "\ufffd" or (unicodedata.category(sign) == "Cc" and not sign.isspace())
+@lru_cache
+def _folded(starts: tuple[str, ...]) -> tuple[tuple[str, ...], int]:
+    """The beginnings in no case, and how many characters of a text the longest of them asks for."""
+    return tuple(start.casefold() for start in starts), max(map(len, starts), default=0)
+
+
+def _shown(text: str) -> str:
+    return repr(text[:80])
 
 
 def _loops(text: str) -> bool:

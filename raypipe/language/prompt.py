@@ -55,6 +55,7 @@ class Prompt:
     @property
     def text(self) -> str:
         """The whole prompt as text; raises ValueError when it holds vectors, which have no text."""
-        if self.has_vectors:
+        pieces = [segment.text for segment in self.segments if isinstance(segment, Text)]
+        if len(pieces) < len(self.segments):
             raise ValueError("This prompt holds vectors; only an engine with the capability `vectors` can read it.")
-        return "".join(segment.text for segment in self.segments if isinstance(segment, Text))
+        return "".join(pieces)

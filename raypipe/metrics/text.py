@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 
 TOP = 3
 """How many of a user's most frequent values count as their own; values tied with the last of them do too."""
@@ -63,59 +64,60 @@ def top_values(counts: Mapping[str, int], k: int = TOP) -> frozenset[str]:
     return frozenset(value for value, count in counts.items() if count >= threshold)
 
 
-def value_counts(items: Iterable[Mapping[str, Sequence[str]]]) -> Counter[str]:
-    """In how many items (their attributes: name → values) each value occurs, all attributes pooled."""
-    return Counter(value for item in items for value in {v for values in item.values() for v in values})
+def item_values(attributes: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """The distinct values of an item's attributes (name → values), all attributes pooled."""
+    return tuple({value for values in attributes.values() for value in values})
 
 
-def attribute_precision(summary: str, user_top_values: frozenset[str], vocabulary: Vocabulary) -> float | None:
-    """Share of the values named in the summary that are among the user's top ones.
+def value_counts(items: Iterable[Sequence[str]]) -> Counter[str]:
+    """In how many items each value occurs; of each item its distinct values, as `item_values` gives them."""
+    return Counter(chain.from_iterable(items))
+
+
+def attribute_precision(named: Sequence[str], user_top_values: frozenset[str]) -> float | None:
+    """Share of the values a summary names that are among the user's top ones.
 
     None where the user has no top values, so there is nothing to be right about. A summary that names no value
     scores 0: silence is not precision.
     """
     if not user_top_values:
         return None
-    named = vocabulary.named(summary)
     return sum(value in user_top_values for value in named) / len(named) if named else 0.0
 
 
-def attribute_coverage(summary: str, user_top_values: frozenset[str], vocabulary: Vocabulary) -> float | None:
-    """Share of the user's top values that the summary names; None where the user has none."""
+def attribute_coverage(named: Sequence[str], user_top_values: frozenset[str]) -> float | None:
+    """Share of the user's top values that a summary names; None where the user has none."""
     if not user_top_values:
         return None
-    return len(user_top_values.intersection(vocabulary.named(summary))) / len(user_top_values)
+    return len(user_top_values.intersection(named)) / len(user_top_values)
 
 
 def shift_precision(
-    summary: str,
+    lately: Sequence[str],
     earlier: Mapping[str, int],
     recent: Mapping[str, int],
     earlier_items: int,
     recent_items: int,
-    vocabulary: Vocabulary,
 ) -> float | None:
-    """Share of the values named after "Lately" that really are more frequent per item in the recent part than before.
+    """Share of the values a summary names after "Lately" that really are more frequent per item in the recent part than before.
 
     `earlier` and `recent` count in how many of `earlier_items` and `recent_items` each value occurs. None where the
     summary claims no shift or either part is empty.
     """
-    named = vocabulary.named_lately(summary)
-    if not named or not earlier_items or not recent_items:
+    if not lately or not earlier_items or not recent_items:
         return None
-    right = sum(recent.get(v, 0) * earlier_items > earlier.get(v, 0) * recent_items for v in named)
-    return right / len(named)
+    right = sum(recent.get(v, 0) * earlier_items > earlier.get(v, 0) * recent_items for v in lately)
+    return right / len(lately)
 
 
-def untouched_share(summary: str, counts: Mapping[str, int], vocabulary: Vocabulary) -> float | None:
-    """Share of the values named in the summary that occur in none of the user's items; None where it names none."""
-    named = vocabulary.named(summary)
+def untouched_share(named: Sequence[str], counts: Mapping[str, int]) -> float | None:
+    """Share of the values a summary names that occur in none of the user's items; None where it names none."""
     return sum(not counts.get(value) for value in named) / len(named) if named else None
 
 
-def stability(before: str, after: str, vocabulary: Vocabulary) -> float | None:
+def stability(before: Sequence[str], after: Sequence[str]) -> float | None:
     """How much of what two summaries of a user name is the same: shared values over all; None where neither names any."""
-    one, other = set(vocabulary.named(before)), set(vocabulary.named(after))
+    one, other = set(before), set(after)
     return len(one & other) / len(one | other) if one or other else None
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raypipe.metrics.text import value_counts
+from raypipe.metrics.text import item_values, value_counts
 from raypipe.storage.hashing import stable_hash
 from raypipe.storage.tables import StagedFile
 from raypipe.storage.workspace import Workspace
@@ -85,7 +85,7 @@ def _choose(
 
 
 def _card(user: str, summary: str, titles: list[str], window: list[dict[str, list[str]]]) -> str:
-    counts = value_counts(window)
+    counts = value_counts(map(item_values, window))
     recent = "".join(f"<li>{html.escape(title)}</li>" for title in titles[-_SHOWN_ITEMS:])
     top = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:_SHOWN_VALUES]
     bars = "".join(

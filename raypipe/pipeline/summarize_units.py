@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,7 @@ class SummarizeBucket:
         self.budget = budget
         workspace = task.workspace
         self.catalogue = Catalogue(workspace.tables["items"].read(task.pins.items), task.config)
-        self.vocabulary = Vocabulary(v for item in self.catalogue.attributes for vs in item.values() for v in vs)
+        self.vocabulary = Vocabulary(chain.from_iterable(self.catalogue.values))
         self.blocked = blocked_users(workspace, task.pins.rejects, "summaries", task.recipes.variant)
 
     @cached_property
@@ -254,15 +255,16 @@ class SummarizeBucket:
         finished = [result for result in results.values() if not result.reason and not result.unfinished]
         for result in finished:
             user = work[result.user_id]
-            counts = value_counts(self.catalogue.attributes[i - 1] for i in state.window_items(user))
+            counts = value_counts(self.catalogue.values[index] for index in state.window_items(user))
             top = top_values(counts)
+            named = self.vocabulary.named(result.summary)
             place = int(state.place_before[user])
             old = state.before["summary"][place].as_py() if place >= 0 else None
             found = {
-                "attribute_precision": attribute_precision(result.summary, top, self.vocabulary),
-                "attribute_coverage": attribute_coverage(result.summary, top, self.vocabulary),
-                "untouched_share": untouched_share(result.summary, counts, self.vocabulary),
-                "stability": None if old is None else stability(old, result.summary, self.vocabulary),
+                "attribute_precision": attribute_precision(named, top),
+                "attribute_coverage": attribute_coverage(named, top),
+                "untouched_share": untouched_share(named, counts),
+                "stability": None if old is None else stability(self.vocabulary.named(old), named),
             }
             for name, figure in found.items():
                 if figure is not None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from raypipe.metrics.text import item_values
 from raypipe.storage.hashing import digest_lanes
 from raypipe.storage.schemas import BLOCK_SUMMARIES, SUMMARIES
 from raypipe.storage.workspace import Workspace
@@ -26,6 +28,7 @@ class Catalogue:
         self.titles = items["title"].to_pylist()
         self.texts = items["text"].to_pylist()
         self.attributes = [dict(pairs) for pairs in items["attributes"].to_pylist()]
+        self.values = [(), *map(item_values, self.attributes)]
         self.lanes = np.concatenate([np.zeros((1, 2), np.uint64), digest_lanes(items["content_hash"])])
         self._prompts = config.prompts
         self._lines: dict[int, str] = {}
@@ -158,18 +161,19 @@ class BucketState:
 
     def user_blocks(self, user: int) -> list[Block]:
         """The blocks of user number `user`, in time order."""
-        blocks, line, items = self.blocks, self.catalogue.line, self.items
+        blocks, line = self.blocks, self.catalogue.line
+        mine = slice(int(blocks.bounds[user]), int(blocks.bounds[user + 1]))
+        # A window is one stretch of the history.
+        items = iter(self.window_items(user))
         return [
-            Block(
-                int(blocks.number[place]),
-                blocks.key[place].as_py(),
-                [
-                    line(item)
-                    for item in items[blocks.start[place] : blocks.start[place] + blocks.length[place]].tolist()
-                ],
-                bool(blocks.full[place]),
+            Block(number, key, [line(item) for item in islice(items, length)], full)
+            for number, key, length, full in zip(
+                blocks.number[mine].tolist(),
+                blocks.key[mine].to_pylist(),
+                blocks.length[mine].tolist(),
+                blocks.full[mine].tolist(),
+                strict=True,
             )
-            for place in range(int(blocks.bounds[user]), int(blocks.bounds[user + 1]))
         ]
 
     def window_items(self, user: int) -> list[int]:

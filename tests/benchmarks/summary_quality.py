@@ -28,6 +28,7 @@ from raypipe.metrics.text import (
     Vocabulary,
     attribute_coverage,
     attribute_precision,
+    item_values,
     shift_precision,
     top_values,
     value_counts,
@@ -95,7 +96,9 @@ def variants(workspace: Workspace) -> dict[str, tuple[list[str], list[list[dict[
         prompts.reference_merge([window[at : at + BLOCK] for at in range(0, len(window), BLOCK)]) for window in windows
     ]
     shuffled = np.random.default_rng(0).permutation(len(summaries))
-    popular = sorted(value_counts(item for window in windows for item in window).items(), key=lambda pair: -pair[1])[:3]
+    popular = sorted(
+        value_counts(item_values(item) for window in windows for item in window).items(), key=lambda pair: -pair[1]
+    )[:3]
     constant = f"Mostly chooses {', '.join(value for value, _ in popular)}."
     return {
         "built-in LM": (summaries, windows, vocabulary),
@@ -108,23 +111,23 @@ def variants(workspace: Workspace) -> dict[str, tuple[list[str], list[list[dict[
 def measure(
     summaries: Sequence[str], windows: Sequence[Sequence[dict[str, list[str]]]], vocabulary: Vocabulary
 ) -> dict[str, float]:
-    tops = [top_values(value_counts(window)) for window in windows]
-    pairs = list(zip(summaries, tops, strict=True))
+    histories = [[item_values(item) for item in window] for window in windows]
+    tops = [top_values(value_counts(values)) for values in histories]
+    pairs = list(zip(map(vocabulary.named, summaries), tops, strict=True))
     recent = 3 * BLOCK
     shifts = (
         shift_precision(
-            summary,
-            value_counts(window[:-recent]),
-            value_counts(window[-recent:]),
-            len(window[:-recent]),
-            len(window[-recent:]),
-            vocabulary,
+            vocabulary.named_lately(summary),
+            value_counts(values[:-recent]),
+            value_counts(values[-recent:]),
+            len(values[:-recent]),
+            len(values[-recent:]),
         )
-        for summary, window in zip(summaries, windows, strict=True)
+        for summary, values in zip(summaries, histories, strict=True)
     )
     return {
-        "attribute_precision": _mean(attribute_precision(summary, top, vocabulary) for summary, top in pairs),
-        "attribute_coverage": _mean(attribute_coverage(summary, top, vocabulary) for summary, top in pairs),
+        "attribute_precision": _mean(attribute_precision(named, top) for named, top in pairs),
+        "attribute_coverage": _mean(attribute_coverage(named, top) for named, top in pairs),
         "shift_precision": _mean(shifts),
         "users": len(summaries),
     }
