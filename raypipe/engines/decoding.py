@@ -2,7 +2,8 @@
 
 All rows of a batch share their columns: a row's prompt ends where the batch stands when it joins, so that one mask and one
 buffer of keys and values serve rows of any age. When enough rows have ended, the batch is built anew of those that have
-not and of as many waiting prompts as its tokens hold; columns that no row needs any more are left behind.
+not and of as many waiting prompts as its tokens hold; columns that no row needs any more are left behind. What all prompts
+begin with is read once, and its keys and values are copied.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from raypipe.language.backbone import Backbone
 
 # Building a batch anew copies its cache and reads new prompts at once: it waits until this share of its rows has ended.
 _ENDED_SHARE = 0.25
+_FEW_TOKENS = 8  # Copying the keys and values of fewer is not worth its while.
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ def decode(
     A batch holds at most `batch_tokens` of prompts and answers, or one row.
     """
     waiting = deque(range(len(prompts)))
-    batch = _Batch(backbone, decoding)
+    batch = _Batch(backbone, decoding, shared_start(prompts))
     while waiting or len(batch.prompts):
         if batch.ended_share >= _ENDED_SHARE:
             batch.keep_live()
@@ -62,15 +64,25 @@ def decode(
         yield from batch.take_answers()
 
 
+def shared_start(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """The tokens that all prompts begin with, none where they are few; at least one of each prompt is left."""
+    if len(prompts) < 2:
+        return []
+    first, last = min(map(list, prompts)), max(map(list, prompts))  # In their order these two differ first.
+    length = next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    length = min(length, min(map(len, prompts)) - 1)
+    return first[:length] if length >= _FEW_TOKENS else []
+
+
 class _Batch:
     """Rows being answered; columns of the cache up to `stop` are filled, and every row's newest token is yet to be read.
 
     Per row: `prompts` its number, `live` whether it goes on, `taken` answer tokens so far, `answers` [rows, most] these
     tokens, `newest` the last of them, `position` where in its text that stands, `mask` [rows, capacity] 1 where a column
-    holds one of its tokens, `draws` [rows, most] where it samples.
+    holds one of its tokens, `draws` [rows, most] where it samples. A row's shared start and what follows it may lie apart.
     """
 
-    def __init__(self, backbone: Backbone, decoding: Decoding) -> None:
+    def __init__(self, backbone: Backbone, decoding: Decoding, shared: Sequence[int]) -> None:
         self.model, self.device = backbone.model, backbone.device
         self.most, self.temperature = decoding.max_new_tokens, decoding.temperature
         self.ends = torch.tensor(backbone.ends, device=self.device)
@@ -81,6 +93,15 @@ class _Batch:
         self.answers, self.mask = self.prompts.view(0, self.most), self.prompts.view(0, 0)
         self.draws = torch.zeros(0, self.most, device=self.device)
         self._done: list[Answer] = []
+        self._shared: DynamicCache | None = None
+        self._shared_tokens = 0
+        if shared:
+            cache = _cache(self.model, len(shared))
+            if _is_plain(cache):
+                self.model(
+                    input_ids=torch.tensor([shared], device=self.device), past_key_values=cache, logits_to_keep=1
+                )
+                self._shared, self._shared_tokens = cache, len(shared)
 
     @property
     def ended_share(self) -> float:
@@ -113,18 +134,22 @@ class _Batch:
 
     def join(self, numbers: Sequence[int], prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> None:
         """Read new prompts and choose the first token of each."""
-        longest, rows = max(map(len, prompts)), len(prompts)
-        padding = [longest - len(prompt) for prompt in prompts]
-        tokens = torch.tensor(
-            [[0] * pad + list(p) for pad, p in zip(padding, prompts, strict=True)], device=self.device
-        )
-        read = torch.arange(longest, device=self.device) >= torch.tensor(padding, device=self.device)[:, None]
+        longest, rows, known = max(map(len, prompts)), len(prompts), self._shared_tokens
+        padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=self.device)
+        tokens = torch.zeros(rows, longest - known, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            tokens[row, longest - len(prompt) :] = torch.tensor(prompt[known:])
+        place = torch.arange(longest, device=self.device)
+        read = (place < known) | (place - known >= padding[:, None])
         columns = max(self.stop, longest)
         cache = _cache(self.model, columns + self.most if self.cache is None else longest)
+        if self._shared is not None:
+            for layer, start in zip(cache.layers, self._shared.layers, strict=True):
+                layer.update(start.keys.expand(rows, -1, -1, -1), start.values.expand(rows, -1, -1, -1))
         logits = self.model(
-            input_ids=tokens,
-            attention_mask=read.long() if any(padding) else None,
-            position_ids=(read.cumsum(1) - 1).clamp(min=0),
+            input_ids=tokens.to(self.device),
+            attention_mask=read.long() if padding.any() else None,
+            position_ids=(read.cumsum(1) - 1).clamp(min=0)[:, known:],
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,

@@ -66,6 +66,42 @@ def test_the_size_of_batches_changes_no_answer(lm):
     assert answers(lm, prompts, decoding, batch_tokens=200) == answers(lm, prompts, decoding)
 
 
+def test_what_all_prompts_begin_with_is_read_once(stories, monkeypatch):
+    instructions = "Once upon a time there was a little girl who had a red ball and a dog and a cat."
+    prompts = [Prompt.of(f"{instructions} {prompt.text}") for prompt in mixed_prompts(24)]
+    decoding = Decoding(max_new_tokens=20)
+    shared = decoding_loop.shared_start(load_backbone(stories, device="cpu").encode([p.text for p in prompts]))
+    assert len(shared) >= 20
+    read: list[int] = []
+
+    def counting(lm: str) -> list[Outcome]:
+        built = engine(lm)
+        model = built._backbone.model
+        forward = model.forward
+        monkeypatch.setattr(
+            model, "forward", lambda **given: read.append(given["input_ids"].numel()) or forward(**given)
+        )
+        return sorted(built.generate(prompts, decoding), key=lambda outcome: outcome.index)
+
+    once = counting(stories)
+    assert read[0] == len(shared)
+    with_sharing = sum(read)
+    read.clear()
+    monkeypatch.setattr(decoding_loop, "shared_start", lambda prompts: [])
+    assert counting(stories) == once
+    assert sum(read) >= with_sharing + len(shared) * (len(prompts) - 1)
+    alone = engine(stories)
+    assert [next(alone.generate([prompt], decoding)).text for prompt in prompts] == [outcome.text for outcome in once]
+
+
+def test_the_shared_start_leaves_a_token_of_every_prompt():
+    start = list(range(30))
+    assert decoding_loop.shared_start([[*start, 7], [*start, 8, 9], [*start, 7, 1]]) == start
+    assert decoding_loop.shared_start([start, start]) == start[:-1]
+    assert decoding_loop.shared_start([start, [0, 1, 2, 9]]) == []  # too few to be worth it
+    assert decoding_loop.shared_start([start]) == []
+
+
 def test_sampling_follows_seed_and_prompt_and_never_the_batch(lm):
     prompts, decoding = mixed_prompts(16), Decoding(max_new_tokens=20, temperature=1.0, seed=7)
     together = answers(lm, prompts, decoding)
