@@ -46,6 +46,7 @@ class InstructionConfig(Config):
 
     block_examples: int = shaping(14_000, "exercises in summarising one block of items", ge=0)
     merge_examples: int = shaping(26_000, "exercises in merging block summaries", ge=0)
+    update_examples: int = shaping(10_000, "exercises in adding a block to a summary", ge=0)
     synthetic_share: float = shaping(0.5, "share of examples made from made-up histories", ge=0, le=1)
     catalogue_repeats: int = shaping(0, "how often every item's line stands in training as plain text", ge=0)
     block_size: int = shaping(5, "items of one block", ge=1)
@@ -68,7 +69,7 @@ def histories_before_cut(histories: Iterable[Sequence[int]], hold_out: int) -> l
 def summary_examples(
     histories: Sequence[Sequence[int]], catalogue: Catalogue, prompts: SummaryPrompts, config: InstructionConfig
 ) -> Iterator[Example]:
-    """Block, merge and catalogue examples; the same arguments always give the same examples in the same order.
+    """Block, merge, update and catalogue examples; the same arguments always give the same examples in the same order.
 
     `histories` hold item indices (1…n) in time order and end before the cut.
     """
@@ -86,8 +87,23 @@ def summary_examples(
         texts = [prompts.block_summary_of_counts(counts) for counts in blocks]
         # The answer follows from what is shown, so that the exercise can be solved.
         yield Example(prompts.merge_prompt(texts).text, prompts.merge_of_counts(blocks))
+    for _ in range(config.update_examples if config.blocks > 1 else 0):
+        run = source.draw(int(rng.integers(2, config.blocks + 1)))
+        if len(run) > 1:  # else it is of a history of one block
+            yield _update_example(run, [source.counts(rows) for rows in run], lines, prompts)
     for _ in range(config.catalogue_repeats):
         yield from (Example("", line) for line in lines)
+
+
+def _update_example(
+    run: Sequence[Sequence[int]], counts: Sequence[Counter[str]], lines: Sequence[str], prompts: SummaryPrompts
+) -> Example:
+    """The last block of a run of blocks (rows of the catalogue) added to the summary of those before it."""
+    summary, worth = prompts.block_summary_of_counts(counts[0]), dict(counts[0])
+    for block in counts[1:-1]:
+        summary, worth = prompts.reference_update(worth, block)
+    shown = prompts.update_prompt(summary, [lines[row] for row in run[-1]]).text
+    return Example(shown, prompts.reference_update(worth, counts[-1])[0])
 
 
 def _number_of_blocks(most: int, rng: np.random.Generator) -> int:

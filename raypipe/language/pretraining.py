@@ -61,7 +61,7 @@ def prepare_lm(
     tokenizer = train_tokenizer(
         chain(catalogue.lines(config.prompts), answers),
         values,
-        [config.prompts.block, config.prompts.merge],
+        [config.prompts.block, config.prompts.merge, config.prompts.update],
         config.model.vocabulary,
     )
     save_untrained(folder / "start", config.model, tokenizer, config.instructions.seed)

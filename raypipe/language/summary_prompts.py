@@ -11,6 +11,11 @@ The grammar of a reference answer, which `raypipe.metrics.text` reads:
 
 A block states counts because a merge of bare names could not tell two mentions from ten. "Lately" restates the
 value, among those already named, whose frequency rose most; it is left out where none rose.
+
+An update knows a summary's order and no counts, so the reference carries what a place is worth: the first value named
+counts as six items, the second as four, the third as three, and each item of the new block as one. "Lately" is then the
+named value that most of the block has and that the block lifted to its place; a block summary that is updated shows
+counts, which stand for themselves.
 """
 
 from __future__ import annotations
@@ -35,6 +40,7 @@ ELLIPSIS = "…"
 
 _TIMES = {1: "once", 2: "twice", 3: "three times", 4: "four times", 5: "five times", 6: "six times", 7: "seven times"}
 _LEADING = 2  # values after "Mostly chooses"; the rest follow "also"
+_WORTH = 12  # of what a summary names, shared by place: 6, 4, 3, 2, …
 
 _BLOCK = """Below are items one person chose, oldest first.
 {items}
@@ -130,11 +136,30 @@ class SummaryPrompts(Config):
         named = _ranked(total)[: self.summary_values]
         if not named:
             return NOTHING
+        return self._told(named, self._risen(blocks, named))
+
+    def _told(self, named: Sequence[str], risen: str | None) -> str:
         summary = f"Mostly chooses {_listed(named[:_LEADING])}"
         if named[_LEADING:]:
             summary += f"; also {_listed(named[_LEADING:])}"
-        risen = self._risen(blocks, named)
         return f"{summary}. {LATELY} more {risen}." if risen else f"{summary}."
+
+    def reference_update(self, before: Mapping[str, int], block: Mapping[str, int]) -> tuple[str, dict[str, int]]:
+        """The updated summary, and what the values it names are worth to the next update.
+
+        `before` says what each value is worth that the summary so far names, `block` in how many new items each occurs.
+        """
+        total = Counter(before)
+        total.update(block)
+        named = _ranked(total)[: self.summary_values]
+        if not named:
+            return NOTHING, {}
+        places = {value: place for place, value in enumerate(_ranked(before))}
+        lifted = [
+            value for place, value in enumerate(named) if block.get(value) and places.get(value, len(named)) > place
+        ]
+        risen = max(lifted, key=lambda value: block[value], default=None)
+        return self._told(named, risen), {value: max(1, _WORTH // (2 + place)) for place, value in enumerate(named)}
 
     def _risen(self, blocks: Sequence[Mapping[str, int]], named: Sequence[str]) -> str | None:
         """The named value whose mean count per block rose most from the earlier blocks to the recent ones."""

@@ -28,7 +28,7 @@ from raypipe.storage.workspace import Workspace
 
 JOB = "lm"
 MODEL = "lm"
-STEP_VERSION = 1
+STEP_VERSION = 2
 
 
 class LmOptions(TrainingOptions):

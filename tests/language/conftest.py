@@ -27,7 +27,7 @@ def histories() -> list[list[int]]:
 def tiny_data() -> LmDataConfig:
     return LmDataConfig(
         model=BuiltinLmConfig(size="tiny", vocabulary=600, context=512),
-        instructions=InstructionConfig(block_examples=60, merge_examples=40),
+        instructions=InstructionConfig(block_examples=60, merge_examples=40, update_examples=40),
     )
 
 

@@ -65,7 +65,7 @@ def test_an_epoch_shows_every_example_once_and_ranks_share_each_batch(task):
         return [np.trim_zeros(row.numpy(), "b").tobytes() for batch in batches for row in batch["tokens"]]
 
     whole = rows(0, 1, 0)
-    assert len(whole) == 100
+    assert len(whole) == 140
     assert sorted(rows(0, 2, 0) + rows(1, 2, 0)) == sorted(whole)
     assert sorted(rows(0, 1, 1)) == sorted(whole)
     assert rows(0, 1, 1) != whole
@@ -86,7 +86,7 @@ def test_batches_hold_examples_of_like_length(task):
 
 def test_preparation_writes_the_same_bytes_again(prepared, histories, catalogue, tiny_data, tmp_path):
     counts = prepare_lm(tmp_path, histories, catalogue, tiny_data)
-    assert counts["examples"] == 100
+    assert counts["examples"] == 140
     for file in ["tokens.npy", "ends.npy", "answer_starts.npy", "start/model.safetensors", "start/tokenizer.json"]:
         assert (tmp_path / file).read_bytes() == (prepared / file).read_bytes()
 

@@ -59,6 +59,19 @@ def test_a_merge_names_the_most_frequent_values_and_what_rose_lately():
     assert PROMPTS.reference_merge([[{}], []]) == NOTHING
 
 
+def test_an_update_weighs_what_the_summary_named_first_against_the_new_items():
+    worth = {"Drama": 6, "Comedy": 4, "War": 3}
+    assert PROMPTS.reference_update(worth, {}) == ("Mostly chooses Drama and Comedy; also War.", worth)
+    summary, worth = PROMPTS.reference_update(worth, {"War": 4, "Drama": 1, "Horror": 2})
+    # 7 each for Drama and War, by name; War rose to a place it did not have.
+    assert (summary, worth) == (
+        "Mostly chooses Drama and War; also Comedy. Lately more War.",
+        {"Drama": 6, "War": 4, "Comedy": 3},
+    )
+    assert PROMPTS.reference_update({}, {"War": 1}) == ("Mostly chooses War. Lately more War.", {"War": 6})
+    assert PROMPTS.reference_update({}, {}) == (NOTHING, {})
+
+
 def test_the_metric_reads_what_the_grammar_writes():
     vocabulary = Vocabulary(["Drama", "War", "3M"])
     summary = PROMPTS.reference_merge([[DRAMA, DRAMA, BOTH]] * 4 + [[WAR, WAR]] * 3)

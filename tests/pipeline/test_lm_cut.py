@@ -34,7 +34,7 @@ def test_a_planted_last_title_is_in_no_exercise_made_from_histories(
     before = histories_before_cut(histories["items"].to_pylist(), hold_out)
     items = newest(uri, "items").sort_by("index")
     shown = Catalogue(items["title"].to_pylist(), [dict(pairs) for pairs in items["attributes"].to_pylist()])
-    config = InstructionConfig(block_examples=400, merge_examples=50, synthetic_share=0)
+    config = InstructionConfig(block_examples=400, merge_examples=50, update_examples=0, synthetic_share=0)
     text = "".join(
         example.prompt + example.answer for example in summary_examples(before, shown, SummaryPrompts(), config)
     )

@@ -176,7 +176,7 @@ def test_the_language_model_learns_and_loads_like_any_other(tmp_path: Path):
     catalogue = Catalogue([f"Film {n}" for n in range(40)], [{"genre": [f"G{n % 4}"]} for n in range(40)])
     data = LmDataConfig(
         model=BuiltinLmConfig(size="tiny", vocabulary=400, context=256),
-        instructions=InstructionConfig(block_examples=200, merge_examples=40),
+        instructions=InstructionConfig(block_examples=200, merge_examples=40, update_examples=0),
     )
     prepare_lm(tmp_path / "prepared", [[1, 2, 3, 4, 5, 6]], catalogue, data)
     config = TrainerConfig(steps=30, batch_size=16, warmup_steps=5, device="cpu", max_failures=0)
