@@ -1,0 +1,188 @@
+"""Summaries of real, skewed histories: our engine beside plain `model.generate`, and the job beside the bare engine.
+
+MovieLens 1M and the workspace's own LM, greedy, float32, one thread. Plain is what one would write at once: prompts in the
+order of their users, in left-padded batches of as many rows as the longest prompt leaves room for in the same number of
+tokens, each batch until its last row has ended. Both must give the same texts. The job is one worker's work from reading its
+buckets to staged files, by the worker's own clock, beside the same prompts through the engine without Ray; start-up and the
+one transaction of a night come on top.
+
+Figures: `vs_plain_generate` and `vs_bare_engine` (medians of the rounds' ratios of generated tokens/s), `tokens_per_s` of
+the engine, `prompts`, `ended_share` (answers that the model ended itself).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from raypipe.data.catalogue import CatalogueColumns, CatalogueConfig
+from raypipe.data.log import LogColumns, LogConfig
+from raypipe.engines.engine import Decoding, EngineConfig
+from raypipe.engines.transformers import TransformersEngine
+from raypipe.language.backbone import load_backbone
+from raypipe.language.prompt import Prompt
+from raypipe.pipeline.ingest import IngestConfig, run_ingest
+from raypipe.pipeline.lm import LmConfig, run_lm
+from raypipe.pipeline.summarize import SummarizeConfig, run_summarize
+from raypipe.pipeline.summary_state import BucketState, Catalogue, Pins
+from raypipe.runtime.cluster import ClusterConfig
+from raypipe.storage.hashing import stable_hash
+from raypipe.storage.workspace import Workspace
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT.parent / "shared/data/ml-1m"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--users", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workspace", default=str(ROOT / "build/summarize-ml-1m"), help="made where it is not")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    make_workspace(given.workspace)
+    config = SummarizeConfig(workspace=given.workspace, tracking="off", cluster=ClusterConfig(workers=1))
+    users, prompts, folder = chosen(config, given.users)
+    decoding = config.summaries.block_decoding
+    engine = EngineConfig(lm=folder, threads=1).build()
+    assert isinstance(engine, TransformersEngine)
+    ratios, job_ratios, speeds = [], [], []
+    for number in range(given.rounds):
+        mine, texts, ended = ours(engine, prompts, decoding)
+        plain, plain_texts = generate(folder, prompts, decoding, config.engine.batch_tokens)
+        differing = sum(a != b for a, b in zip(texts, plain_texts, strict=True))
+        assert not differing, f"{differing} of {len(texts)} texts differ"
+        bare, job = whole(engine, config, users), through_the_job(config, users)
+        print(
+            f"round {number}: engine {mine:,.0f} tokens/s, plain generate {plain:,.0f}; "
+            f"with merges bare {bare:,.0f}, the job {job:,.0f}",
+            file=sys.stderr,
+        )
+        speeds.append(mine)
+        ratios.append(mine / plain)
+        job_ratios.append(job / bare)
+    figures = {
+        "vs_plain_generate": round(statistics.median(ratios), 2),
+        "vs_bare_engine": round(statistics.median(job_ratios), 3),
+        "tokens_per_s": round(statistics.median(speeds)),
+        "prompts": len(prompts),
+        "ended_share": round(ended, 4),
+    }
+    print(
+        json.dumps(
+            {"bench": "summarize", "figures": figures, "machine": f"{os.cpu_count()} cores, {platform.machine()}"}
+        )
+    )
+
+
+def make_workspace(uri: str) -> None:
+    """MovieLens 1M and its LM; nothing where they are already."""
+    log = LogConfig(
+        path=str(DATA / "interactions.csv.gz"), columns=LogColumns(user="user_id", item="item_id", order="pos")
+    )
+    catalogue = CatalogueConfig(path=str(DATA / "items.csv.gz"), columns=CatalogueColumns(item="item_id"))
+    run_ingest(IngestConfig(workspace=uri, tracking="off", log=log, catalogue=catalogue))
+    run_lm(LmConfig(workspace=uri, tracking="off"))
+
+
+def chosen(config: SummarizeConfig, count: int) -> tuple[list[str], list[Prompt], str]:
+    """Users by the hash of their names, their block prompts in order, and the LM's folder."""
+    workspace = config.open_workspace()
+    table = workspace.tables["histories"]
+    names = table.read(table.version(), ["user_id"])["user_id"].combine_chunks()
+    users = names.take(pa.array(np.argsort(stable_hash(names), kind="stable")[:count])).to_pylist()
+    model = config.resolve_model(workspace)
+    assert model is not None
+    blocks = [block for mine in _blocks(config, workspace, users) for block in mine]
+    return (
+        users,
+        [config.summaries.prompts.block_prompt(lines) for lines in blocks],
+        str(config.fetch(workspace, model)),
+    )
+
+
+def _blocks(config: SummarizeConfig, workspace: Workspace, users: Sequence[str]) -> list[list[Sequence[str]]]:
+    """Each user's blocks as lines of items."""
+    names = ("histories", "items", "summaries", "block_summaries", "rejects")
+    pins = Pins(**{name: workspace.tables[name].version() for name in names})
+    recipes = config.recipes(workspace, config.resolve_model(workspace))
+    catalogue = Catalogue(workspace.tables["items"].read(pins.items), config.summaries)
+    found = []
+    for bucket in range(workspace.require_info().buckets):
+        state = BucketState(workspace, bucket, pins, recipes, config.summaries, catalogue, pa.array(users))
+        found += [[block.lines for block in state.user_blocks(user)] for user in range(len(state.users))]
+    return found
+
+
+def ours(engine: TransformersEngine, prompts: Sequence[Prompt], decoding: Decoding) -> tuple[float, list[str], float]:
+    """Generated tokens/s, the texts in order, and the share of answers that ended."""
+    started = time.monotonic()
+    outcomes = sorted(engine.generate(prompts, decoding), key=lambda outcome: outcome.index)
+    seconds = time.monotonic() - started
+    ended = sum(outcome.finish_reason == "stop" for outcome in outcomes) / len(outcomes)
+    return sum(outcome.tokens_out for outcome in outcomes) / seconds, [outcome.text for outcome in outcomes], ended
+
+
+@torch.inference_mode()
+def generate(folder: str, prompts: Sequence[Prompt], decoding: Decoding, batch_tokens: int) -> tuple[float, list[str]]:
+    """The same through `model.generate`."""
+    backbone = load_backbone(folder, device="cpu")
+    tokenizer, model = backbone.tokenizer, backbone.model
+    tokenizer.padding_side = "left"
+    texts, tokens = [], 0
+    started = time.monotonic()
+    longest = max(len(ids) for ids in tokenizer([prompt.text for prompt in prompts])["input_ids"])
+    rows = max(1, batch_tokens // (longest + decoding.max_new_tokens))
+    for start in range(0, len(prompts), rows):
+        batch = tokenizer([prompt.text for prompt in prompts[start : start + rows]], return_tensors="pt", padding=True)
+        out = model.generate(**batch, do_sample=False, max_new_tokens=decoding.max_new_tokens)
+        answers = out[:, batch["input_ids"].shape[1] :]
+        tokens += int((~torch.isin(answers, torch.tensor([*backbone.ends, tokenizer.pad_token_id]))).sum())
+        texts += backbone.decode(answers.tolist())
+    return tokens / (time.monotonic() - started), texts
+
+
+def whole(engine: TransformersEngine, config: SummarizeConfig, users: Sequence[str]) -> float:
+    """Generated tokens/s of all blocks of these users and then all merges, without Ray, tables and checks."""
+    summaries, prompts = config.summaries, config.summaries.prompts
+    per_user = _blocks(config, config.open_workspace(), users)
+    started = time.monotonic()
+    flat = [prompts.block_prompt(lines) for blocks in per_user for lines in blocks]
+    outcomes = sorted(engine.generate(flat, summaries.block_decoding), key=lambda outcome: outcome.index)
+    texts = iter([outcome.text for outcome in outcomes])
+    merges = [
+        prompts.merge_prompt([next(texts) for _ in blocks]) if len(blocks) > 1 else next(texts) for blocks in per_user
+    ]
+    merged = list(engine.generate([merge for merge in merges if not isinstance(merge, str)], summaries.merge_decoding))
+    seconds = time.monotonic() - started
+    return sum(outcome.tokens_out for outcome in [*outcomes, *merged]) / seconds
+
+
+def through_the_job(config: SummarizeConfig, users: Sequence[str]) -> float:
+    """Generated tokens/s of the job on these users, by its worker's clock."""
+    names = Path(config.workspace) / "benchmark-users.txt"
+    names.write_text("\n".join(users) + "\n")
+    canary = Path(config.workspace) / "canary"
+    shutil.rmtree(canary, ignore_errors=True)
+    workspace = config.open_workspace()
+    workspace.store.delete_folder("ledger/summarize")
+    result = run_summarize(config.model_copy(update={"users": str(names)}))
+    run = workspace.ledger("summarize").run(result.run_key)
+    receipts = run.receipts().values()
+    return sum(receipt.usage.tokens_out for receipt in receipts) / sum(receipt.usage.seconds for receipt in receipts)
+
+
+if __name__ == "__main__":
+    main()
