@@ -44,7 +44,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 # Each goes into fingerprints and is raised whenever the same prompt would get another answer.
-VERSIONS = {"echo": 1, "transformers": 1, "openai": 1}
+VERSIONS = {"echo": 1, "transformers": 1, "vllm": 1, "openai": 1}
 DEFAULT_CONTEXT = 8192
 _BYTES_PER_TOKEN = 2  # cautious: tokenizers make 3 to 5 of most scripts' text
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
@@ -145,31 +145,44 @@ class HttpConfig(Config):
         return self
 
 
+class VllmConfig(Config):
+    """How vLLM uses GPUs; reserve as many for a worker with `cluster.gpus_per_worker`."""
+
+    gpus: int = free(1, "that share one copy of the model (tensor parallel)", ge=1)
+    memory_share: float = free(0.9, "of each GPU's memory; workers that share a GPU share this", gt=0, le=1)
+
+
 class EngineConfig(Config):
     """Which engine answers, with which model, and how fast it may go about it."""
 
-    engine: Literal["echo", "transformers", "openai"] = shaping("transformers", "what generates")
+    engine: Literal["echo", "transformers", "vllm", "openai"] = shaping("transformers", "what generates")
     # The name of a model is a place; what shapes the output is its content, which `identity` hashes.
-    lm: str = free("", "checkpoint folder or hub name; for transformers")
+    lm: str = free("", "checkpoint folder or hub name; for transformers and vllm")
     dtype: Dtype = shaping("float32", "precision of the weights and of decoding")
     context: int | None = shaping(None, "most tokens of prompt and answer; the model's own limit when unset", ge=2)
     device: str = free("auto", "cpu, cuda, cuda:1 …; auto takes a GPU where there is one")
     batch_tokens: int = free(32_768, "most tokens of prompts and answers held in one batch", ge=1)
     threads: int = free(0, "torch threads of this process; 0 leaves torch's own choice", ge=0)
+    vllm: VllmConfig = shaping(VllmConfig, "the GPUs of vllm")
     http: HttpConfig = shaping(HttpConfig, "the endpoint of openai")
 
     @model_validator(mode="after")
     def _a_model_is_named(self) -> EngineConfig:
         if self.engine == "openai" and not (self.http.url and self.http.model):
             raise ValueError("engine 'openai' needs http.url and http.model")
-        if self.engine == "transformers" and not self.lm:
+        if self.reads_checkpoint and not self.lm:
             raise ValueError(f"engine {self.engine!r} needs `lm`: a checkpoint folder or a hub name")
         return self
 
     @property
+    def reads_checkpoint(self) -> bool:
+        """Whether the workers load the weights of `lm` themselves."""
+        return self.engine in {"transformers", "vllm"}
+
+    @property
     def model_name(self) -> str:
         """What a report calls the model; empty for echo."""
-        return {"openai": self.http.model, "transformers": self.lm}.get(self.engine, "")
+        return {"openai": self.http.model, "echo": ""}.get(self.engine, self.lm)
 
     def build(self) -> Engine:
         """The engine, weights loaded. Raises UsageError when the checkpoint cannot be found or read."""
@@ -181,6 +194,10 @@ class EngineConfig(Config):
             from raypipe.engines.http import HttpEngine
 
             return HttpEngine(self.http, self.context or DEFAULT_CONTEXT, self.token_counter())
+        if self.engine == "vllm":
+            from raypipe.engines.vllm import VllmEngine
+
+            return VllmEngine(self)
         from raypipe.engines.transformers import TransformersEngine
 
         return TransformersEngine(self)
@@ -203,10 +220,11 @@ class EngineConfig(Config):
         Reads the checkpoint's files without loading them. Raises UsageError when there is no such checkpoint.
         """
         values = {**self.shaping_values(), "version": VERSIONS[self.engine]}
+        values.pop("vllm")  # where it runs, no more
         # What means nothing to an engine must not compute anything anew when it changes.
         if self.engine != "openai":
             values.pop("http")
-        if self.engine != "transformers":
+        if not self.reads_checkpoint:
             values.pop("dtype")
             return values
         return {**values, "model": checkpoint_hash(resolve_checkpoint(self.lm))}

@@ -4,7 +4,7 @@ Prompts are sorted by length and share a batch of so many tokens, which others j
 every answer equals the one the prompt gets alone; in bfloat16 the order of summation differs with the batch, and a few
 per cent of long answers with it.
 
-Not covered: paged memory, several GPUs. Use a serving engine for those.
+Not covered: paged memory, several GPUs. The engine `vllm` has both.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from raypipe.engines.decoding import decode
-from raypipe.engines.engine import Capabilities, Decoding, FinishReason, Outcome, OutcomeError, prompt_seed
+from raypipe.engines.encoded import encode_prompts
+from raypipe.engines.engine import Capabilities, Decoding, FinishReason, Outcome, prompt_seed
 from raypipe.language.backbone import load_backbone
 from raypipe.language.prompt import Prompt
 
@@ -39,32 +40,13 @@ class TransformersEngine:
         return self._backbone.count_tokens(texts)
 
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> Iterator[Outcome]:
-        readable = [index for index, prompt in enumerate(prompts) if not prompt.has_vectors]
-        encoded = dict(zip(readable, self._backbone.encode([prompts[i].text for i in readable]), strict=True))
-        fitting = []
-        for index in range(len(prompts)):
-            error = self._refusal(encoded.get(index), decoding)
-            if error is None:
-                fitting.append(index)
-            else:
-                yield Outcome(index, tokens_in=len(encoded.get(index, ())), error=error)
+        encoded, refused = encode_prompts(self._backbone, prompts, decoding, self.context)
+        yield from refused
         # Longest first: if memory does not suffice, that shows at once and not at the end.
-        fitting.sort(key=lambda index: (-len(encoded[index]), index))
+        fitting = sorted(encoded, key=lambda index: (-len(encoded[index]), index))
         seeds = [prompt_seed(decoding.seed, prompts[index].text) for index in fitting] if decoding.temperature else []
         for answer in decode(self._backbone, [encoded[i] for i in fitting], decoding, seeds, self._batch_tokens):
             index = fitting[answer.prompt]
             (text,) = self._backbone.decode([answer.tokens])
             reason: FinishReason = "stop" if answer.ended else "length"
             yield Outcome(index, text, len(encoded[index]), len(answer.tokens), reason)
-
-    def _refusal(self, tokens: list[int] | None, decoding: Decoding) -> OutcomeError | None:
-        if tokens is None:
-            return OutcomeError("unsupported_prompt", "The transformers engine reads text only.")
-        if not tokens:
-            return OutcomeError("unsupported_prompt", "The prompt holds no token.")
-        if len(tokens) + decoding.max_new_tokens > self.context:
-            message = (
-                f"{len(tokens)} tokens and {decoding.max_new_tokens} of answer exceed the context of {self.context}."
-            )
-            return OutcomeError("prompt_too_long", message)
-        return None

@@ -19,15 +19,11 @@ from raypipe.language.checkpoint import resolve_checkpoint
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-@dataclass(frozen=True, slots=True)
-class Backbone:
-    """A loaded model with its tokenizer. `context` is the most tokens of prompt and answer; `ends` end an answer."""
+@dataclass(frozen=True)
+class PromptTokenizer:
+    """Puts text to a model as it was taught to read it."""
 
-    model: nn.Module
     tokenizer: Any
-    device: torch.device
-    context: int
-    ends: tuple[int, ...]
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of whole prompts as the model reads them: a user's turn where the tokenizer has a chat template."""
@@ -54,6 +50,16 @@ class Backbone:
         return self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
 
 
+@dataclass(frozen=True)
+class Backbone(PromptTokenizer):
+    """A loaded model with its tokenizer. `context` is the most tokens of prompt and answer; `ends` end an answer."""
+
+    model: nn.Module
+    device: torch.device
+    context: int
+    ends: tuple[int, ...]
+
+
 def load_backbone(ref: str, dtype: Literal["float32", "bfloat16"] = "float32", device: str = "auto") -> Backbone:
     """The model at a folder or hub name, in evaluation mode on `device` ("auto": a GPU where there is one).
 
@@ -75,7 +81,7 @@ def load_backbone(ref: str, dtype: Literal["float32", "bfloat16"] = "float32", d
             problem, "Name a checkpoint with tokenizer that transformers knows without code of its own."
         ) from error
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    return Backbone(model.to(place).eval(), tokenizer, place, _context(model, tokenizer), _ends(model, tokenizer))
+    return Backbone(tokenizer, model.to(place).eval(), place, _context(model, tokenizer), _ends(model, tokenizer))
 
 
 def _context(model: Any, tokenizer: Any) -> int:

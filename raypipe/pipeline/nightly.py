@@ -76,7 +76,7 @@ def run_nightly(config: NightlyConfig) -> JobResult:
         take("ingest", lambda: run_ingest(IngestConfig(**shared, **dict(config.ingest))))
     engine = config.summarize.engine
     lm = engine.model_name or engine.engine
-    if engine.engine == "transformers" and engine.lm == BUILTIN:
+    if engine.reads_checkpoint and engine.lm == BUILTIN:
         lm = take("lm", lambda: _train_once(config, workspace, shared)).models[MODEL]
     if config.train_policy == "nightly":
         trained = take("train", lambda: run_train(TrainConfig(**shared, **dict(config.train))))

@@ -51,7 +51,7 @@ class SummarizeOptions(CapOptions, ModelCache):
 
     def resolve_model(self, workspace: Workspace) -> Model | None:
         """The workspace's own LM where the config asks for it; UsageError where there is none yet."""
-        if self.engine.engine != "transformers" or self.engine.lm != BUILTIN:
+        if not self.engine.reads_checkpoint or self.engine.lm != BUILTIN:
             return None
         model = Models(workspace.store).newest("lm")
         if model is None:

@@ -1,20 +1,23 @@
-"""What every engine promises, each on a real thing: the echo, a model of transformers, an HTTP server."""
+"""What every engine promises, each on a real thing: the echo, a model of transformers, vLLM where it is, an HTTP server."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
+import torch
 
 from raypipe.engines.engine import Decoding, Engine, EngineConfig, Outcome
+from raypipe.errors import UsageError
 from raypipe.language.prompt import Prompt, Vectors
 from tests.engines.chat_server import ChatServer
 
 SHORT = Decoding(max_new_tokens=5)
 
 
-@pytest.fixture(params=["echo", "transformers", "openai"], scope="module")
+@pytest.fixture(params=["echo", "transformers", "vllm", "openai"], scope="module")
 def engine(
     request: pytest.FixtureRequest, random_checkpoint: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Engine]:
@@ -22,6 +25,13 @@ def engine(
         with ChatServer() as server:
             http = {"url": server.url, "model": "echo"}
             yield EngineConfig.model_validate({"engine": "openai", "context": 200, "http": http}).build()
+    elif request.param == "vllm":
+        pytest.importorskip("vllm", reason="raypipe[gpu] is not installed")
+        if not torch.cuda.is_available():
+            pytest.skip("vLLM needs a GPU")
+        checkpoint = random_checkpoint(tmp_path_factory.mktemp("lm"))
+        config = {"engine": "vllm", "lm": checkpoint, "context": 200, "vllm": {"memory_share": 0.2}}
+        yield EngineConfig.model_validate(config).build()
     elif request.param == "transformers":
         checkpoint = random_checkpoint(tmp_path_factory.mktemp("lm"))
         yield EngineConfig(lm=checkpoint, context=200, device="cpu").build()
@@ -74,3 +84,14 @@ def test_tokens_are_counted_text_by_text(engine: Engine) -> None:
     counts = engine.count_tokens(["", "one two three", "one two three four five six"])
     assert counts[0] == 0
     assert 3 <= counts[1] < counts[2]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")
+def test_an_engine_that_is_not_installed_says_what_to_install(
+    random_checkpoint: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    config = EngineConfig(engine="vllm", lm=random_checkpoint(tmp_path_factory.mktemp("lm")))
+    assert config.identity()["model"]  # a plan needs no vLLM
+    with pytest.raises(UsageError, match="vllm cannot be imported") as told:
+        config.build()
+    assert "raypipe[gpu]" in told.value.remedy
