@@ -175,7 +175,7 @@ class EncodeBucket:
                 task.variant,
                 names,
                 ["worker_died"] * len(names),
-                [f"It killed its worker {MAX_DEATHS} times alone on a healthy node."] * len(names),
+                [f"Its worker died or hung {MAX_DEATHS} times with it alone, on a healthy node."] * len(names),
                 [1 + context.deaths[name] for name in names],
                 state.change_keys.take(pa.array(failed)).to_pylist(),
             )

@@ -131,7 +131,9 @@ class SummarizeBucket:
             user = batch[0]
             if context.deaths.get(user, 0) >= MAX_DEATHS:
                 results[user] = UserSummary(user)
-                results[user].fail("worker_died", f"It killed its worker {MAX_DEATHS} times alone on a healthy node.")
+                results[user].fail(
+                    "worker_died", f"Its worker died or hung {MAX_DEATHS} times with it alone, on a healthy node."
+                )
                 continue
             blocks = {user: state.user_blocks(work[user]) for user in batch}
             known = state.known(batch)

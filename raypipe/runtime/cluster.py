@@ -21,6 +21,7 @@ class ClusterConfig(Config):
     workers: int | None = free(None, "parallel workers; unset: one per CPU of the cluster", ge=1)
     cpus_per_worker: float = free(1.0, "CPUs reserved for each worker", gt=0)
     gpus_per_worker: float = free(0.0, "GPUs reserved for each worker, fractions allowed", ge=0)
+    stall_s: float = free(3600.0, "seconds a worker may take for a micro-batch before it counts as hung", gt=0)
 
     def connect(self) -> None:
         """Connect once per process; raises UsageError where the cluster cannot be reached."""

@@ -3,17 +3,19 @@
 Ray's own retries are off. A worker marks its attempt before the first row; when its process dies, the driver finds the
 unit by that marker, makes the rows of its journal suspects, and starts the units that are left again. A suspect runs
 alone; one that killed its process `MAX_DEATHS` times alone is rejected by the work. Deaths of the driver or of a node
-count for nothing.
+count for nothing. A process in which nothing moves for `stall_s` ends itself, and counts as dead.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import gc
 import logging
 import os
 import socket
+import sys
 import time
 import traceback
 import warnings
@@ -36,15 +38,17 @@ _TASKS_PER_WORKER = 8
 class UnitContext:
     """What the work may ask of the runner while it has a unit: its attempt, its journal, its suspects."""
 
-    def __init__(self, run: Run, unit: Unit, attempt: int) -> None:
+    def __init__(self, run: Run, unit: Unit, attempt: int, stall_s: float) -> None:
         self.run = run
         self.unit = unit
         self.attempt = attempt
+        self.stall_s = stall_s
         self.deaths = run.deaths(unit) if attempt > 1 else {}
 
     def journal(self, rows: Sequence[str]) -> None:
         """Name the rows that are about to run, so that a death finds them."""
         self.run.journal(self.unit, rows)
+        _end_after(self.stall_s)
 
     def file_name(self) -> str:
         """A name for staged files that no other attempt uses."""
@@ -126,7 +130,7 @@ def _execute(
     tasks = _tasks(len(rows), workers)
     dataset = ray.data.from_items(rows, override_num_blocks=tasks).map_batches(
         _Worker,
-        fn_constructor_args=(build, run),
+        fn_constructor_args=(build, run, cluster.stall_s),
         batch_size=None,
         batch_format="numpy",
         # A task queued behind a busy worker saves the wait for dispatch, but of few tasks it would leave a worker idle.
@@ -161,7 +165,7 @@ def _tasks(units: int, workers: int) -> int:
 class _Worker:
     """The actor: builds the work once, then runs unit after unit and commits each receipt."""
 
-    def __init__(self, build: Callable[[], UnitWork], run: Run) -> None:
+    def __init__(self, build: Callable[[], UnitWork], run: Run, stall_s: float) -> None:
         import ray
 
         context = ray.get_runtime_context()
@@ -173,6 +177,7 @@ class _Worker:
             "pid": os.getpid(),
         }
         self.build = build
+        self.stall_s = stall_s
         self.work: UnitWork | None = None
         self.metrics = WorkMetrics(run.job)
 
@@ -195,14 +200,26 @@ class _Worker:
 
     def _run(self, unit: Unit) -> Receipt:
         attempt = self.run.begin_attempt(unit, {**self.worker, "started": time.time()})
-        if self.work is None:
-            self.work = self.build()
-        receipt = self.work.run(unit, UnitContext(self.run, unit, attempt))
+        _end_after(self.stall_s)
+        try:
+            if self.work is None:
+                self.work = self.build()
+            receipt = self.work.run(unit, UnitContext(self.run, unit, attempt, self.stall_s))
+        finally:
+            faulthandler.cancel_dump_traceback_later()
         _return_memory()
         if self.run.commit(receipt):
             self.metrics.unit_done(receipt)
             return receipt
         return self.run.receipts(unit.kind)[unit]
+
+
+def _end_after(seconds: float) -> None:
+    """This process ends in so many seconds, its stacks in the worker's log, unless it is told so again or the unit ends.
+
+    The clock is a thread of C: code that hangs holding Python's lock is ended too.
+    """
+    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.stderr.fileno())
 
 
 def _return_memory() -> None:

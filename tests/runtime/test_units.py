@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import pickle
@@ -29,11 +30,15 @@ ROWS = [f"row{n}" for n in range(6)]
 
 
 class Rows:
-    """Runs six rows in micro-batches of three; `poison` kills the process it runs in, `trace` notes every row run."""
+    """Runs six rows in micro-batches of three; `trace` notes every row run.
 
-    def __init__(self, trace: Path, poison: str = "") -> None:
+    `poison` kills the process it runs in, or where it `hangs` never ends, in code that does not let go of Python's lock.
+    """
+
+    def __init__(self, trace: Path, poison: str = "", hangs: bool = False) -> None:
         self.trace = trace
         self.poison = poison
+        self.hangs = hangs
 
     def run(self, unit: Unit, context: UnitContext) -> Receipt:
         rejected = []
@@ -47,6 +52,8 @@ class Rows:
                 with self.trace.open("a") as file:
                     file.write(f"{unit.name} {row} {os.getpid()}\n")
                 if f"{unit.name} {row}" == self.poison:
+                    if self.hangs:
+                        ctypes.PyDLL(None).sleep(1000)
                     os.kill(os.getpid(), signal.SIGKILL)
         facts = {"rejected": rejected, "name": context.file_name()}
         return Receipt(unit, Counts(6, 6 - len(rejected), len(rejected)), facts=facts, attempt=context.attempt)
@@ -170,6 +177,14 @@ def test_a_row_that_kills_its_process_is_rejected_after_three_deaths_alone_and_n
     assert sum(line[:2] == ["bucket-000001", "row4"] for line in traced(trace)) == 1 + MAX_DEATHS
     assert receipts[Unit("bucket", 1)].attempt == 2 + MAX_DEATHS
     assert "A worker died while it worked on bucket-000001" in capsys.readouterr().err
+
+
+def test_a_row_that_hangs_is_rejected_like_one_that_kills_and_no_other_is(run: Run, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    cluster = ClusterConfig(workers=2, stall_s=1.0)
+    receipts = go(run, 3, partial(Rows, trace, "bucket-000001 row4", hangs=True), cluster)
+    assert {unit.index: receipt.facts["rejected"] for unit, receipt in receipts.items()} == {0: [], 1: ["row4"], 2: []}
+    assert sum(line[:2] == ["bucket-000001", "row4"] for line in traced(trace)) == 1 + MAX_DEATHS
 
 
 def test_a_death_gives_the_other_workers_back_though_python_never_collects(run: Run, tmp_path: Path) -> None:
