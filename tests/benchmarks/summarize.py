@@ -36,10 +36,9 @@ from raypipe.language.prompt import Prompt
 from raypipe.pipeline.ingest import IngestConfig, run_ingest
 from raypipe.pipeline.lm import LmConfig, run_lm
 from raypipe.pipeline.summarize import SummarizeConfig, run_summarize
-from raypipe.pipeline.summary_state import BucketState, Catalogue, Pins
 from raypipe.runtime.cluster import ClusterConfig
 from raypipe.storage.hashing import stable_hash
-from raypipe.storage.workspace import Workspace
+from tests.prompts import block_prompts
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared/data/ml-1m"
@@ -105,25 +104,8 @@ def chosen(config: SummarizeConfig, count: int) -> tuple[list[str], list[Prompt]
     users = names.take(pa.array(np.argsort(stable_hash(names), kind="stable")[:count])).to_pylist()
     model = config.resolve_model(workspace)
     assert model is not None
-    blocks = [block for mine in _blocks(config, workspace, users) for block in mine]
-    return (
-        users,
-        [config.summaries.prompts.block_prompt(lines) for lines in blocks],
-        str(config.fetch(workspace, model)),
-    )
-
-
-def _blocks(config: SummarizeConfig, workspace: Workspace, users: Sequence[str]) -> list[list[Sequence[str]]]:
-    """Each user's blocks as lines of items."""
-    names = ("histories", "items", "summaries", "block_summaries", "rejects")
-    pins = Pins(**{name: workspace.tables[name].version() for name in names})
-    recipes = config.recipes(workspace, config.resolve_model(workspace))
-    catalogue = Catalogue(workspace.tables["items"].read(pins.items), config.summaries)
-    found = []
-    for bucket in range(workspace.require_info().buckets):
-        state = BucketState(workspace, bucket, pins, recipes, config.summaries, catalogue, pa.array(users))
-        found += [[block.lines for block in state.user_blocks(user)] for user in range(len(state.users))]
-    return found
+    prompts = [prompt for mine in block_prompts(config, users).values() for prompt in mine]
+    return users, prompts, str(config.fetch(workspace, model))
 
 
 def ours(engine: TransformersEngine, prompts: Sequence[Prompt], decoding: Decoding) -> tuple[float, list[str], float]:
@@ -157,9 +139,9 @@ def generate(folder: str, prompts: Sequence[Prompt], decoding: Decoding, batch_t
 def whole(engine: TransformersEngine, config: SummarizeConfig, users: Sequence[str]) -> float:
     """Generated tokens/s of all blocks of these users and then all merges, without Ray, tables and checks."""
     summaries, prompts = config.summaries, config.summaries.prompts
-    per_user = _blocks(config, config.open_workspace(), users)
+    per_user = list(block_prompts(config, users).values())
     started = time.monotonic()
-    flat = [prompts.block_prompt(lines) for blocks in per_user for lines in blocks]
+    flat = [prompt for blocks in per_user for prompt in blocks]
     outcomes = sorted(engine.generate(flat, summaries.block_decoding), key=lambda outcome: outcome.index)
     texts = iter([outcome.text for outcome in outcomes])
     merges = [

@@ -5,6 +5,8 @@ dies (of raylets, that of the worker which writes), on which side of which write
 process (from 1). Writes are named by their path in the workspace; `tables/<name>` alone is the table's commit. Nothing of
 this is in raypipe: the driver below wraps
 `Store.put`, `Store.create` and `Table.publish` in its own process, and in its workers' by an actor class that does so first.
+
+A fault may be a prompt instead, `prompt kills 1234` or `prompt hangs 1234` (`DeadlyPrompt`), in every worker and each time.
 """
 
 from __future__ import annotations
@@ -14,10 +16,15 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import Callable
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raypipe.engines.echo import EchoEngine
+from raypipe.engines.engine import Decoding, Outcome
+from raypipe.language.prompt import Prompt
 from raypipe.runtime import units
 from raypipe.storage.store import Store
 from raypipe.storage.tables import Table
@@ -76,24 +83,54 @@ def _die(fault: Fault) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _doomed(fault: Fault) -> type[units._Worker]:
-    """raypipe's actor, with the fault armed in its process."""
+@dataclass(frozen=True)
+class DeadlyPrompt:
+    """A prompt, by the CRC of its text, at which the echo engine `kills` its process or `hangs`."""
+
+    does: str
+    crc: int
+
+    @staticmethod
+    def parse(text: str) -> DeadlyPrompt:
+        does, crc = text.split()
+        assert does in {"kills", "hangs"}, text
+        return DeadlyPrompt(does, int(crc))
+
+    def arm(self) -> None:
+        generate = EchoEngine.generate
+
+        def deadly(engine: EchoEngine, prompts: Sequence[Prompt], decoding: Decoding) -> Iterator[Outcome]:
+            if any(zlib.crc32(prompt.text.encode()) == self.crc for prompt in prompts):
+                if self.does == "hangs":
+                    time.sleep(10_000)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return generate(engine, prompts, decoding)
+
+        EchoEngine.generate = deadly  # type: ignore[method-assign]
+
+
+def _doomed(arm: Callable[[], None]) -> type[units._Worker]:
+    """raypipe's actor, with a fault armed in its process."""
 
     class Doomed(units._Worker):
         def __init__(self, *args: Any) -> None:
-            arm(fault)
+            arm()
             super().__init__(*args)
 
     return Doomed
 
 
 def main() -> None:
-    """The command line with a fault in it: `CHAOS_FAULT` names it, `CHAOS_STRUCK` is the file it leaves."""
+    """The command line with a fault in it: `CHAOS_FAULT` names it, `CHAOS_STRUCK` is the file a death leaves."""
     from raypipe.cli.main import main as run
 
-    fault = Fault.parse(os.environ["CHAOS_FAULT"], os.environ["CHAOS_STRUCK"])
-    if fault.who == "driver":
-        arm(fault)
+    text = os.environ["CHAOS_FAULT"]
+    if text.startswith("prompt "):
+        units._Worker = _doomed(DeadlyPrompt.parse(text.removeprefix("prompt ")).arm)  # type: ignore[misc]
     else:
-        units._Worker = _doomed(fault)  # type: ignore[misc]
+        fault = Fault.parse(text, os.environ["CHAOS_STRUCK"])
+        if fault.who == "driver":
+            arm(fault)
+        else:
+            units._Worker = _doomed(functools.partial(arm, fault))  # type: ignore[misc]
     sys.exit(run(sys.argv[1:]))
