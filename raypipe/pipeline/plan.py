@@ -1,19 +1,22 @@
 """`raypipe plan`: what the next `summarize` would cost, before a GPU is touched.
 
-Users and calls are counted, not guessed, in up to `buckets` buckets and scaled from there; tokens come from a sample of
-real prompts under the real tokenizer; seconds from the newest finished run of the same engine in this workspace.
+Users and calls are counted, not guessed, in up to `read_buckets` buckets and scaled from there. Prompt tokens come from a
+sample of real prompts under the real tokenizer, with two standard errors; what earlier answers add to them, the generated
+tokens and the seconds from the newest finished runs of the same engine in this workspace, seconds with the range of those.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from raypipe.config import free
+from raypipe.engines.engine import EngineConfig
 from raypipe.pipeline.job import JobConfig, JobResult
 from raypipe.pipeline.summarize import JOB, SummarizeOptions
 from raypipe.pipeline.summary_state import BucketState, Catalogue, Pins, Recipes
@@ -21,8 +24,10 @@ from raypipe.runtime.progress import say
 from raypipe.storage.ledger import Usage
 from raypipe.storage.workspace import USERS_PER_BUCKET, Workspace
 from raypipe.systems.paradigms import calls_needed
+from raypipe.systems.summaries import SummariesConfig
 
 _CROWDED = 4 * USERS_PER_BUCKET
+_PAST_RUNS = 5
 
 
 class PlanConfig(SummarizeOptions, JobConfig):
@@ -44,23 +49,21 @@ def run_plan(config: PlanConfig) -> JobResult:
     read = list(range(0, info.buckets, max(1, info.buckets // config.read_buckets)))[: config.read_buckets]
     users = workspace.tables["histories"].rows(pins.histories)
     counted = [_count(config, workspace, bucket, pins, recipes, catalogue) for bucket in read]
-    seen = sum(count["users"] for count in counted)
+    seen = sum(count.users for count in counted)
     scale = users / seen if seen else 0.0
-    changed = round(scale * sum(count["changed"] for count in counted))
-    calls = round(scale * sum(count["calls"] for count in counted))
-    sample = [length for count in counted for length in count["tokens"]]
+    reads, merges = (round(scale * sum(getattr(count, name) for count in counted)) for name in ("reads", "merges"))
     engine = config.engine
     if model is not None:
         folder = config.fetch(workspace, model)
         engine = engine.model_copy(update={"lm": str(folder)})
-    lengths = engine.token_counter()(sample) if sample else []
-    rate = _calls_per_s(workspace, engine.engine)
+    past = _past(workspace, engine.engine)
+    calls = reads + merges
     metrics = {
         "users": users,
-        "users_changed": changed,
+        "users_changed": round(scale * sum(count.changed for count in counted)),
         "calls": calls,
-        **_tokens(calls, lengths, config.summaries.block_decoding.max_new_tokens),
-        "seconds": round(calls / rate) if rate else None,
+        **_tokens(config.summaries, engine, counted, reads, merges, past),
+        **_seconds(calls, past),
         "memory_mb_per_worker": _memory_mb(workspace, engine.lm, info.buckets, pins),
         "exact": len(read) == info.buckets,
         "buckets": info.buckets,
@@ -71,46 +74,108 @@ def run_plan(config: PlanConfig) -> JobResult:
     return JobResult("plan", "ok", metrics=metrics, cost={**cost, "seconds": float(metrics["seconds"] or 0)})
 
 
+@dataclass(frozen=True)
+class _Counted:
+    """What one bucket holds: users, changed ones, blocks to read, those of them that are added to an earlier answer, merges;
+    of a sample, a prompt of a block without that answer, and of each of those users who has a merge the blocks it merges.
+    """
+
+    users: int
+    changed: int
+    reads: int
+    updates: int
+    merges: int
+    prompts: list[str]
+    merged: list[int]
+
+
 def _count(
     config: PlanConfig, workspace: Workspace, bucket: int, pins: Pins, recipes: Recipes, catalogue: Catalogue
-) -> dict[str, Any]:
+) -> _Counted:
     state = BucketState(workspace, bucket, pins, recipes, config.summaries, catalogue)
     changed = np.flatnonzero(state.changed).tolist()
     names = state.users.take(changed).to_pylist() if changed else []
     known = state.known(names)
-    calls = 0
+    reads = updates = merges = 0
+    recurrent = config.summaries.paradigm == "recurrent"
     prompts: list[str] = []
+    merged: list[int] = []
+    templates = config.summaries.prompts
     for user, name in zip(changed, names, strict=True):
         blocks = state.user_blocks(user)
-        calls += calls_needed(config.summaries, blocks, known.get(name, {}))
-        if len(prompts) < config.sample_users:
-            prompts.append(config.summaries.prompts.block_prompt(blocks[0].lines).text)
-    return {"users": len(state.users), "changed": len(changed), "calls": calls, "tokens": prompts}
+        read, merge = calls_needed(config.summaries, blocks, known.get(name, {}))
+        reads, merges = reads + len(read), merges + merge
+        updates += sum(block.number > 0 for block in read) if recurrent else 0
+        if read and len(prompts) < config.sample_users:
+            block = read[len(read) // 2]
+            is_update = recurrent and block.number > 0
+            prompt = templates.update_prompt("", block.lines) if is_update else templates.block_prompt(block.lines)
+            prompts.append(prompt.text)
+            merged += [len(blocks)] * merge
+    return _Counted(len(state.users), len(changed), reads, updates, merges, prompts, merged)
 
 
-def _tokens(calls: int, lengths: Sequence[int], most_out: int) -> dict[str, Any]:
-    if not lengths:
-        return {"tokens_in": 0, "tokens_in_error": 0, "tokens_out_most": 0}
-    # Two standard errors of the mean prompt length, over all calls.
+def _tokens(
+    summaries: SummariesConfig,
+    engine: EngineConfig,
+    counted: Sequence[_Counted],
+    reads: int,
+    merges: int,
+    past: Sequence[_Past],
+) -> dict[str, Any]:
+    """Prompt tokens with two standard errors of the sample, expected and most generated tokens."""
+    prompts = [prompt for count in counted for prompt in count.prompts]
+    most = reads * summaries.block_decoding.max_new_tokens + merges * summaries.merge_decoding.max_new_tokens
+    if not prompts:
+        return {"tokens_in": 0, "tokens_in_error": 0, "tokens_out": 0 if past else None, "tokens_out_most": most}
+    merged = [blocks for count in counted for blocks in count.merged]
+    frames = [summaries.prompts.merge_prompt([""] * blocks).text for blocks in merged]
+    counts = engine.token_counter()([*prompts, *frames])
+    lengths, frame_lengths = counts[: len(prompts)], counts[len(prompts) :]
+    # Without a run to learn from, answers are as long as they may be.
+    answer = float(np.median([run.answer for run in past])) if past else summaries.block_decoding.max_new_tokens
+    shown = reads * answer * sum(count.updates for count in counted) / sum(count.reads for count in counted)
+    if merged:
+        shown += merges * (float(np.mean(frame_lengths)) + answer * float(np.mean(merged)))
     error = 2 * float(np.std(lengths)) / math.sqrt(len(lengths))
     return {
-        "tokens_in": round(calls * float(np.mean(lengths))),
-        "tokens_in_error": round(calls * error),
-        "tokens_out_most": calls * most_out,
+        "tokens_in": round(reads * float(np.mean(lengths)) + shown),
+        "tokens_in_error": round(reads * error),
+        "tokens_out": round((reads + merges) * answer) if past else None,
+        "tokens_out_most": most,
     }
 
 
-def _calls_per_s(workspace: Workspace, engine: str) -> float | None:
-    """Calls per second of wall clock in the newest finished run that called a model at all."""
-    ledger = workspace.ledger(JOB)
+@dataclass(frozen=True)
+class _Past:
+    """A finished run: calls a second of the wall clock, and generated tokens a call."""
+
+    rate: float
+    answer: float
+
+
+def _past(workspace: Workspace, engine: str) -> list[_Past]:
+    """The newest finished runs of the engine that called a model at all."""
+    ledger, found = workspace.ledger(JOB), []
     for _, key in sorted(ledger.numbers().items(), reverse=True):
         run = ledger.run(key)
         if (result := run.result()) is None or run.manifest["facts"].get("engine") != engine:
             continue
         cost = result.get("cost", {})
         if cost.get("calls") and cost.get("seconds"):
-            return float(cost["calls"]) / float(cost["seconds"])
-    return None
+            found.append(_Past(cost["calls"] / cost["seconds"], cost.get("tokens_out", 0) / cost["calls"]))
+        if len(found) == _PAST_RUNS:
+            break
+    return found
+
+
+def _seconds(calls: int, past: Sequence[_Past]) -> dict[str, int | None]:
+    """By the median of the past runs, and by the fastest and the slowest of them; None where there is none."""
+    if not past:
+        return {"seconds": None, "seconds_least": None, "seconds_most": None}
+    rates = [run.rate for run in past]
+    found = {"seconds": float(np.median(rates)), "seconds_least": max(rates), "seconds_most": min(rates)}
+    return {name: round(calls / rate) for name, rate in found.items()}
 
 
 def _memory_mb(workspace: Workspace, lm: str, buckets: int, pins: Pins) -> int:
@@ -123,18 +188,18 @@ def _memory_mb(workspace: Workspace, lm: str, buckets: int, pins: Pins) -> int:
 
 def _report(metrics: dict[str, Any], config: PlanConfig) -> None:
     say(f"{metrics['users_changed']:,} of {metrics['users']:,} users changed; {metrics['calls']:,} model calls")
+    expected = f"about {metrics['tokens_out']:,} and " if metrics["tokens_out"] is not None else ""
     say(
         f"about {metrics['tokens_in']:,} ± {metrics['tokens_in_error']:,} prompt tokens, "
-        f"at most {metrics['tokens_out_most']:,} generated ones"
+        f"{expected}at most {metrics['tokens_out_most']:,} generated ones"
     )
     spent = Usage(metrics["calls"], metrics["tokens_in"], metrics["tokens_out_most"])
     if config.price_in or config.price_out:
         say(f"at most {config.money(spent):,.2f} at the prices given")
-    seconds = metrics["seconds"]
-    say(
-        f"about {seconds / 3600:.2f} hours"
-        if seconds
-        else "no run of this engine yet to tell the hours from: try --sample"
-    )
+    if metrics["seconds"] is None:
+        say("no run of this engine yet to tell the hours from: try --sample")
+    else:
+        low, middle, high = (metrics[name] / 3600 for name in ("seconds_least", "seconds", "seconds_most"))
+        say(f"about {middle:.2f} hours, {low:.2f} to {high:.2f} by the last runs of this engine")
     if metrics["users_per_bucket"] > _CROWDED:
         say(f"{metrics['users_per_bucket']:,} users a bucket: ingest into a workspace with more --buckets")

@@ -18,11 +18,11 @@ def build_summarizer(engine: Engine, config: SummariesConfig, merge_recipe: str)
     return HierarchicalSummarizer(engine, config, merge_recipe)
 
 
-def calls_needed(config: SummariesConfig, blocks: Sequence[Block], known: Known) -> int:
-    """Engine calls of one user in the next run, deeper merge levels not counted."""
+def calls_needed(config: SummariesConfig, blocks: Sequence[Block], known: Known) -> tuple[Sequence[Block], int]:
+    """The blocks of one user that the next run reads, a call each, and its merges, deeper levels not counted."""
     if config.paradigm == "recurrent":
-        return min(len(unread_blocks(blocks, known)), config.max_blocks_per_run)
-    missing = len(missing_blocks(blocks, known))
-    if missing > config.max_blocks_per_run:
-        return config.max_blocks_per_run
-    return missing + int(len(blocks) > 1)
+        return unread_blocks(blocks, known)[: config.max_blocks_per_run], 0
+    missing = missing_blocks(blocks, known)
+    if len(missing) > config.max_blocks_per_run:
+        return missing[: config.max_blocks_per_run], 0
+    return missing, int(len(blocks) > 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from raypipe.storage.ledger import Counts, Receipt, Unit
 from raypipe.storage.workspace import Workspace
 from tests.conftest import Run
@@ -44,6 +46,25 @@ def test_a_plan_counts_users_and_calls_and_writes_nothing(raypipe: Run, ingested
     assert (ended.code, ended.metrics["users"], ended.metrics["users_changed"]) == (0, 25, 25)
     assert ended.metrics["calls"] == sum(map(full_cost, LENGTHS))
     assert {entry.path for entry in Workspace(ingested).store.list("")} == before
+
+
+@pytest.mark.parametrize("paradigm", ["hierarchical", "recurrent"])
+def test_a_plan_after_a_run_foretells_the_next_ones_tokens_and_time(raypipe: Run, ingested: str, paradigm: str) -> None:
+    words = ("--workspace", ingested, "--engine.engine", "echo", "--summaries.paradigm", paradigm)
+    before = raypipe("plan", *words)
+    assert (before.metrics["tokens_out"], before.metrics["seconds"], before.metrics["seconds_most"]) == (None,) * 3
+    first = raypipe("summarize", *words)
+    # Another recipe, so that everything is to be done again.
+    again = (*words, "--summaries.block_decoding.seed", "1")
+    planned = raypipe("plan", *again)
+    done = raypipe("summarize", *again)
+    assert planned.metrics["calls"] == done.result["cost"]["calls"]
+    assert planned.metrics["tokens_in"] == pytest.approx(done.result["cost"]["tokens_in"], rel=0.03)
+    assert planned.metrics["tokens_out"] == pytest.approx(done.result["cost"]["tokens_out"], rel=0.01)
+    assert planned.metrics["tokens_in_error"] < 0.1 * planned.metrics["tokens_in"]
+    seconds = planned.metrics
+    assert seconds["seconds_least"] == seconds["seconds"] == seconds["seconds_most"]  # there is but one past run
+    assert seconds["seconds"] == pytest.approx(first.result["cost"]["seconds"], abs=1)
 
 
 def test_a_plan_after_the_night_is_free(raypipe: Run, summarised: str) -> None:
