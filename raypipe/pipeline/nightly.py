@@ -4,18 +4,21 @@ A step is skipped when nothing it reads and nothing of its recipe changed. The l
 workspace has none, and never again by this job. A recommender is trained where `train_policy` says so, and takes the
 place of the one in force only if it passes the gate; if it does not, the night is published on the old one and the job
 ends refused, exit code 3. The manifest is written last: until then readers see the night before.
+
+With `until` it is a backfill: one night after the other, each over the log of its date.
 """
 
 from __future__ import annotations
 
 import datetime
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
 from raypipe.config import free, shaping
-from raypipe.errors import RefusedError
+from raypipe.errors import RefusedError, UsageError
 from raypipe.pipeline.cards import write_cards
 from raypipe.pipeline.extract import ExtractConfig, ExtractOptions, run_extract
 from raypipe.pipeline.ingest import IngestConfig, IngestOptions, run_ingest
@@ -34,12 +37,14 @@ from raypipe.storage.tables import ABSENT
 from raypipe.storage.workspace import Workspace
 
 JOB = "nightly"
+_DATE = "{date}"
 
 
 class NightlyConfig(JobConfig):
     """Configuration of `nightly`: its steps' options, and the night's date."""
 
-    date: str | None = free(None, "the night's date, YYYY-MM-DD; unset: today")
+    date: str | None = free(None, "the night's date, YYYY-MM-DD, for {date} in the log's path too; unset: today")
+    until: str | None = free(None, "last date of a backfill: a night for each date from `date` on, in order")
     ingest: IngestOptions = shaping(IngestOptions, "the log and the catalogue; without a log this step reads none")
     lm: LmOptions = shaping(LmOptions, "the workspace's own language model")
     train_policy: Literal["never", "nightly"] = free(
@@ -58,9 +63,46 @@ class NightlyConfig(JobConfig):
 
 
 def run_nightly(config: NightlyConfig) -> JobResult:
-    """Run the night; see the module. A step's UsageError or failure leaves the night before in force."""
+    """Run the night, or the nights; see the module. A step's failure leaves the night before in force.
+
+    Raises UsageError for dates that make no sense together.
+    """
+    results = [_run_night(config, date) for date in _dates(config)]
+    if len(results) == 1:
+        return results[0]
+    status = next((name for name in ("refused", "ok") if any(r.status == name for r in results)), "nothing_to_do")
+    cost: Counter[str] = Counter()
+    for result in results:
+        cost.update(result.cost)
+    return replace(results[-1], status=status, cost=dict(cost), metrics={**results[-1].metrics, "nights": len(results)})
+
+
+def _dates(config: NightlyConfig) -> list[str]:
+    first = check_date(config.date or datetime.date.today().isoformat())
+    if config.until is None:
+        return [first]
+    start, end = datetime.date.fromisoformat(first), datetime.date.fromisoformat(check_date(config.until))
+    if config.date is None or end < start:
+        raise UsageError(
+            f"A backfill until {config.until} has no first date before it.", "Give --date, the date it begins with."
+        )
+    if config.ingest.log is None or _DATE not in config.ingest.log.path:
+        raise UsageError(
+            "A backfill reads a log for each date, and the log's path names none.",
+            f"Put {_DATE} where the date stands in it, for example --ingest.log.path logs/{_DATE}.parquet.",
+        )
+    return [(start + datetime.timedelta(days)).isoformat() for days in range((end - start).days + 1)]
+
+
+def _ingest_options(config: NightlyConfig, date: str) -> dict[str, Any]:
+    log = config.ingest.log
+    if log is None:
+        return dict(config.ingest)
+    return {**dict(config.ingest), "log": log.model_copy(update={"path": log.path.replace(_DATE, date)})}
+
+
+def _run_night(config: NightlyConfig, date: str) -> JobResult:
     started = time.monotonic()
-    date = check_date(config.date or datetime.date.today().isoformat())
     workspace = config.open_workspace()
     results: dict[str, JobResult] = {}
     refusal: RefusedError | None = None
@@ -73,7 +115,7 @@ def run_nightly(config: NightlyConfig) -> JobResult:
 
     shared = config.shared()
     if config.ingest.log is not None or config.ingest.catalogue is not None:
-        take("ingest", lambda: run_ingest(IngestConfig(**shared, **dict(config.ingest))))
+        take("ingest", lambda: run_ingest(IngestConfig(**shared, **_ingest_options(config, date))))
     engine = config.summarize.engine
     lm = engine.model_name or engine.engine
     if engine.reads_checkpoint and engine.lm == BUILTIN:

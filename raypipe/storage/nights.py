@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 from collections.abc import Mapping
@@ -61,6 +62,11 @@ class Nights:
 
 
 def check_date(date: str) -> str:
-    if not _DATE.fullmatch(date):
-        raise UsageError(f"{date!r} is not a date.", "Write it as YYYY-MM-DD.")
+    """The date itself; raises UsageError for what is none."""
+    try:
+        if not _DATE.fullmatch(date):
+            raise ValueError
+        datetime.date.fromisoformat(date)
+    except ValueError:
+        raise UsageError(f"{date!r} is not a date.", "Write it as YYYY-MM-DD.") from None
     return date

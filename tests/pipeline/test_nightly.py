@@ -70,6 +70,54 @@ def test_a_night_runs_is_nothing_to_do_again_and_can_be_put_back(raypipe: Run, t
     assert raypipe("status", "--workspace", uri).metrics["night"] == "2026-01-05"
 
 
+def test_a_backfill_is_a_night_for_each_date_and_goes_on_where_it_stopped(
+    raypipe: Run, tmp_path: Path, files: Path
+) -> None:
+    uri = str(tmp_path / "workspace")
+    catalogue = write_catalogue(files / "items.csv", SMALL_ITEMS)
+    words = ("nightly", "--workspace", uri, "--summarize.engine.engine", "echo", "--ingest.catalogue.path", catalogue)
+    words += ("--ingest.log.columns.time", "time", "--ingest.log.path", files / "log-{date}.csv")
+    backfill = (*words, "--date", "2026-01-30", "--until", "2026-02-01")
+    third = len(SMALL_LOG) // 3
+    write_log(files / "log-2026-01-30.csv", SMALL_LOG[:third])
+    write_log(files / "log-2026-01-31.csv", SMALL_LOG[third : 2 * third])
+    stopped = raypipe(*backfill)
+    assert (stopped.code, stopped.status) == (2, "failed")
+    assert "log-2026-02-01.csv" in stopped.stderr
+    assert raypipe("night", "--workspace", uri).metrics["nights"] == ["2026-01-30", "2026-01-31"]
+    write_log(files / "log-2026-02-01.csv", SMALL_LOG[2 * third :])
+    ended = raypipe(*backfill)
+    assert (ended.code, ended.status, ended.metrics["nights"]) == (0, "ok", 3)
+    assert raypipe("night", "--workspace", uri).metrics["current"] == "2026-02-01"
+    tables = Workspace(uri).tables
+    assert [tables[name].version() for name in ("histories", "summaries")] == [2, 2]
+    whole = str(tmp_path / "whole")
+    log = write_log(files / "whole.csv", SMALL_LOG)
+    assert raypipe(*words[:1], "--workspace", whole, *words[3:-1], log).code == 0
+    assert newest(uri, "summaries")["summary"].equals(newest(whole, "summaries")["summary"])
+    again = raypipe(*backfill)
+    assert (again.status, again.result["cost"]["calls"]) == ("nothing_to_do", 0)
+
+
+@pytest.mark.parametrize(
+    ("dates", "problem"),
+    [
+        (("--until", "2026-01-30"), "has no first date before it"),
+        (("--date", "2026-01-31", "--until", "2026-01-30"), "has no first date before it"),
+        (("--date", "2026-01-01", "--until", "2026-01-30"), "the log's path names none"),
+        (("--date", "2026-02-30"), "2026-02-30"),
+    ],
+)
+def test_dates_that_make_no_sense_are_refused_before_work_starts(
+    raypipe: Run, tmp_path: Path, dates: tuple[str, ...], problem: str
+) -> None:
+    log = ("--ingest.log.path", tmp_path / "log.csv", "--ingest.log.columns.time", "time")
+    ended = raypipe("nightly", "--workspace", tmp_path / "workspace", *log, *dates)
+    assert (ended.code, ended.status) == (2, "failed")
+    assert problem in ended.stderr
+    assert not (tmp_path / "workspace").exists()
+
+
 def test_a_step_that_fails_leaves_the_night_before_in_force(
     raypipe: Run, summarised: str, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
