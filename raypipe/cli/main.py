@@ -30,6 +30,7 @@ JOBS = {
     "extract": ("raypipe.pipeline.extract", "ExtractConfig", "run_extract"),
     "recommend": ("raypipe.pipeline.recommend", "RecommendConfig", "run_recommend"),
     "summarize": ("raypipe.pipeline.summarize", "SummarizeConfig", "run_summarize"),
+    "judge": ("raypipe.pipeline.judge", "JudgeConfig", "run_judge"),
     "nightly": ("raypipe.pipeline.nightly", "NightlyConfig", "run_nightly"),
     "plan": ("raypipe.pipeline.plan", "PlanConfig", "run_plan"),
     "status": ("raypipe.pipeline.status", "StatusConfig", "run_status"),

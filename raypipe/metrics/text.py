@@ -128,3 +128,18 @@ def distinctness(summaries: Sequence[str]) -> float | None:
         return None
     alike = sum(count * (count - 1) for count in Counter(summaries).values())
     return 1 - alike / (users * (users - 1))
+
+
+def rule_rating(named: Sequence[str], counts: Mapping[str, int]) -> int | None:
+    """A rating from 0 to 3 of a summary that names these values, by counting alone; None for a user without values.
+
+    0: it names none of the user's top values. 1: fewer than half of what it names are. 2: at least half are. 3: all are, and
+    at least two thirds of the top values are named.
+    """
+    top = top_values(counts)
+    precision, coverage = attribute_precision(named, top), attribute_coverage(named, top)
+    if precision is None or coverage is None:
+        return None
+    if precision == 1 and coverage >= 2 / 3:
+        return 3
+    return 0 if precision == 0 else 1 + int(precision >= 0.5)

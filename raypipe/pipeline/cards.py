@@ -43,7 +43,7 @@ def write_cards(
     titles = items["title"].to_pylist()
     attributes = [dict(pairs) for pairs in items["attributes"].to_pylist()]
     files = workspace.tables["summaries"].files(versions["summaries"], variant=summaries.variant)
-    users, history = _choose(workspace, files, versions["histories"], count)
+    users, history = choose_users(workspace, files, versions["histories"], count)
     cards = [
         _card(
             user,
@@ -64,7 +64,7 @@ def write_cards(
     return workspace.store.object_uri(path)
 
 
-def _choose(
+def choose_users(
     workspace: Workspace, files: Sequence[StagedFile], histories: int, count: int
 ) -> tuple[pa.Table, dict[str, list[int]]]:
     """`count` summaries and their users' items, from as few buckets as hold them: millions of users are not read."""

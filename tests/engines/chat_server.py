@@ -15,6 +15,7 @@ import asyncio
 import collections
 import re
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from aiohttp import web
@@ -28,10 +29,11 @@ _ORDER = re.compile(r"\[([a-z0-9]+)(?: (\d+))?\]")
 
 class ChatServer:
     """Serves in a thread. `requests` are the bodies in order, `most` how many were in flight at once; after `down_after`
-    requests it answers none."""
+    requests it answers none. `answer`, where given, writes the answers instead of the echo."""
 
-    def __init__(self, key: str = "") -> None:
+    def __init__(self, key: str = "", answer: Callable[[str], str] | None = None) -> None:
         self.key = key
+        self.answer = answer
         self.requests: list[dict[str, Any]] = []
         self.most = self._now = 0
         self.down_after: int | None = None  # requests
@@ -103,7 +105,7 @@ class ChatServer:
             return web.json_response({"choices": []})
         await asyncio.sleep(0.005)
         (outcome,) = EchoEngine().generate([Prompt.of(prompt)], Decoding(max_new_tokens=body["max_tokens"]))
-        text = None if word == "silent" else outcome.text
+        text = None if word == "silent" else self.answer(prompt) if self.answer else outcome.text
         reason = "content_filter" if word == "filter" else outcome.finish_reason
         tokens = -5 if word == "negative" else outcome.tokens_in
         usage = {"prompt_tokens": tokens, "completion_tokens": outcome.tokens_out}

@@ -11,6 +11,7 @@ from raypipe.metrics.text import (
     attribute_precision,
     distinctness,
     item_values,
+    rule_rating,
     shift_precision,
     stability,
     top_values,
@@ -127,3 +128,20 @@ def test_distinctness_is_the_chance_that_two_users_differ() -> None:
     assert distinctness(summaries) == pytest.approx(sum(one != other for one, other in pairs) / len(pairs))
     assert distinctness(["same"] * 9) == 0
     assert distinctness(["alone"]) is None
+
+
+@pytest.mark.parametrize(
+    ("named", "rating"),
+    [
+        (("Drama", "War", "Comedy"), 3),
+        (("Drama", "War"), 3),
+        (("Drama",), 2),
+        (("Drama", "Horror"), 2),
+        (("Drama", "Horror", "Musical"), 1),
+        (("Horror",), 0),
+        ((), 0),
+    ],
+)
+def test_a_rule_rates_what_a_summary_names_against_the_top_values(named: tuple[str, ...], rating: int) -> None:
+    assert rule_rating(named, {"Drama": 5, "War": 4, "Comedy": 3, "Horror": 1, "Musical": 1}) == rating
+    assert rule_rating(named, {}) is None

@@ -1,0 +1,53 @@
+"""`judge`: ratings of summaries by an endpoint beside the rule that counts, and what is kept of them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from raypipe.storage.store import Store
+from tests.conftest import Run
+from tests.engines.chat_server import ChatServer
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def test_an_endpoint_and_the_rule_rate_the_same_users(raypipe: Run, summarised: str) -> None:
+    with ChatServer(answer=lambda prompt: f"{len(prompt) % 4} of 3" if len(prompt) % 5 else "no idea") as server:
+        judges = {"endpoint": {"engine": "openai", "http": {"url": server.url, "model": "m"}}}
+        ended = raypipe("judge", "--workspace", summarised, "--judges", json.dumps(judges), "--sample", "20")
+        asked = server.prompts
+    assert (ended.code, ended.status, ended.metrics["users"], len(asked)) == (0, "ok", 20, 20)
+    assert ended.result["cost"]["calls"] == 20
+    (path,) = [entry.path for entry in Store(summarised).list("judgements")]
+    report = json.loads(Store(summarised).read(path))
+    ratings = report["ratings"]["endpoint"]
+    assert sorted(ratings, key=str) == sorted(
+        (len(prompt) % 4 if len(prompt) % 5 else None for prompt in asked), key=str
+    )
+    rated = [rating for rating in ratings if rating is not None]
+    assert ended.metrics["endpoint.rated"] == len(rated) / 20
+    assert ended.metrics["endpoint.mean"] == pytest.approx(sum(rated) / len(rated), abs=1e-4)
+    assert ended.metrics["rule.rated"] == 1
+    # The echo names the last words of the merge prompt, which are no genres.
+    assert ended.metrics["rule.mean"] == 0
+    assert all("Below is what one person chose" in prompt and "Summary: " in prompt for prompt in asked)
+    assert report["judges"]["endpoint"]["http"]["model"] == "m"
+
+
+def test_a_workspace_without_summaries_says_what_to_run(raypipe: Run, ingested: str) -> None:
+    none = raypipe("judge", "--workspace", ingested)
+    assert (none.code, none.status) == (2, "failed")
+    assert "has no hierarchical summaries" in none.stderr
+
+
+def test_what_cannot_be_judged_is_told_before_anybody_is_asked(raypipe: Run, summarised: str) -> None:
+    other = raypipe("judge", "--workspace", summarised, "--summaries.paradigm", "recurrent")
+    assert "has no recurrent summaries" in other.stderr
+    named = raypipe("judge", "--workspace", summarised, "--judges", json.dumps({"rule": {"engine": "echo"}}))
+    assert named.code == 2
+    assert "give the engine another name" in named.stderr
+    rubric = raypipe("judge", "--workspace", summarised, "--rubric.prompt", "How good is {x}?")
+    assert rubric.code == 2
+    assert "{x}, which there is not" in rubric.stderr
