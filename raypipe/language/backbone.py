@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -35,6 +36,22 @@ class PromptTokenizer:
         # The template has written the special tokens, as text.
         return self.tokenizer(turns, add_special_tokens=False)["input_ids"]
 
+    def encode_pieces(self, pieces: Sequence[str | int]) -> tuple[list[int], list[int]]:
+        """Token ids of a prompt in pieces, each tokenised by itself; a number stands for so many places, of id 0.
+
+        Also where each such run of places begins.
+        """
+        before, after = self._frame
+        ids = self.tokenizer(before, add_special_tokens=self.tokenizer.chat_template is None)["input_ids"]
+        starts = []
+        for piece in [*pieces, after]:
+            if isinstance(piece, int):
+                starts.append(len(ids))
+                ids += [0] * piece
+            elif piece:
+                ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"]
+        return ids, starts
+
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens each text takes inside a prompt, without chat wrapping and special tokens."""
         if not texts:
@@ -44,6 +61,15 @@ class PromptTokenizer:
     def decode(self, answers: Sequence[Sequence[int]]) -> list[str]:
         """The text of each answer, special tokens left out and outer whitespace stripped."""
         return [text.strip() for text in self.tokenizer.batch_decode(list(answers), skip_special_tokens=True)]
+
+    @cached_property
+    def _frame(self) -> tuple[str, str]:
+        """What stands before and after a prompt where the tokenizer has a chat template."""
+        if self.tokenizer.chat_template is None:
+            return "", ""
+        mark = "\u241f"
+        before, after = self._as_user_turn(mark).split(mark)
+        return before, after
 
     def _as_user_turn(self, text: str) -> str:
         turn = [{"role": "user", "content": text}]

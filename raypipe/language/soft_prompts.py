@@ -1,0 +1,141 @@
+"""Prompts of text and vectors put to a language model, for training: vectors become tokens through projectors.
+
+A segment of vectors takes as many places as its projector makes tokens of it. There its tokens `replace` what the model
+would read, or are added (`add`) to the embedding of a word of its own, as RecExplainer's `<user>` and `<item>` are
+(arXiv 2311.10947, section 3.2). The loss is taken on the answer alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from raypipe.language.backbone import PromptTokenizer
+from raypipe.language.projectors import Projector
+from raypipe.language.prompt import Prompt, Text, Vectors
+
+IGNORED = -100
+"""Label of what is not to be learnt."""
+
+Injection = Literal["replace", "add"]
+
+
+@dataclass(frozen=True, slots=True)
+class SoftExample:
+    """One exercise: a prompt, and the answer that is learnt."""
+
+    prompt: Prompt
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A prompt as token ids, and its vectors with the first place of each. Ids at those places mean nothing."""
+
+    ids: list[int]
+    soft: list[tuple[int, Vectors]]
+
+
+def encode(tokenizer: PromptTokenizer, prompt: Prompt, projectors: Mapping[str, Projector]) -> Encoded:
+    """The prompt in the pieces it is made of, each tokenised by itself, in training as in generation.
+
+    Raises ValueError for vectors of a source or of a width that no projector is for.
+    """
+    pieces: list[str | int] = []
+    vectors: list[Vectors] = []
+    for segment in prompt.segments:
+        if isinstance(segment, Text):
+            pieces.append(segment.text)
+            continue
+        projector = projectors.get(segment.source)
+        if projector is None:
+            raise ValueError(f"There is no projector for vectors of {segment.source!r}.")
+        if segment.values.shape[1] != projector.width:
+            raise ValueError(
+                f"Vectors of {segment.source!r} are {segment.values.shape[1]} wide, and their projector reads {projector.width}."
+            )
+        vectors.append(segment)
+        pieces.append(projector.config.tokens_of(len(segment.values)))
+    ids, starts = tokenizer.encode_pieces(pieces)
+    return Encoded(ids, list(zip(starts, vectors, strict=True)))
+
+
+def collate(prompts: Sequence[Encoded], answers: Sequence[Sequence[int]] | None = None) -> dict[str, Tensor]:
+    """One batch, padded on the right: `tokens` int64 [batch, length] and, with answers, `labels` alike.
+
+    Per source of vectors, over all segments of it: `vectors/SOURCE` float32 [segments, count, width], `known/SOURCE` bool
+    [segments, count], `rows/SOURCE` and `starts/SOURCE` int64 [segments].
+    """
+    whole = [[*prompt.ids, *answer] for prompt, answer in zip(prompts, answers or [()] * len(prompts), strict=True)]
+    length = max(map(len, whole))
+    tokens = np.zeros((len(whole), length), np.int64)
+    mask = np.zeros((len(whole), length), np.int64)
+    labels = np.full((len(whole), length), IGNORED, np.int64)
+    for row, (ids, prompt) in enumerate(zip(whole, prompts, strict=True)):
+        tokens[row, : len(ids)] = ids
+        mask[row, : len(ids)] = 1
+        labels[row, len(prompt.ids) : len(ids)] = ids[len(prompt.ids) :]
+    batch = {"tokens": torch.from_numpy(tokens), "mask": torch.from_numpy(mask)}
+    if answers is not None:
+        batch["labels"] = torch.from_numpy(labels)
+    segments: dict[str, list[tuple[int, int, Vectors]]] = {}
+    for row, prompt in enumerate(prompts):
+        for start, vectors in prompt.soft:
+            segments.setdefault(vectors.source, []).append((row, start, vectors))
+    for source, found in segments.items():
+        most = max(len(vectors.values) for _, _, vectors in found)
+        values = np.zeros((len(found), most, found[0][2].values.shape[1]), np.float32)
+        known = np.zeros((len(found), most), bool)
+        for place, (_, _, vectors) in enumerate(found):
+            values[place, most - len(vectors.values) :] = vectors.values
+            known[place, most - len(vectors.values) :] = True
+        batch[f"vectors/{source}"], batch[f"known/{source}"] = torch.from_numpy(values), torch.from_numpy(known)
+        batch[f"rows/{source}"] = torch.tensor([row for row, _, _ in found])
+        batch[f"starts/{source}"] = torch.tensor([start for _, start, _ in found])
+    return batch
+
+
+class SoftPromptLm(nn.Module):
+    """A causal language model and its projectors, by source of vectors; forward is the mean cross-entropy of answers."""
+
+    def __init__(self, lm: Any, projectors: Mapping[str, Projector], injection: Injection) -> None:
+        super().__init__()
+        self.lm, self.injection = lm, injection
+        self.projectors = nn.ModuleDict(projectors)
+        hidden = lm.get_input_embeddings().weight.shape[1]
+        # The word that stands at the places of a source, where its tokens are added to one.
+        self.words = nn.ParameterDict(
+            {source: nn.Parameter(torch.zeros(hidden)) for source in projectors} if injection == "add" else {}
+        )
+
+    def embed(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """What the model reads, [batch, length, hidden]."""
+        embedded = self.lm.get_input_embeddings()(batch["tokens"])
+        for source, projector in self.projectors.items():
+            if f"rows/{source}" not in batch:
+                continue
+            vectors, known = batch[f"vectors/{source}"], batch[f"known/{source}"]
+            soft, there = projector(vectors.to(embedded.dtype), known)
+            if self.injection == "add":
+                soft = soft + self.words[source]
+            columns = batch[f"starts/{source}"][:, None] + there.cumsum(1) - 1
+            rows = batch[f"rows/{source}"][:, None].expand_as(columns)
+            embedded = embedded.index_put((rows[there], columns[there]), soft[there].to(embedded.dtype))
+        return embedded
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Logits are made only where there is something to predict."""
+        decoder = self.lm.get_decoder()
+        hidden = decoder(
+            inputs_embeds=self.embed(batch), attention_mask=batch["mask"], use_cache=False
+        ).last_hidden_state
+        labels = batch["labels"][:, 1:]
+        wanted = labels != IGNORED
+        logits = self.lm.get_output_embeddings()(hidden[:, :-1][wanted])
+        return functional.cross_entropy(logits.float(), labels[wanted])
