@@ -114,6 +114,13 @@ class SoftPromptLm(nn.Module):
             {source: nn.Parameter(torch.zeros(hidden)) for source in projectors} if injection == "add" else {}
         )
 
+    def train(self, mode: bool = True) -> SoftPromptLm:
+        """A language model that is not trained stays in eval mode, dropout off."""
+        super().train(mode)
+        if not any(weight.requires_grad for weight in self.lm.parameters()):
+            self.lm.eval()
+        return self
+
     def embed(self, batch: Mapping[str, Tensor]) -> Tensor:
         """What the model reads, [batch, length, hidden]."""
         embedded = self.lm.get_input_embeddings()(batch["tokens"])

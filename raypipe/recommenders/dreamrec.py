@@ -43,7 +43,10 @@ class DreamRecOptions(Config):
     schedule: Schedule = shaping("linear", "of the noise")
     unguided: float = shaping(0.1, "share of positions trained without their history", ge=0, le=1)
     guidance: float = shaping(2.0, "w of classifier-free guidance", ge=0)
-    sampling_steps: int | None = shaping(None, "unset: all T; fewer are faster", ge=1)
+    sampling_steps: int | None = shaping(
+        None, "unset: all T; fewer are faster; 1 gives the mean of what the history makes likely", ge=1
+    )
+    denoiser_layers: Literal[1, 2] = shaping(1, "one linear layer, as published; two with a GELU between")
     normalised: bool = shaping(False, "item vectors at the length of noise, against collapse")
     table: str | None = shaping(None, "NAME or NAME/HASH of a model of the workspace that gives the item vectors")
     frozen_table: bool = shaping(False, "item vectors stay as they start")
@@ -77,7 +80,9 @@ class DreamRec(Recommender):
         self.transformer = transformer
         self.nobody = nn.Parameter(torch.randn(width))  # guidance of no history
         self.time = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-        self.denoiser = nn.Linear(3 * width, width)
+        self.denoiser: nn.Module = nn.Linear(3 * width, width)
+        if options.denoiser_layers == 2:
+            self.denoiser = nn.Sequential(nn.Linear(3 * width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         kept = (1 - noise_schedule(options.schedule, options.steps)).cumprod(0)
         self.kept: Tensor
         self.register_buffer("kept", torch.cat([torch.ones(1, dtype=torch.float64), kept]))  # ᾱ_0…ᾱ_T
