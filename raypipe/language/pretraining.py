@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from raypipe.config import Config, shaping
+from raypipe.language.batching import batches_of_like_length
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
 from raypipe.language.instructions import Catalogue, Example, InstructionConfig, summary_examples
 from raypipe.language.summary_prompts import SummaryPrompts, times
 
 _MARKER = "prepared.json"
 _ENCODED_AT_ONCE = 2048
-_SORTED_BATCHES = 32
 _IGNORED = -100
 
 
@@ -149,7 +149,9 @@ class LmTask:
         """
         epoch, index = divmod(step, self.steps_per_epoch(batch_size))
         if self._order_of != (epoch, seed, batch_size):
-            self._order, self._order_of = self._batches(epoch, seed, batch_size), (epoch, seed, batch_size)
+            lengths = self._ends - self._starts
+            self._order = batches_of_like_length(lengths, (seed, epoch), batch_size)
+            self._order_of = (epoch, seed, batch_size)
         return self._padded(self._order[index][rank::world])
 
     def save(self, weights: Mapping[str, Tensor], folder: Path) -> None:
@@ -177,19 +179,6 @@ class LmTask:
     @cached_property
     def _starts(self) -> np.ndarray:
         return np.concatenate([[0], self._ends[:-1]])
-
-    def _batches(self, epoch: int, seed: int, batch_size: int) -> list[np.ndarray]:
-        rng = np.random.default_rng((seed, epoch))
-        lengths = self._ends - self._starts
-        batches: list[np.ndarray] = []
-        order = rng.permutation(len(lengths))
-        for start in range(0, len(order), batch_size * _SORTED_BATCHES):
-            chunk = order[start : start + batch_size * _SORTED_BATCHES]
-            chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
-            whole = [chunk[at : at + batch_size] for at in range(0, len(chunk), batch_size)]
-            batches += [whole[i] for i in rng.permutation(len(whole))]
-        full = [batch for batch in batches if len(batch) == batch_size]
-        return full or batches
 
     def _padded(self, examples: np.ndarray) -> dict[str, Tensor]:
         starts, ends = self._starts[examples], self._ends[examples]

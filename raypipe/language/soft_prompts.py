@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from raypipe.language.backbone import PromptTokenizer
-from raypipe.language.projectors import Projector
+from raypipe.language.projectors import Projector, ProjectorConfig
 from raypipe.language.prompt import Prompt, Text, Vectors
 
 IGNORED = -100
@@ -42,8 +42,12 @@ class Encoded:
     soft: list[tuple[int, Vectors]]
 
 
-def encode(tokenizer: PromptTokenizer, prompt: Prompt, projectors: Mapping[str, Projector]) -> Encoded:
+def encode(
+    tokenizer: PromptTokenizer, prompt: Prompt, projectors: Mapping[str, ProjectorConfig], widths: Mapping[str, int]
+) -> Encoded:
     """The prompt in the pieces it is made of, each tokenised by itself, in training as in generation.
+
+    `projectors` and `widths` say, by source, how vectors become tokens and how wide they are.
 
     Raises ValueError for vectors of a source or of a width that no projector is for.
     """
@@ -56,12 +60,13 @@ def encode(tokenizer: PromptTokenizer, prompt: Prompt, projectors: Mapping[str, 
         projector = projectors.get(segment.source)
         if projector is None:
             raise ValueError(f"There is no projector for vectors of {segment.source!r}.")
-        if segment.values.shape[1] != projector.width:
+        if segment.values.shape[1] != widths[segment.source]:
             raise ValueError(
-                f"Vectors of {segment.source!r} are {segment.values.shape[1]} wide, and their projector reads {projector.width}."
+                f"Vectors of {segment.source!r} are {segment.values.shape[1]} wide, and their projector reads "
+                f"{widths[segment.source]}."
             )
         vectors.append(segment)
-        pieces.append(projector.config.tokens_of(len(segment.values)))
+        pieces.append(projector.tokens_of(len(segment.values)))
     ids, starts = tokenizer.encode_pieces(pieces)
     return Encoded(ids, list(zip(starts, vectors, strict=True)))
 

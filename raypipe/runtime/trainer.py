@@ -64,6 +64,15 @@ class ValidatedTask(TrainingTask, Protocol):
         ...
 
 
+@runtime_checkable
+class PartialTask(TrainingTask, Protocol):
+    """A task that trains a part of a model that is somebody else's: the rest is neither checkpointed nor stored."""
+
+    def keeps(self, name: str) -> bool:
+        """Whether the weight of this name is among what is trained and stored."""
+        ...
+
+
 class TrainerConfig(Config):
     """How a task is trained. Batch sizes are global: more workers mean smaller shares, not larger batches."""
 

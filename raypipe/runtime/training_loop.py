@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from raypipe.runtime.averaging import WeightAverage
-from raypipe.runtime.trainer import MODEL, TrainerConfig, TrainingTask, ValidatedTask
+from raypipe.runtime.trainer import MODEL, PartialTask, TrainerConfig, TrainingTask, ValidatedTask
 
 if TYPE_CHECKING:
     from ray.train import Checkpoint
@@ -45,6 +45,7 @@ class _Worker:
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.task, self.config, self.board = task, config, board
+        self.partial = isinstance(task, PartialTask)
         self.losses: list[float] = []  # mean over ranks, one a step
         self.validations: list[tuple[int, float]] = []
         self.best: dict[str, Tensor] = {}  # whole weights of the best validation; on rank 0 alone
@@ -106,11 +107,16 @@ class _Worker:
             dist.all_reduce(total)
             metric = (total[0] / total[1]).item()
             if metric > max((value for _, value in self.validations), default=-math.inf):
-                self.best = dict(_whole_weights(module, self.config.zero_stage, keep=self.rank == 0))
+                self.best = dict(self._weights())
         module.train()
         self.validations.append((step, metric))
         if self.rank == 0:
             self.board.post.remote(f"step {step}/{self.steps}  validation {metric:.4f}")
+
+    def _weights(self) -> Mapping[str, Tensor]:
+        """What is stored of the module, on rank 0; every rank must call it."""
+        keeps = self.task.keeps if isinstance(self.task, PartialTask) else lambda name: True
+        return _whole_weights(self.engine.module, self.config.zero_stage, keeps, here=self.rank == 0)
 
     def _averaged(self) -> AbstractContextManager[None]:
         """The module holds what is to be validated and stored."""
@@ -169,14 +175,14 @@ class _Worker:
                 "validations": self.validations,
             }
             (folder / f"rank-{self.rank}.json").write_text(json.dumps(run))
-            self.engine.save_checkpoint(str(folder), tag=_STATE)
+            self.engine.save_checkpoint(str(folder), tag=_STATE, exclude_frozen_parameters=self.partial)
             if self.best:
                 save_file(self.best, folder / _BEST)
             if self.average is not None:
                 self.average.save(folder / self._average_file)
             if final:
                 with self._averaged():
-                    last = _whole_weights(self.engine.module, self.config.zero_stage, keep=self.rank == 0)
+                    last = self._weights()
                 if self.rank == 0:
                     self.task.save(self.best or last, folder / MODEL)
             metrics = {"step": len(self.losses), "loss": self.losses[-1]}
@@ -186,7 +192,7 @@ class _Worker:
         with checkpoint.as_directory() as folder:
             run = json.loads((Path(folder) / "rank-0.json").read_text())
             assert run["world"] == self.world, "a run's name holds its configuration, the number of workers included"
-            self.engine.load_checkpoint(folder, tag=_STATE)
+            self.engine.load_checkpoint(folder, tag=_STATE, load_module_strict=not self.partial)
             if self.rank == 0 and (Path(folder) / _BEST).exists():
                 self.best = load_file(Path(folder) / _BEST)
             if self.average is not None:
@@ -241,15 +247,21 @@ def _deepspeed_engine(module: nn.Module, config: TrainerConfig, world: int, *, g
     return engine
 
 
-def _whole_weights(module: nn.Module, zero_stage: int, *, keep: bool) -> Mapping[str, Tensor]:
-    """Parameters and persistent buffers on CPU where `keep`; every rank must call it, as ZeRO-3 gathers from all."""
+def _whole_weights(
+    module: nn.Module, zero_stage: int, keeps: Callable[[str], bool], *, here: bool
+) -> Mapping[str, Tensor]:
+    """Parameters and persistent buffers that are kept, on CPU, `here` or nowhere.
+
+    Every rank must call it, as ZeRO-3 gathers from all.
+    """
     weights: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
-        with _gathered([parameter], zero_stage):
-            if keep:
-                weights[name] = parameter.detach().to("cpu", copy=True)
-    if keep:
-        persistent = module.state_dict().keys()
+        if keeps(name):
+            with _gathered([parameter], zero_stage):
+                if here:
+                    weights[name] = parameter.detach().to("cpu", copy=True)
+    if here:
+        persistent = {name for name in module.state_dict() if keeps(name)}
         weights |= {n: b.detach().to("cpu", copy=True) for n, b in module.named_buffers() if n in persistent}
     return weights
 

@@ -40,13 +40,15 @@ def card(kind: str, **changes: str) -> AdapterCard:
 
 def batch_of(backbone: Backbone, model: SoftPromptLm) -> dict[str, torch.Tensor]:
     states = np.random.default_rng(0).normal(size=(1, 6)).astype(np.float32)
-    prompt = encode(backbone, Prompt.of("the user ", Vectors(states, "user"), " chose"), dict(model.projectors.items()))  # type: ignore[arg-type]
+    text = Prompt.of("the user ", Vectors(states, "user"), " chose")
+    prompt = encode(backbone, text, {"user": ProjectorConfig()}, {"user": 6})
     return collate([prompt], [backbone.tokenizer(" Brazil", add_special_tokens=False)["input_ids"]])
 
 
 def trained(backbone: Backbone, model: SoftPromptLm) -> SoftPromptLm:
+    torch.manual_seed(0)
     batch = batch_of(backbone, model)
-    optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.05)
+    optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.005)
     for _ in range(6):
         optimizer.zero_grad()
         model(batch).backward()

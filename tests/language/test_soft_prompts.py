@@ -16,6 +16,7 @@ from raypipe.language.prompt import Prompt, Vectors
 from raypipe.language.soft_prompts import IGNORED, SoftPromptLm, collate, encode
 
 WIDTH = 6
+WIDTHS = {"user": WIDTH, "item": WIDTH}
 KINDS = [ProjectorConfig(kind=kind) for kind in ("linear", "mlp", "qformer")]
 POOLED = ProjectorConfig(pool="learned_positions", positions=4)
 
@@ -52,7 +53,7 @@ def test_vectors_stand_where_the_prompt_has_them_and_text_is_what_it_was(
 ) -> None:
     lm = model(backbone, config)
     prompts = [Prompt.of("the user ", states(3), " chose"), Prompt.of(states(5, 1), "and Alien and Brazil")]
-    encoded = [encode(backbone, prompt, {"user": projector(lm)}) for prompt in prompts]
+    encoded = [encode(backbone, prompt, {"user": projector(lm).config}, WIDTHS) for prompt in prompts]
     batch = collate(encoded)
     embedded = lm.embed(batch)
     words = backbone.model.get_input_embeddings().weight
@@ -72,7 +73,7 @@ def test_vectors_stand_where_the_prompt_has_them_and_text_is_what_it_was(
 def test_two_sources_in_one_prompt_each_have_their_projector(backbone: Backbone) -> None:
     lm = model(backbone, ProjectorConfig(), ProjectorConfig(kind="mlp"))
     prompt = Prompt.of("the user ", states(1), " chose ", states(1, 1, "item"), states(1, 2, "item"))
-    batch = collate([encode(backbone, prompt, dict(lm.projectors.items()))])  # type: ignore[arg-type]
+    batch = collate([encode(backbone, prompt, {source: projector(lm, source).config for source in WIDTHS}, WIDTHS)])
     embedded = lm.embed(batch)[0]
     one = torch.ones(1, 1, dtype=torch.bool)
     expected = [
@@ -88,7 +89,7 @@ def test_added_tokens_have_a_word_of_their_own_below_them(backbone: Backbone) ->
     replaced, added = model(backbone, ProjectorConfig()), model(backbone, ProjectorConfig(), injection="add")
     with torch.no_grad():
         added.words["user"].fill_(0.5)
-    batch = collate([encode(backbone, Prompt.of("user ", states(2)), {"user": projector(added)})])
+    batch = collate([encode(backbone, Prompt.of("user ", states(2)), {"user": ProjectorConfig()}, WIDTHS)])
     difference = added.embed(batch) - replaced.embed(batch)
     torch.testing.assert_close(difference[0, -2:], torch.full_like(difference[0, -2:], 0.5))
     assert not difference[0, :-2].any()
@@ -97,7 +98,7 @@ def test_added_tokens_have_a_word_of_their_own_below_them(backbone: Backbone) ->
 def test_only_the_answer_is_learnt_and_the_loss_is_its_cross_entropy(backbone: Backbone) -> None:
     lm = model(backbone, POOLED)
     prompts = [Prompt.of("the user ", states(4), " chose"), Prompt.of(states(2, 1), "chose Alien and")]
-    encoded = [encode(backbone, prompt, {"user": projector(lm)}) for prompt in prompts]
+    encoded = [encode(backbone, prompt, {"user": projector(lm).config}, WIDTHS) for prompt in prompts]
     answers = [backbone.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (" Brazil", " Casablanca")]
     batch = collate(encoded, answers)
     for row, (prompt, answer) in enumerate(zip(encoded, answers, strict=True)):
@@ -138,11 +139,11 @@ def test_a_qformer_does_not_see_what_is_not_there() -> None:
 
 
 def test_vectors_that_no_projector_reads_are_refused(backbone: Backbone) -> None:
-    reads = {"user": ProjectorConfig().build(WIDTH, 8)}
+    reads = {"user": ProjectorConfig()}
     with pytest.raises(ValueError, match="no projector for vectors of 'item'"):
-        encode(backbone, Prompt.of(states(1, source="item")), reads)
+        encode(backbone, Prompt.of(states(1, source="item")), reads, WIDTHS)
     with pytest.raises(ValueError, match="are 3 wide, and their projector reads 6"):
-        encode(backbone, Prompt.of(Vectors(np.zeros((1, 3), np.float32), "user")), reads)
+        encode(backbone, Prompt.of(Vectors(np.zeros((1, 3), np.float32), "user")), reads, WIDTHS)
 
 
 def test_pieces_of_a_chat_stand_within_the_users_turn(stories: str) -> None:

@@ -1,0 +1,171 @@
+"""Training an adapter on prepared examples of prompts with vectors.
+
+`prepare_alignment` writes, and `AlignmentTask` reads, one folder:
+
+    tokens.npy          int32 [tokens], prompts and answers one after the other; 0 where vectors go
+    ends.npy            int64 [examples], where each ends
+    answer_starts.npy   int32 [examples], tokens of each before its answer
+    segments.npy        int64 [segments, 5]: example, source, first place, first row of its vectors, how many
+    vectors-N.npy       float32 [rows, width], the vectors of source N
+    prepared.json       what is trained between what; written last: its existence means that the rest is complete
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from raypipe.language.adapters import AdapterCard, AdapterConfig, build_adapter, save_adapter
+from raypipe.language.backbone import PromptTokenizer, load_backbone
+from raypipe.language.batching import batches_of_like_length
+from raypipe.language.prompt import Vectors
+from raypipe.language.soft_prompts import Encoded, SoftExample, collate, encode
+
+_MARKER = "prepared.json"
+
+
+def prepare_alignment(
+    folder: Path,
+    examples: Iterable[SoftExample],
+    tokenizer: PromptTokenizer,
+    end: int,
+    context: int,
+    lm: str,
+    card: AdapterCard,
+    seed: int,
+) -> dict[str, int]:
+    """Writes the folder a task trains from, and returns its counts: examples, tokens, answer_tokens, left_out.
+
+    `lm` is the language model's folder or hub name, found again on every worker; `end` ends an answer. An example longer than
+    `context` is left out: cut, it would teach answers to what is not shown. Raises ValueError where none is left.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = sorted(card.config.projectors)
+    rows: dict[str, list[NDArray[np.float32]]] = {source: [] for source in sources}
+    stored = dict.fromkeys(sources, 0)
+    tokens: list[int] = []
+    ends: list[int] = []
+    answer_starts: list[int] = []
+    segments: list[tuple[int, int, int, int, int]] = []
+    left_out = 0
+    for example in examples:
+        prompt = encode(tokenizer, example.prompt, card.config.projectors, card.widths)
+        # The space belongs to the answer: the prompt ends exactly as it will when the model is asked.
+        answer = [*tokenizer.tokenizer(f" {example.answer}", add_special_tokens=False)["input_ids"], end]
+        if len(prompt.ids) + len(answer) > context:
+            left_out += 1
+            continue
+        for start, vectors in prompt.soft:
+            count = len(vectors.values)
+            segments.append((len(ends), sources.index(vectors.source), start, stored[vectors.source], count))
+            rows[vectors.source].append(vectors.values)
+            stored[vectors.source] += count
+        tokens += [*prompt.ids, *answer]
+        answer_starts.append(len(prompt.ids))
+        ends.append(len(tokens))
+    if not ends:
+        raise ValueError(f"Of {left_out} examples none fits the context of {context} tokens.")
+    np.save(folder / "tokens.npy", np.array(tokens, np.int32))
+    np.save(folder / "ends.npy", np.array(ends, np.int64))
+    np.save(folder / "answer_starts.npy", np.array(answer_starts, np.int32))
+    np.save(folder / "segments.npy", np.array(segments, np.int64).reshape(-1, 5))
+    for number, source in enumerate(sources):
+        np.save(
+            folder / f"vectors-{number}.npy",
+            np.concatenate([np.zeros((0, card.widths[source]), np.float32), *rows[source]]),
+        )
+    counts = {
+        "examples": len(ends),
+        "tokens": len(tokens),
+        "answer_tokens": len(tokens) - sum(answer_starts),
+        "left_out": left_out,
+    }
+    told = {"lm": lm, "seed": seed, "card": {**asdict(card), "config": card.config.model_dump(mode="json")}}
+    (folder / _MARKER).write_text(json.dumps(told))
+    return counts
+
+
+class AlignmentTask:
+    """What a trainer needs to know of training an adapter; picklable, reads files where it runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        try:
+            told = json.loads((self.folder / _MARKER).read_text())
+        except FileNotFoundError:
+            raise ValueError(f"{folder} holds no prepared examples; call prepare_alignment first.") from None
+        config = AdapterConfig.model_validate(told["card"].pop("config"))
+        self.card = AdapterCard(config=config, **told["card"])
+        self.lm, self.seed = str(told["lm"]), int(told["seed"])
+        self._batches: list[NDArray[np.int64]] = []
+        self._batches_of: tuple[int, int, int] | None = None
+
+    def __reduce__(self) -> tuple[type[AlignmentTask], tuple[Path]]:
+        return type(self), (self.folder,)
+
+    def build(self) -> nn.Module:
+        """The adapted model; forward(batch) is the mean cross-entropy of the answers."""
+        model = build_adapter(load_backbone(self.lm, device="cpu"), self.card, self.seed)
+        self._kept = {name for name, weight in model.named_parameters() if weight.requires_grad}
+        return model
+
+    def keeps(self, name: str) -> bool:
+        return name in self._kept
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        return max(1, len(self._ends) // batch_size)
+
+    def batch(self, step: int, seed: int, rank: int, world: int, batch_size: int) -> dict[str, Tensor]:
+        """This rank's share of the global batch of `step`: a function of the arguments alone."""
+        epoch, index = divmod(step, self.steps_per_epoch(batch_size))
+        if self._batches_of != (epoch, seed, batch_size):
+            self._batches = batches_of_like_length(np.diff(self._ends, prepend=0), (seed, epoch), batch_size)
+            self._batches_of = (epoch, seed, batch_size)
+        chosen = self._batches[index][rank::world]
+        prompts, answers = zip(*(self._example(int(example)) for example in chosen), strict=True)
+        return collate(prompts, answers)
+
+    def save(self, weights: Mapping[str, Tensor], folder: Path) -> None:
+        save_adapter(folder, self.card, weights)
+
+    def _example(self, example: int) -> tuple[Encoded, list[int]]:
+        stop = int(self._ends[example])
+        start = int(self._ends[example - 1]) if example else 0
+        ids, prompt = self._tokens[start:stop].tolist(), int(self._answer_starts[example])
+        first, last = np.searchsorted(self._segments[:, 0], [example, example + 1])
+        soft = []
+        for _, number, place, row, count in self._segments[first:last].tolist():
+            source = sorted(self.card.config.projectors)[number]
+            soft.append((place, Vectors(self._vectors[number][row : row + count], source)))
+        return Encoded(ids[:prompt], soft), ids[prompt:]
+
+    @cached_property
+    def _tokens(self) -> NDArray[np.int32]:
+        return np.load(self.folder / "tokens.npy", mmap_mode="r")
+
+    @cached_property
+    def _ends(self) -> NDArray[np.int64]:
+        return np.load(self.folder / "ends.npy")
+
+    @cached_property
+    def _answer_starts(self) -> NDArray[np.int32]:
+        return np.load(self.folder / "answer_starts.npy")
+
+    @cached_property
+    def _segments(self) -> NDArray[np.int64]:
+        return np.load(self.folder / "segments.npy")
+
+    @cached_property
+    def _vectors(self) -> list[Any]:
+        return [
+            np.load(self.folder / f"vectors-{number}.npy", mmap_mode="r")
+            for number in range(len(self.card.config.projectors))
+        ]
