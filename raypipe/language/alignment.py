@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -124,14 +125,18 @@ class AlignmentTask:
         return max(1, len(self._ends) // batch_size)
 
     def batch(self, step: int, seed: int, rank: int, world: int, batch_size: int) -> dict[str, Tensor]:
-        """This rank's share of the global batch of `step`: a function of the arguments alone."""
+        """This rank's share of the global batch of `step`: a function of the arguments alone.
+
+        `count` is that of all ranks' answer tokens, divided by their number.
+        """
         epoch, index = divmod(step, self.steps_per_epoch(batch_size))
         if self._batches_of != (epoch, seed, batch_size):
             self._batches = batches_of_like_length(np.diff(self._ends, prepend=0), (seed, epoch), batch_size)
             self._batches_of = (epoch, seed, batch_size)
-        chosen = self._batches[index][rank::world]
-        prompts, answers = zip(*(self._example(int(example)) for example in chosen), strict=True)
-        return collate(prompts, answers)
+        whole = self._batches[index]
+        prompts, answers = zip(*(self._example(int(example)) for example in whole[rank::world]), strict=True)
+        lengths = np.diff(self._ends, prepend=0)[whole] - self._answer_starts[whole]
+        return {**collate(prompts, answers), "count": torch.tensor(lengths.sum() / world)}
 
     def save(self, weights: Mapping[str, Tensor], folder: Path) -> None:
         save_adapter(folder, self.card, weights)

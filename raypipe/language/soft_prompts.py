@@ -107,7 +107,7 @@ def collate(prompts: Sequence[Encoded], answers: Sequence[Sequence[int]] | None 
 
 
 class SoftPromptLm(nn.Module):
-    """A causal language model and its projectors, by source of vectors; forward is the mean cross-entropy of answers."""
+    """A causal language model and its projectors, by source of vectors; forward is the cross-entropy of answers."""
 
     def __init__(self, lm: Any, projectors: Mapping[str, Projector], injection: Injection) -> None:
         super().__init__()
@@ -142,7 +142,10 @@ class SoftPromptLm(nn.Module):
         return embedded
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Logits are made only where there is something to predict."""
+        """Summed over answer tokens and divided by `count`, by their number where there is none.
+
+        Logits are made only where there is something to predict.
+        """
         decoder = self.lm.get_decoder()
         hidden = decoder(
             inputs_embeds=self.embed(batch), attention_mask=batch["mask"], use_cache=False
@@ -150,4 +153,5 @@ class SoftPromptLm(nn.Module):
         labels = batch["labels"][:, 1:]
         wanted = labels != IGNORED
         logits = self.lm.get_output_embeddings()(hidden[:, :-1][wanted])
-        return functional.cross_entropy(logits.float(), labels[wanted])
+        total = functional.cross_entropy(logits.float(), labels[wanted], reduction="sum")
+        return total / (batch["count"] if "count" in batch else wanted.sum())

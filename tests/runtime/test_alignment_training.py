@@ -1,0 +1,97 @@
+"""An adapter trained under Ray Train and DeepSpeed: the language model stays, and sharding changes no result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from raypipe.language.adapters import AdapterCard, AdapterConfig, LoraOptions, load_adapter
+from raypipe.language.alignment import AlignmentTask, prepare_alignment
+from raypipe.language.backbone import load_backbone
+from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
+from raypipe.language.projectors import ProjectorConfig
+from raypipe.language.prompt import Prompt, Vectors
+from raypipe.language.soft_prompts import SoftExample, collate, encode
+from raypipe.recommenders.recommender import weights_hash
+from raypipe.runtime.trainer import TrainerConfig, TrainingResult, fit
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+WORDS = ("Alien", "Brazil", "Casablanca", "Dune Dune Dune")
+CARD = AdapterCard(
+    AdapterConfig(
+        projectors={"user": ProjectorConfig(pool="learned_positions", positions=3)},
+        injection="add",
+        lora=LoraOptions(rank=2, dropout=0.0),
+    ),
+    {"user": 4},
+    "lm-hash",
+    "sasrec/1",
+)
+CONFIG = TrainerConfig(
+    steps=60, batch_size=8, lr=6e-3, warmup_steps=2, weight_decay=0, device="cpu", checkpoint_every=25
+)
+
+
+def example(place: int) -> SoftExample:
+    """The state says which film it is."""
+    state = np.eye(4, dtype=np.float32)[place % 4][None].repeat(1 + place % 3, 0)
+    return SoftExample(Prompt.of("the user ", Vectors(state, "user"), " chose"), WORDS[place % 4])
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("lm")
+    tokenizer = train_tokenizer([f"the user chose {word}" for word in WORDS] * 9, [], [], 400)
+    save_untrained(folder, BuiltinLmConfig(size="tiny", context=64), tokenizer)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def prepared(lm: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("alignment")
+    backbone = load_backbone(lm, device="cpu")
+    examples = [example(place) for place in range(64)]
+    counts = prepare_alignment(folder, examples, backbone, backbone.ends[0], 64, lm, CARD, seed=0)
+    assert (counts["examples"], counts["left_out"]) == (64, 0)
+    return folder
+
+
+def train(prepared: Path, out: Path, **changes: object) -> TrainingResult:
+    return fit(AlignmentTask(prepared), CONFIG.model_copy(update=changes), "alignment", out / "adapter")
+
+
+@pytest.fixture(scope="module")
+def single(prepared: Path, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> TrainingResult:
+    return train(prepared, tmp_path_factory.mktemp("single"))
+
+
+def test_an_adapter_learns_to_name_what_a_state_holds_and_changes_no_other_weight(
+    single: TrainingResult, lm: str
+) -> None:
+    assert np.mean(single.losses[-4:]) < 0.3 * single.losses[0]
+    untouched = weights_hash(load_backbone(lm, device="cpu").model)
+    backbone = load_backbone(lm, device="cpu")
+    assert weights_hash(backbone.model) == untouched
+    model = load_adapter(single.folder, backbone, "lm-hash", "sasrec/1")
+    for place, word in enumerate(WORDS):
+        prompt = encode(backbone, example(place).prompt, CARD.config.projectors, CARD.widths)
+        batch = collate([prompt])
+        logits = backbone.model(inputs_embeds=model.embed(batch), attention_mask=batch["mask"]).logits[0, -1]
+        assert logits.argmax() == backbone.tokenizer(f" {word}", add_special_tokens=False)["input_ids"][0]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_workers_with_shards_train_the_same_adapter_whole(
+    single: TrainingResult, prepared: Path, tmp_path: Path, stage: int
+) -> None:
+    sharded = train(prepared, tmp_path, workers=2, zero_stage=stage)
+    np.testing.assert_allclose(sharded.losses, single.losses, rtol=0.02, atol=2e-3)
+    mine, theirs = (load_file(result.folder / "adapter.safetensors") for result in (sharded, single))
+    assert {name: weight.shape for name, weight in mine.items()} == {
+        name: weight.shape for name, weight in theirs.items()
+    }
+    for name, weight in mine.items():
+        np.testing.assert_allclose(weight, theirs[name], rtol=0.1, atol=0.02)
