@@ -1,0 +1,52 @@
+"""How much of a history an answer names, title by title (RecInterpreter, arXiv 2310.20487; released metrics are broken:
+they search titles as regular expressions, so that "Alien" is found in "Aliens")."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+
+def titles_in(answer: str, known: Collection[str], separator: str = "; ") -> list[str]:
+    """The pieces of an answer, in order; a known title that holds the separator itself is one piece."""
+    pieces = [piece.strip() for piece in answer.strip().removesuffix(".").split(separator)]
+    longest = max((title.count(separator) for title in known), default=0) + 1
+    found: list[str] = []
+    at = 0
+    while at < len(pieces):
+        joins = (separator.join(pieces[at : at + count]) for count in range(min(longest, len(pieces) - at), 1, -1))
+        piece = next((join for join in joins if join in known), pieces[at])
+        found.append(piece)
+        at += piece.count(separator) + 1 if piece in known else 1
+    return [piece for piece in found if piece]
+
+
+def recovered(answer: Sequence[str], history: Sequence[str]) -> float:
+    """Share of the history's titles that the answer names, each title once; 0 for an empty history."""
+    titles = set(history)
+    return len(titles.intersection(answer)) / len(titles) if titles else 0.0
+
+
+def recovered_places(answer: Sequence[str], history: Sequence[str]) -> list[bool]:
+    """For each event of the history, oldest first, whether the answer names its title anywhere."""
+    named = set(answer)
+    return [title in named for title in history]
+
+
+def valid_ratio(answer: Sequence[str], known: Collection[str]) -> float:
+    """Share of the answer's pieces that are titles of the catalogue; 0 where it has none."""
+    return sum(piece in known for piece in answer) / len(answer) if answer else 0.0
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """F1 of the longest common subsequence of words (Lin 2004)."""
+    one, other = answer.split(), reference.split()
+    if not one or not other:
+        return 0.0
+    longest = [0] * (len(other) + 1)
+    for word in one:
+        diagonal = 0
+        for place, against in enumerate(other, start=1):
+            above = longest[place]
+            longest[place] = diagonal + 1 if word == against else max(above, longest[place - 1])
+            diagonal = above
+    return 2 * longest[-1] / (len(one) + len(other))
