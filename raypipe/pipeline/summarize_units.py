@@ -21,6 +21,7 @@ from raypipe.metrics.text import (
     attribute_coverage,
     attribute_precision,
     distinctness,
+    shift_precision,
     stability,
     top_values,
     untouched_share,
@@ -41,7 +42,14 @@ from raypipe.systems.blocks import RECIPE_DIGITS
 from raypipe.systems.paradigms import build_summarizer
 from raypipe.systems.summaries import UNFINISHED, SummariesConfig, Summarizer, UserSummary
 
-QUALITY = ("attribute_precision", "attribute_coverage", "untouched_share", "stability", "distinctness")
+QUALITY = (
+    "attribute_precision",
+    "attribute_coverage",
+    "untouched_share",
+    "shift_precision",
+    "stability",
+    "distinctness",
+)
 """What is measured of new summaries; `stability` against a user's older one, `distinctness` within a bucket."""
 
 
@@ -257,7 +265,8 @@ class SummarizeBucket:
         finished = [result for result in results.values() if not result.reason and not result.unfinished]
         for result in finished:
             user = work[result.user_id]
-            counts = value_counts(self.catalogue.values[index] for index in state.window_items(user))
+            values = [self.catalogue.values[index] for index in state.window_items(user)]
+            counts = value_counts(values)
             top = top_values(counts)
             named = self.vocabulary.named(result.summary)
             place = int(state.place_before[user])
@@ -266,6 +275,7 @@ class SummarizeBucket:
                 "attribute_precision": attribute_precision(named, top),
                 "attribute_coverage": attribute_coverage(named, top),
                 "untouched_share": untouched_share(named, counts),
+                "shift_precision": self._shift(result.summary, values),
                 "stability": None if old is None else stability(self.vocabulary.named(old), named),
             }
             for name, figure in found.items():
@@ -275,6 +285,15 @@ class SummarizeBucket:
         if (distinct := distinctness([result.summary for result in finished])) is not None:
             figures["distinctness"] = [distinct * len(finished), len(finished)]
         return figures
+
+    def _shift(self, summary: str, values: Sequence[Sequence[str]]) -> float | None:
+        """Whether what the summary calls new is more frequent in the last blocks of the window than before."""
+        lately = self.vocabulary.named_lately(summary)
+        if not lately:
+            return None
+        recent = self.task.config.prompts.recent_blocks * self.task.config.block_items
+        earlier, later = values[:-recent], values[-recent:]
+        return shift_precision(lately, value_counts(earlier), value_counts(later), len(earlier), len(later))
 
 
 def build_engine(workspace: Workspace, engine: EngineConfig, model: Model | None, cache: Path) -> Engine:
