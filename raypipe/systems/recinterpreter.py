@@ -1,0 +1,132 @@
+"""RecInterpreter (arXiv 2310.20487): a language model reads a recommender's hidden state in words.
+
+Two exercises join them (section 3.3). Recovery: from one soft token of the state after a history, its last titles in order.
+Residual: from two, the states before and after one event, the title of that event. For DreamRec the same reading of what lies
+between two vectors puts a generated item into words (`oracle_prompt`). Templates of training and of tests are disjoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import model_validator
+
+from raypipe.config import Config, shaping
+from raypipe.language.projectors import ProjectorConfig
+from raypipe.language.prompt import Prompt, Vectors
+from raypipe.language.soft_prompts import SoftExample
+
+SOURCE = "state"
+SEPARATOR = "; "
+_MARK = "{state}"
+
+_RECOVERY = (
+    "The history of this person is {state}. The films chosen, oldest first:",
+    "{state} stands for what somebody chose. In order, that was:",
+    "List the titles behind {state}, oldest first:",
+)
+_RECOVERY_TEST = ("Somebody's past is {state}. Name what was chosen, oldest first:",)
+_RESIDUAL = (
+    "Before: {state}. After: {state}. What was chosen in between is:",
+    "A choice turned {state} into {state}. Its title:",
+    "From {state} to {state} by choosing:",
+)
+_RESIDUAL_TEST = ("First {state}, then {state}. The one title chosen meanwhile:",)
+
+
+class InterpreterPrompts(Config):
+    """The templates, of which each mark {state} is one vector; those of the test are never trained on."""
+
+    recovery: tuple[str, ...] = shaping(_RECOVERY, "one mark each", min_length=1)
+    recovery_test: tuple[str, ...] = shaping(_RECOVERY_TEST, "one mark each", min_length=1)
+    residual: tuple[str, ...] = shaping(_RESIDUAL, "two marks each", min_length=1)
+    residual_test: tuple[str, ...] = shaping(_RESIDUAL_TEST, "two marks each", min_length=1)
+
+    @model_validator(mode="after")
+    def _marks_and_no_template_twice(self) -> InterpreterPrompts:
+        for marks, templates in (
+            (1, (*self.recovery, *self.recovery_test)),
+            (2, (*self.residual, *self.residual_test)),
+        ):
+            for template in templates:
+                if template.count(_MARK) != marks:
+                    raise ValueError(f"the template {template!r} needs {_MARK} {marks} times")
+            if len(set(templates)) < len(templates):
+                raise ValueError("a template of the tests is one of the training's, or stands there twice")
+        return self
+
+
+class InterpreterConfig(Config):
+    """What is read, from which states, and how they become tokens."""
+
+    titles: int = shaping(10, "last events of a history that recovery names", ge=1)
+    pool: Literal["last", "learned_positions"] = shaping(
+        "last", "the state after the last event, or as released a learned sum of the states after each of these"
+    )
+    projector: Literal["linear", "mlp", "qformer"] = shaping("linear", "as published; the others for comparison")
+    tokens: int = shaping(1, "tokens that a qformer makes of one state", ge=1)
+    prompts: InterpreterPrompts = shaping(InterpreterPrompts)
+
+    @property
+    def projectors(self) -> dict[str, ProjectorConfig]:
+        """By source of vectors; one projector reads the states of both exercises."""
+        pool = "each" if self.pool == "last" else self.pool
+        return {SOURCE: ProjectorConfig(kind=self.projector, pool=pool, positions=self.titles, tokens=self.tokens)}
+
+    def vectors(self, states: NDArray[np.float32], events: int) -> Vectors:
+        """What stands for a history of so many events in a prompt; `states` [≥ events, width], after each event."""
+        first = events - 1 if self.pool == "last" else max(0, events - self.titles)
+        return Vectors(np.ascontiguousarray(states[first:events]), SOURCE)
+
+
+def recovery_prompt(template: str, state: Vectors) -> Prompt:
+    return _filled(template, state)
+
+
+def residual_prompt(template: str, before: Vectors, after: Vectors) -> Prompt:
+    return _filled(template, before, after)
+
+
+def oracle_prompt(template: str, before: Vectors, oracle: NDArray[np.float32]) -> Prompt:
+    """The residual's prompt with a generated item vector [width] in the place of the state after (section 3.4)."""
+    return _filled(template, before, Vectors(oracle[None], SOURCE))
+
+
+def examples(
+    items: Sequence[int],
+    states: NDArray[np.float32],
+    titles: Sequence[str],
+    config: InterpreterConfig,
+    positions: Sequence[int],
+    rng: np.random.Generator,
+) -> Iterator[SoftExample]:
+    """Both exercises at each of `positions`, numbers of events of one history read so far (from 1; residual from 2).
+
+    `items` are the history's item indices (1…n), `states` [events, width] those after each event, `titles` by index − 1.
+    """
+    prompts = config.prompts
+    for events in positions:
+        after = config.vectors(states, events)
+        template = prompts.recovery[rng.integers(len(prompts.recovery))]
+        yield SoftExample(recovery_prompt(template, after), recovery_answer(items[:events], titles, config))
+        if events > 1:
+            template = prompts.residual[rng.integers(len(prompts.residual))]
+            before = config.vectors(states, events - 1)
+            yield SoftExample(residual_prompt(template, before, after), titles[items[events - 1] - 1])
+
+
+def recovery_answer(items: Sequence[int], titles: Sequence[str], config: InterpreterConfig) -> str:
+    """The titles that recovery asks for, oldest first."""
+    return SEPARATOR.join(titles[item - 1] for item in items[-config.titles :])
+
+
+def _filled(template: str, *states: Vectors) -> Prompt:
+    pieces = template.split(_MARK)
+    segments: list[str | Vectors] = []
+    for text, state in zip(pieces, [*states, None], strict=True):
+        segments += [text] if text else []
+        segments += [state] if state is not None else []
+    return Prompt.of(*segments)
