@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from raypipe.runtime.averaging import WeightAverage
+from raypipe.runtime.memory import return_memory
 from raypipe.runtime.trainer import MODEL, PartialTask, TrainerConfig, TrainingTask, ValidatedTask
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class _Worker:
                 self._post(step, pending[-1].item(), (step - first) / (reported - started), progress, started)
             if len(pending) == _RECORDED_AT_ONCE or step % self.config.checkpoint_every == 0:
                 self._record(pending)
+                return_memory()
                 if problem := self._diverged():
                     return {"diverged": problem}
             if self.validate_every and (step % self.validate_every == 0 or step == self.steps):

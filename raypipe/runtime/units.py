@@ -8,8 +8,6 @@ count for nothing. A process in which nothing moves for `stall_s` ends itself, a
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import faulthandler
 import gc
 import logging
@@ -25,6 +23,7 @@ from typing import Any, Protocol
 
 from raypipe.errors import RaypipeError
 from raypipe.runtime.cluster import ClusterConfig
+from raypipe.runtime.memory import return_memory
 from raypipe.runtime.metrics import WorkMetrics
 from raypipe.runtime.progress import Progress, say
 from raypipe.storage.ledger import MAX_DEATHS, Receipt, Run, Unit
@@ -207,7 +206,7 @@ class _Worker:
             receipt = self.work.run(unit, UnitContext(self.run, unit, attempt, self.stall_s))
         finally:
             faulthandler.cancel_dump_traceback_later()
-        _return_memory()
+        return_memory()
         if self.run.commit(receipt):
             self.metrics.unit_done(receipt)
             return receipt
@@ -220,12 +219,6 @@ def _end_after(seconds: float) -> None:
     The clock is a thread of C: code that hangs holding Python's lock is ended too.
     """
     faulthandler.dump_traceback_later(seconds, exit=True, file=sys.stderr.fileno())
-
-
-def _return_memory() -> None:
-    """What a unit freed goes back to the system: glibc would keep the gaps, and a worker grow by some MB a unit."""
-    with contextlib.suppress(OSError, AttributeError):  # another libc
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _row(receipt: Receipt | None, error: str = "", remedy: str = "") -> dict[str, list[Any]]:
