@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from raypipe.data.catalogue import CatalogueColumns, CatalogueConfig
+from raypipe.data.catalogue import AttributeColumn, CatalogueColumns, CatalogueConfig
 from raypipe.data.log import LogColumns, LogConfig
 from raypipe.engines.engine import Decoding, EngineConfig
 from raypipe.engines.transformers import TransformersEngine
@@ -91,7 +91,8 @@ def make_workspace(uri: str) -> None:
     log = LogConfig(
         path=str(DATA / "interactions.csv.gz"), columns=LogColumns(user="user_id", item="item_id", order="pos")
     )
-    catalogue = CatalogueConfig(path=str(DATA / "items.csv.gz"), columns=CatalogueColumns(item="item_id"))
+    genre = {"genre": AttributeColumn(column="genres", separator=" ")}
+    catalogue = CatalogueConfig(path=str(DATA / "items.csv.gz"), columns=CatalogueColumns(attributes=genre))
     run_ingest(IngestConfig(workspace=uri, tracking="off", log=log, catalogue=catalogue))
     run_lm(LmConfig(workspace=uri, tracking="off"))
 
