@@ -22,7 +22,7 @@ from raypipe.engines.engine import Decoding
 from raypipe.language.backbone import Backbone
 
 # Building a batch anew copies its cache and reads new prompts at once: it waits until this share of its rows has ended.
-_ENDED_SHARE = 0.25
+_ENDED_SHARE = 0.5
 _FEW_TOKENS = 8  # Copying the keys and values of fewer is not worth its while.
 
 

@@ -1,13 +1,13 @@
 """Summaries of real, skewed histories: our engine beside plain `model.generate`, and the job beside the bare engine.
 
-MovieLens 1M and the workspace's own LM, greedy, float32, one thread. Plain is what one would write at once: prompts in the
-order of their users, in left-padded batches of as many rows as the longest prompt leaves room for in the same number of
-tokens, each batch until its last row has ended. Both must give the same texts. The job is one worker's work from reading its
-buckets to staged files, by the worker's own clock, beside the same prompts through the engine without Ray; start-up and the
-one transaction of a night come on top.
+MovieLens 1M and the workspace's own LM, greedy, float32, one thread; all blocks of the users, then all merges. Plain is what
+one would write at once: prompts in the order of their users, in left-padded batches of as many rows as the longest prompt
+leaves room for in the same number of tokens, each batch until its last row has ended. Both must give the same texts. The job
+is one worker's work from reading its buckets to staged files, by the worker's own clock, the loading of the model included,
+beside the same prompts through the engine without Ray; Ray's start and the one transaction of a night come on top.
 
 Figures: `vs_plain_generate` and `vs_bare_engine` (medians of the rounds' ratios of generated tokens/s), `tokens_per_s` of
-the engine, `prompts`, `ended_share` (answers that the model ended itself).
+the engine, `calls`, `ended_share` (answers that the model ended itself).
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +31,7 @@ import torch
 
 from raypipe.data.catalogue import AttributeColumn, CatalogueColumns, CatalogueConfig
 from raypipe.data.log import LogColumns, LogConfig
-from raypipe.engines.engine import Decoding, EngineConfig
-from raypipe.engines.transformers import TransformersEngine
+from raypipe.engines.engine import Decoding, Engine, EngineConfig
 from raypipe.language.backbone import load_backbone
 from raypipe.language.prompt import Prompt
 from raypipe.pipeline.ingest import IngestConfig, run_ingest
@@ -53,30 +54,27 @@ def main() -> None:
     torch.set_num_threads(1)
     make_workspace(given.workspace)
     config = SummarizeConfig(workspace=given.workspace, tracking="off", cluster=ClusterConfig(workers=1))
-    users, prompts, folder = chosen(config, given.users)
-    decoding = config.summaries.block_decoding
+    users, folder = chosen(config, given.users)
     engine = EngineConfig(lm=folder, threads=1).build()
-    assert isinstance(engine, TransformersEngine)
     ratios, job_ratios, speeds = [], [], []
     for number in range(given.rounds):
-        mine, texts, ended = ours(engine, prompts, decoding)
-        plain, plain_texts = generate(folder, prompts, decoding, config.engine.batch_tokens)
+        mine, texts, ended = whole(partial(by_engine, engine), config, users)
+        plain, plain_texts, _ = whole(partial(by_generate, folder, config.engine.batch_tokens), config, users)
         differing = sum(a != b for a, b in zip(texts, plain_texts, strict=True))
         assert not differing, f"{differing} of {len(texts)} texts differ"
-        bare, job = whole(engine, config, users), through_the_job(config, users)
+        job = through_the_job(config, users)
         print(
-            f"round {number}: engine {mine:,.0f} tokens/s, plain generate {plain:,.0f}; "
-            f"with merges bare {bare:,.0f}, the job {job:,.0f}",
+            f"round {number}: engine {mine:,.0f} tokens/s, plain generate {plain:,.0f}, the job {job:,.0f}",
             file=sys.stderr,
         )
         speeds.append(mine)
         ratios.append(mine / plain)
-        job_ratios.append(job / bare)
+        job_ratios.append(job / mine)
     figures = {
         "vs_plain_generate": round(statistics.median(ratios), 2),
         "vs_bare_engine": round(statistics.median(job_ratios), 3),
         "tokens_per_s": round(statistics.median(speeds)),
-        "prompts": len(prompts),
+        "calls": len(texts),
         "ended_share": round(ended, 4),
     }
     print(
@@ -97,60 +95,66 @@ def make_workspace(uri: str) -> None:
     run_lm(LmConfig(workspace=uri, tracking="off"))
 
 
-def chosen(config: SummarizeConfig, count: int) -> tuple[list[str], list[Prompt], str]:
-    """Users by the hash of their names, their block prompts in order, and the LM's folder."""
+def chosen(config: SummarizeConfig, count: int) -> tuple[list[str], str]:
+    """Users by the hash of their names, and the LM's folder."""
     workspace = config.open_workspace()
     table = workspace.tables["histories"]
     names = table.read(table.version(), ["user_id"])["user_id"].combine_chunks()
     users = names.take(pa.array(np.argsort(stable_hash(names), kind="stable")[:count])).to_pylist()
     model = config.resolve_model(workspace)
     assert model is not None
-    prompts = [prompt for mine in block_prompts(config, users).values() for prompt in mine]
-    return users, prompts, str(config.fetch(workspace, model))
+    return users, str(config.fetch(workspace, model))
 
 
-def ours(engine: TransformersEngine, prompts: Sequence[Prompt], decoding: Decoding) -> tuple[float, list[str], float]:
-    """Generated tokens/s, the texts in order, and the share of answers that ended."""
-    started = time.monotonic()
+@dataclass(frozen=True)
+class Answered:
+    """The texts in the order of their prompts, the tokens generated, and how many the model ended itself."""
+
+    texts: list[str]
+    tokens: int
+    ended: int
+
+
+Answer = Callable[[Sequence[Prompt], Decoding], Answered]
+
+
+def by_engine(engine: Engine, prompts: Sequence[Prompt], decoding: Decoding) -> Answered:
     outcomes = sorted(engine.generate(prompts, decoding), key=lambda outcome: outcome.index)
-    seconds = time.monotonic() - started
-    ended = sum(outcome.finish_reason == "stop" for outcome in outcomes) / len(outcomes)
-    return sum(outcome.tokens_out for outcome in outcomes) / seconds, [outcome.text for outcome in outcomes], ended
+    ended = sum(outcome.finish_reason == "stop" for outcome in outcomes)
+    return Answered([outcome.text for outcome in outcomes], sum(outcome.tokens_out for outcome in outcomes), ended)
 
 
 @torch.inference_mode()
-def generate(folder: str, prompts: Sequence[Prompt], decoding: Decoding, batch_tokens: int) -> tuple[float, list[str]]:
-    """The same through `model.generate`."""
+def by_generate(folder: str, batch_tokens: int, prompts: Sequence[Prompt], decoding: Decoding) -> Answered:
     backbone = load_backbone(folder, device="cpu")
     tokenizer, model = backbone.tokenizer, backbone.model
     tokenizer.padding_side = "left"
-    texts, tokens = [], 0
-    started = time.monotonic()
+    texts, tokens, ended = [], 0, 0
     longest = max(len(ids) for ids in tokenizer([prompt.text for prompt in prompts])["input_ids"])
     rows = max(1, batch_tokens // (longest + decoding.max_new_tokens))
     for start in range(0, len(prompts), rows):
         batch = tokenizer([prompt.text for prompt in prompts[start : start + rows]], return_tensors="pt", padding=True)
         out = model.generate(**batch, do_sample=False, max_new_tokens=decoding.max_new_tokens)
         answers = out[:, batch["input_ids"].shape[1] :]
-        tokens += int((~torch.isin(answers, torch.tensor([*backbone.ends, tokenizer.pad_token_id]))).sum())
+        lengths = (~torch.isin(answers, torch.tensor([*backbone.ends, tokenizer.pad_token_id]))).sum(1)
+        tokens += int(lengths.sum())
+        ended += int((lengths < decoding.max_new_tokens).sum())
         texts += backbone.decode(answers.tolist())
-    return tokens / (time.monotonic() - started), texts
+    return Answered(texts, tokens, ended)
 
 
-def whole(engine: TransformersEngine, config: SummarizeConfig, users: Sequence[str]) -> float:
-    """Generated tokens/s of all blocks of these users and then all merges, without Ray, tables and checks."""
+def whole(answer: Answer, config: SummarizeConfig, users: Sequence[str]) -> tuple[float, list[str], float]:
+    """All blocks of these users and then all merges, without Ray, tables and checks: tokens/s, texts, share that ended."""
     summaries, prompts = config.summaries, config.summaries.prompts
     per_user = list(block_prompts(config, users).values())
     started = time.monotonic()
-    flat = [prompt for blocks in per_user for prompt in blocks]
-    outcomes = sorted(engine.generate(flat, summaries.block_decoding), key=lambda outcome: outcome.index)
-    texts = iter([outcome.text for outcome in outcomes])
-    merges = [
-        prompts.merge_prompt([next(texts) for _ in blocks]) if len(blocks) > 1 else next(texts) for blocks in per_user
-    ]
-    merged = list(engine.generate([merge for merge in merges if not isinstance(merge, str)], summaries.merge_decoding))
+    blocks = answer([prompt for mine in per_user for prompt in mine], summaries.block_decoding)
+    texts = iter(blocks.texts)
+    written = [[next(texts) for _ in mine] for mine in per_user]
+    merges = answer([prompts.merge_prompt(mine) for mine in written if len(mine) > 1], summaries.merge_decoding)
     seconds = time.monotonic() - started
-    return sum(outcome.tokens_out for outcome in [*outcomes, *merged]) / seconds
+    answers = blocks.texts + merges.texts
+    return (blocks.tokens + merges.tokens) / seconds, answers, (blocks.ended + merges.ended) / len(answers)
 
 
 def through_the_job(config: SummarizeConfig, users: Sequence[str]) -> float:
