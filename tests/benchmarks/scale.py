@@ -132,7 +132,8 @@ def measure(folder: Path, users: int) -> Measured:
             log=LogConfig(path=str(data / "log.parquet"), columns=LogColumns(time="time")), catalogue=catalogue
         ),
         summarize=SummarizeOptions(engine=EngineConfig(engine="echo")),
-        cluster=ClusterConfig(workers=2),
+        # One worker: two on the two threads of one core would take each other for processor time.
+        cluster=ClusterConfig(workers=1),
     )
     with Peak() as peak, ProcessorTime() as spent:
         started = time.monotonic()
