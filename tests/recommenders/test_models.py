@@ -201,10 +201,10 @@ def test_noise_is_normal_and_a_function_of_the_seed_alone() -> None:
     assert counted == pytest.approx(0.05, abs=0.005)
 
 
-@pytest.mark.parametrize("sampling_steps", [None, 7])
-def test_an_oracle_is_ddpm_step_by_step(sampling_steps: int | None) -> None:
+@pytest.mark.parametrize(("sampling_steps", "layers"), [(None, 1), (7, 1), (7, 2)])
+def test_an_oracle_is_ddpm_step_by_step(sampling_steps: int | None, layers: int) -> None:
     """Against algorithm 2 written out for one user in float64."""
-    options = DreamRecOptions(steps=20, sampling_steps=sampling_steps, guidance=1.5)
+    options = DreamRecOptions(steps=20, sampling_steps=sampling_steps, guidance=1.5, denoiser_layers=layers)
     model = config("dreamrec", dreamrec=options.model_dump()).build(ITEMS).double().eval()
     assert isinstance(model, DreamRec)
     state = model.encode(Sequences.of([[1, 2, 3]])).detach()
@@ -222,6 +222,16 @@ def test_an_oracle_is_ddpm_step_by_step(sampling_steps: int | None) -> None:
         variance = (1 - kept[before]) / (1 - kept[t]) * beta
         x = mean + (variance.sqrt() * seeded_normal(seed, draw, 16).double() if before else 0)
     torch.testing.assert_close(model.oracle(state, seed), x.detach(), rtol=1e-8, atol=1e-8)
+
+
+def test_one_step_without_guidance_is_the_denoised_noise_whatever_the_noise_says() -> None:
+    options = DreamRecOptions(steps=20, sampling_steps=1, guidance=0, denoiser_layers=2)
+    model = config("dreamrec", dreamrec=options.model_dump()).build(ITEMS).eval()
+    assert isinstance(model, DreamRec)
+    states = model.encode(Sequences.of([[1, 2, 3], [4]])).detach()
+    seeds = torch.tensor([3, 4])
+    expected = model._denoised(seeded_normal(seeds, 0, 16), states, torch.tensor([20, 20]))
+    torch.testing.assert_close(model.oracle(states, seeds), expected.detach())
 
 
 def test_an_oracle_does_not_depend_on_the_batch() -> None:
