@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -44,13 +44,16 @@ def decode(
     decoding: Decoding,
     seeds: Sequence[int],
     batch_tokens: int,
+    soft: SoftRows | None = None,
 ) -> Iterator[Answer]:
     """Answers in the order they end; prompts, longest first, join in theirs. `seeds`, one a prompt, where it samples.
 
-    A batch holds at most `batch_tokens` of prompts and answers, or one row.
+    A batch holds at most `batch_tokens` of prompts and answers, or one row. Where prompts hold more than words, `soft` says
+    what is read of them.
     """
     waiting = deque(range(len(prompts)))
-    batch = _Batch(backbone, decoding, shared_start(prompts))
+    shared = shared_start([prompt[: soft.most_shared] for prompt in prompts] if soft else prompts)
+    batch = _Batch(backbone, decoding, shared, soft)
     while waiting or len(batch.prompts):
         if batch.ended_share >= _ENDED_SHARE:
             batch.keep_live()
@@ -64,6 +67,17 @@ def decode(
         else:
             batch.step()
         yield from batch.take_answers()
+
+
+class SoftRows(Protocol):
+    """Prompts in which vectors stand at some places."""
+
+    most_shared: int
+    """Tokens before the first such place of any prompt."""
+
+    def embed(self, numbers: Sequence[int]) -> Tensor:
+        """What the model reads of the prompts of these numbers, [rows, longest, hidden], padded on the left."""
+        ...
 
 
 def shared_start(prompts: Sequence[Sequence[int]]) -> list[int]:
@@ -93,7 +107,10 @@ class _Batch:
     holds one of its tokens, `draws` [rows, most] where it samples. A row's shared start and what follows it may lie apart.
     """
 
-    def __init__(self, backbone: Backbone, decoding: Decoding, shared: Sequence[int]) -> None:
+    def __init__(
+        self, backbone: Backbone, decoding: Decoding, shared: Sequence[int], soft: SoftRows | None = None
+    ) -> None:
+        self.soft = soft
         self.model, self.device = backbone.model, backbone.device
         self.most, self.temperature = decoding.max_new_tokens, decoding.temperature
         self.ends = torch.tensor(backbone.ends, device=self.device)
@@ -145,7 +162,7 @@ class _Batch:
 
     def join(self, numbers: Sequence[int], prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> None:
         """Read new prompts and choose the first token of each."""
-        parts = [self._read(part) for part in self._parts(prompts)]
+        parts = [self._read(numbers[part], prompts[part]) for part in self._parts(prompts)]
         columns = max(self.stop, *(part.read.shape[1] for part in parts))
         if _is_plain(parts[0].cache):
             everyone = torch.arange(len(self.prompts), device=self.device)
@@ -170,16 +187,16 @@ class _Batch:
             torch.cat([part.logits for part in parts]), torch.arange(before, before + rows, device=self.device)
         )
 
-    def _parts(self, prompts: Sequence[Sequence[int]]) -> Iterator[Sequence[Sequence[int]]]:
-        """Prompts, longest first, as many at a time as are read at once."""
+    def _parts(self, prompts: Sequence[Sequence[int]]) -> Iterator[slice]:
+        """Of prompts, longest first, those that are read at once."""
         at = 0
         while at < len(prompts):
             whole = self.device.type != "cpu" or not _is_plain(_cache(self.model, 0))
             rows = len(prompts) if whole else max(1, _CPU_READ_TOKENS // len(prompts[at]))
-            yield prompts[at : at + rows]
+            yield slice(at, at + rows)
             at += rows
 
-    def _read(self, prompts: Sequence[Sequence[int]]) -> _Read:
+    def _read(self, numbers: Sequence[int], prompts: Sequence[Sequence[int]]) -> _Read:
         longest, rows, known = max(map(len, prompts)), len(prompts), self._shared_tokens
         padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=self.device)
         tokens = torch.zeros(rows, longest - known, dtype=torch.long)
@@ -191,8 +208,9 @@ class _Batch:
         if self._shared is not None:
             for layer, start in zip(cache.layers, self._shared.layers, strict=True):
                 layer.update(start.keys.expand(rows, -1, -1, -1), start.values.expand(rows, -1, -1, -1))
+        words = {"input_ids": tokens.to(self.device)}
         logits = self.model(
-            input_ids=tokens.to(self.device),
+            **(words if self.soft is None else {"inputs_embeds": self.soft.embed(numbers)[:, known:]}),
             attention_mask=read.long() if padding.any() else None,
             position_ids=(read.cumsum(1) - 1).clamp(min=0)[:, known:],
             past_key_values=cache,

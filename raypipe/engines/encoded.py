@@ -5,31 +5,49 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from raypipe.engines.engine import Decoding, Outcome, OutcomeError
+from raypipe.language.adapters import AdapterCard
 from raypipe.language.backbone import PromptTokenizer
 from raypipe.language.prompt import Prompt
+from raypipe.language.soft_prompts import Encoded, encode
 
 
 def encode_prompts(
-    tokenizer: PromptTokenizer, prompts: Sequence[Prompt], decoding: Decoding, context: int
-) -> tuple[dict[int, list[int]], list[Outcome]]:
-    """The token ids of the prompts that can be answered, by index in order, and the outcomes of the others."""
-    readable = [index for index, prompt in enumerate(prompts) if not prompt.has_vectors]
-    encoded = dict(zip(readable, tokenizer.encode([prompts[i].text for i in readable]), strict=True))
+    tokenizer: PromptTokenizer,
+    prompts: Sequence[Prompt],
+    decoding: Decoding,
+    context: int,
+    adapter: AdapterCard | None = None,
+) -> tuple[dict[int, Encoded], list[Outcome]]:
+    """The prompts that can be answered, by index in order, and the outcomes of the others.
+
+    Vectors are read by an adapter alone.
+    """
+    plain = [index for index, prompt in enumerate(prompts) if not prompt.has_vectors]
+    ids = tokenizer.encode([prompts[index].text for index in plain])
+    encoded = {index: Encoded(mine, []) for index, mine in zip(plain, ids, strict=True)}
     refused = []
-    for index in range(len(prompts)):
-        tokens = encoded.get(index)
-        if (error := _refusal(tokens, decoding, context)) is not None:
-            refused.append(Outcome(index, tokens_in=len(tokens or ()), error=error))
+    for index, prompt in enumerate(prompts):
+        error = None
+        if prompt.has_vectors:
+            if adapter is None:
+                error = OutcomeError("unsupported_prompt", "This engine reads text only: it has no adapter.")
+            else:
+                try:
+                    encoded[index] = encode(tokenizer, prompt, adapter.config.projectors, adapter.widths)
+                except ValueError as problem:
+                    error = OutcomeError("unsupported_prompt", str(problem))
+        tokens = len(encoded[index].ids) if index in encoded else 0
+        error = error or _refusal(tokens, decoding, context)
+        if error is not None:
+            refused.append(Outcome(index, tokens_in=tokens, error=error))
             encoded.pop(index, None)
-    return encoded, refused
+    return dict(sorted(encoded.items())), refused
 
 
-def _refusal(tokens: list[int] | None, decoding: Decoding, context: int) -> OutcomeError | None:
-    if tokens is None:
-        return OutcomeError("unsupported_prompt", "This engine reads text only.")
+def _refusal(tokens: int, decoding: Decoding, context: int) -> OutcomeError | None:
     if not tokens:
         return OutcomeError("unsupported_prompt", "The prompt holds no token.")
-    if len(tokens) + decoding.max_new_tokens > context:
-        message = f"{len(tokens)} tokens and {decoding.max_new_tokens} of answer exceed the context of {context}."
+    if tokens + decoding.max_new_tokens > context:
+        message = f"{tokens} tokens and {decoding.max_new_tokens} of answer exceed the context of {context}."
         return OutcomeError("prompt_too_long", message)
     return None

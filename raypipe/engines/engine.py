@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 from urllib.parse import urlsplit
 
@@ -158,6 +159,7 @@ class EngineConfig(Config):
     engine: Literal["echo", "transformers", "vllm", "openai"] = shaping("transformers", "what generates")
     # The name of a model is a place; what shapes the output is its content, which `identity` hashes.
     lm: str = free("", "checkpoint folder or hub name; for transformers and vllm")
+    adapter: str = free("", "folder of an adapter, so that transformers reads a recommender's vectors too")
     dtype: Dtype = shaping("float32", "precision of the weights and of decoding")
     context: int | None = shaping(None, "most tokens of prompt and answer; the model's own limit when unset", ge=2)
     device: str = free("auto", "cpu, cuda, cuda:1 …; auto takes a GPU where there is one")
@@ -170,6 +172,8 @@ class EngineConfig(Config):
     def _a_model_is_named(self) -> EngineConfig:
         if self.engine == "openai" and not (self.http.url and self.http.model):
             raise ValueError("engine 'openai' needs http.url and http.model")
+        if self.adapter and self.engine != "transformers":
+            raise ValueError(f"engine {self.engine!r} reads no adapter: choose transformers")
         if self.reads_checkpoint and not self.lm:
             raise ValueError(f"engine {self.engine!r} needs `lm`: a checkpoint folder or a hub name")
         return self
@@ -227,4 +231,6 @@ class EngineConfig(Config):
         if not self.reads_checkpoint:
             values.pop("dtype")
             return values
+        if self.adapter:
+            values["adapter"] = checkpoint_hash(Path(self.adapter))
         return {**values, "model": checkpoint_hash(resolve_checkpoint(self.lm))}

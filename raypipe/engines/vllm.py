@@ -63,10 +63,10 @@ class VllmEngine:
             )
             for index in encoded
         ]
-        tokens = [{"prompt_token_ids": ids} for ids in encoded.values()]
+        tokens = [{"prompt_token_ids": row.ids} for row in encoded.values()]
         for index, request in zip(encoded, self._llm.generate(tokens, sampling, use_tqdm=False), strict=True):
             (answer,) = request.outputs
             ended = answer.finish_reason == "stop"
             # The end mark is among vLLM's tokens, and is no token of the answer.
             written = len(answer.token_ids) - int(ended)
-            yield Outcome(index, answer.text.strip(), len(encoded[index]), written, "stop" if ended else "length")
+            yield Outcome(index, answer.text.strip(), len(encoded[index].ids), written, "stop" if ended else "length")

@@ -85,14 +85,14 @@ def save_adapter(folder: Path, card: AdapterCard, weights: Mapping[str, Tensor])
     save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / _WEIGHTS)
 
 
-def load_adapter(folder: Path, backbone: Backbone, lm: str, recommender: str) -> SoftPromptLm:
-    """The adapted model in eval mode. `lm` is the content hash of the backbone, `recommender` NAME/HASH.
+def load_adapter(folder: Path, backbone: Backbone, lm: str, recommender: str | None = None) -> SoftPromptLm:
+    """The adapted model in eval mode. `lm` is the content hash of the backbone, `recommender` NAME/HASH, None for any.
 
     Raises UsageError where the folder holds no adapter, or one of another language model or recommender.
     """
     card = read_card(folder)
     for kind, mine, given in (("language model", card.lm, lm), ("recommender", card.recommender, recommender)):
-        if mine != given:
+        if given is not None and mine != given:
             raise UsageError(
                 f"The adapter in {folder} was trained beside the {kind} {mine[:40]}, and this one is {given[:40]}.",
                 "Name the two it belongs to, or train another with `raypipe align`.",

@@ -5,6 +5,7 @@ Not covered here: tokenising (engines do that, each with its own model's tokeniz
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +34,11 @@ class Vectors:
     def __hash__(self) -> int:
         return hash((self.source, self.values.shape, self.values.tobytes()))
 
+    @property
+    def digest(self) -> str:
+        shape = f"{self.values.shape} {self.values.dtype}"
+        return hashlib.blake2b(shape.encode() + np.ascontiguousarray(self.values).tobytes(), digest_size=16).hexdigest()
+
 
 Segment = Text | Vectors
 
@@ -51,6 +57,14 @@ class Prompt:
     @property
     def has_vectors(self) -> bool:
         return any(isinstance(segment, Vectors) for segment in self.segments)
+
+    @property
+    def key(self) -> str:
+        """The text, and in the place of vectors a digest of them: equal for equal prompts alone."""
+        return "".join(
+            segment.text if isinstance(segment, Text) else f"\0{segment.source} {segment.digest}\0"
+            for segment in self.segments
+        )
 
     @property
     def text(self) -> str:

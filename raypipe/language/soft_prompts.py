@@ -71,8 +71,10 @@ def encode(
     return Encoded(ids, list(zip(starts, vectors, strict=True)))
 
 
-def collate(prompts: Sequence[Encoded], answers: Sequence[Sequence[int]] | None = None) -> dict[str, Tensor]:
-    """One batch, padded on the right: `tokens` int64 [batch, length] and, with answers, `labels` alike.
+def collate(
+    prompts: Sequence[Encoded], answers: Sequence[Sequence[int]] | None = None, *, left: bool = False
+) -> dict[str, Tensor]:
+    """One batch, padded on the right, or on the `left`: `tokens` int64 [batch, length] and, with answers, `labels` alike.
 
     Per source of vectors, over all segments of it: `vectors/SOURCE` float32 [segments, count, width], `known/SOURCE` bool
     [segments, count], `rows/SOURCE` and `starts/SOURCE` int64 [segments].
@@ -82,17 +84,18 @@ def collate(prompts: Sequence[Encoded], answers: Sequence[Sequence[int]] | None 
     tokens = np.zeros((len(whole), length), np.int64)
     mask = np.zeros((len(whole), length), np.int64)
     labels = np.full((len(whole), length), IGNORED, np.int64)
-    for row, (ids, prompt) in enumerate(zip(whole, prompts, strict=True)):
-        tokens[row, : len(ids)] = ids
-        mask[row, : len(ids)] = 1
-        labels[row, len(prompt.ids) : len(ids)] = ids[len(prompt.ids) :]
+    begins = [length - len(ids) if left else 0 for ids in whole]
+    for row, (ids, prompt, begin) in enumerate(zip(whole, prompts, begins, strict=True)):
+        tokens[row, begin : begin + len(ids)] = ids
+        mask[row, begin : begin + len(ids)] = 1
+        labels[row, begin + len(prompt.ids) : begin + len(ids)] = ids[len(prompt.ids) :]
     batch = {"tokens": torch.from_numpy(tokens), "mask": torch.from_numpy(mask)}
     if answers is not None:
         batch["labels"] = torch.from_numpy(labels)
     segments: dict[str, list[tuple[int, int, Vectors]]] = {}
     for row, prompt in enumerate(prompts):
         for start, vectors in prompt.soft:
-            segments.setdefault(vectors.source, []).append((row, start, vectors))
+            segments.setdefault(vectors.source, []).append((row, begins[row] + start, vectors))
     for source, found in segments.items():
         most = max(len(vectors.values) for _, _, vectors in found)
         values = np.zeros((len(found), most, found[0][2].values.shape[1]), np.float32)

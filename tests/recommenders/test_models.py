@@ -224,7 +224,7 @@ def test_an_oracle_is_ddpm_step_by_step(sampling_steps: int | None, layers: int)
     torch.testing.assert_close(model.oracle(state, seed), x.detach(), rtol=1e-8, atol=1e-8)
 
 
-def test_one_step_without_guidance_is_the_denoised_noise_whatever_the_noise_says() -> None:
+def test_one_step_without_guidance_is_the_denoisers_own_answer() -> None:
     options = DreamRecOptions(steps=20, sampling_steps=1, guidance=0, denoiser_layers=2)
     model = config("dreamrec", dreamrec=options.model_dump()).build(ITEMS).eval()
     assert isinstance(model, DreamRec)

@@ -1,0 +1,141 @@
+"""An engine with an adapter: prompts that hold vectors, alone and in any company."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from raypipe.engines.engine import Decoding, Engine, EngineConfig, Outcome
+from raypipe.errors import UsageError
+from raypipe.language.adapters import (
+    AdapterCard,
+    AdapterConfig,
+    LoraOptions,
+    build_adapter,
+    load_adapter,
+    read_card,
+    save_adapter,
+)
+from raypipe.language.backbone import load_backbone
+from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
+from raypipe.language.checkpoint import checkpoint_hash
+from raypipe.language.projectors import ProjectorConfig
+from raypipe.language.prompt import Prompt, Vectors
+from raypipe.language.soft_prompts import collate, encode
+
+WIDTH = 5
+CONFIG = AdapterConfig(
+    projectors={"user": ProjectorConfig(), "item": ProjectorConfig(kind="mlp")}, lora=LoraOptions(rank=2)
+)
+GREEDY = Decoding(max_new_tokens=12)
+WORDS = [
+    "the",
+    "user",
+    "chose",
+    "Alien",
+    "and",
+    "Brazil",
+    "and",
+    "Casablanca",
+    "but",
+    "neither",
+    "Dune",
+    "nor",
+    "Evita",
+]
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("lm")
+    save_untrained(
+        folder, BuiltinLmConfig(size="tiny", context=128), train_tokenizer([" ".join(WORDS)] * 9, [], [], 400)
+    )
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def adapter(lm: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder: Path = tmp_path_factory.mktemp("adapter")
+    card = AdapterCard(CONFIG, {"user": WIDTH, "item": WIDTH}, checkpoint_hash(Path(lm)), "sasrec/1")
+    model = build_adapter(load_backbone(lm, device="cpu"), card, seed=3)
+    torch.manual_seed(0)
+    weights = {name: 0.5 * torch.randn_like(w) for name, w in model.named_parameters() if w.requires_grad}
+    save_adapter(folder, card, weights)
+    return str(folder)
+
+
+def engine(lm: str, adapter: str = "", **settings: object) -> Engine:
+    return EngineConfig.model_validate({"lm": lm, "adapter": adapter, "device": "cpu", **settings}).build()
+
+
+def prompts(count: int) -> list[Prompt]:
+    """Of one or two kinds of vectors, of several lengths; every fourth of words alone."""
+    rng = np.random.default_rng(0)
+    start = " ".join(WORDS[:10])
+    found = []
+    for place in range(count):
+        words = " ".join(rng.choice(WORDS, rng.integers(1, 12)))
+        user = Vectors(rng.normal(size=(1 + place % 3, WIDTH)).astype(np.float32), "user")
+        item = Vectors(rng.normal(size=(1, WIDTH)).astype(np.float32), "item")
+        pieces = [start, user, words] if place % 2 else [start, words, user, "likes", item]
+        found.append(Prompt.of(start, words) if place % 4 == 0 else Prompt.of(*pieces))
+    return found
+
+
+def answers(engine: Engine, asked: list[Prompt], decoding: Decoding = GREEDY) -> list[Outcome]:
+    return sorted(engine.generate(asked, decoding), key=lambda outcome: outcome.index)
+
+
+def test_an_answer_is_that_of_the_adapted_model_alone_whatever_is_in_the_batch(lm: str, adapter: str) -> None:
+    asked = prompts(24)
+    together = answers(engine(lm, adapter), asked)
+    backbone = load_backbone(lm, device="cpu")
+    model, card = load_adapter(Path(adapter), backbone, checkpoint_hash(Path(lm))), read_card(Path(adapter))
+    for prompt, outcome in zip(asked, together, strict=True):
+        if not prompt.has_vectors:
+            continue
+        batch = collate([encode(backbone, prompt, card.config.projectors, card.widths)])
+        with torch.inference_mode():
+            ids = backbone.model.generate(
+                inputs_embeds=model.embed(batch), attention_mask=batch["mask"], max_new_tokens=12, do_sample=False
+            )
+        assert outcome.text == backbone.decode(ids.tolist())[0]
+        assert outcome.tokens_in == batch["tokens"].shape[1]
+    small = answers(engine(lm, adapter, batch_tokens=120), asked)
+    assert [outcome.text for outcome in small] == [outcome.text for outcome in together]
+    assert len({outcome.text for outcome in together}) > 12
+
+
+def test_other_vectors_give_another_answer_and_another_draw(lm: str, adapter: str) -> None:
+    built = engine(lm, adapter)
+    one, other = (Prompt.of("the user", Vectors(np.full((1, WIDTH), n, np.float32), "user")) for n in (1, -3))
+    assert one.key != other.key
+    sampled = Decoding(max_new_tokens=12, temperature=1.0)
+    first, second, again = answers(built, [one, other, one], sampled)
+    assert first.text == again.text != second.text
+
+
+def test_vectors_the_adapter_does_not_read_are_an_error_in_their_row_only(lm: str, adapter: str) -> None:
+    built = engine(lm, adapter)
+    assert built.capabilities.vectors
+    strange = Prompt.of("x", Vectors(np.zeros((1, WIDTH), np.float32), "image"))
+    wide = Prompt.of("x", Vectors(np.zeros((1, 9), np.float32), "user"))
+    first, second, last = answers(built, [strange, wide, Prompt.of("the user")])
+    assert [outcome.error.kind for outcome in (first, second) if outcome.error] == ["unsupported_prompt"] * 2
+    assert "'image'" in str(first.error)
+    assert last.error is None
+    assert not engine(lm).capabilities.vectors
+
+
+def test_an_adapter_shapes_the_identity_and_belongs_to_its_model(lm: str, adapter: str, stories: str) -> None:
+    plain, adapted = (EngineConfig(lm=lm, adapter=folder).identity() for folder in ("", adapter))
+    assert plain != adapted
+    assert "adapter" not in plain
+    with pytest.raises(UsageError, match="was trained beside the language model"):
+        engine(stories, adapter)
+    with pytest.raises(ValueError, match="reads no adapter"):
+        EngineConfig(engine="echo", adapter=adapter)
