@@ -7,7 +7,7 @@ between two vectors puts a generated item into words (`oracle_prompt`). Template
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -16,8 +16,9 @@ from pydantic import model_validator
 
 from raypipe.config import Config, shaping
 from raypipe.language.projectors import ProjectorConfig
-from raypipe.language.prompt import Prompt, Vectors
+from raypipe.language.prompt import Prompt, Text, Vectors
 from raypipe.language.soft_prompts import SoftExample
+from raypipe.metrics.recovery import recovered, recovered_places, rouge_l, titles_in, valid_ratio
 
 SOURCE = "state"
 SEPARATOR = "; "
@@ -81,6 +82,11 @@ class InterpreterConfig(Config):
         first = events - 1 if self.pool == "last" else max(0, events - self.titles)
         return Vectors(np.ascontiguousarray(states[first:events]), SOURCE)
 
+    def states_needed(self, events: int) -> range:
+        """After how many events the states are needed that the two exercises at `events` are made of."""
+        first = events if self.pool == "last" else events - self.titles + 1
+        return range(max(1, first - 1), events + 1)
+
 
 def recovery_prompt(template: str, state: Vectors) -> Prompt:
     return _filled(template, state)
@@ -121,6 +127,45 @@ def examples(
 def recovery_answer(items: Sequence[int], titles: Sequence[str], config: InterpreterConfig) -> str:
     """The titles that recovery asks for, oldest first."""
     return SEPARATOR.join(titles[item - 1] for item in items[-config.titles :])
+
+
+def without_states(prompt: Prompt) -> Prompt:
+    """A control: the words of the prompt alone."""
+    return Prompt.of("".join(segment.text for segment in prompt.segments if isinstance(segment, Text)))
+
+
+def recovery_figures(
+    answers: Sequence[str], histories: Sequence[Sequence[str]], known: Collection[str]
+) -> dict[str, float]:
+    """Of answers to recovery, beside the titles asked for, oldest first: means over users.
+
+    `recovery` the share of the titles named, `recovery by place 1` that of the newest event and so on, `order` the share of
+    answers that are exactly the titles in order, `valid` the share of what is named that the catalogue has, `rouge_l`.
+    """
+    named = [titles_in(answer, known, SEPARATOR) for answer in answers]
+    figures = {
+        "recovery": [recovered(mine, history) for mine, history in zip(named, histories, strict=True)],
+        "order": [float(mine == list(history)) for mine, history in zip(named, histories, strict=True)],
+        "valid": [valid_ratio(mine, known) for mine in named],
+        "rouge_l": [
+            rouge_l(answer, SEPARATOR.join(history)) for answer, history in zip(answers, histories, strict=True)
+        ],
+    }
+    places = [recovered_places(mine, history)[::-1] for mine, history in zip(named, histories, strict=True)]
+    for place in range(max(map(len, places), default=0)):
+        found = [float(mine[place]) for mine in places if place < len(mine)]
+        figures[f"recovery by place {place + 1}"] = found
+    return {name: float(np.mean(values)) if values else 0.0 for name, values in figures.items()}
+
+
+def residual_figures(answers: Sequence[str], titles: Sequence[str], known: Collection[str]) -> dict[str, float]:
+    """Of answers to residual: `residual` the share that are the title exactly, `residual valid` that are any title."""
+    given = [answer.strip().removesuffix(".") if answer.strip() not in known else answer.strip() for answer in answers]
+    right = [mine == title for mine, title in zip(given, titles, strict=True)]
+    return {
+        "residual": float(np.mean(right)) if right else 0.0,
+        "residual valid": float(np.mean([mine in known for mine in given])) if given else 0.0,
+    }
 
 
 def _filled(template: str, *states: Vectors) -> Prompt:

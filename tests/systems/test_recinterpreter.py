@@ -13,6 +13,9 @@ from raypipe.systems.recinterpreter import (
     examples,
     oracle_prompt,
     recovery_answer,
+    recovery_figures,
+    residual_figures,
+    without_states,
 )
 
 TITLES = [f"Film {n}" for n in range(1, 31)]
@@ -90,3 +93,31 @@ def test_templates_that_cannot_be_filled_or_leak_are_refused(
     with pytest.raises(ValidationError) as told:
         InterpreterPrompts.model_validate({field: templates})
     assert problem in str(told.value)
+
+
+def test_the_states_an_exercise_needs_are_those_it_takes() -> None:
+    assert list(InterpreterConfig().states_needed(7)) == [6, 7]
+    assert list(InterpreterConfig().states_needed(1)) == [1]
+    pooled = InterpreterConfig(titles=3, pool="learned_positions")
+    assert list(pooled.states_needed(7)) == [4, 5, 6, 7]
+    assert list(pooled.states_needed(2)) == [1, 2]
+
+
+def test_figures_of_answers_are_means_of_exact_titles() -> None:
+    known = set(TITLES)
+    histories = [["Film 1", "Film 2"], ["Film 10"]]
+    figures = recovery_figures(["Film 1; Film 2", "Film 1; Filmchen"], histories, known)
+    assert figures["recovery"] == 0.5
+    assert figures["order"] == 0.5
+    assert figures["valid"] == 0.75
+    assert figures["recovery by place 1"] == 0.5
+    assert figures["recovery by place 2"] == 1.0
+    residual = residual_figures(["Film 2.", "Film 1", "Nothing"], ["Film 2", "Film 10", "Film 3"], known)
+    assert residual == {"residual": pytest.approx(1 / 3), "residual valid": pytest.approx(2 / 3)}
+
+
+def test_a_control_has_the_words_and_no_vector() -> None:
+    (recovery, _) = made(InterpreterConfig(), [5])
+    control = without_states(recovery.prompt)
+    assert not control.has_vectors
+    assert control.text == "".join(s.text for s in recovery.prompt.segments if isinstance(s, Text))
