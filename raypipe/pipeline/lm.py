@@ -15,6 +15,7 @@ from raypipe.config import shaping
 from raypipe.errors import UsageError
 from raypipe.language.instructions import Catalogue, histories_before_cut
 from raypipe.language.pretraining import LmDataConfig, LmTask, prepare_lm
+from raypipe.pipeline.held_out import are_held_out
 from raypipe.pipeline.job import JobConfig, JobResult, TrainingOptions, cost_of
 from raypipe.runtime.progress import say
 from raypipe.runtime.trainer import TrainerConfig, fit
@@ -37,6 +38,7 @@ class LmOptions(TrainingOptions):
     data: LmDataConfig = shaping(LmDataConfig, "model size, prompts and exercises")
     trainer: TrainerConfig = shaping(lambda: TrainerConfig(workers=2), "training under Ray Train and DeepSpeed")
     hold_out: int = shaping(1, "last events of every user that training never sees", ge=0)
+    held_out_share: float = shaping(0.0, "share of the users, by hash, whom training never sees", ge=0, lt=1)
     histories: int = shaping(20_000, "most users whose histories are read, chosen by hash", ge=1)
 
 
@@ -57,7 +59,7 @@ def run_lm(config: LmConfig) -> JobResult:
                 f"The workspace {workspace.uri} has no histories to learn from.", "Run `raypipe ingest` first."
             )
         items = workspace.tables["items"].read(versions["items"]).sort_by("index")
-        histories = training_histories(workspace, versions["histories"], config.histories)
+        histories = training_histories(workspace, versions["histories"], config.histories, config.held_out_share)
         recipe = fingerprint(
             {
                 "step": STEP_VERSION,
@@ -97,6 +99,7 @@ def _train(
         "job": JOB,
         "versions": versions,
         "hold_out": config.hold_out,
+        "held_out_share": config.held_out_share,
         "seed": config.trainer.seed,
         "users": histories.num_rows,
         "config": config.shaping_values(),
@@ -113,9 +116,10 @@ def _train(
     return model, metrics
 
 
-def training_histories(workspace: Workspace, version: int, most: int) -> pa.Table:
-    """Item lists and keys of at most `most` users, the same ones whatever their order in the table."""
+def training_histories(workspace: Workspace, version: int, most: int, held_out_share: float = 0.0) -> pa.Table:
+    """Item lists and keys of at most `most` users, none of them held out, the same ones whatever their order in the table."""
     rows = workspace.tables["histories"].read(version, ["user_id", "items", "history_key"])
+    rows = rows.filter(pa.array(~are_held_out(rows["user_id"].combine_chunks(), held_out_share)))
     chosen = np.argsort(stable_hash(rows["user_id"].combine_chunks()), kind="stable")[:most]
     return rows.take(pa.array(chosen)).sort_by("user_id")
 

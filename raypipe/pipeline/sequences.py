@@ -9,6 +9,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raypipe.errors import UsageError
+from raypipe.pipeline.held_out import are_held_out
 from raypipe.recommenders.windows import Histories, tie_groups
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.tables import ABSENT
@@ -25,21 +26,26 @@ def pinned_versions(workspace: Workspace) -> dict[str, int]:
     return versions
 
 
-def read_histories(workspace: Workspace, version: int) -> tuple[pa.Array, Histories]:
-    """All users, sorted by id, and their items in time order."""
-    users, items, ends = _lists(workspace, version, "items")
+def read_histories(workspace: Workspace, version: int, held_out_share: float = 0.0) -> tuple[pa.Array, Histories]:
+    """All users but those held out, sorted by id, and their items in time order."""
+    users, items, ends = _lists(workspace, version, "items", held_out_share)
     return users, Histories(items.astype(np.int32), ends)
 
 
-def read_ties(workspace: Workspace, version: int) -> Histories:
+def read_ties(workspace: Workspace, version: int, held_out_share: float = 0.0) -> Histories:
     """As `read_histories`, the numbers of the groups of events of one time in the place of items."""
-    _, times, ends = _lists(workspace, version, "times")
+    _, times, ends = _lists(workspace, version, "times", held_out_share)
     return Histories(tie_groups(times, ends), ends)
 
 
-def _lists(workspace: Workspace, version: int, name: str) -> tuple[pa.Array, NDArray[np.int64], NDArray[np.int64]]:
-    """All users, sorted by id, the values of a list column one after the other, and where each user's end."""
-    rows = workspace.tables["histories"].read(version, ["user_id", name]).sort_by("user_id").combine_chunks()
+def _lists(
+    workspace: Workspace, version: int, name: str, held_out_share: float
+) -> tuple[pa.Array, NDArray[np.int64], NDArray[np.int64]]:
+    """Users, sorted by id, the values of a list column one after the other, and where each user's end."""
+    rows = workspace.tables["histories"].read(version, ["user_id", name])
+    if held_out_share:
+        rows = rows.filter(pa.array(~are_held_out(rows["user_id"].combine_chunks(), held_out_share)))
+    rows = rows.sort_by("user_id").combine_chunks()
     lists = rows[name].combine_chunks()
     lengths = lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
     return rows["user_id"].combine_chunks(), lists.flatten().to_numpy(zero_copy_only=False), lengths.cumsum()

@@ -54,6 +54,7 @@ class TrainOptions(TrainingOptions, ModelCache):
     trainer: TrainerConfig = shaping(_trainer, "training under Ray Train and DeepSpeed")
     shuffle_ties: bool = shaping(False, "events of a user at one time come in another order in every epoch")
     hold_out: int = shaping(2, "last events of every user that training never sees", ge=0)
+    held_out_share: float = shaping(0.0, "share of the users, by hash, whom training never sees", ge=0, lt=1)
 
     @model_validator(mode="after")
     def _validation_needs_an_event(self) -> TrainOptions:
@@ -99,6 +100,7 @@ def run_train(config: TrainConfig) -> JobResult:
             "job": JOB,
             "versions": versions,
             "hold_out": config.hold_out,
+            "held_out_share": config.held_out_share,
             "seed": config.trainer.seed,
             "catalogue": card,
             "protocol": protocol(config),
@@ -142,11 +144,11 @@ def _train(
     folder: Path,
     recipe: str,
 ) -> tuple[TrainingResult, dict[str, float]]:
-    _, histories = read_histories(workspace, versions["histories"])
+    _, histories = read_histories(workspace, versions["histories"], config.held_out_share)
     seen = histories.without_last(config.hold_out)
     ties = None
     if config.shuffle_ties:
-        ties = read_ties(workspace, versions["histories"]).without_last(config.hold_out).items
+        ties = read_ties(workspace, versions["histories"], config.held_out_share).without_last(config.hold_out).items
     try:
         prepare_training(
             folder / "data",
