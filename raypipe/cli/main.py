@@ -29,6 +29,7 @@ JOBS = {
     "release": ("raypipe.pipeline.release", "ReleaseConfig", "run_release"),
     "extract": ("raypipe.pipeline.extract", "ExtractConfig", "run_extract"),
     "recommend": ("raypipe.pipeline.recommend", "RecommendConfig", "run_recommend"),
+    "align": ("raypipe.pipeline.align", "AlignConfig", "run_align"),
     "summarize": ("raypipe.pipeline.summarize", "SummarizeConfig", "run_summarize"),
     "judge": ("raypipe.pipeline.judge", "JudgeConfig", "run_judge"),
     "nightly": ("raypipe.pipeline.nightly", "NightlyConfig", "run_nightly"),

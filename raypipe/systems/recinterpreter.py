@@ -8,6 +8,7 @@ between two vectors puts a generated item into words (`oracle_prompt`). Template
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -127,6 +128,45 @@ def examples(
 def recovery_answer(items: Sequence[int], titles: Sequence[str], config: InterpreterConfig) -> str:
     """The titles that recovery asks for, oldest first."""
     return SEPARATOR.join(titles[item - 1] for item in items[-config.titles :])
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One user to be asked about: the states before and after the last event, the titles behind, and the last one."""
+
+    before: Vectors
+    after: Vectors
+    history: list[str]
+    title: str
+
+    @staticmethod
+    def of(
+        items: Sequence[int], states: NDArray[np.float32], titles: Sequence[str], config: InterpreterConfig
+    ) -> Reading:
+        events = len(items)
+        history = [titles[item - 1] for item in items[-config.titles :]]
+        return Reading(config.vectors(states, events - 1), config.vectors(states, events), history, history[-1])
+
+
+def questions(readings: Sequence[Reading], config: InterpreterConfig, control: str = "") -> list[Prompt]:
+    """Recovery of every reading and then residual, by the test's templates in turn.
+
+    Controls: with "shuffled states" everybody is asked with the next one's, with "no states" with the words alone.
+    """
+    asked = [*readings[1:], *readings[:1]] if control == "shuffled states" else readings
+    recovery, residual = config.prompts.recovery_test, config.prompts.residual_test
+    prompts = [recovery_prompt(recovery[at % len(recovery)], mine.after) for at, mine in enumerate(asked)]
+    prompts += [residual_prompt(residual[at % len(residual)], mine.before, mine.after) for at, mine in enumerate(asked)]
+    return [without_states(prompt) for prompt in prompts] if control == "no states" else prompts
+
+
+def figures(answers: Sequence[str], readings: Sequence[Reading], known: Collection[str]) -> dict[str, float]:
+    """Of answers in the order of `questions`."""
+    count = len(readings)
+    return {
+        **recovery_figures(answers[:count], [mine.history for mine in readings], known),
+        **residual_figures(answers[count:], [mine.title for mine in readings], known),
+    }
 
 
 def without_states(prompt: Prompt) -> Prompt:

@@ -43,10 +43,10 @@ CHAIN_TRAINING = (
 )
 
 
-def chain_events() -> list[Event]:
+def chain_events(users: int = CHAIN_USERS) -> list[Event]:
     """Every item is followed by the next one of the catalogue, whose first follows its last."""
     draw = random.Random(0)
-    starts = [draw.randrange(CHAIN_ITEMS) for _ in range(CHAIN_USERS)]
+    starts = [draw.randrange(CHAIN_ITEMS) for _ in range(users)]
     return [
         (f"u{user}", f"i{(start + step) % CHAIN_ITEMS + 1}", START + step)
         for user, start in enumerate(starts)
