@@ -189,9 +189,9 @@ class _Batch:
 
     def _parts(self, prompts: Sequence[Sequence[int]]) -> Iterator[slice]:
         """Of prompts, longest first, those that are read at once."""
+        whole = self.device.type != "cpu" or not _is_plain(_cache(self.model, 0))
         at = 0
         while at < len(prompts):
-            whole = self.device.type != "cpu" or not _is_plain(_cache(self.model, 0))
             rows = len(prompts) if whole else max(1, _CPU_READ_TOKENS // len(prompts[at]))
             yield slice(at, at + rows)
             at += rows

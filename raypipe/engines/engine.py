@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from pydantic import model_validator
 
 from raypipe.config import Config, free, shaping
-from raypipe.errors import RaypipeError
+from raypipe.errors import RaypipeError, UsageError
 from raypipe.language.checkpoint import checkpoint_hash, resolve_checkpoint
 
 if TYPE_CHECKING:
@@ -232,5 +232,7 @@ class EngineConfig(Config):
             values.pop("dtype")
             return values
         if self.adapter:
+            if not (Path(self.adapter) / "adapter.json").is_file():
+                raise UsageError(f"{self.adapter} holds no adapter.", "Name the folder of one made by `raypipe align`.")
             values["adapter"] = checkpoint_hash(Path(self.adapter))
         return {**values, "model": checkpoint_hash(resolve_checkpoint(self.lm))}

@@ -177,10 +177,7 @@ def _train(
         raise UsageError(str(error), "Ask for fewer titles, or name a language model of a longer context.") from None
     say(f"{JOB}: training on {counts['examples']:,} examples, {counts['tokens']:,} tokens")
     config.cluster.connect()
-    trainer = config.trainer
-    if not trainer.storage:
-        trainer = trainer.model_copy(update={"storage": str(folder / "training")})
-    trained = fit(AlignmentTask(folder / "data"), trainer, f"{MODEL}-{recipe}", folder / "checkpoint")
+    trained = fit(AlignmentTask(folder / "data"), config.trainer, f"{MODEL}-{recipe}", folder / "checkpoint")
     lineage = {
         "job": JOB,
         "versions": versions,

@@ -91,10 +91,7 @@ def _train(
     counts = prepare_lm(folder / "data", before, catalogue, config.data)
     say(f"lm: training on {counts['examples']:,} examples, {counts['tokens']:,} tokens")
     config.cluster.connect()
-    trainer = config.trainer
-    if not trainer.storage:
-        trainer = trainer.model_copy(update={"storage": str(folder / "training")})
-    trained = fit(LmTask(folder / "data"), trainer, f"lm-{recipe}", folder / "checkpoint")
+    trained = fit(LmTask(folder / "data"), config.trainer, f"lm-{recipe}", folder / "checkpoint")
     lineage = {
         "job": JOB,
         "versions": versions,

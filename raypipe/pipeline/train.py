@@ -166,10 +166,7 @@ def _train(
         ) from None
     say(f"{JOB}: {config.recommender.model} on {len(seen.items):,} events of {len(seen):,} users")
     config.cluster.connect()
-    trainer = config.trainer
-    if not trainer.storage:
-        trainer = trainer.model_copy(update={"storage": str(folder / "training")})
-    trained = fit(RecommenderTask(folder / "data"), trainer, f"{JOB}-{recipe}", folder / "checkpoint")
+    trained = fit(RecommenderTask(folder / "data"), config.trainer, f"{JOB}-{recipe}", folder / "checkpoint")
     facts: dict[str, float] = {
         "users": int(np.count_nonzero(seen.lengths)),
         "events": len(seen.items),

@@ -84,5 +84,7 @@ def agreement(one: Sequence[int | None], other: Sequence[int | None]) -> float |
         return None
     a, b = np.array(pairs, np.float64).T
     apart = np.mean((a - b) ** 2)
-    by_chance = np.mean((a[:, None] - b[None, :]) ** 2)
+    by_chance = (
+        a.var() + b.var() + (a.mean() - b.mean()) ** 2
+    )  # the mean over all pairs of one's ratings and the other's
     return float(1 - apart / by_chance) if by_chance else None

@@ -137,5 +137,7 @@ def test_an_adapter_shapes_the_identity_and_belongs_to_its_model(lm: str, adapte
     assert "adapter" not in plain
     with pytest.raises(UsageError, match="was trained beside the language model"):
         engine(stories, adapter)
+    with pytest.raises(UsageError, match="holds no adapter"):
+        EngineConfig(lm=lm, adapter=lm).identity()
     with pytest.raises(ValueError, match="reads no adapter"):
         EngineConfig(engine="echo", adapter=adapter)

@@ -50,7 +50,13 @@ def lm(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def prepared(lm: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def untrained(lm: str) -> str:
+    """The language model's hash before anything is trained beside it."""
+    return weights_hash(load_backbone(lm, device="cpu").model)
+
+
+@pytest.fixture(scope="module")
+def prepared(lm: str, untrained: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alignment")
     backbone = load_backbone(lm, device="cpu")
     examples = [example(place) for place in range(64)]
@@ -69,12 +75,11 @@ def single(prepared: Path, ray_cluster: None, tmp_path_factory: pytest.TempPathF
 
 
 def test_an_adapter_learns_to_name_what_a_state_holds_and_changes_no_other_weight(
-    single: TrainingResult, lm: str
+    untrained: str, single: TrainingResult, lm: str
 ) -> None:
     assert np.mean(single.losses[-4:]) < 0.3 * single.losses[0]
-    untouched = weights_hash(load_backbone(lm, device="cpu").model)
     backbone = load_backbone(lm, device="cpu")
-    assert weights_hash(backbone.model) == untouched
+    assert weights_hash(backbone.model) == untrained
     model = load_adapter(single.folder, backbone, "lm-hash", "sasrec/1")
     for place, word in enumerate(WORDS):
         prompt = encode(backbone, example(place).prompt, CARD.config.projectors, CARD.widths)
