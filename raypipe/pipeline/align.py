@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,10 +22,11 @@ from raypipe.language.alignment import AlignmentTask, prepare_alignment
 from raypipe.language.backbone import load_backbone
 from raypipe.language.checkpoint import checkpoint_hash, resolve_checkpoint
 from raypipe.language.soft_prompts import Injection, SoftExample
+from raypipe.language.titles import distinct_titles
 from raypipe.pipeline.held_out import are_held_out
 from raypipe.pipeline.job import JobConfig, JobResult, ModelCache, TrainingOptions, cost_of
-from raypipe.pipeline.loaded import Loaded, find_model
-from raypipe.pipeline.sequences import pinned_versions, read_histories
+from raypipe.pipeline.loaded import BUILTIN, Loaded, find_builtin_lm
+from raypipe.pipeline.sequences import histories_hash, pinned_versions, read_histories
 from raypipe.recommenders.prefixes import prefix_states
 from raypipe.recommenders.recommender import freeze, weights_hash
 from raypipe.recommenders.windows import Histories
@@ -48,7 +48,6 @@ from raypipe.systems.recinterpreter import (
 
 JOB = "align"
 MODEL = "recinterpreter"
-BUILTIN = "builtin"
 STEP_VERSION = 1
 _USERS_AT_ONCE = 256
 _CONTROLS = ("", "shuffled states", "no states")
@@ -82,7 +81,7 @@ class AlignConfig(AlignOptions, JobConfig):
 
 @dataclass(frozen=True)
 class _Inputs:
-    """The two that are joined, and everybody's history up to the cut."""
+    """The two that are joined, everybody's history up to the cut, and whether neither of the two saw who is held out."""
 
     loaded: Loaded
     recommender: str
@@ -91,6 +90,7 @@ class _Inputs:
     histories: Histories
     held_out: NDArray[np.bool_]
     titles: list[str]
+    unseen: bool
 
 
 def run_align(config: AlignConfig) -> JobResult:
@@ -107,29 +107,38 @@ def run_align(config: AlignConfig) -> JobResult:
             "config": config.shaping_values(),
             "recommender": inputs.recommender,
             "lm": inputs.lm_hash,
-            "histories": versions["histories"],
+            "histories": histories_hash(workspace, versions["histories"]),
+            "titles": inputs.titles,
         }
     )
     with hold(workspace.store, [f"models-{MODEL}"], JOB, config.lock_lease_s):
         models = Models(workspace.store)
         if (model := models.newest(MODEL, recipe)) is not None:
-            return _result(model, "nothing_to_do", {}, started)
+            return _result(model, "nothing_to_do", started)
         before = weights_hash(inputs.loaded.recommender)
-        model, metrics = _train(config, workspace, inputs, recipe, versions)
+        model = _train(config, workspace, inputs, recipe, versions)
         assert weights_hash(inputs.loaded.recommender) == before, "the recommender is frozen"
         tracking.register(model)
-    metrics |= _measured(config, workspace, inputs, model)
     params = {"model": model.hash, "recommender": inputs.recommender, "lm": inputs.lm_hash[:12]}
-    tracking.log_run(JOB, recipe, params, metrics)
-    return _result(model, "ok", metrics, started)
+    tracking.log_run(JOB, recipe, params, model.lineage["metrics"])
+    return _result(model, "ok", started)
 
 
 def _read(config: AlignConfig, workspace: Workspace, version: int) -> _Inputs:
     loaded = Loaded.of(config, workspace, config.model)
     freeze(loaded.recommender)
-    lm = resolve_checkpoint(config.lm) if config.lm != BUILTIN else None
-    if lm is None:
-        lm = config.fetch(workspace, find_model(Models(workspace.store), "lm"))
+    parts = [loaded.model]
+    if config.lm == BUILTIN:
+        parts.append(find_builtin_lm(workspace, "--lm"))
+        lm = config.fetch(workspace, parts[-1])
+    else:
+        lm = resolve_checkpoint(config.lm)
+    saw = [part.name for part in parts if part.lineage.get("held_out_share", 0.0) < config.held_out_share]
+    if saw:
+        say(
+            f"{JOB}: {' and '.join(saw)} may have been trained on users who are asked about here: the figures are too good "
+            f"unless trained with --held_out_share {config.held_out_share}"
+        )
     users, histories = read_histories(workspace, version)
     histories = histories.without_last(config.hold_out).within(loaded.recommender.items)
     held_out = are_held_out(users, config.held_out_share)
@@ -141,22 +150,11 @@ def _read(config: AlignConfig, workspace: Workspace, version: int) -> _Inputs:
         )
     titles = distinct_titles(loaded.items["title"].to_pylist(), loaded.items["item_id"].to_pylist())
     name = f"{loaded.model.name}/{loaded.model.hash}"
-    return _Inputs(loaded, name, lm, checkpoint_hash(lm), histories, held_out, titles)
+    return _Inputs(loaded, name, lm, checkpoint_hash(lm), histories, held_out, titles, not saw)
 
 
-def distinct_titles(titles: Sequence[str], ids: Sequence[str]) -> list[str]:
-    """Titles by which items can be told apart: one that several share has its item's id behind it."""
-    seen: dict[str, int] = {}
-    for title in titles:
-        seen[title] = seen.get(title, 0) + 1
-    return [
-        f"{title} [{item}]" if seen[title] > 1 or not title else title for title, item in zip(titles, ids, strict=True)
-    ]
-
-
-def _train(
-    config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: str, versions: dict[str, int]
-) -> tuple[Model, dict[str, float]]:
+def _train(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: str, versions: dict[str, int]) -> Model:
+    """Train, measure, and only then store: who finds the model finds its figures in the lineage."""
     folder = config.training_folder(workspace, f"{MODEL}-{recipe}")
     adapter = AdapterConfig(projectors=config.interpreter.projectors, injection=config.injection, lora=config.lora)
     card = AdapterCard(adapter, {SOURCE: inputs.loaded.recommender.width}, inputs.lm_hash, inputs.recommender)
@@ -178,6 +176,15 @@ def _train(
     say(f"{JOB}: training on {counts['examples']:,} examples, {counts['tokens']:,} tokens")
     config.cluster.connect()
     trained = fit(AlignmentTask(folder / "data"), config.trainer, f"{MODEL}-{recipe}", folder / "checkpoint")
+    metrics = {
+        "loss_first": float(np.mean(trained.losses[:10])),
+        "loss_last": float(np.mean(trained.losses[-10:])),
+        "steps": trained.steps,
+        "train_seconds": round(trained.seconds, 1),
+        **counts,
+        "unseen_by_both": int(inputs.unseen),
+        **_measured(config, inputs, trained.folder),
+    }
     lineage = {
         "job": JOB,
         "versions": versions,
@@ -185,17 +192,11 @@ def _train(
         "held_out_share": config.held_out_share,
         "seed": config.trainer.seed,
         "config": config.shaping_values(),
+        "metrics": metrics,
     }
     model = Models(workspace.store).add(MODEL, trained.folder, recipe, lineage)
     workspace.store.delete_folder(f"staging/{MODEL}-{recipe}")
-    metrics = {
-        "loss_first": float(np.mean(trained.losses[:10])),
-        "loss_last": float(np.mean(trained.losses[-10:])),
-        "steps": trained.steps,
-        "train_seconds": round(trained.seconds, 1),
-        **counts,
-    }
-    return model, metrics
+    return model
 
 
 def _examples(config: AlignConfig, inputs: _Inputs) -> Iterator[SoftExample]:
@@ -234,7 +235,7 @@ def _states(
             yield row, items, states
 
 
-def _measured(config: AlignConfig, workspace: Workspace, inputs: _Inputs, model: Model) -> dict[str, float]:
+def _measured(config: AlignConfig, inputs: _Inputs, adapter: Path) -> dict[str, float]:
     """What the adapter tells of held-out users after their last event before the cut, and what the controls do."""
     rows = np.flatnonzero(inputs.held_out & (inputs.histories.lengths > 1))
     rows = np.random.default_rng(0).permutation(rows)[: config.asked]
@@ -243,7 +244,7 @@ def _measured(config: AlignConfig, workspace: Workspace, inputs: _Inputs, model:
         Reading.of(items, states, inputs.titles, config.interpreter)
         for _, items, states in _states(config, inputs, places)
     ]
-    engine = EngineConfig(lm=str(inputs.lm), adapter=str(config.fetch(workspace, model))).build()
+    engine = EngineConfig(lm=str(inputs.lm), adapter=str(adapter)).build()
     found: dict[str, float] = {"asked": len(readings)}
     for control in _CONTROLS:
         prefix = f"{control}: " if control else ""
@@ -265,6 +266,7 @@ def _asked(
     return figures(answers, readings, set(titles))
 
 
-def _result(model: Model, status: str, metrics: dict[str, Any], started: float) -> JobResult:
+def _result(model: Model, status: str, started: float) -> JobResult:
     cost = cost_of(Usage(), time.monotonic() - started)
+    metrics = model.lineage["metrics"]
     return JobResult(JOB, status, model.recipe, models={MODEL: model.hash}, metrics=metrics, cost=cost)

@@ -1,4 +1,4 @@
-"""`raypipe judge`: how good the summaries in force are, by any engines asked and by a rule that counts.
+"""`raypipe judge`: how good the newest summaries are, by any engines asked and by a rule that counts.
 
 A sample of users, the same for every judge. What each judge said of whom is written to `judgements/<key>.json`; the means, the
 shares of each rating and the agreement of every two judges are reported, and logged with prompt, models and seed.
@@ -20,7 +20,8 @@ from raypipe.engines.engine import EngineConfig
 from raypipe.errors import UsageError
 from raypipe.metrics.text import Vocabulary, rule_rating, value_counts
 from raypipe.pipeline.cards import choose_users
-from raypipe.pipeline.job import JobConfig, JobResult, cost_of
+from raypipe.pipeline.job import JobConfig, JobResult, ModelCache, cost_of
+from raypipe.pipeline.loaded import BUILTIN, find_builtin_lm
 from raypipe.pipeline.summary_state import Catalogue
 from raypipe.runtime.progress import say
 from raypipe.storage.fingerprint import fingerprint
@@ -35,7 +36,7 @@ RULE = "rule"
 _PIECES = ("items", "summary")
 
 
-class JudgeConfig(JobConfig):
+class JudgeConfig(JobConfig, ModelCache):
     """Configuration of `judge`."""
 
     sample: int = shaping(100, "users whose summaries are judged, chosen by hash", ge=1)
@@ -72,15 +73,16 @@ def run_judge(config: JudgeConfig) -> JobResult:
         config.rubric.ask(dict.fromkeys(_PIECES, ""))
     except ValueError as error:
         raise UsageError(f"The rubric cannot be asked: {error}.", f"There are {', '.join(_PIECES)}.") from None
+    engines = {name: _resolved(config, workspace, engine) for name, engine in config.judges.items()}
+    identities = {name: engine.identity() for name, engine in engines.items()}
     sample = _read_sample(config, workspace)
     ratings: dict[str, list[int | None]] = {RULE: sample.rule}
     spent = Usage()
-    for name, engine in config.judges.items():
+    for name, engine in engines.items():
         judge = EngineJudge(engine.build(), config.rubric)
         ratings[name] = judge.rate(sample.cases)
         spent += Usage(judge.calls, judge.tokens_in, judge.tokens_out)
     metrics = {"users": len(sample.users), **_figures(ratings)}
-    identities = {name: engine.identity() for name, engine in config.judges.items()}
     key = fingerprint(
         {"judges": identities, "rubric": config.rubric.shaping_values(), "cases": [dict(case) for case in sample.cases]}
     )
@@ -104,6 +106,14 @@ def run_judge(config: JudgeConfig) -> JobResult:
     numbers = {name: value for name, value in metrics.items() if value is not None}
     tracking.log_run(JOB, key, params, {**numbers, **cost})
     return JobResult(JOB, "ok", key, metrics=metrics, cost=cost)
+
+
+def _resolved(config: JudgeConfig, workspace: Workspace, engine: EngineConfig) -> EngineConfig:
+    """With the folder of the workspace's own language model, where that is the judge."""
+    if not engine.reads_checkpoint or engine.lm != BUILTIN:
+        return engine
+    model = find_builtin_lm(workspace, "--judges, as lm")
+    return engine.model_copy(update={"lm": str(config.fetch(workspace, model))})
 
 
 def _read_sample(config: JudgeConfig, workspace: Workspace) -> _Sample:

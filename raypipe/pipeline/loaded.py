@@ -14,6 +14,9 @@ from raypipe.recommenders.recommender import Recommender
 from raypipe.storage.models import Model, Models
 from raypipe.storage.workspace import Workspace
 
+BUILTIN = "builtin"
+"""Names the workspace's own language model."""
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -44,3 +47,14 @@ def find_model(models: Models, named: str) -> Model:
             f"No model {named} is stored in this workspace.", f"Train one: `raypipe train --recommender.model {name}`."
         )
     return found[-1]
+
+
+def find_builtin_lm(workspace: Workspace, option: str) -> Model:
+    """The workspace's own language model; UsageError where there is none yet, with the option that names another."""
+    model = Models(workspace.store).newest("lm")
+    if model is None:
+        raise UsageError(
+            f"The workspace {workspace.uri} has no language model of its own yet.",
+            f"Run `raypipe lm` first, or name another with {option} PATH_OR_NAME.",
+        )
+    return model

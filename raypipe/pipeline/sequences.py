@@ -38,6 +38,12 @@ def read_ties(workspace: Workspace, version: int, held_out_share: float = 0.0) -
     return Histories(tie_groups(times, ends), ends)
 
 
+def histories_hash(workspace: Workspace, version: int) -> str:
+    """A hash of everybody's history, whichever version holds it."""
+    rows = workspace.tables["histories"].read(version, ["user_id", "history_key"]).sort_by("user_id")
+    return fingerprint({"keys": rows["history_key"].to_pylist()})
+
+
 def _lists(
     workspace: Workspace, version: int, name: str, held_out_share: float
 ) -> tuple[pa.Array, NDArray[np.int64], NDArray[np.int64]]:

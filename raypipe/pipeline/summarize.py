@@ -17,8 +17,9 @@ import pyarrow as pa
 
 from raypipe.config import free, shaping
 from raypipe.engines.engine import EngineConfig
-from raypipe.errors import RaypipeError, UsageError
+from raypipe.errors import RaypipeError
 from raypipe.pipeline.job import BatchConfig, CapOptions, JobResult, ModelCache, cost_of
+from raypipe.pipeline.loaded import BUILTIN, find_builtin_lm
 from raypipe.pipeline.summarize_units import QUALITY, SummarizeBucket, SummaryTask
 from raypipe.pipeline.summary_state import Pins, Recipes
 from raypipe.runtime.budget import Budget
@@ -26,13 +27,12 @@ from raypipe.runtime.progress import say
 from raypipe.runtime.session import Session, bucket_parts, open_session
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.ledger import Counts, Receipt, Run, Unit, Usage
-from raypipe.storage.models import Model, Models
+from raypipe.storage.models import Model
 from raypipe.storage.tables import ABSENT
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.summaries import SummariesConfig
 
 JOB = "summarize"
-BUILTIN = "builtin"
 _WRITES = ("block_summaries", "summaries")
 _FEW_REJECTS = 10
 
@@ -53,13 +53,7 @@ class SummarizeOptions(CapOptions, ModelCache):
         """The workspace's own LM where the config asks for it; UsageError where there is none yet."""
         if not self.engine.reads_checkpoint or self.engine.lm != BUILTIN:
             return None
-        model = Models(workspace.store).newest("lm")
-        if model is None:
-            raise UsageError(
-                f"The workspace {workspace.uri} has no language model of its own yet.",
-                "Run `raypipe lm` first, or name another with --engine.lm PATH_OR_NAME.",
-            )
-        return model
+        return find_builtin_lm(workspace, "--engine.lm")
 
     def recipes(self, workspace: Workspace, model: Model | None) -> Recipes:
         """The fingerprints of both stages with the resolved model's content in them."""

@@ -11,14 +11,13 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 from pydantic import model_validator
 
 from raypipe.config import shaping
 from raypipe.errors import UsageError
 from raypipe.pipeline.job import JobConfig, JobResult, ModelCache, TrainingOptions, cost_of
 from raypipe.pipeline.loaded import Loaded, find_model
-from raypipe.pipeline.sequences import catalogue_card, pinned_versions, read_histories, read_ties
+from raypipe.pipeline.sequences import catalogue_card, histories_hash, pinned_versions, read_histories, read_ties
 from raypipe.recommenders.config import RecommenderConfig
 from raypipe.recommenders.task import RecommenderTask, prepare_training
 from raypipe.recommenders.windows import Histories
@@ -81,13 +80,12 @@ def run_train(config: TrainConfig) -> JobResult:
         versions = pinned_versions(workspace)
         items = workspace.tables["items"].read(versions["items"], ["item_id", "index"]).sort_by("index")
         card = catalogue_card(items["item_id"].to_pylist())
-        histories_hash = _content(workspace, versions["histories"])
         recipe = fingerprint(
             {
                 "step": STEP_VERSION,
                 "config": config.shaping_values(),
                 "catalogue": card,
-                "histories": histories_hash,
+                "histories": histories_hash(workspace, versions["histories"]),
             }
         )
         models = Models(workspace.store)
@@ -212,12 +210,6 @@ def _start_table(config: TrainConfig, workspace: Workspace) -> np.ndarray | None
     # Noise has a length of √width: the vectors start at its scale.
     scale = table.shape[1] ** 0.5 / table[1:].norm(dim=1).mean()
     return (table * scale).numpy()
-
-
-def _content(workspace: Workspace, version: int) -> str:
-    rows = workspace.tables["histories"].read(version, ["user_id", "history_key"]).sort_by("user_id")
-    keys: pa.ChunkedArray = rows["history_key"]
-    return fingerprint({"keys": keys.to_pylist()})
 
 
 def _result(model: Model, status: str, metrics: dict[str, float], started: float) -> JobResult:

@@ -145,7 +145,7 @@ def ours(base: Path, workers: int) -> tuple[float, float, float]:
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(base, copy)
     config = ExtractConfig(workspace=str(copy), tracking="off", cluster=ClusterConfig(workers=workers))
-    with Peak() as peak:
+    with (peak := Peak()):
         started = time.monotonic()
         result = run_extract(config)
         seconds = time.monotonic() - started

@@ -137,7 +137,7 @@ def ours(log: Path, workspace: Path, events: int) -> tuple[float, float]:
         log=LogConfig(path=str(log), columns=LogColumns(time="time")),
         catalogue=CatalogueConfig(path=str(log.with_name("items.csv"))),
     )
-    with Peak() as peak:
+    with (peak := Peak()):
         started = time.monotonic()
         result = run_ingest(config)
         seconds = time.monotonic() - started

@@ -7,7 +7,7 @@ itself in one process, on one thread, and taken off as `model_us_per_user`; the 
 
 Figures: `cpu_us_per_user`, `model_us_per_user`, `worker_peak_mb` (largest resident set of a worker), `bytes_per_user`
 (written to tables), `growth` (exponent of the seconds of processor time, models taken off, from a tenth of the users to
-all), and the night by its steps in seconds of the wall.
+all), and `night_s`, seconds of the wall.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from raypipe.data.synthetic import SyntheticConfig
 from raypipe.engines.engine import EngineConfig
 from raypipe.pipeline.ingest import IngestConfig, IngestOptions, run_ingest
 from raypipe.pipeline.nightly import NightlyConfig, run_nightly
+from raypipe.pipeline.recommend import RecommendOptions
 from raypipe.pipeline.summarize import SummarizeOptions
 from raypipe.recommenders.config import RecommenderConfig
 from raypipe.runtime.cluster import ClusterConfig
@@ -43,7 +44,7 @@ from tests.benchmarks.peak import Peak
 from tests.benchmarks.processor_time import ProcessorTime
 from tests.untrained import store_untrained
 
-ITEMS, EVENTS_PER_USER, WIDTH, LENGTH, LIST = 10_000, 20, 64, 50, 100
+ITEMS, EVENTS_PER_USER, WIDTH, LENGTH, LIST = 10_000, 20, 64, 50, 10
 
 MODEL = """
 import sys, time
@@ -72,14 +73,14 @@ print(spent)
 
 @dataclass(frozen=True)
 class Measured:
-    """One night: processor seconds of all and of its models alone, bytes written, and the wall's seconds by step."""
+    """One night: processor seconds of all and of its models alone, bytes written, and seconds of the wall."""
 
     users: int
     spent: float
     models: float
     peak_mib: float
     written: int
-    steps: dict[str, float]
+    seconds: float
 
     @property
     def beside(self) -> float:
@@ -101,7 +102,7 @@ def main() -> None:
         "worker_peak_mb": round(whole.peak_mib),
         "bytes_per_user": round(whole.written / whole.users),
         "growth": round(math.log10(whole.beside / tenth.beside), 3),
-        **{f"{name}_s": round(seconds, 1) for name, seconds in whole.steps.items()},
+        "night_s": round(whole.seconds, 1),
     }
     machine = f"{os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, {platform.machine()}"
     print(json.dumps({"bench": "scale", "figures": figures, "machine": machine}))
@@ -131,11 +132,12 @@ def measure(folder: Path, users: int) -> Measured:
         ingest=IngestOptions(
             log=LogConfig(path=str(data / "log.parquet"), columns=LogColumns(time="time")), catalogue=catalogue
         ),
+        recommend=RecommendOptions(length=LIST),
         summarize=SummarizeOptions(engine=EngineConfig(engine="echo")),
         # One worker: two on the two threads of one core would take each other for processor time.
         cluster=ClusterConfig(workers=1),
     )
-    with Peak() as peak, ProcessorTime() as spent:
+    with (peak := Peak()), (spent := ProcessorTime()):
         started = time.monotonic()
         result = run_nightly(config)
         seconds = time.monotonic() - started
@@ -146,7 +148,7 @@ def measure(folder: Path, users: int) -> Measured:
     written = sum(size for name, size in figures.items() if name.endswith("bytes_written"))
     models = forward_seconds(uri)
     print(f"{users:,} users: {spent.seconds:.0f} s of processor time, {models:.0f} s of models", file=sys.stderr)
-    return Measured(users, spent.seconds, models, peak.mib, written, {"night": seconds})
+    return Measured(users, spent.seconds, models, peak.mib, written, seconds)
 
 
 def forward_seconds(workspace: Path) -> float:

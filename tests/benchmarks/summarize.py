@@ -32,7 +32,7 @@ import torch
 from raypipe.data.catalogue import AttributeColumn, CatalogueColumns, CatalogueConfig
 from raypipe.data.log import LogColumns, LogConfig
 from raypipe.engines.engine import Decoding, Engine, EngineConfig
-from raypipe.language.backbone import load_backbone
+from raypipe.language.backbone import Backbone, load_backbone
 from raypipe.language.prompt import Prompt
 from raypipe.pipeline.ingest import IngestConfig, run_ingest
 from raypipe.pipeline.lm import LmConfig, run_lm
@@ -55,11 +55,11 @@ def main() -> None:
     make_workspace(given.workspace)
     config = SummarizeConfig(workspace=given.workspace, tracking="off", cluster=ClusterConfig(workers=1))
     users, folder = chosen(config, given.users)
-    engine = EngineConfig(lm=folder, threads=1).build()
+    engine, backbone = EngineConfig(lm=folder, threads=1).build(), load_backbone(folder, device="cpu")
     ratios, job_ratios, speeds = [], [], []
     for number in range(given.rounds):
         mine, texts, ended = whole(partial(by_engine, engine), config, users)
-        plain, plain_texts, _ = whole(partial(by_generate, folder, config.engine.batch_tokens), config, users)
+        plain, plain_texts, _ = whole(partial(by_generate, backbone, config.engine.batch_tokens), config, users)
         differing = sum(a != b for a, b in zip(texts, plain_texts, strict=True))
         assert not differing, f"{differing} of {len(texts)} texts differ"
         job = through_the_job(config, users)
@@ -125,8 +125,7 @@ def by_engine(engine: Engine, prompts: Sequence[Prompt], decoding: Decoding) -> 
 
 
 @torch.inference_mode()
-def by_generate(folder: str, batch_tokens: int, prompts: Sequence[Prompt], decoding: Decoding) -> Answered:
-    backbone = load_backbone(folder, device="cpu")
+def by_generate(backbone: Backbone, batch_tokens: int, prompts: Sequence[Prompt], decoding: Decoding) -> Answered:
     tokenizer, model = backbone.tokenizer, backbone.model
     tokenizer.padding_side = "left"
     texts, tokens, ended = [], 0, 0

@@ -48,6 +48,9 @@ def test_what_cannot_be_judged_is_told_before_anybody_is_asked(raypipe: Run, sum
     named = raypipe("judge", "--workspace", summarised, "--judges", json.dumps({"rule": {"engine": "echo"}}))
     assert named.code == 2
     assert "give the engine another name" in named.stderr
+    own = raypipe("judge", "--workspace", summarised, "--judges", json.dumps({"own": {"lm": "builtin"}}))
+    assert own.code == 2
+    assert "has no language model of its own yet" in own.stderr
     rubric = raypipe("judge", "--workspace", summarised, "--rubric.prompt", "How good is {x}?")
     assert rubric.code == 2
     assert "{x}, which there is not" in rubric.stderr

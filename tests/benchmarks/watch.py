@@ -1,0 +1,30 @@
+"""Looking at processes while something runs."""
+
+from __future__ import annotations
+
+import threading
+
+
+class Watch:
+    """Looks, by `look`, when the block begins, every so many seconds within it, and when it ends."""
+
+    every_s = 0.2
+
+    def __enter__(self) -> Watch:
+        self.look()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.look()
+
+    def look(self) -> None:
+        raise NotImplementedError
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self.every_s):
+            self.look()
