@@ -21,7 +21,7 @@ def block_prompts(config: SummarizeConfig, users: Sequence[str]) -> dict[str, li
     found = {}
     for bucket in range(workspace.require_info().buckets):
         state = BucketState(workspace, bucket, pins, recipes, config.summaries, catalogue, pa.array(users))
-        for place, user in enumerate(state.users.to_pylist()):
-            blocks = state.user_blocks(place)
+        names = state.users.to_pylist()
+        for user, blocks in zip(names, state.user_blocks(range(len(names))), strict=True):
             found[user] = [config.summaries.prompts.block_prompt(block.lines) for block in blocks]
     return found

@@ -2,7 +2,8 @@
 
 An answer that is empty, declines the task, does not end, is longer than anybody would read or is no text at all is asked
 for again, sampled at a temperature and with a seed of its own, so that a greedy model does not repeat itself. What still
-fails carries the reason as its error. All of it follows from the prompt and the answer alone, never from the batch.
+fails carries the reason as its error. All of it follows from the prompt and the answer alone, never from the batch. An
+answer that is held to given texts is not checked.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from raypipe.config import Config, shaping
-from raypipe.engines.engine import Decoding, Engine, Outcome, OutcomeError
+from raypipe.engines.engine import Choices, Decoding, Engine, Outcome, OutcomeError, Scores
 from raypipe.language.prompt import Prompt
 
 # What another try may change; the others are as true the second time.
@@ -52,7 +53,7 @@ class AnswerChecks(Config):
         if self.must_end and outcome.finish_reason == "length":
             return OutcomeError("unended", f"The answer reached its token limit: {_shown(text)}.")
         # What already stands in the prompt may be repeated: titles come in every state.
-        if any(sign not in prompt.text for sign in _NO_TEXT.findall(text)):
+        if (signs := _NO_TEXT.findall(text)) and any(sign not in prompt.words for sign in signs):
             return OutcomeError("malformed", f"The answer holds what is no text: {_shown(text)}.")
         if _loops(text):
             return OutcomeError("malformed", f"The answer goes round in circles: {_shown(text)}.")
@@ -69,7 +70,15 @@ class CheckedEngine:
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         return self.engine.count_tokens(texts)
 
-    def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> Iterator[Outcome]:
+    def score(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> Iterator[Scores]:
+        return self.engine.score(prompts, answers)
+
+    def generate(
+        self, prompts: Sequence[Prompt], decoding: Decoding, choices: Choices | None = None
+    ) -> Iterator[Outcome]:
+        if choices is not None:
+            yield from self.engine.generate(prompts, decoding, choices)
+            return
         spent: dict[int, Outcome] = {}
         left = list(range(len(prompts)))
         for attempt in range(self.checks.retries + 1):
@@ -83,7 +92,7 @@ class CheckedEngine:
                     spent[whole.index] = whole
                     again.append(whole.index)
                 else:
-                    yield replace(whole, text="", error=problem)
+                    yield replace(whole, text="", beams=(), error=problem)
             left = sorted(again)
             if not left:
                 return
@@ -92,7 +101,7 @@ class CheckedEngine:
         if not attempt:
             return decoding
         temperature = max(decoding.temperature, self.checks.temperature)
-        return decoding.model_copy(update={"temperature": temperature, "seed": decoding.seed + attempt})
+        return decoding.model_copy(update={"temperature": temperature, "seed": decoding.seed + attempt, "beams": 1})
 
 
 def _added(outcome: Outcome, index: int, before: Outcome | None) -> Outcome:

@@ -8,7 +8,17 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 
-from raypipe.engines.engine import DEFAULT_CONTEXT, Capabilities, Decoding, FinishReason, Outcome, OutcomeError
+from raypipe.engines.engine import (
+    DEFAULT_CONTEXT,
+    Capabilities,
+    Choices,
+    Decoding,
+    FinishReason,
+    Outcome,
+    OutcomeError,
+    Scores,
+    lacking,
+)
 from raypipe.language.prompt import Prompt
 
 _ECHOED_WORDS = 8
@@ -22,7 +32,10 @@ class EchoEngine:
     def __init__(self, context: int = DEFAULT_CONTEXT) -> None:
         self.context = context
 
-    def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> Iterator[Outcome]:
+    def generate(
+        self, prompts: Sequence[Prompt], decoding: Decoding, choices: Choices | None = None
+    ) -> Iterator[Outcome]:
+        self.capabilities.require(decoding, choices)
         limit = decoding.max_new_tokens
         for index, prompt in enumerate(prompts):
             if prompt.has_vectors:
@@ -38,6 +51,9 @@ class EchoEngine:
             kept = answer[:limit]
             reason: FinishReason = "stop" if len(kept) == len(answer) else "length"
             yield Outcome(index, " ".join(kept), len(words), len(kept), reason)
+
+    def score(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> Iterator[Scores]:
+        raise lacking("log-probabilities")
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         return [len(text.split()) for text in texts]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from raypipe.engines.engine import Decoding, Outcome, OutcomeError
+from raypipe.engines.engine import Outcome, OutcomeError
 from raypipe.language.adapters import AdapterCard
 from raypipe.language.backbone import PromptTokenizer
 from raypipe.language.prompt import Prompt
@@ -14,13 +14,13 @@ from raypipe.language.soft_prompts import Encoded, encode
 def encode_prompts(
     tokenizer: PromptTokenizer,
     prompts: Sequence[Prompt],
-    decoding: Decoding,
+    room: Sequence[int],
     context: int,
     adapter: AdapterCard | None = None,
 ) -> tuple[dict[int, Encoded], list[Outcome]]:
     """The prompts that can be answered, by index in order, and the outcomes of the others.
 
-    Vectors are read by an adapter alone.
+    `room` is the most tokens of each one's answer. Vectors are read by an adapter alone.
     """
     plain = [index for index, prompt in enumerate(prompts) if not prompt.has_vectors]
     ids = tokenizer.encode([prompts[index].text for index in plain])
@@ -37,17 +37,17 @@ def encode_prompts(
                 except ValueError as problem:
                     error = OutcomeError("unsupported_prompt", str(problem))
         tokens = len(encoded[index].ids) if index in encoded else 0
-        error = error or _refusal(tokens, decoding, context)
+        error = error or _refusal(tokens, room[index], context)
         if error is not None:
             refused.append(Outcome(index, tokens_in=tokens, error=error))
             encoded.pop(index, None)
     return dict(sorted(encoded.items())), refused
 
 
-def _refusal(tokens: int, decoding: Decoding, context: int) -> OutcomeError | None:
+def _refusal(tokens: int, room: int, context: int) -> OutcomeError | None:
     if not tokens:
         return OutcomeError("unsupported_prompt", "The prompt holds no token.")
-    if tokens + decoding.max_new_tokens > context:
-        message = f"{tokens} tokens and {decoding.max_new_tokens} of answer exceed the context of {context}."
+    if tokens + room > context:
+        message = f"{tokens} tokens and {room} of answer exceed the context of {context}."
         return OutcomeError("prompt_too_long", message)
     return None

@@ -1,7 +1,8 @@
 """The seam between batch work and whatever generates text: prompts in, outcomes out.
 
 An engine never raises for one bad prompt: that prompt's outcome carries an error and the others are answered. What it
-does raise (a missing checkpoint, a bad setting) concerns every prompt and is raised by `EngineConfig.build`.
+does raise concerns every prompt: a missing checkpoint, a bad setting by `EngineConfig.build`, what the engine cannot do
+before the first outcome.
 
 Importing this module loads neither torch nor transformers, so a driver can plan and fingerprint without them.
 """
@@ -61,6 +62,46 @@ class Decoding(Config):
     max_new_tokens: int = shaping(96, "most tokens of one answer", ge=1)
     temperature: float = shaping(0.0, "0 is greedy", ge=0)
     seed: int = shaping(0, "seed of sampling; without effect when greedy")
+    beams: int = shaping(
+        1, "answers that are followed at a time; above 1 the likeliest whole answers are searched", ge=1
+    )
+
+    @model_validator(mode="after")
+    def _beams_are_not_drawn(self) -> Decoding:
+        if self.beams > 1 and self.temperature:
+            raise ValueError("beams above 1 are searched, not sampled: leave the temperature at 0")
+        return self
+
+    def shaping_values(self) -> dict[str, Any]:
+        """Without a search what it was before there were any: it computes nothing anew."""
+        values = super().shaping_values()
+        if self.beams == 1:
+            values.pop("beams")
+        return values
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What an answer may be: at most `most` of the texts, none twice, joined by the separator.
+
+    Raises ValueError where there is no text, where one is empty or given twice, and for a list without a separator.
+    """
+
+    texts: tuple[str, ...]
+    separator: str = "; "
+    most: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.texts or not all(self.texts):
+            raise ValueError("Answers are chosen among texts, of which none is empty.")
+        if len(set(self.texts)) < len(self.texts):
+            raise ValueError("A text is given twice: answers could not tell the two apart.")
+        if self.most < 1 or (self.most > 1 and not self.separator):
+            raise ValueError("An answer holds one text, or several with a separator between them.")
+
+    def text(self, chosen: Sequence[int]) -> str:
+        """The answer of these texts, by number."""
+        return self.separator.join(self.texts[number] for number in chosen)
 
 
 def prompt_seed(seed: int, text: str) -> int:
@@ -80,6 +121,18 @@ class Capabilities:
     logprobs: bool = False
     streaming: bool = False
 
+    def require(self, decoding: Decoding, choices: Choices | None = None) -> None:
+        """Raises UsageError where answers are to be decoded as this engine cannot."""
+        if decoding.beams > 1 and not self.beams:
+            raise lacking("beam search")
+        if choices is not None and not self.trie:
+            raise lacking("answers held to given texts")
+
+
+def lacking(ability: str) -> UsageError:
+    """The error of an engine that is asked for what it cannot do."""
+    return UsageError(f"This engine has no {ability}.", "Choose --engine.engine transformers.")
+
 
 @dataclass(frozen=True, slots=True)
 class OutcomeError:
@@ -90,12 +143,25 @@ class OutcomeError:
 
 
 @dataclass(frozen=True, slots=True)
+class Beam:
+    """One of the answers that a search found; `logprob` is the sum over its tokens and, where it ended, the end mark.
+
+    `chosen` are the numbers of its texts where it is held to given ones.
+    """
+
+    text: str
+    logprob: float
+    chosen: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """The answer to prompt number `index` of the call, or the error in its place.
 
     `calls` is how often the model was asked, `tokens_in` counts the prompt as it reads it (chat wrapping included) and
     `tokens_out` what it generated, without the end mark, over all of them. `finish_reason` is "stop" when the model ended
-    the answer, "length" when the limit did.
+    the answer, "length" when the limit did. An answer held to given texts names them in `chosen`; a list that the limit cut
+    keeps those that are whole. After a search `beams` are what it found, best first, and all else is the best one's.
     """
 
     index: int
@@ -105,6 +171,22 @@ class Outcome:
     finish_reason: FinishReason | None = None
     error: OutcomeError | None = None
     calls: int = 1
+    chosen: tuple[int, ...] = ()
+    beams: tuple[Beam, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """How likely the answers to prompt number `index` are, in their order, or the error in their place.
+
+    Natural logarithms, summed over the tokens of an answer in float32; the end mark is no part of it, so that an answer's
+    beginning is as likely or likelier.
+    """
+
+    index: int
+    logprobs: tuple[float, ...] = ()
+    tokens_in: int = 0
+    error: OutcomeError | None = None
 
 
 class Engine(Protocol):
@@ -113,8 +195,21 @@ class Engine(Protocol):
     capabilities: Capabilities
     context: int
 
-    def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> Iterator[Outcome]:
-        """One outcome for each prompt, in whatever order suits the engine; `Outcome.index` tells which."""
+    def generate(
+        self, prompts: Sequence[Prompt], decoding: Decoding, choices: Choices | None = None
+    ) -> Iterator[Outcome]:
+        """One outcome for each prompt, in whatever order suits the engine; `Outcome.index` tells which.
+
+        Every answer is one of the `choices`, where given. Raises UsageError for what the capabilities lack, and where
+        `max_new_tokens` leave no room for the longest choice.
+        """
+        ...
+
+    def score(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> Iterator[Scores]:
+        """How likely each of its answers is after each prompt, in whatever order; a space comes before every answer.
+
+        Raises UsageError without the capability `logprobs`, and ValueError for a prompt without answers or an empty answer.
+        """
         ...
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
@@ -187,6 +282,13 @@ class EngineConfig(Config):
     def model_name(self) -> str:
         """What a report calls the model; empty for echo."""
         return {"openai": self.http.model, "echo": ""}.get(self.engine, self.lm)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Those of the engine that `build` makes, without making it: what is missing is refused before work starts."""
+        if self.engine == "transformers":
+            return Capabilities(vectors=bool(self.adapter), beams=True, trie=True, logprobs=True)
+        return Capabilities()
 
     def build(self) -> Engine:
         """The engine, weights loaded. Raises UsageError when the checkpoint cannot be found or read."""

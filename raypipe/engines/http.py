@@ -23,12 +23,15 @@ import aiohttp
 
 from raypipe.engines.engine import (
     Capabilities,
+    Choices,
     Decoding,
     EngineDownError,
     ErrorKind,
     HttpConfig,
     Outcome,
     OutcomeError,
+    Scores,
+    lacking,
     prompt_seed,
 )
 from raypipe.language.prompt import Prompt
@@ -57,7 +60,10 @@ class HttpEngine:
         self.config, self.context = config, context
         self.count_tokens = count
 
-    def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> Iterator[Outcome]:
+    def generate(
+        self, prompts: Sequence[Prompt], decoding: Decoding, choices: Choices | None = None
+    ) -> Iterator[Outcome]:
+        self.capabilities.require(decoding, choices)
         if not prompts:
             return
         found: queue.SimpleQueue[Outcome | BaseException | None] = queue.SimpleQueue()
@@ -66,6 +72,9 @@ class HttpEngine:
                 if isinstance(outcome, BaseException):
                     raise outcome
                 yield outcome
+
+    def score(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> Iterator[Scores]:
+        raise lacking("log-probabilities")
 
     async def _all(self, prompts: Sequence[Prompt], decoding: Decoding, found: Callable[[Outcome], None]) -> None:
         key = os.environ.get(self.config.key_variable, "")

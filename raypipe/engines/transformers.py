@@ -2,27 +2,33 @@
 
 Prompts are sorted by length and share a batch of so many tokens, which others join as rows end (`decoding`). In float32
 every answer equals the one the prompt gets alone; in bfloat16 the order of summation differs with the batch, and a few
-per cent of long answers with it.
+per cent of long answers with it. Beams are searched (`beams`) and answers scored (`scoring`) in batches that prompts join
+at once.
 
 Not covered: paged memory, several GPUs. The engine `vllm` has both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from raypipe.engines.beams import Hypothesis, search
 from raypipe.engines.decoding import decode
 from raypipe.engines.encoded import encode_prompts
-from raypipe.engines.engine import Capabilities, Decoding, FinishReason, Outcome, prompt_seed
+from raypipe.engines.engine import Beam, Choices, Decoding, FinishReason, Outcome, Scores, prompt_seed
+from raypipe.engines.scoring import score
+from raypipe.errors import UsageError
 from raypipe.language.adapters import load_adapter, read_card
 from raypipe.language.backbone import load_backbone
 from raypipe.language.checkpoint import checkpoint_hash, resolve_checkpoint
 from raypipe.language.prompt import Prompt
 from raypipe.language.soft_prompts import Encoded, SoftPromptLm, collate
+from raypipe.language.trie import AnswerTrie, answer_tokens
 
 if TYPE_CHECKING:
     from raypipe.engines.engine import EngineConfig
@@ -42,25 +48,76 @@ class TransformersEngine:
             folder = Path(config.adapter)
             self._adapter = read_card(folder)
             self._adapted = load_adapter(folder, self._backbone, checkpoint_hash(resolve_checkpoint(config.lm)))
-        self.capabilities = Capabilities(vectors=self._adapted is not None)
+        self.capabilities = config.capabilities
+        self._trie: tuple[Choices, AnswerTrie] | None = None
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         return self._backbone.count_tokens(texts)
 
-    def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> Iterator[Outcome]:
-        encoded, refused = encode_prompts(self._backbone, prompts, decoding, self.context, self._adapter)
+    def generate(
+        self, prompts: Sequence[Prompt], decoding: Decoding, choices: Choices | None = None
+    ) -> Iterator[Outcome]:
+        trie = self._trie_of(choices, decoding) if choices is not None else None
+        encoded, refused = self._encoded(prompts, [decoding.max_new_tokens] * len(prompts))
         yield from refused
-        # Longest first: if memory does not suffice, that shows at once and not at the end.
+        fitting, rows, soft = self._longest_first(encoded)
+        if decoding.beams > 1:
+            for number, found in search(self._backbone, rows, decoding, self._batch_tokens, soft, trie):
+                yield self._searched(fitting[number], len(rows[number]), found, choices)
+            return
+        seeds = [prompt_seed(decoding.seed, prompts[index].key) for index in fitting] if decoding.temperature else []
+        for answer in decode(self._backbone, rows, decoding, seeds, self._batch_tokens, soft, trie):
+            tokens_in, tokens_out = len(rows[answer.prompt]), len(answer.tokens)
+            text = self._text(answer.tokens, answer.chosen, choices)
+            reason: FinishReason = "stop" if answer.ended else "length"
+            yield Outcome(fitting[answer.prompt], text, tokens_in, tokens_out, reason, chosen=answer.chosen)
+
+    def score(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> Iterator[Scores]:
+        if len(answers) != len(prompts) or not all(answers):
+            raise ValueError("Every prompt needs answers to score.")
+        tokens = [answer_tokens(self._backbone, mine) for mine in answers]
+        told = zip(chain.from_iterable(answers), chain.from_iterable(tokens), strict=True)
+        if not all(text and ids for text, ids in told):
+            raise ValueError("An answer that is to be scored holds a token.")
+        encoded, refused = self._encoded(prompts, [max(map(len, mine)) for mine in tokens])
+        for outcome in refused:
+            yield Scores(outcome.index, tokens_in=outcome.tokens_in, error=outcome.error)
+        fitting, rows, soft = self._longest_first(encoded)
+        asked = [tokens[index] for index in fitting]
+        for number, logprobs in score(self._backbone, rows, asked, self._batch_tokens, soft):
+            yield Scores(fitting[number], tuple(logprobs), len(rows[number]))
+
+    def _encoded(self, prompts: Sequence[Prompt], room: Sequence[int]) -> tuple[dict[int, Encoded], list[Outcome]]:
+        return encode_prompts(self._backbone, prompts, room, self.context, self._adapter)
+
+    def _longest_first(self, encoded: Mapping[int, Encoded]) -> tuple[list[int], list[list[int]], _Soft | None]:
+        """Indices and token ids of prompts, and their vectors; if memory does not suffice, that shows at once."""
         fitting = sorted(encoded, key=lambda index: (-len(encoded[index].ids), index))
         rows = [encoded[index] for index in fitting]
-        seeds = [prompt_seed(decoding.seed, prompts[index].key) for index in fitting] if decoding.temperature else []
         soft = _Soft(self._adapted, rows) if self._adapted is not None and any(row.soft for row in rows) else None
-        ids = [row.ids for row in rows]
-        for answer in decode(self._backbone, ids, decoding, seeds, self._batch_tokens, soft):
-            index = fitting[answer.prompt]
-            (text,) = self._backbone.decode([answer.tokens])
-            reason: FinishReason = "stop" if answer.ended else "length"
-            yield Outcome(index, text, len(encoded[index].ids), len(answer.tokens), reason)
+        return fitting, [row.ids for row in rows], soft
+
+    def _trie_of(self, choices: Choices, decoding: Decoding) -> AnswerTrie:
+        """That of the last call, where the choices are the same."""
+        if self._trie is None or self._trie[0] != choices:
+            trie = AnswerTrie(self._backbone, self._backbone.ends, choices.texts, choices.separator, choices.most)
+            self._trie = choices, trie
+        longest = self._trie[1].longest
+        if longest > decoding.max_new_tokens:
+            raise UsageError(
+                f"The longest text takes {longest} tokens, its end included, and max_new_tokens is {decoding.max_new_tokens}.",
+                f"Set it to {longest} or more, or leave out what is so long.",
+            )
+        return self._trie[1]
+
+    def _searched(self, index: int, tokens_in: int, found: Sequence[Hypothesis], choices: Choices | None) -> Outcome:
+        beams = tuple(Beam(self._text(beam.tokens, beam.chosen, choices), beam.logprob, beam.chosen) for beam in found)
+        best = found[0]
+        reason: FinishReason = "stop" if best.ended else "length"
+        return Outcome(index, beams[0].text, tokens_in, len(best.tokens), reason, chosen=best.chosen, beams=beams)
+
+    def _text(self, tokens: Sequence[int], chosen: Sequence[int], choices: Choices | None) -> str:
+        return self._backbone.decode([tokens])[0] if choices is None else choices.text(chosen)
 
 
 class _Soft:

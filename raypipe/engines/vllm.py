@@ -2,6 +2,8 @@
 
 vLLM shares the keys and values of what prompts begin with, and refills its batches itself. Its kernels sum in an order
 that depends on the batch: a greedy answer may differ between two runs where two tokens are all but equally likely.
+
+Not covered: beams, answers held to given texts and log-probabilities. The engine `transformers` has all three.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from raypipe.engines.encoded import encode_prompts
-from raypipe.engines.engine import Capabilities, Decoding, Outcome, prompt_seed
+from raypipe.engines.engine import Capabilities, Choices, Decoding, Outcome, Scores, lacking, prompt_seed
 from raypipe.errors import UsageError
 from raypipe.language.backbone import PromptTokenizer
 from raypipe.language.checkpoint import resolve_checkpoint
@@ -50,10 +52,17 @@ class VllmEngine:
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         return self._tokenizer.count_tokens(texts)
 
-    def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> Iterator[Outcome]:
+    def score(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> Iterator[Scores]:
+        raise lacking("log-probabilities")
+
+    def generate(
+        self, prompts: Sequence[Prompt], decoding: Decoding, choices: Choices | None = None
+    ) -> Iterator[Outcome]:
         from vllm import SamplingParams
 
-        encoded, refused = encode_prompts(self._tokenizer, prompts, decoding, self.context)
+        self.capabilities.require(decoding, choices)
+        room = [decoding.max_new_tokens] * len(prompts)
+        encoded, refused = encode_prompts(self._tokenizer, prompts, room, self.context)
         yield from refused
         sampling = [
             SamplingParams(

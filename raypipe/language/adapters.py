@@ -1,4 +1,4 @@
-"""An adapter: the projectors and LoRA weights that join one recommender to one language model, and their checkpoint.
+"""An adapter: what joins one recommender to one language model, projectors and changes of the latter, and its checkpoint.
 
 Both of them stay as they are; what was trained is saved alone, with the content of the two it was trained between.
 """
@@ -40,7 +40,8 @@ class AdapterConfig(Config):
 
     projectors: dict[str, ProjectorConfig] = shaping(dict, "source of vectors → how they become tokens")
     injection: Injection = shaping("replace", "tokens of vectors replace what the model reads, or are added to a word")
-    lora: LoraOptions | None = shaping(None, "unset: the language model is frozen")
+    lora: LoraOptions | None = shaping(None, "unset: the language model's matrices stay as they are")
+    embeddings: bool = shaping(False, "its embedding table and head are trained too, as RecExplainer's code does")
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,9 @@ def build_adapter(backbone: Backbone, card: AdapterCard, seed: int = 0) -> SoftP
         torch.manual_seed(seed)
         if card.config.lora is not None:
             _inject_lora(lm, card.config.lora)
+        if card.config.embeddings:
+            for part in (lm.get_input_embeddings(), lm.get_output_embeddings()):
+                part.weight.requires_grad_(True)
         projectors = {
             source: projector.build(card.widths[source], hidden) for source, projector in card.config.projectors.items()
         }

@@ -52,11 +52,11 @@ class Prompt:
     @classmethod
     def of(cls, *segments: str | Vectors) -> Prompt:
         """A prompt of the given pieces; strings become text segments."""
-        return cls(tuple(Text(piece) if isinstance(piece, str) else piece for piece in segments))
+        return cls(tuple([Text(piece) if isinstance(piece, str) else piece for piece in segments]))
 
     @property
     def has_vectors(self) -> bool:
-        return any(isinstance(segment, Vectors) for segment in self.segments)
+        return Vectors in map(type, self.segments)
 
     @property
     def key(self) -> str:
@@ -67,9 +67,13 @@ class Prompt:
         )
 
     @property
+    def words(self) -> str:
+        """The text without what stands between it."""
+        return "".join([segment.text for segment in self.segments if isinstance(segment, Text)])
+
+    @property
     def text(self) -> str:
         """The whole prompt as text; raises ValueError when it holds vectors, which have no text."""
-        pieces = [segment.text for segment in self.segments if isinstance(segment, Text)]
-        if len(pieces) < len(self.segments):
+        if self.has_vectors:
             raise ValueError("This prompt holds vectors; only an engine with the capability `vectors` can read it.")
-        return "".join(pieces)
+        return self.words

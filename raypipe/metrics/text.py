@@ -37,9 +37,11 @@ class Vocabulary:
         found: dict[str, None] = {}
         end = 0
         for match in _HEAD.finditer(text):
-            start = match.start()
             lengths = self._lengths.get(match.group())
-            if lengths is None or start < end or _BOUND_BEFORE.search(text, max(0, start - 2), start):
+            if lengths is None:
+                continue
+            start = match.start()
+            if start < end or _BOUND_BEFORE.search(text, max(0, start - 2), start):
                 continue
             for length in lengths:
                 value = text[start : start + length]
@@ -57,11 +59,11 @@ class Vocabulary:
 
 def top_values(counts: Mapping[str, int], k: int = TOP) -> frozenset[str]:
     """The k most frequent values of a history, every value tied with the kth included; empty for no values."""
-    positive = sorted((count for count in counts.values() if count > 0), reverse=True)
-    if not positive:
+    most = sorted(counts.values(), reverse=True)[:k]
+    if not most:
         return frozenset()
-    threshold = positive[min(k, len(positive)) - 1]
-    return frozenset(value for value, count in counts.items() if count >= threshold)
+    threshold = max(most[-1], 1)
+    return frozenset([value for value, count in counts.items() if count >= threshold])
 
 
 def item_values(attributes: Mapping[str, Sequence[str]]) -> tuple[str, ...]:

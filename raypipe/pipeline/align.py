@@ -6,30 +6,30 @@ not held out, and asked about those who are: beside it the same questions withou
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from raypipe.config import free, shaping
-from raypipe.engines.engine import Decoding, Engine, EngineConfig
+from raypipe.engines.engine import EngineConfig
 from raypipe.errors import UsageError
-from raypipe.language.adapters import AdapterCard, AdapterConfig, LoraOptions, build_adapter
+from raypipe.language.adapters import AdapterCard, build_adapter, load_adapter, read_card
 from raypipe.language.alignment import AlignmentTask, prepare_alignment
 from raypipe.language.backbone import load_backbone
 from raypipe.language.checkpoint import checkpoint_hash, resolve_checkpoint
-from raypipe.language.soft_prompts import Injection, SoftExample
+from raypipe.language.instructions import Catalogue
+from raypipe.language.prompt import Prompt
+from raypipe.language.soft_prompts import SoftExample
 from raypipe.language.titles import distinct_titles
 from raypipe.pipeline.held_out import are_held_out
 from raypipe.pipeline.job import JobConfig, JobResult, ModelCache, TrainingOptions, cost_of
-from raypipe.pipeline.loaded import BUILTIN, Loaded, find_builtin_lm
+from raypipe.pipeline.loaded import BUILTIN, Loaded, find_builtin_lm, find_model
 from raypipe.pipeline.sequences import histories_hash, pinned_versions, read_histories
-from raypipe.recommenders.prefixes import prefix_states
 from raypipe.recommenders.recommender import freeze, weights_hash
-from raypipe.recommenders.windows import Histories
 from raypipe.runtime.progress import say
 from raypipe.runtime.trainer import TrainerConfig, fit
 from raypipe.storage.fingerprint import fingerprint
@@ -37,33 +37,34 @@ from raypipe.storage.ledger import Usage
 from raypipe.storage.locks import hold
 from raypipe.storage.models import Model, Models
 from raypipe.storage.workspace import Workspace
-from raypipe.systems.recinterpreter import (
-    SOURCE,
-    InterpreterConfig,
-    Reading,
-    examples,
-    figures,
-    questions,
-)
+from raypipe.systems.projection import AdaptedLm
+from raypipe.systems.recexplainer import ExplainerConfig
+from raypipe.systems.recinterpreter import InterpreterConfig
+from raypipe.systems.source import Source
+from raypipe.systems.system import System
 
 JOB = "align"
-MODEL = "recinterpreter"
-STEP_VERSION = 1
-_USERS_AT_ONCE = 256
-_CONTROLS = ("", "shuffled states", "no states")
+STEP_VERSION = 2
 
 
 class AlignOptions(TrainingOptions, ModelCache):
     """What is joined to what, and how it is trained and measured."""
 
-    model: str = shaping("sasrec", "a recommender's name, for its newest, or NAME/HASH")
+    model: str = free("sasrec", "a recommender's name, for its newest, or NAME/HASH")
     lm: str = free(BUILTIN, "checkpoint folder or hub name; builtin is the workspace's own")
-    interpreter: InterpreterConfig = shaping(InterpreterConfig, "the exercises, and how states become tokens")
-    injection: Injection = shaping("replace", "tokens of states replace what the model reads, or are added to a word")
-    lora: LoraOptions | None = shaping(None, "unset: the language model is frozen")
+    system: Literal["recinterpreter", "recexplainer"] = free("recinterpreter", "which of the systems below joins them")
+    adapter: str | None = free(
+        None, "NAME or NAME/HASH of a stored adapter that is measured on the states of `model`, and nothing trained"
+    )
+    recinterpreter: InterpreterConfig = free(InterpreterConfig, "a recommender's states in words")
+    recexplainer: ExplainerConfig = free(ExplainerConfig, "a language model that predicts what the recommender does")
     trainer: TrainerConfig = shaping(
         lambda: TrainerConfig(epochs=10, batch_size=16, lr=1e-3, weight_decay=1e-6),
         "training under Ray Train and DeepSpeed",
+    )
+    replay: str | None = free(
+        None,
+        "JSON lines with prompt and answer that are learnt too, so that a model keeps its language; for recexplainer",
     )
     hold_out: int = shaping(1, "last events of every user that training never sees", ge=0)
     held_out_share: float = shaping(
@@ -72,7 +73,12 @@ class AlignOptions(TrainingOptions, ModelCache):
     users: int = shaping(20_000, "most users that are trained on", ge=1)
     positions: int = shaping(10, "most places in a history that training reads", ge=1)
     asked: int = shaping(1_000, "most held-out users that are asked about", ge=1)
-    decoding: Decoding = shaping(lambda: Decoding(max_new_tokens=256), "of the answers")
+    probes: bool = free(False, "when it is measured, also what probes read from states on their way into words")
+    answer_tokens: int = shaping(256, "most tokens of an answer when it is measured", ge=1)
+
+    def chosen(self) -> InterpreterConfig | ExplainerConfig:
+        """The configuration of the system; the other's has no part in what comes out."""
+        return self.recinterpreter if self.system == "recinterpreter" else self.recexplainer
 
 
 class AlignConfig(AlignOptions, JobConfig):
@@ -81,16 +87,22 @@ class AlignConfig(AlignOptions, JobConfig):
 
 @dataclass(frozen=True)
 class _Inputs:
-    """The two that are joined, everybody's history up to the cut, and whether neither of the two saw who is held out."""
+    """The two that are joined, what is known up to the cut, and whether nothing trained here saw who is held out."""
 
-    loaded: Loaded
     recommender: str
     lm: Path
     lm_hash: str
-    histories: Histories
-    held_out: NDArray[np.bool_]
-    titles: list[str]
+    source: Source
     unseen: bool
+
+    def measure(self, config: AlignConfig, system: System, adapter: Path) -> dict[str, float]:
+        engine = EngineConfig(lm=str(self.lm), adapter=str(adapter)).build()
+        told = system.measured(self.source, engine, config.asked, config.answer_tokens)
+        if config.probes:
+            backbone = load_backbone(str(self.lm), device="cpu")
+            adapted = AdaptedLm(backbone, load_adapter(adapter, backbone, self.lm_hash), read_card(adapter))
+            told |= system.probed(self.source, adapted, config.users, config.positions, config.asked)
+        return {"unseen_by_all": int(self.unseen), **told}
 
 
 def run_align(config: AlignConfig) -> JobResult:
@@ -100,34 +112,41 @@ def run_align(config: AlignConfig) -> JobResult:
     workspace.require_info()
     tracking = config.open_tracking(workspace)
     versions = pinned_versions(workspace)
-    inputs = _read(config, workspace, versions["histories"])
+    stored = find_model(Models(workspace.store), config.adapter) if config.adapter is not None else None
+    inputs = _read(config, workspace, versions["histories"], stored)
+    if stored is not None:
+        return _transferred(config, workspace, inputs, stored, started)
+    system = config.chosen().build()
+    catalogue = inputs.source.catalogue
     recipe = fingerprint(
         {
             "step": STEP_VERSION,
             "config": config.shaping_values(),
+            "system": [system.name, config.chosen().shaping_values()],
             "recommender": inputs.recommender,
             "lm": inputs.lm_hash,
             "histories": histories_hash(workspace, versions["histories"]),
-            "titles": inputs.titles,
+            "titles": list(catalogue.titles),
+            "replay": [[example.prompt.text, example.answer] for example in inputs.source.replay],
+            "attributes": [[name, list(values)] for item in catalogue.attributes for name, values in item.items()],
         }
     )
-    with hold(workspace.store, [f"models-{MODEL}"], JOB, config.lock_lease_s):
-        models = Models(workspace.store)
-        if (model := models.newest(MODEL, recipe)) is not None:
+    with hold(workspace.store, [f"models-{system.name}"], JOB, config.lock_lease_s):
+        if (model := Models(workspace.store).newest(system.name, recipe)) is not None:
             return _result(model, "nothing_to_do", started)
-        before = weights_hash(inputs.loaded.recommender)
-        model = _train(config, workspace, inputs, recipe, versions)
-        assert weights_hash(inputs.loaded.recommender) == before, "the recommender is frozen"
+        before = weights_hash(inputs.source.recommender)
+        model = _train(config, workspace, inputs, system, recipe, versions)
+        assert weights_hash(inputs.source.recommender) == before, "the recommender is frozen"
         tracking.register(model)
     params = {"model": model.hash, "recommender": inputs.recommender, "lm": inputs.lm_hash[:12]}
     tracking.log_run(JOB, recipe, params, model.lineage["metrics"])
     return _result(model, "ok", started)
 
 
-def _read(config: AlignConfig, workspace: Workspace, version: int) -> _Inputs:
+def _read(config: AlignConfig, workspace: Workspace, version: int, adapter: Model | None) -> _Inputs:
     loaded = Loaded.of(config, workspace, config.model)
     freeze(loaded.recommender)
-    parts = [loaded.model]
+    parts = [loaded.model] if adapter is None else [loaded.model, adapter]
     if config.lm == BUILTIN:
         parts.append(find_builtin_lm(workspace, "--lm"))
         lm = config.fetch(workspace, parts[-1])
@@ -149,21 +168,47 @@ def _read(config: AlignConfig, workspace: Workspace, version: int) -> _Inputs:
             "Ingest more users, or change --held_out_share.",
         )
     titles = distinct_titles(loaded.items["title"].to_pylist(), loaded.items["item_id"].to_pylist())
-    name = f"{loaded.model.name}/{loaded.model.hash}"
-    return _Inputs(loaded, name, lm, checkpoint_hash(lm), histories, held_out, titles, not saw)
+    catalogue = Catalogue(titles, [dict(pairs) for pairs in loaded.items["attributes"].to_pylist()])
+    replay = _read_replay(config.replay) if config.replay is not None else []
+    source = Source(loaded.recommender, histories, held_out, catalogue, replay=replay)
+    return _Inputs(f"{loaded.model.name}/{loaded.model.hash}", lm, checkpoint_hash(lm), source, not saw)
 
 
-def _train(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: str, versions: dict[str, int]) -> Model:
+def _read_replay(path: str) -> list[SoftExample]:
+    """Raises UsageError where the file cannot be read, with the first line that is wrong."""
+    examples: list[SoftExample] = []
+    try:
+        with Path(path).open(encoding="utf-8") as lines:
+            for line in lines:
+                row = json.loads(line)
+                examples.append(SoftExample(Prompt.of(str(row["prompt"])), str(row["answer"])))
+    except OSError as error:
+        raise UsageError(f"The exercises {path} cannot be read: {error}.", "Check --replay.") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"Line {len(examples) + 1} of {path} is no exercise: {error!r}.",
+            'Write one {"prompt": …, "answer": …} a line.',
+        ) from None
+    return examples
+
+
+def _train(
+    config: AlignConfig, workspace: Workspace, inputs: _Inputs, system: System, recipe: str, versions: dict[str, int]
+) -> Model:
     """Train, measure, and only then store: who finds the model finds its figures in the lineage."""
-    folder = config.training_folder(workspace, f"{MODEL}-{recipe}")
-    adapter = AdapterConfig(projectors=config.interpreter.projectors, injection=config.injection, lora=config.lora)
-    card = AdapterCard(adapter, {SOURCE: inputs.loaded.recommender.width}, inputs.lm_hash, inputs.recommender)
+    name = f"{system.name}-{recipe}"
+    folder = config.training_folder(workspace, name)
+    width = inputs.source.recommender.width
+    card = AdapterCard(
+        system.adapter, dict.fromkeys(system.adapter.projectors, width), inputs.lm_hash, inputs.recommender
+    )
     backbone = load_backbone(str(inputs.lm), device="cpu")
     build_adapter(backbone, card)  # what cannot be built is told here, and not by a worker
+    rng = np.random.default_rng(config.trainer.seed)
     try:
         counts = prepare_alignment(
             folder / "data",
-            _examples(config, inputs),
+            system.examples(inputs.source, config.users, config.positions, rng),
             backbone,
             backbone.ends[0],
             backbone.context,
@@ -175,15 +220,14 @@ def _train(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: s
         raise UsageError(str(error), "Ask for fewer titles, or name a language model of a longer context.") from None
     say(f"{JOB}: training on {counts['examples']:,} examples, {counts['tokens']:,} tokens")
     config.cluster.connect()
-    trained = fit(AlignmentTask(folder / "data"), config.trainer, f"{MODEL}-{recipe}", folder / "checkpoint")
+    trained = fit(AlignmentTask(folder / "data"), config.trainer, name, folder / "checkpoint")
     metrics = {
         "loss_first": float(np.mean(trained.losses[:10])),
         "loss_last": float(np.mean(trained.losses[-10:])),
         "steps": trained.steps,
         "train_seconds": round(trained.seconds, 1),
         **counts,
-        "unseen_by_both": int(inputs.unseen),
-        **_measured(config, inputs, trained.folder),
+        **inputs.measure(config, system, trained.folder),
     }
     lineage = {
         "job": JOB,
@@ -191,82 +235,36 @@ def _train(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: s
         "hold_out": config.hold_out,
         "held_out_share": config.held_out_share,
         "seed": config.trainer.seed,
+        "system": config.system,
+        "options": config.chosen().model_dump(mode="json"),
         "config": config.shaping_values(),
         "metrics": metrics,
     }
-    model = Models(workspace.store).add(MODEL, trained.folder, recipe, lineage)
-    workspace.store.delete_folder(f"staging/{MODEL}-{recipe}")
+    model = Models(workspace.store).add(system.name, trained.folder, recipe, lineage)
+    workspace.store.delete_folder(f"staging/{name}")
     return model
 
 
-def _examples(config: AlignConfig, inputs: _Inputs) -> Iterator[SoftExample]:
-    """The exercises of users who are not held out, at so many places of each history."""
-    rng = np.random.default_rng(config.trainer.seed)
-    lengths = inputs.histories.lengths
-    rows = rng.permutation(np.flatnonzero(~inputs.held_out & (lengths > 1)))[: config.users].tolist()
-    places = {
-        row: sorted((1 + rng.choice(lengths[row], min(config.positions, lengths[row]), replace=False)).tolist())
-        for row in rows
-    }
-    for row, items, states in _states(config, inputs, places):
-        yield from examples(items, states, inputs.titles, config.interpreter, places[row], rng)
-
-
-def _states(
-    config: AlignConfig, inputs: _Inputs, places: Mapping[int, Sequence[int]]
-) -> Iterator[tuple[int, list[int], NDArray[np.float32]]]:
-    """Of each row its items, and the states [events, width] that exercises at its places need; the others are no numbers."""
-    rows, histories = list(places), inputs.histories
-    for start in range(0, len(rows), _USERS_AT_ONCE):
-        chosen = rows[start : start + _USERS_AT_ONCE]
-        needed = {
-            row: sorted({events for place in places[row] for events in config.interpreter.states_needed(place)})
-            for row in chosen
-        }
-        owners = np.repeat(chosen, [len(needed[row]) for row in chosen])
-        events = np.array([number for row in chosen for number in needed[row]], np.int64)
-        found = prefix_states(inputs.loaded.recommender, histories, owners, events)
-        at = 0
-        for row in chosen:
-            items = histories.items[histories.starts[row] : histories.ends[row]].tolist()
-            states = np.full((len(items), found.shape[1]), np.nan, np.float32)
-            states[np.array(needed[row]) - 1] = found[at : at + len(needed[row])]
-            at += len(needed[row])
-            yield row, items, states
-
-
-def _measured(config: AlignConfig, inputs: _Inputs, adapter: Path) -> dict[str, float]:
-    """What the adapter tells of held-out users after their last event before the cut, and what the controls do."""
-    rows = np.flatnonzero(inputs.held_out & (inputs.histories.lengths > 1))
-    rows = np.random.default_rng(0).permutation(rows)[: config.asked]
-    places = {row: [int(inputs.histories.lengths[row])] for row in rows.tolist()}
-    readings = [
-        Reading.of(items, states, inputs.titles, config.interpreter)
-        for _, items, states in _states(config, inputs, places)
-    ]
-    engine = EngineConfig(lm=str(inputs.lm), adapter=str(adapter)).build()
-    found: dict[str, float] = {"asked": len(readings)}
-    for control in _CONTROLS:
-        prefix = f"{control}: " if control else ""
-        for name, value in _asked(engine, readings, inputs.titles, config, control).items():
-            found[prefix + name] = round(value, 4)
-        say(
-            f"{JOB}: {control or 'the adapter'}: recovery {found[prefix + 'recovery']}, residual {found[prefix + 'residual']}"
+def _transferred(
+    config: AlignConfig, workspace: Workspace, inputs: _Inputs, adapter: Model, started: float
+) -> JobResult:
+    """What a stored adapter tells of this recommender's states, which need not be the one it was trained beside."""
+    if adapter.lineage.get("job") != JOB:
+        raise UsageError(f"The model {adapter.name} is no adapter.", "Name one made by `raypipe align`.")
+    folder = config.fetch(workspace, adapter)
+    widths, width = set(read_card(folder).widths.values()), inputs.source.recommender.width
+    if widths - {width}:
+        raise UsageError(
+            f"The adapter {adapter.name} reads vectors of {widths.pop()}, and {inputs.recommender}'s are of {width}.",
+            "Name a recommender of the adapter's width with --model.",
         )
-    return found
+    options = {"system": adapter.lineage["system"], adapter.lineage["system"]: adapter.lineage["options"]}
+    system = AlignOptions.model_validate(options).chosen().build()
+    metrics = inputs.measure(config, system, folder)
+    return _result(adapter, "ok", started, metrics)
 
 
-def _asked(
-    engine: Engine, readings: Sequence[Reading], titles: Sequence[str], config: AlignConfig, control: str
-) -> dict[str, float]:
-    prompts = questions(readings, config.interpreter, control)
-    answers = [""] * len(prompts)
-    for outcome in engine.generate(prompts, config.decoding):
-        answers[outcome.index] = outcome.text
-    return figures(answers, readings, set(titles))
-
-
-def _result(model: Model, status: str, started: float) -> JobResult:
+def _result(model: Model, status: str, started: float, metrics: dict[str, float] | None = None) -> JobResult:
     cost = cost_of(Usage(), time.monotonic() - started)
-    metrics = model.lineage["metrics"]
-    return JobResult(JOB, status, model.recipe, models={MODEL: model.hash}, metrics=metrics, cost=cost)
+    told = model.lineage["metrics"] if metrics is None else metrics
+    return JobResult(JOB, status, model.recipe, models={model.name: model.hash}, metrics=told, cost=cost)

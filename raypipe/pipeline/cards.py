@@ -65,14 +65,20 @@ def write_cards(
 
 
 def choose_users(
-    workspace: Workspace, files: Sequence[StagedFile], histories: int, count: int
+    workspace: Workspace,
+    files: Sequence[StagedFile],
+    histories: int,
+    count: int,
+    table: str = "summaries",
+    columns: Sequence[str] = ("user_id", "summary"),
 ) -> tuple[pa.Table, dict[str, list[int]]]:
-    """`count` summaries and their users' items, from as few buckets as hold them: millions of users are not read."""
-    chosen = workspace.tables["summaries"].read_files([], ["user_id", "summary"])
+    """`count` rows and their users' items, from as few buckets as hold them: millions of users are not read."""
+    source = workspace.tables[table]
+    chosen = source.read_files([], list(columns))
     history: dict[str, list[int]] = {}
     by_bucket = {file.partition["bucket"]: file for file in files}
     for bucket, file in sorted(by_bucket.items(), key=lambda pair: int(pair[0])):
-        rows = workspace.tables["summaries"].read_files([file], ["user_id", "summary"])
+        rows = source.read_files([file], list(columns))
         order = np.argsort(stable_hash(rows["user_id"].combine_chunks()), kind="stable")[: count - chosen.num_rows]
         rows = rows.take(pa.array(order))
         owners = workspace.tables["histories"].read(histories, ["user_id", "items"], bucket=bucket)

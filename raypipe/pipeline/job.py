@@ -98,12 +98,15 @@ def cost_of(usage: Usage, seconds: float) -> dict[str, float]:
 
 
 class CapOptions(Config):
-    """What a job may spend at most, and what spending costs."""
+    """What a job may spend at most, what spending costs, and how much may go wrong."""
 
     max_calls: int | None = free(None, "hard cap on model calls", ge=0)
     max_tokens: int | None = free(None, "hard cap on tokens, in and out together", ge=0)
     max_cost: float | None = free(None, "hard cap on money, by the prices", ge=0)
     deadline: datetime | None = free(None, "no new work after this moment (ISO time)")
+    max_reject_rate: float = free(
+        0.2, "share of the rows read so far whose rejection stops the run; what is done stays done", ge=0, le=1
+    )
     price_in: float = free(0.0, "price of a million prompt tokens", ge=0)
     price_out: float = free(0.0, "price of a million generated tokens", ge=0)
 

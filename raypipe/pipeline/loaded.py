@@ -44,7 +44,8 @@ def find_model(models: Models, named: str) -> Model:
     found = [model for model in models.all(name) if model.hash.startswith(wanted)]
     if not found:
         raise UsageError(
-            f"No model {named} is stored in this workspace.", f"Train one: `raypipe train --recommender.model {name}`."
+            f"No model {named} is stored in this workspace.",
+            "Train a recommender with `raypipe train`, an adapter with `raypipe align`.",
         )
     return found[-1]
 

@@ -167,7 +167,8 @@ def _in_force(config: NightlyConfig, workspace: Workspace, lm: str) -> Release:
     champion = releases.named("champion") or Release(catalogue=workspace.tables["items"].version())
     if champion.lm != lm:
         with hold(workspace.store, ["releases"], JOB, config.lock_lease_s):
-            champion = releases.add(replace(champion, lm=lm))
+            # Adapters belong to the language model they were trained beside.
+            champion = releases.add(replace(champion, lm=lm, adapters={}))
             releases.point("champion", champion)
     return champion
 

@@ -94,16 +94,13 @@ def _count(
 ) -> _Counted:
     state = BucketState(workspace, bucket, pins, recipes, config.summaries, catalogue)
     changed = np.flatnonzero(state.changed).tolist()
-    names = state.users.take(changed).to_pylist() if changed else []
-    known = state.known(names)
     reads = updates = merges = 0
     recurrent = config.summaries.paradigm == "recurrent"
     prompts: list[str] = []
     merged: list[int] = []
     templates = config.summaries.prompts
-    for user, name in zip(changed, names, strict=True):
-        blocks = state.user_blocks(user)
-        read, merge = calls_needed(config.summaries, blocks, known.get(name, {}))
+    for blocks, known in zip(state.user_blocks(changed), state.known(changed), strict=True):
+        read, merge = calls_needed(config.summaries, blocks, known)
         reads, merges = reads + len(read), merges + merge
         updates += sum(block.number > 0 for block in read) if recurrent else 0
         if read and len(prompts) < config.sample_users:

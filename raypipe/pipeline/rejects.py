@@ -1,14 +1,18 @@
-"""Rows for the `rejects` table, and the users it blocks."""
+"""Rows for the `rejects` table, the users it blocks, and when there are too many."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from raypipe.data.rejects import row_json
+from raypipe.errors import RaypipeError
+from raypipe.storage.ledger import Counts, Receipt, Unit
 from raypipe.storage.workspace import Workspace
+
+_FEW_REJECTS = 10
 
 
 def reject_rows(run_key: str, rejects: pa.Table, variant: str | None = None) -> pa.Table:
@@ -52,3 +56,20 @@ def blocked_users(workspace: Workspace, version: int, table: str, variant: str) 
     rows = workspace.tables["rejects"].read(version, ["key", "variant", "change_key"], table=table)
     chosen = rows.filter(pc.equal(rows["variant"], variant))
     return set(zip(chosen["key"].to_pylist(), chosen["change_key"].to_pylist(), strict=True))
+
+
+def check_reject_rate(most: float, receipts: Mapping[Unit, Receipt]) -> None:
+    """Raises RaypipeError where more than that share of the rows read was rejected; a handful proves nothing.
+
+    Receipts tell in their fact `reasons` why, reason → message.
+    """
+    counts = sum((receipt.counts for receipt in receipts.values()), Counts())
+    read = counts.ok + counts.rejected
+    if counts.rejected < _FEW_REJECTS or counts.rejected <= most * read:
+        return
+    reasons = dict(pair for receipt in receipts.values() for pair in receipt.facts["reasons"].items())
+    told = " ".join(f"{reason}: {message}" for reason, message in sorted(reasons.items()))
+    raise RaypipeError(
+        f"{counts.rejected:,} of the first {read:,} rows were rejected, more than max_reject_rate {most:.0%}. {told}",
+        "Mend the model, the prompts or the endpoint and submit again; or go on as it is with a higher --max_reject_rate.",
+    )

@@ -10,9 +10,11 @@ from dataclasses import asdict
 
 from raypipe.config import Config, free, shaping
 from raypipe.errors import RefusedError, UsageError
+from raypipe.language.adapters import read_card
+from raypipe.language.checkpoint import checkpoint_hash, resolve_checkpoint
 from raypipe.pipeline.evaluate import held_out
 from raypipe.pipeline.job import JobConfig, JobResult, ModelCache
-from raypipe.pipeline.loaded import Loaded, find_model
+from raypipe.pipeline.loaded import BUILTIN, Loaded, find_builtin_lm, find_model
 from raypipe.recommenders.evaluation import evaluate_floor, evaluate_model
 from raypipe.recommenders.floors import Popularity
 from raypipe.runtime.progress import say
@@ -36,7 +38,11 @@ class ReleaseConfig(JobConfig, ModelCache):
     """Configuration of `release`."""
 
     recommender: str | None = free(None, "NAME, for its newest, or NAME/HASH: judge it and put it in force")
-    lm: str | None = free(None, "the release's language model, a hash or hub name; unset: that of the one in force")
+    lm: str | None = free(None, "the release's language model, a hash, hub name or builtin; unset: that in force")
+    adapters: tuple[str, ...] | None = free(
+        None,
+        "NAME or NAME/HASH of adapters of this recommender and language model; unset: of those in force all that fit",
+    )
     restore: str | None = free(None, "put this earlier release back in force, unjudged")
     gate: GateConfig = shaping(GateConfig, "what a candidate has to reach")
 
@@ -60,7 +66,8 @@ def run_release(config: ReleaseConfig) -> JobResult:
             mark = "   in force" if champion is not None and name == champion.hash else ""
             say(f"{name[:12]}  {releases.get(name).recommender}{mark}")
         return JobResult(JOB, "ok", metrics={"champion": champion.hash if champion is not None else None})
-    metrics = promote(config, workspace, config.recommender, config.lm)
+    lm = find_builtin_lm(workspace, "--lm").hash if config.lm == BUILTIN else config.lm
+    metrics = promote(config, workspace, config.recommender, lm)
     champion = releases.named("champion")
     assert champion is not None
     return JobResult(JOB, "ok", models={"recommender": champion.recommender}, metrics=metrics)
@@ -77,8 +84,9 @@ def promote(config: ReleaseConfig, workspace: Workspace, recommender: str, lm: s
     with hold(workspace.store, ["releases"], JOB, config.lock_lease_s):
         catalogue = workspace.tables["items"].version()
         champion = releases.named("champion") or Release()
-        candidate = Release(named, champion.lm if lm is None else lm, champion.adapters, catalogue)
-        if (champion.recommender, champion.lm) == (candidate.recommender, candidate.lm):
+        lm = champion.lm if lm is None else lm
+        candidate = Release(named, lm, _adapters(config, workspace, named, lm, champion), catalogue)
+        if (champion.recommender, champion.lm, champion.adapters) == (named, lm, candidate.adapters):
             return {}
         releases.point("candidate", releases.add(candidate))
         metrics = _judged(config, workspace, named, champion.recommender)
@@ -91,6 +99,43 @@ def promote(config: ReleaseConfig, workspace: Workspace, recommender: str, lm: s
         releases.judge(named, True, metrics)
     say(f"Release {candidate.hash[:12]} is in force: {named}")
     return metrics
+
+
+def _adapters(
+    config: ReleaseConfig, workspace: Workspace, recommender: str, lm: str, champion: Release
+) -> dict[str, str]:
+    """The candidate's adapters, by name; none of another recommender or language model.
+
+    Raises UsageError where one is asked for that belongs to others.
+    """
+    models = Models(workspace.store)
+    asked = config.adapters
+    names = [f"{name}/{content}" for name, content in champion.adapters.items()] if asked is None else asked
+    found = {}
+    for name in names:
+        model = find_model(models, name)
+        card = read_card(config.fetch(workspace, model))
+        if card.recommender == recommender and card.lm == _content_of(config, workspace, lm):
+            found[model.name] = model.hash
+        elif asked is None:
+            say(
+                f"{JOB}: the adapter {name} belongs to {card.recommender}, so the new release is without it: align again"
+            )
+        else:
+            raise UsageError(
+                f"The adapter {name} was trained beside {card.recommender} and another language model or recommender than "
+                f"the release's, {recommender} and {lm or 'none'}.",
+                "Train one for these two with `raypipe align`.",
+            )
+    return found
+
+
+def _content_of(config: ReleaseConfig, workspace: Workspace, lm: str) -> str:
+    """The content hash of a release's language model, by which adapters know it."""
+    stored = [model for model in Models(workspace.store).all("lm") if model.hash == lm]
+    if not lm:
+        return ""
+    return checkpoint_hash(config.fetch(workspace, stored[0]) if stored else resolve_checkpoint(lm))
 
 
 def _judged(config: ReleaseConfig, workspace: Workspace, candidate: str, champion: str) -> dict[str, float]:

@@ -7,7 +7,7 @@ user only the blocks whose items are new are read again.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,9 +17,9 @@ import pyarrow as pa
 
 from raypipe.config import free, shaping
 from raypipe.engines.engine import EngineConfig
-from raypipe.errors import RaypipeError
 from raypipe.pipeline.job import BatchConfig, CapOptions, JobResult, ModelCache, cost_of
 from raypipe.pipeline.loaded import BUILTIN, find_builtin_lm
+from raypipe.pipeline.rejects import check_reject_rate
 from raypipe.pipeline.summarize_units import QUALITY, SummarizeBucket, SummaryTask
 from raypipe.pipeline.summary_state import Pins, Recipes
 from raypipe.runtime.budget import Budget
@@ -34,7 +34,6 @@ from raypipe.systems.summaries import SummariesConfig
 
 JOB = "summarize"
 _WRITES = ("block_summaries", "summaries")
-_FEW_REJECTS = 10
 
 
 class SummarizeOptions(CapOptions, ModelCache):
@@ -44,9 +43,6 @@ class SummarizeOptions(CapOptions, ModelCache):
         lambda: EngineConfig(lm=BUILTIN), "what generates; lm `builtin` is the workspace's own"
     )
     summaries: SummariesConfig = shaping(SummariesConfig, "blocks, window, prompts, decoding")
-    max_reject_rate: float = free(
-        0.2, "share of the users read so far whose rejection stops the run; what is done stays done", ge=0, le=1
-    )
     micro_batch_users: int = free(256, "users a worker gives the engine at a time", ge=1)
 
     def resolve_model(self, workspace: Workspace) -> Model | None:
@@ -138,22 +134,8 @@ def _run_units(
     if limits.any:
         config.cluster.connect()
     budget = Budget(limits, _usage(run.receipts("users").values()))
-    watch = partial(_check_reject_rate, config.max_reject_rate)
+    watch = partial(check_reject_rate, config.max_reject_rate)
     return session.phase(run, units, partial(SummarizeBucket, task, budget), JOB, watch)
-
-
-def _check_reject_rate(most: float, receipts: Mapping[Unit, Receipt]) -> None:
-    """Raises RaypipeError where more than that share of the users read was rejected; a handful proves nothing."""
-    counts = sum((receipt.counts for receipt in receipts.values()), Counts())
-    read = counts.ok + counts.rejected
-    if counts.rejected < _FEW_REJECTS or counts.rejected <= most * read:
-        return
-    reasons = dict(pair for receipt in receipts.values() for pair in receipt.facts["reasons"].items())
-    told = " ".join(f"{reason}: {message}" for reason, message in sorted(reasons.items()))
-    raise RaypipeError(
-        f"{counts.rejected:,} of the first {read:,} users were rejected, more than max_reject_rate {most:.0%}. {told}",
-        "Mend the model, the prompts or the endpoint and submit again; or go on as it is with a higher --max_reject_rate.",
-    )
 
 
 def _publish(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -116,12 +116,7 @@ class SummarizeBucket:
         staged: dict[str, Sequence[StagedFile]] = {}
         if results or state.has_strangers:
             staged = self._stage(state, work, results, context)
-        usage = Usage(
-            sum(result.calls for result in results.values()),
-            sum(result.tokens_in for result in results.values()),
-            sum(result.tokens_out for result in results.values()),
-            time.monotonic() - started,
-        )
+        usage = _used(results.values()) + Usage(seconds=time.monotonic() - started)
         schemas = {"summaries": schema_hash(SUMMARIES.schema), "block_summaries": schema_hash(BLOCK_SUMMARIES.schema)}
         facts = {
             **self._quality(state, work, results),
@@ -143,10 +138,11 @@ class SummarizeBucket:
                     "worker_died", f"Its worker died or hung {MAX_DEATHS} times with it alone, on a healthy node."
                 )
                 continue
-            blocks = {user: state.user_blocks(work[user]) for user in batch}
-            known = state.known(batch)
+            places = [work[user] for user in batch]
+            blocks = dict(zip(batch, state.user_blocks(places), strict=True))
+            known = dict(zip(batch, state.known(places), strict=True))
             tries = 1 + self.task.config.checks.retries
-            calls = tries * sum(self.summarizer.most_calls(blocks[user], known.get(user, {})) for user in batch)
+            calls = tries * sum(map(self.summarizer.most_calls, blocks.values(), known.values()))
             most = self._most(calls)
             if calls >= refused or not self.budget.take(most):
                 if calls < refused and not self._leaves_a_call():
@@ -159,8 +155,7 @@ class SummarizeBucket:
                 continue
             context.journal(batch)
             done = self.summarizer.summarize(blocks, known)
-            used = Usage(*(sum(getattr(r, name) for r in done) for name in ("calls", "tokens_in", "tokens_out")))
-            self.budget.give_back(most, used)
+            self.budget.give_back(most, _used(done))
             results.update((result.user_id, result) for result in done)
         return results
 
@@ -263,14 +258,15 @@ class SummarizeBucket:
         """Of the new summaries, the sum and the count of each figure."""
         figures: dict[str, list[float]] = {name: [0.0, 0] for name in QUALITY}
         finished = [result for result in results.values() if not result.reason and not result.unfinished]
-        for result in finished:
-            user = work[result.user_id]
-            values = [self.catalogue.values[index] for index in state.window_items(user)]
+        users = [work[result.user_id] for result in finished]
+        windows = state.windows(users)
+        values_of_items = map(self.catalogue.values.__getitem__, windows.items.tolist())
+        rows = zip(finished, windows.lengths.tolist(), state.summaries_before(users), strict=True)
+        for result, length, old in rows:
+            values = list(islice(values_of_items, length))
             counts = value_counts(values)
             top = top_values(counts)
             named = self.vocabulary.named(result.summary)
-            place = int(state.place_before[user])
-            old = state.before["summary"][place].as_py() if place >= 0 else None
             found = {
                 "attribute_precision": attribute_precision(named, top),
                 "attribute_coverage": attribute_coverage(named, top),
@@ -294,6 +290,14 @@ class SummarizeBucket:
         recent = self.task.config.prompts.recent_blocks * self.task.config.block_items
         earlier, later = values[:-recent], values[-recent:]
         return shift_precision(lately, value_counts(earlier), value_counts(later), len(earlier), len(later))
+
+
+def _used(results: Collection[UserSummary]) -> Usage:
+    return Usage(
+        sum(result.calls for result in results),
+        sum(result.tokens_in for result in results),
+        sum(result.tokens_out for result in results),
+    )
 
 
 def build_engine(workspace: Workspace, engine: EngineConfig, model: Model | None, cache: Path) -> Engine:

@@ -41,9 +41,7 @@ class Histories:
 
     def take(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> Histories:
         """One slice of `items` per entry."""
-        ends = lengths.cumsum()
-        index = np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
-        return Histories(self.items[index], ends)
+        return Histories(self.items[stretches(starts, lengths)], lengths.cumsum())
 
     def within(self, items: int) -> Histories:
         """Every history without events of items beyond the first `items`; one may become empty."""
@@ -56,6 +54,12 @@ class Histories:
     def counts(self, items: int) -> NDArray[np.int64]:
         """int64 [items + 1], how often each item occurs."""
         return np.bincount(self.items, minlength=items + 1).astype(np.int64)
+
+
+def stretches(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The places start … start + length − 1 of every stretch, one after the other."""
+    before = lengths.cumsum() - lengths
+    return np.arange(lengths.sum()) + np.repeat(starts - before, lengths)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from raypipe.engines.engine import Engine
 from raypipe.storage.fingerprint import fingerprint
@@ -66,26 +67,27 @@ class HierarchicalSummarizer:
         known: Mapping[str, Known],
         results: Mapping[str, UserSummary],
     ) -> None:
-        wanted: list[tuple[str, Block]] = []
+        wanted: list[tuple[UserSummary, Block]] = []
         for user, blocks in users.items():
-            missing = missing_blocks(blocks, known.get(user, {}))
+            result, before = results[user], known.get(user, {})
+            missing = missing_blocks(blocks, before)
             read = missing[: self.config.max_blocks_per_run]
-            results[user].unfinished = len(read) < len(missing)
-            wanted += [(user, block) for block in read]
-            left_out = {block.number for block in missing}
-            results[user].written += [known[user][0, block.number] for block in blocks if block.number not in left_out]
+            result.unfinished = len(read) < len(missing)
+            wanted += [(result, block) for block in read]
+            if len(missing) < len(blocks):
+                left_out = {block.number for block in missing}
+                result.written += [before[0, block.number] for block in blocks if block.number not in left_out]
         prompts = [self.config.prompts.block_prompt(block.lines) for _, block in wanted]
         for outcome in self.engine.generate(prompts, self.config.block_decoding):
-            user, block = wanted[outcome.index]
-            if text := take(results[user], outcome):
-                results[user].written.append(Written(0, block.number, block.key, text))
+            result, block = wanted[outcome.index]
+            if text := take(result, outcome):
+                result.written.append(Written(0, block.number, block.key, text))
         for result in results.values():
-            result.written.sort(key=lambda written: written.number)
+            result.written.sort(key=attrgetter("number"))
 
     def _merge(self, known: Mapping[str, Known], results: Mapping[str, UserSummary]) -> None:
-        texts = {user: list(result.written) for user, result in results.items()}
         texts = {
-            user: written for user, written in texts.items() if not (results[user].reason or results[user].unfinished)
+            user: list(result.written) for user, result in results.items() if not (result.reason or result.unfinished)
         }
         level = 0
         while texts:
@@ -109,11 +111,13 @@ class HierarchicalSummarizer:
         texts: dict[str, list[Written]] = {}
         wanted: list[tuple[_Merge, str]] = []
         for merge in merges:
-            key = fingerprint({"recipe": self.merge_recipe, "texts": [text.key for text in merge.texts]})
-            old = known.get(merge.user, {}).get((merge.level, merge.number))
             if len(merge.texts) == 1:  # the odd one out of an uneven grouping goes up as it is
                 texts.setdefault(merge.user, []).append(merge.texts[0])
-            elif not merge.final and old is not None and old.key == key:
+                continue
+            # The last merge is the summary itself; only the steps on the way to it are kept as block summaries.
+            key = "" if merge.final else self._key(merge)
+            old = known.get(merge.user, {}).get((merge.level, merge.number))
+            if not merge.final and old is not None and old.key == key:
                 texts.setdefault(merge.user, []).append(old)
                 results[merge.user].written.append(old)
             else:
@@ -124,7 +128,6 @@ class HierarchicalSummarizer:
             result = results[merge.user]
             text = take(result, outcome)
             if merge.final:
-                # The last merge is the summary itself; only the steps on the way to it are kept as block summaries.
                 result.summary = text
             else:
                 written = Written(merge.level, merge.number, key, text)
@@ -135,6 +138,9 @@ class HierarchicalSummarizer:
             for user, found in texts.items()
             if not results[user].reason
         }
+
+    def _key(self, merge: _Merge) -> str:
+        return fingerprint({"recipe": self.merge_recipe, "texts": [text.key for text in merge.texts]})
 
     def _groups(self, texts: Sequence[Written]) -> list[list[Written]]:
         """Consecutive texts in groups that each fit one merge prompt."""
@@ -150,6 +156,8 @@ class HierarchicalSummarizer:
         return groups
 
 
-def missing_blocks(blocks: Sequence[Block], known: Known) -> list[Block]:
+def missing_blocks(blocks: Sequence[Block], known: Known) -> Sequence[Block]:
     """The blocks whose summary has to be written: those never written, or written from other items or by other means."""
+    if not known:
+        return blocks
     return [block for block in blocks if (old := known.get((0, block.number))) is None or old.key != block.key]

@@ -26,6 +26,18 @@ Summary: {summary}
 How good is the summary? 0: it is about something else. 1: parts of it are wrong. 2: it is right and leaves out something \
 that matters. 3: it is right and complete. Answer with the number alone.
 Rating:"""
+EXPLANATION = """Below are what one person chose, oldest first, an item, whether it is recommended to that person, and what \
+somebody wrote about it.
+{history}
+Item: {item}
+Recommended: {label}
+Written: {decision}. {explanation}
+How good is it? 0: its decision is wrong. 1: the decision is right, and the explanation missing, beside the point or made up. \
+2: the explanation is right and has a weakness. 3: it is right, sums up the choices and says how the item fits them. Answer \
+with the number alone.
+Rating:"""
+"""A rubric's prompt for explanations of recommendations."""
+
 _NUMBER = re.compile(r"\d+")
 
 

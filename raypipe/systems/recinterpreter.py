@@ -1,8 +1,9 @@
 """RecInterpreter (arXiv 2310.20487): a language model reads a recommender's hidden state in words.
 
 Two exercises join them (section 3.3). Recovery: from one soft token of the state after a history, its last titles in order.
-Residual: from two, the states before and after one event, the title of that event. For DreamRec the same reading of what lies
-between two vectors puts a generated item into words (`oracle_prompt`). Templates of training and of tests are disjoint.
+Residual: from two, of what was before and after one event, the title of that event. Where residual is learnt from item
+vectors, it also puts into words what a recommender would have next: the oracle of DreamRec (section 3.4), and the query of
+any other. Templates of training and of tests are disjoint.
 """
 
 from __future__ import annotations
@@ -12,52 +13,62 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import model_validator
 
 from raypipe.config import Config, shaping
+from raypipe.engines.engine import Decoding, Engine
+from raypipe.language.adapters import AdapterConfig, LoraOptions
 from raypipe.language.projectors import ProjectorConfig
-from raypipe.language.prompt import Prompt, Text, Vectors
-from raypipe.language.soft_prompts import SoftExample
+from raypipe.language.prompt import Prompt, Vectors
+from raypipe.language.soft_prompts import Injection, SoftExample
+from raypipe.language.templates import Templates, fill
 from raypipe.metrics.recovery import recovered, recovered_places, rouge_l, titles_in, valid_ratio
+from raypipe.recommenders.scoring import top_k
+from raypipe.systems.probes import Rows
+from raypipe.systems.projection import AdaptedLm, probed
+from raypipe.systems.source import Source, drawn_places
 
 SOURCE = "state"
 SEPARATOR = "; "
-_MARK = "{state}"
+_USERS_AT_ONCE = 256
+CONTROLS = ("shuffled states", "no states")
 
-_RECOVERY = (
-    "The history of this person is {state}. The films chosen, oldest first:",
-    "{state} stands for what somebody chose. In order, that was:",
-    "List the titles behind {state}, oldest first:",
+_RECOVERY = Templates(
+    training=(
+        "The history of this person is {state}. The items chosen, oldest first:",
+        "{state} stands for what somebody chose. In order, that was:",
+        "List the titles behind {state}, oldest first:",
+        "Somebody's choices were {state}. Their titles, oldest first:",
+        "Read {state} and name what was chosen, in order:",
+        "What did the person behind {state} choose, oldest first?",
+    ),
+    test=("Somebody's past is {state}. Name what was chosen, oldest first:",),
 )
-_RECOVERY_TEST = ("Somebody's past is {state}. Name what was chosen, oldest first:",)
-_RESIDUAL = (
-    "Before: {state}. After: {state}. What was chosen in between is:",
-    "A choice turned {state} into {state}. Its title:",
-    "From {state} to {state} by choosing:",
+_RESIDUAL = Templates(
+    training=(
+        "Before: {before}. After: {after}. What was chosen in between is:",
+        "A choice turned {before} into {after}. Its title:",
+        "From {before} to {after} by choosing:",
+        "First there was {before}, and then {after}. The title chosen meanwhile:",
+        "The step from {before} to {after} is one title:",
+        "What was chosen between {before} and {after}?",
+    ),
+    test=("First {before}, then {after}. The one title chosen meanwhile:",),
 )
-_RESIDUAL_TEST = ("First {state}, then {state}. The one title chosen meanwhile:",)
 
 
 class InterpreterPrompts(Config):
-    """The templates, of which each mark {state} is one vector; those of the test are never trained on."""
+    """The templates of the two exercises."""
 
-    recovery: tuple[str, ...] = shaping(_RECOVERY, "one mark each", min_length=1)
-    recovery_test: tuple[str, ...] = shaping(_RECOVERY_TEST, "one mark each", min_length=1)
-    residual: tuple[str, ...] = shaping(_RESIDUAL, "two marks each", min_length=1)
-    residual_test: tuple[str, ...] = shaping(_RESIDUAL_TEST, "two marks each", min_length=1)
+    recovery: Templates = shaping(lambda: _RECOVERY, "mark {state}")
+    residual: Templates = shaping(lambda: _RESIDUAL, "marks {before} and {after}")
 
     @model_validator(mode="after")
-    def _marks_and_no_template_twice(self) -> InterpreterPrompts:
-        for marks, templates in (
-            (1, (*self.recovery, *self.recovery_test)),
-            (2, (*self.residual, *self.residual_test)),
-        ):
-            for template in templates:
-                if template.count(_MARK) != marks:
-                    raise ValueError(f"the template {template!r} needs {_MARK} {marks} times")
-            if len(set(templates)) < len(templates):
-                raise ValueError("a template of the tests is one of the training's, or stands there twice")
+    def _marks(self) -> InterpreterPrompts:
+        self.recovery.require(["state"])
+        self.residual.require(["before", "after"])
         return self
 
 
@@ -68,110 +79,178 @@ class InterpreterConfig(Config):
     pool: Literal["last", "learned_positions"] = shaping(
         "last", "the state after the last event, or as released a learned sum of the states after each of these"
     )
+    after: Literal["state", "item"] = shaping(
+        "state", "residual's other side: the state after the event, or the vector of its item, as an oracle needs it"
+    )
     projector: Literal["linear", "mlp", "qformer"] = shaping("linear", "as published; the others for comparison")
     tokens: int = shaping(1, "tokens that a qformer makes of one state", ge=1)
+    injection: Injection = shaping("replace", "tokens of states replace what the model reads, or are added to a word")
+    lora: LoraOptions | None = shaping(None, "unset: the language model is frozen")
     prompts: InterpreterPrompts = shaping(InterpreterPrompts)
 
-    @property
-    def projectors(self) -> dict[str, ProjectorConfig]:
-        """By source of vectors; one projector reads the states of both exercises."""
-        pool = "each" if self.pool == "last" else self.pool
-        return {SOURCE: ProjectorConfig(kind=self.projector, pool=pool, positions=self.titles, tokens=self.tokens)}
-
-    def vectors(self, states: NDArray[np.float32], events: int) -> Vectors:
-        """What stands for a history of so many events in a prompt; `states` [≥ events, width], after each event."""
-        first = events - 1 if self.pool == "last" else max(0, events - self.titles)
-        return Vectors(np.ascontiguousarray(states[first:events]), SOURCE)
-
-    def states_needed(self, events: int) -> range:
-        """After how many events the states are needed that the two exercises at `events` are made of."""
-        first = events if self.pool == "last" else events - self.titles + 1
-        return range(max(1, first - 1), events + 1)
-
-
-def recovery_prompt(template: str, state: Vectors) -> Prompt:
-    return _filled(template, state)
-
-
-def residual_prompt(template: str, before: Vectors, after: Vectors) -> Prompt:
-    return _filled(template, before, after)
-
-
-def oracle_prompt(template: str, before: Vectors, oracle: NDArray[np.float32]) -> Prompt:
-    """The residual's prompt with a generated item vector [width] in the place of the state after (section 3.4)."""
-    return _filled(template, before, Vectors(oracle[None], SOURCE))
-
-
-def examples(
-    items: Sequence[int],
-    states: NDArray[np.float32],
-    titles: Sequence[str],
-    config: InterpreterConfig,
-    positions: Sequence[int],
-    rng: np.random.Generator,
-) -> Iterator[SoftExample]:
-    """Both exercises at each of `positions`, numbers of events of one history read so far (from 1; residual from 2).
-
-    `items` are the history's item indices (1…n), `states` [events, width] those after each event, `titles` by index − 1.
-    """
-    prompts = config.prompts
-    for events in positions:
-        after = config.vectors(states, events)
-        template = prompts.recovery[rng.integers(len(prompts.recovery))]
-        yield SoftExample(recovery_prompt(template, after), recovery_answer(items[:events], titles, config))
-        if events > 1:
-            template = prompts.residual[rng.integers(len(prompts.residual))]
-            before = config.vectors(states, events - 1)
-            yield SoftExample(residual_prompt(template, before, after), titles[items[events - 1] - 1])
-
-
-def recovery_answer(items: Sequence[int], titles: Sequence[str], config: InterpreterConfig) -> str:
-    """The titles that recovery asks for, oldest first."""
-    return SEPARATOR.join(titles[item - 1] for item in items[-config.titles :])
+    def build(self) -> RecInterpreter:
+        return RecInterpreter(self)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One user to be asked about: the states before and after the last event, the titles behind, and the last one."""
+    """One history to be read: the vectors before and after its last event, residual's other side, and its last titles,
+    oldest first."""
 
     before: Vectors
     after: Vectors
+    other_side: Vectors
     history: list[str]
+
+    @property
+    def title(self) -> str:
+        return self.history[-1]
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """What a recommender would have next, and the title of the item nearest to it, seen or not."""
+
+    vector: Vectors
     title: str
 
-    @staticmethod
-    def of(
-        items: Sequence[int], states: NDArray[np.float32], titles: Sequence[str], config: InterpreterConfig
-    ) -> Reading:
-        events = len(items)
-        history = [titles[item - 1] for item in items[-config.titles :]]
-        return Reading(config.vectors(states, events - 1), config.vectors(states, events), history, history[-1])
+
+class RecInterpreter:
+    """Implements `System`."""
+
+    name = "recinterpreter"
+
+    def __init__(self, config: InterpreterConfig) -> None:
+        self.config, self.prompts = config, config.prompts
+
+    @property
+    def adapter(self) -> AdapterConfig:
+        """One projector reads the states of both exercises."""
+        config = self.config
+        pool: Literal["each", "learned_positions"] = "each" if config.pool == "last" else config.pool
+        projector = ProjectorConfig(kind=config.projector, pool=pool, positions=config.titles, tokens=config.tokens)
+        return AdapterConfig(projectors={SOURCE: projector}, injection=config.injection, lora=config.lora)
+
+    def examples(self, source: Source, users: int, positions: int, rng: np.random.Generator) -> Iterator[SoftExample]:
+        """Both exercises at each place; residual from the second event on."""
+        rows = source.rows(held_out=False, least=2, most=users, rng=rng)
+        for start in range(0, len(rows), _USERS_AT_ONCE):
+            chosen = rows[start : start + _USERS_AT_ONCE]
+            owners, events = drawn_places(chosen, source.histories.lengths[chosen], positions, rng)
+            for reading in self.readings(source, owners, events):
+                template = self.prompts.recovery.training[rng.integers(len(self.prompts.recovery.training))]
+                yield SoftExample(recovery_prompt(template, reading), SEPARATOR.join(reading.history))
+                if len(reading.before.values):
+                    template = self.prompts.residual.training[rng.integers(len(self.prompts.residual.training))]
+                    yield SoftExample(residual_prompt(template, reading), reading.title)
+
+    def readings(self, source: Source, rows: NDArray[np.int64], events: NDArray[np.int64]) -> Iterator[Reading]:
+        """Of the first `events` [n] of the histories in `rows` [n], in order; before a first event is no vector."""
+        span = 1 if self.config.pool == "last" else self.config.titles
+        firsts = np.maximum(events - span, 1)  # the first event whose state is needed
+        counts = events - firsts + 1
+        offsets = np.concatenate([[0], counts.cumsum()])
+        needed = np.repeat(firsts - offsets[:-1], counts) + np.arange(offsets[-1])
+        states = source.states(np.repeat(rows, counts), needed)
+        for at, (row, count) in enumerate(zip(rows.tolist(), events.tolist(), strict=True)):
+            mine = states[offsets[at] : offsets[at + 1]]
+            items = source.items(row, count)
+            after = Vectors(mine[-span:], SOURCE)
+            item = Vectors(source.item_states[items[-1]][None], SOURCE)
+            yield Reading(
+                Vectors(mine[:-1][-span:], SOURCE),
+                after,
+                after if self.config.after == "state" else item,
+                source.titles_of(items[-self.config.titles :]),
+            )
+
+    def measured(self, source: Source, engine: Engine, asked: int, most_tokens: int) -> dict[str, float]:
+        """After the last event of held-out users; a control's figures have its name before theirs.
+
+        "shuffled states": everybody is asked with the next one's; "no states": with the words alone.
+        """
+        rows = source.rows(held_out=True, least=2, most=asked, rng=np.random.default_rng(0))
+        readings = list(self.readings(source, rows, source.histories.lengths[rows]))
+        oracles = _oracles(source, readings) if self.config.after == "item" else []
+        decoding = Decoding(max_new_tokens=most_tokens)
+        found: dict[str, float] = {"asked": len(readings)}
+        for control in ("", *CONTROLS):
+            prompts = self.questions(readings, oracles, control)
+            answers = [""] * len(prompts)
+            for outcome in engine.generate(prompts, decoding):
+                answers[outcome.index] = outcome.text
+            prefix = f"{control}: " if control else ""
+            figures = self.figures(answers, readings, oracles, source.known)
+            found |= {prefix + name: round(value, 4) for name, value in figures.items()}
+        return found
+
+    def probed(self, source: Source, lm: AdaptedLm, users: int, positions: int, asked: int) -> dict[str, float]:
+        """What probes recover of held-out users: the last titles from states, their tokens and the language model's states at
+        the prompt's end, and the last one from the states before and after it."""
+        rng = np.random.default_rng(0)
+        rows = source.rows(held_out=False, least=2, most=users, rng=rng)
+        owners, events = drawn_places(rows, source.histories.lengths[rows], positions, rng)
+        learnt = self._probed(source, lm, owners[events > 1], events[events > 1])
+        rows = source.rows(held_out=True, least=2, most=asked, rng=np.random.default_rng(0))
+        told = self._probed(source, lm, rows, source.histories.lengths[rows])
+        items = source.recommender.items
+        return {**probed(learnt[0], told[0], items, "recovery"), **probed(learnt[1], told[1], items, "residual")}
+
+    def _probed(
+        self, source: Source, lm: AdaptedLm, rows: NDArray[np.int64], events: NDArray[np.int64]
+    ) -> tuple[dict[str, Rows], dict[str, Rows]]:
+        """Vectors and targets of recovery and of residual, by kind of vectors."""
+        readings = list(self.readings(source, rows, events))
+        items = [source.items(row, count) for row, count in zip(rows.tolist(), events.tolist(), strict=True)]
+        targets = [mine[-self.config.titles :] for mine in items]
+        states = np.concatenate([reading.after.values[-1:] for reading in readings])
+        before = np.concatenate([reading.before.values[-1:] for reading in readings])
+        prompts = [recovery_prompt(self.prompts.recovery.test[0], reading) for reading in readings]
+        vectors = {
+            "states": states,
+            "tokens": lm.tokens([reading.after for reading in readings]),
+            "hidden states": lm.hidden_states(prompts),
+        }
+        recovery = {kind: Rows(mine, targets, rows) for kind, mine in vectors.items()}
+        return recovery, {"two states": Rows(np.hstack([before, states]), [mine[-1:] for mine in targets], rows)}
+
+    def questions(self, readings: Sequence[Reading], oracles: Sequence[Oracle], control: str = "") -> list[Prompt]:
+        """Recovery of every reading, then residual, and then the oracle where there is one; test templates in turn."""
+        if control == "shuffled states":
+            readings, oracles = [*readings[1:], *readings[:1]], [*oracles[1:], *oracles[:1]]
+        recovery, residual = self.prompts.recovery.test, self.prompts.residual.test
+        prompts = [recovery_prompt(recovery[at % len(recovery)], mine) for at, mine in enumerate(readings)]
+        prompts += [residual_prompt(residual[at % len(residual)], mine) for at, mine in enumerate(readings)]
+        for at, (mine, oracle) in enumerate(zip(readings, oracles, strict=False)):
+            prompts.append(oracle_prompt(residual[at % len(residual)], mine, oracle))
+        return [Prompt.of(prompt.words) for prompt in prompts] if control == "no states" else prompts
+
+    def figures(
+        self, answers: Sequence[str], readings: Sequence[Reading], oracles: Sequence[Oracle], known: Collection[str]
+    ) -> dict[str, float]:
+        """Of answers in the order of `questions`. `oracle` is the share that name the item nearest to the oracle."""
+        count = len(readings)
+        figures = {
+            **recovery_figures(answers[:count], [mine.history for mine in readings], known),
+            **residual_figures(answers[count : 2 * count], [mine.title for mine in readings], known),
+        }
+        if oracles:
+            named = residual_figures(answers[2 * count :], [oracle.title for oracle in oracles], known)
+            figures |= {"oracle": named["residual"], "oracle valid": named["residual valid"]}
+        return figures
 
 
-def questions(readings: Sequence[Reading], config: InterpreterConfig, control: str = "") -> list[Prompt]:
-    """Recovery of every reading and then residual, by the test's templates in turn.
-
-    Controls: with "shuffled states" everybody is asked with the next one's, with "no states" with the words alone.
-    """
-    asked = [*readings[1:], *readings[:1]] if control == "shuffled states" else readings
-    recovery, residual = config.prompts.recovery_test, config.prompts.residual_test
-    prompts = [recovery_prompt(recovery[at % len(recovery)], mine.after) for at, mine in enumerate(asked)]
-    prompts += [residual_prompt(residual[at % len(residual)], mine.before, mine.after) for at, mine in enumerate(asked)]
-    return [without_states(prompt) for prompt in prompts] if control == "no states" else prompts
+def recovery_prompt(template: str, reading: Reading) -> Prompt:
+    return fill(template, {"state": reading.after})
 
 
-def figures(answers: Sequence[str], readings: Sequence[Reading], known: Collection[str]) -> dict[str, float]:
-    """Of answers in the order of `questions`."""
-    count = len(readings)
-    return {
-        **recovery_figures(answers[:count], [mine.history for mine in readings], known),
-        **residual_figures(answers[count:], [mine.title for mine in readings], known),
-    }
+def residual_prompt(template: str, reading: Reading) -> Prompt:
+    return fill(template, {"before": reading.before, "after": reading.other_side})
 
 
-def without_states(prompt: Prompt) -> Prompt:
-    """A control: the words of the prompt alone."""
-    return Prompt.of("".join(segment.text for segment in prompt.segments if isinstance(segment, Text)))
+def oracle_prompt(template: str, reading: Reading, oracle: Oracle) -> Prompt:
+    """The residual's prompt after the history, with what the recommender would have next on the other side."""
+    return fill(template, {"before": reading.after, "after": oracle.vector})
 
 
 def recovery_figures(
@@ -208,10 +287,12 @@ def residual_figures(answers: Sequence[str], titles: Sequence[str], known: Colle
     }
 
 
-def _filled(template: str, *states: Vectors) -> Prompt:
-    pieces = template.split(_MARK)
-    segments: list[str | Vectors] = []
-    for text, state in zip(pieces, [*states, None], strict=True):
-        segments += [text] if text else []
-        segments += [state] if state is not None else []
-    return Prompt.of(*segments)
+@torch.no_grad()
+def _oracles(source: Source, readings: Sequence[Reading]) -> list[Oracle]:
+    model = source.recommender
+    states = torch.from_numpy(np.concatenate([reading.after.values[-1:] for reading in readings]))
+    queries = model.queries(states.to(model.table.device))
+    nearest, _ = top_k(queries, model.item_states(), 1)
+    titles = source.titles_of(nearest[:, 0].tolist())
+    vectors = queries.float().cpu().numpy()
+    return [Oracle(Vectors(vector[None], SOURCE), title) for vector, title in zip(vectors, titles, strict=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from pydantic import model_validator
 
@@ -90,8 +90,7 @@ class SummariesConfig(Config):
         return {"update": self.prompts.update, "update_decoding": self.merge_decoding.shaping_values()}
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """One piece of a history: its number from the first event ever, what its text depends on, its items' lines.
 
     The last block of a history may not be `full`; what is written of it is never read again.
@@ -103,8 +102,7 @@ class Block:
     full: bool = True
 
 
-@dataclass(frozen=True)
-class Written:
+class Written(NamedTuple):
     """A text of one level: block summaries are level 0, merges of groups 1, 2, ...; a recurrent one's level is 0."""
 
     level: int

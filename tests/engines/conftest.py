@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import MistralConfig, MistralForCausalLM
 
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
 
@@ -22,6 +23,26 @@ def stories() -> str:
 @pytest.fixture(scope="session")
 def random_checkpoint() -> Callable[..., str]:
     return _random_checkpoint
+
+
+@pytest.fixture(scope="session")
+def random_lm(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return _random_checkpoint(tmp_path_factory.mktemp("random"))
+
+
+@pytest.fixture(scope="session")
+def sliding_lm(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model whose cache holds the last eight tokens."""
+    folder = tmp_path_factory.mktemp("sliding")
+    words = "Once upon a time there was little girl named Lily who liked to play with her red ball and cat in park"
+    save_untrained(folder, BuiltinLmConfig(size="tiny", context=512), train_tokenizer([words] * 3, [], [], 300), 0)
+    config = MistralConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=512, sliding_window=8, eos_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    MistralForCausalLM(config).save_pretrained(folder)
+    return str(folder)
 
 
 def _random_checkpoint(folder: Path, *, seed: int = 0, always_ends: bool = False) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from raypipe.engines.engine import Decoding, Engine, EngineConfig, Outcome
+from raypipe.engines.engine import Choices, Decoding, Engine, EngineConfig, Outcome
 from raypipe.errors import UsageError
 from raypipe.language.adapters import (
     AdapterCard,
@@ -25,6 +26,7 @@ from raypipe.language.checkpoint import checkpoint_hash
 from raypipe.language.projectors import ProjectorConfig
 from raypipe.language.prompt import Prompt, Vectors
 from raypipe.language.soft_prompts import collate, encode
+from raypipe.language.trie import answer_tokens
 
 WIDTH = 5
 CONFIG = AdapterConfig(
@@ -86,8 +88,10 @@ def prompts(count: int) -> list[Prompt]:
     return found
 
 
-def answers(engine: Engine, asked: list[Prompt], decoding: Decoding = GREEDY) -> list[Outcome]:
-    return sorted(engine.generate(asked, decoding), key=lambda outcome: outcome.index)
+def answers(
+    engine: Engine, asked: list[Prompt], decoding: Decoding = GREEDY, choices: Choices | None = None
+) -> list[Outcome]:
+    return sorted(engine.generate(asked, decoding, choices), key=lambda outcome: outcome.index)
 
 
 def test_an_answer_is_that_of_the_adapted_model_alone_whatever_is_in_the_batch(lm: str, adapter: str) -> None:
@@ -108,6 +112,47 @@ def test_an_answer_is_that_of_the_adapted_model_alone_whatever_is_in_the_batch(l
     small = answers(engine(lm, adapter, batch_tokens=120), asked)
     assert [outcome.text for outcome in small] == [outcome.text for outcome in together]
     assert len({outcome.text for outcome in together}) > 12
+
+
+def exact_logprob(lm: str, adapter: str) -> Callable[[Prompt, Sequence[int]], float]:
+    """Of an answer's tokens to a prompt, both read at once, in float64 and without a cache."""
+    backbone = load_backbone(lm, device="cpu")
+    model, card = load_adapter(Path(adapter), backbone, checkpoint_hash(Path(lm))).double(), read_card(Path(adapter))
+
+    def logprob(prompt: Prompt, answer: Sequence[int]) -> float:
+        batch = collate([encode(backbone, prompt, card.config.projectors, card.widths)], [answer])
+        with torch.inference_mode():
+            logits = backbone.model(inputs_embeds=model.embed(batch)).logits[0]
+        told = torch.log_softmax(logits[-len(answer) - 1 : -1], -1)
+        return float(sum(told[place, token] for place, token in enumerate(answer)))
+
+    return logprob
+
+
+@pytest.mark.parametrize("batch_tokens", [500, 20_000])
+def test_choices_are_searched_and_scored_after_vectors_as_by_a_plain_forward(
+    lm: str, adapter: str, batch_tokens: int
+) -> None:
+    titles = ("Alien", "Alien and Brazil", "Casablanca", "Dune; Evita")
+    built, asked, exact = (
+        engine(lm, adapter, batch_tokens=batch_tokens, threads=1),
+        prompts(8),
+        exact_logprob(lm, adapter),
+    )
+    tokens = answer_tokens(load_backbone(lm, device="cpu"), titles)
+    found = sorted(built.generate(asked, Decoding(beams=4), Choices(titles)), key=lambda outcome: outcome.index)
+    scores = sorted(built.score(asked, [titles] * len(asked)), key=lambda scores: scores.index)
+    for prompt, outcome, scored in zip(asked, found, scores, strict=True):
+        ended = [exact(prompt, [*answer, 0]) for answer in tokens]
+        assert [beam.chosen[0] for beam in outcome.beams] == sorted(range(4), key=lambda number: -ended[number])
+        assert [beam.logprob for beam in outcome.beams] == pytest.approx(sorted(ended, reverse=True), abs=1e-4)
+        assert scored.logprobs == pytest.approx([exact(prompt, answer) for answer in tokens], abs=1e-4)
+        assert scored.tokens_in == outcome.tokens_in
+    assert len({outcome.text for outcome in found}) > 1
+    greedy = answers(built, asked, Decoding(), Choices(titles))
+    assert {outcome.text for outcome in greedy} <= set(titles)
+    alone = [answers(built, [prompt], Decoding(), Choices(titles))[0].text for prompt in asked]
+    assert [outcome.text for outcome in greedy] == alone
 
 
 def test_other_vectors_give_another_answer_and_another_draw(lm: str, adapter: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from raypipe.engines.checks import AnswerChecks, CheckedEngine
 from raypipe.engines.echo import EchoEngine
-from raypipe.engines.engine import Decoding, Outcome, OutcomeError
+from raypipe.engines.engine import Choices, Decoding, EngineConfig, Outcome, OutcomeError
 from raypipe.language.prompt import Prompt
 
 
@@ -20,7 +20,9 @@ class Scripted(EchoEngine):
         self.scripts = {prompt: list(lines) for prompt, lines in scripts.items()}
         self.asked: list[tuple[tuple[str, ...], Decoding]] = []
 
-    def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> Iterator[Outcome]:
+    def generate(
+        self, prompts: Sequence[Prompt], decoding: Decoding, choices: Choices | None = None
+    ) -> Iterator[Outcome]:
         self.asked.append((tuple(prompt.text for prompt in prompts), decoding))
         for index, prompt in reversed(list(enumerate(prompts))):
             line = self.scripts[prompt.text].pop(0)
@@ -83,3 +85,19 @@ def test_an_unended_answer_is_one_unless_said_otherwise() -> None:
 def test_what_stands_in_the_prompt_may_be_repeated() -> None:
     engine = Scripted({"title: B\ufffdb": ["Likes B\ufffdb."]})
     assert answers(engine)[0].error is None
+
+
+def test_a_second_try_is_drawn_and_not_searched() -> None:
+    engine = Scripted({"a": ["", "Fine."]})
+    (outcome,) = CheckedEngine(engine, AnswerChecks()).generate([Prompt.of("a")], Decoding(beams=3))
+    assert (outcome.text, outcome.calls) == ("Fine.", 2)
+    assert [(decoding.beams, decoding.temperature) for _, decoding in engine.asked] == [(3, 0), (1, 0.7)]
+
+
+def test_what_is_chosen_or_scored_is_not_checked(random_lm: str) -> None:
+    engine = EngineConfig(lm=random_lm, device="cpu").build()
+    checked = CheckedEngine(engine, AnswerChecks())
+    (outcome,) = checked.generate([Prompt.of("a")], Decoding(), Choices(("I'm sorry",)))
+    assert (outcome.text, outcome.error, outcome.calls) == ("I'm sorry", None, 1)
+    asked = [Prompt.of("a")], [["yes", "no"]]
+    assert list(checked.score(*asked)) == list(engine.score(*asked))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from raypipe.engines.engine import Decoding, Engine, EngineConfig, Outcome
+from raypipe.engines.engine import Capabilities, Choices, Decoding, Engine, EngineConfig, Outcome
 from raypipe.errors import UsageError
 from raypipe.language.prompt import Prompt, Vectors
 from tests.engines.chat_server import ChatServer
@@ -84,6 +84,44 @@ def test_tokens_are_counted_text_by_text(engine: Engine) -> None:
     counts = engine.count_tokens(["", "one two three", "one two three four five six"])
     assert counts[0] == 0
     assert 3 <= counts[1] < counts[2]
+
+
+def test_an_engine_does_what_it_says_it_can_and_refuses_the_rest(engine: Engine) -> None:
+    can, prompts = engine.capabilities, [Prompt.of("one two three")]
+
+    def searched() -> None:
+        (outcome,) = engine.generate(prompts, Decoding(max_new_tokens=5, beams=2))
+        assert outcome.text == outcome.beams[0].text
+        assert outcome.beams[0].logprob >= outcome.beams[1].logprob
+
+    def held() -> None:
+        (outcome,) = engine.generate(prompts, Decoding(), Choices(("yes", "no")))
+        assert (outcome.text, outcome.finish_reason) in {("yes", "stop"), ("no", "stop")}
+
+    def scored() -> None:
+        (scores,) = engine.score(prompts, [("yes", "no")])
+        assert len(scores.logprobs) == 2
+        assert max(scores.logprobs) < 0
+
+    for there, ask in ((can.beams, searched), (can.trie, held), (can.logprobs, scored)):
+        if there:
+            ask()
+        else:
+            with pytest.raises(UsageError, match="This engine has no") as told:
+                ask()
+            assert "transformers" in told.value.remedy
+
+
+@pytest.mark.parametrize("name", ["echo", "transformers", "openai"])
+def test_a_plan_knows_an_engines_capabilities_before_it_is_built(
+    name: str, random_checkpoint: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    lm = random_checkpoint(tmp_path_factory.mktemp("lm")) if name == "transformers" else ""
+    http = {"url": "http://localhost:1/v1", "model": "m"}
+    config = EngineConfig.model_validate({"engine": name, "lm": lm, "http": http})
+    assert config.capabilities == config.build().capabilities
+    expected = Capabilities(beams=True, trie=True, logprobs=True) if name == "transformers" else Capabilities()
+    assert config.capabilities == expected
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")

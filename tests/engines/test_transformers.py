@@ -6,20 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
 
 from raypipe.engines import decoding as decoding_loop
+from raypipe.engines import prefill
 from raypipe.engines.engine import Decoding, EngineConfig, Outcome
 from raypipe.language.backbone import load_backbone
-from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
 from raypipe.language.prompt import Prompt, Vectors
 
 STORY = "Once upon a time there was little girl named Lily who liked to play with her red ball and cat in park"
-
-
-@pytest.fixture(scope="module")
-def random_lm(random_checkpoint, tmp_path_factory) -> str:
-    return random_checkpoint(tmp_path_factory.mktemp("random"))
 
 
 @pytest.fixture(params=["stories", "random_lm"])
@@ -70,7 +64,7 @@ def test_what_all_prompts_begin_with_is_read_once(stories, monkeypatch):
     instructions = "Once upon a time there was a little girl who had a red ball and a dog and a cat."
     prompts = [Prompt.of(f"{instructions} {prompt.text}") for prompt in mixed_prompts(24)]
     decoding = Decoding(max_new_tokens=20)
-    shared = decoding_loop.shared_start(load_backbone(stories, device="cpu").encode([p.text for p in prompts]))
+    shared = prefill.shared_start(load_backbone(stories, device="cpu").encode([p.text for p in prompts]))
     assert len(shared) >= 20
     read: list[int] = []
 
@@ -87,7 +81,7 @@ def test_what_all_prompts_begin_with_is_read_once(stories, monkeypatch):
     assert read[0] == len(shared)
     with_sharing = sum(read)
     read.clear()
-    monkeypatch.setattr(decoding_loop, "shared_start", lambda prompts: [])
+    monkeypatch.setattr(prefill, "shared_start", lambda prompts: [])
     assert counting(stories) == once
     assert sum(read) >= with_sharing + len(shared) * (len(prompts) - 1)
     alone = engine(stories)
@@ -96,10 +90,10 @@ def test_what_all_prompts_begin_with_is_read_once(stories, monkeypatch):
 
 def test_the_shared_start_leaves_a_token_of_every_prompt():
     start = list(range(30))
-    assert decoding_loop.shared_start([[*start, 7], [*start, 8, 9], [*start, 7, 1]]) == start
-    assert decoding_loop.shared_start([start, start]) == start[:-1]
-    assert decoding_loop.shared_start([start, [0, 1, 2, 9]]) == []  # too few to be worth it
-    assert decoding_loop.shared_start([start]) == []
+    assert prefill.shared_start([[*start, 7], [*start, 8, 9], [*start, 7, 1]]) == start
+    assert prefill.shared_start([start, start]) == start[:-1]
+    assert prefill.shared_start([start, [0, 1, 2, 9]]) == []  # too few to be worth it
+    assert prefill.shared_start([start]) == []
 
 
 def test_sampling_follows_seed_and_prompt_and_never_the_batch(lm):
@@ -199,16 +193,8 @@ def test_a_batch_never_holds_more_tokens_than_it_may(random_lm, monkeypatch):
     assert np.mean(held) > 350, "room that rows leave is filled again"
 
 
-def test_a_model_whose_cache_slides_answers_as_alone(tmp_path):
-    folder = tmp_path / "sliding"
-    save_untrained(folder, BuiltinLmConfig(size="tiny", context=512), train_tokenizer([STORY] * 3, [], [], 300), 0)
-    config = MistralConfig(
-        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=512, sliding_window=8, eos_token_id=0,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    MistralForCausalLM(config).save_pretrained(folder)
+def test_a_model_whose_cache_slides_answers_as_alone(sliding_lm):
     prompts, decoding = mixed_prompts(12), Decoding(max_new_tokens=20)
-    alone = engine(str(folder))
+    alone = engine(sliding_lm)
     singles = [next(alone.generate([prompt], decoding)).text for prompt in prompts]
-    assert [outcome.text for outcome in answers(str(folder), prompts, decoding, batch_tokens=300)] == singles
+    assert [outcome.text for outcome in answers(sliding_lm, prompts, decoding, batch_tokens=300)] == singles

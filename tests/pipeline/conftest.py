@@ -8,6 +8,12 @@ from pathlib import Path
 import pytest
 
 from raypipe.cli.main import main
+from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
+from raypipe.language.templates import Templates
+from raypipe.storage.models import Models
+from raypipe.storage.store import Store
+from raypipe.systems.explainer_prompts import ExplainerPrompts
+from raypipe.systems.recinterpreter import InterpreterPrompts
 from tests.pipeline.small_logs import (
     CHAIN_ITEMS,
     CHAIN_TRAINING,
@@ -66,3 +72,33 @@ def trained_once(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) ->
 def trained(trained_once: Path, tmp_path: Path) -> str:
     """A workspace of its own for the test: the log of `chain_events`, and a sasrec that has learnt it."""
     return str(shutil.copytree(trained_once, tmp_path / "trained"))
+
+
+@pytest.fixture(scope="session")
+def joined_once(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Chains of 120 users, a recommender that has learnt them, and an untrained language model with a word for every title."""
+    folder = tmp_path_factory.mktemp("chains")
+    log = write_log(folder / "log.csv", chain_events(120))
+    catalogue = write_catalogue(folder / "items.csv", CHAIN_ITEMS)
+    shared = ["--workspace", str(folder / "workspace"), "--tracking", "off"]
+    words = ["--log.path", str(log), "--log.columns.time", "time", "--catalogue.path", str(catalogue)]
+    assert main(["ingest", *shared, *words, "--cluster.workers", "1"]) == 0
+    assert main(["train", *shared, *CHAIN_TRAINING]) == 0
+    titles = [f"Title {n}" for n in range(1, CHAIN_ITEMS + 1)]
+    tokenizer = train_tokenizer([*titles, *asked_templates()] * 5, titles, [], 600)
+    save_untrained(folder / "lm", BuiltinLmConfig(size="small", context=128), tokenizer)
+    Models(Store(str(folder / "workspace"))).add("lm", folder / "lm", "untrained", {})
+    return folder / "workspace"
+
+
+def asked_templates() -> list[str]:
+    """Every template of the systems, so that a tokenizer knows their words."""
+    prompts = (InterpreterPrompts(), ExplainerPrompts())
+    sets = [getattr(one, name) for one in prompts for name in type(one).model_fields]
+    return [template for mine in sets if isinstance(mine, Templates) for template in (*mine.training, *mine.test)]
+
+
+@pytest.fixture
+def with_lm(joined_once: Path, tmp_path: Path) -> str:
+    """A copy of the workspace for the test."""
+    return str(shutil.copytree(joined_once, tmp_path / "workspace"))

@@ -42,6 +42,15 @@ CHAIN_TRAINING = (
     *("--trainer.warmup_steps", "5", "--trainer.epochs", "10", "--trainer.device", "cpu"),
 )
 
+# Chains of three items, hybrid in its joint form: what a tiny language model learns in a minute.
+EXPLAINER = (
+    *("--system", "recexplainer", "--recexplainer.variant", "H", "--recexplainer.hybrid", "code"),
+    *("--recexplainer.titles", "3", "--recexplainer.lora.rank", "16", "--recexplainer.lora.dropout", "0"),
+    *("--held_out_share", "0.25", "--answer_tokens", "48", "--trainer.epochs", "6", "--trainer.lr", "0.004"),
+    *("--trainer.schedule", "linear", "--trainer.batch_size", "16", "--trainer.device", "cpu"),
+    *("--recexplainer.tasks", '["T1", "T3", "T6", "explanation"]'),
+)
+
 
 def chain_events(users: int = CHAIN_USERS) -> list[Event]:
     """Every item is followed by the next one of the catalogue, whose first follows its last."""

@@ -2,53 +2,24 @@
 
 from __future__ import annotations
 
-import shutil
+import json
 from pathlib import Path
 
 import pytest
 
-from raypipe.cli.main import main
 from raypipe.language.adapters import read_card
-from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
 from raypipe.storage.models import Models
+from raypipe.storage.releases import Releases
 from raypipe.storage.store import Store
-from raypipe.systems.recinterpreter import InterpreterPrompts
 from tests.conftest import Run
-from tests.pipeline.small_logs import CHAIN_ITEMS, CHAIN_TRAINING, chain_events, write_catalogue, write_log
+from tests.pipeline.small_logs import CHAIN_TRAINING, EXPLAINER
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 SMALL = (
-    *("--interpreter.titles", "3", "--held_out_share", "0.25", "--lora.rank", "16", "--lora.dropout", "0"),
-    *("--trainer.epochs", "6", "--trainer.lr", "0.005", "--trainer.batch_size", "16", "--trainer.device", "cpu"),
-    *(
-        "--decoding.max_new_tokens",
-        "24",
-    ),
+    *("--recinterpreter.titles", "3", "--held_out_share", "0.25", "--recinterpreter.lora.rank", "16"),
+    *("--trainer.epochs", "8", "--trainer.lr", "0.004", "--trainer.schedule", "linear", "--trainer.batch_size", "16"),
+    *("--trainer.device", "cpu", "--recinterpreter.lora.dropout", "0", "--answer_tokens", "24"),
 )
-
-
-@pytest.fixture(scope="module")
-def joined_once(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Chains of 120 users, a recommender that has learnt them, and an untrained language model with a word for every title."""
-    folder = tmp_path_factory.mktemp("chains")
-    log = write_log(folder / "log.csv", chain_events(120))
-    catalogue = write_catalogue(folder / "items.csv", CHAIN_ITEMS)
-    shared = ["--workspace", str(folder / "workspace"), "--tracking", "off"]
-    words = ["--log.path", str(log), "--log.columns.time", "time", "--catalogue.path", str(catalogue)]
-    assert main(["ingest", *shared, *words, "--cluster.workers", "1"]) == 0
-    assert main(["train", *shared, *CHAIN_TRAINING]) == 0
-    prompts = InterpreterPrompts()
-    titles = [f"Title {n}" for n in range(1, CHAIN_ITEMS + 1)]
-    tokenizer = train_tokenizer([*titles, *prompts.recovery, *prompts.residual] * 5, titles, [], 600)
-    save_untrained(folder / "lm", BuiltinLmConfig(size="small", context=128), tokenizer)
-    Models(Store(str(folder / "workspace"))).add("lm", folder / "lm", "untrained", {})
-    return folder / "workspace"
-
-
-@pytest.fixture
-def with_lm(joined_once: Path, tmp_path: Path) -> str:
-    """A copy of the workspace for the test."""
-    return str(shutil.copytree(joined_once, tmp_path / "workspace"))
 
 
 def test_words_tell_the_history_of_users_nobody_trained_on_and_controls_do_not(raypipe: Run, with_lm: str) -> None:
@@ -57,10 +28,10 @@ def test_words_tell_the_history_of_users_nobody_trained_on_and_controls_do_not(r
     metrics = ended.metrics
     assert metrics["left_out"] == 0
     # Its recommender saw everybody, and the figures say so.
-    assert metrics["unseen_by_both"] == 0
+    assert metrics["unseen_by_all"] == 0
     assert "sasrec and lm may have been trained on users who are asked about here" in ended.stderr
-    assert metrics["recovery"] > 0.35
-    assert metrics["residual"] > 0.25
+    assert metrics["recovery"] > 0.5
+    assert metrics["residual"] > 0.5
     for control in ("no states", "shuffled states"):
         assert metrics[f"{control}: recovery"] < 0.5 * metrics["recovery"]
         assert metrics[f"{control}: residual"] < 0.5 * metrics["residual"]
@@ -74,12 +45,75 @@ def test_words_tell_the_history_of_users_nobody_trained_on_and_controls_do_not(r
     assert again.metrics == metrics
 
 
+def test_an_adapter_belongs_to_one_recommender_and_leaves_a_release_with_it(raypipe: Run, with_lm: str) -> None:
+    few = (*SMALL, "--trainer.epochs", "4")
+    ended = raypipe("align", "--workspace", with_lm, *few)
+    releases = Releases(Store(with_lm))
+    released = raypipe(
+        "release",
+        "--workspace",
+        with_lm,
+        "--recommender",
+        "sasrec",
+        "--lm",
+        "builtin",
+        "--adapters",
+        '["recinterpreter"]',
+    )
+    assert released.code == 0, released.stderr
+    assert releases.named("champion").adapters == ended.result["models"]
+
+    other = raypipe("train", "--workspace", with_lm, *CHAIN_TRAINING, "--trainer.seed", "1")
+    assert other.status == "ok", other.stderr
+    # The same adapter on the states of a recommender it has never seen: they mean something else.
+    moved = raypipe("align", "--workspace", with_lm, *few, "--adapter", "recinterpreter")
+    assert (moved.status, moved.result["models"]) == ("ok", ended.result["models"])
+    assert moved.metrics["recovery"] < 0.7 * ended.metrics["recovery"]
+    assert moved.metrics["no states: recovery"] == ended.metrics["no states: recovery"]
+
+    asked = ("--adapters", '["recinterpreter"]')
+    refused = raypipe("release", "--workspace", with_lm, "--recommender", "sasrec", "--gate.least_share", 0, *asked)
+    assert refused.code == 2
+    assert "was trained beside" in refused.stderr
+    without = raypipe("release", "--workspace", with_lm, "--recommender", "sasrec", "--gate.least_share", 0)
+    assert without.code == 0, without.stderr
+    assert "so the new release is without it" in without.stderr
+    assert releases.named("champion").adapters == {}
+
+
 def test_what_cannot_be_joined_is_told_before_work_starts(raypipe: Run, with_lm: str) -> None:
     nobody = raypipe("align", "--workspace", with_lm, "--held_out_share", "0.0001")
     assert (nobody.code, nobody.status) == (2, "failed")
     assert "are held out, and one side has no history of two events" in nobody.stderr
     unknown = raypipe("align", "--workspace", with_lm, "--model", "gru4rec")
     assert "No model gru4rec is stored" in unknown.stderr
-    lora = raypipe("align", "--workspace", with_lm, *SMALL, "--lora.targets", '["c_attn"]')
+    wrong = raypipe("align", "--workspace", with_lm, *SMALL, "--adapter", "sasrec")
+    assert (wrong.code, "The model sasrec is no adapter" in wrong.stderr) == (2, True)
+    lora = raypipe("align", "--workspace", with_lm, *SMALL, "--recinterpreter.lora.targets", '["c_attn"]')
     assert lora.code == 2
     assert "c_attn" in lora.stderr
+
+
+def test_a_language_model_predicts_what_the_recommender_does_and_controls_do_not(raypipe: Run, with_lm: str) -> None:
+    ended = raypipe("align", "--workspace", with_lm, *EXPLAINER)
+    assert (ended.code, ended.status) == (0, "ok"), ended.stderr
+    metrics = ended.metrics
+    assert metrics["T1 HR@5"] > 0.6
+    assert metrics["T6 HCR"] > 0.3
+    for name in ("T1 HR@5", "T6 HCR"):
+        assert metrics[f"shuffled users: {name}"] < 0.5 * metrics[name]
+
+
+def test_other_exercises_are_learnt_too_and_a_file_that_holds_none_is_told(
+    raypipe: Run, with_lm: str, tmp_path: Path
+) -> None:
+    replay = tmp_path / "replay.jsonl"
+    replay.write_text(json.dumps({"prompt": "Say it.", "answer": "It."}) + "\n{}\n")
+    few = ("--trainer.epochs", "1", "--recexplainer.tasks", '["T4", "T5"]', "--asked", "2", "--replay", replay)
+    told = raypipe("align", "--workspace", with_lm, *EXPLAINER, *few)
+    assert told.code == 2
+    assert f"Line 2 of {replay} is no exercise: KeyError('prompt')" in told.stderr
+    replay.write_text(json.dumps({"prompt": "Say it.", "answer": "It."}) + "\n")
+    with_replay = raypipe("align", "--workspace", with_lm, *EXPLAINER, *few)
+    without = raypipe("align", "--workspace", with_lm, *EXPLAINER, *few[:-2])
+    assert with_replay.metrics["examples"] == without.metrics["examples"] + 1

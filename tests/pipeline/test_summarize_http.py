@@ -78,7 +78,7 @@ def test_a_run_that_rejects_too_many_stops_with_what_it_saw(
     stopped = raypipe(*words(uri, server))
     assert (stopped.code, stopped.status) == (1, "failed")
     told = one_paragraph(stopped.stderr)
-    assert "users were rejected, more than max_reject_rate 20%" in told
+    assert "rows were rejected, more than max_reject_rate 20%" in told
     assert "empty_output: The model wrote nothing." in told
     asked = len(server.requests)
     again = raypipe(*words(uri, server))

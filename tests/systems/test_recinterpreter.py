@@ -2,109 +2,146 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from raypipe.language.prompt import Text, Vectors
+from raypipe.language.prompt import Vectors
 from raypipe.systems.recinterpreter import (
     InterpreterConfig,
     InterpreterPrompts,
-    examples,
-    oracle_prompt,
-    recovery_answer,
+    RecInterpreter,
     recovery_figures,
     residual_figures,
-    without_states,
 )
-
-TITLES = [f"Film {n}" for n in range(1, 31)]
-ITEMS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
-STATES = np.arange(12 * 4, dtype=np.float32).reshape(12, 4)
+from raypipe.systems.source import Source
+from tests.systems.sources import LENGTHS, source_of
 
 
-def made(config: InterpreterConfig, positions: list[int]) -> list:
-    return list(examples(ITEMS, STATES, TITLES, config, positions, np.random.default_rng(0)))
+@pytest.fixture(scope="module")
+def source() -> Source:
+    return source_of("sasrec")
+
+
+def made(source: Source, config: InterpreterConfig, seed: int = 0) -> list:
+    return list(RecInterpreter(config).examples(source, 100, 100, np.random.default_rng(seed)))
 
 
 def vectors_of(example) -> list[np.ndarray]:
     return [segment.values for segment in example.prompt.segments if isinstance(segment, Vectors)]
 
 
-def test_recovery_names_the_last_titles_and_residual_the_one_between_two_states() -> None:
-    recovery, residual = made(InterpreterConfig(titles=3), [12])
-    assert recovery.answer == "Film 3; Film 5; Film 8"
-    assert residual.answer == "Film 8"
-    assert [v.tolist() for v in vectors_of(recovery)] == [STATES[11:12].tolist()]
-    assert [v.tolist() for v in vectors_of(residual)] == [STATES[10:11].tolist(), STATES[11:12].tolist()]
+def state_after(source: Source, row: int, events: int) -> np.ndarray:
+    return source.states(np.array([row]), np.array([events]))[0]
 
 
-def test_learned_positions_see_the_states_of_the_titles_and_never_a_later_one() -> None:
-    config = InterpreterConfig(titles=3, pool="learned_positions")
-    recovery, residual = made(config, [7])
-    assert recovery.answer == "Film 5; Film 9; Film 2"
-    assert vectors_of(recovery)[0].tolist() == STATES[4:7].tolist()
-    before, after = vectors_of(residual)
-    assert (before.tolist(), after.tolist()) == (STATES[3:6].tolist(), STATES[4:7].tolist())
-    assert vectors_of(made(config, [2])[0])[0].tolist() == STATES[:2].tolist()
-    assert config.projectors["state"].tokens_of(3) == 1
+def test_every_place_of_users_who_are_not_held_out_has_a_recovery_and_from_the_second_event_on_a_residual(
+    source: Source,
+) -> None:
+    trained = LENGTHS[~source.held_out]
+    assert len(made(source, InterpreterConfig())) == (2 * trained - 1).sum()
 
 
-def test_the_first_event_has_a_recovery_and_no_residual() -> None:
-    (only,) = made(InterpreterConfig(), [1])
-    assert only.answer == "Film 3"
+def test_recovery_names_the_last_titles_and_residual_the_one_between_two_states(source: Source) -> None:
+    (reading,) = RecInterpreter(InterpreterConfig(titles=3)).readings(source, np.array([2]), np.array([5]))
+    titles = source.titles_of(source.items(2, 5))
+    assert reading.history == titles[-3:]
+    assert reading.title == titles[-1]
+    np.testing.assert_allclose(reading.before.values, state_after(source, 2, 4)[None], atol=1e-6)
+    np.testing.assert_allclose(reading.after.values, state_after(source, 2, 5)[None], atol=1e-6)
+    assert reading.other_side == reading.after
 
 
-def test_training_uses_every_template_of_its_own_and_none_of_the_tests() -> None:
+def test_learned_positions_see_the_states_of_the_titles_and_never_a_later_one(source: Source) -> None:
+    system = RecInterpreter(InterpreterConfig(titles=3, pool="learned_positions"))
+    one, short, first = system.readings(source, np.array([2, 2, 2]), np.array([5, 2, 1]))
+    states = np.stack([state_after(source, 2, events) for events in range(1, 6)])
+    np.testing.assert_allclose(one.before.values, states[1:4], atol=1e-6)
+    np.testing.assert_allclose(one.after.values, states[2:5], atol=1e-6)
+    np.testing.assert_allclose(short.after.values, states[:2], atol=1e-6)
+    np.testing.assert_allclose(short.before.values, states[:1], atol=1e-6)
+    assert len(first.before.values) == 0
+    assert system.adapter.projectors["state"].tokens_of(3) == 1
+
+
+def test_training_uses_every_template_of_its_own_and_none_of_the_tests(source: Source) -> None:
     prompts = InterpreterPrompts()
-    texts = {
-        "{state}".join(segment.text for segment in example.prompt.segments if isinstance(segment, Text))
-        for example in made(InterpreterConfig(), list(range(2, 13)) * 5)
-    }
-    starts = {text.split("{state}")[0].strip() for text in texts}
-    assert len(texts) == len(prompts.recovery) + len(prompts.residual)
-    assert not starts & {
-        template.split("{state}")[0].strip() for template in (*prompts.recovery_test, *prompts.residual_test)
-    }
+    training = {words(template) for template in (*prompts.recovery.training, *prompts.residual.training)}
+    test = {words(template) for template in (*prompts.recovery.test, *prompts.residual.test)}
+    found = {mine.prompt.words for seed in range(5) for mine in made(source, InterpreterConfig(), seed)}
+    assert found == training
+    assert not found & test
 
 
-def test_an_oracle_stands_where_the_state_after_would() -> None:
-    oracle = np.full(4, 7, np.float32)
-    prompt = oracle_prompt("From {state} to {state}:", InterpreterConfig().vectors(STATES, 5), oracle)
-    assert [type(segment).__name__ for segment in prompt.segments] == ["Text", "Vectors", "Text", "Vectors", "Text"]
-    assert prompt.segments[3].values.tolist() == [[7, 7, 7, 7]]
+def words(template: str) -> str:
+    """What is left of a template without its marks."""
+    return re.sub(r"\{\w+\}", "", template)
 
 
-def test_the_answer_of_a_short_history_is_all_of_it() -> None:
-    assert recovery_answer([2, 2], TITLES, InterpreterConfig()) == "Film 2; Film 2"
+def test_an_oracle_is_asked_for_after_learning_from_item_vectors(source: Source) -> None:
+    system = RecInterpreter(InterpreterConfig(after="item"))
+    (reading,) = system.readings(source, np.array([2]), np.array([5]))
+    item = source.items(2, 5)[-1]
+    np.testing.assert_array_equal(reading.other_side.values, source.item_states[item][None])
+    asked = {}
+
+    class Perfect:
+        def generate(self, prompts, decoding):
+            asked["prompts"] = prompts
+            return iter(())
+
+    figures = system.measured(source, Perfect(), 100, 8)
+    count = int(figures["asked"])
+    assert len(asked["prompts"]) == 3 * count
+    assert figures["oracle"] == 0.0
+
+
+@pytest.mark.parametrize("model", ["sasrec", "dreamrec"])
+def test_the_oracle_is_what_the_recommender_would_have_next_and_its_title_the_nearest_item(model: str) -> None:
+    source = source_of(model)
+    system = RecInterpreter(InterpreterConfig(after="item"))
+    told: list[list[str]] = []
+
+    class Naming:
+        """Answers the oracle's questions with the title of the item nearest to the vector it is shown last."""
+
+        def generate(self, prompts, decoding):
+            from raypipe.engines.engine import Outcome
+
+            told.append([])
+            for index, prompt in enumerate(prompts):
+                vectors = [segment for segment in prompt.segments if isinstance(segment, Vectors)]
+                if vectors:
+                    nearest = (source.item_states[1:] @ vectors[-1].values[-1]).argmax()
+                    yield Outcome(index, f" {source.titles[nearest]}")
+
+    figures = system.measured(source, Naming(), 100, 8)
+    assert figures["oracle"] == 1.0
+    assert figures["no states: oracle"] == 0.0
 
 
 @pytest.mark.parametrize(
     ("field", "templates", "problem"),
     [
-        ("recovery", ("no mark",), "needs {state} 1 times"),
-        ("residual_test", ("{state} alone",), "needs {state} 2 times"),
-        ("recovery_test", (InterpreterPrompts().recovery[0],), "one of the training's"),
+        ("recovery", {"training": ["no mark"], "test": ["{state}"]}, "needs the marks {state}"),
+        (
+            "residual",
+            {"training": ["{before} {after}"], "test": ["{before} alone"]},
+            "needs the marks {after}, {before}",
+        ),
+        ("recovery", {"training": ["Say {state}"], "test": ["Say {state}"]}, "one of the training's"),
     ],
 )
-def test_templates_that_cannot_be_filled_or_leak_are_refused(
-    field: str, templates: tuple[str, ...], problem: str
-) -> None:
+def test_templates_that_cannot_be_filled_or_leak_are_refused(field: str, templates: dict, problem: str) -> None:
     with pytest.raises(ValidationError) as told:
         InterpreterPrompts.model_validate({field: templates})
     assert problem in str(told.value)
 
 
-def test_the_states_an_exercise_needs_are_those_it_takes() -> None:
-    assert list(InterpreterConfig().states_needed(7)) == [6, 7]
-    assert list(InterpreterConfig().states_needed(1)) == [1]
-    pooled = InterpreterConfig(titles=3, pool="learned_positions")
-    assert list(pooled.states_needed(7)) == [4, 5, 6, 7]
-    assert list(pooled.states_needed(2)) == [1, 2]
-
-
 def test_figures_of_answers_are_means_of_exact_titles() -> None:
-    known = set(TITLES)
+    known = {f"Film {n}" for n in range(1, 31)}
     histories = [["Film 1", "Film 2"], ["Film 10"]]
     figures = recovery_figures(["Film 1; Film 2", "Film 1; Filmchen"], histories, known)
     assert figures["recovery"] == 0.5
@@ -116,8 +153,9 @@ def test_figures_of_answers_are_means_of_exact_titles() -> None:
     assert residual == {"residual": pytest.approx(1 / 3), "residual valid": pytest.approx(2 / 3)}
 
 
-def test_a_control_has_the_words_and_no_vector() -> None:
-    (recovery, _) = made(InterpreterConfig(), [5])
-    control = without_states(recovery.prompt)
-    assert not control.has_vectors
-    assert control.text == "".join(s.text for s in recovery.prompt.segments if isinstance(s, Text))
+def test_a_control_has_the_words_and_no_vector(source: Source) -> None:
+    system = RecInterpreter(InterpreterConfig())
+    readings = list(system.readings(source, np.array([2]), np.array([5])))
+    asked, control = system.questions(readings, []), system.questions(readings, [], "no states")
+    assert [prompt.text for prompt in control] == [prompt.words for prompt in asked]
+    assert all(prompt.has_vectors for prompt in asked)

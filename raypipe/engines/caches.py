@@ -1,0 +1,112 @@
+"""Keys and values of what a model has read, in buffers whose rows can be joined, copied and dropped.
+
+Caches of models that slide or share layers stay those of transformers, whose rows can be copied and dropped alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+
+def new_cache(model: Any, capacity: int) -> DynamicCache:
+    """A cache whose plain layers fill buffers of `capacity` positions; sliding and other layers stay as they are."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [_BufferedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def is_plain(cache: DynamicCache | None) -> bool:
+    return cache is not None and all(isinstance(layer, _BufferedLayer) for layer in cache.layers)
+
+
+def joined(
+    old: DynamicCache | None, kept: Tensor, first: int, new: Sequence[DynamicCache], columns: int, capacity: int
+) -> DynamicCache:
+    """Rows `kept` of `old` from column `first`, then all of `new`, all ending at `columns`, with room up to `capacity`."""
+    caches = [*([old] if old is not None else []), *new]
+    found = DynamicCache()
+    found.layers = []
+    for layers in zip(*(cache.layers for cache in caches), strict=True):
+        taken = [(layer.keys, layer.values) for layer in layers]
+        if old is not None:
+            keys, values = taken[0]
+            taken[0] = (keys[kept, :, first:], values[kept, :, first:])
+        keys, values = (_placed(parts, columns, capacity) for parts in zip(*taken, strict=True))
+        found.layers.append(_BufferedLayer.holding(keys, values, columns))
+    return found
+
+
+def copied(cache: DynamicCache, rows: Tensor, columns: int, capacity: int) -> DynamicCache:
+    """These rows of a cache of so many columns, some of them more than once, with room up to `capacity`."""
+    if is_plain(cache):
+        return joined(cache, rows, 0, [], columns, capacity)
+    found = copy.deepcopy(cache)
+    found.batch_select_indices(rows)
+    return found
+
+
+def reorder(cache: DynamicCache, rows: Tensor, first: int) -> None:
+    """Row n becomes what row `rows[n]` is, from column `first`; before it the two are alike."""
+    if not is_plain(cache):
+        cache.batch_select_indices(rows)
+        return
+    for layer in cache.layers:
+        for part in (layer.keys, layer.values):
+            part[:, :, first:] = part[rows, :, first:]
+
+
+class _BufferedLayer(DynamicLayer):
+    """Keys and values [rows, heads, positions, width] in a buffer allocated once: appending copies one position only.
+
+    transformers' own layer concatenates, copying the whole cache at every token.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self._capacity = capacity
+        self._length = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            rows, heads, _, width = key_states.shape
+            self._keys = key_states.new_empty(rows, heads, self._capacity, width)
+            self._values = value_states.new_empty(rows, heads, self._capacity, value_states.shape[-1])
+        start, self._length = self._length, self._length + key_states.shape[-2]
+        self._keys[:, :, start : self._length] = key_states
+        self._values[:, :, start : self._length] = value_states
+        self.keys, self.values = self._keys[:, :, : self._length], self._values[:, :, : self._length]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._keys, self._values = self._keys[indices], self._values[indices]
+        self.keys, self.values = self._keys[:, :, : self._length], self._values[:, :, : self._length]
+
+    @staticmethod
+    def holding(keys: Tensor, values: Tensor, length: int) -> _BufferedLayer:
+        """A layer of these buffers, of which `length` positions are filled."""
+        layer = _BufferedLayer(keys.shape[2])
+        layer.lazy_initialization(keys, values)
+        layer._keys, layer._values, layer._length = keys, values, length
+        layer.keys, layer.values = keys[:, :, :length], values[:, :, :length]
+        return layer
+
+
+def _placed(parts: Sequence[Tensor], columns: int, capacity: int) -> Tensor:
+    """Keys or values of several batches, one after the other, each ending at `columns` of one buffer.
+
+    Zeros where a row has no token: what is masked must still be finite.
+    """
+    _, heads, _, width = parts[0].shape
+    buffer = parts[0].new_zeros(sum(map(len, parts)), heads, capacity, width)
+    row = 0
+    for part in parts:
+        buffer[row : row + len(part), :, columns - part.shape[2] : columns] = part
+        row += len(part)
+    return buffer

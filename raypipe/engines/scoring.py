@@ -1,0 +1,80 @@
+"""How likely given answers are: a prompt is read once for all of its answers, and each answer at once.
+
+An answer's first token is told by the prompt's last position, so answers of one token cost nothing more. The others are read
+behind copies of their prompt's keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from raypipe.engines.caches import copied
+from raypipe.engines.prefill import Prefill, Read, SoftRows
+from raypipe.language.backbone import Backbone
+
+_MOST_LOGITS = 2**28  # of one pass: 1 GiB in float32
+
+
+@torch.inference_mode()
+def score(
+    backbone: Backbone,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[Sequence[int]]],
+    batch_tokens: int,
+    soft: SoftRows | None = None,
+) -> Iterator[tuple[int, list[float]]]:
+    """Of each prompt, longest first, its number and the log-probability of each of its answers, its tokens' sum in float32.
+
+    `answers` hold a token at least. A batch holds at most `batch_tokens`, or one row; `soft` as in `decode`.
+    """
+    prefill = Prefill(backbone, prompts, soft)
+    at = 0
+    while at < len(prompts):
+        together = range(at, min(len(prompts), at + max(1, batch_tokens // len(prompts[at]))))
+        for numbers in prefill.parts(together):
+            pairs = [(row, answer) for row, number in enumerate(numbers) for answer in answers[number]]
+            scores = iter(_scores(backbone, prefill.read(numbers), pairs, batch_tokens).tolist())
+            for number in numbers:
+                yield number, [next(scores) for _ in answers[number]]
+        at = together.stop
+
+
+def _scores(backbone: Backbone, read: Read, pairs: Sequence[tuple[int, Sequence[int]]], batch_tokens: int) -> Tensor:
+    """Of each pair of a row that was read and an answer to it, [pairs]."""
+    columns, vocabulary = read.read.shape[1], read.logits.shape[1]
+    rows = torch.tensor([row for row, _ in pairs], device=backbone.device)
+    first = torch.tensor([answer[0] for _, answer in pairs], device=backbone.device)
+    found = torch.log_softmax(read.logits.float(), -1)[rows, first]
+    # Like lengths share a pass, the longest first.
+    longer = sorted((n for n, (_, answer) in enumerate(pairs) if len(answer) > 1), key=lambda n: -len(pairs[n][1]))
+    while longer:
+        most = len(pairs[longer[0]][1]) - 1
+        count = max(1, min(batch_tokens // (columns + most), _MOST_LOGITS // (most * vocabulary)))
+        chosen, longer = longer[:count], longer[count:]
+        found[chosen] += _rest(backbone, read, rows[chosen], [pairs[number][1] for number in chosen])
+    return found
+
+
+def _rest(backbone: Backbone, read: Read, rows: Tensor, answers: Sequence[Sequence[int]]) -> Tensor:
+    """The log-probability of all tokens but the first of answers, longest first, to rows that were read, [answers]."""
+    columns, most = read.read.shape[1], len(answers[0]) - 1
+    tokens = torch.zeros(len(answers), most + 1, dtype=torch.long)
+    for row, answer in enumerate(answers):
+        tokens[row, : len(answer)] = torch.tensor(answer)
+    tokens = tokens.to(backbone.device)
+    lengths = torch.tensor([len(answer) - 1 for answer in answers], device=backbone.device)
+    place = torch.arange(most, device=backbone.device)
+    known = read.read[rows]
+    logits = backbone.model(
+        input_ids=tokens[:, :-1],
+        # What pads an answer stands behind it, where none of its tokens looks.
+        attention_mask=torch.cat([known, known.new_ones(len(rows), most)], 1).long(),
+        position_ids=known.sum(1)[:, None] + place,
+        past_key_values=copied(read.cache, rows, columns, columns + most),
+        use_cache=True,
+    ).logits.float()
+    told = logits.gather(2, tokens[:, 1:, None]).squeeze(2) - logits.logsumexp(2)
+    return (told * (place < lengths[:, None])).sum(1)

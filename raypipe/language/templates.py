@@ -1,0 +1,51 @@
+"""Templates of prompts: words in which marks like {user} stand for pieces, of words or of vectors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from pydantic import model_validator
+
+from raypipe.config import Config, shaping
+from raypipe.language.prompt import Prompt, Vectors
+
+Piece = str | Vectors | Sequence[str | Vectors]
+"""What stands in for a mark."""
+
+_MARK = re.compile(r"\{(\w+)\}")
+
+
+class Templates(Config):
+    """Paraphrases of one question; those of the tests are never trained on."""
+
+    training: tuple[str, ...] = shaping(description="what training asks", min_length=1)
+    test: tuple[str, ...] = shaping(description="what is asked when it is measured", min_length=1)
+
+    @model_validator(mode="after")
+    def _none_twice(self) -> Templates:
+        if len({*self.training, *self.test}) < len(self.training) + len(self.test):
+            raise ValueError("a template of the tests is one of the training's, or stands there twice")
+        return self
+
+    def require(self, marks: Iterable[str]) -> None:
+        """Raises ValueError unless every template has each of these marks once, and no other."""
+        wanted = sorted(marks)
+        for template in (*self.training, *self.test):
+            if sorted(_MARK.findall(template)) != wanted:
+                names = ", ".join(f"{{{mark}}}" for mark in wanted)
+                raise ValueError(f"the template {template!r} needs the marks {names}, each once, and no other")
+
+
+def fill(template: str, pieces: Mapping[str, Piece]) -> Prompt:
+    """The prompt of a template. At once: a title that reads like a mark stays a title."""
+    words = _MARK.split(template)
+    segments: list[str | Vectors] = []
+    for at, word in enumerate(words):
+        piece = pieces[word] if at % 2 else word
+        for part in [piece] if isinstance(piece, str | Vectors) else piece:
+            if isinstance(part, str) and segments and isinstance(segments[-1], str):
+                segments[-1] += part  # One text is tokenised as one.
+            elif part != "":
+                segments.append(part)
+    return Prompt.of(*segments)

@@ -1,0 +1,85 @@
+"""How far a language model answers as the recommender f does (RecExplainer, arXiv 2311.10947): pure numbers.
+
+f's own predictions are what is right, not what a user did next. Figures are named by the paper's tasks: T1 f's next item, T2
+f's order of five candidates, T3 whether f would recommend an item, T6 the history behind a user's vector. Answers come as the
+titles they name (`recovery.titles_in`); what is tied or not said counts as the mean over all ways to settle it, so that an
+answer without an opinion is as good as chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raypipe.metrics.ranking import Mean, Values, hit_rate, ndcg
+from raypipe.metrics.recovery import recovered, valid_ratio
+
+GAINS = (1000.0, 100.0, 10.0, 1.0, 0.0)
+"""Of f's first to fifth candidate in T2; a random order scores .6131."""
+
+_NOWHERE = 2**31
+
+
+def retrieval_figures(
+    answers: Sequence[Sequence[str]], right: Sequence[str], known: Collection[str], k: int = 5
+) -> dict[str, Mean]:
+    """T1 of ranked titles beside f's best unseen one: `T1 HR@k`, `T1 NDCG@k`, and `T1 valid`, the share of titles `known`.
+
+    A title that comes again takes no place; one that no catalogue knows does.
+    """
+    distinct = [list(dict.fromkeys(answer)) for answer in answers]
+    above = np.array(
+        [mine.index(title) if title in mine else _NOWHERE for mine, title in zip(distinct, right, strict=True)],
+        np.int64,
+    )
+    return {
+        **retrieval_metrics(above, np.ones_like(above), k),
+        "T1 valid": Mean.of(np.array([valid_ratio(answer, known) for answer in answers], np.float64)),
+    }
+
+
+def retrieval_metrics(above: NDArray[np.int64], same: NDArray[np.int64], k: int = 5) -> dict[str, Mean]:
+    """T1 from how many items stand above f's best unseen one and how many beside it, itself included, as for `hit_rate`."""
+    return {f"T1 HR@{k}": Mean.of(hit_rate(above, same, k)), f"T1 NDCG@{k}": Mean.of(ndcg(above, same, k))}
+
+
+def ranking_figures(answers: Sequence[Sequence[str]], orders: Sequence[Sequence[str]]) -> dict[str, Mean]:
+    """T2 of answered orders beside f's, best first: `T2 NDCG@5`, and `T2 named`, the share of candidates that are answered.
+
+    Candidates an answer leaves out share the places that remain; what it repeats or makes up takes none.
+    """
+    scores = np.zeros((len(orders), len(GAINS)))
+    for row, (answer, order) in enumerate(zip(answers, orders, strict=True)):
+        named = [title for title in dict.fromkeys(answer) if title in order]
+        for place, title in enumerate(named):
+            scores[row, order.index(title)] = len(GAINS) - place
+    return {
+        "T2 NDCG@5": Mean.of(order_ndcg(scores)),
+        "T2 named": Mean.of((scores > 0).mean(1)),
+    }
+
+
+def order_ndcg(scores: NDArray[np.floating]) -> Values:
+    """NDCG@5 [n] of the order that scores [n, 5] give f's candidates, columns in f's order, best first."""
+    above = (scores[:, None, :] > scores[:, :, None]).sum(2)
+    same = (scores[:, None, :] == scores[:, :, None]).sum(2)
+    discounts = 1 / np.log2(np.arange(2, len(GAINS) + 2))
+    return ndcg(above, same, len(GAINS)) @ GAINS / (discounts @ GAINS)
+
+
+def decisions(yes: NDArray[np.floating], no: NDArray[np.floating], liked: NDArray[np.bool_]) -> Values:
+    """T3 per pair of scores: 1 where the higher is f's answer, else 0; equal scores are half right, whatever f says."""
+    return np.where(yes == no, 0.5, (yes > no) == liked)
+
+
+def reconstruction_figures(
+    answers: Sequence[Sequence[str]], histories: Sequence[Sequence[str]], known: Collection[str]
+) -> dict[str, Mean]:
+    """T6 of titles beside the history's: `T6 HCR`, the share of the history that is named, and `T6 valid` as for T1."""
+    covered = [recovered(answer, history) for answer, history in zip(answers, histories, strict=True)]
+    return {
+        "T6 HCR": Mean.of(np.array(covered, np.float64)),
+        "T6 valid": Mean.of(np.array([valid_ratio(answer, known) for answer in answers], np.float64)),
+    }

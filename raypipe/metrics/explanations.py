@@ -1,0 +1,193 @@
+"""What a free-text explanation names that is not there, and what its words give away.
+
+Distinction and coherence are RecExplainer's (arXiv 2311.10947): can a classifier tell which system wrote an explanation, and
+can a regressor read f's score of the item from it. Theirs are language models; here both are linear in TF-IDF weights of
+words, with an L2 penalty of 1, fitted on the other folds alone and each beside what knowing nothing gives.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+from scipy.sparse import csr_array
+from scipy.special import logsumexp
+
+from raypipe.metrics.text import Vocabulary
+
+_QUOTED = re.compile(r'"([^"\n]+)"|“([^”\n]+)”')
+_WORD = re.compile(r"\w+")
+_STEPS = 300
+
+Floats = NDArray[np.float64]
+_Loss = Callable[[Floats], tuple[float, Floats]]
+
+
+def named_titles(text: str, titles: Vocabulary) -> tuple[str, ...]:
+    """The catalogue's titles that stand in a text, in order of first mention, the longest where several begin at a place.
+
+    As whole phrases in their own spelling, as `Vocabulary` has it: "Aliens" does not name "Alien", nor does "Alien's".
+    """
+    return titles.named(text)
+
+
+@dataclass(frozen=True)
+class Unfounded:
+    """`titles` of the catalogue that are beside the point, and what is `quoted` as if a title and is none."""
+
+    titles: tuple[str, ...]
+    quoted: tuple[str, ...]
+
+
+def unfounded(text: str, history_titles: Collection[str], item_title: str, titles: Vocabulary) -> Unfounded:
+    """What an explanation names beyond the user's history and the recommended item.
+
+    Not covered: made-up titles without double quotes around them. Titles that are everyday words count as named wherever
+    the word stands in the title's spelling ("Speed" at the start of a sentence), and words quoted for another reason as titles.
+    """
+    founded = {*history_titles, item_title}
+    quoted = dict.fromkeys((straight or curly).strip() for straight, curly in _QUOTED.findall(text))
+    return Unfounded(
+        tuple(title for title in named_titles(text, titles) if title not in founded),
+        tuple(
+            piece
+            for piece in quoted
+            if not any(form in founded or form in titles.values for form in (piece, piece.rstrip(".,;:!?")))
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Distinction:
+    """The share of explanations whose writer is told, and that which guessing gives."""
+
+    accuracy: float
+    chance: float
+
+
+def distinction(explanations: Mapping[str, Sequence[str]], folds: int = 5, seed: int = 0) -> Distinction:
+    """How well a logistic regression tells which system wrote an explanation it did not learn from.
+
+    `explanations` by system, each of the same cases in the same order. All explanations of a case are in one fold: what
+    they say of the case tells nothing about the writer. Raises ValueError for fewer than two systems or cases, or where a
+    system lacks a case.
+    """
+    systems, counts = len(explanations), {len(texts) for texts in explanations.values()}
+    if systems < 2 or len(counts) != 1:
+        raise ValueError("Distinction compares at least two systems, on the same cases.")
+    (cases,) = counts
+    texts = [text for texts in explanations.values() for text in texts]
+    writers = np.repeat(np.arange(systems), cases)
+    right = np.zeros(len(texts), bool)
+    for learnt, asked in _folds(list(range(cases)) * systems, folds, seed):
+        scores = _out_of_fold(texts, learnt, asked, systems, _cross_entropy(writers[learnt]))
+        right[asked] = scores.argmax(1) == writers[asked]
+    return Distinction(float(right.mean()), 1 / systems)
+
+
+@dataclass(frozen=True)
+class Coherence:
+    """Mean squared error of scores read from explanations, and of the mean score of the explanations learnt from."""
+
+    mse: float
+    constant: float
+
+
+def coherence(
+    texts: Sequence[str], scores: NDArray[np.floating], users: Sequence[Hashable], folds: int = 5, seed: int = 0
+) -> Coherence:
+    """How well a ridge regression reads f's `scores` [n] from explanations of users it did not learn from.
+
+    Raises ValueError for fewer than two users.
+    """
+    values = np.asarray(scores, np.float64)
+    read, constant = np.zeros_like(values), np.zeros_like(values)
+    for learnt, asked in _folds(users, folds, seed):
+        constant[asked] = mean = values[learnt].mean()
+        spread = values[learnt].std() or 1.0  # so that the precision of the fit does not depend on the scores' scale
+        errors = _squared_error((values[learnt] - mean) / spread)
+        read[asked] = mean + spread * _out_of_fold(texts, learnt, asked, 1, errors)[:, 0]
+    return Coherence(float(((read - values) ** 2).mean()), float(((constant - values) ** 2).mean()))
+
+
+def _folds(groups: Sequence[Hashable], folds: int, seed: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Rows to learn from and rows to ask about; those of a group are always on one side."""
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    if len(numbers) < 2:
+        raise ValueError("Cross-validation wants at least two cases or users: one to learn from, one to ask about.")
+    fold_of = np.random.default_rng(seed).permutation(len(numbers)) % folds
+    of_row = fold_of[[numbers[group] for group in groups]]
+    for fold in range(min(folds, len(numbers))):
+        yield np.flatnonzero(of_row != fold), np.flatnonzero(of_row == fold)
+
+
+class _TfIdf:
+    """Words as weights: count × (ln((1 + texts) / (1 + texts with the word)) + 1), each text at length 1."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        counts = Counter(word for text in texts for word in set(_words(text)))
+        self.columns = {word: column for column, word in enumerate(sorted(counts))}
+        self.weights = np.array([np.log((1 + len(texts)) / (1 + counts[word])) + 1 for word in self.columns])
+
+    def features(self, texts: Sequence[str]) -> csr_array:
+        """[texts, words]; words that it was not made from are left out."""
+        found = [Counter(self.columns[word] for word in _words(text) if word in self.columns) for text in texts]
+        ends = np.cumsum([0, *map(len, found)])
+        columns = np.array([column for counts in found for column in counts], np.int64)
+        counts = np.array([count for counts in found for count in counts.values()], np.float64)
+        values = counts * self.weights[columns] if len(columns) else counts
+        rows = np.repeat(np.arange(len(texts)), np.diff(ends))
+        lengths = np.sqrt(np.bincount(rows, values**2, len(texts)))
+        return csr_array((values / lengths[rows], columns, ends), shape=(len(texts), len(self.columns)))
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.lower())
+
+
+def _out_of_fold(
+    texts: Sequence[str], learnt: NDArray[np.int64], asked: NDArray[np.int64], outputs: int, loss: _Loss
+) -> Floats:
+    """[asked, outputs]: what a linear model fitted to the texts learnt from says of those asked about.
+
+    `loss` gives of scores [learnt, outputs] their loss and its gradient; to it comes half the squared length of the weights,
+    the intercepts aside.
+    """
+    words = _TfIdf([texts[row] for row in learnt])
+    features = words.features([texts[row] for row in learnt])
+    shape = (features.shape[1] + 1, outputs)
+
+    def penalised(flat: Floats) -> tuple[float, Floats]:
+        weights = flat.reshape(shape)
+        value, gradient = loss(features @ weights[:-1] + weights[-1])
+        by_weight = np.vstack([features.T @ gradient + weights[:-1], gradient.sum(0)])
+        return value + float((weights[:-1] ** 2).sum()) / 2, by_weight.ravel()
+
+    found = minimize(penalised, np.zeros(shape).ravel(), jac=True, method="L-BFGS-B", options={"maxiter": _STEPS})
+    weights = found.x.reshape(shape)
+    return words.features([texts[row] for row in asked]) @ weights[:-1] + weights[-1]
+
+
+def _cross_entropy(labels: NDArray[np.int64]) -> _Loss:
+    rows = np.arange(len(labels))
+
+    def loss(scores: Floats) -> tuple[float, Floats]:
+        log_shares = scores - logsumexp(scores, axis=1, keepdims=True)
+        gradient = np.exp(log_shares)
+        gradient[rows, labels] -= 1
+        return -float(log_shares[rows, labels].sum()), gradient
+
+    return loss
+
+
+def _squared_error(values: Floats) -> _Loss:
+    def loss(scores: Floats) -> tuple[float, Floats]:
+        error = scores - values[:, None]
+        return float((error**2).sum()) / 2, error
+
+    return loss

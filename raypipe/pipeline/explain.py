@@ -1,0 +1,204 @@
+"""`raypipe explain`: why an item is recommended to a user, in words.
+
+An adapter of RecExplainer reads a user's history and state; it decides whether the item fits, and says why. The top
+recommendation of everybody is explained, or the pairs of a file. Only what is new or whose history changed is computed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as csv
+
+from raypipe.config import free, shaping
+from raypipe.engines.checks import AnswerChecks
+from raypipe.engines.engine import Decoding, EngineConfig
+from raypipe.errors import UsageError
+from raypipe.language.adapters import read_card
+from raypipe.pipeline.explain_units import FIGURES, TABLE, ExplainBucket, ExplainTask
+from raypipe.pipeline.job import BatchConfig, CapOptions, JobResult, ModelCache, cost_of
+from raypipe.pipeline.loaded import BUILTIN, Loaded, find_builtin_lm, find_model
+from raypipe.pipeline.rejects import check_reject_rate
+from raypipe.runtime.budget import Budget
+from raypipe.runtime.progress import say
+from raypipe.runtime.session import bucket_parts, open_session
+from raypipe.storage.fingerprint import fingerprint
+from raypipe.storage.ledger import Counts, Publish, Receipt, Unit, Usage
+from raypipe.storage.models import Models
+from raypipe.storage.tables import ABSENT
+from raypipe.storage.workspace import Workspace
+from raypipe.systems.recexplainer import ExplainerConfig
+
+JOB = "explain"
+STEP_VERSION = 1
+
+
+class ExplainOptions(CapOptions, ModelCache):
+    """Who explains, what, and with an eye on what."""
+
+    adapter: str = free("recexplainer-h", "NAME, for its newest, or NAME/HASH of an adapter made by `align`")
+    engine: EngineConfig = free(
+        lambda: EngineConfig(lm=BUILTIN), "what generates; lm is the one the adapter was trained beside"
+    )
+    pairs: str | None = free(
+        None, "CSV file with the columns user_id and item_id; unset: everybody's top recommendation"
+    )
+    focus: str = shaping("", "what explanations attend to, for example genres")
+    decoding: Decoding = shaping(lambda: Decoding(max_new_tokens=150), "of the explanation")
+    checks: AnswerChecks = shaping(AnswerChecks, "when an explanation is none")
+    micro_batch: int = free(64, "pairs a worker gives the engine at a time", ge=1)
+
+
+class ExplainConfig(ExplainOptions, BatchConfig):
+    """Configuration of `explain`."""
+
+
+def run_explain(config: ExplainConfig) -> JobResult:
+    """Explanations into `explanations`, variant `explain-<adapter>`, of a file's pairs `explain-<adapter>-pairs`.
+
+    Raises UsageError, before work starts, for an adapter that is none of RecExplainer's, a language model it was not trained
+    beside, recommendations that are not there, or pairs of users or items nobody knows.
+    """
+    started = time.monotonic()
+    workspace = config.open_workspace()
+    tracking = config.open_tracking(workspace)
+    info = workspace.require_info()
+    adapter = find_model(Models(workspace.store), config.adapter)
+    if adapter.lineage.get("system") != "recexplainer":
+        raise UsageError(
+            f"The model {adapter.name} is no adapter that explains.",
+            "Train one with `raypipe align --system recexplainer`.",
+        )
+    card = read_card(config.fetch(workspace, adapter))
+    loaded = Loaded.of(config, workspace, card.recommender)
+    lm = find_builtin_lm(workspace, "--engine.lm") if config.engine.lm == BUILTIN else None
+    engine = config.engine.model_copy(update={"adapter": str(config.fetch(workspace, adapter))})
+    if lm is not None:
+        engine = engine.model_copy(update={"lm": str(config.fetch(workspace, lm))})
+    identity = engine.identity()
+    if identity["model"] != card.lm:
+        raise UsageError(
+            f"The adapter {adapter.name} was trained beside another language model than {config.engine.lm}.",
+            "Name that one with --engine.lm, or train another adapter with `raypipe align`.",
+        )
+    system = ExplainerConfig.model_validate(adapter.lineage["options"])
+    pairs = _read_pairs(config.pairs, workspace, loaded.items) if config.pairs is not None else None
+    canary = config.canary_users(workspace)
+    recipe = fingerprint(
+        {"step": STEP_VERSION, "config": config.shaping_values(), "engine": identity, "system": system.shaping_values()}
+    )
+    # Which pairs are asked for makes another run, and no row another one.
+    run_recipe = fingerprint({"recipe": recipe, "pairs": pairs.to_pylist() if pairs is not None else None})
+    variant = f"{JOB}-{adapter.name}" + ("-pairs" if pairs is not None else "")
+    writes = [TABLE] if canary is None else []
+    with open_session(workspace, JOB, writes, config.cluster, config.lock_lease_s) as session:
+        inputs = session.versions("histories", "items", "rejects", *(["recommendations"] if pairs is None else []))
+        if inputs.get("recommendations") == ABSENT:
+            raise UsageError(
+                "Nothing is recommended yet.", "Run `raypipe recommend` first, or name pairs with --pairs."
+            )
+        base = session.versions(TABLE) if canary is None else {TABLE: ABSENT}
+        scope = "all" if canary is None else fingerprint({"users": canary})
+        if scope == "all" and session.is_current(run_recipe, inputs):
+            return JobResult(JOB, "nothing_to_do", cost=cost_of(Usage(), time.monotonic() - started))
+        run = session.run(run_recipe, inputs, base, scope, {"variant": variant, "model": adapter.hash})
+        task = ExplainTask(
+            workspace=workspace,
+            scope=scope,
+            variant=variant,
+            recipe=recipe,
+            versions={**inputs, **base},
+            recommender=loaded.model,
+            adapter=adapter,
+            lm=lm,
+            engine=config.engine,
+            system=system,
+            focus=config.focus,
+            decoding=config.decoding,
+            checks=config.checks,
+            recommended=f"recommend-{loaded.model.name}",
+            pairs=pairs,
+            users=pa.array(canary, pa.string()) if canary is not None else None,
+            micro_batch=config.micro_batch,
+            model_cache=Path(config.model_cache),
+        )
+        units = [Unit("users", index) for index in range(info.buckets)]
+        limits = config.limits()
+        if limits.any:
+            config.cluster.connect()
+        budget = Budget(limits, _usage(run.receipts("users").values()))
+        watch = partial(check_reject_rate, config.max_reject_rate)
+        receipts = session.phase(run, units, partial(ExplainBucket, task, budget), JOB, watch)
+        parts = bucket_parts(receipts.values(), variant, (TABLE,))
+        result = _result(config, run.run_key, receipts.values(), parts, started)
+        published = JobResult.from_dict(session.publish(run, parts, asdict(result)))
+    if canary is not None:
+        say(f"{JOB}: the canary's tables are below {workspace.uri}/canary/{run.run_key}")
+    if published.status == "ok":
+        params = {"model": adapter.hash, "variant": variant, "scope": scope[:12]}
+        numbers = {name: value for name, value in published.metrics.items() if value is not None}
+        tracking.log_run(JOB, run.run_key, params, {**numbers, **published.cost})
+    return published
+
+
+def _result(
+    config: ExplainConfig, run_key: str, receipts: Collection[Receipt], parts: Sequence[Publish], started: float
+) -> JobResult:
+    counts = sum((receipt.counts for receipt in receipts), Counts())
+    facts = {name: sum(receipt.facts[name] for receipt in receipts) for name in FIGURES}
+    explained = facts["explained"]
+    metrics: dict[str, Any] = {
+        "pairs": counts.rows_in,
+        "computed": counts.ok,
+        "rejected": counts.rejected,
+        **counts.skipped,
+        "yes_share": round(facts["yes"] / explained, 4) if explained else None,
+        "unfounded_share": round(facts["unfounded"] / explained, 4) if explained else None,
+    }
+    if counts.skipped.get("capped"):
+        say(f"{JOB}: a cap or the deadline left {counts.skipped['capped']:,} pairs for the next run")
+    usage = _usage(receipts)
+    cost = {**cost_of(usage, time.monotonic() - started), "money": round(config.money(usage), 6)}
+    tables = {
+        part.table: {"rows": sum(file.rows for file in part.files), "rejected": counts.rejected} for part in parts
+    }
+    return JobResult(JOB, "ok" if parts else "nothing_to_do", run_key, tables, metrics=metrics, cost=cost)
+
+
+def _usage(receipts: Iterable[Receipt]) -> Usage:
+    return sum((receipt.usage for receipt in receipts), Usage())
+
+
+def _read_pairs(path: str, workspace: Workspace, items: pa.Table) -> pa.Table:
+    """user_id and item_index of a file's pairs, each once, sorted. Raises UsageError for what cannot be read or is unknown."""
+    texts = csv.ConvertOptions(column_types={"user_id": pa.string(), "item_id": pa.string()})
+    try:
+        rows = csv.read_csv(path, convert_options=texts).select(["user_id", "item_id"])
+    except (OSError, KeyError, pa.ArrowInvalid) as error:
+        raise UsageError(
+            f"The pairs file {path} cannot be read: {error}.",
+            "Write CSV with a header and the columns user_id and item_id.",
+        ) from None
+    histories = workspace.tables["histories"]
+    users = histories.read(histories.version(), ["user_id"])["user_id"]
+    place = pc.index_in(rows["item_id"], value_set=items["item_id"])
+    for name, known in (("user_id", pc.is_in(rows["user_id"], value_set=users)), ("item_id", pc.is_valid(place))):
+        strangers = rows.filter(pc.invert(known))[name].to_pylist()
+        if strangers:
+            raise UsageError(
+                f"{len(strangers):,} of {rows.num_rows:,} pairs of {path} have a {name} that nobody knows here, for example "
+                f"{strangers[0]!r}.",
+                "Check the file; ids are compared exactly.",
+            )
+    if not rows.num_rows:
+        raise UsageError(f"The pairs file {path} has no pairs.", "Write one user_id and item_id a line.")
+    pairs = pa.table({"user_id": rows["user_id"], "item_index": items["index"].take(place)})
+    order = [("user_id", "ascending"), ("item_index", "ascending")]
+    return pairs.group_by(["user_id", "item_index"]).aggregate([]).sort_by(order)

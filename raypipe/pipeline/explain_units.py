@@ -1,0 +1,281 @@
+"""The unit work of `explain`: pairs of one user bucket's users and items, decided and put into words, in micro-batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from numpy.typing import NDArray
+
+from raypipe.engines.checks import AnswerChecks
+from raypipe.engines.engine import Decoding, Engine, EngineConfig
+from raypipe.language.titles import distinct_titles
+from raypipe.metrics.explanations import unfounded
+from raypipe.metrics.text import Vocabulary
+from raypipe.pipeline.rejects import blocked_users, rejected_users
+from raypipe.pipeline.user_rows import UserRows
+from raypipe.recommenders.checkpoint import load_recommender
+from raypipe.recommenders.ranking import batches_by_length, sequences_of
+from raypipe.recommenders.recommender import Recommender, freeze
+from raypipe.recommenders.windows import Histories
+from raypipe.runtime.budget import Budget
+from raypipe.runtime.session import output_table
+from raypipe.runtime.units import UnitContext
+from raypipe.storage.fingerprint import schema_hash
+from raypipe.storage.ledger import MAX_DEATHS, Counts, Receipt, Unit, Usage
+from raypipe.storage.models import Model, Models
+from raypipe.storage.schemas import EXPLANATIONS
+from raypipe.storage.tables import StagedFile
+from raypipe.storage.workspace import Workspace
+from raypipe.systems.explainer_exercises import Shown
+from raypipe.systems.explanations import Explanation, explain
+from raypipe.systems.recexplainer import ExplainerConfig
+
+TABLE = "explanations"
+FIGURES = ("explained", "yes", "unfounded")
+"""Facts of a receipt: of new explanations their number, and how many say yes and name what they have no ground for."""
+
+
+@dataclass(frozen=True)
+class ExplainTask:
+    """What every unit of a run shares; small and picklable.
+
+    `pairs` has user_id and item_index; where it is None every user's first item in `recommendations`, of the variant
+    `recommended`, is explained. `users` restricts a run to a canary's.
+    """
+
+    workspace: Workspace
+    scope: str
+    variant: str
+    recipe: str
+    versions: dict[str, int]
+    recommender: Model
+    adapter: Model
+    lm: Model | None
+    engine: EngineConfig
+    system: ExplainerConfig
+    focus: str
+    decoding: Decoding
+    checks: AnswerChecks
+    recommended: str
+    pairs: pa.Table | None
+    users: pa.Array | None
+    micro_batch: int
+    model_cache: Path
+
+
+class ExplainBucket:
+    """Writes the explanations of one bucket's pairs that are new or whose history changed; the others are carried over."""
+
+    def __init__(self, task: ExplainTask, budget: Budget) -> None:
+        self.task, self.budget = task, budget
+        self.blocked = blocked_users(task.workspace, task.versions["rejects"], TABLE, task.variant)
+        items = task.workspace.tables["items"].read(task.versions["items"]).sort_by("index")
+        self.titles = distinct_titles(items["title"].to_pylist(), items["item_id"].to_pylist())
+        self.vocabulary = Vocabulary(self.titles)
+
+    @cached_property
+    def recommender(self) -> Recommender:
+        models = Models(self.task.workspace.store)
+        return freeze(load_recommender(models.fetch(self.task.recommender, self.task.model_cache))[0])
+
+    @cached_property
+    def shown(self) -> Shown:
+        return self.task.system.build().shown(self.titles, self.recommender.item_states().detach().numpy())
+
+    @cached_property
+    def engine(self) -> Engine:
+        # Built at the first pair there is work for: a night without changes loads no weights.
+        task, models = self.task, Models(self.task.workspace.store)
+        folders = {"adapter": str(models.fetch(task.adapter, task.model_cache))}
+        if task.lm is not None:
+            folders["lm"] = str(models.fetch(task.lm, task.model_cache))
+        return task.engine.model_copy(update=folders).build()
+
+    def run(self, unit: Unit, context: UnitContext) -> Receipt:
+        started = time.monotonic()
+        task = self.task
+        state = UserRows(
+            task.workspace,
+            unit.index,
+            TABLE,
+            task.variant,
+            task.recipe,
+            task.versions["histories"],
+            task.versions[TABLE],
+            task.users,
+        )
+        pairs = self._pairs(state)
+        before = _identities(state.before["user_id"], state.before["change_key"])
+        wanted = _identities(pairs["user_id"], pairs["change_key"])
+        kept = state.before.filter(pc.is_in(before, value_set=wanted))
+        changed = pairs.filter(pc.invert(pc.is_in(wanted, value_set=before)))
+        keys = zip(changed["user_id"].to_pylist(), changed["change_key"].to_pylist(), strict=True)
+        work = changed.filter(pa.array([key not in self.blocked for key in keys], pa.bool_()))
+        results, cold = self._explain(state, work, context)
+        failed = [at for at, result in results.items() if result.reason]
+        skipped = {
+            "unchanged": pairs.num_rows - changed.num_rows,
+            "blocked": changed.num_rows - work.num_rows,
+            "cold": cold,
+            "capped": work.num_rows - cold - len(results),
+        }
+        counts = Counts(pairs.num_rows, len(results) - len(failed), len(failed), skipped)
+        staged: dict[str, Sequence[StagedFile]] = {}
+        if results or kept.num_rows < state.before.num_rows:
+            staged = self._stage(state, kept, work, results, context)
+        usage = _used(results.values()) + Usage(seconds=time.monotonic() - started)
+        facts = {
+            **self._figures(state, work, results),
+            "reasons": {result.reason: result.message for result in results.values() if result.reason},
+        }
+        return Receipt(unit, counts, usage, staged, {TABLE: schema_hash(EXPLANATIONS.schema)}, facts, context.attempt)
+
+    def _pairs(self, state: UserRows) -> pa.Table:
+        """user_id, item_index, place among the bucket's users, and change_key, which is of the history and the item."""
+        task = self.task
+        if task.pairs is not None:
+            pairs = task.pairs
+        else:
+            lists = task.workspace.tables["recommendations"].read(
+                task.versions["recommendations"], ["user_id", "items"], variant=task.recommended, bucket=state.bucket
+            )
+            lists = lists.filter(pc.greater(pc.list_value_length(lists["items"]), 0))
+            pairs = pa.table({"user_id": lists["user_id"], "item_index": pc.list_element(lists["items"], 0)})
+        place = pc.index_in(pairs["user_id"], value_set=state.users)
+        pairs = pairs.append_column("place", place).filter(
+            pc.and_(pc.is_valid(place), pc.greater(pairs["item_index"], 0))
+        )
+        keys = pc.binary_join_element_wise(
+            state.change_keys.take(pairs["place"]), pc.cast(pairs["item_index"], pa.string()), "-"
+        )
+        return pairs.append_column("change_key", keys).sort_by([("user_id", "ascending"), ("item_index", "ascending")])
+
+    def _explain(self, state: UserRows, work: pa.Table, context: UnitContext) -> tuple[dict[int, Explanation], int]:
+        """By row of `work`, and how many rows were skipped because the recommender knows nothing of their users."""
+        if not work.num_rows:
+            return {}, 0
+        known = state.histories.within(self.recommender.items)
+        places, items = work["place"].to_numpy(), work["item_index"].to_numpy()
+        names = _names(work)
+        warm = (known.lengths[places] > 0) & (items <= self.recommender.items)
+        results: dict[int, Explanation] = {}
+        for batch in _batches(np.flatnonzero(warm), [name in context.deaths for name in names], self.task.micro_batch):
+            if context.deaths.get(names[batch[0]], 0) >= MAX_DEATHS:
+                message = f"Its worker died or hung {MAX_DEATHS} times with it alone, on a healthy node."
+                results[int(batch[0])] = Explanation(reason="worker_died", message=message)
+                continue
+            if not self.budget.take(most := self._most(len(batch))):
+                break
+            context.journal([names[at] for at in batch])
+            done = self._answered(known, places[batch], items[batch])
+            self.budget.give_back(most, _used(done))
+            results |= dict(zip(batch.tolist(), done, strict=True))
+        return results, int((~warm).sum())
+
+    def _most(self, pairs: int) -> Usage:
+        """What so many pairs may take: a decision each, and as many tries at the words as the checks allow."""
+        calls = pairs * (2 + self.task.checks.retries)
+        return Usage(calls, calls * self.engine.context, calls * self.task.decoding.max_new_tokens)
+
+    @torch.no_grad()
+    def _answered(self, known: Histories, places: NDArray[np.int64], items: NDArray[np.int64]) -> list[Explanation]:
+        task, model = self.task, self.recommender
+        states = np.zeros((len(places), model.width), np.float32)
+        histories = known.take(known.starts[places], known.lengths[places])
+        for block in batches_by_length(histories, model.max_length):
+            states[block] = model.encode(sequences_of(histories, block, model.max_length)).float().numpy()
+        asked = [
+            self.shown.asked(_items(known, place), state, item, task.system.prompts, task.focus)
+            for place, state, item in zip(places.tolist(), states, items.tolist(), strict=True)
+        ]
+        return explain(self.engine, asked, task.decoding, task.checks)
+
+    def _stage(
+        self, state: UserRows, kept: pa.Table, work: pa.Table, results: dict[int, Explanation], context: UnitContext
+    ) -> dict[str, Sequence[StagedFile]]:
+        task = self.task
+        good = [at for at, result in results.items() if not result.reason]
+        rows = work.take(pa.array(good, pa.int64()))
+        fresh = pa.table(
+            [
+                rows["user_id"],
+                rows["item_index"],
+                pa.array([results[at].decision for at in good], pa.string()),
+                pa.array([results[at].text for at in good], pa.string()),
+                rows["change_key"],
+            ],
+            schema=EXPLANATIONS.columns,
+        )
+        table = output_table(task.workspace, TABLE, task.scope, context.run.run_key)
+        order = [("user_id", "ascending"), ("item_index", "ascending")]
+        partition: dict[str, str | int] = {"variant": task.variant, "bucket": state.bucket}
+        whole = pa.concat_tables([kept, fresh]).sort_by(order)
+        staged: dict[str, Sequence[StagedFile]] = {TABLE: [table.stage(whole, context.file_name(), partition)]}
+        failed = [at for at, result in results.items() if result.reason]
+        if failed:
+            rows = work.take(pa.array(failed, pa.int64()))
+            names = _names(rows)
+            rejected = rejected_users(
+                context.run.run_key,
+                task.variant,
+                rows["user_id"].to_pylist(),
+                [results[at].reason for at in failed],
+                [results[at].message for at in failed],
+                [1 + context.deaths.get(name, 0) for name in names],
+                rows["change_key"].to_pylist(),
+            )
+            where = output_table(task.workspace, "rejects", task.scope, context.run.run_key)
+            staged["rejects"] = [where.stage(rejected, context.file_name(), {"table": TABLE})]
+        return staged
+
+    def _figures(self, state: UserRows, work: pa.Table, results: dict[int, Explanation]) -> dict[str, int]:
+        good = {at: result for at, result in results.items() if not result.reason}
+        places, items = work["place"].to_numpy(), work["item_index"].to_numpy()
+        beside = 0
+        for at, result in good.items():
+            history = {self.titles[item - 1] for item in _items(state.histories, int(places[at]))}
+            found = unfounded(result.text, history, self.titles[int(items[at]) - 1], self.vocabulary)
+            beside += bool(found.titles or found.quoted)
+        yes = sum(result.decision == "yes" for result in good.values())
+        return dict(zip(FIGURES, (len(good), yes, beside), strict=True))
+
+
+def _batches(rows: NDArray[np.int64], suspects: Sequence[bool], size: int) -> Iterator[NDArray[np.int64]]:
+    """Suspects alone and last, so that a poison row costs its neighbours nothing; the rest in micro-batches."""
+    alone = np.array([suspects[row] for row in rows], bool)
+    rest = rows[~alone]
+    yield from (rest[start : start + size] for start in range(0, len(rest), size))
+    yield from (np.array([row]) for row in rows[alone])
+
+
+def _identities(users: pa.ChunkedArray, keys: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.binary_join_element_wise(users, keys, "\0")
+
+
+def _names(pairs: pa.Table) -> list[str]:
+    """Of pairs in the journal."""
+    return [
+        f"{user} {item}"
+        for user, item in zip(pairs["user_id"].to_pylist(), pairs["item_index"].to_pylist(), strict=True)
+    ]
+
+
+def _items(histories: Histories, place: int) -> list[int]:
+    return histories.items[histories.starts[place] : histories.ends[place]].tolist()
+
+
+def _used(results: Iterable[Explanation]) -> Usage:
+    results = list(results)
+    return Usage(
+        sum(result.calls for result in results),
+        sum(result.tokens_in for result in results),
+        sum(result.tokens_out for result in results),
+    )

@@ -1,0 +1,201 @@
+"""The exercises of RecExplainer's tasks, and how users and items stand in their prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raypipe.language.prompt import Prompt, Vectors
+from raypipe.language.soft_prompts import SoftExample
+from raypipe.language.templates import Piece, Templates, fill
+from raypipe.metrics.text import item_values, value_counts
+from raypipe.systems.explainer_prompts import ExplainerPrompts
+from raypipe.systems.explanations import NO, YES, Asked, reference_explanation
+from raypipe.systems.source import Source, drawn_places
+from raypipe.systems.teacher import Taught, most_similar, teach, teachable
+
+USER, ITEM = "user", "item"
+SEPARATOR = "; "
+Form = Literal["text", "vectors", "both"]
+Task = Literal["T1", "T2", "T3", "T4", "T5", "T6", "T6b", "explanation"]
+_USERS_AT_ONCE = 512
+
+
+@dataclass(frozen=True)
+class Shown:
+    """How users and items stand in a prompt: by titles, by a recommender's vectors, or by both.
+
+    `titles` by item index − 1, `vectors` float32 [items + 1, width] of the items, `most` titles of a history.
+    """
+
+    form: Form
+    titles: Sequence[str]
+    vectors: NDArray[np.float32]
+    most: int
+
+    def user(self, items: Sequence[int], state: NDArray[np.float32]) -> Piece:
+        """A history of item indices, and the state [width] after it."""
+        history = SEPARATOR.join(self.titles[item - 1] for item in items[-self.most :])
+        vector = Vectors(state[None], USER)
+        pieces: dict[Form, Piece] = {"text": history, "vectors": vector, "both": [vector, f": {history}"]}
+        return pieces[self.form]
+
+    def item(self, item: int) -> Piece:
+        title, vector = self.titles[item - 1], Vectors(self.vectors[item][None], ITEM)
+        pieces: dict[Form, Piece] = {"text": title, "vectors": vector, "both": [f"{title} ", vector]}
+        return pieces[self.form]
+
+    def asked(
+        self, items: Sequence[int], state: NDArray[np.float32], item: int, prompts: ExplainerPrompts, focus: str
+    ) -> Asked:
+        """Whether the item fits a history and the state after it, and why, with an eye on `focus` where there is one."""
+        pieces: dict[str, Piece] = {"user": self.user(items, state), "item": self.item(item), "focus": focus}
+        explanation = prompts.explanation.test[0] + (prompts.focus if focus else "")
+        return Asked(fill(prompts.interest.test[0], pieces), fill(explanation, pieces))
+
+    def items(self, items: Sequence[int]) -> Piece:
+        parts: list[str | Vectors] = []
+        for number, item in enumerate(items):
+            piece = self.item(item)
+            parts += [SEPARATOR] if number else []
+            parts += [piece] if isinstance(piece, str | Vectors) else piece
+        return parts
+
+
+class Exercises:
+    """Examples of the chosen tasks in the given forms, from users who are not held out."""
+
+    def __init__(
+        self, source: Source, forms: Sequence[Form], titles: int, prompts: ExplainerPrompts, rng: np.random.Generator
+    ) -> None:
+        self.source, self.prompts, self.rng, self.titles = source, prompts, rng, titles
+        self.shown = {form: Shown(form, source.titles, source.item_states, titles) for form in forms}
+        self.alone = Shown("vectors", source.titles, source.item_states, titles)
+
+    @property
+    def with_vectors(self) -> bool:
+        return any(form != "text" for form in self.shown)
+
+    def of_users(self, tasks: Sequence[Task], users: int, positions: int) -> Iterator[SoftExample]:
+        rows = self.source.rows(held_out=False, least=2, most=users, rng=self.rng)
+        for start in range(0, len(rows), _USERS_AT_ONCE):
+            chosen = rows[start : start + _USERS_AT_ONCE]
+            last = self.source.histories.lengths[chosen]
+            if {"T1", "T2", "T3", "explanation"} & set(tasks):
+                yield from self._at_positions(tasks, *drawn_places(chosen, last - 1, positions, self.rng))
+            if "T6" in tasks and self.with_vectors:
+                yield from self._histories(*drawn_places(chosen, last, positions, self.rng))
+            if "T6b" in tasks:
+                yield from self._summaries(chosen)
+
+    def of_items(self) -> Iterator[SoftExample]:
+        """T4."""
+        similar = most_similar(self.source)
+        for row, (title, attributes) in enumerate(
+            zip(self.source.titles, self.source.catalogue.attributes, strict=True)
+        ):
+            if self.with_vectors:
+                yield self._asked(self.prompts.title, {"item": self.alone.item(row + 1)}, title)
+            for shown in self.shown.values():
+                item = shown.item(row + 1)
+                for name, values in attributes.items():
+                    if values:
+                        pieces = {"item": item, "attribute": name}
+                        yield self._asked(self.prompts.attribute, pieces, ", ".join(values))
+                nearest = self.source.titles[int(similar[row]) - 1]
+                yield self._asked(self.prompts.similar, {"item": item}, nearest)
+
+    def _at_positions(
+        self, tasks: Sequence[Task], rows: NDArray[np.int64], events: NDArray[np.int64]
+    ) -> Iterator[SoftExample]:
+        enough = teachable(self.source, events)
+        rows, events = rows[enough], events[enough]
+        taught = teach(self.source, rows, events, self.rng)
+        orders = taught.orders
+        # Of each user one of their places, all alike likely.
+        _, firsts, counts = np.unique(rows, return_index=True, return_counts=True)
+        pairs = set((firsts + self.rng.integers(counts)).tolist())
+        for at, (row, count) in enumerate(zip(rows.tolist(), events.tolist(), strict=True)):
+            items = self.source.items(row, count)
+            for shown in self.shown.values():
+                user = shown.user(items, taught.states[at])
+                if "T1" in tasks:
+                    favourite = self.source.titles[int(taught.favourites[at]) - 1]
+                    yield self._asked(self.prompts.next_item, {"user": user}, favourite)
+                if "T2" in tasks:
+                    candidates = taught.candidates[at]
+                    pieces = {"user": user, "items": shown.items(candidates.tolist())}
+                    ranked = SEPARATOR.join(self.source.titles_of(candidates[orders[at]].tolist()))
+                    yield self._asked(self.prompts.ranking, pieces, ranked)
+                both = ((int(taught.liked[at]), YES), (int(taught.disliked[at]), NO))
+                if "T3" in tasks and at in pairs:
+                    for item, answer in both:
+                        pieces = {"user": user, "item": shown.item(item)}
+                        yield self._asked(self.prompts.interest, pieces, answer)
+                if "explanation" in tasks:
+                    item, answer = both[self.rng.integers(2)]
+                    pieces = {"user": user, "item": shown.item(item)}
+                    yield self._asked(self.prompts.explanation, pieces, self._explained(answer, items, item))
+
+    def _explained(self, answer: str, items: Sequence[int], item: int) -> str:
+        attributes = self.source.catalogue.attributes
+        history = value_counts(item_values(attributes[one - 1]) for one in items[-self.titles :])
+        values = sorted(item_values(attributes[item - 1]))
+        return reference_explanation(answer, self.source.titles[item - 1], history, values)
+
+    def _histories(self, rows: NDArray[np.int64], events: NDArray[np.int64]) -> Iterator[SoftExample]:
+        states = self.source.states(rows, events)
+        for row, count, state in zip(rows.tolist(), events.tolist(), states, strict=True):
+            items = self.source.items(row, count)
+            titles = SEPARATOR.join(self.source.titles_of(items[-self.titles :]))
+            yield self._asked(self.prompts.history, {"user": self.alone.user(items, state)}, titles)
+
+    def _summaries(self, rows: NDArray[np.int64]) -> Iterator[SoftExample]:
+        rows = np.array([row for row in rows.tolist() if row in self.source.summaries], np.int64)
+        events = self.source.histories.lengths[rows]
+        states = self.source.states(rows, events)
+        for row, count, state in zip(rows.tolist(), events.tolist(), states, strict=True):
+            items = self.source.items(row, count)
+            for shown in self.shown.values():
+                yield self._asked(self.prompts.summary, {"user": shown.user(items, state)}, self.source.summaries[row])
+
+    def _asked(self, templates: Templates, pieces: dict[str, Piece], answer: str) -> SoftExample:
+        template = templates.training[self.rng.integers(len(templates.training))]
+        return SoftExample(fill(template, pieces), answer)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What is asked about held-out users after their last event before the cut, and the labels."""
+
+    next_item: list[Prompt]
+    ranking: list[Prompt]
+    liked: list[Prompt]
+    disliked: list[Prompt]
+    history: list[Prompt]
+
+    @staticmethod
+    def of(
+        source: Source, rows: NDArray[np.int64], taught: Taught, shown: Shown, prompts: ExplainerPrompts, shift: int = 0
+    ) -> Questions:
+        """`shift`: everybody is put as the user so many places further on, a control."""
+        users, states = np.roll(rows, -shift), np.roll(taught.states, -shift, axis=0)
+        alone = Shown("vectors", shown.titles, shown.vectors, shown.most)
+        found = Questions([], [], [], [], [])
+        for at, (row, state) in enumerate(zip(users.tolist(), states, strict=True)):
+            items = source.items(row, int(source.histories.lengths[row]))
+            user = {"user": shown.user(items, state)}
+            candidates = shown.items(taught.candidates[at].tolist())
+            for asked, templates, pieces in (
+                (found.next_item, prompts.next_item, user),
+                (found.ranking, prompts.ranking, {**user, "items": candidates}),
+                (found.liked, prompts.interest, {**user, "item": shown.item(int(taught.liked[at]))}),
+                (found.disliked, prompts.interest, {**user, "item": shown.item(int(taught.disliked[at]))}),
+                (found.history, prompts.history, {"user": alone.user(items, state)}),
+            ):
+                asked.append(fill(templates.test[at % len(templates.test)], pieces))
+        return found

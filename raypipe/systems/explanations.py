@@ -1,0 +1,99 @@
+"""Explanations of recommendations: whether an item fits a user, and why, in words; the same in batch and online."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from raypipe.engines.checks import AnswerChecks, CheckedEngine
+from raypipe.engines.engine import Decoding, Engine
+from raypipe.language.prompt import Prompt
+from raypipe.metrics.text import Vocabulary, top_values
+
+YES, NO = "Yes", "No"
+"""The answers a decision is made between."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an engine is asked about one user and one item: yes or no, and why."""
+
+    decision: Prompt
+    explanation: Prompt
+
+
+@dataclass
+class Explanation:
+    """What came of it: `decision` yes or no and `text`, or the `reason` and `message` of a rejection; and its cost."""
+
+    decision: str = ""
+    text: str = ""
+    reason: str = ""
+    message: str = ""
+    calls: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+
+
+def explain(engine: Engine, asked: Sequence[Asked], decoding: Decoding, checks: AnswerChecks) -> list[Explanation]:
+    """One for each of `asked`: the likelier of yes and no, and what the engine writes."""
+    found = [Explanation() for _ in asked]
+    for scores in engine.score([mine.decision for mine in asked], [(YES, NO)] * len(asked)):
+        mine = found[scores.index]
+        mine.calls, mine.tokens_in = 1, scores.tokens_in
+        if scores.error is not None:
+            mine.reason, mine.message = scores.error.kind, scores.error.message
+        else:
+            yes, no = scores.logprobs
+            mine.decision = "yes" if yes >= no else "no"
+    decided = [at for at, mine in enumerate(found) if not mine.reason]
+    prompts = [asked[at].explanation for at in decided]
+    for outcome in CheckedEngine(engine, checks).generate(prompts, decoding):
+        mine = found[decided[outcome.index]]
+        mine.calls += outcome.calls
+        mine.tokens_in += outcome.tokens_in
+        mine.tokens_out += outcome.tokens_out
+        if outcome.error is not None:
+            mine.reason, mine.message = outcome.error.kind, outcome.error.message
+        else:
+            mine.text = outcome.text.strip()
+    return found
+
+
+def reference_explanation(answer: str, title: str, history: Counter[str], values: Sequence[str]) -> str:
+    """What a rule would write that sees a history's attribute values, counted, and those of the item."""
+    common = [value for value, _ in sorted(history.items(), key=lambda pair: (-pair[1], pair[0]))]
+    common = [value for value in common if value in top_values(history)]
+    taste = f"The choices are mostly {_listed(common)}." if common else "The choices have nothing in common."
+    if not values:
+        return f"{answer}. {taste}"
+    fits = "as they are" if set(values) & set(common) else "as they are not"
+    return f"{answer}. {taste} {title} is {_listed(values)}, {fits}."
+
+
+def rule_rating(
+    decision: str,
+    label: str | None,
+    text: str,
+    vocabulary: Vocabulary,
+    history: Counter[str],
+    values: Sequence[str],
+    beside: bool,
+) -> int:
+    """What a rule that counts gives an explanation, by RecExplainer's rubric (section 4.3).
+
+    0: not the recommender's decision (`label`, None where it has none). 1: no attribute value of the history or the item, or
+    titles named that have no ground (`beside`). 3: a value most of the history has, and one of the item's. 2: one of the two.
+    """
+    if label is not None and decision != label:
+        return 0
+    named = set(vocabulary.named(text))
+    taste, item = bool(named & top_values(history)), bool(named & set(values))
+    if beside or not (taste or item):
+        return 1
+    return 3 if taste and item else 2
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

@@ -1,0 +1,76 @@
+"""What projection loses: the same probe on a recommender's states, on the tokens made of them, and on what the language model
+makes of a prompt with these; each learns from users who are not held out and is asked about those who are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from raypipe.language.adapters import AdapterCard
+from raypipe.language.backbone import Backbone
+from raypipe.language.prompt import Prompt, Vectors
+from raypipe.language.soft_prompts import SoftPromptLm, collate, encode
+from raypipe.systems.probes import CONTROL, ProbeConfig, Rows, probe_figures
+
+_PROMPTS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class AdaptedLm:
+    """A language model with its adapter, and what the adapter is of."""
+
+    backbone: Backbone
+    model: SoftPromptLm
+    card: AdapterCard
+
+    def tokens(self, vectors: Sequence[Vectors]) -> NDArray[np.float32]:
+        """What the model reads of each, its tokens' mean: float32 [n, hidden]."""
+        return self._over([Prompt.of(mine) for mine in vectors], self._mean_token)
+
+    def hidden_states(self, prompts: Sequence[Prompt]) -> NDArray[np.float32]:
+        """The last layer's state at each prompt's end: float32 [prompts, hidden]."""
+        return self._over(prompts, self._last_state)
+
+    def _mean_token(self, batch: Mapping[str, Tensor]) -> Tensor:
+        read = batch["mask"][:, :, None]
+        return (self.model.embed(batch) * read).sum(1) / read.sum(1)
+
+    def _last_state(self, batch: Mapping[str, Tensor]) -> Tensor:
+        positions = (batch["mask"].cumsum(1) - 1).clamp(min=0)
+        return self.model.lm.get_decoder()(
+            inputs_embeds=self.model.embed(batch),
+            attention_mask=batch["mask"],
+            position_ids=positions,
+            use_cache=False,
+        ).last_hidden_state[:, -1]
+
+    @torch.inference_mode()
+    def _over(
+        self, prompts: Sequence[Prompt], function: Callable[[Mapping[str, Tensor]], Tensor]
+    ) -> NDArray[np.float32]:
+        config, widths, device = self.card.config.projectors, self.card.widths, self.model.lm.device
+        encoded = [encode(self.backbone, prompt, config, widths) for prompt in prompts]
+        order = np.argsort([len(one.ids) for one in encoded], kind="stable")
+        found = []
+        for start in range(0, len(order), _PROMPTS_AT_ONCE):
+            batch = collate([encoded[row] for row in order[start : start + _PROMPTS_AT_ONCE]], left=True)
+            found.append(function({name: tensor.to(device) for name, tensor in batch.items()}).float().cpu())
+        return torch.cat(found).numpy()[np.argsort(order)]
+
+
+def probed(
+    learnt: Mapping[str, Rows], asked: Mapping[str, Rows], items: int, name: str, figure: str = "recovered"
+) -> dict[str, float]:
+    """By kind of vectors, the `figure` of a probe that learnt from some on the others' targets, as `probe of KIND: NAME`; a
+    control's has its own name between."""
+    found: dict[str, float] = {}
+    for kind, rows in learnt.items():
+        figures = probe_figures(ProbeConfig().fit(rows, items), asked[kind])
+        found[f"probe of {kind}: {name}"] = round(figures[figure].value, 4)
+        found[f"probe of {kind}: {CONTROL}: {name}"] = round(figures[f"{CONTROL}: {figure}"].value, 4)
+    return found

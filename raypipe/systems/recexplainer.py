@@ -1,0 +1,223 @@
+"""RecExplainer (arXiv 2311.10947): a language model learns to predict what a recommender does, so that it can explain it.
+
+Behaviour (B) puts histories and items as titles, intention (I) as the recommender's vectors, hybrid (H) as both; the labels are
+the recommender's own predictions. A position is a history cut before one event; all but a user's first and last event before
+the cut have one (section 4.1). Tasks, with their counts for N interactions of U users, the last of each held out:
+
+    T1   next item    the recommender's best unseen item                      N − 2U
+    T2   ranking      five unseen items in its order                          N − 2U
+    T3   interest     yes from its best fifth, no from its worse half         2U, one pair a user
+    T4   item         title of a vector, attributes, nearest item             one for each item and field
+    T5   replay       other exercises, so that the model keeps its language   as given
+    T6   history      the titles behind a state, every prefix                 N − U
+    T6b  summary      a written summary of what stands before the cut         one a user that has one
+
+Explanations are asked for and, as published, never learnt. A language model too small to write them unasked can learn the
+reference that a rule writes of attribute values (`explanation`, ours).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import model_validator
+
+from raypipe.config import Config, shaping
+from raypipe.engines.engine import Choices, Decoding, Engine
+from raypipe.language.adapters import AdapterConfig, LoraOptions
+from raypipe.language.projectors import ProjectorConfig
+from raypipe.language.prompt import Prompt, Vectors
+from raypipe.language.soft_prompts import Injection, SoftExample
+from raypipe.language.templates import fill
+from raypipe.metrics.alignment import decisions, ranking_figures, reconstruction_figures, retrieval_figures
+from raypipe.metrics.ranking import Mean
+from raypipe.metrics.recovery import titles_in
+from raypipe.systems.explainer_exercises import (
+    ITEM,
+    SEPARATOR,
+    USER,
+    Exercises,
+    Form,
+    Questions,
+    Shown,
+    Task,
+)
+from raypipe.systems.explainer_prompts import ExplainerPrompts
+from raypipe.systems.explanations import NO, YES
+from raypipe.systems.probes import Rows
+from raypipe.systems.projection import AdaptedLm, probed
+from raypipe.systems.source import Source, drawn_places
+from raypipe.systems.teacher import Taught, teach, teachable
+
+Variant = Literal["B", "I", "H"]
+CONTROL = "shuffled users"
+_ALL: tuple[Task, ...] = ("T1", "T2", "T3", "T4", "T5", "T6", "T6b")
+_ASKED: dict[Variant, Form] = {"B": "text", "I": "vectors", "H": "both"}
+_BEAMS = 5
+
+
+class ExplainerConfig(Config):
+    """Which variant, which tasks, and what is trained."""
+
+    variant: Variant = shaping("H", "histories and items as titles (B), as vectors (I), or as both (H)")
+    hybrid: Literal["paper", "code"] = shaping(
+        "paper", "H is trained on all three forms, as the paper says, or on the joint one alone, as its code does"
+    )
+    tasks: tuple[Task, ...] = shaping(_ALL, "leave one out to see what it gives, or add explanation", min_length=1)
+    titles: int = shaping(10, "last titles of a history that are shown and asked for", ge=1)
+    projector: ProjectorConfig = shaping(lambda: ProjectorConfig(kind="mlp"), "of users and of items, one for each")
+    injection: Injection = shaping("add", "tokens of vectors are added to a word's of their own, or replace it")
+    lora: LoraOptions | None = shaping(LoraOptions, "updates of the language model; null leaves it as it is")
+    embeddings: bool = shaping(False, "the language model's embedding table and head are trained too, as its code does")
+    constrained: bool = shaping(False, "titles are decoded among the catalogue's; the published tables do without")
+    prompts: ExplainerPrompts = shaping(ExplainerPrompts)
+
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> ExplainerConfig:
+        if self.variant == "B" and self.lora is None and not self.embeddings:
+            raise ValueError("variant B has no vectors to project, so that without lora nothing would be trained")
+        return self
+
+    def build(self) -> RecExplainer:
+        return RecExplainer(self)
+
+
+class RecExplainer:
+    """Implements `System`."""
+
+    def __init__(self, config: ExplainerConfig) -> None:
+        self.config = config
+
+    @property
+    def name(self) -> str:
+        return f"recexplainer-{self.config.variant.lower()}"
+
+    @property
+    def adapter(self) -> AdapterConfig:
+        sources = () if self.config.variant == "B" else (USER, ITEM)
+        projectors = dict.fromkeys(sources, self.config.projector)
+        return AdapterConfig(
+            projectors=projectors,
+            injection=self.config.injection,
+            lora=self.config.lora,
+            embeddings=self.config.embeddings,
+        )
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        """In which training puts users and items."""
+        if self.config.variant == "H" and self.config.hybrid == "paper":
+            return ("text", "vectors", "both")
+        return (_ASKED[self.config.variant],)
+
+    def examples(self, source: Source, users: int, positions: int, rng: np.random.Generator) -> Iterator[SoftExample]:
+        exercises = Exercises(source, self.forms, self.config.titles, self.config.prompts, rng)
+        yield from exercises.of_users(self.config.tasks, users, positions)
+        if "T4" in self.config.tasks:
+            yield from exercises.of_items()
+        if "T5" in self.config.tasks:
+            yield from source.replay
+
+    def shown(self, titles: Sequence[str], vectors: NDArray[np.float32]) -> Shown:
+        """How users and items stand in questions; item titles by index − 1, item vectors [items + 1, width]."""
+        return Shown(_ASKED[self.config.variant], titles, vectors, self.config.titles)
+
+    def measured(self, source: Source, engine: Engine, asked: int, most_tokens: int) -> dict[str, float]:
+        """How far the model predicts what the recommender says of held-out users; beside it, asked as somebody else."""
+        rng = np.random.default_rng(0)
+        rows = source.rows(held_out=True, least=2, most=asked, rng=rng)
+        rows = rows[teachable(source, source.histories.lengths[rows])]
+        taught = teach(source, rows, source.histories.lengths[rows], rng)
+        found: dict[str, float] = {"asked": len(rows)}
+        for shift, prefix in enumerate(("", f"{CONTROL}: ")):
+            questions = Questions.of(
+                source, rows, taught, self.shown(source.titles, source.item_states), self.config.prompts, shift
+            )
+            figures = self._figures(source, rows, taught, questions, engine, most_tokens)
+            found |= {prefix + name: round(value, 4) for name, value in figures.items()}
+        return found
+
+    def probed(self, source: Source, lm: AdaptedLm, users: int, positions: int, asked: int) -> dict[str, float]:
+        """Whether the recommender's best unseen item is among a probe's first five, from a user's state, its tokens and the
+        language model's state at the question's end."""
+        rng = np.random.default_rng(0)
+        rows = source.rows(held_out=False, least=2, most=users, rng=rng)
+        owners, events = drawn_places(rows, source.histories.lengths[rows], positions, rng)
+        learnt = self._probed(source, lm, owners, events)
+        rows = source.rows(held_out=True, least=2, most=asked, rng=rng)
+        told = self._probed(source, lm, rows, source.histories.lengths[rows])
+        return probed(learnt, told, source.recommender.items, "T1 HR@5", "hit@5")
+
+    def _probed(
+        self, source: Source, lm: AdaptedLm, rows: NDArray[np.int64], events: NDArray[np.int64]
+    ) -> dict[str, Rows]:
+        enough = teachable(source, events)
+        rows, events = rows[enough], events[enough]
+        taught = teach(source, rows, events, np.random.default_rng(0))
+        shown, template = self.shown(source.titles, source.item_states), self.config.prompts.next_item.test[0]
+        users = [
+            shown.user(source.items(row, count), state)
+            for row, count, state in zip(rows.tolist(), events.tolist(), taught.states, strict=True)
+        ]
+        vectors = {
+            "states": taught.states,
+            "hidden states": lm.hidden_states([fill(template, {"user": user}) for user in users]),
+        }
+        if self.config.variant != "B":
+            vectors["tokens"] = lm.tokens([Vectors(state[None], USER) for state in taught.states])
+        return {kind: Rows(mine, taught.favourites[:, None].tolist(), rows) for kind, mine in vectors.items()}
+
+    def _figures(
+        self,
+        source: Source,
+        rows: NDArray[np.int64],
+        taught: Taught,
+        questions: Questions,
+        engine: Engine,
+        most_tokens: int,
+    ) -> dict[str, float]:
+        count = taught.candidates.shape[1]
+        one, five = None, None
+        if self.config.constrained:
+            one, five = Choices(tuple(source.titles)), Choices(tuple(source.titles), SEPARATOR, count)
+        lists = [
+            [text.strip() for text in texts] for texts in _texts(engine, questions.next_item, most_tokens, one, _BEAMS)
+        ]
+        ranked = [titles_in(texts[0], source.known) for texts in _texts(engine, questions.ranking, most_tokens, five)]
+        favourites = source.titles_of(taught.favourites.tolist())
+        orders = [
+            source.titles_of(mine[order].tolist()) for mine, order in zip(taught.candidates, taught.orders, strict=True)
+        ]
+        liked, disliked = _likelihoods(engine, questions.liked), _likelihoods(engine, questions.disliked)
+        yes, no = np.concatenate([liked, disliked]).T
+        figures = {
+            **retrieval_figures(lists, favourites, source.known),
+            **ranking_figures(ranked, orders),
+            "T3 accuracy": Mean.of(decisions(yes, no, np.arange(len(yes)) < len(liked))),
+        }
+        if self.config.variant != "B":
+            histories = [source.titles_of(source.before_cut(row)[-self.config.titles :]) for row in rows.tolist()]
+            told = [titles_in(texts[0], source.known) for texts in _texts(engine, questions.history, most_tokens)]
+            figures |= reconstruction_figures(told, histories, source.known)
+        return {name: mean.value for name, mean in figures.items()}
+
+
+def _texts(
+    engine: Engine, prompts: Sequence[Prompt], most_tokens: int, choices: Choices | None = None, beams: int = 1
+) -> list[list[str]]:
+    """Of each prompt what the engine answers, best first; one empty text where it cannot."""
+    texts = [[""]] * len(prompts)
+    for outcome in engine.generate(prompts, Decoding(max_new_tokens=most_tokens, beams=beams), choices):
+        texts[outcome.index] = [beam.text for beam in outcome.beams] or [outcome.text]
+    return texts
+
+
+def _likelihoods(engine: Engine, prompts: Sequence[Prompt]) -> NDArray[np.float64]:
+    """Logarithms of how likely yes and no are, [prompts, 2]; an engine that has no answer thinks both alike likely."""
+    found = np.zeros((len(prompts), 2))
+    for scores in engine.score(prompts, [(YES, NO)] * len(prompts)):
+        found[scores.index] = scores.logprobs or (0.0, 0.0)
+    return found

@@ -1,0 +1,72 @@
+"""What systems are made from and measured on: a frozen recommender, histories up to the cut, and the catalogue in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raypipe.language.instructions import Catalogue
+from raypipe.language.soft_prompts import SoftExample
+from raypipe.recommenders.prefixes import prefix_states
+from raypipe.recommenders.recommender import Recommender
+from raypipe.recommenders.windows import Histories
+
+
+@dataclass(frozen=True)
+class Source:
+    """`held_out` bool [users] are those who are asked about, and whom no training sees; `catalogue` has a title of its own
+    for every item; `summaries` by row of the histories, of what stands before the cut; `replay` are other exercises."""
+
+    recommender: Recommender
+    histories: Histories
+    held_out: NDArray[np.bool_]
+    catalogue: Catalogue
+    summaries: Mapping[int, str] = field(default_factory=dict)
+    replay: Sequence[SoftExample] = ()
+
+    @property
+    def titles(self) -> Sequence[str]:
+        """By item index − 1."""
+        return self.catalogue.titles
+
+    @cached_property
+    def known(self) -> frozenset[str]:
+        return frozenset(self.catalogue.titles)
+
+    @cached_property
+    def item_states(self) -> NDArray[np.float32]:
+        """float32 [items + 1, width]."""
+        return self.recommender.item_states().detach().float().cpu().numpy()
+
+    def rows(self, *, held_out: bool, least: int, most: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        """At most so many users, drawn, of those held out or of the others, whose histories have at least so many events."""
+        there = np.flatnonzero((self.held_out == held_out) & (self.histories.lengths >= least))
+        return rng.permutation(there)[:most]
+
+    def items(self, row: int, events: int) -> list[int]:
+        """The first so many items of a history."""
+        start = self.histories.starts[row]
+        return self.histories.items[start : start + events].tolist()
+
+    def before_cut(self, row: int) -> list[int]:
+        """All items of a history."""
+        return self.items(row, int(self.histories.lengths[row]))
+
+    def titles_of(self, items: Sequence[int]) -> list[str]:
+        return [self.titles[item - 1] for item in items]
+
+    def states(self, rows: NDArray[np.int64], events: NDArray[np.int64]) -> NDArray[np.float32]:
+        """float32 [n, width], after the first `events` [n] of the histories in `rows` [n]."""
+        return prefix_states(self.recommender, self.histories, rows, events)
+
+
+def drawn_places(
+    rows: NDArray[np.int64], last: NDArray[np.int64], most: int, rng: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """At most so many numbers of events from 1 to `last` [n] for each of `rows` [n]: rows and events, one entry a place."""
+    places = [np.sort(1 + rng.choice(end, min(most, end), replace=False)) for end in last.tolist()]
+    return np.repeat(rows, [len(mine) for mine in places]), np.concatenate([np.zeros(0, np.int64), *places])

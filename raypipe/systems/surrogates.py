@@ -1,0 +1,237 @@
+"""What a language model that imitates a recommender f has to beat: functions of the history alone, learnt from f's answers.
+
+Beside the distilled student of RecExplainer (arXiv 2311.10947) stand the surrogates that people can read: a linear one, with a
+weight for every item and how lately it was chosen, and a tree of questions about the same. Each gives scores of prefixes, as a
+`Floor` does, and `surrogate_figures` measures whatever does: floors and f itself too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import model_validator
+from scipy.sparse import csr_array, hstack
+from scipy.sparse.linalg import lsqr
+
+from raypipe.config import Config, shaping
+from raypipe.metrics.alignment import decisions, order_ndcg, retrieval_metrics
+from raypipe.metrics.ranking import Mean
+from raypipe.recommenders.config import RecommenderConfig
+from raypipe.recommenders.floors import Floor
+from raypipe.recommenders.losses import softmax_loss
+from raypipe.recommenders.ranking import batches_by_length, sequences_of
+from raypipe.recommenders.recommender import Recommender
+from raypipe.recommenders.scoring import Filters, ranks_among
+from raypipe.recommenders.windows import Histories
+from raypipe.systems.early_stopping import EarlyStopping
+from raypipe.systems.source import Source
+from raypipe.systems.teacher import Taught, teach
+from raypipe.systems.trees import Tree, grow
+
+Floats = NDArray[np.float32]
+Integers = NDArray[np.int64]
+_LONGEST = 200
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What f says after each of n prefixes, `users` int64 [n] whose they are, to learn from or to be asked about.
+
+    `taught` are the labels of RecExplainer's tasks; the scores of all items are `queries` float32 [n, width] times `table`
+    [items + 1, width], row 0 padding.
+    """
+
+    prefixes: Histories
+    users: Integers
+    taught: Taught
+    queries: Floats
+    table: Floats
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, source: Source, rows: Integers, events: Integers, rng: np.random.Generator) -> Lessons:
+        """After the first `events` [n] of the histories in `rows` [n]; raises ValueError as `teach` does."""
+        taught = teach(source, rows, events, rng)
+        queries = source.recommender.queries(torch.from_numpy(taught.states).to(source.recommender.table.device))
+        prefixes = source.histories.take(source.histories.starts[rows], events)
+        return cls(prefixes, rows, taught, queries.float().cpu().numpy(), source.item_states)
+
+    @property
+    def items(self) -> int:
+        return len(self.table) - 1
+
+
+class HistoryFeatures(Config):
+    """A history as a surrogate that people can read sees it."""
+
+    windows: tuple[int, ...] = shaping(
+        (1, 2, 3, 5, 10, 20, 50), "whether an item is among the last so many; and whether it is there at all"
+    )
+
+    def of(self, prefixes: Histories, items: int) -> csr_array:
+        """0 or 1, float32 [n, (windows + 1) × (items + 1)], the columns of one window side by side."""
+        blocks = []
+        for kept in [*(np.minimum(prefixes.lengths, window) for window in self.windows), prefixes.lengths]:
+            recent = prefixes.take(prefixes.ends - kept, kept)
+            pairs = np.unique(np.stack([np.repeat(np.arange(len(kept)), kept), recent.items]), axis=1)
+            ones = np.ones(pairs.shape[1], np.float32)
+            blocks.append(csr_array((ones, (pairs[0], pairs[1])), shape=(len(kept), items + 1)))
+        return hstack(blocks, format="csr")
+
+
+class LinearConfig(Config):
+    """A ridge regression of f's scores."""
+
+    features: HistoryFeatures = shaping(HistoryFeatures)
+    l2: float = shaping(100.0, "penalty of the squared weights", ge=0)
+    steps: int = shaping(100, "of the solver, at most", ge=1)
+
+    def fit(self, learnt: Lessons) -> LinearSurrogate:
+        # f's scores are linear in its queries: the regression of these is that of the scores of all items, and far smaller.
+        features = _with_constant(self.features.of(learnt.prefixes, learnt.items))
+        options = {"damp": self.l2**0.5, "iter_lim": self.steps, "atol": 1e-4, "btol": 1e-4}
+        weights = [lsqr(features, column, **options)[0] for column in learnt.queries.T]
+        return LinearSurrogate(self, np.stack(weights, 1).astype(np.float32), learnt.table)
+
+
+@dataclass(frozen=True)
+class LinearSurrogate:
+    """`weights` [features + 1, width], the constant's last; times the table they are the weights of each item's score."""
+
+    config: LinearConfig
+    weights: Floats
+    table: Floats
+
+    def scores(self, prefixes: Histories) -> Floats:
+        """[n, items + 1]; column 0 has no meaning."""
+        features = self.config.features.of(prefixes, len(self.table) - 1)
+        return (_with_constant(features) @ self.weights) @ self.table.T
+
+
+class TreeConfig(Config):
+    """A regression tree of f's scores of all items at once."""
+
+    features: HistoryFeatures = shaping(HistoryFeatures)
+    leaves: int = shaping(256, "at most", ge=1)
+    rows_per_leaf: int = shaping(5, "at least", ge=1)
+
+    def fit(self, learnt: Lessons) -> TreeSurrogate:
+        features = self.features.of(learnt.prefixes, learnt.items)
+        # In these coordinates squared distances of queries are those of the scores of all items, less what all share.
+        centred = learnt.table[1:] - learnt.table[1:].mean(0)
+        lengths, axes = np.linalg.eigh(centred.T.astype(np.float64) @ centred)
+        coordinates = learnt.queries @ (axes * np.sqrt(np.maximum(lengths, 0)))
+        tree = grow(features, coordinates, self.leaves, self.rows_per_leaf)
+        leaves = tree.leaves_of(features)
+        counts = np.bincount(leaves, minlength=len(tree))
+        sums = np.zeros((len(tree), learnt.queries.shape[1]))
+        np.add.at(sums, leaves, learnt.queries)
+        queries = sums / np.maximum(counts, 1)[:, None]
+        return TreeSurrogate(self, tree, queries.astype(np.float32), learnt.table)
+
+
+@dataclass(frozen=True)
+class TreeSurrogate:
+    """`queries` [nodes, width], the mean of each leaf's; its scores are their products with the table."""
+
+    config: TreeConfig
+    tree: Tree
+    queries: Floats
+    table: Floats
+
+    def scores(self, prefixes: Histories) -> Floats:
+        """[n, items + 1]; column 0 has no meaning."""
+        leaves = self.tree.leaves_of(self.config.features.of(prefixes, len(self.table) - 1))
+        return self.queries[leaves] @ self.table.T
+
+
+class StudentConfig(Config):
+    """A small recommender that learns f's best item, and nothing of what users did next."""
+
+    recommender: RecommenderConfig = shaping(
+        lambda: RecommenderConfig(width=32, hidden=64, layers=1, max_length=50), "the loss it names does not matter"
+    )
+    training: EarlyStopping = shaping(EarlyStopping)
+
+    @model_validator(mode="after")
+    def _scores_are_products_with_states(self) -> StudentConfig:
+        if self.recommender.model == "dreamrec":
+            raise ValueError("dreamrec learns item vectors and no scores: choose another model for the student")
+        return self
+
+    def fit(self, learnt: Lessons) -> Student:
+        """Raises ValueError for lessons of fewer than two users."""
+        model = self.recommender.build(learnt.items, self.training.seed)
+        favourites = torch.from_numpy(learnt.taught.favourites)
+
+        def loss(rows: Integers) -> torch.Tensor:
+            states = model.encode(sequences_of(learnt.prefixes, rows, model.max_length))
+            return softmax_loss(states, model.item_states(), favourites[rows]) / len(rows)
+
+        self.training.run(model, loss, learnt.users)
+        return Student(model)
+
+
+@dataclass(frozen=True)
+class Student:
+    model: Recommender
+
+    @torch.no_grad()
+    def scores(self, prefixes: Histories) -> Floats:
+        """[n, items + 1]; column 0 has no meaning."""
+        scores = np.empty((len(prefixes), self.model.items + 1), np.float32)
+        for rows in batches_by_length(prefixes, self.model.max_length):
+            states = self.model.encode(sequences_of(prefixes, rows, self.model.max_length))
+            scores[rows] = self.model.score(states).numpy()
+        return scores
+
+
+def surrogate_figures(surrogate: Floor, learnt: Lessons, asked: Lessons) -> dict[str, Mean]:
+    """T1 to T3 of `asked`, named as in `alignment`: HR@5 and NDCG@5 of f's best item, NDCG@5 of five candidates, accuracy.
+
+    For T3 an item's rank among the unseen is the answer: Yes up to the rank that is right for most of `learnt`.
+    """
+    threshold = _threshold(*_answers(surrogate, learnt)[2:])
+    favourites, ndcgs, liked, disliked = _answers(surrogate, asked)
+    ranks = np.concatenate([liked, disliked])
+    right = decisions(-ranks, np.full(len(ranks), -threshold), np.arange(len(ranks)) < len(liked))
+    return {
+        **retrieval_metrics(favourites[:, 0], favourites[:, 1]),
+        "T2 NDCG@5": Mean.of(ndcgs),
+        "T3 accuracy": Mean.of(right),
+    }
+
+
+def _answers(
+    surrogate: Floor, asked: Lessons
+) -> tuple[Integers, NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Items above f's best and beside it [n, 2], NDCG@5 of the candidates, mean ranks of the liked and the disliked item."""
+    taught = asked.taught
+    ordered = np.take_along_axis(taught.candidates, taught.orders, 1)
+    wanted = (taught.favourites, taught.liked, taught.disliked)
+    places, ndcgs = np.empty((3, len(ordered), 2), np.int64), np.empty(len(ordered))
+    for rows in batches_by_length(asked.prefixes, max_length=_LONGEST):
+        scores = surrogate.scores(asked.prefixes.take(asked.prefixes.starts[rows], asked.prefixes.lengths[rows]))
+        ndcgs[rows] = order_ndcg(np.take_along_axis(scores, ordered[rows], 1))
+        seen = Filters(excluded=sequences_of(asked.prefixes, rows))
+        for task, items in enumerate(wanted):
+            found = ranks_among(torch.from_numpy(scores), torch.from_numpy(items[rows]), seen)
+            places[task, rows] = torch.stack(found, 1).numpy()
+    above, same = places[1:, :, 0], places[1:, :, 1]
+    liked, disliked = above + (same + 1) / 2
+    return places[0], ndcgs, liked, disliked
+
+
+def _threshold(liked: NDArray[np.float64], disliked: NDArray[np.float64]) -> float:
+    """The rank up to which most of the items are liked, and beyond which they are not; between two ranks that there are."""
+    ranks = np.unique(np.concatenate([liked, disliked]))
+    cuts = np.concatenate([[ranks[0] - 1], (ranks[:-1] + ranks[1:]) / 2, [ranks[-1] + 1]])
+    right = np.searchsorted(np.sort(liked), cuts) - np.searchsorted(np.sort(disliked), cuts)
+    return float(cuts[right.argmax()])
+
+
+def _with_constant(features: csr_array) -> csr_array:
+    return hstack([features, csr_array(np.ones((features.shape[0], 1), np.float32))], format="csr")

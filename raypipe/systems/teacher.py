@@ -1,0 +1,111 @@
+"""A recommender's own predictions as labels for whoever learns to imitate it (RecExplainer, arXiv 2311.10947, section 3.1):
+never what happened next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from raypipe.recommenders.sequences import Sequences
+from raypipe.recommenders.windows import Histories
+from raypipe.systems.source import Source
+
+CANDIDATES = 5
+LIKED, DISLIKED = 0.2, 0.5
+"""Unseen items before this share of them, best first, are liked, those from that on disliked."""
+
+_BLOCK_SCORES = 2**24
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What the recommender says at places in histories, all of unseen items.
+
+    `states` float32 [n, width]; `favourites` int64 [n], its best; `candidates` int64 [n, 5], drawn alike, and `scores` float32
+    [n, 5] theirs; `liked` and `disliked` int64 [n], each drawn from its best fifth and its worse half.
+    """
+
+    states: NDArray[np.float32]
+    favourites: NDArray[np.int64]
+    candidates: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    liked: NDArray[np.int64]
+    disliked: NDArray[np.int64]
+
+    @property
+    def orders(self) -> NDArray[np.int64]:
+        """[n, 5], places in `candidates` from the best on; of equal scores the smaller item first."""
+        return np.lexsort((self.candidates, -self.scores))
+
+
+def teachable(source: Source, events: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Whether histories of so many events leave enough items unseen to be asked about, whatever they hold."""
+    return events + 2 * CANDIDATES <= source.recommender.items
+
+
+def teach(source: Source, rows: NDArray[np.int64], events: NDArray[np.int64], rng: np.random.Generator) -> Taught:
+    """After the first `events` [n] of the histories in `rows` [n].
+
+    Raises ValueError where some history leaves fewer than ten items unseen.
+    """
+    states = source.states(rows, events)
+    parts = [
+        _taught(source, states[part], source.histories.take(source.histories.starts[rows[part]], events[part]), rng)
+        for part in _parts(len(rows), source.recommender.items)
+    ]
+    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    return Taught(states, *columns)
+
+
+def most_similar(source: Source) -> NDArray[np.int64]:
+    """int64 [items], for each item the other one whose vector is nearest by cosine."""
+    vectors = torch.nn.functional.normalize(torch.from_numpy(source.item_states[1:]), dim=1)
+    nearest = []
+    for part in _parts(len(vectors), len(vectors)):
+        likeness = vectors[part] @ vectors.T
+        own = torch.arange(part.start, min(part.stop, len(vectors)))
+        likeness[torch.arange(len(own)), own] = -torch.inf
+        nearest.append(likeness.argmax(1) + 1)
+    return torch.cat(nearest).numpy()
+
+
+@torch.no_grad()
+def _taught(
+    source: Source, states: NDArray[np.float32], seen: Histories, rng: np.random.Generator
+) -> tuple[NDArray[np.int64] | NDArray[np.float32], ...]:
+    model = source.recommender
+    prefixes = Sequences(torch.from_numpy(seen.items.astype(np.int64)), torch.from_numpy(seen.lengths))
+    scores = model.score(torch.from_numpy(states).to(model.table.device)).float().cpu()
+    unseen = torch.ones_like(scores, dtype=torch.bool)
+    unseen[:, 0] = False
+    unseen[prefixes.rows, prefixes.items] = False
+    left = unseen.sum(1)
+    if int(left.min()) < 2 * CANDIDATES:
+        raise ValueError(
+            f"A history leaves {int(left.min())} of {source.recommender.items} items unseen: too few to ask about."
+        )
+    scores = scores.masked_fill(~unseen, -torch.inf)
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    drawn = (
+        torch.from_numpy(rng.random(scores.shape, np.float32)).masked_fill(~unseen, -1).topk(CANDIDATES, dim=1).indices
+    )
+    liked_count, worse = (left * LIKED).long().clamp(min=1), (left * DISLIKED).long()
+    draws = torch.from_numpy(rng.random((2, len(states))))
+    liked = order.gather(1, (draws[0] * liked_count).long()[:, None])[:, 0]
+    disliked = order.gather(1, (worse + (draws[1] * (left - worse)).long())[:, None])[:, 0]
+    return (
+        order[:, 0].numpy(),
+        drawn.numpy(),
+        scores.gather(1, drawn).numpy(),
+        liked.numpy(),
+        disliked.numpy(),
+    )
+
+
+def _parts(count: int, items: int) -> Iterator[slice]:
+    size = max(1, _BLOCK_SCORES // (items + 1))
+    return (slice(at, at + size) for at in range(0, count, size))

@@ -1,0 +1,148 @@
+"""`explain` on chains: what is new is put into words, what is not is carried over, and what cannot be is told or rejected."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from raypipe.cli.main import main
+from raypipe.storage.workspace import Workspace
+from tests.conftest import Run
+from tests.engines.chat_server import ChatServer
+from tests.ground import one_paragraph
+from tests.pipeline.small_logs import CHAIN_ITEMS, EXPLAINER, START, newest, write_catalogue, write_log
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+# A tiny model leaves some out: those are asked for again.
+SHORT = ("--decoding.max_new_tokens", "40", "--checks.retries", "6")
+
+
+@pytest.fixture(scope="module")
+def explaining_once(joined_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `joined_once`, with an adapter that explains, and recommendations."""
+    uri = tmp_path_factory.mktemp("explaining") / "workspace"
+    shutil.copytree(joined_once, uri)
+    shared = ["--workspace", str(uri), "--tracking", "off"]
+    assert main(["align", *shared, *EXPLAINER]) == 0
+    assert main(["recommend", *shared, "--length", "3", "--cluster.workers", "1"]) == 0
+    return uri
+
+
+@pytest.fixture
+def explaining(explaining_once: Path, tmp_path: Path) -> str:
+    return str(shutil.copytree(explaining_once, tmp_path / "explaining"))
+
+
+def rows_of(uri: str, variant: str = "explain-recexplainer-h") -> dict[tuple[str, int], dict]:
+    rows = [row for row in newest(uri, "explanations").to_pylist() if row["variant"] == variant]
+    found = {(row["user_id"], row["item_index"]): row for row in rows}
+    assert len(found) == len(rows), "a pair is there twice"
+    return found
+
+
+def test_everybodys_top_recommendation_is_decided_and_put_into_words(raypipe: Run, explaining: str) -> None:
+    ended = raypipe("explain", "--workspace", explaining, *SHORT)
+    assert (ended.code, ended.status) == (0, "ok"), ended.stderr
+    recommended = {row["user_id"]: row["items"][0] for row in newest(explaining, "recommendations").to_pylist()}
+    rows = rows_of(explaining)
+    assert ended.metrics["pairs"] == len(recommended) == 120
+    assert set(rows) == set(recommended.items())
+    assert {row["decision"] for row in rows.values()} <= {"yes", "no"}
+    # The item is the recommender's best: what has learnt its taste says yes, in words that name the item's kind.
+    assert ended.metrics["yes_share"] > 0.6
+    assert sum("The choices are" in row["text"] for row in rows.values()) > 80
+    assert ended.result["cost"]["calls"] >= 2 * 120
+    assert ended.result["cost"]["tokens_out"] > 0
+
+    again = raypipe("explain", "--workspace", explaining, *SHORT)
+    assert (again.status, again.result["cost"]["calls"]) == ("nothing_to_do", 0)
+
+    with ChatServer(answer=lambda prompt: "3" if "Recommended: yes" in prompt else "0") as server:
+        judges = {"endpoint": {"engine": "openai", "http": {"url": server.url, "model": "m"}}}
+        words = ("--what", "explanations", "--sample", "40", "--judges", json.dumps(judges))
+        judged = raypipe("judge", "--workspace", explaining, *words)
+    assert judged.code == 0, judged.stderr
+    # What is recommended first is what the recommender says yes to.
+    assert (judged.metrics["users"], judged.metrics["endpoint.mean"]) == (40, 3.0)
+    wrong = sum(row["decision"] == "no" for row in rows.values()) / len(rows)
+    assert judged.metrics["rule.share_0"] == pytest.approx(wrong, abs=0.25)
+    assert judged.metrics["rule.mean"] > 1.5
+
+
+def test_a_night_explains_what_is_new_alone(raypipe: Run, explaining: str, files: Path) -> None:
+    assert raypipe("explain", "--workspace", explaining, *SHORT).code == 0
+    before = rows_of(explaining)
+    log = write_log(files / "more.csv", [("u1", "i5", START + 100)])
+    catalogue = write_catalogue(files / "items.csv", CHAIN_ITEMS)
+    words = ("--log.path", log, "--log.columns.time", "time", "--catalogue.path", catalogue)
+    assert raypipe("ingest", "--workspace", explaining, *words).code == 0
+    assert raypipe("recommend", "--workspace", explaining, "--length", "3").code == 0
+    ended = raypipe("explain", "--workspace", explaining, *SHORT)
+    assert (ended.metrics["computed"], ended.metrics["unchanged"]) == (1, 119)
+    after = rows_of(explaining)
+    assert {pair: row for pair, row in after.items() if pair[0] != "u1"} == {
+        pair: row for pair, row in before.items() if pair[0] != "u1"
+    }
+    assert len(after) == 120
+
+
+def test_pairs_of_a_file_are_explained_beside_and_strangers_told(raypipe: Run, explaining: str, files: Path) -> None:
+    pairs = files / "pairs.csv"
+    pairs.write_text("user_id,item_id\nu1,i3\nu1,i7\nu2,i3\nu1,i3\n")
+    ended = raypipe("explain", "--workspace", explaining, "--pairs", pairs, *SHORT)
+    assert (ended.metrics["pairs"], ended.metrics["computed"]) == (3, 3)
+    assert set(rows_of(explaining, "explain-recexplainer-h-pairs")) == {("u1", 3), ("u1", 7), ("u2", 3)}
+    focused = raypipe("explain", "--workspace", explaining, "--pairs", pairs, "--focus", "genre", *SHORT)
+    assert focused.metrics["computed"] == 3
+    for text, problem in (
+        ("user_id,item_id\nu1,nothing\n", "1 of 1 pairs of"),
+        ("user_id,item_id\nnobody,i3\nu1,i3\n", "have a user_id that nobody knows here, for example 'nobody'"),
+        ("user,item\nu1,i3\n", "cannot be read"),
+        ("user_id,item_id\n", "has no pairs"),
+    ):
+        pairs.write_text(text)
+        refused = raypipe("explain", "--workspace", explaining, "--pairs", pairs, *SHORT)
+        assert refused.code == 2
+        assert problem in one_paragraph(refused.stderr)
+
+
+def test_what_does_not_fit_is_rejected_with_its_reason_and_stops_a_run_where_it_is_much(
+    raypipe: Run, explaining: str
+) -> None:
+    long = ("--decoding.max_new_tokens", "95")
+    stopped = raypipe("explain", "--workspace", explaining, "--decoding.max_new_tokens", "150")
+    assert stopped.code == 1
+    assert "more than max_reject_rate 20%. prompt_too_long: " in one_paragraph(stopped.stderr)
+    ended = raypipe("explain", "--workspace", explaining, *long, "--max_reject_rate", "1")
+    assert (ended.code, ended.status) == (0, "ok"), ended.stderr
+    assert ended.metrics["computed"] + ended.metrics["rejected"] == 120
+    assert ended.metrics["rejected"] > 0
+    rejects = newest(explaining, "rejects").to_pylist()
+    assert len(rejects) == ended.metrics["rejected"]
+    assert {row["reason"] for row in rejects} == {"prompt_too_long"}
+
+
+def test_a_cap_leaves_the_rest_for_the_next_run_and_a_canary_publishes_nothing(raypipe: Run, explaining: str) -> None:
+    canary = raypipe("explain", "--workspace", explaining, "--sample", "5", *SHORT)
+    assert canary.metrics["computed"] == 5
+    workspace = Workspace(explaining)
+    assert workspace.tables["explanations"].version() == -1
+    capped = raypipe("explain", "--workspace", explaining, "--max_calls", "80", "--micro_batch", "4", *SHORT)
+    assert 0 < capped.metrics["computed"] < 120
+    assert capped.metrics["computed"] + capped.metrics["capped"] == 120
+    assert capped.result["cost"]["calls"] <= 80
+    rest = raypipe("explain", "--workspace", explaining, *SHORT)
+    assert rest.metrics["unchanged"] == capped.metrics["computed"]
+    assert len(rows_of(explaining)) == 120
+
+
+def test_what_cannot_explain_is_told_before_work_starts(raypipe: Run, explaining: str, with_lm: str) -> None:
+    nothing = raypipe("explain", "--workspace", with_lm)
+    assert (nothing.code, "No model recexplainer-h is stored" in nothing.stderr) == (2, True)
+    unjudged = raypipe("judge", "--workspace", explaining, "--what", "explanations")
+    assert (unjudged.code, "has no explanations explain-recexplainer-h" in unjudged.stderr) == (2, True)
+    wrong = raypipe("explain", "--workspace", explaining, "--adapter", "sasrec")
+    assert (wrong.code, "is no adapter that explains" in wrong.stderr) == (2, True)

@@ -1,0 +1,164 @@
+"""RecExplainer's exercises: their exact numbers, what each shows, and whose."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from raypipe.language.prompt import Prompt, Text, Vectors
+from raypipe.language.soft_prompts import SoftExample
+from raypipe.language.templates import Templates
+from raypipe.systems.explainer_exercises import Exercises, Form, Questions, Shown, Task
+from raypipe.systems.explainer_prompts import ExplainerPrompts
+from raypipe.systems.source import Source
+from raypipe.systems.teacher import teach
+from tests.systems.sources import HELD_OUT, ITEMS, LENGTHS, source_of
+
+PROMPTS = ExplainerPrompts()
+TRAINED = LENGTHS[~HELD_OUT]
+
+
+@pytest.fixture(scope="module")
+def source() -> Source:
+    return source_of()
+
+
+def made(
+    source: Source, tasks: Sequence[Task], forms: Sequence[Form] = ("text",), titles: int = 3
+) -> list[SoftExample]:
+    exercises = Exercises(source, forms, titles, PROMPTS, np.random.default_rng(0))
+    return list(exercises.of_users(tasks, 100, 100))
+
+
+def is_asked_by(prompt: Prompt, templates: Templates) -> bool:
+    """Whether the prompt's words begin and end as one of the training's templates does."""
+    words = [segment.text for segment in prompt.segments if isinstance(segment, Text)]
+    text = "".join(words)
+    ends = [(template.split("{")[0], template.rsplit("}", 1)[1]) for template in templates.training]
+    return any(text.startswith(start) and text.endswith(end) for start, end in ends)
+
+
+def test_there_are_as_many_exercises_as_the_paper_counts(source: Source) -> None:
+    # Histories here end before the cut: N interactions of U users are one more for each user.
+    users, interactions = len(TRAINED), int(TRAINED.sum() + len(TRAINED))
+    assert len(made(source, ["T1"])) == interactions - 2 * users
+    assert len(made(source, ["T2"])) == interactions - 2 * users
+    assert len(made(source, ["T3"])) == 2 * users
+    assert len(made(source, ["T6"], ["vectors"])) == interactions - users
+    assert len(made(source, ["T1"], ["text", "vectors", "both"])) == 3 * (interactions - 2 * users)
+    assert len(made(source, ["T6"], ["text", "vectors", "both"])) == interactions - users
+    assert made(source, ["T6"], ["text"]) == []
+
+
+def test_the_next_item_is_the_recommenders_favourite_and_never_what_was_chosen(source: Source) -> None:
+    rows = np.flatnonzero(~HELD_OUT)
+    owners = np.repeat(rows, LENGTHS[rows] - 1)
+    events = np.concatenate([np.arange(1, length) for length in LENGTHS[rows]])
+    taught = teach(source, owners, events, np.random.default_rng(0))
+    expected = Counter(
+        (tuple(source.titles_of(source.items(row, count))[-3:]), source.titles[favourite - 1])
+        for row, count, favourite in zip(owners, events, taught.favourites, strict=True)
+    )
+    found = Counter()
+    for example in made(source, ["T1"]):
+        (segment,) = example.prompt.segments
+        shown = [title for title in source.titles if re.search(rf"{title}[;.,]", segment.text)]
+        found[frozenset(shown), example.answer] += 1
+    assert found == Counter({(frozenset(history), answer): 1 for history, answer in expected.elements()})
+    for example in made(source, ["T1"]):
+        assert is_asked_by(example.prompt, PROMPTS.next_item)
+
+
+def test_a_form_shows_titles_or_vectors_or_both(source: Source) -> None:
+    state = source.states(np.array([1]), np.array([4]))[0]
+    items = source.items(1, 4)
+    history = "; ".join(source.titles_of(items)[-2:])
+    text, vectors, both = (Shown(form, source.titles, source.item_states, 2) for form in ("text", "vectors", "both"))
+    assert text.user(items, state) == history
+    assert vectors.user(items, state) == Vectors(state[None], "user")
+    assert both.user(items, state) == [Vectors(state[None], "user"), f": {history}"]
+    item = Vectors(source.item_states[7][None], "item")
+    assert (text.item(7), vectors.item(7), both.item(7)) == ("Film 7", item, ["Film 7 ", item])
+    assert text.items([7, 8]) == ["Film 7", "; ", "Film 8"]
+    assert both.items([7, 8])[2:4] == ["; ", "Film 8 "]
+
+
+def test_a_ranking_answers_with_the_candidates_it_shows_in_the_recommenders_order(source: Source) -> None:
+    for example in made(source, ["T2"]):
+        (segment,) = example.prompt.segments
+        ranked = example.answer.split("; ")
+        assert len(set(ranked)) == 5
+        assert all(title in segment.text for title in ranked)
+    for example in made(source, ["T2"], ["vectors"]):
+        shown = [segment.values[0] for segment in example.prompt.segments if isinstance(segment, Vectors)]
+        user = next(vector for vector in shown if not any(np.array_equal(vector, item) for item in source.item_states))
+        scores = [source.item_states[int(title.split()[1])] @ user for title in example.answer.split("; ")]
+        assert scores == sorted(scores, reverse=True)
+        assert len(shown) == 6
+
+
+def test_interest_has_a_yes_and_a_no_of_every_user_at_one_place(source: Source) -> None:
+    answers = Counter(example.answer for example in made(source, ["T3"]))
+    assert answers == {"Yes": len(TRAINED), "No": len(TRAINED)}
+
+
+def test_an_explanation_says_what_the_choices_and_the_item_have_in_common(source: Source) -> None:
+    made_ones = made(source, ["explanation"])
+    assert len(made_ones) == (TRAINED - 1).sum()
+    for example in made_ones:
+        decision, taste, item = example.answer.removesuffix(".").split(". ")
+        assert decision in {"Yes", "No"}
+        genres = set(taste.removeprefix("The choices are mostly ").replace(" and ", ", ").split(", "))
+        title, kind = item.split(" is ")
+        genre, fits = kind.split(", ")
+        assert source.catalogue.attributes[source.titles.index(title)]["genre"] == [genre]
+        assert (fits == "as they are") == (genre in genres)
+
+
+def test_a_history_is_read_from_its_state_alone_oldest_first(source: Source) -> None:
+    answers = Counter(example.answer for example in made(source, ["T6"], ["vectors"]))
+    rows = np.flatnonzero(~HELD_OUT)
+    expected = Counter(
+        "; ".join(source.titles_of(source.items(row, count))[-3:])
+        for row in rows
+        for count in range(1, LENGTHS[row] + 1)
+    )
+    assert answers == expected
+
+
+def test_summaries_are_learnt_of_users_who_have_one_and_are_not_held_out(source: Source) -> None:
+    held_out, trained = int(np.flatnonzero(HELD_OUT)[0]), int(np.flatnonzero(~HELD_OUT)[0])
+    told = replace(source, summaries={held_out: "Nobody may read this.", trained: "Likes War."})
+    assert [example.answer for example in made(told, ["T6b"], ["text", "both"])] == ["Likes War."] * 2
+    assert made(source, ["T6b"]) == []
+
+
+def test_items_are_told_apart_by_vector_attribute_and_neighbour(source: Source) -> None:
+    exercises = Exercises(source, ["vectors"], 3, PROMPTS, np.random.default_rng(0))
+    examples = list(exercises.of_items())
+    assert len(examples) == 3 * ITEMS  # title, genre, nearest
+    assert {example.answer for example in examples if is_asked_by(example.prompt, PROMPTS.title)} == set(source.titles)
+    text = list(Exercises(source, ["text"], 3, PROMPTS, np.random.default_rng(0)).of_items())
+    assert len(text) == 2 * ITEMS
+    genres = [example.answer for example in text if "genre" in example.prompt.text]
+    assert sorted(genres) == sorted(values["genre"][0] for values in source.catalogue.attributes)
+
+
+def test_questions_use_the_tests_templates_and_a_control_asks_as_somebody_else(source: Source) -> None:
+    rows = np.flatnonzero(HELD_OUT)
+    taught = teach(source, rows, LENGTHS[rows], np.random.default_rng(0))
+    shown = Shown("text", source.titles, source.item_states, 3)
+    own = Questions.of(source, rows, taught, shown, PROMPTS)
+    other = Questions.of(source, rows, taught, shown, PROMPTS, shift=1)
+    for asked, templates in ((own.next_item, PROMPTS.next_item), (own.liked, PROMPTS.interest)):
+        assert len(asked) == len(rows)
+        assert not any(is_asked_by(prompt, templates) for prompt in asked)
+    assert own.next_item[1:] + own.next_item[:1] == other.next_item
+    candidates = source.titles_of(taught.candidates[0].tolist())
+    assert all(title in other.ranking[0].text for title in candidates)
+    assert [len(prompt.segments) for prompt in own.history] == [3] * len(rows)
