@@ -182,7 +182,7 @@ class RecExplainer:
         count = taught.candidates.shape[1]
         one, five = None, None
         if self.config.constrained:
-            one, five = Choices(tuple(source.titles)), Choices(tuple(source.titles), SEPARATOR, count)
+            one, five = (Choices(tuple(source.titles), SEPARATOR, most) for most in (1, count))
         lists = [
             [text.strip() for text in texts] for texts in _texts(engine, questions.next_item, most_tokens, one, _BEAMS)
         ]

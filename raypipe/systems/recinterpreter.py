@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import model_validator
 
 from raypipe.config import Config, shaping
-from raypipe.engines.engine import Decoding, Engine
+from raypipe.engines.engine import Choices, Decoding, Engine
 from raypipe.language.adapters import AdapterConfig, LoraOptions
 from raypipe.language.projectors import ProjectorConfig
 from raypipe.language.prompt import Prompt, Vectors
@@ -86,6 +86,7 @@ class InterpreterConfig(Config):
     tokens: int = shaping(1, "tokens that a qformer makes of one state", ge=1)
     injection: Injection = shaping("replace", "tokens of states replace what the model reads, or are added to a word")
     lora: LoraOptions | None = shaping(None, "unset: the language model is frozen")
+    constrained: bool = shaping(False, "titles are decoded among the catalogue's; the published tables do without")
     prompts: InterpreterPrompts = shaping(InterpreterPrompts)
 
     def build(self) -> RecInterpreter:
@@ -176,13 +177,18 @@ class RecInterpreter:
         found: dict[str, float] = {"asked": len(readings)}
         for control in ("", *CONTROLS):
             prompts = self.questions(readings, oracles, control)
-            answers = [""] * len(prompts)
-            for outcome in engine.generate(prompts, decoding):
-                answers[outcome.index] = outcome.text
+            count = len(readings)
+            answers = [
+                *_answers(engine, prompts[:count], decoding, self._choices(source, self.config.titles)),
+                *_answers(engine, prompts[count:], decoding, self._choices(source, 1)),
+            ]
             prefix = f"{control}: " if control else ""
             figures = self.figures(answers, readings, oracles, source.known)
             found |= {prefix + name: round(value, 4) for name, value in figures.items()}
         return found
+
+    def _choices(self, source: Source, most: int) -> Choices | None:
+        return Choices(tuple(source.titles), SEPARATOR, most) if self.config.constrained else None
 
     def probed(self, source: Source, lm: AdaptedLm, users: int, positions: int, asked: int) -> dict[str, float]:
         """What probes recover of held-out users: the last titles from states, their tokens and the language model's states at
@@ -285,6 +291,13 @@ def residual_figures(answers: Sequence[str], titles: Sequence[str], known: Colle
         "residual": float(np.mean(right)) if right else 0.0,
         "residual valid": float(np.mean([mine in known for mine in given])) if given else 0.0,
     }
+
+
+def _answers(engine: Engine, prompts: Sequence[Prompt], decoding: Decoding, choices: Choices | None) -> list[str]:
+    answers = [""] * len(prompts)
+    for outcome in engine.generate(prompts, decoding, choices):
+        answers[outcome.index] = outcome.text
+    return answers
 
 
 @torch.no_grad()

@@ -3,6 +3,10 @@
 Beside the distilled student of RecExplainer (arXiv 2311.10947) stand the surrogates that people can read: a linear one, with a
 weight for every item and how lately it was chosen, and a tree of questions about the same. Each gives scores of prefixes, as a
 `Floor` does, and `surrogate_figures` measures whatever does: floors and f itself too.
+
+Of a SASRec of width 64 on MovieLens-100k, learnt at 8,480 places of 848 users and asked after the last event of 95 others (T1
+HR@5, T2, T3): linear .67, .93, .96 in 8 s of one core; tree .22, .86, .90 in 2 s; student .46, .77, .79 in 24 s, because it learns
+f's best item alone; transitions .40, .84, .89.
 """
 
 from __future__ import annotations

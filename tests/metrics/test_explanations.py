@@ -60,7 +60,7 @@ def test_a_hundred_thousand_titles_are_found_as_by_one_expression_of_all_and_fas
     texts = [". ".join(drawn.choices(listed, k=3)) + ". The film was fine." for _ in range(2_000)]
     started = time.process_time()
     found = [named_titles(text, titles) for text in texts]
-    assert time.process_time() - started < 1.0  # 0.05 s on a free core
+    assert time.process_time() - started < 1.0  # 0.09 s on a free core
     for text, named in list(zip(texts, found, strict=True))[:20]:
         of_text = [title for title in listed if title in text]
         longest = "|".join(map(re.escape, sorted(of_text, key=len, reverse=True)))

@@ -85,17 +85,34 @@ def test_an_oracle_is_asked_for_after_learning_from_item_vectors(source: Source)
     (reading,) = system.readings(source, np.array([2]), np.array([5]))
     item = source.items(2, 5)[-1]
     np.testing.assert_array_equal(reading.other_side.values, source.item_states[item][None])
-    asked = {}
-
-    class Perfect:
-        def generate(self, prompts, decoding):
-            asked["prompts"] = prompts
-            return iter(())
-
-    figures = system.measured(source, Perfect(), 100, 8)
+    found = Silent()
+    figures = system.measured(source, found, 100, 8)
     count = int(figures["asked"])
-    assert len(asked["prompts"]) == 3 * count
+    assert len(found.prompts) == 3 * (3 * count)  # three exercises, and two controls
+    assert found.choices == {None}
     assert figures["oracle"] == 0.0
+
+
+def test_decoding_among_titles_asks_for_one_or_for_as_many_as_a_history_shows(source: Source) -> None:
+    found = Silent()
+    RecInterpreter(InterpreterConfig(titles=3, constrained=True)).measured(source, found, 100, 8)
+    assert {(choices.texts, choices.most) for choices in found.choices} == {
+        (tuple(source.titles), 3),
+        (tuple(source.titles), 1),
+    }
+
+
+class Silent:
+    """An engine that answers nothing and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.prompts: list = []
+        self.choices: set = set()
+
+    def generate(self, prompts, decoding, choices=None):
+        self.prompts += prompts
+        self.choices.add(choices)
+        return iter(())
 
 
 @pytest.mark.parametrize("model", ["sasrec", "dreamrec"])
@@ -107,7 +124,7 @@ def test_the_oracle_is_what_the_recommender_would_have_next_and_its_title_the_ne
     class Naming:
         """Answers the oracle's questions with the title of the item nearest to the vector it is shown last."""
 
-        def generate(self, prompts, decoding):
+        def generate(self, prompts, decoding, choices=None):
             from raypipe.engines.engine import Outcome
 
             told.append([])

@@ -80,6 +80,16 @@ class F:
             return self.model.score(self.model.encode(Sequences.of(lists))).numpy()
 
 
+class Frequent:
+    """What f names most often."""
+
+    def __init__(self, learnt: Lessons) -> None:
+        self.counts = np.bincount(learnt.taught.favourites, minlength=ITEMS + 1).astype(np.float32)
+
+    def scores(self, prefixes: Histories) -> np.ndarray:
+        return np.tile(self.counts, (len(prefixes), 1))
+
+
 class Constant:
     def scores(self, prefixes: Histories) -> np.ndarray:
         return np.ones((len(prefixes), ITEMS + 1), np.float32)
@@ -128,7 +138,7 @@ def test_what_f_says_of_others_teaches_nothing(name: str, learnt: Lessons, asked
     taught = replace(learnt.taught, **{key: value[order] for key, value in vars(learnt.taught).items()})
     shuffled = replace(learnt, taught=taught, queries=learnt.queries[order])
     figures = surrogate_figures(CONFIGS[name].fit(shuffled), shuffled, asked)
-    assert figures[T1].value < 0.45  # chance is .20; f's favourites are not all alike frequent
+    assert figures[T1].value < surrogate_figures(Frequent(learnt), learnt, asked)[T1].value + 0.1
     assert figures[T2].value < 0.7
     assert figures[T3].value < 0.65
 
