@@ -55,7 +55,7 @@ class ProbeConfig(Config):
 
     kind: Literal["linear", "mlp"] = shaping("mlp", "no hidden layer, or one")
     hidden: int = shaping(512, "width of the hidden layer", ge=1)
-    # Without it the hidden layer learns rows by heart: .60 and not .87 of the items between two states (SASRec-64, ml-100k).
+    # Without it the hidden layer learns rows by heart: .74 and not .86 of the items between two states (SASRec-64, ml-100k).
     dropout: float = shaping(0.5, "of the hidden layer", ge=0, lt=1)
     training: EarlyStopping = shaping(EarlyStopping)
 

@@ -86,6 +86,7 @@ class InterpreterConfig(Config):
     tokens: int = shaping(1, "tokens that a qformer makes of one state", ge=1)
     injection: Injection = shaping("replace", "tokens of states replace what the model reads, or are added to a word")
     lora: LoraOptions | None = shaping(None, "unset: the language model is frozen")
+    embeddings: bool = shaping(False, "the language model's embedding table and head are trained too")
     constrained: bool = shaping(False, "titles are decoded among the catalogue's; the published tables do without")
     prompts: InterpreterPrompts = shaping(InterpreterPrompts)
 
@@ -130,7 +131,9 @@ class RecInterpreter:
         config = self.config
         pool: Literal["each", "learned_positions"] = "each" if config.pool == "last" else config.pool
         projector = ProjectorConfig(kind=config.projector, pool=pool, positions=config.titles, tokens=config.tokens)
-        return AdapterConfig(projectors={SOURCE: projector}, injection=config.injection, lora=config.lora)
+        return AdapterConfig(
+            projectors={SOURCE: projector}, injection=config.injection, lora=config.lora, embeddings=config.embeddings
+        )
 
     def examples(self, source: Source, users: int, positions: int, rng: np.random.Generator) -> Iterator[SoftExample]:
         """Both exercises at each place; residual from the second event on."""

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pydantic import model_validator
 from scipy.sparse import csr_array, hstack
 from scipy.sparse.linalg import lsqr
+from sklearn.tree import DecisionTreeRegressor
 
 from raypipe.config import Config, shaping
 from raypipe.metrics.alignment import decisions, order_ndcg, retrieval_metrics
@@ -33,7 +34,6 @@ from raypipe.recommenders.windows import Histories
 from raypipe.systems.early_stopping import EarlyStopping
 from raypipe.systems.source import Source
 from raypipe.systems.teacher import Taught, teach
-from raypipe.systems.trees import Tree, grow
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
@@ -80,7 +80,9 @@ class HistoryFeatures(Config):
         blocks = []
         for kept in [*(np.minimum(prefixes.lengths, window) for window in self.windows), prefixes.lengths]:
             recent = prefixes.take(prefixes.ends - kept, kept)
-            pairs = np.unique(np.stack([np.repeat(np.arange(len(kept)), kept), recent.items]), axis=1)
+            # int32: scikit-learn's trees read no wider indices.
+            owners = np.repeat(np.arange(len(kept), dtype=np.int32), kept)
+            pairs = np.unique(np.stack([owners, recent.items]), axis=1)
             ones = np.ones(pairs.shape[1], np.float32)
             blocks.append(csr_array((ones, (pairs[0], pairs[1])), shape=(len(kept), items + 1)))
         return hstack(blocks, format="csr")
@@ -119,7 +121,7 @@ class TreeConfig(Config):
     """A regression tree of f's scores of all items at once."""
 
     features: HistoryFeatures = shaping(HistoryFeatures)
-    leaves: int = shaping(256, "at most", ge=1)
+    leaves: int = shaping(256, "at most", ge=2)
     rows_per_leaf: int = shaping(5, "at least", ge=1)
 
     def fit(self, learnt: Lessons) -> TreeSurrogate:
@@ -128,10 +130,10 @@ class TreeConfig(Config):
         centred = learnt.table[1:] - learnt.table[1:].mean(0)
         lengths, axes = np.linalg.eigh(centred.T.astype(np.float64) @ centred)
         coordinates = learnt.queries @ (axes * np.sqrt(np.maximum(lengths, 0)))
-        tree = grow(features, coordinates, self.leaves, self.rows_per_leaf)
-        leaves = tree.leaves_of(features)
-        counts = np.bincount(leaves, minlength=len(tree))
-        sums = np.zeros((len(tree), learnt.queries.shape[1]))
+        tree = DecisionTreeRegressor(max_leaf_nodes=self.leaves, min_samples_leaf=self.rows_per_leaf, random_state=0)
+        leaves = tree.fit(features, coordinates).apply(features)
+        counts = np.bincount(leaves, minlength=tree.tree_.node_count)
+        sums = np.zeros((len(counts), learnt.queries.shape[1]))
         np.add.at(sums, leaves, learnt.queries)
         queries = sums / np.maximum(counts, 1)[:, None]
         return TreeSurrogate(self, tree, queries.astype(np.float32), learnt.table)
@@ -142,13 +144,13 @@ class TreeSurrogate:
     """`queries` [nodes, width], the mean of each leaf's; its scores are their products with the table."""
 
     config: TreeConfig
-    tree: Tree
+    tree: DecisionTreeRegressor
     queries: Floats
     table: Floats
 
     def scores(self, prefixes: Histories) -> Floats:
         """[n, items + 1]; column 0 has no meaning."""
-        leaves = self.tree.leaves_of(self.config.features.of(prefixes, len(self.table) - 1))
+        leaves = self.tree.apply(self.config.features.of(prefixes, len(self.table) - 1))
         return self.queries[leaves] @ self.table.T
 
 

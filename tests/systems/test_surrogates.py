@@ -167,7 +167,7 @@ def test_a_leaf_of_the_tree_says_what_f_says_there_on_average() -> None:
     rows = np.repeat(np.arange(8), 2)
     small = Lessons.of(source, rows, np.tile([1, 2], 8), np.random.default_rng(0))
     scores = small.queries @ small.table.T
-    root = TreeConfig(leaves=1).fit(small)
+    root = TreeConfig(rows_per_leaf=16).fit(small)
     np.testing.assert_allclose(root.scores(small.prefixes), np.tile(scores.mean(0), (16, 1)), atol=1e-5)
     split = TreeConfig(leaves=2, rows_per_leaf=1).fit(small)
     features = split.config.features.of(small.prefixes, small.items).toarray().astype(bool)
@@ -178,7 +178,7 @@ def test_a_leaf_of_the_tree_says_what_f_says_there_on_average() -> None:
         return sum(((part - part.mean(0)) ** 2).sum() for part in parts if len(part))
 
     best = min(error(has) for has in features.T)
-    assert error(features[:, split.tree.feature[0]]) == pytest.approx(best)
+    assert error(features[:, split.tree.tree_.feature[0]]) == pytest.approx(best)
 
 
 @pytest.mark.parametrize("model", ["sasrec", "dreamrec"])
