@@ -99,7 +99,7 @@ def test_a_language_model_predicts_what_the_recommender_does_and_controls_do_not
     assert (ended.code, ended.status) == (0, "ok"), ended.stderr
     metrics = ended.metrics
     assert metrics["T1 HR@5"] > 0.6
-    assert metrics["T6 HCR"] > 0.3
+    assert metrics["T6 HCR"] > 0.2
     for name in ("T1 HR@5", "T6 HCR"):
         assert metrics[f"shuffled users: {name}"] < 0.5 * metrics[name]
 
