@@ -73,7 +73,7 @@ class AlignOptions(TrainingOptions, ModelCache):
     users: int = shaping(20_000, "most users that are trained on", ge=1)
     positions: int = shaping(10, "most places in a history that training reads", ge=1)
     asked: int = shaping(1_000, "most held-out users that are asked about", ge=1)
-    probes: bool = free(False, "when it is measured, also what probes read from states on their way into words")
+    beside: bool = free(False, "when it is measured, what probes of vectors and baselines tell is measured too")
     answer_tokens: int = shaping(256, "most tokens of an answer when it is measured", ge=1)
 
     def chosen(self) -> InterpreterConfig | ExplainerConfig:
@@ -98,10 +98,12 @@ class _Inputs:
     def measure(self, config: AlignConfig, system: System, adapter: Path) -> dict[str, float]:
         engine = EngineConfig(lm=str(self.lm), adapter=str(adapter)).build()
         told = system.measured(self.source, engine, config.asked, config.answer_tokens)
-        if config.probes:
+        if config.beside:
             backbone = load_backbone(str(self.lm), device="cpu")
             adapted = AdaptedLm(backbone, load_adapter(adapter, backbone, self.lm_hash), read_card(adapter))
-            told |= system.probed(self.source, adapted, config.users, config.positions, config.asked)
+            bare = EngineConfig(lm=str(self.lm)).build()
+            sizes = (config.users, config.positions, config.asked, config.answer_tokens)
+            told |= system.beside(self.source, adapted, bare, *sizes)
         return {"unseen_by_all": int(self.unseen), **told}
 
 

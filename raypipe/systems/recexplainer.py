@@ -50,6 +50,7 @@ from raypipe.systems.explanations import NO, YES
 from raypipe.systems.probes import Rows
 from raypipe.systems.projection import AdaptedLm, probed
 from raypipe.systems.source import Source, drawn_places
+from raypipe.systems.surrogates import Lessons, LinearConfig, StudentConfig, TreeConfig, surrogate_figures
 from raypipe.systems.teacher import Taught, teach, teachable
 
 Variant = Literal["B", "I", "H"]
@@ -57,6 +58,11 @@ CONTROL = "shuffled users"
 _ALL: tuple[Task, ...] = ("T1", "T2", "T3", "T4", "T5", "T6", "T6b")
 _ASKED: dict[Variant, Form] = {"B": "text", "I": "vectors", "H": "both"}
 _BEAMS = 5
+_SURROGATES: dict[str, LinearConfig | TreeConfig | StudentConfig] = {
+    "linear surrogate": LinearConfig(),
+    "tree surrogate": TreeConfig(),
+    "student": StudentConfig(),
+}
 
 
 class ExplainerConfig(Config):
@@ -140,16 +146,32 @@ class RecExplainer:
             found |= {prefix + name: round(value, 4) for name, value in figures.items()}
         return found
 
-    def probed(self, source: Source, lm: AdaptedLm, users: int, positions: int, asked: int) -> dict[str, float]:
+    def beside(
+        self, source: Source, lm: AdaptedLm, bare: Engine, users: int, positions: int, asked: int, most_tokens: int
+    ) -> dict[str, float]:
         """Whether the recommender's best unseen item is among a probe's first five, from a user's state, its tokens and the
-        language model's state at the question's end."""
+        language model's state at the question's end; what surrogates and a distilled student, and what the language model
+        answers that has learnt nothing of it."""
         rng = np.random.default_rng(0)
         rows = source.rows(held_out=False, least=2, most=users, rng=rng)
-        owners, events = drawn_places(rows, source.histories.lengths[rows], positions, rng)
-        learnt = self._probed(source, lm, owners, events)
+        learnt = drawn_places(rows, source.histories.lengths[rows], positions, rng)
         rows = source.rows(held_out=True, least=2, most=asked, rng=rng)
-        told = self._probed(source, lm, rows, source.histories.lengths[rows])
-        return probed(learnt, told, source.recommender.items, "T1 HR@5", "hit@5")
+        told = rows, source.histories.lengths[rows]
+        sides = [self._probed(source, lm, *places) for places in (learnt, told)]
+        found = probed(sides[0], sides[1], source.recommender.items, "T1 HR@5", "hit@5")
+        lessons = [
+            Lessons.of(source, owners[enough], events[enough], np.random.default_rng(0))
+            for owners, events in (learnt, told)
+            for enough in [teachable(source, events)]
+        ]
+        for name, surrogate in _SURROGATES.items():
+            for figure, mean in surrogate_figures(surrogate.fit(lessons[0]), *lessons).items():
+                found[f"{name}: {figure}"] = round(mean.value, 4)
+        in_context = ExplainerConfig(variant="B", titles=self.config.titles, prompts=self.config.prompts).build()
+        for figure, value in in_context.measured(source, bare, asked, most_tokens).items():
+            if figure.startswith("T"):
+                found[f"in-context LM: {figure}"] = value
+        return found
 
     def _probed(
         self, source: Source, lm: AdaptedLm, rows: NDArray[np.int64], events: NDArray[np.int64]

@@ -193,7 +193,9 @@ class RecInterpreter:
     def _choices(self, source: Source, most: int) -> Choices | None:
         return Choices(tuple(source.titles), SEPARATOR, most) if self.config.constrained else None
 
-    def probed(self, source: Source, lm: AdaptedLm, users: int, positions: int, asked: int) -> dict[str, float]:
+    def beside(
+        self, source: Source, lm: AdaptedLm, bare: Engine, users: int, positions: int, asked: int, most_tokens: int
+    ) -> dict[str, float]:
         """What probes recover of held-out users: the last titles from states, their tokens and the language model's states at
         the prompt's end, and the last one from the states before and after it."""
         rng = np.random.default_rng(0)

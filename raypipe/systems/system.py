@@ -33,6 +33,9 @@ class System(Protocol):
         """What the adapted model answers about so many held-out users, and what the controls do; `most_tokens` an answer."""
         ...
 
-    def probed(self, source: Source, lm: AdaptedLm, users: int, positions: int, asked: int) -> dict[str, float]:
-        """What probes of vectors tell of held-out users, having learnt from so many others at so many places of each."""
+    def beside(
+        self, source: Source, lm: AdaptedLm, bare: Engine, users: int, positions: int, asked: int, most_tokens: int
+    ) -> dict[str, float]:
+        """What else tells of held-out users, having learnt from so many others at so many places of each: probes of vectors,
+        baselines, and `bare`, the language model as it was."""
         ...

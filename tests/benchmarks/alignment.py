@@ -61,7 +61,7 @@ def main() -> None:
 def is_figure(metric: str) -> bool:
     """Not what tells of the training."""
     return metric.rsplit(": ", 1)[-1].split(" ")[0] in {
-        *("recovery", "residual", "oracle", "order", "valid", "rouge_l", "probe"),
+        *("recovery", "residual", "oracle", "order", "valid", "rouge_l"),
         *("T1", "T2", "T3", "T6"),
     }
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from raypipe.engines.engine import EngineConfig
 from raypipe.language.adapters import AdapterCard, build_adapter
 from raypipe.language.backbone import load_backbone
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
@@ -73,7 +74,11 @@ def test_systems_probe_every_stage_on_the_way_into_words(
     lm_folder: Path, config: InterpreterConfig | ExplainerConfig, kinds: set[str], figure: str
 ) -> None:
     source: Source = source_of()
-    found = config.build().probed(source, adapted(lm_folder, config), 100, 4, 100)
+    bare = EngineConfig(lm=str(lm_folder), device="cpu").build()
+    found = config.build().beside(source, adapted(lm_folder, config), bare, 100, 4, 100, 8)
     names = {f"probe of {kind}: {control}{figure}" for kind in kinds for control in ("", "shuffled states: ")}
     assert names <= set(found)
     assert all(0 <= value <= 1 for value in found.values())
+    if isinstance(config, ExplainerConfig):
+        assert {model.split(": ")[0] for model in found} >= {"linear surrogate", "tree surrogate", "student"}
+        assert found["in-context LM: T1 HR@5"] == 0
