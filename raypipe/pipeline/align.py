@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from raypipe.config import free, shaping
 from raypipe.engines.engine import EngineConfig
@@ -41,6 +43,7 @@ from raypipe.systems.projection import AdaptedLm
 from raypipe.systems.recexplainer import ExplainerConfig
 from raypipe.systems.recinterpreter import InterpreterConfig
 from raypipe.systems.source import Source
+from raypipe.systems.summaries import SummariesConfig
 from raypipe.systems.system import System
 
 JOB = "align"
@@ -65,6 +68,9 @@ class AlignOptions(TrainingOptions, ModelCache):
     replay: str | None = free(
         None,
         "JSON lines with prompt and answer that are learnt too, so that a model keeps its language; for recexplainer",
+    )
+    summaries: Literal["hierarchical", "recurrent"] | None = free(
+        None, "whose summaries recexplainer learns to write: of `summarize --summaries.hold_out`, the same as here"
     )
     hold_out: int = shaping(1, "last events of every user that training never sees", ge=0)
     held_out_share: float = shaping(
@@ -129,6 +135,7 @@ def run_align(config: AlignConfig) -> JobResult:
             "lm": inputs.lm_hash,
             "histories": histories_hash(workspace, versions["histories"]),
             "titles": list(catalogue.titles),
+            "summaries": sorted(inputs.source.summaries.items()),
             "replay": [[example.prompt.text, example.answer] for example in inputs.source.replay],
             "attributes": [[name, list(values)] for item in catalogue.attributes for name, values in item.items()],
         }
@@ -172,8 +179,26 @@ def _read(config: AlignConfig, workspace: Workspace, version: int, adapter: Mode
     titles = distinct_titles(loaded.items["title"].to_pylist(), loaded.items["item_id"].to_pylist())
     catalogue = Catalogue(titles, [dict(pairs) for pairs in loaded.items["attributes"].to_pylist()])
     replay = _read_replay(config.replay) if config.replay is not None else []
-    source = Source(loaded.recommender, histories, held_out, catalogue, replay=replay)
+    summaries = _read_summaries(config, workspace, users) if config.summaries is not None else {}
+    source = Source(loaded.recommender, histories, held_out, catalogue, summaries, replay)
     return _Inputs(f"{loaded.model.name}/{loaded.model.hash}", lm, checkpoint_hash(lm), source, not saw)
+
+
+def _read_summaries(config: AlignConfig, workspace: Workspace, users: pa.Array) -> dict[int, str]:
+    """By row of the histories; UsageError where none were written of what stands before the cut."""
+    table = workspace.tables["summaries"]
+    assert config.summaries is not None
+    variant = SummariesConfig(paradigm=config.summaries, hold_out=config.hold_out).variant
+    rows = table.read(table.version(), ["user_id", "summary"], variant=variant)
+    if not rows.num_rows:
+        raise UsageError(
+            f"There are no {config.summaries} summaries without the last {config.hold_out} events of their users.",
+            f"Run `raypipe summarize --summaries.paradigm {config.summaries} --summaries.hold_out {config.hold_out}` first.",
+        )
+    place = pc.index_in(rows["user_id"], value_set=users)
+    return {
+        row: text for row, text in zip(place.to_pylist(), rows["summary"].to_pylist(), strict=True) if row is not None
+    }
 
 
 def _read_replay(path: str) -> list[SoftExample]:

@@ -78,7 +78,7 @@ def run_summarize(config: SummarizeConfig) -> JobResult:
     writes = _WRITES if canary is None else ()
     with open_session(workspace, JOB, writes, config.cluster, config.lock_lease_s) as session:
         pins = pin(session, canary)
-        recipe = fingerprint({"block": recipes.block, "merge": recipes.merge})
+        recipe = fingerprint({"variant": recipes.variant, "block": recipes.block, "merge": recipes.merge})
         scope = "all" if canary is None else fingerprint({"users": canary})
         if scope == "all" and session.is_current(recipe, pins.inputs()):
             return JobResult(JOB, "nothing_to_do", cost=cost_of(Usage(), time.monotonic() - started))

@@ -89,10 +89,12 @@ class BucketState:
         histories = workspace.tables["histories"].read(pins.histories, ["user_id", "items"], bucket=bucket)
         if users is not None:
             histories = histories.filter(pc.is_in(histories["user_id"], value_set=users))
+        if config.hold_out:
+            histories = histories.filter(pc.greater(pc.list_value_length(histories["items"]), config.hold_out))
         self.users: pa.Array = histories["user_id"].combine_chunks()
         lists = histories["items"].combine_chunks()
         ends = pc.list_value_length(lists).to_numpy().astype(np.int64).cumsum()
-        self.histories = Histories(lists.flatten().to_numpy(), ends)
+        self.histories = Histories(lists.flatten().to_numpy(), ends).without_last(config.hold_out)
         self.blocks: BucketBlocks = cut_blocks(
             self.histories.items,
             self.histories.lengths,

@@ -30,6 +30,11 @@ class SummariesConfig(Config):
     window_events: int = shaping(
         50, "last events that a hierarchical summary is of, whole blocks only; a recurrent one is of all", ge=1
     )
+    hold_out: int = shaping(
+        0,
+        "last events of every user that no summary is of: for honest evaluations, published as a variant of its own",
+        ge=0,
+    )
     max_blocks_per_run: int = free(1000, "new blocks of one user that a run reads; the next one goes on", ge=1)
     prompts: SummaryPrompts = shaping(SummaryPrompts, "prompt templates")
     block_decoding: Decoding = shaping(Decoding, "decoding of block summaries")
@@ -46,7 +51,7 @@ class SummariesConfig(Config):
     @property
     def variant(self) -> str:
         """What the rows of this paradigm are published as."""
-        return f"summarize-{self.paradigm}"
+        return f"summarize-{self.paradigm}" + (f"-cut{self.hold_out}" if self.hold_out else "")
 
     def window_start(self, events: int) -> int:
         """The first event of a history of so many that its summary is about: whole blocks only."""
