@@ -13,9 +13,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ from raypipe.language.adapters import AdapterCard, AdapterConfig, build_adapter,
 from raypipe.language.backbone import PromptTokenizer, load_backbone
 from raypipe.language.batching import batches_of_like_length
 from raypipe.language.prompt import Vectors
-from raypipe.language.soft_prompts import Encoded, SoftExample, collate, encode
+from raypipe.language.soft_prompts import Encoded, SoftExample, collate, encode_all
+from raypipe.language.trie import answer_tokens
 
 _MARKER = "prepared.json"
+_EXAMPLES_AT_ONCE = 1024
 
 
 def prepare_alignment(
@@ -57,10 +60,7 @@ def prepare_alignment(
     answer_starts: list[int] = []
     segments: list[tuple[int, int, int, int, int]] = []
     left_out = 0
-    for example in examples:
-        prompt = encode(tokenizer, example.prompt, card.config.projectors, card.widths)
-        # The space belongs to the answer: the prompt ends exactly as it will when the model is asked.
-        answer = [*tokenizer.tokenizer(f" {example.answer}", add_special_tokens=False)["input_ids"], end]
+    for prompt, answer in _encoded(examples, tokenizer, end, card):
         if len(prompt.ids) + len(answer) > context:
             left_out += 1
             continue
@@ -92,6 +92,17 @@ def prepare_alignment(
     told = {"lm": lm, "seed": seed, "card": {**asdict(card), "config": card.config.model_dump(mode="json")}}
     (folder / _MARKER).write_text(json.dumps(told))
     return counts
+
+
+def _encoded(
+    examples: Iterable[SoftExample], tokenizer: PromptTokenizer, end: int, card: AdapterCard
+) -> Iterator[tuple[Encoded, list[int]]]:
+    """Prompts, and answers with the end mark."""
+    rest = iter(examples)
+    while some := list(islice(rest, _EXAMPLES_AT_ONCE)):
+        prompts = encode_all(tokenizer, [one.prompt for one in some], card.config.projectors, card.widths)
+        answers = answer_tokens(tokenizer, [one.answer for one in some])
+        yield from ((prompt, [*answer, end]) for prompt, answer in zip(prompts, answers, strict=True))
 
 
 class AlignmentTask:

@@ -45,30 +45,43 @@ class Encoded:
 def encode(
     tokenizer: PromptTokenizer, prompt: Prompt, projectors: Mapping[str, ProjectorConfig], widths: Mapping[str, int]
 ) -> Encoded:
-    """The prompt in the pieces it is made of, each tokenised by itself, in training as in generation.
+    """As `encode_all`, of one prompt."""
+    return encode_all(tokenizer, [prompt], projectors, widths)[0]
+
+
+def encode_all(
+    tokenizer: PromptTokenizer,
+    prompts: Sequence[Prompt],
+    projectors: Mapping[str, ProjectorConfig],
+    widths: Mapping[str, int],
+) -> list[Encoded]:
+    """Prompts in the pieces they are made of, each tokenised by itself, in training as in generation.
 
     `projectors` and `widths` say, by source, how vectors become tokens and how wide they are.
 
     Raises ValueError for vectors of a source or of a width that no projector is for.
     """
-    pieces: list[str | int] = []
-    vectors: list[Vectors] = []
-    for segment in prompt.segments:
-        if isinstance(segment, Text):
-            pieces.append(segment.text)
-            continue
-        projector = projectors.get(segment.source)
-        if projector is None:
-            raise ValueError(f"There is no projector for vectors of {segment.source!r}.")
-        if segment.values.shape[1] != widths[segment.source]:
-            raise ValueError(
-                f"Vectors of {segment.source!r} are {segment.values.shape[1]} wide, and their projector reads "
-                f"{widths[segment.source]}."
-            )
-        vectors.append(segment)
-        pieces.append(projector.tokens_of(len(segment.values)))
-    ids, starts = tokenizer.encode_pieces(pieces)
-    return Encoded(ids, list(zip(starts, vectors, strict=True)))
+    pieces: list[list[str | int]] = []
+    vectors: list[list[Vectors]] = []
+    for prompt in prompts:
+        pieces.append([])
+        vectors.append([])
+        for segment in prompt.segments:
+            if isinstance(segment, Text):
+                pieces[-1].append(segment.text)
+                continue
+            projector = projectors.get(segment.source)
+            if projector is None:
+                raise ValueError(f"There is no projector for vectors of {segment.source!r}.")
+            if segment.values.shape[1] != widths[segment.source]:
+                raise ValueError(
+                    f"Vectors of {segment.source!r} are {segment.values.shape[1]} wide, and their projector reads "
+                    f"{widths[segment.source]}."
+                )
+            vectors[-1].append(segment)
+            pieces[-1].append(projector.tokens_of(len(segment.values)))
+    encoded = zip(tokenizer.encode_pieces(pieces), vectors, strict=True)
+    return [Encoded(ids, list(zip(starts, mine, strict=True))) for (ids, starts), mine in encoded]
 
 
 def collate(

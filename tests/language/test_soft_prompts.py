@@ -149,7 +149,7 @@ def test_vectors_that_no_projector_reads_are_refused(backbone: Backbone) -> None
 def test_pieces_of_a_chat_stand_within_the_users_turn(stories: str) -> None:
     chat = load_backbone(stories, device="cpu")
     chat.tokenizer.chat_template = "<|user|>{{ messages[0]['content'] }}<|assistant|>"
-    ids, starts = chat.encode_pieces(["Once upon", 2, " a time"])
+    ((ids, starts),) = chat.encode_pieces([["Once upon", 2, " a time"]])
     before, after = (chat.tokenizer.decode(part).replace(" ", "") for part in (ids[: starts[0]], ids[starts[0] + 2 :]))
     assert (before, after) == ("<|user|>Onceupon", "atime<|assistant|>")
     assert ids[starts[0] : starts[0] + 2] == [0, 0]
