@@ -177,7 +177,10 @@ def _read(config: AlignConfig, workspace: Workspace, version: int, adapter: Mode
             "Ingest more users, or change --held_out_share.",
         )
     titles = distinct_titles(loaded.items["title"].to_pylist(), loaded.items["item_id"].to_pylist())
-    catalogue = Catalogue(titles, [dict(pairs) for pairs in loaded.items["attributes"].to_pylist()])
+    attributes = [dict(pairs) for pairs in loaded.items["attributes"].to_pylist()]
+    # Of items that came after the recommender's training there are no vectors.
+    known = loaded.recommender.items
+    catalogue = Catalogue(titles[:known], attributes[:known])
     replay = _read_replay(config.replay) if config.replay is not None else []
     summaries = _read_summaries(config, workspace, users) if config.summaries is not None else {}
     source = Source(loaded.recommender, histories, held_out, catalogue, summaries, replay)

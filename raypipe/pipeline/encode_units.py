@@ -14,7 +14,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from raypipe.pipeline.rejects import blocked_users, rejected_users
+from raypipe.pipeline.rejects import WORKER_DIED, blocked_users, rejected_users
 from raypipe.pipeline.user_rows import UserRows
 from raypipe.recommenders.checkpoint import load_recommender
 from raypipe.recommenders.ranking import batches_by_length, sequences_of
@@ -174,8 +174,8 @@ class EncodeBucket:
                 context.run.run_key,
                 task.variant,
                 names,
-                ["worker_died"] * len(names),
-                [f"Its worker died or hung {MAX_DEATHS} times with it alone, on a healthy node."] * len(names),
+                [WORKER_DIED[0]] * len(names),
+                [WORKER_DIED[1]] * len(names),
                 [1 + context.deaths[name] for name in names],
                 state.change_keys.take(pa.array(failed)).to_pylist(),
             )

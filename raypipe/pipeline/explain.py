@@ -76,6 +76,11 @@ def run_explain(config: ExplainConfig) -> JobResult:
             f"The model {adapter.name} is no adapter that explains.",
             "Train one with `raypipe align --system recexplainer`.",
         )
+    if not config.engine.capabilities.logprobs:
+        raise UsageError(
+            f"The engine {config.engine.engine} cannot tell how likely an answer is, nor read an adapter.",
+            "Choose --engine.engine transformers.",
+        )
     card = read_card(config.fetch(workspace, adapter))
     loaded = Loaded.of(config, workspace, card.recommender)
     lm = find_builtin_lm(workspace, "--engine.lm") if config.engine.lm == BUILTIN else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +20,7 @@ from raypipe.engines.engine import Decoding, Engine, EngineConfig
 from raypipe.language.titles import distinct_titles
 from raypipe.metrics.explanations import unfounded
 from raypipe.metrics.text import Vocabulary
-from raypipe.pipeline.rejects import blocked_users, rejected_users
+from raypipe.pipeline.rejects import WORKER_DIED, blocked_users, rejected_users
 from raypipe.pipeline.user_rows import UserRows
 from raypipe.recommenders.checkpoint import load_recommender
 from raypipe.recommenders.ranking import batches_by_length, sequences_of
@@ -167,13 +168,21 @@ class ExplainBucket:
         names = _names(work)
         warm = (known.lengths[places] > 0) & (items <= self.recommender.items)
         results: dict[int, Explanation] = {}
-        for batch in _batches(np.flatnonzero(warm), [name in context.deaths for name in names], self.task.micro_batch):
+        suspects = [name in context.deaths for name in names]
+        batches = deque(_batches(np.flatnonzero(warm), suspects, self.task.micro_batch))
+        while batches:
+            batch = batches.popleft()
             if context.deaths.get(names[batch[0]], 0) >= MAX_DEATHS:
-                message = f"Its worker died or hung {MAX_DEATHS} times with it alone, on a healthy node."
-                results[int(batch[0])] = Explanation(reason="worker_died", message=message)
+                reason, message = WORKER_DIED
+                results[int(batch[0])] = Explanation(reason=reason, message=message)
                 continue
             if not self.budget.take(most := self._most(len(batch))):
-                break
+                # What is left of a cap may not do for all of them, but for some.
+                if len(batch) == 1:
+                    break
+                half = len(batch) // 2
+                batches.extendleft([batch[half:], batch[:half]])
+                continue
             context.journal([names[at] for at in batch])
             done = self._answered(known, places[batch], items[batch])
             self.budget.give_back(most, _used(done))

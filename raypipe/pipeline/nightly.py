@@ -167,7 +167,8 @@ def _in_force(config: NightlyConfig, workspace: Workspace, lm: str) -> Release:
     champion = releases.named("champion") or Release(catalogue=workspace.tables["items"].version())
     if champion.lm != lm:
         with hold(workspace.store, ["releases"], JOB, config.lock_lease_s):
-            # Adapters belong to the language model they were trained beside.
+            for name in champion.adapters:
+                say(f"{JOB}: the adapter {name} belongs to the language model before, so the release is without it")
             champion = releases.add(replace(champion, lm=lm, adapters={}))
             releases.point("champion", champion)
     return champion

@@ -9,8 +9,11 @@ import pyarrow.compute as pc
 
 from raypipe.data.rejects import row_json
 from raypipe.errors import RaypipeError
-from raypipe.storage.ledger import Counts, Receipt, Unit
+from raypipe.storage.ledger import MAX_DEATHS, Counts, Receipt, Unit
 from raypipe.storage.workspace import Workspace
+
+WORKER_DIED = ("worker_died", f"Its worker died or hung {MAX_DEATHS} times with it alone, on a healthy node.")
+"""Reason and message of a row that ends its process."""
 
 _FEW_REJECTS = 10
 

@@ -111,15 +111,17 @@ def _adapters(
     models = Models(workspace.store)
     asked = config.adapters
     names = [f"{name}/{content}" for name, content in champion.adapters.items()] if asked is None else asked
+    content = _content_of(config, workspace, lm) if names else ""
     found = {}
     for name in names:
         model = find_model(models, name)
         card = read_card(config.fetch(workspace, model))
-        if card.recommender == recommender and card.lm == _content_of(config, workspace, lm):
+        if (card.recommender, card.lm) == (recommender, content):
             found[model.name] = model.hash
         elif asked is None:
             say(
-                f"{JOB}: the adapter {name} belongs to {card.recommender}, so the new release is without it: align again"
+                f"{JOB}: the adapter {name} belongs to {card.recommender} or to another language model, so the new release is "
+                "without it: align again"
             )
         else:
             raise UsageError(

@@ -27,7 +27,7 @@ from raypipe.metrics.text import (
     untouched_share,
     value_counts,
 )
-from raypipe.pipeline.rejects import blocked_users, rejected_users
+from raypipe.pipeline.rejects import WORKER_DIED, blocked_users, rejected_users
 from raypipe.pipeline.summary_state import BucketState, Catalogue, Pins, Recipes
 from raypipe.runtime.budget import Budget
 from raypipe.runtime.session import output_table
@@ -134,9 +134,7 @@ class SummarizeBucket:
             user = batch[0]
             if context.deaths.get(user, 0) >= MAX_DEATHS:
                 results[user] = UserSummary(user)
-                results[user].fail(
-                    "worker_died", f"Its worker died or hung {MAX_DEATHS} times with it alone, on a healthy node."
-                )
+                results[user].fail(*WORKER_DIED)
                 continue
             places = [work[user] for user in batch]
             blocks = dict(zip(batch, state.user_blocks(places), strict=True))

@@ -114,6 +114,8 @@ class Exercises:
     ) -> Iterator[SoftExample]:
         enough = teachable(self.source, events)
         rows, events = rows[enough], events[enough]
+        if not len(rows):
+            return
         taught = teach(self.source, rows, events, self.rng)
         orders = taught.orders
         # Of each user one of their places, all alike likely.

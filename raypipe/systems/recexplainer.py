@@ -27,6 +27,7 @@ from pydantic import model_validator
 
 from raypipe.config import Config, shaping
 from raypipe.engines.engine import Choices, Decoding, Engine
+from raypipe.errors import UsageError
 from raypipe.language.adapters import AdapterConfig, LoraOptions
 from raypipe.language.projectors import ProjectorConfig
 from raypipe.language.prompt import Prompt, Vectors
@@ -120,6 +121,13 @@ class RecExplainer:
         return (_ASKED[self.config.variant],)
 
     def examples(self, source: Source, users: int, positions: int, rng: np.random.Generator) -> Iterator[SoftExample]:
+        """Raises UsageError where no held-out user could be asked: that shows before anything is trained."""
+        if not len(self._asked(source, len(source.held_out))):
+            raise UsageError(
+                f"Every held-out user has seen nearly all of the catalogue's {source.recommender.items:,} items, and nothing is "
+                "left to ask about.",
+                "Align on a larger catalogue.",
+            )
         exercises = Exercises(source, self.forms, self.config.titles, self.config.prompts, rng)
         yield from exercises.of_users(self.config.tasks, users, positions)
         if "T4" in self.config.tasks:
@@ -127,16 +135,19 @@ class RecExplainer:
         if "T5" in self.config.tasks:
             yield from source.replay
 
+    def _asked(self, source: Source, most: int) -> NDArray[np.int64]:
+        """At most so many held-out users, the same ones whatever else is drawn."""
+        rows = source.rows(held_out=True, least=2, most=most, rng=np.random.default_rng(0))
+        return rows[teachable(source, source.histories.lengths[rows])]
+
     def shown(self, titles: Sequence[str], vectors: NDArray[np.float32]) -> Shown:
         """How users and items stand in questions; item titles by index − 1, item vectors [items + 1, width]."""
         return Shown(_ASKED[self.config.variant], titles, vectors, self.config.titles)
 
     def measured(self, source: Source, engine: Engine, asked: int, most_tokens: int) -> dict[str, float]:
         """How far the model predicts what the recommender says of held-out users; beside it, asked as somebody else."""
-        rng = np.random.default_rng(0)
-        rows = source.rows(held_out=True, least=2, most=asked, rng=rng)
-        rows = rows[teachable(source, source.histories.lengths[rows])]
-        taught = teach(source, rows, source.histories.lengths[rows], rng)
+        rows = self._asked(source, asked)
+        taught = teach(source, rows, source.histories.lengths[rows], np.random.default_rng(0))
         found: dict[str, float] = {"asked": len(rows)}
         for shift, prefix in enumerate(("", f"{CONTROL}: ")):
             questions = Questions.of(
@@ -155,7 +166,7 @@ class RecExplainer:
         rng = np.random.default_rng(0)
         rows = source.rows(held_out=False, least=2, most=users, rng=rng)
         learnt = drawn_places(rows, source.histories.lengths[rows], positions, rng)
-        rows = source.rows(held_out=True, least=2, most=asked, rng=rng)
+        rows = self._asked(source, asked)
         told = rows, source.histories.lengths[rows]
         sides = [self._probed(source, lm, *places) for places in (learnt, told)]
         found = probed(sides[0], sides[1], source.recommender.items, "T1 HR@5", "hit@5")

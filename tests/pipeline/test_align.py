@@ -87,6 +87,9 @@ def test_what_cannot_be_joined_is_told_before_work_starts(raypipe: Run, with_lm:
     assert "are held out, and one side has no history of two events" in nobody.stderr
     unknown = raypipe("align", "--workspace", with_lm, "--model", "gru4rec")
     assert "No model gru4rec is stored" in unknown.stderr
+    summaries = raypipe("align", "--workspace", with_lm, *EXPLAINER, "--summaries", "recurrent")
+    assert summaries.code == 2
+    assert "--summaries.paradigm recurrent --summaries.hold_out 1` first" in summaries.stderr
     wrong = raypipe("align", "--workspace", with_lm, *SMALL, "--adapter", "sasrec")
     assert (wrong.code, "The model sasrec is no adapter" in wrong.stderr) == (2, True)
     lora = raypipe("align", "--workspace", with_lm, *SMALL, "--recinterpreter.lora.targets", '["c_attn"]')

@@ -133,7 +133,7 @@ def test_a_cap_leaves_the_rest_for_the_next_run_and_a_canary_publishes_nothing(r
     assert canary.metrics["computed"] == 5
     workspace = Workspace(explaining)
     assert workspace.tables["explanations"].version() == -1
-    capped = raypipe("explain", "--workspace", explaining, "--max_calls", "80", "--micro_batch", "4", *SHORT)
+    capped = raypipe("explain", "--workspace", explaining, "--max_calls", "80", *SHORT)
     assert 0 < capped.metrics["computed"] < 120
     assert capped.metrics["computed"] + capped.metrics["capped"] == 120
     assert capped.result["cost"]["calls"] <= 80
@@ -147,5 +147,7 @@ def test_what_cannot_explain_is_told_before_work_starts(raypipe: Run, explaining
     assert (nothing.code, "No model recexplainer-h is stored" in nothing.stderr) == (2, True)
     unjudged = raypipe("judge", "--workspace", explaining, "--what", "explanations")
     assert (unjudged.code, "has no explanations explain-recexplainer-h" in unjudged.stderr) == (2, True)
+    silent = raypipe("explain", "--workspace", explaining, "--engine.engine", "echo")
+    assert (silent.code, "The engine echo cannot tell how likely an answer is" in silent.stderr) == (2, True)
     wrong = raypipe("explain", "--workspace", explaining, "--adapter", "sasrec")
     assert (wrong.code, "is no adapter that explains" in wrong.stderr) == (2, True)

@@ -10,11 +10,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from raypipe.errors import UsageError
 from raypipe.language.prompt import Prompt, Text, Vectors
 from raypipe.language.soft_prompts import SoftExample
 from raypipe.language.templates import Templates
+from raypipe.recommenders.windows import Histories
 from raypipe.systems.explainer_exercises import Exercises, Form, Questions, Shown, Task
 from raypipe.systems.explainer_prompts import ExplainerPrompts
+from raypipe.systems.recexplainer import ExplainerConfig
 from raypipe.systems.source import Source
 from raypipe.systems.teacher import teach
 from tests.systems.sources import HELD_OUT, ITEMS, LENGTHS, source_of
@@ -162,3 +165,13 @@ def test_questions_use_the_tests_templates_and_a_control_asks_as_somebody_else(s
     candidates = source.titles_of(taught.candidates[0].tolist())
     assert all(title in other.ranking[0].text for title in candidates)
     assert [len(prompt.segments) for prompt in own.history] == [3] * len(rows)
+
+
+def test_a_catalogue_that_everybody_has_seen_is_told_before_training(source: Source) -> None:
+    seen = Histories(np.tile(np.arange(1, 37, dtype=np.int32), len(LENGTHS)), 36 * np.arange(1, len(LENGTHS) + 1))
+    full = replace(source, histories=seen)
+    with pytest.raises(UsageError, match="has seen nearly all of the catalogue's 40 items"):
+        list(ExplainerConfig().build().examples(full, 10, 10, np.random.default_rng(0)))
+    # Of users who have seen all of it nothing is asked, and the others' exercises stay.
+    late = made(full, ["T1"])
+    assert len(late) == len(TRAINED) * 30
