@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from raypipe.errors import UsageError
+from raypipe.metrics.lists import collapse
 from raypipe.recommenders.attention import rotated
 from raypipe.recommenders.checkpoint import Card, load_recommender, save_recommender
 from raypipe.recommenders.config import RecommenderConfig
@@ -232,6 +233,25 @@ def test_one_step_without_guidance_is_the_denoisers_own_answer() -> None:
     seeds = torch.tensor([3, 4])
     expected = model._denoised(seeded_normal(seeds, 0, 16), states, torch.tensor([20, 20]))
     torch.testing.assert_close(model.oracle(states, seeds), expected.detach())
+
+
+@pytest.mark.parametrize(("rounding", "apart"), [(0.0, False), (1.0, True)])
+def test_item_vectors_collapse_unless_they_must_be_told_apart(rounding: float, apart: bool) -> None:
+    """Histories without any order: nothing but the loss itself moves the vectors."""
+    options = {"steps": 20, "sampling_steps": 1, "guidance": 0, "normalised": True, "rounding": rounding}
+    model = config("dreamrec", dreamrec=options).build(ITEMS).train()
+    optimiser = torch.optim.Adam(model.parameters(), lr=0.03)
+    rng = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for _ in range(200):
+            drawn = torch.randint(1, ITEMS + 1, (16, 9), generator=rng)
+            items, targets = drawn[:, :-1].flatten(), drawn[:, 1:].flatten()
+            batch = {"items": items, "targets": targets, "lengths": torch.full((16,), 8), "count": torch.tensor(128.0)}
+            optimiser.zero_grad()
+            model(batch).backward()
+            optimiser.step()
+    assert (collapse(model.item_states().detach().numpy()) < 0.2) == apart
 
 
 def test_an_oracle_does_not_depend_on_the_batch() -> None:
