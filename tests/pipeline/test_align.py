@@ -67,7 +67,7 @@ def test_an_adapter_belongs_to_one_recommender_and_leaves_a_release_with_it(rayp
     assert other.status == "ok", other.stderr
     # The same adapter on the states of a recommender it has never seen: they mean something else.
     moved = raypipe("align", "--workspace", with_lm, *few, "--adapter", "recinterpreter")
-    assert (moved.status, moved.result["models"]) == ("ok", ended.result["models"])
+    assert (moved.status, moved.result["models"]) == ("ok", ended.result["models"]), moved.stderr
     assert moved.metrics["recovery"] < 0.7 * ended.metrics["recovery"]
     assert moved.metrics["no states: recovery"] == ended.metrics["no states: recovery"]
 
