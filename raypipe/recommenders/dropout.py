@@ -21,7 +21,12 @@ class Dropout(nn.Module):
             return values
         if values.device.type != "cpu":
             return functional.dropout(values, self.dropped / 256)
-        count = values.numel()
-        draws = torch.empty(-(-count // 8), dtype=torch.int64).random_(-(2**63), None).view(torch.uint8)
-        kept = draws[:count].view(values.shape) >= self.dropped
+        kept = draw_kept(values.shape, self.dropped)
         return values * kept.to(values.dtype).mul_(256 / (256 - self.dropped))
+
+
+def draw_kept(shape: torch.Size, dropped: int) -> Tensor:
+    """bool of `shape` on CPU, each False with the probability `dropped` / 256."""
+    count = shape.numel()
+    draws = torch.empty(-(-count // 8), dtype=torch.int64).random_(-(2**63), None).view(torch.uint8)
+    return draws[:count].view(shape) >= dropped
