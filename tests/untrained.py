@@ -1,15 +1,19 @@
-"""A recommender that nobody trained, stored in a workspace: for tests and benchmarks of what does not depend on weights."""
+"""Models that nobody trained, stored in a workspace: for tests and benchmarks of what does not depend on weights."""
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
 
+from raypipe.language.adapters import AdapterCard, build_adapter, save_adapter
+from raypipe.language.backbone import load_backbone
+from raypipe.language.checkpoint import checkpoint_hash
 from raypipe.pipeline.sequences import catalogue_card
 from raypipe.recommenders.checkpoint import Card, save_recommender
 from raypipe.recommenders.config import RecommenderConfig
 from raypipe.storage.models import Model, Models
 from raypipe.storage.workspace import Workspace
+from raypipe.systems.recexplainer import ExplainerConfig
 
 
 def store_untrained(uri: str, config: RecommenderConfig) -> Model:
@@ -20,3 +24,16 @@ def store_untrained(uri: str, config: RecommenderConfig) -> Model:
     with tempfile.TemporaryDirectory() as folder:
         save_recommender(Path(folder), Card(config, catalogue_card(items), []), config.build(len(items)).state_dict())
         return Models(workspace.store).add(config.model, Path(folder), "untrained", {"hold_out": 2})
+
+
+def store_untrained_adapter(uri: str, config: ExplainerConfig, recommender: Model, width: int, lm: Path) -> Model:
+    """RecExplainer's adapter of that recommender and of the language model in the folder `lm`."""
+    system, store = config.build(), Workspace(uri).store
+    widths = dict.fromkeys(system.adapter.projectors, width)
+    card = AdapterCard(system.adapter, widths, checkpoint_hash(lm), f"{recommender.name}/{recommender.hash}")
+    model = build_adapter(load_backbone(str(lm), device="cpu"), card)
+    weights = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+    lineage = {"job": "align", "system": "recexplainer", "options": config.model_dump(mode="json")}
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(Path(folder), card, weights)
+        return Models(store).add(system.name, Path(folder), f"untrained {config.variant}", lineage)

@@ -1,7 +1,8 @@
 """`raypipe judge`: how good the newest summaries or explanations are, by any engines asked and by a rule that counts.
 
 A sample of users, the same for every judge. What each judge said of whom is written to `judgements/<key>.json`; the means, the
-shares of each rating and the agreement of every two judges are reported, and logged with prompt, models and seed.
+shares of each rating and the agreement of every two judges are reported, and logged with prompt, models and seed. Of
+explanations also their coherence, and their distinction from every other variant that explains the same pairs.
 """
 
 from __future__ import annotations
@@ -78,9 +79,14 @@ def run_judge(config: JudgeConfig) -> JobResult:
         judge = EngineJudge(engine.build(), rubric)
         ratings[name] = judge.rate(sample.cases)
         spent += Usage(judge.calls, judge.tokens_in, judge.tokens_out)
-    metrics = {"users": len(sample.users), **_figures(ratings)}
+    metrics = {"users": len(sample.users), **_figures(ratings), **sample.figures}
     key = fingerprint(
-        {"judges": identities, "rubric": rubric.shaping_values(), "cases": [dict(case) for case in sample.cases]}
+        {
+            "judges": identities,
+            "rubric": rubric.shaping_values(),
+            "cases": [dict(case) for case in sample.cases],
+            "figures": dict(sample.figures),
+        }
     )
     report = {
         "rubric": rubric.model_dump(mode="json"),
@@ -134,3 +140,14 @@ def _say(ratings: Mapping[str, Sequence[int | None]], metrics: Mapping[str, Any]
         )
     for pair in (pair for pair in metrics if pair.startswith("agreement.")):
         say(f"{JOB}: {pair.replace('.', ' ')} {metrics[pair]}")
+    if metrics.get("coherence.mse") is not None:
+        say(
+            f"{JOB}: the recommender's scores are read from the words with a squared error of {metrics['coherence.mse']}, "
+            f"their mean has {metrics['coherence.constant']}"
+        )
+    for name in (name for name in metrics if name.startswith("distinction.") and name.endswith(".accuracy")):
+        if metrics[name] is not None:
+            other = name.removeprefix("distinction.").removesuffix(".accuracy")
+            say(
+                f"{JOB}: {metrics[name]:.0%} are told from {other}, {metrics[f'distinction.{other}.chance']:.0%} by guessing"
+            )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 
 import numpy as np
@@ -13,14 +14,17 @@ from numpy.typing import NDArray
 from raypipe.errors import UsageError
 from raypipe.language.adapters import read_card
 from raypipe.language.titles import distinct_titles
-from raypipe.metrics.explanations import unfounded
+from raypipe.metrics.explanations import coherence, distinction, unfounded
 from raypipe.metrics.text import Vocabulary, item_values, rule_rating, value_counts
 from raypipe.pipeline.cards import choose_users
 from raypipe.pipeline.job import ModelCache
 from raypipe.pipeline.loaded import Loaded, find_model
 from raypipe.pipeline.summary_state import Catalogue
+from raypipe.recommenders.prefixes import prefix_states
 from raypipe.recommenders.ranking import target_ranks
 from raypipe.recommenders.windows import Histories
+from raypipe.runtime.progress import say
+from raypipe.storage.hashing import stable_hash
 from raypipe.storage.models import Models
 from raypipe.storage.tables import ABSENT
 from raypipe.storage.workspace import Workspace
@@ -32,14 +36,18 @@ from raypipe.systems.teacher import DISLIKED, LIKED
 SUMMARY_PIECES = ("items", "summary")
 EXPLANATION_PIECES = ("history", "item", "label", "decision", "explanation")
 
+FEWEST = 10
+"""Cases that a classifier or a regressor wants: a fold of five has two of them."""
+
 
 @dataclass(frozen=True)
 class Sample:
-    """Users, what an engine is shown of each, and the rule's rating."""
+    """Users, what an engine is shown of each, the rule's rating, and figures of all of them together."""
 
     users: list[str]
     cases: list[Case]
     rule: list[int | None]
+    figures: Mapping[str, float | None] = field(default_factory=dict)
 
 
 def sample_summaries(workspace: Workspace, summaries: SummariesConfig, count: int) -> Sample:
@@ -92,7 +100,9 @@ def sample_explanations(workspace: Workspace, cache: ModelCache, variant: str, c
     names, kinds = Vocabulary(titles), Vocabulary(chain.from_iterable(values))
     cases: list[Case] = []
     rule: list[int | None] = []
-    labels = _labels(loaded, [histories[user] for user in chosen["user_id"].to_pylist()], chosen["item_index"])
+    users, explained = chosen["user_id"].to_pylist(), chosen["item_index"].to_numpy().astype(np.int32)
+    prefixes = _prefixes([histories[user] for user in users])
+    labels = _labels(loaded, prefixes, explained)
     for row, label in zip(chosen.to_pylist(), labels, strict=True):
         items, item, text = histories[row["user_id"]], row["item_index"], row["text"]
         history = [titles[one - 1] for one in items]
@@ -102,15 +112,75 @@ def sample_explanations(workspace: Workspace, cache: ModelCache, variant: str, c
         counts = value_counts(values[one - 1] for one in items)
         beside = bool(found.titles or found.quoted)
         rule.append(explanations.rule_rating(row["decision"], label, text, kinds, counts, values[item - 1], beside))
-    return Sample(chosen["user_id"].to_pylist(), cases, rule)
+    told = _coherence(loaded, prefixes, explained, chosen["text"].to_pylist(), users)
+    apart = _distinctions(workspace, versions["explanations"], variant, chosen)
+    return Sample(users, cases, rule, {**told, **apart})
+
+
+def _prefixes(histories: Sequence[Sequence[int]]) -> Histories:
+    ends = np.cumsum([len(history) for history in histories])
+    return Histories(np.concatenate([np.array(history, np.int32) for history in histories]), ends)
+
+
+def _labels(loaded: Loaded, prefixes: Histories, items: NDArray[np.int32]) -> list[str | None]:
+    """Whether each item is in the best fifth of what its user has not seen, yes, in the worse half, no, or between."""
+    above, _ = target_ranks(loaded.recommender, prefixes, items)
+    seen = [len(set(prefixes.items[start:end])) for start, end in zip(prefixes.starts, prefixes.ends, strict=True)]
+    place: NDArray[np.float64] = above / np.maximum(loaded.recommender.items - np.array(seen), 1)
+    return ["yes" if one < LIKED else "no" if one >= DISLIKED else None for one in place.tolist()]
+
+
+def _coherence(
+    loaded: Loaded, prefixes: Histories, items: NDArray[np.int32], texts: Sequence[str], users: Sequence[str]
+) -> dict[str, float | None]:
+    """How well the recommender's score of the item is read from the words: squared error, and that of the mean score."""
+    known = prefixes.within(loaded.recommender.items)
+    rows = np.flatnonzero((known.lengths > 0) & (items <= loaded.recommender.items))
+    of_rows = [users[row] for row in rows.tolist()]
+    figures: dict[str, float | None] = {
+        "coherence.users": len(set(of_rows)),
+        "coherence.mse": None,
+        "coherence.constant": None,
+    }
+    if len(set(of_rows)) < FEWEST:
+        say(f"judge: coherence wants explanations of {FEWEST} users, and there are {len(set(of_rows))}")
+        return figures
+    found = coherence([texts[row] for row in rows.tolist()], _scores(loaded, known, rows, items[rows]), of_rows)
+    return {**figures, "coherence.mse": round(found.mse, 6), "coherence.constant": round(found.constant, 6)}
 
 
 @torch.no_grad()
-def _labels(loaded: Loaded, histories: list[list[int]], items: pa.ChunkedArray) -> list[str | None]:
-    """Whether each item is in the best fifth of what its user has not seen, yes, in the worse half, no, or between."""
-    ends = np.cumsum([len(history) for history in histories])
-    prefixes = Histories(np.concatenate([np.array(history, np.int32) for history in histories]), ends)
-    above, _ = target_ranks(loaded.recommender, prefixes, items.to_numpy().astype(np.int32))
-    unseen = loaded.recommender.items - np.array([len(set(history)) for history in histories])
-    place: NDArray[np.float64] = above / np.maximum(unseen, 1)
-    return ["yes" if one < LIKED else "no" if one >= DISLIKED else None for one in place.tolist()]
+def _scores(
+    loaded: Loaded, prefixes: Histories, rows: NDArray[np.int64], items: NDArray[np.int32]
+) -> NDArray[np.float32]:
+    """Of one item [n] after each of the histories in `rows` [n]: float32 [n]."""
+    model = loaded.recommender
+    model.eval()
+    states = torch.from_numpy(prefix_states(model, prefixes, rows, prefixes.lengths[rows]))
+    asked = model.item_states()[torch.from_numpy(items.astype(np.int64))]
+    return (model.queries(states) * asked).sum(1).numpy()
+
+
+def _distinctions(workspace: Workspace, version: int, variant: str, chosen: pa.Table) -> dict[str, float | None]:
+    """How well each other variant's explanations of the same pairs are told from these."""
+    table, buckets = workspace.tables["explanations"], workspace.require_info().buckets
+    mine = set((stable_hash(chosen["user_id"].combine_chunks()) % np.uint64(buckets)).tolist())
+    files = [file for file in table.files(version) if int(file.partition["bucket"]) in mine]
+    columns = ["user_id", "item_index", "text"]
+    texts = {(row["user_id"], row["item_index"]): row["text"] for row in chosen.select(columns).to_pylist()}
+    figures: dict[str, float | None] = {}
+    for other in sorted({file.partition["variant"] for file in table.files(version)} - {variant}):
+        rows = table.read_files([file for file in files if file.partition["variant"] == other], columns).to_pylist()
+        theirs = {(row["user_id"], row["item_index"]): row["text"] for row in rows}
+        shared = [pair for pair in texts if pair in theirs]
+        name = f"distinction.{other}"
+        figures |= {f"{name}.cases": len(shared), f"{name}.accuracy": None, f"{name}.chance": None}
+        if len(shared) < FEWEST:
+            say(
+                f"judge: {other} explains {len(shared)} of the {len(texts)} pairs judged, and telling it from {variant} wants "
+                f"{FEWEST}"
+            )
+            continue
+        found = distinction({variant: [texts[pair] for pair in shared], other: [theirs[pair] for pair in shared]})
+        figures |= {f"{name}.accuracy": round(found.accuracy, 4), f"{name}.chance": found.chance}
+    return figures

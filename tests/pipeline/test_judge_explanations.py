@@ -1,0 +1,111 @@
+"""`judge --what explanations` of planted words: what they tell of the recommender's scores and of who wrote them."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
+from raypipe.recommenders.config import RecommenderConfig
+from raypipe.recommenders.sequences import Sequences
+from raypipe.storage.hashing import stable_hash
+from raypipe.storage.workspace import Workspace
+from raypipe.systems.recexplainer import ExplainerConfig
+from tests.conftest import Run
+from tests.pipeline.small_logs import SMALL_ITEMS, newest
+from tests.untrained import store_untrained, store_untrained_adapter
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+RECOMMENDER = RecommenderConfig(width=8, hidden=8, max_length=200, dropout=0.0)
+ITEM = 7
+JUDGE = ("judge", "--what", "explanations", "--workspace")
+MINE, OTHER = "explain-recexplainer-h", "explain-recexplainer-b"
+
+
+@pytest.fixture
+def scored(ingested: str, tmp_path: Path) -> dict[str, float]:
+    """What an untrained recommender, of which an adapter is stored, thinks of one item, by user."""
+    recommender = store_untrained(ingested, RECOMMENDER)
+    save_untrained(tmp_path / "lm", BuiltinLmConfig(size="tiny"), train_tokenizer(["a word"] * 9, [], [], 300))
+    store_untrained_adapter(ingested, ExplainerConfig(variant="H"), recommender, RECOMMENDER.width, tmp_path / "lm")
+    model = RECOMMENDER.build(SMALL_ITEMS).eval()
+    scores = {}
+    with torch.no_grad():
+        for row in newest(ingested, "histories").to_pylist():
+            history = Sequences(torch.tensor(row["items"]), torch.tensor([len(row["items"])]))
+            scores[row["user_id"]] = float(model.score(model.encode(history))[0, ITEM])
+    return scores
+
+
+def write(uri: str, variant: str, texts: dict[str, str]) -> None:
+    """Explanations of `ITEM`, by user, as `explain` publishes them."""
+    workspace = Workspace(uri)
+    table, buckets = workspace.tables["explanations"], workspace.require_info().buckets
+    rows = pa.table(
+        {
+            "user_id": list(texts),
+            "item_index": pa.array([ITEM] * len(texts), pa.int32()),
+            "decision": ["yes"] * len(texts),
+            "text": list(texts.values()),
+            "change_key": ["planted"] * len(texts),
+        }
+    )
+    places = stable_hash(rows["user_id"].combine_chunks()) % np.uint64(buckets)
+    parts: list[dict[str, str | int]] = [{"variant": variant, "bucket": bucket} for bucket in range(buckets)]
+    staged = [
+        table.stage(rows.filter(pa.array(places == np.uint64(part["bucket"]))), f"{variant}-{part['bucket']}", part)
+        for part in parts
+    ]
+    table.publish(staged, mode="overwrite", app=f"test:{variant}", number=1, replaces=parts)
+
+
+def words_of(scores: dict[str, float], seed: int) -> dict[str, str]:
+    """Words that give the score away, among words that tell nothing."""
+    drawn, middle = random.Random(seed), float(np.median(list(scores.values())))
+    said = {user: "splendid" if score > middle else "poor" for user, score in scores.items()}
+    return {user: f"{word} {drawn.choice(['story', 'mood', 'cast'])}" for user, word in said.items()}
+
+
+def test_words_that_follow_the_score_are_coherent_and_another_habit_is_told(
+    raypipe: Run, ingested: str, scored: dict[str, float]
+) -> None:
+    mine = words_of(scored, 0)
+    write(ingested, MINE, mine)
+    write(ingested, OTHER, {user: f"moreover {text}" for user, text in mine.items()})
+    write(ingested, "explain-recexplainer-i", mine)
+    write(ingested, f"{MINE}-pairs", dict(list(mine.items())[:4]))
+    ended = raypipe(*JUDGE, ingested)
+    assert ended.code == 0, ended.stderr
+    figures = ended.metrics
+    assert figures["coherence.users"] == len(scored) == 25
+    values = np.array(list(scored.values()))
+    # Means of four fifths for the last fifth: a little worse than the variance.
+    assert values.var() < figures["coherence.constant"] < 1.3 * values.var()
+    assert figures["coherence.mse"] < 0.8 * figures["coherence.constant"]
+    assert (figures[f"distinction.{OTHER}.accuracy"], figures[f"distinction.{OTHER}.chance"]) == (1.0, 0.5)
+    assert (figures["distinction.explain-recexplainer-i.accuracy"], figures[f"distinction.{OTHER}.cases"]) == (0.5, 25)
+    # Four cases are no ground for a classifier, and that is said.
+    assert (figures[f"distinction.{MINE}-pairs.cases"], figures[f"distinction.{MINE}-pairs.accuracy"]) == (4, None)
+    assert f"{MINE}-pairs explains 4 of the 25 pairs judged" in ended.stderr
+    (path,) = [entry.path for entry in Workspace(ingested).store.list("judgements")]
+    assert json.loads(Workspace(ingested).store.read(path))["metrics"] == figures
+
+
+def test_shuffled_words_tell_no_score_and_few_users_are_not_judged_for_it(
+    raypipe: Run, ingested: str, scored: dict[str, float]
+) -> None:
+    mine = words_of(scored, 0)
+    texts = random.Random(3).sample(list(mine.values()), len(mine))
+    write(ingested, MINE, dict(zip(mine, texts, strict=True)))
+    shuffled = raypipe(*JUDGE, ingested).metrics
+    assert shuffled["coherence.mse"] > 0.9 * shuffled["coherence.constant"]
+    assert not any(name.startswith("distinction.") for name in shuffled)
+    few = raypipe(*JUDGE, ingested, "--sample", 9)
+    assert (few.metrics["coherence.users"], few.metrics["coherence.mse"]) == (9, None)
+    assert "coherence wants explanations of 10 users, and there are 9" in few.stderr
