@@ -80,11 +80,11 @@ class CheckedEngine:
             yield from self.engine.generate(prompts, decoding, choices)
             return
         spent: dict[int, Outcome] = {}
-        left = list(range(len(prompts)))
+        left: Sequence[int] = range(len(prompts))
         for attempt in range(self.checks.retries + 1):
             again: list[int] = []
             for outcome in self.engine.generate([prompts[index] for index in left], self._decoding(decoding, attempt)):
-                whole = _added(outcome, left[outcome.index], spent.get(left[outcome.index]))
+                whole = _added(outcome, left[outcome.index], spent[left[outcome.index]]) if attempt else outcome
                 problem = self.checks.problem(whole, prompts[whole.index])
                 if problem is None:
                     yield whole
@@ -104,10 +104,8 @@ class CheckedEngine:
         return decoding.model_copy(update={"temperature": temperature, "seed": decoding.seed + attempt, "beams": 1})
 
 
-def _added(outcome: Outcome, index: int, before: Outcome | None) -> Outcome:
+def _added(outcome: Outcome, index: int, before: Outcome) -> Outcome:
     """The outcome of prompt number `index`, with what an earlier try spent."""
-    if before is None:
-        return outcome if outcome.index == index else replace(outcome, index=index)
     return replace(
         outcome,
         index=index,

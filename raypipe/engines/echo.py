@@ -41,7 +41,7 @@ class EchoEngine:
             if prompt.has_vectors:
                 yield Outcome(index, error=OutcomeError("unsupported_prompt", "The echo engine reads text only."))
                 continue
-            text = prompt.text
+            text = prompt.words
             words = text.split()
             if len(words) + limit > self.context:
                 message = f"{len(words)} words and {limit} of answer exceed the context of {self.context}."

@@ -69,6 +69,8 @@ class Prompt:
     @property
     def words(self) -> str:
         """The text without what stands between it."""
+        if len(self.segments) == 1 and isinstance(self.segments[0], Text):
+            return self.segments[0].text
         return "".join([segment.text for segment in self.segments if isinstance(segment, Text)])
 
     @property

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raypipe.engines.engine import Engine, EngineConfig
-from raypipe.metrics.text import (
-    Vocabulary,
-    attribute_coverage,
-    attribute_precision,
-    distinctness,
-    shift_precision,
-    stability,
-    top_values,
-    untouched_share,
-    value_counts,
-)
 from raypipe.pipeline.rejects import WORKER_DIED, blocked_users, rejected_users
+from raypipe.pipeline.summary_quality import SummaryQuality
 from raypipe.pipeline.summary_state import BucketState, Catalogue, Pins, Recipes
 from raypipe.runtime.budget import Budget
 from raypipe.runtime.session import output_table
@@ -40,17 +30,7 @@ from raypipe.storage.tables import StagedFile
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.blocks import RECIPE_DIGITS
 from raypipe.systems.paradigms import build_summarizer
-from raypipe.systems.summaries import UNFINISHED, SummariesConfig, Summarizer, UserSummary
-
-QUALITY = (
-    "attribute_precision",
-    "attribute_coverage",
-    "untouched_share",
-    "shift_precision",
-    "stability",
-    "distinctness",
-)
-"""What is measured of new summaries; `stability` against a user's older one, `distinctness` within a bucket."""
+from raypipe.systems.summaries import UNFINISHED, SummariesConfig, Summarizer, UserSummary, Written
 
 
 @dataclass(frozen=True)
@@ -77,7 +57,7 @@ class SummarizeBucket:
         self.budget = budget
         workspace = task.workspace
         self.catalogue = Catalogue(workspace.tables["items"].read(task.pins.items), task.config)
-        self.vocabulary = Vocabulary(chain.from_iterable(self.catalogue.values))
+        self.quality = SummaryQuality(self.catalogue, task.config)
         self.blocked = blocked_users(workspace, task.pins.rejects, "summaries", task.recipes.variant)
 
     @cached_property
@@ -139,8 +119,10 @@ class SummarizeBucket:
             places = [work[user] for user in batch]
             blocks = dict(zip(batch, state.user_blocks(places), strict=True))
             known = dict(zip(batch, state.known(places), strict=True))
-            tries = 1 + self.task.config.checks.retries
-            calls = tries * sum(map(self.summarizer.most_calls, blocks.values(), known.values()))
+            calls = 0
+            if self.budget.limits.any:
+                tries = 1 + self.task.config.checks.retries
+                calls = tries * sum(map(self.summarizer.most_calls, blocks.values(), known.values()))
             most = self._most(calls)
             if calls >= refused or not self.budget.take(most):
                 if calls < refused and not self._leaves_a_call():
@@ -244,50 +226,18 @@ class SummarizeBucket:
             pa.array([text.key if text else "" for text in last], pa.string()),
         )
 
+    def _quality(
+        self, state: BucketState, work: Mapping[str, int], results: Mapping[str, UserSummary]
+    ) -> dict[str, list[float]]:
+        finished = [result for result in results.values() if not result.reason and not result.unfinished]
+        users = [work[result.user_id] for result in finished]
+        return self.quality.figures(state, users, [result.summary for result in finished])
+
     def _stale(self, state: BucketState, work: Mapping[str, int], results: Mapping[str, UserSummary]) -> int:
         """Users left with an older summary of the same recipe."""
         missing = [user for name, user in work.items() if name not in results or results[name].reason]
         before = [state.place_before[user] for user in missing if state.place_before[user] >= 0]
         return sum(state.is_of_recipe(state.before["change_key"][int(place)].as_py()) for place in before)
-
-    def _quality(
-        self, state: BucketState, work: Mapping[str, int], results: Mapping[str, UserSummary]
-    ) -> dict[str, list[float]]:
-        """Of the new summaries, the sum and the count of each figure."""
-        figures: dict[str, list[float]] = {name: [0.0, 0] for name in QUALITY}
-        finished = [result for result in results.values() if not result.reason and not result.unfinished]
-        users = [work[result.user_id] for result in finished]
-        windows = state.windows(users)
-        values_of_items = map(self.catalogue.values.__getitem__, windows.items.tolist())
-        rows = zip(finished, windows.lengths.tolist(), state.summaries_before(users), strict=True)
-        for result, length, old in rows:
-            values = list(islice(values_of_items, length))
-            counts = value_counts(values)
-            top = top_values(counts)
-            named = self.vocabulary.named(result.summary)
-            found = {
-                "attribute_precision": attribute_precision(named, top),
-                "attribute_coverage": attribute_coverage(named, top),
-                "untouched_share": untouched_share(named, counts),
-                "shift_precision": self._shift(result.summary, values),
-                "stability": None if old is None else stability(self.vocabulary.named(old), named),
-            }
-            for name, figure in found.items():
-                if figure is not None:
-                    figures[name][0] += figure
-                    figures[name][1] += 1
-        if (distinct := distinctness([result.summary for result in finished])) is not None:
-            figures["distinctness"] = [distinct * len(finished), len(finished)]
-        return figures
-
-    def _shift(self, summary: str, values: Sequence[Sequence[str]]) -> float | None:
-        """Whether what the summary calls new is more frequent in the last blocks of the window than before."""
-        lately = self.vocabulary.named_lately(summary)
-        if not lately:
-            return None
-        recent = self.task.config.prompts.recent_blocks * self.task.config.block_items
-        earlier, later = values[:-recent], values[-recent:]
-        return shift_precision(lately, value_counts(earlier), value_counts(later), len(earlier), len(later))
 
 
 def _used(results: Collection[UserSummary]) -> Usage:
@@ -307,19 +257,13 @@ def build_engine(workspace: Workspace, engine: EngineConfig, model: Model | None
 
 def _block_rows(state: BucketState, results: Mapping[str, UserSummary]) -> pa.Table:
     """All block summaries of the bucket: what these users' summaries are made of, and the other users' as they were."""
-    written = [(user, text) for user, result in results.items() for text in result.written]
-    fresh = pa.table(
-        [
-            [user for user, _ in written],
-            [text.level for _, text in written],
-            [text.number for _, text in written],
-            [text.key for _, text in written],
-            [text.text for _, text in written],
-        ],
-        schema=BLOCK_SUMMARIES.columns,
-    )
+    written = [result.written for result in results.values()]
+    owners = np.repeat(np.arange(len(written)), [len(texts) for texts in written])
+    users = pa.array(list(results), pa.string())
+    texts = list(zip(*chain.from_iterable(written), strict=True)) or [()] * len(Written._fields)
+    fresh = pa.table([users.take(pa.array(owners)), *texts], schema=BLOCK_SUMMARIES.columns)
     before = state.written_before
-    gone = pc.is_in(before["user_id"], value_set=pa.array(list(results), pa.string()))
+    gone = pc.is_in(before["user_id"], value_set=users)
     stays = pc.and_(pc.is_in(before["user_id"], value_set=state.users), pc.invert(gone))
     order = [("user_id", "ascending"), ("level", "ascending"), ("block", "ascending")]
     return pa.concat_tables([before.filter(stays), fresh]).sort_by(order)

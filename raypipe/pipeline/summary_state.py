@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,8 @@ from raypipe.storage.schemas import BLOCK_SUMMARIES, SUMMARIES
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.blocks import RECIPE_DIGITS, BucketBlocks, cut_blocks
 from raypipe.systems.summaries import Block, Known, SummariesConfig, Written
+
+T = TypeVar("T")
 
 
 class Catalogue:
@@ -164,27 +166,29 @@ class BucketState:
 
     def known(self, users: Sequence[int]) -> list[Known]:
         """What was written before of each of these users."""
+        if not self.written_before.num_rows:
+            return [{}] * len(users)
         order, bounds = self._written_rows
         counts = np.diff(bounds)[users]
         rows = self.written_before.take(pa.array(order[stretches(bounds[users], counts)]))
-        levels, numbers, keys, texts = (rows[name].to_pylist() for name in ("level", "block", "block_key", "text"))
-        written = map(Written, levels, numbers, keys, texts)
-        return [{(text.level, text.number): text for text in islice(written, count)} for count in counts.tolist()]
+        columns = (rows[name].to_pylist() for name in ("level", "block", "block_key", "text"))
+        written = [((text.level, text.number), text) for text in map(Written, *columns)]
+        return list(map(dict, _pieces(written, counts)))
 
-    def user_blocks(self, users: Sequence[int]) -> Iterator[list[Block]]:
+    def user_blocks(self, users: Sequence[int]) -> list[list[Block]]:
         """The blocks of each of these users, in time order."""
         blocks = self.blocks
         counts = np.diff(blocks.bounds)[users]
         rows = stretches(blocks.bounds[users], counts)
-        lines = map(self.catalogue.line, self.windows(users).items.tolist())
+        lines = list(map(self.catalogue.line, self.windows(users).items.tolist()))
         found = map(
             Block,
             blocks.number[rows].tolist(),
             blocks.key.take(pa.array(rows)).to_pylist(),
-            (list(islice(lines, length)) for length in blocks.length[rows].tolist()),
+            _pieces(lines, blocks.length[rows]),
             blocks.full[rows].tolist(),
         )
-        return (list(islice(found, count)) for count in counts.tolist())
+        return _pieces(list(found), counts)
 
     def windows(self, users: Sequence[int]) -> Histories:
         """Of each of these users' histories what the summary is about."""
@@ -195,3 +199,9 @@ class BucketState:
     def is_of_recipe(self, change_key: str) -> bool:
         """Whether a published row was made by the present recipe, if maybe of an older history."""
         return change_key[:RECIPE_DIGITS] == self.recipes.merge[:RECIPE_DIGITS]
+
+
+def _pieces(values: list[T], lengths: NDArray[np.int64]) -> list[list[T]]:
+    """The values cut into pieces of these lengths."""
+    ends = lengths.cumsum()
+    return [values[start:end] for start, end in zip((ends - lengths).tolist(), ends.tolist(), strict=True)]

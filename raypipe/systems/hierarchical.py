@@ -6,7 +6,7 @@ not fit one merge prompt they are merged in groups, level by level, until one re
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -93,11 +93,12 @@ class HierarchicalSummarizer:
         while texts:
             level += 1
             merges: list[_Merge] = []
+            sizes = iter(self.engine.count_tokens([text.text for written in texts.values() for text in written]))
             for user, written in texts.items():
+                groups = self._groups(written, sizes)
                 if len(written) == 1:
                     results[user].summary = written[0].text
                     continue
-                groups = self._groups(written)
                 if len(groups) == len(written):
                     results[user].fail("prompt_too_long", "No two of its summaries fit one merge prompt.")
                     continue
@@ -142,12 +143,12 @@ class HierarchicalSummarizer:
     def _key(self, merge: _Merge) -> str:
         return fingerprint({"recipe": self.merge_recipe, "texts": [text.key for text in merge.texts]})
 
-    def _groups(self, texts: Sequence[Written]) -> list[list[Written]]:
-        """Consecutive texts in groups that each fit one merge prompt."""
-        sizes = self.engine.count_tokens([text.text for text in texts])
+    def _groups(self, texts: Sequence[Written], sizes: Iterator[int]) -> list[list[Written]]:
+        """Consecutive texts in groups that each fit one merge prompt; `sizes` tells the tokens of each."""
         groups: list[list[Written]] = [[]]
         used = 0
-        for text, size in zip(texts, sizes, strict=True):
+        for text in texts:
+            size = next(sizes)
             if groups[-1] and used + size + _NUMBERING_TOKENS > self._room:
                 groups.append([])
                 used = 0
