@@ -15,9 +15,10 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import ValidationError
 
-from raypipe.config import free, shaping
-from raypipe.engines.engine import EngineConfig
+from raypipe.config import Config, free, shaping
+from raypipe.engines.engine import Decoding, EngineConfig
 from raypipe.errors import UsageError
 from raypipe.language.adapters import AdapterCard, build_adapter, load_adapter, read_card
 from raypipe.language.alignment import AlignmentTask, prepare_alignment
@@ -29,7 +30,7 @@ from raypipe.language.soft_prompts import SoftExample
 from raypipe.language.titles import distinct_titles
 from raypipe.pipeline.held_out import are_held_out
 from raypipe.pipeline.job import JobConfig, JobResult, ModelCache, TrainingOptions, cost_of
-from raypipe.pipeline.loaded import BUILTIN, Loaded, find_builtin_lm, find_model
+from raypipe.pipeline.loaded import BUILTIN, Loaded, find_builtin_lm, find_model, is_builtin
 from raypipe.pipeline.sequences import histories_hash, pinned_versions, read_histories
 from raypipe.recommenders.recommender import freeze, weights_hash
 from raypipe.runtime.progress import say
@@ -48,16 +49,22 @@ from raypipe.systems.system import System
 
 JOB = "align"
 STEP_VERSION = 2
+_ASKED_ANEW = {"constrained", "judges", "rubric"}
+"""Options of a system that say how it is measured, and may be other ones for a stored adapter."""
 
 
 class AlignOptions(TrainingOptions, ModelCache):
     """What is joined to what, and how it is trained and measured."""
 
     model: str = free("sasrec", "a recommender's name, for its newest, or NAME/HASH")
-    lm: str = free(BUILTIN, "checkpoint folder or hub name; builtin is the workspace's own")
+    lm: str = free(
+        BUILTIN, "checkpoint folder or hub name; builtin is the workspace's own, builtin/HASH one of several"
+    )
     system: Literal["recinterpreter", "recexplainer"] = free("recinterpreter", "which of the systems below joins them")
     adapter: str | None = free(
-        None, "NAME or NAME/HASH of a stored adapter that is measured on the states of `model`, and nothing trained"
+        None,
+        "NAME or NAME/HASH of a stored adapter that is measured on the states of `model`, constrained or not and by the judges "
+        "given here, and nothing trained",
     )
     recinterpreter: InterpreterConfig = free(InterpreterConfig, "a recommender's states in words")
     recexplainer: ExplainerConfig = free(ExplainerConfig, "a language model that predicts what the recommender does")
@@ -101,6 +108,13 @@ class _Inputs:
     source: Source
     unseen: bool
 
+    def check_room(self, system: System, answer_tokens: int) -> None:
+        """Raises UsageError where answers are held to titles longer than an answer: before training, and not after it."""
+        if held := system.choices(self.source):
+            engine = EngineConfig(lm=str(self.lm)).build()
+            for choices in held:
+                list(engine.generate([], Decoding(max_new_tokens=answer_tokens), choices))
+
     def measure(self, config: AlignConfig, system: System, adapter: Path) -> dict[str, float]:
         engine = EngineConfig(lm=str(self.lm), adapter=str(adapter)).build()
         told = system.measured(self.source, engine, config.asked, config.answer_tokens)
@@ -140,6 +154,7 @@ def run_align(config: AlignConfig) -> JobResult:
             "attributes": [[name, list(values)] for item in catalogue.attributes for name, values in item.items()],
         }
     )
+    inputs.check_room(system, config.answer_tokens)
     with hold(workspace.store, [f"models-{system.name}"], JOB, config.lock_lease_s):
         if (model := Models(workspace.store).newest(system.name, recipe)) is not None:
             return _result(model, "nothing_to_do", started)
@@ -156,8 +171,8 @@ def _read(config: AlignConfig, workspace: Workspace, version: int, adapter: Mode
     loaded = Loaded.of(config, workspace, config.model)
     freeze(loaded.recommender)
     parts = [loaded.model] if adapter is None else [loaded.model, adapter]
-    if config.lm == BUILTIN:
-        parts.append(find_builtin_lm(workspace, "--lm"))
+    if is_builtin(config.lm):
+        parts.append(find_builtin_lm(workspace, "--lm", config.lm))
         lm = config.fetch(workspace, parts[-1])
     else:
         lm = resolve_checkpoint(config.lm)
@@ -288,8 +303,17 @@ def _transferred(
             f"The adapter {adapter.name} reads vectors of {widths.pop()}, and {inputs.recommender}'s are of {width}.",
             "Name a recommender of the adapter's width with --model.",
         )
-    options = {"system": adapter.lineage["system"], adapter.lineage["system"]: adapter.lineage["options"]}
-    system = AlignOptions.model_validate(options).chosen().build()
+    name = adapter.lineage["system"]
+    given: Config = getattr(config, name)
+    anew = given.model_dump(include=_ASKED_ANEW & given.model_fields_set)
+    try:
+        options = AlignOptions.model_validate({"system": name, name: {**adapter.lineage["options"], **anew}})
+    except ValidationError as error:
+        told = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UsageError(
+            f"The adapter {adapter.name} cannot be measured so: {told}.", "Change the options of its system."
+        ) from None
+    system = options.chosen().build()
     metrics = inputs.measure(config, system, folder)
     return _result(adapter, "ok", started, metrics)
 

@@ -15,7 +15,7 @@ from raypipe.storage.models import Model, Models
 from raypipe.storage.workspace import Workspace
 
 BUILTIN = "builtin"
-"""Names the workspace's own language model."""
+"""Names the workspace's own language model, the newest; BUILTIN/HASH names one of several."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,22 @@ def find_model(models: Models, named: str) -> Model:
     return found[-1]
 
 
-def find_builtin_lm(workspace: Workspace, option: str) -> Model:
-    """The workspace's own language model; UsageError where there is none yet, with the option that names another."""
-    model = Models(workspace.store).newest("lm")
-    if model is None:
+def is_builtin(named: str) -> bool:
+    """Whether `builtin`, or `builtin/HASH`, is named."""
+    return named.partition("/")[0] == BUILTIN
+
+
+def find_builtin_lm(workspace: Workspace, option: str, named: str = BUILTIN) -> Model:
+    """The workspace's own language model, the newest or that of `builtin/HASH`.
+
+    Raises UsageError where there is none, with the option that names another.
+    """
+    _, _, content = named.partition("/")
+    found = [model for model in Models(workspace.store).all("lm") if model.hash.startswith(content)]
+    if not found:
+        such = f" {content}" if content else ""
         raise UsageError(
-            f"The workspace {workspace.uri} has no language model of its own yet.",
+            f"The workspace {workspace.uri} has no language model{such} of its own yet.",
             f"Run `raypipe lm` first, or name another with {option} PATH_OR_NAME.",
         )
-    return model
+    return found[-1]

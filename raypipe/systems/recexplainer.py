@@ -52,7 +52,7 @@ from raypipe.systems.probes import Rows
 from raypipe.systems.projection import AdaptedLm, probed
 from raypipe.systems.source import Source, drawn_places
 from raypipe.systems.surrogates import Lessons, LinearConfig, StudentConfig, TreeConfig, surrogate_figures
-from raypipe.systems.teacher import Taught, teach, teachable
+from raypipe.systems.teacher import CANDIDATES, Taught, teach, teachable
 
 Variant = Literal["B", "I", "H"]
 CONTROL = "shuffled users"
@@ -144,6 +144,12 @@ class RecExplainer:
         """How users and items stand in questions; item titles by index − 1, item vectors [items + 1, width]."""
         return Shown(_ASKED[self.config.variant], titles, vectors, self.config.titles)
 
+    def choices(self, source: Source) -> Sequence[Choices]:
+        """Of T1 and of T2; T6 is free, and T3 is scored."""
+        if not self.config.constrained:
+            return ()
+        return [Choices(tuple(source.titles), SEPARATOR, most) for most in (1, CANDIDATES)]
+
     def measured(self, source: Source, engine: Engine, asked: int, most_tokens: int) -> dict[str, float]:
         """How far the model predicts what the recommender says of held-out users; beside it, asked as somebody else."""
         rows = self._asked(source, asked)
@@ -212,10 +218,7 @@ class RecExplainer:
         engine: Engine,
         most_tokens: int,
     ) -> dict[str, float]:
-        count = taught.candidates.shape[1]
-        one, five = None, None
-        if self.config.constrained:
-            one, five = (Choices(tuple(source.titles), SEPARATOR, most) for most in (1, count))
+        one, five = self.choices(source) or (None, None)
         lists = [
             [text.strip() for text in texts] for texts in _texts(engine, questions.next_item, most_tokens, one, _BEAMS)
         ]

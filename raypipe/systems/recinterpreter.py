@@ -8,8 +8,9 @@ any other. Templates of training and of tests are disjoint.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 import numpy as np
@@ -17,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 from pydantic import model_validator
 
-from raypipe.config import Config, shaping
-from raypipe.engines.engine import Choices, Decoding, Engine
+from raypipe.config import Config, free, shaping
+from raypipe.engines.engine import Choices, Decoding, Engine, EngineConfig
+from raypipe.errors import UsageError
 from raypipe.language.adapters import AdapterConfig, LoraOptions
 from raypipe.language.projectors import ProjectorConfig
 from raypipe.language.prompt import Prompt, Vectors
@@ -26,6 +28,8 @@ from raypipe.language.soft_prompts import Injection, SoftExample
 from raypipe.language.templates import Templates, fill
 from raypipe.metrics.recovery import recovered, recovered_places, rouge_l, titles_in, valid_ratio
 from raypipe.recommenders.scoring import top_k
+from raypipe.systems.judges import Rubric
+from raypipe.systems.preference import PREFERENCE, EnginePreference, OverlapRule, Pair, PreferenceJudge, preferred
 from raypipe.systems.probes import Rows
 from raypipe.systems.projection import AdaptedLm, probed
 from raypipe.systems.source import Source, drawn_places
@@ -34,6 +38,8 @@ SOURCE = "state"
 SEPARATOR = "; "
 _USERS_AT_ONCE = 256
 CONTROLS = ("shuffled states", "no states")
+NEAREST = "nearest item"
+RULE = "rule"
 
 _RECOVERY = Templates(
     training=(
@@ -89,6 +95,18 @@ class InterpreterConfig(Config):
     embeddings: bool = shaping(False, "the language model's embedding table and head are trained too")
     constrained: bool = shaping(False, "titles are decoded among the catalogue's; the published tables do without")
     prompts: InterpreterPrompts = shaping(InterpreterPrompts)
+    judges: dict[str, EngineConfig] = free(
+        dict,
+        "name → engine, as JSON: whether what an oracle names fits better than another item, beside a rule that counts",
+    )
+    rubric: Rubric = free(lambda: Rubric(prompt=PREFERENCE), "what they are asked: {history}, {one} and {other}")
+
+    @model_validator(mode="after")
+    def _judges_can_be_asked(self) -> InterpreterConfig:
+        if RULE in self.judges:
+            raise ValueError(f"the judge {RULE!r} is there anyway: give the engine another name")
+        self.rubric.ask(dict.fromkeys(("history", "one", "other"), ""))
+        return self
 
     def build(self) -> RecInterpreter:
         return RecInterpreter(self)
@@ -136,7 +154,11 @@ class RecInterpreter:
         )
 
     def examples(self, source: Source, users: int, positions: int, rng: np.random.Generator) -> Iterator[SoftExample]:
-        """Both exercises at each place; residual from the second event on."""
+        """Both exercises at each place; residual from the second event on.
+
+        Raises UsageError for judges who cannot be asked: that shows before anything is trained.
+        """
+        self._check_judges()
         rows = source.rows(held_out=False, least=2, most=users, rng=rng)
         for start in range(0, len(rows), _USERS_AT_ONCE):
             chosen = rows[start : start + _USERS_AT_ONCE]
@@ -171,27 +193,56 @@ class RecInterpreter:
     def measured(self, source: Source, engine: Engine, asked: int, most_tokens: int) -> dict[str, float]:
         """After the last event of held-out users; a control's figures have its name before theirs.
 
-        "shuffled states": everybody is asked with the next one's; "no states": with the words alone.
+        "shuffled states": everybody is asked with the next one's; "no states": with the words alone. Raises UsageError for
+        judges who cannot be asked.
         """
+        self._check_judges()
         rows = source.rows(held_out=True, least=2, most=asked, rng=np.random.default_rng(0))
         readings = list(self.readings(source, rows, source.histories.lengths[rows]))
         oracles = _oracles(source, readings) if self.config.after == "item" else []
+        judges = self._judges(source) if oracles else {}
+        drawn = np.random.default_rng(0).integers(len(source.titles), size=len(oracles)) + 1
+        rivals = {"random": source.titles_of(drawn.tolist()), "nearest": [oracle.title for oracle in oracles]}
+        histories = [reading.history for reading in readings]
         decoding = Decoding(max_new_tokens=most_tokens)
+        several, one = self.choices(source) or (None, None)
         found: dict[str, float] = {"asked": len(readings)}
         for control in ("", *CONTROLS):
             prompts = self.questions(readings, oracles, control)
             count = len(readings)
             answers = [
-                *_answers(engine, prompts[:count], decoding, self._choices(source, self.config.titles)),
-                *_answers(engine, prompts[count:], decoding, self._choices(source, 1)),
+                *_answers(engine, prompts[:count], decoding, several),
+                *_answers(engine, prompts[count:], decoding, one),
             ]
             prefix = f"{control}: " if control else ""
             figures = self.figures(answers, readings, oracles, source.known)
+            named = [_title(answer, source.known) for answer in answers[2 * count :]]
+            figures |= preferences(judges, named, rivals, histories, source.known)
             found |= {prefix + name: round(value, 4) for name, value in figures.items()}
-        return found
+        ceiling = preferences(judges, rivals.pop("nearest"), rivals, histories, source.known)
+        return found | {f"{NEAREST}: {name}": round(value, 4) for name, value in ceiling.items()}
 
-    def _choices(self, source: Source, most: int) -> Choices | None:
-        return Choices(tuple(source.titles), SEPARATOR, most) if self.config.constrained else None
+    def _check_judges(self) -> None:
+        """Raises UsageError for judges of an oracle that is not read, or whose checkpoint is not there."""
+        if self.config.judges and self.config.after != "item":
+            raise UsageError(
+                "Judges are asked about an oracle, and this adapter reads none.",
+                "Train one with --recinterpreter.after item.",
+            )
+        for judge in self.config.judges.values():
+            judge.identity()
+
+    def _judges(self, source: Source) -> dict[str, PreferenceJudge]:
+        engines = {
+            name: EnginePreference(engine.build(), self.config.rubric) for name, engine in self.config.judges.items()
+        }
+        return {RULE: OverlapRule(source), **engines}
+
+    def choices(self, source: Source) -> Sequence[Choices]:
+        """Of recovery, and of residual and the oracle."""
+        if not self.config.constrained:
+            return ()
+        return [Choices(tuple(source.titles), SEPARATOR, most) for most in (self.config.titles, 1)]
 
     def beside(
         self, source: Source, lm: AdaptedLm, bare: Engine, users: int, positions: int, asked: int, most_tokens: int
@@ -290,12 +341,38 @@ def recovery_figures(
 
 def residual_figures(answers: Sequence[str], titles: Sequence[str], known: Collection[str]) -> dict[str, float]:
     """Of answers to residual: `residual` the share that are the title exactly, `residual valid` that are any title."""
-    given = [answer.strip().removesuffix(".") if answer.strip() not in known else answer.strip() for answer in answers]
+    given = [_title(answer, known) for answer in answers]
     right = [mine == title for mine, title in zip(given, titles, strict=True)]
     return {
         "residual": float(np.mean(right)) if right else 0.0,
         "residual valid": float(np.mean([mine in known for mine in given])) if given else 0.0,
     }
+
+
+def _title(answer: str, known: Collection[str]) -> str:
+    answer = answer.strip()
+    return answer if answer in known else answer.removesuffix(".")
+
+
+def preferences(
+    judges: Mapping[str, PreferenceJudge],
+    named: Sequence[str],
+    rivals: Mapping[str, Sequence[str]],
+    histories: Sequence[Sequence[str]],
+    known: Collection[str],
+) -> dict[str, float]:
+    """By judge and kind of rival, how often what was `named` of each history's oracle is preferred to the rival; `judged`
+    where a judge left some undecided."""
+    figures: dict[str, float] = {}
+    for judge, rival in product(judges, rivals):
+        pairs = [Pair(*case) for case in zip(histories, named, rivals[rival], strict=True)]
+        found = preferred(judges[judge], pairs, known)
+        by = "" if judge == RULE else f" by {judge}"
+        if found.share is not None:
+            figures[f"oracle preferred to {rival}{by}"] = found.share
+        if found.judged < 1:
+            figures[f"oracle judged beside {rival}{by}"] = found.judged
+    return figures
 
 
 def _answers(engine: Engine, prompts: Sequence[Prompt], decoding: Decoding, choices: Choices | None) -> list[str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 
-from raypipe.engines.engine import Engine
+from raypipe.engines.engine import Choices, Engine
 from raypipe.language.adapters import AdapterConfig
 from raypipe.language.soft_prompts import SoftExample
 from raypipe.systems.projection import AdaptedLm
@@ -27,6 +27,10 @@ class System(Protocol):
 
     def examples(self, source: Source, users: int, positions: int, rng: np.random.Generator) -> Iterator[SoftExample]:
         """Exercises of at most so many users who are not held out, at so many places in each of their histories."""
+        ...
+
+    def choices(self, source: Source) -> Sequence[Choices]:
+        """What answers are held to when it is measured; nothing where they are free."""
         ...
 
     def measured(self, source: Source, engine: Engine, asked: int, most_tokens: int) -> dict[str, float]:

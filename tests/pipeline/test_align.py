@@ -12,6 +12,7 @@ from raypipe.storage.models import Models
 from raypipe.storage.releases import Releases
 from raypipe.storage.store import Store
 from tests.conftest import Run
+from tests.engines.chat_server import ChatServer
 from tests.pipeline.small_logs import CHAIN_TRAINING, EXPLAINER
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -71,6 +72,12 @@ def test_an_adapter_belongs_to_one_recommender_and_leaves_a_release_with_it(rayp
     assert moved.metrics["recovery"] < 0.7 * ended.metrics["recovery"]
     assert moved.metrics["no states: recovery"] == ended.metrics["no states: recovery"]
 
+    # Held to the catalogue's titles the same adapter names nothing else, whatever it reads.
+    held = raypipe("align", "--workspace", with_lm, *few, "--adapter", "recinterpreter", "--recinterpreter.constrained")
+    assert held.result["models"] == ended.result["models"]
+    for control in ("", "shuffled states: ", "no states: "):
+        assert held.metrics[f"{control}valid"] == held.metrics[f"{control}residual valid"] == 1.0
+
     asked = ("--adapters", '["recinterpreter"]')
     refused = raypipe("release", "--workspace", with_lm, "--recommender", "sasrec", "--gate.least_share", 0, *asked)
     assert refused.code == 2
@@ -79,6 +86,28 @@ def test_an_adapter_belongs_to_one_recommender_and_leaves_a_release_with_it(rayp
     assert without.code == 0, without.stderr
     assert "so the new release is without it" in without.stderr
     assert releases.named("champion").adapters == {}
+
+
+def test_an_oracle_is_judged_by_the_rule_and_by_whoever_is_asked(raypipe: Run, with_lm: str) -> None:
+    few = (*SMALL, "--trainer.steps", "3", "--asked", "10", "--recinterpreter.after", "item")
+    content = Models(Store(with_lm)).all("lm")[-1].hash[:8]
+    plain = raypipe("align", "--workspace", with_lm, *few, "--lm", f"builtin/{content}", "--recinterpreter.constrained")
+    assert plain.code == 0, plain.stderr
+    assert 0 <= plain.metrics["oracle preferred to random"] <= 1
+    with ChatServer(answer=lambda prompt: "A" if prompt.rstrip().endswith("Letter:") else "none") as server:
+        judges = {"endpoint": {"engine": "openai", "http": {"url": server.url, "model": "m"}}}
+        again = (*few[:-2], "--adapter", "recinterpreter", "--recinterpreter.judges", json.dumps(judges))
+        judged = raypipe("align", "--workspace", with_lm, *again)
+        asked = server.prompts
+    assert judged.code == 0, judged.stderr
+    assert judged.result["models"] == plain.result["models"]
+    assert all("A: Title " in prompt and "B: Title " in prompt for prompt in asked)
+    # Constrained as it was when it was stored, so that no control names what nobody knows; a judge who always says A decides
+    # by the order alone, which is the same for everybody who names something other than the rival.
+    names = [name for name in judged.metrics if name.endswith("by endpoint")]
+    assert len(names) == 7
+    assert not any("oracle judged" in name for name in names)
+    assert judged.metrics["oracle preferred to random"] == plain.metrics["oracle preferred to random"]
 
 
 def test_what_cannot_be_joined_is_told_before_work_starts(raypipe: Run, with_lm: str) -> None:
@@ -92,6 +121,13 @@ def test_what_cannot_be_joined_is_told_before_work_starts(raypipe: Run, with_lm:
     assert "--summaries.paradigm recurrent --summaries.hold_out 1` first" in summaries.stderr
     wrong = raypipe("align", "--workspace", with_lm, *SMALL, "--adapter", "sasrec")
     assert (wrong.code, "The model sasrec is no adapter" in wrong.stderr) == (2, True)
+    other = raypipe("align", "--workspace", with_lm, *SMALL, "--lm", "builtin/77")
+    assert (other.code, "has no language model 77 of its own yet" in other.stderr) == (2, True)
+    narrow = raypipe("align", "--workspace", with_lm, *SMALL, "--recinterpreter.constrained", "--answer_tokens", 1)
+    assert (narrow.code, "The longest text takes" in narrow.stderr) == (2, True)
+    judges = ("--recinterpreter.judges", '{"echo": {"engine": "echo"}}')
+    unread = raypipe("align", "--workspace", with_lm, *SMALL, *judges)
+    assert (unread.code, "this adapter reads none" in unread.stderr) == (2, True)
     lora = raypipe("align", "--workspace", with_lm, *SMALL, "--recinterpreter.lora.targets", '["c_attn"]')
     assert lora.code == 2
     assert "c_attn" in lora.stderr

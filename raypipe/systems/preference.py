@@ -1,0 +1,113 @@
+"""Which of two titles fits a history better: judges that prefer one, a rule that counts and any engine that is asked.
+
+RecInterpreter's oracle (arXiv 2310.20487, section 3.4) has no right answer to compare with; whether what it names is preferred
+to another item says whether the words mean something. The two stand in an order drawn for each pair, so that a judge who always
+takes the first is at chance.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from raypipe.engines.engine import Engine
+from raypipe.metrics.text import item_values, value_counts
+from raypipe.systems.judges import Rubric
+from raypipe.systems.source import Source
+
+PREFERENCE = """Below is what one person chose, oldest first, and two items.
+{history}
+A: {one}
+B: {other}
+Which of the two fits that person better? Answer with the letter alone.
+Letter:"""
+"""A rubric's prompt for two titles."""
+
+_LETTER = re.compile(r"\b[AB]\b")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A history's titles, oldest first, and two titles of the catalogue."""
+
+    history: Sequence[str]
+    one: str
+    other: str
+
+    @property
+    def turned(self) -> Pair:
+        return Pair(self.history, self.other, self.one)
+
+
+class PreferenceJudge(Protocol):
+    def prefer(self, pairs: Sequence[Pair]) -> list[float | None]:
+        """1 where the first of a pair fits better, 0 where the other, 0.5 where both alike; None without an answer."""
+        ...
+
+
+class OverlapRule:
+    """Prefers the item whose attribute values more of the history's items have; implements `PreferenceJudge`."""
+
+    def __init__(self, source: Source) -> None:
+        values = [item_values(attributes) for attributes in source.catalogue.attributes]
+        self.values = dict(zip(source.titles, values, strict=True))
+
+    def prefer(self, pairs: Sequence[Pair]) -> list[float | None]:
+        return [self._preferred(pair) for pair in pairs]
+
+    def _preferred(self, pair: Pair) -> float:
+        counts = value_counts(self.values[title] for title in pair.history)
+        one, other = (self._overlap(counts, title) for title in (pair.one, pair.other))
+        return 0.5 if one == other else float(one > other)
+
+    def _overlap(self, counts: Counter[str], title: str) -> float:
+        """In how many of the history's items one of the item's values stands, the mean over its values."""
+        values = self.values[title]
+        return sum(counts[value] for value in values) / len(values) if values else 0.0
+
+
+class EnginePreference:
+    """An engine that answers with a letter; implements `PreferenceJudge`."""
+
+    def __init__(self, engine: Engine, rubric: Rubric) -> None:
+        self.engine, self.rubric = engine, rubric
+
+    def prefer(self, pairs: Sequence[Pair]) -> list[float | None]:
+        cases = [{"history": "\n".join(pair.history), "one": pair.one, "other": pair.other} for pair in pairs]
+        found: list[float | None] = [None] * len(pairs)
+        for outcome in self.engine.generate([self.rubric.ask(case) for case in cases], self.rubric.decoding):
+            if letter := _LETTER.search(outcome.text):
+                found[outcome.index] = float(letter[0] == "A")
+        return found
+
+
+@dataclass(frozen=True)
+class Preference:
+    """How often the first is preferred, where it was judged (None where it never was), and the share that was."""
+
+    share: float | None
+    judged: float
+
+
+def preferred(judge: PreferenceJudge, pairs: Sequence[Pair], known: Collection[str], seed: int = 0) -> Preference:
+    """How often a judge prefers the `one` of each pair, asked in an order drawn for each.
+
+    A `one` that is not `known` to the catalogue loses unasked, and two equal titles are preferred alike.
+    """
+    settled = {at: 0.0 for at, pair in enumerate(pairs) if pair.one not in known}
+    settled |= {at: 0.5 for at, pair in enumerate(pairs) if pair.one == pair.other}
+    turned = np.random.default_rng(seed).random(len(pairs)) < 0.5
+    asked = [at for at in range(len(pairs)) if at not in settled]
+    answers = judge.prefer([pairs[at].turned if turned[at] else pairs[at] for at in asked])
+    told = {
+        at: 1 - answer if turned[at] else answer
+        for at, answer in zip(asked, answers, strict=True)
+        if answer is not None
+    }
+    values = [*settled.values(), *told.values()]
+    return Preference(float(np.mean(values)) if values else None, len(values) / max(1, len(pairs)))
