@@ -1,4 +1,4 @@
-"""The training recipes under `jobs/train`: each is a valid configuration of the model it is named after."""
+"""The recipes under `jobs/train` and `jobs/align`: each is a valid configuration of the model or system it is named after."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from raypipe.cli.options import parse_config
+from raypipe.pipeline.align import AlignConfig
 from raypipe.pipeline.train import TrainConfig
 
 FOLDER = Path(__file__).parents[1] / "jobs/train"
+ALIGNMENTS = FOLDER.parent / "align"
 MODELS = ("sasrec", "gru4rec", "caser", "bert4rec", "dreamrec")
 SETS = ("ml-100k", "ml-1m", "amazon-industrial")
 
@@ -27,3 +29,29 @@ def test_a_recipe_is_valid_and_says_how_it_is_run(path: Path) -> None:
     assert config.trainer.validate_every is not None
     assert config.trainer.weight_decay == 0
     assert config.hold_out == 2
+
+
+@pytest.mark.parametrize("path", sorted(ALIGNMENTS.iterdir()), ids=lambda path: path.stem)
+def test_an_alignment_holds_out_users_and_says_how_it_is_run(path: Path) -> None:
+    config = parse_config("align", AlignConfig, ["--config", str(path)])
+    assert path.stem.startswith(config.system)
+    assert f"--config jobs/align/{path.name} " in path.read_text()
+    assert config.held_out_share == 0.1
+    assert config.trainer.epochs
+
+
+def test_both_systems_have_a_recipe_for_two_domains() -> None:
+    domains = ("ml-100k", "amazon-industrial")
+    assert {f"{system}-{data}.yaml" for system, data in product(("recinterpreter", "recexplainer"), domains)} <= {
+        path.name for path in ALIGNMENTS.iterdir()
+    }
+
+
+def test_another_set_of_prompts_is_a_recipe_and_a_task_left_out_an_option() -> None:
+    terse = parse_config("align", AlignConfig, ["--config", str(ALIGNMENTS / "recinterpreter-ml-100k-terse.yaml")])
+    plain = parse_config("align", AlignConfig, ["--config", str(ALIGNMENTS / "recinterpreter-ml-100k.yaml")])
+    assert terse.recinterpreter.prompts.recovery.training == ("{state} Titles:",)
+    assert terse.recinterpreter.prompts != plain.recinterpreter.prompts
+    assert terse.model_copy(update={"recinterpreter": plain.recinterpreter}) == plain
+    words = ["--config", str(ALIGNMENTS / "recexplainer-ml-100k.yaml"), "--recexplainer.tasks", "T1,T3,T4,T6"]
+    assert parse_config("align", AlignConfig, words).recexplainer.tasks == ("T1", "T3", "T4", "T6")

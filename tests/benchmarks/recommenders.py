@@ -88,11 +88,15 @@ def run(*words: str) -> dict[str, Any]:
 
 
 def merge(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Put `rows` in the place of those of the same models and seed."""
+    """Put `rows` in the place of those of the same models, beside the same recommenders where they have one, and seed."""
+
+    def key(row: dict[str, Any]) -> tuple[str, str, int]:
+        return row["model"], row.get("recommender", ""), row["seed"]
+
     old = json.loads(path.read_text()) if path.exists() else []
-    named = {(row["model"], row["seed"]) for row in rows}
-    kept = [row for row in old if (row["model"], row["seed"]) not in named]
-    path.write_text(json.dumps(sorted([*kept, *rows], key=lambda row: (row["model"], row["seed"])), indent=1) + "\n")
+    named = {key(row) for row in rows}
+    kept = [row for row in old if key(row) not in named]
+    path.write_text(json.dumps(sorted([*kept, *rows], key=key), indent=1) + "\n")
 
 
 if __name__ == "__main__":
