@@ -1,8 +1,8 @@
 """`raypipe retry-rejected`: give rejected rows another chance, now that the reason may be gone.
 
-Log rows whose item was unknown are ingested again once the catalogue has it. Users whose summary, states or list was
-rejected are unblocked: the next `summarize`, `extract` or `recommend` tries them. A row that goes through leaves
-`rejects`; Delta's history keeps it.
+Log rows whose item was unknown are ingested again once the catalogue has it. Users whose summary, states, list or explanation
+was rejected are unblocked: the next `summarize`, `extract`, `recommend` or `explain` tries them. A row that goes through
+leaves `rejects`; Delta's history keeps it.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ _NEXT = {
     "summaries": "; run summarize",
     "hidden_states": "; run extract",
     "recommendations": "; run recommend",
+    "explanations": "; run explain",
 }
 
 
 class RetryConfig(JobConfig):
     """Configuration of `retry-rejected`."""
 
-    table: Literal["histories", "summaries", "hidden_states", "recommendations"] = free(
+    table: Literal["histories", "summaries", "hidden_states", "recommendations", "explanations"] = free(
         "summaries", "rejected for which table"
     )
     reason: str | None = free(None, "only rows rejected for this reason")
