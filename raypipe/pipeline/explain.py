@@ -7,31 +7,33 @@ recommendation of everybody is explained, or the pairs of a file. Only what is n
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as csv
 
-from raypipe.config import free, shaping
+from raypipe.config import Config, free, shaping
 from raypipe.engines.checks import AnswerChecks
 from raypipe.engines.engine import Decoding, EngineConfig
 from raypipe.errors import UsageError
-from raypipe.language.adapters import read_card
+from raypipe.language.adapters import AdapterCard, read_card
+from raypipe.language.checkpoint import checkpoint_hash
 from raypipe.pipeline.explain_units import FIGURES, TABLE, ExplainBucket, ExplainTask
 from raypipe.pipeline.job import BatchConfig, CapOptions, JobResult, ModelCache, cost_of
-from raypipe.pipeline.loaded import BUILTIN, Loaded, find_builtin_lm, find_model
+from raypipe.pipeline.loaded import BUILTIN, Loaded, find_builtin_lm, find_model, is_builtin
 from raypipe.pipeline.rejects import check_reject_rate
 from raypipe.runtime.budget import Budget
 from raypipe.runtime.progress import say
 from raypipe.runtime.session import bucket_parts, open_session
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.ledger import Counts, Publish, Receipt, Unit, Usage
-from raypipe.storage.models import Models
+from raypipe.storage.models import Model, Models
+from raypipe.storage.releases import Release
 from raypipe.storage.tables import ABSENT
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.recexplainer import ExplainerConfig
@@ -60,80 +62,139 @@ class ExplainConfig(ExplainOptions, BatchConfig):
     """Configuration of `explain`."""
 
 
+class ExplainPolicy(Config):
+    """Whether a night explains, and how."""
+
+    explain_policy: Literal["never", "nightly"] = free(
+        "never", "whether everybody's top recommendation is explained, where the release in force holds explain.adapter"
+    )
+    explain: ExplainOptions = shaping(ExplainOptions, "the explanations, by the adapter of the release in force")
+
+    def of_release(self, workspace: Workspace, release: Release) -> ExplainOptions | None:
+        """The options with the release's adapter and language model; None where nothing is to be explained."""
+        name, _, wanted = self.explain.adapter.partition("/")
+        content = release.adapters.get(name)
+        if self.explain_policy == "never" or content is None or not content.startswith(wanted):
+            return None
+        engine = self.explain.engine
+        if engine.lm == BUILTIN and all(model.hash != release.lm for model in Models(workspace.store).all("lm")):
+            engine = engine.model_copy(update={"lm": release.lm})
+        return self.explain.model_copy(update={"adapter": f"{name}/{content}", "engine": engine})
+
+
+@dataclass(frozen=True)
+class Explainer:
+    """Who explains, resolved and checked: the adapter, the recommender behind it, and the workspace's own language model where
+    that is the one it reads with. `recipe` is what an explanation depends on beside its user and item."""
+
+    adapter: Model
+    loaded: Loaded
+    lm: Model | None
+    system: ExplainerConfig
+    recipe: str
+
+    @classmethod
+    def of(cls, config: ExplainOptions, workspace: Workspace) -> Explainer:
+        """Raises UsageError for an adapter that is none of RecExplainer's, for a language model it was not trained beside, and
+        for an engine that reads no adapter."""
+        adapter = find_model(Models(workspace.store), config.adapter)
+        if adapter.lineage.get("system") != "recexplainer":
+            raise UsageError(
+                f"The model {adapter.name} is no adapter that explains.",
+                "Train one with `raypipe align --system recexplainer`.",
+            )
+        if not config.engine.capabilities.logprobs:
+            raise UsageError(
+                f"The engine {config.engine.engine} cannot tell how likely an answer is, nor read an adapter.",
+                "Choose --engine.engine transformers.",
+            )
+        folder = config.fetch(workspace, adapter)
+        card = read_card(folder)
+        loaded = Loaded.of(config, workspace, card.recommender)
+        lm = _lm_beside(config, workspace, card) if is_builtin(config.engine.lm) else None
+        engine = config.engine.model_copy(update={"adapter": str(folder)})
+        if lm is not None:
+            engine = engine.model_copy(update={"lm": str(config.fetch(workspace, lm))})
+        identity = engine.identity()
+        if identity["model"] != card.lm:
+            raise UsageError(
+                f"The adapter {adapter.name} was trained beside another language model than {config.engine.lm}.",
+                "Name that one with --engine.lm, or train another adapter with `raypipe align`.",
+            )
+        system = ExplainerConfig.model_validate(adapter.lineage["options"])
+        recipe = fingerprint(
+            {
+                "step": STEP_VERSION,
+                "config": config.shaping_values(),
+                "engine": identity,
+                "system": system.shaping_values(),
+            }
+        )
+        return cls(adapter, loaded, lm, system, recipe)
+
+    def variant(self, config: ExplainOptions) -> str:
+        return f"{JOB}-{self.adapter.name}" + ("-pairs" if config.pairs is not None else "")
+
+    def task(
+        self,
+        config: ExplainOptions,
+        workspace: Workspace,
+        versions: dict[str, int],
+        pairs: pa.Table | None,
+        scope: str = "all",
+        users: Sequence[str] | None = None,
+    ) -> ExplainTask:
+        """The work of all units, over the tables' `versions`."""
+        return ExplainTask(
+            workspace=workspace,
+            scope=scope,
+            variant=self.variant(config),
+            recipe=self.recipe,
+            versions=versions,
+            recommender=self.loaded.model,
+            adapter=self.adapter,
+            lm=self.lm,
+            engine=config.engine,
+            system=self.system,
+            focus=config.focus,
+            decoding=config.decoding,
+            checks=config.checks,
+            recommended=f"recommend-{self.loaded.model.name}",
+            pairs=pairs,
+            users=pa.array(users, pa.string()) if users is not None else None,
+            micro_batch=config.micro_batch,
+            model_cache=Path(config.model_cache),
+        )
+
+
 def run_explain(config: ExplainConfig) -> JobResult:
     """Explanations into `explanations`, variant `explain-<adapter>`, of a file's pairs `explain-<adapter>-pairs`.
 
-    Raises UsageError, before work starts, for an adapter that is none of RecExplainer's, a language model it was not trained
-    beside, recommendations that are not there, or pairs of users or items nobody knows.
+    Raises UsageError, before work starts, as `Explainer.of` does, for recommendations that are not there, and for pairs of
+    users or items nobody knows.
     """
     started = time.monotonic()
     workspace = config.open_workspace()
     tracking = config.open_tracking(workspace)
     info = workspace.require_info()
-    adapter = find_model(Models(workspace.store), config.adapter)
-    if adapter.lineage.get("system") != "recexplainer":
-        raise UsageError(
-            f"The model {adapter.name} is no adapter that explains.",
-            "Train one with `raypipe align --system recexplainer`.",
-        )
-    if not config.engine.capabilities.logprobs:
-        raise UsageError(
-            f"The engine {config.engine.engine} cannot tell how likely an answer is, nor read an adapter.",
-            "Choose --engine.engine transformers.",
-        )
-    card = read_card(config.fetch(workspace, adapter))
-    loaded = Loaded.of(config, workspace, card.recommender)
-    lm = find_builtin_lm(workspace, "--engine.lm") if config.engine.lm == BUILTIN else None
-    engine = config.engine.model_copy(update={"adapter": str(config.fetch(workspace, adapter))})
-    if lm is not None:
-        engine = engine.model_copy(update={"lm": str(config.fetch(workspace, lm))})
-    identity = engine.identity()
-    if identity["model"] != card.lm:
-        raise UsageError(
-            f"The adapter {adapter.name} was trained beside another language model than {config.engine.lm}.",
-            "Name that one with --engine.lm, or train another adapter with `raypipe align`.",
-        )
-    system = ExplainerConfig.model_validate(adapter.lineage["options"])
-    pairs = _read_pairs(config.pairs, workspace, loaded.items) if config.pairs is not None else None
+    explainer = Explainer.of(config, workspace)
+    pairs = read_pairs(config, workspace, explainer)
     canary = config.canary_users(workspace)
-    recipe = fingerprint(
-        {"step": STEP_VERSION, "config": config.shaping_values(), "engine": identity, "system": system.shaping_values()}
-    )
     # Which pairs are asked for makes another run, and no row another one.
-    run_recipe = fingerprint({"recipe": recipe, "pairs": pairs.to_pylist() if pairs is not None else None})
-    variant = f"{JOB}-{adapter.name}" + ("-pairs" if pairs is not None else "")
+    listed = pairs.to_pylist() if pairs is not None else None
+    run_recipe = fingerprint({"recipe": explainer.recipe, "pairs": listed})
+    variant = explainer.variant(config)
     writes = [TABLE] if canary is None else []
     with open_session(workspace, JOB, writes, config.cluster, config.lock_lease_s) as session:
-        inputs = session.versions("histories", "items", "rejects", *(["recommendations"] if pairs is None else []))
-        if inputs.get("recommendations") == ABSENT:
-            raise UsageError(
-                "Nothing is recommended yet.", "Run `raypipe recommend` first, or name pairs with --pairs."
-            )
+        inputs = session.versions(*input_tables(config))
+        check_recommended(inputs)
         base = session.versions(TABLE) if canary is None else {TABLE: ABSENT}
         scope = "all" if canary is None else fingerprint({"users": canary})
         if scope == "all" and session.is_current(run_recipe, inputs):
             return JobResult(JOB, "nothing_to_do", cost=cost_of(Usage(), time.monotonic() - started))
-        run = session.run(run_recipe, inputs, base, scope, {"variant": variant, "model": adapter.hash})
-        task = ExplainTask(
-            workspace=workspace,
-            scope=scope,
-            variant=variant,
-            recipe=recipe,
-            versions={**inputs, **base},
-            recommender=loaded.model,
-            adapter=adapter,
-            lm=lm,
-            engine=config.engine,
-            system=system,
-            focus=config.focus,
-            decoding=config.decoding,
-            checks=config.checks,
-            recommended=f"recommend-{loaded.model.name}",
-            pairs=pairs,
-            users=pa.array(canary, pa.string()) if canary is not None else None,
-            micro_batch=config.micro_batch,
-            model_cache=Path(config.model_cache),
-        )
+        facts = {"variant": variant, "model": explainer.adapter.hash, "engine": config.engine.engine}
+        run = session.run(run_recipe, inputs, base, scope, facts)
+        task = explainer.task(config, workspace, {**inputs, **base}, pairs, scope, canary)
         units = [Unit("users", index) for index in range(info.buckets)]
         limits = config.limits()
         if limits.any:
@@ -147,10 +208,29 @@ def run_explain(config: ExplainConfig) -> JobResult:
     if canary is not None:
         say(f"{JOB}: the canary's tables are below {workspace.uri}/canary/{run.run_key}")
     if published.status == "ok":
-        params = {"model": adapter.hash, "variant": variant, "scope": scope[:12]}
+        params = {"model": explainer.adapter.hash, "variant": variant, "scope": scope[:12]}
         numbers = {name: value for name, value in published.metrics.items() if value is not None}
         tracking.log_run(JOB, run.run_key, params, {**numbers, **published.cost})
     return published
+
+
+def input_tables(config: ExplainOptions) -> tuple[str, ...]:
+    """Whose versions a run pins."""
+    return ("histories", "items", "rejects", *(["recommendations"] if config.pairs is None else []))
+
+
+def check_recommended(versions: Mapping[str, int]) -> None:
+    if versions.get("recommendations") == ABSENT:
+        raise UsageError("Nothing is recommended yet.", "Run `raypipe recommend` first, or name pairs with --pairs.")
+
+
+def _lm_beside(config: ExplainOptions, workspace: Workspace, card: AdapterCard) -> Model:
+    """The workspace's own language model that the adapter was trained beside, or the newest, where it is none of them."""
+    newest = find_builtin_lm(workspace, "--engine.lm", config.engine.lm)
+    _, _, named = config.engine.lm.partition("/")
+    stored = [model for model in Models(workspace.store).all("lm") if model.hash.startswith(named)]
+    beside = (model for model in reversed(stored) if checkpoint_hash(config.fetch(workspace, model)) == card.lm)
+    return next(beside, newest)
 
 
 def _result(
@@ -181,8 +261,14 @@ def _usage(receipts: Iterable[Receipt]) -> Usage:
     return sum((receipt.usage for receipt in receipts), Usage())
 
 
-def _read_pairs(path: str, workspace: Workspace, items: pa.Table) -> pa.Table:
-    """user_id and item_index of a file's pairs, each once, sorted. Raises UsageError for what cannot be read or is unknown."""
+def read_pairs(config: ExplainOptions, workspace: Workspace, explainer: Explainer) -> pa.Table | None:
+    """user_id and item_index of the file's pairs, each once, sorted; None where everybody's top recommendation is meant.
+
+    Raises UsageError for what cannot be read or is unknown.
+    """
+    if config.pairs is None:
+        return None
+    path, items = config.pairs, explainer.loaded.items
     texts = csv.ConvertOptions(column_types={"user_id": pa.string(), "item_id": pa.string()})
     try:
         rows = csv.read_csv(path, convert_options=texts).select(["user_id", "item_id"])

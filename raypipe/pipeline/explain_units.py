@@ -36,7 +36,7 @@ from raypipe.storage.schemas import EXPLANATIONS
 from raypipe.storage.tables import StagedFile
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.explainer_exercises import Shown
-from raypipe.systems.explanations import Explanation, explain
+from raypipe.systems.explanations import Asked, Explanation, explain
 from raypipe.systems.recexplainer import ExplainerConfig
 
 TABLE = "explanations"
@@ -72,6 +72,17 @@ class ExplainTask:
     model_cache: Path
 
 
+@dataclass(frozen=True)
+class Due:
+    """Of one bucket: how many pairs it has, published rows that still stand, `work`, the pairs to be explained (user_id,
+    item_index, place among the bucket's users, change_key), and how many were skipped for which reason."""
+
+    pairs: int
+    kept: pa.Table
+    work: pa.Table
+    skipped: dict[str, int]
+
+
 class ExplainBucket:
     """Writes the explanations of one bucket's pairs that are new or whose history changed; the others are carried over."""
 
@@ -102,42 +113,48 @@ class ExplainBucket:
 
     def run(self, unit: Unit, context: UnitContext) -> Receipt:
         started = time.monotonic()
+        state = self.rows(unit.index)
+        due = self.due(state)
+        results = self._explain(state, due.work, context)
+        failed = [at for at, result in results.items() if result.reason]
+        skipped = {**due.skipped, "capped": due.work.num_rows - len(results)}
+        counts = Counts(due.pairs, len(results) - len(failed), len(failed), skipped)
+        staged: dict[str, Sequence[StagedFile]] = {}
+        if results or due.kept.num_rows < state.before.num_rows:
+            staged = self._stage(state, due.kept, due.work, results, context)
+        usage = _used(results.values()) + Usage(seconds=time.monotonic() - started)
+        facts = {
+            **self._figures(state, due.work, results),
+            "reasons": {result.reason: result.message for result in results.values() if result.reason},
+        }
+        return Receipt(unit, counts, usage, staged, {TABLE: schema_hash(EXPLANATIONS.schema)}, facts, context.attempt)
+
+    def rows(self, bucket: int) -> UserRows:
         task = self.task
-        state = UserRows(
-            task.workspace,
-            unit.index,
-            TABLE,
-            task.variant,
-            task.recipe,
-            task.versions["histories"],
-            task.versions[TABLE],
-            task.users,
-        )
+        versions = task.versions["histories"], task.versions[TABLE]
+        return UserRows(task.workspace, bucket, TABLE, task.variant, task.recipe, *versions, task.users)
+
+    def due(self, state: UserRows) -> Due:
+        """What of a bucket is to be explained, what stands, and what is left out."""
         pairs = self._pairs(state)
         before = _identities(state.before["user_id"], state.before["change_key"])
         wanted = _identities(pairs["user_id"], pairs["change_key"])
         kept = state.before.filter(pc.is_in(before, value_set=wanted))
         changed = pairs.filter(pc.invert(pc.is_in(wanted, value_set=before)))
         keys = zip(changed["user_id"].to_pylist(), changed["change_key"].to_pylist(), strict=True)
-        work = changed.filter(pa.array([key not in self.blocked for key in keys], pa.bool_()))
-        results, cold = self._explain(state, work, context)
-        failed = [at for at, result in results.items() if result.reason]
+        free = changed.filter(pa.array([key not in self.blocked for key in keys], pa.bool_()))
+        warm = np.zeros(0, bool)
+        if free.num_rows:  # A bucket without changes loads no recommender.
+            known = state.histories.within(self.recommender.items)
+            warm = (known.lengths[free["place"].to_numpy()] > 0) & (
+                free["item_index"].to_numpy() <= self.recommender.items
+            )
         skipped = {
             "unchanged": pairs.num_rows - changed.num_rows,
-            "blocked": changed.num_rows - work.num_rows,
-            "cold": cold,
-            "capped": work.num_rows - cold - len(results),
+            "blocked": changed.num_rows - free.num_rows,
+            "cold": int((~warm).sum()),
         }
-        counts = Counts(pairs.num_rows, len(results) - len(failed), len(failed), skipped)
-        staged: dict[str, Sequence[StagedFile]] = {}
-        if results or kept.num_rows < state.before.num_rows:
-            staged = self._stage(state, kept, work, results, context)
-        usage = _used(results.values()) + Usage(seconds=time.monotonic() - started)
-        facts = {
-            **self._figures(state, work, results),
-            "reasons": {result.reason: result.message for result in results.values() if result.reason},
-        }
-        return Receipt(unit, counts, usage, staged, {TABLE: schema_hash(EXPLANATIONS.schema)}, facts, context.attempt)
+        return Due(pairs.num_rows, kept, free.filter(pa.array(warm)), skipped)
 
     def _pairs(self, state: UserRows) -> pa.Table:
         """user_id, item_index, place among the bucket's users, and change_key, which is of the history and the item."""
@@ -159,17 +176,12 @@ class ExplainBucket:
         )
         return pairs.append_column("change_key", keys).sort_by([("user_id", "ascending"), ("item_index", "ascending")])
 
-    def _explain(self, state: UserRows, work: pa.Table, context: UnitContext) -> tuple[dict[int, Explanation], int]:
-        """By row of `work`, and how many rows were skipped because the recommender knows nothing of their users."""
-        if not work.num_rows:
-            return {}, 0
-        known = state.histories.within(self.recommender.items)
-        places, items = work["place"].to_numpy(), work["item_index"].to_numpy()
+    def _explain(self, state: UserRows, work: pa.Table, context: UnitContext) -> dict[int, Explanation]:
+        """By row of `work`."""
         names = _names(work)
-        warm = (known.lengths[places] > 0) & (items <= self.recommender.items)
         results: dict[int, Explanation] = {}
         suspects = [name in context.deaths for name in names]
-        batches = deque(_batches(np.flatnonzero(warm), suspects, self.task.micro_batch))
+        batches = deque(_batches(np.arange(len(names)), suspects, self.task.micro_batch))
         while batches:
             batch = batches.popleft()
             if context.deaths.get(names[batch[0]], 0) >= MAX_DEATHS:
@@ -184,10 +196,11 @@ class ExplainBucket:
                 batches.extendleft([batch[half:], batch[:half]])
                 continue
             context.journal([names[at] for at in batch])
-            done = self._answered(known, places[batch], items[batch])
+            asked = self.asked(state, work.take(pa.array(batch)))
+            done = explain(self.engine, asked, self.task.decoding, self.task.checks)
             self.budget.give_back(most, _used(done))
             results |= dict(zip(batch.tolist(), done, strict=True))
-        return results, int((~warm).sum())
+        return results
 
     def _most(self, pairs: int) -> Usage:
         """What so many pairs may take: a decision each, and as many tries at the words as the checks allow."""
@@ -195,17 +208,20 @@ class ExplainBucket:
         return Usage(calls, calls * self.engine.context, calls * self.task.decoding.max_new_tokens)
 
     @torch.no_grad()
-    def _answered(self, known: Histories, places: NDArray[np.int64], items: NDArray[np.int64]) -> list[Explanation]:
+    def asked(self, state: UserRows, work: pa.Table) -> list[Asked]:
+        """What the engine is asked about pairs of a bucket whose users and items the recommender knows."""
         task, model = self.task, self.recommender
+        known = state.histories.within(model.items)
+        places = work["place"].to_numpy()
         states = np.zeros((len(places), model.width), np.float32)
         histories = known.take(known.starts[places], known.lengths[places])
         for block in batches_by_length(histories, model.max_length):
             states[block] = model.encode(sequences_of(histories, block, model.max_length)).float().numpy()
-        asked = [
-            self.shown.asked(_items(known, place), state, item, task.system.prompts, task.focus)
-            for place, state, item in zip(places.tolist(), states, items.tolist(), strict=True)
+        pairs = zip(places.tolist(), states, work["item_index"].to_pylist(), strict=True)
+        return [
+            self.shown.asked(_items(known, place), own, item, task.system.prompts, task.focus)
+            for place, own, item in pairs
         ]
-        return explain(self.engine, asked, task.decoding, task.checks)
 
     def _stage(
         self, state: UserRows, kept: pa.Table, work: pa.Table, results: dict[int, Explanation], context: UnitContext

@@ -1,9 +1,10 @@
-"""`raypipe nightly`: ingest, models, states, recommendations, summaries, night manifest, user cards.
+"""`raypipe nightly`: ingest, models, states, recommendations, summaries, explanations, night manifest, user cards.
 
 A step is skipped when nothing it reads and nothing of its recipe changed. The language model is trained once, when the
 workspace has none, and never again by this job. A recommender is trained where `train_policy` says so, and takes the
 place of the one in force only if it passes the gate; if it does not, the night is published on the old one and the job
-ends refused, exit code 3. The manifest is written last: until then readers see the night before.
+ends refused, exit code 3. Where `explain_policy` says so, everybody's top recommendation is explained by the release's adapter.
+The manifest is written last: until then readers see the night before.
 
 With `until` it is a backfill: one night after the other, each over the log of its date.
 """
@@ -20,6 +21,7 @@ from typing import Any, Literal
 from raypipe.config import free, shaping
 from raypipe.errors import RefusedError, UsageError
 from raypipe.pipeline.cards import write_cards
+from raypipe.pipeline.explain import ExplainConfig, Explainer, ExplainPolicy, run_explain
 from raypipe.pipeline.extract import ExtractConfig, ExtractOptions, run_extract
 from raypipe.pipeline.ingest import IngestConfig, IngestOptions, run_ingest
 from raypipe.pipeline.job import JobConfig, JobResult
@@ -41,7 +43,7 @@ JOB = "nightly"
 _DATE = "{date}"
 
 
-class NightlyConfig(JobConfig):
+class NightlyConfig(ExplainPolicy, JobConfig):
     """Configuration of `nightly`: its steps' options, and the night's date."""
 
     date: str | None = free(None, "the night's date, YYYY-MM-DD, for {date} in the log's path too; unset: today")
@@ -107,6 +109,9 @@ def _run_night(config: NightlyConfig, date: str) -> JobResult:
     workspace = config.open_workspace()
     results: dict[str, JobResult] = {}
     refusal: RefusedError | None = None
+    champion = Releases(workspace.store).named("champion")
+    if champion is not None and (explaining := config.of_release(workspace, champion)) is not None:
+        Explainer.of(explaining, workspace)  # what cannot explain is told before the night's work
 
     def take(name: str, step: Callable[[], JobResult]) -> JobResult:
         before = time.monotonic()
@@ -130,6 +135,13 @@ def _run_night(config: NightlyConfig, date: str) -> JobResult:
         take("extract", lambda: run_extract(ExtractConfig(**shared, **dict(config.extract) | model)))
         take("recommend", lambda: run_recommend(RecommendConfig(**shared, **dict(config.recommend) | model)))
     take("summarize", lambda: run_summarize(SummarizeConfig(**shared, **dict(config.summarize))))
+    if (explaining := config.of_release(workspace, release)) is not None:
+        take("explain", lambda: run_explain(ExplainConfig(**shared, **dict(explaining))))
+    elif config.explain_policy == "nightly":
+        say(
+            f"{JOB}: the release in force holds no adapter {config.explain.adapter}, and nothing is explained: train one with "
+            "`raypipe align`, and put it in force with `raypipe release --adapters`"
+        )
     tables = {name: table.version() for name, table in workspace.tables.items() if table.version() != ABSENT}
     parts = {"release": release.hash, "recommender": release.recommender, "lm": release.lm}
     nights = Nights(workspace.store)
@@ -152,8 +164,11 @@ def _judge(config: NightlyConfig, workspace: Workspace, trained: JobResult, lm: 
     """Put a newly trained recommender in force, or tell why not. One that was judged before is not judged again."""
     ((name, content),) = trained.models.items()
     named = f"{name}/{content}"
-    if trained.status == "nothing_to_do" and Releases(workspace.store).was_judged(named):
+    releases = Releases(workspace.store)
+    if trained.status == "nothing_to_do" and releases.was_judged(named):
         return None
+    if (champion := releases.named("champion")) is not None and champion.adapters:
+        lm = champion.lm
     try:
         promote(ReleaseConfig(**config.shared(), gate=config.gate), workspace, named, lm)
     except RefusedError as refusal:
@@ -162,14 +177,12 @@ def _judge(config: NightlyConfig, workspace: Workspace, trained: JobResult, lm: 
 
 
 def _in_force(config: NightlyConfig, workspace: Workspace, lm: str) -> Release:
-    """The release in force, with the language model this night summarises with."""
+    """The release in force. Its language model is the one its adapters read with, without any the one that summarises."""
     releases = Releases(workspace.store)
     champion = releases.named("champion") or Release(catalogue=workspace.tables["items"].version())
-    if champion.lm != lm:
+    if champion.lm != lm and not champion.adapters:
         with hold(workspace.store, ["releases"], JOB, config.lock_lease_s):
-            for name in champion.adapters:
-                say(f"{JOB}: the adapter {name} belongs to the language model before, so the release is without it")
-            champion = releases.add(replace(champion, lm=lm, adapters={}))
+            champion = releases.add(replace(champion, lm=lm))
             releases.point("champion", champion)
     return champion
 

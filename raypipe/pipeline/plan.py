@@ -1,4 +1,4 @@
-"""`raypipe plan`: what the next `summarize` would cost, before a GPU is touched.
+"""`raypipe plan`: what the next `summarize` would cost, and where a night explains that too, before a GPU is touched.
 
 Users and calls are counted, not guessed, in up to `read_buckets` buckets and scaled from there. Prompt tokens come from a
 sample of real prompts under the real tokenizer, with two standard errors; what earlier answers add to them, the generated
@@ -17,28 +17,36 @@ import numpy as np
 
 from raypipe.config import free
 from raypipe.engines.engine import EngineConfig
+from raypipe.pipeline.explain import ExplainPolicy
 from raypipe.pipeline.job import JobConfig, JobResult
+from raypipe.pipeline.past_runs import PastRun, past_runs, seconds_of
+from raypipe.pipeline.plan_explain import plan_explanations
 from raypipe.pipeline.summarize import JOB, SummarizeOptions
 from raypipe.pipeline.summary_state import BucketState, Catalogue, Pins, Recipes
 from raypipe.runtime.progress import say
 from raypipe.storage.ledger import Usage
+from raypipe.storage.releases import Release, Releases
 from raypipe.storage.workspace import USERS_PER_BUCKET, Workspace
 from raypipe.systems.paradigms import calls_needed
 from raypipe.systems.summaries import SummariesConfig
 
 _CROWDED = 4 * USERS_PER_BUCKET
-_PAST_RUNS = 5
+_COST = {"calls": "calls", "tokens_in": "tokens_in", "tokens_out": "tokens_out_most", "seconds": "seconds"}
+"""What the result's cost is called in the metrics."""
 
 
-class PlanConfig(SummarizeOptions, JobConfig):
-    """Configuration of `plan`: the options of the `summarize` it is about."""
+class PlanConfig(SummarizeOptions, ExplainPolicy, JobConfig):
+    """Configuration of `plan`: the options of the `summarize` it is about, and a night's of its explanations."""
 
     read_buckets: int = free(8, "buckets that are counted; the others are scaled from them", ge=1)
     sample_users: int = free(100, "changed users whose prompts are tokenised", ge=1)
 
 
 def run_plan(config: PlanConfig) -> JobResult:
-    """Count and predict; nothing is written. Raises UsageError as `summarize` would."""
+    """Count and predict; nothing is written. Raises UsageError as `summarize` and `explain` would.
+
+    Figures of explanations begin with `explain.`, and the cost is of both.
+    """
     workspace = config.open_workspace()
     info = workspace.require_info()
     model = config.resolve_model(workspace)
@@ -56,22 +64,42 @@ def run_plan(config: PlanConfig) -> JobResult:
     if model is not None:
         folder = config.fetch(workspace, model)
         engine = engine.model_copy(update={"lm": str(folder)})
-    past = _past(workspace, engine.engine)
+    past = past_runs(workspace, JOB, engine.engine)
     calls = reads + merges
     metrics = {
         "users": users,
         "users_changed": round(scale * sum(count.changed for count in counted)),
         "calls": calls,
         **_tokens(config.summaries, engine, counted, reads, merges, past),
-        **_seconds(calls, past),
+        **seconds_of(calls, past),
         "memory_mb_per_worker": _memory_mb(workspace, engine.lm, info.buckets, pins),
         "exact": len(read) == info.buckets,
         "buckets": info.buckets,
         "users_per_bucket": round(users / info.buckets),
     }
+    cost = {name: metrics[kept] or 0 for name, kept in _COST.items()}
     _report(metrics, config)
-    cost = {"calls": calls, "tokens_in": metrics["tokens_in"], "tokens_out": metrics["tokens_out_most"]}
-    return JobResult("plan", "ok", metrics=metrics, cost={**cost, "seconds": float(metrics["seconds"] or 0)})
+    if (told := _explanations(config, workspace, read)) is not None:
+        metrics |= {f"explain.{name}": value for name, value in told.items()}
+        cost = {name: cost[name] + (told[kept] or 0) for name, kept in _COST.items()}
+    return JobResult("plan", "ok", metrics=metrics, cost={**cost, "seconds": float(cost["seconds"])})
+
+
+def _explanations(config: PlanConfig, workspace: Workspace, buckets: Sequence[int]) -> dict[str, Any] | None:
+    """What the explanations of the next night would take; None where it would explain nothing."""
+    if config.explain_policy == "never":
+        return None
+    release = Releases(workspace.store).named("champion") or Release()
+    options = config.of_release(workspace, release)
+    if options is None:
+        say(f"the release in force holds no adapter {config.explain.adapter}: nothing would be explained")
+        return None
+    told = plan_explanations(options, workspace, buckets, config.sample_users)
+    say(
+        f"{told['pairs_changed']:,} of {told['pairs']:,} pairs to explain; {told['calls']:,} model calls, "
+        f"about {told['tokens_in']:,} ± {told['tokens_in_error']:,} prompt tokens, at most {told['tokens_out_most']:,} generated ones"
+    )
+    return told
 
 
 @dataclass(frozen=True)
@@ -118,7 +146,7 @@ def _tokens(
     counted: Sequence[_Counted],
     reads: int,
     merges: int,
-    past: Sequence[_Past],
+    past: Sequence[PastRun],
 ) -> dict[str, Any]:
     """Prompt tokens with two standard errors of the sample, expected and most generated tokens."""
     prompts = [prompt for count in counted for prompt in count.prompts]
@@ -141,38 +169,6 @@ def _tokens(
         "tokens_out": round((reads + merges) * answer) if past else None,
         "tokens_out_most": most,
     }
-
-
-@dataclass(frozen=True)
-class _Past:
-    """A finished run: calls a second of the wall clock, and generated tokens a call."""
-
-    rate: float
-    answer: float
-
-
-def _past(workspace: Workspace, engine: str) -> list[_Past]:
-    """The newest finished runs of the engine that called a model at all."""
-    ledger, found = workspace.ledger(JOB), []
-    for _, key in sorted(ledger.numbers().items(), reverse=True):
-        run = ledger.run(key)
-        if (result := run.result()) is None or run.manifest["facts"].get("engine") != engine:
-            continue
-        cost = result.get("cost", {})
-        if cost.get("calls") and cost.get("seconds"):
-            found.append(_Past(cost["calls"] / cost["seconds"], cost.get("tokens_out", 0) / cost["calls"]))
-        if len(found) == _PAST_RUNS:
-            break
-    return found
-
-
-def _seconds(calls: int, past: Sequence[_Past]) -> dict[str, int | None]:
-    """By the median of the past runs, and by the fastest and the slowest of them; None where there is none."""
-    if not past:
-        return {"seconds": None, "seconds_least": None, "seconds_most": None}
-    rates = [run.rate for run in past]
-    found = {"seconds": float(np.median(rates)), "seconds_least": max(rates), "seconds_most": min(rates)}
-    return {name: round(calls / rate) for name, rate in found.items()}
 
 
 def _memory_mb(workspace: Workspace, lm: str, buckets: int, pins: Pins) -> int:

@@ -9,6 +9,11 @@ from pathlib import Path
 import pytest
 
 from raypipe.cli.main import main
+from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
+from raypipe.storage.models import Models
+from raypipe.storage.nights import Nights
+from raypipe.storage.releases import Releases
+from raypipe.storage.store import Store
 from raypipe.storage.workspace import Workspace
 from tests.conftest import Run
 from tests.engines.chat_server import ChatServer
@@ -91,6 +96,72 @@ def test_a_night_explains_what_is_new_alone(raypipe: Run, explaining: str, files
     assert len(after) == 120
 
 
+def test_a_nights_explanations_are_planned_incremental_and_in_its_manifest(
+    raypipe: Run, explaining: str, files: Path, tmp_path: Path
+) -> None:
+    once = ("--explain.decoding.max_new_tokens", 40, "--explain.checks.retries", 0, "--explain.max_reject_rate", 1)
+    policy = ("--explain_policy", "nightly", *once)
+    night = ("nightly", "--workspace", explaining, "--summarize.engine.engine", "echo", "--recommend.length", 3)
+    plan = ("plan", "--workspace", explaining, "--engine.engine", "echo", "--sample_users", 200, *policy)
+    early = raypipe(*plan)
+    assert (early.code, "explain.calls" in early.metrics) == (0, False)
+    assert "the release in force holds no adapter recexplainer-h: nothing would be explained" in early.stderr
+
+    asked = ("--recommender", "sasrec", "--lm", "builtin", "--adapters", '["recexplainer-h"]')
+    assert raypipe("release", "--workspace", explaining, *asked).code == 0
+    # A newer language model is none of the adapter's: the night explains with the one that is.
+    save_untrained(tmp_path / "lm", BuiltinLmConfig(size="tiny"), train_tokenizer(["a word"] * 9, [], [], 300))
+    Models(Store(explaining)).add("lm", tmp_path / "lm", "newer", {})
+    planned = raypipe(*plan)
+    assert planned.code == 0, planned.stderr
+    figures = {name.removeprefix("explain."): value for name, value in planned.metrics.items() if "explain." in name}
+    assert (figures["pairs"], figures["pairs_changed"], figures["calls"]) == (120, 120, 240)
+    assert (figures["tokens_out"], figures["seconds"], figures["tokens_out_most"]) == (None, None, 120 * 40)
+    assert planned.result["cost"]["calls"] == planned.metrics["calls"] + 240
+    assert Workspace(explaining).tables["explanations"].version() == -1
+
+    first = raypipe(*night, *policy, "--date", "2026-01-05")
+    assert (first.code, first.status) == (0, "ok"), first.stderr
+    assert (
+        first.metrics["explain.pairs"] == first.metrics["explain.computed"] + first.metrics["explain.rejected"] == 120
+    )
+    spent = Workspace(explaining).ledger("explain").newest().result()["cost"]
+    assert (spent["calls"], spent["tokens_in"]) == (240, figures["tokens_in"])
+    assert first.result["cost"]["calls"] == planned.result["cost"]["calls"]
+    manifest = Nights(Store(explaining)).current()
+    assert manifest.tables["explanations"] == first.result["tables"]["explanations"]["version"] == 0
+    assert manifest.metrics["explain"]["pairs"] == 120
+    assert Releases(Store(explaining)).named("champion").adapters
+
+    again = raypipe(*night, *policy, "--date", "2026-01-06")
+    assert (again.status, again.result["cost"]["calls"]) == ("nothing_to_do", 0)
+
+    log = write_log(files / "more.csv", [("u1", "i5", START + 100)])
+    more = ("--ingest.log.path", log, "--ingest.log.columns.time", "time")
+    without = raypipe(*night, *more, "--date", "2026-01-06")
+    assert not any(name.startswith("explain.") for name in without.metrics)
+    told = raypipe(*plan).metrics
+    assert (told["explain.pairs_changed"], told["explain.calls"]) == (1, 2)
+    assert told["explain.seconds"] is not None
+    second = raypipe(*night, *policy, "--date", "2026-01-07")
+    assert second.status == "ok"
+    assert second.metrics["explain.unchanged"] + second.metrics["explain.blocked"] == 119
+    assert second.metrics["explain.computed"] + second.metrics["explain.rejected"] == 1
+
+    # Who is asked with an eye on something else is asked anew, everybody of them.
+    focused = raypipe(*plan, "--explain.focus", "genre").metrics
+    assert (focused["explain.pairs_changed"], focused["explain.tokens_in"] > figures["tokens_in"]) == (120, True)
+
+
+def test_a_night_that_cannot_explain_says_so_before_its_work(raypipe: Run, explaining: str) -> None:
+    asked = ("--recommender", "sasrec", "--lm", "builtin", "--adapters", '["recexplainer-h"]')
+    assert raypipe("release", "--workspace", explaining, *asked).code == 0
+    night = ("nightly", "--workspace", explaining, "--summarize.engine.engine", "echo", "--explain_policy", "nightly")
+    silent = raypipe(*night, "--explain.engine.engine", "echo")
+    assert (silent.code, "The engine echo cannot tell how likely an answer is" in silent.stderr) == (2, True)
+    assert Workspace(explaining).tables["summaries"].version() == -1
+
+
 def test_pairs_of_a_file_are_explained_beside_and_strangers_told(raypipe: Run, explaining: str, files: Path) -> None:
     pairs = files / "pairs.csv"
     pairs.write_text("user_id,item_id\nu1,i3\nu1,i7\nu2,i3\nu1,i3\n")
@@ -127,6 +198,14 @@ def test_what_does_not_fit_is_rejected_with_its_reason_and_stops_a_run_where_it_
     rejects = newest(explaining, "rejects").to_pylist()
     assert len(rejects) == ended.metrics["rejected"]
     assert {row["reason"] for row in rejects} == {"prompt_too_long"}
+
+    # Rejected with one length of answer, they stay so until they are given another chance.
+    blocked = raypipe("explain", "--workspace", explaining, *long, "--max_reject_rate", "1")
+    assert blocked.status == "nothing_to_do"
+    retried = raypipe("retry-rejected", "--workspace", explaining, "--table", "explanations")
+    assert (retried.status, retried.metrics["retried"]) == ("ok", len(rejects))
+    again = raypipe("explain", "--workspace", explaining, *long, "--max_reject_rate", "1")
+    assert (again.metrics["rejected"], again.metrics["unchanged"]) == (len(rejects), ended.metrics["computed"])
 
 
 def test_a_cap_leaves_the_rest_for_the_next_run_and_a_canary_publishes_nothing(raypipe: Run, explaining: str) -> None:
