@@ -5,6 +5,7 @@ Exit codes: 0 ok or nothing to do, 1 failed, 2 wrong usage or config, 3 a qualit
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import signal
@@ -17,6 +18,7 @@ from typing import Any, NoReturn
 from raypipe import __version__
 from raypipe.cli.options import parse_config
 from raypipe.cli.webhook import notify
+from raypipe.config import Config
 from raypipe.errors import RaypipeError, UsageError
 
 # Job → module, config class, function. Imported when named: `raypipe status` should not wait for torch.
@@ -40,6 +42,7 @@ JOBS = {
     "night": ("raypipe.pipeline.night", "NightConfig", "run_night"),
     "doctor": ("raypipe.pipeline.doctor", "DoctorConfig", "run_doctor"),
 }
+_SUBMIT = "submit"
 _EXIT = {"ok": 0, "nothing_to_do": 0, "failed": 1, "refused": 3}
 
 
@@ -58,14 +61,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _stop)
     webhook: str | None = None
     try:
-        if job not in JOBS:
-            raise UsageError(f"There is no job {job!r}.", f"The jobs are {', '.join(JOBS)}.")
-        module_name, config_name, function_name = JOBS[job]
-        module = importlib.import_module(module_name)
-        config = parse_config(job, getattr(module, config_name), options)
-        webhook = getattr(config, "webhook", None)
-        result = getattr(module, function_name)(config).to_dict()
-        code = _EXIT[result["status"]]
+        if job == _SUBMIT:
+            from raypipe.cli.submit import run_submit
+
+            code, result = run_submit(options, JOBS, config_type)
+        elif job in JOBS:
+            config = parse_config(job, config_type(job), options)
+            webhook = getattr(config, "webhook", None)
+            with _lease(config):
+                result = _run(job, config)
+            code = _EXIT[result["status"]]
+        else:
+            raise UsageError(f"There is no job {job!r}.", f"The jobs are {', '.join([*JOBS, _SUBMIT])}.")
     except RaypipeError as error:
         _tell(f"{error.problem} {error.remedy}")
         result, code = _failure(job, "refused" if error.exit_code == 3 else "failed", str(error)), error.exit_code
@@ -84,6 +91,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout.flush()
     print(json.dumps(result, ensure_ascii=False), flush=True)
     return code
+
+
+def config_type(job: str) -> type[Config]:
+    """The configuration that a job takes."""
+    module, config, _ = JOBS[job]
+    found: type[Config] = getattr(importlib.import_module(module), config)
+    return found
+
+
+def _lease(config: Config) -> contextlib.AbstractContextManager[object]:
+    """Held while a submitted run's driver lives, so that the run has one driver."""
+    run = getattr(config, "run", None)
+    if run is None:
+        return contextlib.nullcontext()
+    from raypipe.storage.locks import run_lock
+    from raypipe.storage.store import Store
+
+    return run_lock(Store(config.workspace), run, config.lock_lease_s)  # type: ignore[attr-defined]
+
+
+def _run(job: str, config: Config) -> dict[str, Any]:
+    module, _, function = JOBS[job]
+    result: dict[str, Any] = getattr(importlib.import_module(module), function)(config).to_dict()
+    return result
 
 
 def _failure(job: str, status: str, error: str) -> dict[str, Any]:
@@ -108,7 +139,7 @@ def _stop(*_: object) -> NoReturn:
 
 
 def _usage() -> str:
-    jobs = textwrap.fill(", ".join(JOBS), 100, initial_indent="  ", subsequent_indent="  ")
+    jobs = textwrap.fill(", ".join([*JOBS, _SUBMIT]), 100, initial_indent="  ", subsequent_indent="  ")
     return f"usage: raypipe JOB [--config FILE] [--section.key value …]\n\njobs:\n{jobs}\n\n`raypipe JOB --help` lists a job's options."
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -31,15 +31,20 @@ def parse_config(job: str, config_type: type[C], argv: Sequence[str]) -> C:
         cli_prefix="",
     )
     values = source()
-    file = _option(argv, "--config")
-    merged = merge(_read_yaml(file), values) if file else values
+    file = option(argv, "--config")
+    return validated(config_type, merge(_read_yaml(file), values) if file else values)
+
+
+def validated(config_type: type[C], values: Mapping[str, Any]) -> C:
+    """The config of nested values; raises UsageError as `parse_config` does."""
     try:
-        return config_type.model_validate(merged)
+        return config_type.model_validate(values)
     except ValidationError as error:
         raise UsageError(*_explain(error, config_type)) from None
 
 
-def _option(argv: Sequence[str], name: str) -> str | None:
+def option(argv: Sequence[str], name: str) -> str | None:
+    """The value of one option, without looking at the others."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument(name)
     return getattr(parser.parse_known_args(list(argv))[0], name.strip("-"))

@@ -31,6 +31,9 @@ class JobConfig(Config):
     cluster: ClusterConfig = free(ClusterConfig, "the Ray cluster and its workers")
     webhook: str | None = free(None, "URL that gets the job's JSON result by POST, however it ends")
     lock_lease_s: float = free(60.0, "lease of the table locks on an object store, in seconds", gt=0)
+    run: str | None = free(
+        None, "the submitted run whose lease this job holds; `raypipe submit` names it", pattern="^[a-z0-9-]+$"
+    )
 
     def open_workspace(self) -> Workspace:
         return Workspace(self.workspace)

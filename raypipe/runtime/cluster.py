@@ -21,6 +21,9 @@ class ClusterConfig(Config):
     workers: int | None = free(None, "parallel workers; unset: one per CPU of the cluster", ge=1)
     cpus_per_worker: float = free(1.0, "CPUs reserved for each worker", gt=0)
     gpus_per_worker: float = free(0.0, "GPUs reserved for each worker, fractions allowed", ge=0)
+    driver_cpus: float = free(
+        0.0, "CPUs of the cluster that the driver itself takes, as `raypipe submit` asks for", ge=0
+    )
     stall_s: float = free(3600.0, "seconds a worker may take for a micro-batch before it counts as hung", gt=0)
 
     def connect(self) -> None:
@@ -63,7 +66,7 @@ class ClusterConfig(Config):
         import ray
 
         resources = ray.cluster_resources()
-        fits = int(resources.get("CPU", 1) / self.cpus_per_worker)
+        fits = int((resources.get("CPU", 1) - self.driver_cpus) / self.cpus_per_worker)
         if self.gpus_per_worker:
             fits = min(fits, int(resources.get("GPU", 0) / self.gpus_per_worker))
         return max(1, fits)

@@ -166,6 +166,11 @@ def hold(
         yield locks
 
 
+def run_lock(store: Store, run: str, lease_s: float = LEASE_S) -> Lock:
+    """What the driver of a submitted run holds while it lives."""
+    return Lock(store, f"run-{run}", run, lease_s)
+
+
 def _is_dead_here(record: dict[str, Any]) -> bool:
     """Whether the holder was a process of this very machine and boot that is no more."""
     if record.get("host") != socket.gethostname() or record.get("boot") != _boot_id():

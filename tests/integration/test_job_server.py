@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ import pytest
 
 from raypipe.storage.nights import Nights
 from raypipe.storage.workspace import Workspace
-from tests.integration.job_server import ROOT, START_HEAD, Job, JobServer, run_ray, start_job_server
+from tests.integration.job_server import ROOT, START_HEAD, Job, JobServer, run_ray
 
 ML_100K = ROOT.parent / "shared" / "data" / "ml-100k"
 REFUSED = (401, 403)
@@ -24,12 +23,6 @@ class Submitted(NamedTuple):
     workspace: str
     command: tuple[str, ...]
     job: Job
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobServer]:
-    with start_job_server(tmp_path_factory.mktemp("head") / "head.log") as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,183 @@
+"""The manifests of this folder with a team's values in them.
+
+    python cluster/kuberay/render.py --config my-values.yaml --folder build/kuberay
+
+`apply.yaml` is for `kubectl apply`: accounts, configuration, network policies, the standing cluster and the nightly
+schedule. `jobs/JOB.yaml` is one RayJob for every job, for `kubectl create`, each on a cluster of its own that goes when the
+job ends. A manifest is YAML in which `${name}` stands for a value: alone it keeps its type, within text it becomes text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from raypipe.cli.main import JOBS, config_type
+from raypipe.cli.options import parse_config, validated
+from raypipe.config import Config, free
+from raypipe.errors import RaypipeError, UsageError
+
+HERE = Path(__file__).parent
+SCRIPTS = HERE.parents[1] / "jobs"
+_NAME = re.compile(r"\$\{([a-z_.]+)\}")
+
+
+class Head(Config):
+    """The head runs no work of ours: `num-cpus` is 0."""
+
+    cpu: str = free("4", "CPUs of the head")
+    memory: str = free("16Gi", "memory of the head")
+
+
+class Workers(Config):
+    """One group of workers that the autoscaler starts and stops."""
+
+    min: int = free(0, "workers that are always there", ge=0)
+    max: int = free(8, "workers at most", ge=0)
+    cpu: str = free("8", "CPUs of each")
+    memory: str = free("32Gi", "memory of each")
+    shared_memory: str = free("8Gi", "of its memory, Ray's object store")
+    node_selector: dict[str, str] = free(dict, "labels of the nodes they may run on")
+
+
+class GpuWorkers(Workers):
+    """Workers with GPUs."""
+
+    gpus: str = free("1", "GPUs of each")
+
+
+class Secrets(Config):
+    """Names of Secrets. Render writes none of them."""
+
+    ray_token: str = free("raypipe-ray-token", "key auth_token: what clients of Ray have to know")
+    redis: str = free("raypipe-redis", "key password")
+    environment: str = free(
+        "raypipe-secrets",
+        "what pods get as variables: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, OPENAI_API_KEY, HF_TOKEN",
+    )
+
+
+class Namespaces(Config):
+    """Who else may reach the cluster, by the namespace it runs in."""
+
+    operator: str = free("kuberay-operator", "where KubeRay's operator runs")
+    monitoring: str = free("monitoring", "where Prometheus runs")
+
+
+class Values(Config):
+    """What a team may change; the README's table names what it must."""
+
+    folder: str = free("build/kuberay", "where the manifests are written")
+    namespace: str = free("raypipe", "namespace of everything here; it has to exist")
+    image: str = free(..., "image built from cluster/Dockerfile")
+    gpu_image: str = free(..., "image built from cluster/Dockerfile with EXTRAS=gpu,redis")
+    workspace: str = free(..., "s3:// URI of the workspace", pattern="^s3://")
+    mlflow_uri: str = free(..., "MLflow's tracking server")
+    redis_address: str = free(..., "redis://HOST:PORT for the standing cluster's fault tolerance")
+    environment: dict[str, str] = free(dict, "variables of every pod, for example AWS_REGION")
+    schedule: str = free("30 1 * * *", "when the night starts, as cron writes it")
+    time_zone: str = free("Etc/UTC", "of the schedule and of the night's date")
+    attempts: int = free(3, "of a night that fails; one that a gate refused is not tried again", ge=1)
+    deadline_s: int = free(36_000, "seconds after which a job is given up", ge=60)
+    keep_s: int = free(86_400, "seconds for which a finished job's record is kept", ge=0)
+    head: Head = free(Head, "the head")
+    cpu_workers: Workers = free(Workers, "workers for everything that needs no GPU")
+    gpu_workers: GpuWorkers = free(GpuWorkers, "workers for models")
+    secrets: Secrets = free(Secrets, "names of Secrets")
+    namespaces: Namespaces = free(Namespaces, "namespaces of others")
+    jobs: dict[str, dict[str, Any]] = free(dict, "configuration of each job, the same keys as of `raypipe JOB`")
+
+
+def main(argv: list[str]) -> int:
+    """Write every manifest below `folder`; returns the exit code."""
+    try:
+        values = parse_config("render", Values, argv)
+        check_jobs(values)
+    except RaypipeError as error:
+        print(f"render: {error}", file=sys.stderr)
+        return error.exit_code
+    folder = Path(values.folder)
+    (folder / "jobs").mkdir(parents=True, exist_ok=True)
+    (folder / "apply.yaml").write_text(yaml.safe_dump_all(standing(values), sort_keys=False))
+    for job in job_names():
+        (folder / "jobs" / f"{job}.yaml").write_text(yaml.safe_dump(ray_job(values, job), sort_keys=False))
+    print(f"Written: {folder}/apply.yaml and {len(job_names())} jobs in {folder}/jobs")
+    return 0
+
+
+def job_names() -> list[str]:
+    """The jobs that have a script."""
+    return sorted(path.stem for path in SCRIPTS.glob("*.py") if path.stem in JOBS)
+
+
+def check_jobs(values: Values) -> None:
+    """Raise UsageError where a job's configuration is one that the job would refuse."""
+    for job, config in values.jobs.items():
+        if job not in job_names():
+            raise UsageError(f"jobs.{job} is no job.", f"There are {', '.join(job_names())}.")
+        validated(config_type(job), config)
+
+
+def standing(values: Values) -> list[dict[str, Any]]:
+    """What `kubectl apply` is given."""
+    known = _known(values)
+    jobs = {f"{job}.yaml": yaml.safe_dump(values.jobs.get(job, {}), sort_keys=False) for job in job_names()}
+    known |= {
+        "job_configs": jobs,
+        "nightly_manifest": json.dumps(ray_job(values, "nightly")),
+        "cluster": _load("raycluster.yaml", known)[0]["spec"],
+    }
+    names = ("accounts.yaml", "configuration.yaml", "network-policies.yaml", "raycluster.yaml", "nightly.yaml")
+    return [manifest for name in names for manifest in _load(name, known)]
+
+
+def ray_job(values: Values, job: str) -> dict[str, Any]:
+    """One job on a cluster of its own. A head that is lost ends it: submitted again, it goes on where it stopped."""
+    known = _known(values)
+    cluster = _load("raycluster.yaml", known)[0]["spec"]
+    del cluster["gcsFaultToleranceOptions"]
+    (manifest,) = _load("rayjob.yaml", known | {"job": job, "cluster": cluster})
+    return manifest
+
+
+def _known(values: Values) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+
+    def add(prefix: str, config: Config) -> None:
+        for name in type(config).model_fields:
+            value = getattr(config, name)
+            if isinstance(value, Config):
+                add(f"{prefix}{name}.", value)
+            else:
+                flat[prefix + name] = value
+
+    add("", values)
+    import ray
+
+    flat["environment"] = {"MLFLOW_TRACKING_URI": values.mlflow_uri, **values.environment}
+    return flat | {"ray_version": ray.__version__, "retries": values.attempts - 1}
+
+
+def _load(name: str, known: dict[str, Any]) -> list[dict[str, Any]]:
+    return [_fill(node, known) for node in yaml.safe_load_all((HERE / name).read_text(encoding="utf-8"))]
+
+
+def _fill(node: Any, known: dict[str, Any]) -> Any:
+    if isinstance(node, dict):
+        return {key: _fill(value, known) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_fill(value, known) for value in node]
+    if not isinstance(node, str):
+        return node
+    if alone := _NAME.fullmatch(node):
+        return known[alone[1]]
+    return _NAME.sub(lambda found: str(known[found[1]]), node)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

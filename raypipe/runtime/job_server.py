@@ -1,0 +1,170 @@
+"""A Ray cluster's job server: what was submitted there, submitting, and following a job to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from raypipe.errors import RaypipeError, UsageError
+
+_POLL_S = 2.0
+# A head that comes back, with its jobs from Redis, takes about a minute.
+_AWAY_S = 300.0
+_BIGGEST = 3
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One submission of a run: its number, from 1, Ray's status in capitals, and when it started, in Unix seconds."""
+
+    number: int
+    submission_id: str
+    status: str
+    started: float
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a job ended: Ray's status, its driver's exit code where there was one, and all it printed."""
+
+    status: str
+    exit_code: int | None
+    message: str
+    logs: str
+
+
+class JobServer:
+    """The Jobs API at `address` (http://HOST:8265). Raises UsageError where it does not let us in."""
+
+    def __init__(self, address: str) -> None:
+        from ray.job_submission import JobSubmissionClient
+
+        for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        self.address = address
+        with _reached(address):
+            self._client = JobSubmissionClient(address)
+
+    def attempts(self, run: str) -> list[Attempt]:
+        """The submissions `<run>-<number>` that the server knows, first to last."""
+        with _reached(self.address):
+            jobs = self._client.list_jobs()
+        found = []
+        for job in jobs:
+            name, _, number = (job.submission_id or "").rpartition("-")
+            if name == run and number.isdigit():
+                started = (job.start_time or 0) / 1000
+                found.append(Attempt(int(number), job.submission_id, str(job.status.value), started))
+        return sorted(found, key=lambda attempt: attempt.number)
+
+    def submit(
+        self,
+        submission_id: str,
+        entrypoint: str,
+        runtime_env: Mapping[str, Any],
+        metadata: Mapping[str, str],
+        **resources: Any,
+    ) -> None:
+        """Upload the working directory, if there is one, and start the entrypoint.
+
+        `resources` are what the driver reserves, by Ray's names (entrypoint_num_cpus, …).
+        """
+        with _reached(self.address):
+            self._client.submit_job(
+                entrypoint=entrypoint,
+                submission_id=submission_id,
+                runtime_env=dict(runtime_env),
+                metadata=dict(metadata),
+                **resources,
+            )
+
+    def follow(self, submission_id: str, show: Callable[[str], None]) -> Ended:
+        """Show what the job prints until it has ended. A server that is away for minutes is waited for."""
+        shown = 0
+
+        async def tail() -> None:
+            nonlocal shown
+            place = 0
+            async for text in self._client.tail_job_logs(submission_id):
+                # Asked again, the server begins at the beginning.
+                fresh = text[max(0, shown - place) :]
+                place += len(text)
+                shown = max(shown, place)
+                if fresh:
+                    show(fresh)
+
+        answered = time.monotonic()
+        while True:
+            try:
+                asyncio.run(tail())
+                info = self._client.get_job_info(submission_id)
+                answered = time.monotonic()
+                if info.status.is_terminal():
+                    logs = self._client.get_job_logs(submission_id)
+                    return Ended(str(info.status.value), info.driver_exit_code, info.message or "", logs)
+            except (RuntimeError, ConnectionError, aiohttp.ClientError) as error:
+                if time.monotonic() - answered > _AWAY_S:
+                    raise RaypipeError(
+                        f"The job server at {self.address} has not answered for {_AWAY_S:.0f} s ({_first_line(error)}).",
+                        f"The job {submission_id} may still run: look at it with `ray job status {submission_id}`.",
+                    ) from error
+            time.sleep(_POLL_S)
+
+
+def check_upload(folder: Path, excludes: list[str]) -> int:
+    """The bytes that Ray would upload of a working directory; raises UsageError where they are too many.
+
+    What `.gitignore` and `.rayignore` name is left out, as Ray does.
+    """
+    from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE, get_runtime_env_default_excludes
+    from ray._private.runtime_env import packaging
+
+    if not folder.is_dir():
+        raise UsageError(
+            f"The working directory {folder} is no folder.", "Name one with --working_dir, or none at all."
+        )
+    sizes: dict[Path, int] = {}
+
+    def note(path: Path) -> None:
+        if path.is_file():
+            sizes[path] = path.stat().st_size
+
+    root = folder.absolute()
+    left_out = [packaging._get_excludes(root, [*get_runtime_env_default_excludes(), *excludes])]
+    logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.ERROR)
+    packaging._dir_travel(root, left_out, note, include_gitignore=True)
+    total, most = sum(sizes.values()), DASHBOARD_CLIENT_MAX_SIZE
+    if total >= most:
+        biggest = sorted(sizes, key=lambda path: -sizes[path])[:_BIGGEST]
+        named = ", ".join(f"{path.relative_to(root)} ({sizes[path] / 2**20:,.0f} MiB)" for path in biggest)
+        raise UsageError(
+            f"The working directory {folder} holds {total / 2**20:,.0f} MiB, and Ray uploads at most {most / 2**20:.0f}; "
+            f"the largest files are {named}.",
+            "Name what is not needed in .gitignore or .rayignore, keep data on the object store, or build it into the nodes' "
+            "image and submit with `--working_dir none`.",
+        )
+    return total
+
+
+@contextlib.contextmanager
+def _reached(address: str) -> Iterator[None]:
+    try:
+        yield
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UsageError(
+            f"The job server at {address} does not do it: {_first_line(error)}",
+            "Check --address, and where the cluster asks for a token, RAY_AUTH_MODE=token with RAY_AUTH_TOKEN or "
+            "RAY_AUTH_TOKEN_PATH.",
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

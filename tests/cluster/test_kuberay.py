@@ -1,0 +1,243 @@
+"""Every manifest that render writes is one that Kubernetes and KubeRay would take, and says what it has to say."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+from jsonschema import Draft202012Validator
+
+ROOT = Path(__file__).parents[2]
+KUBERAY = ROOT / "cluster/kuberay"
+SCHEMAS = ROOT.parent / "shared/schemas/kuberay"
+
+
+def script(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"raypipe_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Where pydantic looks for the module's own names.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py") if path.stem != "dataset")
+RENDER = script(KUBERAY / "render.py")
+
+
+def render(folder: Path, *options: str) -> int:
+    return RENDER.main(["--config", str(KUBERAY / "values.yaml"), *options, "--folder", str(folder)])
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kuberay")
+    assert render(folder) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def manifests(rendered: Path) -> list[dict[str, Any]]:
+    jobs = [yaml.safe_load(path.read_text()) for path in sorted((rendered / "jobs").glob("*.yaml"))]
+    return [*yaml.safe_load_all((rendered / "apply.yaml").read_text()), *jobs]
+
+
+def of_kind(manifests: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [manifest for manifest in manifests if manifest["kind"] == kind]
+
+
+@cache
+def schema_of(kind: str) -> dict[str, Any]:
+    """The resource's own schema; a field it does not name is an error, which Kubernetes would drop without a word."""
+    path = SCHEMAS / f"ray.io_{kind.lower()}s.yaml.gz"
+    if not path.is_file():
+        pytest.skip(f"the schemas of KubeRay are not on this machine ({path})")
+    definition = yaml.load(gzip.decompress(path.read_bytes()), Loader=yaml.CSafeLoader)
+    (version,) = [version for version in definition["spec"]["versions"] if version["name"] == "v1"]
+    return closed(version["schema"]["openAPIV3Schema"])
+
+
+def closed(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [closed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: closed(value) for key, value in schema.items()}
+    properties = schema.get("properties")
+    if isinstance(properties, dict) and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        found.setdefault("additionalProperties", False)
+    return found
+
+
+def problems(value: Any, schema: dict[str, Any]) -> list[str]:
+    errors = Draft202012Validator(schema).iter_errors(value)
+    return [f"{error.json_path}: {error.message[:200]}" for error in errors]
+
+
+def pod_specs(node: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(node, dict):
+        if "containers" in node:
+            yield node
+        for value in node.values():
+            yield from pod_specs(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from pod_specs(value)
+
+
+def test_there_is_a_job_for_every_script(manifests: list[dict[str, Any]]) -> None:
+    entrypoints = [job["spec"]["entrypoint"] for job in of_kind(manifests, "RayJob")]
+    assert [Path(entrypoint.split()[1]).stem for entrypoint in entrypoints] == JOBS
+
+
+@pytest.mark.parametrize("kind", ["RayCluster", "RayJob"])
+def test_every_resource_of_kuberay_is_valid(manifests: list[dict[str, Any]], kind: str) -> None:
+    # Metadata is Kubernetes' own; the schema calls it an object and no more.
+    schema = schema_of(kind) | {"additionalProperties": True}
+    schema["properties"]["metadata"] = {"type": "object"}
+    found = of_kind(manifests, kind)
+    assert found
+    for manifest in found:
+        assert manifest["apiVersion"] == "ray.io/v1"
+        assert problems(manifest, schema) == []
+
+
+def test_a_misspelt_field_is_found(manifests: list[dict[str, Any]]) -> None:
+    (cluster,) = of_kind(manifests, "RayCluster")
+    broken = json.loads(json.dumps(cluster["spec"]))
+    broken["headGroupSpec"]["template"]["spec"]["containers"][0]["imagePullPolice"] = "Always"
+    broken["workerGroupSpecs"][0]["minReplicas"] = "none"
+    told = "\n".join(problems(broken, schema_of("RayCluster")["properties"]["spec"]))
+    assert "imagePullPolice" in told
+    assert "minReplicas" in told
+
+
+def test_the_schedules_pod_and_the_policies_rules_are_valid(manifests: list[dict[str, Any]]) -> None:
+    cluster = schema_of("RayCluster")["properties"]["spec"]["properties"]
+    template = cluster["headGroupSpec"]["properties"]["template"]
+    template["properties"]["metadata"] = {"type": "object"}
+    (schedule,) = of_kind(manifests, "CronJob")
+    assert problems(schedule["spec"]["jobTemplate"]["spec"]["template"], template) == []
+    rules = cluster["networkPolicy"]["properties"]["head"]["properties"]
+    policies = of_kind(manifests, "NetworkPolicy")
+    assert len(policies) == 3
+    for policy in policies:
+        spec = policy["spec"]
+        assert problems(spec["ingress"], rules["ingressRules"]) == []
+        assert problems(spec.get("egress", []), rules["egressRules"]) == []
+        assert set(spec["policyTypes"]) == {name.capitalize() for name in ("ingress", "egress") if name in spec}
+
+
+def test_no_container_is_root_and_each_says_what_it_needs(manifests: list[dict[str, Any]]) -> None:
+    specs = list(pod_specs(manifests))
+    assert len(specs) == 1 + 3 + 4 * len(JOBS)
+    for spec in specs:
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["securityContext"]["runAsUser"] == 1000
+        for container in spec["containers"]:
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+            for bound in ("requests", "limits"):
+                assert {"cpu", "memory"} <= set(container["resources"][bound])
+
+
+def test_clusters_scale_authenticate_and_keep_work_off_the_head(manifests: list[dict[str, Any]]) -> None:
+    (standing,) = of_kind(manifests, "RayCluster")
+    jobs = of_kind(manifests, "RayJob")
+    assert standing["spec"]["gcsFaultToleranceOptions"]["redisPassword"]["valueFrom"]["secretKeyRef"] == {
+        "name": "raypipe-redis",
+        "key": "password",
+    }
+    for cluster in (standing["spec"], *(job["spec"]["rayClusterSpec"] for job in jobs)):
+        assert cluster["authOptions"] == {"mode": "token", "secretName": "raypipe-ray-token"}
+        assert cluster["enableInTreeAutoscaling"] is True
+        assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+        groups = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
+        assert set(groups) == {"cpu", "gpu"}
+        (gpu,) = groups["gpu"]["template"]["spec"]["containers"]
+        assert gpu["resources"]["limits"]["nvidia.com/gpu"] == "1"
+        (cpu,) = groups["cpu"]["template"]["spec"]["containers"]
+        assert [source.popitem()[1]["name"] for source in map(dict, cpu["envFrom"])] == [
+            "raypipe-environment",
+            "raypipe-secrets",
+        ]
+    assert all(job["spec"]["entrypointNumCpus"] == 1 for job in jobs)
+    assert all("--cluster.driver_cpus 1" in job["spec"]["entrypoint"] for job in jobs)
+
+
+def test_only_the_schedule_decides_what_is_tried_again(manifests: list[dict[str, Any]]) -> None:
+    assert {job["spec"]["backoffLimit"] for job in of_kind(manifests, "RayJob")} == {0}
+    (schedule,) = of_kind(manifests, "CronJob")
+    job = schedule["spec"]["jobTemplate"]["spec"]
+    assert job["backoffLimit"] == 2
+    refused = job["podFailurePolicy"]["rules"][0]
+    assert (refused["action"], refused["onExitCodes"]["values"]) == ("FailJob", [2, 3])
+    (starter,) = job["template"]["spec"]["containers"]
+    assert refused["onExitCodes"]["containerName"] == starter["name"]
+    assert schedule["spec"]["concurrencyPolicy"] == "Forbid"
+
+
+def test_the_night_that_is_scheduled_is_the_nightlys_rayjob(manifests: list[dict[str, Any]]) -> None:
+    (scheduled,) = [one for one in of_kind(manifests, "ConfigMap") if "rayjob.json" in one["data"]]
+    nightly = next(job for job in of_kind(manifests, "RayJob") if job["metadata"]["labels"]["raypipe/job"] == "nightly")
+    assert json.loads(scheduled["data"]["rayjob.json"]) == nightly
+    variables = next(one for one in of_kind(manifests, "ConfigMap") if "MLFLOW_TRACKING_URI" in one["data"])
+    assert variables["data"] == {"MLFLOW_TRACKING_URI": "http://mlflow.mlflow.svc:5000", "AWS_REGION": "eu-west-1"}
+
+
+def test_values_reach_the_manifests_with_their_types(tmp_path: Path) -> None:
+    options = ["--cpu_workers.max", "77", "--gpu_workers.node_selector", '{"pool": "h200"}', "--namespace", "night"]
+    assert render(tmp_path, *options) == 0
+    found = list(yaml.safe_load_all((tmp_path / "apply.yaml").read_text()))
+    cpu, gpu = of_kind(found, "RayCluster")[0]["spec"]["workerGroupSpecs"]
+    assert cpu["maxReplicas"] == 77
+    assert gpu["template"]["spec"]["nodeSelector"] == {"pool": "h200"}
+    assert {manifest["metadata"]["namespace"] for manifest in found} == {"night"}
+    assert "${" not in (tmp_path / "apply.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--jobs", '{"nightly": {"summarise": {}}}'], "Did you mean 'summarize'?"),
+        (["--jobs", '{"status": {}}'], "jobs.status is no job"),
+        (["--workspace", "/tmp/here"], "Correct --workspace"),
+    ],
+)
+def test_values_that_cannot_be_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], told: str
+) -> None:
+    assert render(tmp_path / "out", *options) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_readme_names_what_a_team_has_to_change() -> None:
+    table = re.findall(r"^\| `([a-z_.]+)` \|", (ROOT / "cluster/README.md").read_text(), re.MULTILINE)
+    given = yaml.safe_load((KUBERAY / "values.yaml").read_text())
+    required = {"image", "gpu_image", "workspace", "mlflow_uri", "redis_address", "jobs"}
+    assert required <= set(table)
+    assert set(given) <= {name.split(".")[0] for name in table}
+
+
+def test_the_image_is_of_pinned_versions_and_no_root() -> None:
+    lines = (ROOT / "cluster/Dockerfile").read_text().splitlines()
+    assert any("constraints.txt" in line and line.startswith("COPY") for line in lines)
+    assert any("--constraint /tmp/constraints.txt" in line for line in lines)
+    assert [line for line in lines if line.startswith("USER")] == ["USER 1000:1000"]
+    copied = {word for line in lines if line.startswith("COPY") and "--from" not in line for word in line.split()[1:-1]}
+    assert all((ROOT / name).exists() for name in copied)
+    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert copied == kept

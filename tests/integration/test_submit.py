@@ -1,0 +1,128 @@
+"""`raypipe submit` against a real job server with token authentication."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from raypipe.cli.main import main
+from raypipe.recommenders.config import RecommenderConfig
+from raypipe.storage.releases import Releases
+from raypipe.storage.store import Store
+from raypipe.storage.workspace import Workspace
+from tests.integration.job_server import ROOT, JobServer
+from tests.pipeline.small_logs import START, write_catalogue, write_log
+from tests.untrained import store_untrained
+
+
+class Submitted(NamedTuple):
+    """How `raypipe submit` ended."""
+
+    code: int
+    result: dict[str, Any]
+    stderr: str
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return dict(self.result["metrics"])
+
+
+def submit(server: JobServer, *words: object, token: str | None = None) -> Submitted:
+    command = [sys.executable, "-m", "raypipe.cli.main", "submit", "--address", server.url, *map(str, words)]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment = kept | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token or server.token, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    return Submitted(ended.returncode, json.loads(ended.stdout.strip().splitlines()[-1]), ended.stderr)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("data")
+    events = [(f"u{n % 12}", f"i{(n * n + n) % 9 + 1}", START + n) for n in range(120)]
+    return write_log(folder / "log.csv", events), write_catalogue(folder / "items.csv", 9)
+
+
+def ingest(uri: Path, log: Path, catalogue: Path) -> tuple[object, ...]:
+    read = ("--log.path", log, "--log.columns.time", "time", "--catalogue.path", catalogue)
+    return ("ingest", "--workspace", uri, "--tracking", "off", *read)
+
+
+def test_a_job_is_submitted_followed_and_not_submitted_twice(
+    server: JobServer, data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    words = ingest(tmp_path / "workspace", *data)
+    first = submit(server, "--owner", "platform", *words)
+    assert (first.code, first.result["status"]) == (0, "ok"), first.stderr
+    name = first.facts["submission_id"]
+    assert re.fullmatch(r"ingest-\d{4}-\d\d-\d\d-[0-9a-f]{12}-1", name)
+    assert first.result["run_key"] in name
+    # What the job printed, and the JSON it ended with.
+    assert "ingest, reading the log" in first.stderr or '"job": "ingest"' in first.stderr
+    assert first.facts["result"]["metrics"]["rows_in"] == 120
+    assert f"raypipe submit --address {server.url} --owner platform ingest" in first.stderr
+    info = server.get(f"jobs/{name}")
+    assert info["driver_exit_code"] == 0
+    assert info["metadata"]["owner"] == "platform"
+    assert info["metadata"]["attempt"] == "1"
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", info["metadata"]["git_sha"])
+    assert len(info["metadata"]["config_hash"]) == 32
+    assert info["runtime_env"]["working_dir"].startswith("gcs://")
+
+    known = len(server.get("jobs/"))
+    again = submit(server, "--owner", "platform", *words)
+    assert (again.code, again.result["status"]) == (2, "failed")
+    assert "has succeeded" in again.stderr
+    assert len(server.get("jobs/")) == known
+    forced = submit(server, "--again", *words)
+    assert (forced.code, forced.result["status"]) == (0, "nothing_to_do"), forced.stderr
+    assert forced.facts["submission_id"] == f"{name[:-2]}-2"
+
+
+def test_a_job_that_fails_says_how_to_resume_and_is_the_next_attempt_then(
+    server: JobServer, data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    log, catalogue = data
+    late = tmp_path / "late.csv"
+    words = ingest(tmp_path / "workspace", late, catalogue)
+    failed = submit(server, *words)
+    assert (failed.code, failed.result["status"], failed.facts["driver_exit_code"]) == (2, "failed", 2), failed.stderr
+    assert str(late) in failed.result["error"]
+    assert f"to resume: raypipe submit --address {server.url} ingest" in failed.stderr
+    shutil.copy(log, late)
+    resumed = submit(server, *words)
+    assert (resumed.code, resumed.result["status"]) == (0, "ok"), resumed.stderr
+    assert resumed.facts["attempt"] == 2
+
+
+def test_a_refused_release_ends_with_exit_code_3(server: JobServer, data: tuple[Path, Path], tmp_path: Path) -> None:
+    uri = tmp_path / "workspace"
+    assert main([str(word) for word in ingest(uri, *data)]) == 0
+    store_untrained(str(uri), RecommenderConfig(model="sasrec", width=8, max_length=5))
+    gate = ("--gate.metric", "NDCG@10", "--gate.least_share", "0")
+    ended = submit(server, "--no-wait", "status", "--workspace", uri)
+    assert (ended.code, ended.result["status"]) == (0, "ok")
+    assert "ray job logs --follow" in ended.stderr
+    refused = submit(server, "release", "--workspace", uri, "--recommender", "sasrec", *gate)
+    assert (refused.code, refused.result["status"], refused.facts["driver_exit_code"]) == (3, "refused", 3), (
+        refused.stderr
+    )
+    assert "popularity" in refused.result["error"]
+    assert Releases(Store(str(uri))).named("champion") is None
+    assert Workspace(str(uri)).tables["histories"].version() == 0
+
+
+def test_a_stranger_is_told_about_the_token(server: JobServer, tmp_path: Path) -> None:
+    known = len(server.get("jobs/"))
+    ended = submit(server, "status", "--workspace", tmp_path, token="0" * 64)
+    assert (ended.code, ended.result["status"]) == (2, "failed")
+    assert "RAY_AUTH_TOKEN" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert len(server.get("jobs/")) == known
