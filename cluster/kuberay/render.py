@@ -4,7 +4,8 @@
 
 `apply.yaml` is for `kubectl apply`: accounts, configuration, network policies, the standing cluster and the nightly
 schedule. `jobs/JOB.yaml` is one RayJob for every job, for `kubectl create`, each on a cluster of its own that goes when the
-job ends. A manifest is YAML in which `${name}` stands for a value: alone it keeps its type, within text it becomes text.
+job ends. `monitoring.yaml` is for clusters with Prometheus' operator. A manifest is YAML in which `${name}` stands for a
+value: alone it keeps its type, within text it becomes text.
 """
 
 from __future__ import annotations
@@ -104,9 +105,10 @@ def main(argv: list[str]) -> int:
     folder = Path(values.folder)
     (folder / "jobs").mkdir(parents=True, exist_ok=True)
     (folder / "apply.yaml").write_text(yaml.safe_dump_all(standing(values), sort_keys=False))
+    (folder / "monitoring.yaml").write_text(yaml.safe_dump_all(monitoring(values), sort_keys=False))
     for job in job_names():
         (folder / "jobs" / f"{job}.yaml").write_text(yaml.safe_dump(ray_job(values, job), sort_keys=False))
-    print(f"Written: {folder}/apply.yaml and {len(job_names())} jobs in {folder}/jobs")
+    print(f"Written: apply.yaml, monitoring.yaml and {len(job_names())} files in jobs/ below {folder}")
     return 0
 
 
@@ -134,6 +136,12 @@ def standing(values: Values) -> list[dict[str, Any]]:
     }
     names = ("accounts.yaml", "configuration.yaml", "network-policies.yaml", "raycluster.yaml", "nightly.yaml")
     return [manifest for name in names for manifest in _load(name, known)]
+
+
+def monitoring(values: Values) -> list[dict[str, Any]]:
+    """Where Prometheus finds the pods, and the alert rules."""
+    alerts = yaml.safe_load((HERE.parent / "prometheus/alerts.yaml").read_text(encoding="utf-8"))
+    return _load("monitoring.yaml", _known(values) | {"alerts": alerts["groups"]})
 
 
 def ray_job(values: Values, job: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from raypipe.cli.options import parse_config
 from raypipe.cli.webhook import notify
 from raypipe.config import Config
 from raypipe.errors import RaypipeError, UsageError
+from raypipe.runtime.progress import say, speak
 
 # Job → module, config class, function. Imported when named: `raypipe status` should not wait for torch.
 JOBS = {
@@ -68,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif job in JOBS:
             config = parse_config(job, config_type(job), options)
             webhook = getattr(config, "webhook", None)
+            speak(getattr(config, "logs", "text"), job=job)
             with _lease(config):
                 result = _run(job, config)
             code = _EXIT[result["status"]]
@@ -131,7 +133,7 @@ def _failure(job: str, status: str, error: str) -> dict[str, Any]:
 
 
 def _tell(paragraph: str) -> None:
-    print("raypipe: " + paragraph, file=sys.stderr, flush=True)
+    say("raypipe: " + paragraph, "error")
 
 
 def _stop(*_: object) -> NoReturn:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
+
+from raypipe.runtime.progress import say
 
 _TIMEOUT_S = 10.0
 
@@ -22,4 +23,4 @@ def notify(url: str, result: Mapping[str, Any]) -> None:
     except (OSError, ValueError) as error:
         # The rest of the address may be a secret.
         reason = f"HTTP {error.code}" if isinstance(error, urllib.error.HTTPError) else type(error).__name__
-        print(f"raypipe: the webhook on {urlsplit(url).hostname} was not told ({reason}).", file=sys.stderr, flush=True)
+        say(f"raypipe: the webhook on {urlsplit(url).hostname} was not told ({reason}).", "warning")

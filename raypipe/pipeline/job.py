@@ -16,6 +16,7 @@ from raypipe.config import Config, free
 from raypipe.errors import UsageError
 from raypipe.runtime.budget import Limits
 from raypipe.runtime.cluster import ClusterConfig
+from raypipe.runtime.progress import LogFormat
 from raypipe.storage.hashing import stable_hash
 from raypipe.storage.ledger import Usage
 from raypipe.storage.models import Model, Models
@@ -31,6 +32,7 @@ class JobConfig(Config):
     cluster: ClusterConfig = free(ClusterConfig, "the Ray cluster and its workers")
     webhook: str | None = free(None, "URL that gets the job's JSON result by POST, however it ends")
     lock_lease_s: float = free(60.0, "lease of the table locks on an object store, in seconds", gt=0)
+    logs: LogFormat = free("text", "lines on stderr: text, or json with time, level, job, run key and unit")
     run: str | None = free(
         None, "the submitted run whose lease this job holds; `raypipe submit` names it", pattern="^[a-z0-9-]+$"
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import time
 from typing import Any
 
 from raypipe.config import free
 from raypipe.errors import UsageError
 from raypipe.pipeline.job import JobConfig, JobResult
-from raypipe.runtime.progress import say
+from raypipe.runtime.progress import clock, say
 from raypipe.storage.ledger import Counts, Run
 from raypipe.storage.locks import hold
 from raypipe.storage.nights import Nights
@@ -21,20 +22,16 @@ class StatusConfig(JobConfig):
     """Configuration of `status`."""
 
     discard: str | None = free(None, "give up the open run whose key starts so; its finished units are lost")
+    watch: float | None = free(None, "look again every so many seconds, until no run is open", gt=0)
 
 
 def run_status(config: StatusConfig) -> JobResult:
-    """Report the workspace; with `discard`, give one open run up."""
+    """Report the workspace; with `discard`, give one open run up; with `watch`, follow those that are open."""
     workspace = config.open_workspace()
     info = workspace.require_info()
-    runs = [run for job in workspace.store.folders("ledger") for run in _runs(workspace, job)]
     if config.discard is not None:
-        _discard(workspace, config, [run for run in runs if run.result() is None])
-    shown = [_describe(run) for run in runs if run.result() is None]
-    for run in shown:
-        say(
-            f"{run['job']} {run['run_key'][:12]}: {run['done']}/{run['planned']} units, {run['state']}, started {run['started']}"
-        )
+        _discard(workspace, config, _open_runs(workspace))
+    shown = _watched(workspace, config.watch) if config.watch is not None else _shown(workspace)
     rows: dict[str, dict[str, int]] = {}
     for name, table in workspace.tables.items():
         version = table.version()
@@ -56,10 +53,51 @@ def run_status(config: StatusConfig) -> JobResult:
     return JobResult("status", "ok", tables=rows, metrics=metrics)
 
 
-def _runs(workspace: Workspace, job: str) -> list[Run]:
-    ledger = workspace.ledger(job)
-    runs = [ledger.run(key) for _, key in sorted(ledger.numbers().items())]
-    return [run for run in runs if workspace.store.exists(f"{run.folder}/manifest.json")]
+def _shown(workspace: Workspace) -> list[dict[str, Any]]:
+    """The open runs, a line each."""
+    found = [_describe(run) for run in _open_runs(workspace)]
+    for run in found:
+        say(
+            f"{run['job']} {run['run_key'][:12]}: {run['done']}/{run['planned']} units, {run['state']}, started {run['started']}",
+            **run,
+        )
+    return found
+
+
+def _watched(workspace: Workspace, every_s: float) -> list[dict[str, Any]]:
+    """The open runs as they go on, until none is open or the person who watches stops; those that are open then."""
+    before: dict[tuple[str, str], tuple[int, float]] = {}
+    found: list[dict[str, Any]] = []
+    with contextlib.suppress(KeyboardInterrupt):
+        while found := [_describe(run) for run in _open_runs(workspace)]:
+            now = time.monotonic()
+            for run in found:
+                key = run["job"], run["run_key"]
+                first, since = before.setdefault(key, (run["done"], now))
+                say(_watch_line(run, run["done"] - first, now - since), **run)
+            time.sleep(every_s)
+        say("no run is open")
+    return found
+
+
+def _watch_line(run: dict[str, Any], fresh: int, seconds: float) -> str:
+    """How far a run is, and at the pace of `fresh` units in so many seconds, for how long still."""
+    left = run["planned"] - run["done"]
+    pace = f", {clock(left * seconds / fresh)} left" if fresh else ""
+    return (
+        f"{time.strftime('%H:%M:%S')} {run['job']} {run['run_key'][:12]}: {run['done']}/{run['planned']} units, "
+        f"{run['rows_in']:,} rows, {run['rejected']:,} rejected, {run['state']}{pace}"
+    )
+
+
+def _open_runs(workspace: Workspace) -> list[Run]:
+    """Of every job the unfinished runs, in the order of their numbers."""
+    found = []
+    for job in workspace.store.folders("ledger"):
+        ledger = workspace.ledger(job)
+        runs = [ledger.run(key) for _, key in sorted(ledger.numbers().items())]
+        found += [run for run in runs if workspace.store.exists(f"{run.folder}/manifest.json") and run.result() is None]
+    return found
 
 
 def _describe(run: Run) -> dict[str, Any]:

@@ -14,12 +14,13 @@ class WorkMetrics:
     def __init__(self, job: str) -> None:
         from ray.util.metrics import Counter, Gauge, Histogram
 
-        tags = {"job": job}
-        self._rows = Counter("raypipe_rows", "Rows of finished units, by what became of them.", ("job", "outcome"))
-        self._calls = Counter("raypipe_calls", "Model calls of finished units.", ("job",))
-        self._tokens = Counter("raypipe_tokens", "Tokens of finished units, in and out.", ("job", "direction"))
-        self._seconds = Histogram("raypipe_unit_seconds", "Seconds of a unit.", [1, 10, 60, 600, 3600], ("job",))
-        self._left = Gauge("raypipe_units_left", "Units without a receipt.", ("job",))
+        # Not "job", which Prometheus puts on everything itself.
+        tags = {"pipeline": job}
+        self._rows = Counter("raypipe_rows", "Rows of finished units, by what became of them.", ("pipeline", "outcome"))
+        self._calls = Counter("raypipe_calls", "Model calls of finished units.", ("pipeline",))
+        self._tokens = Counter("raypipe_tokens", "Tokens of finished units, in and out.", ("pipeline", "direction"))
+        self._seconds = Histogram("raypipe_unit_seconds", "Seconds of a unit.", [1, 10, 60, 600, 3600], ("pipeline",))
+        self._left = Gauge("raypipe_units_left", "Units without a receipt.", ("pipeline",))
         for metric in (self._rows, self._calls, self._tokens, self._seconds, self._left):
             metric.set_default_tags(tags)
 

@@ -1,12 +1,59 @@
-"""Progress on stderr: how far, how fast, how long still. One line every few seconds, none for what ends at once."""
+"""Progress on stderr: how far, how fast, how long still. One line every few seconds, none for what ends at once.
+
+Lines are text for the person who watches, or JSON for what collects logs: then each carries its time, level, job, run key and
+unit as well.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+import json
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 _EVERY_S = 5.0
+
+LogFormat = Literal["text", "json"]
+
+_format: LogFormat = "text"
+_facts: dict[str, Any] = {}
+
+
+def speak(form: LogFormat, **facts: Any) -> None:
+    """From here on this process says its lines so, and each of them is about `facts`."""
+    global _format
+    _format = form
+    _facts.clear()
+    _facts.update(facts)
+
+
+def note(**facts: Any) -> None:
+    """What the lines after this one are about as well."""
+    _facts.update(facts)
+
+
+@contextlib.contextmanager
+def about(**facts: Any) -> Iterator[None]:
+    """What the lines within the block are about; what was noted within it is forgotten after it."""
+    before = dict(_facts)
+    _facts.update(facts)
+    try:
+        yield
+    finally:
+        _facts.clear()
+        _facts.update(before)
+
+
+def say(message: str, level: Literal["info", "warning", "error"] = "info", **facts: Any) -> None:
+    """One line for the person who watches, or with the facts for what collects lines."""
+    if _format == "json":
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        message = json.dumps({"time": now, "level": level, "message": message, **_facts, **facts}, ensure_ascii=False)
+    print(message, file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -32,22 +79,18 @@ class Progress:
         now = time.monotonic()
         if now - self._shown >= _EVERY_S:
             self._shown = now
-            print(self.line(now), file=sys.stderr, flush=True)
+            say(self.line(now), done=self.done, planned=self.total)
 
     def line(self, now: float) -> str:
         seconds = max(now - self._started, 1e-9)
         fresh = max(self.done - self._base, 1)
         left = (self.total - self.done) * seconds / fresh
         rate = self.amount / seconds
-        return f"{self.what}: {self.done}/{self.total}  {rate:,.0f} {self.unit}/s  {_clock(left)} left"
+        return f"{self.what}: {self.done}/{self.total}  {rate:,.0f} {self.unit}/s  {clock(left)} left"
 
 
-def say(message: str) -> None:
-    """One line for the person who watches."""
-    print(message, file=sys.stderr, flush=True)
-
-
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -14,7 +14,7 @@ from typing import Any
 
 from raypipe.errors import RaypipeError
 from raypipe.runtime.cluster import ClusterConfig
-from raypipe.runtime.progress import say
+from raypipe.runtime.progress import about, note, say
 from raypipe.runtime.units import UnitWork, run_units
 from raypipe.storage.fingerprint import fingerprint, schema_hash
 from raypipe.storage.ledger import Publish, Receipt, Run, Unit
@@ -66,6 +66,7 @@ class Session:
         """
         ledger = self.workspace.ledger(self.job)
         key = fingerprint({"recipe": recipe, "pins": dict(pins), "base": dict(base), "scope": scope})
+        note(run_key=key)
         if (run := ledger.open(key)) is not None:
             say(f"{self.job}: resuming run {key[:12]}")
             return run
@@ -131,7 +132,7 @@ def open_session(
     """Check the workspace, take the locks, complete what killed runs began to publish."""
     workspace.info()
     workspace.store.check_writable()
-    with hold(workspace.store, writes, job, lease_s) as locks:
+    with about(job=job), hold(workspace.store, writes, job, lease_s) as locks:
         recover(workspace, job, set(writes))
         yield Session(workspace, job, cluster, locks)
 

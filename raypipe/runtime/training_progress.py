@@ -5,13 +5,14 @@ Workers' own output goes to Ray's log files, so rank 0 posts its lines to an act
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import ray
+
+from raypipe.runtime.progress import say
 
 _EVERY_S = 2.0
 
@@ -57,4 +58,4 @@ def _print(board: Any) -> None:
     except ray.exceptions.RayError:
         return  # progress is a courtesy: a lost board must not end the training
     for line in lines:
-        print(f"train  {line}", file=sys.stderr, flush=True)
+        say(f"train  {line}")

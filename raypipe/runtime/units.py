@@ -18,14 +18,14 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from raypipe.errors import RaypipeError
 from raypipe.runtime.cluster import ClusterConfig
 from raypipe.runtime.memory import return_memory
 from raypipe.runtime.metrics import WorkMetrics
-from raypipe.runtime.progress import Progress, say
+from raypipe.runtime.progress import Progress, about, say, speak
 from raypipe.storage.ledger import MAX_DEATHS, Receipt, Run, Unit
 
 # Ray gives a node that does not answer 5 chances, 3 s apart; seen on 2 cores: 11 s.
@@ -179,6 +179,8 @@ class _Worker:
         self.stall_s = stall_s
         self.work: UnitWork | None = None
         self.metrics = WorkMetrics(run.job)
+        # What a worker says goes to Ray's log files, which machines read.
+        speak("json", job=run.job, run_key=run.run_key)
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[Any]]]:
         for kind, index in zip(batch["kind"], batch["index"], strict=True):
@@ -186,9 +188,11 @@ class _Worker:
             try:
                 yield _row(self._run(unit))
             except RaypipeError as error:
+                say("unit failed", "error", unit=unit.name, error=error.problem)
                 yield _row(None, error.problem, error.remedy)
                 return
             except Exception as error:
+                say("unit failed", "error", unit=unit.name, error=repr(error))
                 problem = f"Unit {unit.name} failed: {error!r}\n{traceback.format_exc()}"
                 yield _row(
                     None,
@@ -199,6 +203,17 @@ class _Worker:
 
     def _run(self, unit: Unit) -> Receipt:
         attempt = self.run.begin_attempt(unit, {**self.worker, "started": time.time()})
+        with about(unit=unit.name, attempt=attempt):
+            say("unit begins")
+            receipt = self._work(unit, attempt)
+            return_memory()
+            say("unit done", **asdict(receipt.counts), **asdict(receipt.usage))
+        if self.run.commit(receipt):
+            self.metrics.unit_done(receipt)
+            return receipt
+        return self.run.receipts(unit.kind)[unit]
+
+    def _work(self, unit: Unit, attempt: int) -> Receipt:
         _end_after(self.stall_s)
         try:
             if self.work is None:
@@ -206,14 +221,9 @@ class _Worker:
                 # Imports and what the work holds are alive to the end: looking through them again and again for
                 # garbage took a sixth of a unit of summaries (measured).
                 gc.freeze()
-            receipt = self.work.run(unit, UnitContext(self.run, unit, attempt, self.stall_s))
+            return self.work.run(unit, UnitContext(self.run, unit, attempt, self.stall_s))
         finally:
             faulthandler.cancel_dump_traceback_later()
-        return_memory()
-        if self.run.commit(receipt):
-            self.metrics.unit_done(receipt)
-            return receipt
-        return self.run.receipts(unit.kind)[unit]
 
 
 def _end_after(seconds: float) -> None:

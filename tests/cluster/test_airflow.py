@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 DAG = ROOT / "cluster/airflow/nightly_dag.py"
 
 
-class FailException(Exception):
+class AirflowFailError(Exception):
     """Airflow's word for: do not try again."""
 
 
@@ -34,7 +34,7 @@ def dag(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return lambda function: lambda: None
 
     airflow, exceptions, sdk = ModuleType("airflow"), ModuleType("airflow.exceptions"), ModuleType("airflow.sdk")
-    exceptions.AirflowFailException = FailException  # type: ignore[attr-defined]
+    exceptions.AirflowFailException = AirflowFailError  # type: ignore[attr-defined]
     sdk.dag = sdk.task = decorate  # type: ignore[attr-defined]
     for module in (airflow, exceptions, sdk):
         monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -59,7 +59,9 @@ def test_its_command_is_raypipe_submits(
     assert shlex.split(facts["entrypoint"])[3:-4] == words
 
 
-@pytest.mark.parametrize(("code", "raised"), [(0, None), (1, RuntimeError), (2, FailException), (3, FailException)])
+@pytest.mark.parametrize(
+    ("code", "raised"), [(0, None), (1, RuntimeError), (2, AirflowFailError), (3, AirflowFailError)]
+)
 def test_only_a_failure_that_a_second_try_may_mend_is_tried_again(
     dag: dict[str, Any], monkeypatch: pytest.MonkeyPatch, code: int, raised: type[Exception] | None
 ) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import threading
+import time
+
 import pytest
 
 from raypipe.storage.ledger import Counts, Receipt, Unit
@@ -38,6 +42,47 @@ def test_status_tells_rows_versions_and_open_runs(raypipe: Run, summarised: str)
     assert (refused.code, refused.status) == (2, "failed")
     assert "Open runs: ffffffffffff." in refused.stderr
     assert raypipe("status", "--workspace", summarised, "--discard", "ffff").metrics["open_runs"] == []
+
+
+def test_a_watched_run_is_followed_to_its_end(raypipe: Run, summarised: str) -> None:
+    run = (
+        Workspace(summarised)
+        .ledger("summarize")
+        .start("e" * 32, {"recipe": "r", "pins": {}, "base": {"summaries": 0}, "scope": "all", "created": 0.0})
+    )
+    run.plan("users", [Unit("users", index) for index in range(4)])
+    run.commit(Receipt(Unit("users", 0), Counts(5, 4, 1)))
+
+    def go_on() -> None:
+        for index in (1, 2, 3):
+            time.sleep(0.3)
+            run.commit(Receipt(Unit("users", index), Counts(5, 5)))
+        time.sleep(0.3)
+        run.finish({"status": "ok"})
+
+    worker = threading.Thread(target=go_on)
+    worker.start()
+    ended = raypipe("status", "--workspace", summarised, "--watch", "0.1")
+    worker.join()
+    assert (ended.code, ended.metrics["open_runs"]) == (0, [])
+    lines = [line for line in ended.stderr.splitlines() if "summarize eeeeeeeeeeee" in line]
+    assert "1/4 units, 5 rows, 1 rejected, open" in lines[0]
+    assert "left" not in lines[0]
+    assert re.search(r"4/4 units, 20 rows, 1 rejected, open, 0:00 left", lines[-1])
+    assert ended.stderr.splitlines()[len(lines)] == "no run is open"
+
+
+def test_watching_can_be_stopped(raypipe: Run, summarised: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = {"recipe": "r", "pins": {}, "base": {"summaries": 0}, "scope": "all", "created": 0.0}
+    Workspace(summarised).ledger("summarize").start("d" * 32, manifest)
+
+    def stop(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("raypipe.pipeline.status.time.sleep", stop)
+    ended = raypipe("status", "--workspace", summarised, "--watch", "60")
+    assert (ended.code, ended.status) == (0, "ok")
+    assert [run["run_key"] for run in ended.metrics["open_runs"]] == ["d" * 32]
 
 
 def test_a_plan_counts_users_and_calls_and_writes_nothing(raypipe: Run, ingested: str) -> None:

@@ -34,7 +34,7 @@ def told() -> dict[tuple[str, ...], float]:
     found: dict[tuple[str, ...], float] = {}
     for name, tags, value in LINE.findall(text):
         pairs = dict(re.findall(r'(\w+)="([^"]*)"', tags))
-        if pairs.get("job") == "metered":
+        if pairs.get("pipeline") == "metered":
             key = (name, *(pairs[tag] for tag in ("outcome", "direction") if tag in pairs))
             found[key] = found.get(key, 0.0) + float(value)
     return found
