@@ -19,6 +19,7 @@ from raypipe.metrics.text import Vocabulary, item_values, rule_rating, value_cou
 from raypipe.pipeline.cards import choose_users
 from raypipe.pipeline.job import ModelCache
 from raypipe.pipeline.loaded import Loaded, find_model
+from raypipe.pipeline.sequences import user_keys
 from raypipe.pipeline.summary_state import Catalogue
 from raypipe.recommenders.prefixes import prefix_states
 from raypipe.recommenders.ranking import target_ranks
@@ -101,7 +102,7 @@ def sample_explanations(workspace: Workspace, cache: ModelCache, variant: str, c
     cases: list[Case] = []
     rule: list[int | None] = []
     users, explained = chosen["user_id"].to_pylist(), chosen["item_index"].to_numpy().astype(np.int32)
-    prefixes = _prefixes([histories[user] for user in users])
+    prefixes = _prefixes(chosen["user_id"].combine_chunks(), histories)
     labels = _labels(loaded, prefixes, explained)
     for row, label in zip(chosen.to_pylist(), labels, strict=True):
         items, item, text = histories[row["user_id"]], row["item_index"], row["text"]
@@ -117,9 +118,11 @@ def sample_explanations(workspace: Workspace, cache: ModelCache, variant: str, c
     return Sample(users, cases, rule, {**told, **apart})
 
 
-def _prefixes(histories: Sequence[Sequence[int]]) -> Histories:
-    ends = np.cumsum([len(history) for history in histories])
-    return Histories(np.concatenate([np.array(history, np.int32) for history in histories]), ends)
+def _prefixes(users: pa.Array, histories: Mapping[str, Sequence[int]]) -> Histories:
+    """The histories of `users`, in their order."""
+    mine = [histories[user] for user in users.to_pylist()]
+    items = np.concatenate([np.array(history, np.int32) for history in mine])
+    return Histories(items, np.cumsum([len(history) for history in mine]), user_keys(users))
 
 
 def _labels(loaded: Loaded, prefixes: Histories, items: NDArray[np.int32]) -> list[str | None]:

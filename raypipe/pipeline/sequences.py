@@ -12,6 +12,7 @@ from raypipe.errors import UsageError
 from raypipe.pipeline.held_out import are_held_out
 from raypipe.recommenders.windows import Histories, tie_groups
 from raypipe.storage.fingerprint import fingerprint
+from raypipe.storage.hashing import stable_hash
 from raypipe.storage.tables import ABSENT
 from raypipe.storage.workspace import Workspace
 
@@ -29,7 +30,12 @@ def pinned_versions(workspace: Workspace) -> dict[str, int]:
 def read_histories(workspace: Workspace, version: int, held_out_share: float = 0.0) -> tuple[pa.Array, Histories]:
     """All users but those held out, sorted by id, and their items in time order."""
     users, items, ends = _lists(workspace, version, "items", held_out_share)
-    return users, Histories(items.astype(np.int32), ends)
+    return users, Histories(items.astype(np.int32), ends, user_keys(users))
+
+
+def user_keys(users: pa.Array) -> NDArray[np.int64]:
+    """By which models know users, int64 [users]."""
+    return stable_hash(users).view(np.int64)
 
 
 def read_ties(workspace: Workspace, version: int, held_out_share: float = 0.0) -> Histories:
@@ -68,7 +74,7 @@ def check_catalogue(card: Mapping[str, object], item_ids: list[str], model: str)
     count = int(str(card["items"]))
     if count > len(item_ids) or catalogue_card(item_ids, count) != dict(card):
         raise UsageError(
-            f"The recommender {model} was trained on another catalogue: its {count:,} items are not the first of the "
+            f"The model {model} was trained on another catalogue: its {count:,} items are not the first of the "
             f"{len(item_ids):,} here.",
             "Use a model of this workspace, or train one with `raypipe train`.",
         )

@@ -16,8 +16,8 @@ from pydantic import model_validator
 from raypipe.config import shaping
 from raypipe.errors import UsageError
 from raypipe.pipeline.job import JobConfig, JobResult, ModelCache, TrainingOptions, cost_of
-from raypipe.pipeline.loaded import Loaded, find_model
 from raypipe.pipeline.sequences import catalogue_card, histories_hash, pinned_versions, read_histories, read_ties
+from raypipe.pipeline.starts import Cut, resolved, start_of
 from raypipe.recommenders.config import RecommenderConfig
 from raypipe.recommenders.task import RecommenderTask, prepare_training
 from raypipe.recommenders.windows import Histories
@@ -74,7 +74,7 @@ def run_train(config: TrainConfig) -> JobResult:
     workspace = config.open_workspace()
     tracking = config.open_tracking(workspace)
     workspace.require_info()
-    config = _resolved(config, workspace)
+    config = config.model_copy(update={"recommender": resolved(config.recommender, workspace)})
     name = config.recommender.model
     with hold(workspace.store, [f"models-{name}"], JOB, config.lock_lease_s):
         versions = pinned_versions(workspace)
@@ -147,6 +147,8 @@ def _train(
     ties = None
     if config.shuffle_ties:
         ties = read_ties(workspace, versions["histories"], config.held_out_share).without_last(config.hold_out).items
+    cut = Cut(config.hold_out, config.held_out_share)
+    start = start_of(config, workspace, config.recommender, seen, cut, config.trainer.seed)
     try:
         prepare_training(
             folder / "data",
@@ -155,7 +157,7 @@ def _train(
             card,
             config.recommender,
             config.trainer.seed,
-            _start_table(config, workspace),
+            start,
             ties,
         )
     except ValueError as error:
@@ -183,33 +185,6 @@ def _held(histories: Histories, hold_out: int) -> np.ndarray:
     if hold_out:
         held[asked] = histories.items[histories.ends[asked] - hold_out]
     return held
-
-
-def _resolved(config: TrainConfig, workspace: Workspace) -> TrainConfig:
-    """With the content hash of the model that gives dreamrec its item vectors, which then is part of the recipe."""
-    named = config.recommender.dreamrec.table
-    if config.recommender.model != "dreamrec" or named is None:
-        return config
-    model = find_model(Models(workspace.store), named)
-    options = config.recommender.dreamrec.model_copy(update={"table": f"{model.name}/{model.hash}"})
-    return config.model_copy(update={"recommender": config.recommender.model_copy(update={"dreamrec": options})})
-
-
-def _start_table(config: TrainConfig, workspace: Workspace) -> np.ndarray | None:
-    """Item vectors of the model `dreamrec.table` names."""
-    named = config.recommender.dreamrec.table
-    if config.recommender.model != "dreamrec" or named is None:
-        return None
-    trained = Loaded.of(config, workspace, named).recommender
-    if trained.width != config.recommender.width:
-        raise UsageError(
-            f"The item vectors of {named} are {trained.width} wide and dreamrec's {config.recommender.width}.",
-            "Give both the same --recommender.width.",
-        )
-    table = trained.item_states().detach()
-    # Noise has a length of √width: the vectors start at its scale.
-    scale = table.shape[1] ** 0.5 / table[1:].norm(dim=1).mean()
-    return (table * scale).numpy()
 
 
 def _result(model: Model, status: str, metrics: dict[str, float], started: float) -> JobResult:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from raypipe.pipeline.sequences import user_keys
 from raypipe.recommenders.windows import Histories
 from raypipe.storage.hashing import combine_lanes, digest_lanes, stable_hash, to_hex
 from raypipe.storage.workspace import Workspace
@@ -48,7 +49,8 @@ class UserRows:
     def histories(self) -> Histories:
         lists = self._histories["items"].combine_chunks()
         lengths = lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
-        return Histories(lists.flatten().to_numpy(zero_copy_only=False).astype(np.int32), lengths.cumsum())
+        items = lists.flatten().to_numpy(zero_copy_only=False).astype(np.int32)
+        return Histories(items, lengths.cumsum(), user_keys(self.users))
 
     @cached_property
     def change_keys(self) -> pa.Array:

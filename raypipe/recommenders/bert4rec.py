@@ -36,19 +36,20 @@ class Bert4Rec(Recommender):
 
     def encode(self, prefixes: Sequences) -> Tensor:
         asked = prefixes.tail(self.max_length - 1).followed_by(0)
-        return self.head(asked.last(self._states(asked, asked.items == 0)))
+        return self.personal(self.head(asked.last(self._states(asked, asked.items == 0))), asked.users)
 
     def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Mean loss of the masked items, each masked with probability `masked`, the last of a window always.
 
         `items` are whole windows; `targets` are not used. The division is by this worker's own masked items.
         """
-        sequences = Sequences(batch["items"], batch["lengths"])
+        sequences = Sequences.of_batch(batch)
         hidden = torch.rand(len(sequences.items), device=sequences.items.device) < self.masked
         hidden[sequences.ends - 1] = True
-        states = self.head(self._states(sequences, hidden)[hidden])
+        owners = None if sequences.owners is None else sequences.owners[hidden]
+        states = self.personal(self.head(self._states(sequences, hidden)[hidden]), owners)
         return self.next_item_loss(states, sequences.items[hidden], {**batch, "count": hidden.sum()})
 
     def _states(self, sequences: Sequences, hidden: Tensor) -> Tensor:
-        vectors = torch.where(hidden[:, None], self.mask, self.table[sequences.items]) * self.width**0.5
+        vectors = torch.where(hidden[:, None], self.mask, self.vectors(sequences.items)) * self.width**0.5
         return self.transformer(vectors, sequences)

@@ -25,12 +25,14 @@ _WEIGHTS = "model.safetensors"
 class Card:
     """What a checkpoint is of: which items the rows of its table are, and the most frequent ones of its training data.
 
-    `catalogue` is {"items": count, "hash": of their ids in order}; `popular` are item indices, most events first.
+    `catalogue` is {"items": count, "hash": of their ids in order}; `popular` are item indices, most events first; `blocks` the
+    attributes and the users of guided blocks.
     """
 
     config: RecommenderConfig
     catalogue: Mapping[str, Any]
     popular: Sequence[int]
+    blocks: tuple[int, int] = (0, 0)
 
 
 def save_recommender(folder: Path, card: Card, weights: Mapping[str, Tensor]) -> None:
@@ -41,6 +43,7 @@ def save_recommender(folder: Path, card: Card, weights: Mapping[str, Tensor]) ->
         "config": card.config.model_dump(mode="json"),
         "catalogue": dict(card.catalogue),
         "popular": list(card.popular),
+        "blocks": list(card.blocks),
     }
     (folder / _CARD).write_text(json.dumps(told, indent=1, sort_keys=True))
     save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / _WEIGHTS)
@@ -60,8 +63,11 @@ def load_recommender(folder: Path, device: torch.device | str = "cpu") -> tuple[
         raise UsageError(
             f"The recommender in {folder} is damaged: {error}.", "Train it again, or restore it."
         ) from None
-    card = Card(RecommenderConfig.model_validate(told["config"]), told["catalogue"], told["popular"])
-    model = card.config.build(int(card.catalogue["items"])).to(device)
+    attributes, users = told.get("blocks", (0, 0))
+    card = Card(
+        RecommenderConfig.model_validate(told["config"]), told["catalogue"], told["popular"], (attributes, users)
+    )
+    model = card.config.build(int(card.catalogue["items"]), blocks=card.blocks).to(device)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if expected != found:

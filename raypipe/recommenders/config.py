@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import model_validator
@@ -13,12 +13,14 @@ from raypipe.recommenders.bert4rec import Bert4Rec
 from raypipe.recommenders.caser import Caser, CaserOptions
 from raypipe.recommenders.dreamrec import DreamRec, DreamRecOptions
 from raypipe.recommenders.gru4rec import Gru4Rec
+from raypipe.recommenders.guided import GuidedOptions
 from raypipe.recommenders.losses import LossConfig
 from raypipe.recommenders.mf import Mf
 from raypipe.recommenders.recommender import Recommender
 from raypipe.recommenders.sasrec import SasRec
 
 ModelName = Literal["gru4rec", "caser", "sasrec", "bert4rec", "dreamrec", "mf"]
+_GUIDED = ("gru4rec", "sasrec", "bert4rec")
 
 
 class RecommenderConfig(Config):
@@ -43,6 +45,7 @@ class RecommenderConfig(Config):
     masked: float = shaping(0.2, "share of items bert4rec masks", gt=0, le=1)
     caser: CaserOptions = shaping(CaserOptions)
     dreamrec: DreamRecOptions = shaping(DreamRecOptions)
+    guided: GuidedOptions = shaping(GuidedOptions)
     loss: LossConfig = shaping(LossConfig)
 
     @model_validator(mode="after")
@@ -51,11 +54,31 @@ class RecommenderConfig(Config):
             raise ValueError(f"width {self.width} cannot be shared by {self.heads} heads: choose a multiple")
         return self
 
-    def build(self, items: int, seed: int = 0) -> Recommender:
-        """An untrained model over `items` items; equal arguments give equal weights."""
+    @model_validator(mode="after")
+    def _guided_models(self) -> RecommenderConfig:
+        if self.guided.used and self.model not in _GUIDED:
+            raise ValueError(f"guided is for {', '.join(_GUIDED)}, and the model is {self.model}")
+        return self
+
+    def shaping_values(self) -> dict[str, Any]:
+        """Without a guided block what it was before there were any: nothing is trained anew."""
+        values = super().shaping_values()
+        if not self.guided.used:
+            values.pop("guided")
+        return values
+
+    def build(self, items: int, seed: int = 0, blocks: tuple[int, int] = (0, 0)) -> Recommender:
+        """An untrained model over `items` items; equal arguments give equal weights.
+
+        `blocks` are the attributes and the users of its guided blocks, which hold nothing yet.
+        """
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return self._build(items)
+            model = self._build(items)
+        attributes, users = blocks
+        if attributes:
+            model.guide(attributes, users, self.guided)
+        return model
 
     def _build(self, items: int) -> Recommender:
         size = (items, self.width, self.max_length, self.loss)

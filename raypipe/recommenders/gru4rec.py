@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from raypipe.recommenders.dropout import Dropout
@@ -22,9 +21,9 @@ class Gru4Rec(Recommender):
         self.project = nn.Linear(hidden, width)
 
     def encode_all(self, sequences: Sequences) -> Tensor:
-        vectors = self.dropout(functional.embedding(sequences.items, self.table) * self.width**0.5)
+        vectors = self.dropout(self.vectors(sequences.items) * self.width**0.5)
         packed = pack_padded_sequence(
             sequences.pad(vectors), sequences.lengths.cpu(), batch_first=True, enforce_sorted=False
         )
         hidden, _ = pad_packed_sequence(self.gru(packed)[0], batch_first=True)
-        return self.project(self.dropout(sequences.unpad(hidden)))
+        return self.personal(self.project(self.dropout(sequences.unpad(hidden))), sequences.owners)

@@ -39,7 +39,8 @@ def sequences_of(histories: Histories, rows: NDArray[np.int64], last: int | None
     lengths = histories.lengths[rows]
     kept = lengths if last is None else np.minimum(lengths, last)
     taken = histories.take(histories.ends[rows] - kept, kept)
-    return Sequences(torch.from_numpy(taken.items.astype(np.int64)), torch.from_numpy(kept))
+    users = None if histories.users is None else torch.from_numpy(histories.users[rows])
+    return Sequences(torch.from_numpy(taken.items.astype(np.int64)), torch.from_numpy(kept), users)
 
 
 @torch.no_grad()
@@ -58,11 +59,12 @@ def target_ranks(
     above = np.full(len(prefixes), model.items, np.int64)
     same = np.ones_like(above)
     asked_of = (prefixes.lengths > 0) & (targets <= model.items)
+    table = model.item_states()
     for rows in batches_by_length(prefixes, model.max_length, np.flatnonzero(asked_of)):
         states = model.encode(sequences_of(prefixes, rows, model.max_length).to(device))
         seen = sequences_of(prefixes, rows).to(device) if filter_seen else None
         asked = torch.from_numpy(targets[rows].astype(np.int64)).to(device)
-        better, equal = ranks(model.queries(states), model.item_states(), asked, Filters(excluded=seen))
+        better, equal = ranks(model.queries(states), table, asked, Filters(excluded=seen))
         above[rows], same[rows] = better.cpu().numpy(), equal.cpu().numpy()
     model.train(was_training)
     return above, same
@@ -76,10 +78,11 @@ def top_lists(model: Recommender, prefixes: Histories, k: int, *, filter_seen: b
     device = model.table.device
     prefixes = prefixes.within(model.items)
     lists = np.zeros((len(prefixes), k), np.int64)
+    table = model.item_states()
     for rows in batches_by_length(prefixes, model.max_length, np.flatnonzero(prefixes.lengths)):
         states = model.encode(sequences_of(prefixes, rows, model.max_length).to(device))
         seen = sequences_of(prefixes, rows).to(device) if filter_seen else None
-        items, _ = top_k(model.queries(states), model.item_states(), k, Filters(excluded=seen))
+        items, _ = top_k(model.queries(states), table, k, Filters(excluded=seen))
         lists[rows] = items.cpu().numpy()
     model.train(was_training)
     return lists

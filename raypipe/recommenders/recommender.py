@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from raypipe.recommenders.guided import GuidedOptions, user_rows, with_block
 from raypipe.recommenders.losses import (
     LossConfig,
     bce_loss,
@@ -27,6 +29,10 @@ class Recommender(nn.Module):
     """
 
     causal: ClassVar[bool] = True
+    # Of guided models: float [items + 1, attributes], float [users, attributes], int64 [users].
+    item_block: Tensor
+    user_block: Tensor
+    user_keys: Tensor
 
     def __init__(self, items: int, width: int, max_length: int, loss: LossConfig) -> None:
         super().__init__()
@@ -36,6 +42,34 @@ class Recommender(nn.Module):
         nn.init.normal_(self.table, std=width**-0.5)
         with torch.no_grad():
             self.table[0] = 0
+        self.guided: GuidedOptions | None = None
+
+    def guide(self, attributes: int, users: int, options: GuidedOptions) -> None:
+        """Makes the last columns of all vectors those of a guided block, and room for so many users' blocks, all nothing."""
+        self.guided = options
+        self.table = nn.Parameter(self.table.detach()[:, : self.width - attributes].clone())
+        blocks = {"item_block": (self.items + 1, options.items), "user_block": (users, options.users)}
+        for name, (rows, kind) in blocks.items():
+            block = torch.zeros(rows, attributes)
+            if kind == "trained" and rows:
+                self.register_parameter(name, nn.Parameter(block))
+            else:
+                self.register_buffer(name, block)
+        self.register_buffer("user_keys", torch.zeros(users, dtype=torch.int64))
+
+    def vectors(self, items: Tensor) -> Tensor:
+        """Those of items int64 […], [..., width]."""
+        vectors = functional.embedding(items, self.table)
+        if self.guided is None:
+            return vectors
+        return torch.cat([vectors, functional.embedding(items, self.item_block)], -1)
+
+    def personal(self, states: Tensor, users: Tensor | None) -> Tensor:
+        """States [n, width] with what is known of their users beyond the history: nothing, or a block; keys int64 [n]."""
+        if self.guided is None or users is None or not len(self.user_keys):
+            return states
+        places, there = user_rows(self.user_keys, users)
+        return with_block(states, functional.embedding(places, self.user_block), there, self.guided.states)
 
     def encode_all(self, sequences: Sequences) -> Tensor:
         """The state at every position, [positions, width]: that of the prefix which ends there."""
@@ -48,7 +82,7 @@ class Recommender(nn.Module):
 
     def item_states(self) -> Tensor:
         """[items + 1, width]; row 0 is padding."""
-        return self.table
+        return self.table if self.guided is None else torch.cat([self.table, self.item_block], 1)
 
     def queries(self, states: Tensor, seeds: Tensor | None = None) -> Tensor:
         """[batch, width], what item states are multiplied with; the states themselves where a model says no other.
@@ -66,9 +100,9 @@ class Recommender(nn.Module):
         """Mean next-item loss.
 
         `items` and `targets` int64 [positions], `lengths` int64 [batch]; `count` the positions the sum is divided by, all
-        workers' divided by their number; `negatives` and `expected` as the loss wants them.
+        workers' divided by their number; `negatives` and `expected` as the loss wants them; `users` as in `Sequences`.
         """
-        states = self.encode_all(Sequences(batch["items"], batch["lengths"]))
+        states = self.encode_all(Sequences.of_batch(batch))
         return self.next_item_loss(states, batch["targets"], batch)
 
     def next_item_loss(self, states: Tensor, targets: Tensor, batch: Mapping[str, Tensor]) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional
 
 from raypipe.recommenders.attention import Transformer
 from raypipe.recommenders.losses import LossConfig
@@ -26,5 +25,5 @@ class SasRec(Recommender):
         self.transformer = transformer
 
     def encode_all(self, sequences: Sequences) -> Tensor:
-        vectors = functional.embedding(sequences.items, self.table) * self.width**0.5
-        return self.transformer(vectors, sequences)
+        vectors = self.vectors(sequences.items) * self.width**0.5
+        return self.personal(self.transformer(vectors, sequences), sequences.owners)

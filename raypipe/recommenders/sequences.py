@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,11 +16,13 @@ class Sequences:
     """Item sequences one after the other.
 
     `items` int64 [positions] are catalogue indices from 1; `lengths` int64 [batch], each at least 1. What is computed
-    per position without looking at others never sees padding; what mixes positions goes through `pad` and `unpad`.
+    per position without looking at others never sees padding; what mixes positions goes through `pad` and `unpad`. `users`
+    int64 [batch] are the keys of those whose sequences they are, for models that know users.
     """
 
     items: Tensor
     lengths: Tensor
+    users: Tensor | None = None
 
     @classmethod
     def of(cls, lists: Sequence[Sequence[int]]) -> Sequences:
@@ -29,6 +31,11 @@ class Sequences:
             raise ValueError("An empty history has no state; recommend what is popular to users without events.")
         flat = np.concatenate([np.asarray(items, np.int64) for items in lists]) if lists else np.zeros(0, np.int64)
         return cls(torch.from_numpy(flat), torch.tensor([len(items) for items in lists], dtype=torch.int64))
+
+    @classmethod
+    def of_batch(cls, batch: Mapping[str, Tensor]) -> Sequences:
+        """Those of a training batch."""
+        return cls(batch["items"], batch["lengths"], batch.get("users"))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -42,6 +49,11 @@ class Sequences:
     def rows(self) -> Tensor:
         """int64 [positions], the sequence each position belongs to."""
         return torch.repeat_interleave(self.lengths, output_size=len(self.items))
+
+    @cached_property
+    def owners(self) -> Tensor | None:
+        """int64 [positions], the key of each position's user; None where users are not known."""
+        return None if self.users is None else self.users[self.rows]
 
     @cached_property
     def offsets(self) -> Tensor:
@@ -62,13 +74,13 @@ class Sequences:
         if self.longest <= length:
             return self
         keep = self.offsets >= (self.lengths - length)[self.rows]
-        return Sequences(self.items[keep], self.lengths.clamp(max=length))
+        return Sequences(self.items[keep], self.lengths.clamp(max=length), self.users)
 
     def followed_by(self, item: int) -> Sequences:
         """Each sequence with `item` appended."""
         items = self.items.new_full((len(self.items) + len(self),), item)
         items[torch.arange(len(self.items), device=items.device) + self.rows] = self.items
-        return Sequences(items, self.lengths + 1)
+        return Sequences(items, self.lengths + 1, self.users)
 
     def pad(self, values: Tensor) -> Tensor:
         """[positions, …] as [batch, longest, …], filled with zeros on the right."""
@@ -84,4 +96,5 @@ class Sequences:
         return values[self.ends - 1]
 
     def to(self, device: torch.device | str) -> Sequences:
-        return Sequences(self.items.to(device), self.lengths.to(device))
+        users = None if self.users is None else self.users.to(device)
+        return Sequences(self.items.to(device), self.lengths.to(device), users)

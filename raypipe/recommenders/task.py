@@ -6,7 +6,11 @@
     ends.npy         int64 [users], where each ends
     held.npy         int32 [users], the event after each history that validation asks for; 0 for none
     ties.npy         int32 [events], groups of events without an order; only where it is to be drawn anew
-    table.npy        float32 [items + 1, width], item vectors to start from; only where the model takes some
+    table.npy        float32 [items + 1, width less the blocks'], item vectors to start from; only where the model takes some
+    item_block.npy   float32 [items + 1, attributes], guided blocks of items, and with it
+    user_block.npy   float32 [users, attributes], and
+    user_keys.npy    int64 [users], whose blocks these are
+    users.npy        int64 [users], the keys of the histories' users; only where there are blocks
     prepared.json    model, catalogue, sampling; written last: its existence means that the rest is complete
 """
 
@@ -26,6 +30,7 @@ from torch import Tensor, nn
 from raypipe.metrics.ranking import ndcg
 from raypipe.recommenders.checkpoint import Card, save_recommender
 from raypipe.recommenders.config import RecommenderConfig
+from raypipe.recommenders.guided import Start
 from raypipe.recommenders.ranking import target_ranks
 from raypipe.recommenders.windows import Histories, Windows
 
@@ -42,11 +47,11 @@ def prepare_training(
     catalogue: Mapping[str, object],
     config: RecommenderConfig,
     seed: int,
-    table: NDArray[np.float32] | None = None,
+    start: Start | None = None,
     ties: NDArray[np.int32] | None = None,
 ) -> None:
-    """Writes the folder a task trains from. `catalogue` is the checkpoint's card: {"items": count, "hash": …}; `ties` as
-    for `Windows`.
+    """Writes the folder a task trains from. `catalogue` is the checkpoint's card: {"items": count, "hash": …}; `start`
+    where not all is drawn; `ties` as for `Windows`.
 
     Raises ValueError where there is nothing to learn from.
     """
@@ -56,11 +61,22 @@ def prepare_training(
     np.save(folder / "items.npy", histories.items.astype(np.int32))
     np.save(folder / "ends.npy", histories.ends)
     np.save(folder / "held.npy", held.astype(np.int32))
-    for name, values in (("table", table), ("ties", ties)):
+    start = start or Start()
+    optional: dict[str, NDArray[Any] | None] = {"table": start.table, "ties": ties}
+    optional |= dict.fromkeys(("item_block", "user_block", "user_keys", "users"))
+    if (blocks := start.blocks) is not None:
+        optional |= {"item_block": blocks.items, "user_block": blocks.users, "user_keys": blocks.keys}
+        optional["users"] = histories.users
+    for name, values in optional.items():
         (folder / f"{name}.npy").unlink(missing_ok=True)
         if values is not None:
             np.save(folder / f"{name}.npy", values)
-    card = {"config": config.model_dump(mode="json"), "catalogue": dict(catalogue), "seed": seed}
+    card = {
+        "config": config.model_dump(mode="json"),
+        "catalogue": dict(catalogue),
+        "seed": seed,
+        "blocks": (0, 0) if blocks is None else blocks.size,
+    }
     (folder / _MARKER).write_text(json.dumps(card))
 
 
@@ -76,16 +92,18 @@ class RecommenderTask:
         self.config = RecommenderConfig.model_validate(card["config"])
         self.catalogue: dict[str, Any] = card["catalogue"]
         self.seed = int(card["seed"])
+        attributes, users = card["blocks"]
+        self.blocks: tuple[int, int] = (attributes, users)
 
     def __reduce__(self) -> tuple[type[RecommenderTask], tuple[Path]]:
         return type(self), (self.folder,)
 
     def build(self) -> nn.Module:
-        model = self.config.build(self._items, self.seed)
-        start = self.folder / "table.npy"
-        if start.exists():
-            with torch.no_grad():
-                model.table.copy_(torch.from_numpy(np.load(start)))
+        model = self.config.build(self._items, self.seed, self.blocks)
+        with torch.no_grad():
+            for name in ("table", "item_block", "user_block", "user_keys"):
+                if (self.folder / f"{name}.npy").exists():
+                    getattr(model, name).copy_(torch.from_numpy(np.load(self.folder / f"{name}.npy")))
         return model
 
     def steps_per_epoch(self, batch_size: int) -> int:
@@ -100,6 +118,8 @@ class RecommenderTask:
             "lengths": torch.from_numpy(batch.lengths),
             "count": torch.tensor(batch.count / world),
         }
+        if (users := self._histories.users) is not None:
+            tensors["users"] = torch.from_numpy(users[batch.users])
         loss = self.config.loss
         if loss.samples:
             rng = np.random.default_rng((seed, step, 1))
@@ -130,7 +150,7 @@ class RecommenderTask:
         counts = self._histories.counts(self._items)
         popular = np.argsort(-counts, kind="stable")[:_POPULAR]
         kept = popular[counts[popular] > 0].tolist()
-        save_recommender(folder, Card(self.config, self.catalogue, kept), weights)
+        save_recommender(folder, Card(self.config, self.catalogue, kept, self.blocks), weights)
 
     @property
     def _items(self) -> int:
@@ -138,7 +158,12 @@ class RecommenderTask:
 
     @cached_property
     def _histories(self) -> Histories:
-        return Histories(np.load(self.folder / "items.npy"), np.load(self.folder / "ends.npy"))
+        users = self.folder / "users.npy"
+        return Histories(
+            np.load(self.folder / "items.npy"),
+            np.load(self.folder / "ends.npy"),
+            np.load(users) if users.exists() else None,
+        )
 
     @cached_property
     def _held(self) -> NDArray[np.int32]:

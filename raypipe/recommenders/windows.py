@@ -6,7 +6,7 @@ no loader whose state could be lost.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -18,10 +18,14 @@ _SORTED_BATCHES = 16
 
 @dataclass(frozen=True)
 class Histories:
-    """Item sequences of many users as one array. `items` int32 [events]; `ends` int64 [users]."""
+    """Item sequences of many users as one array. `items` int32 [events]; `ends` int64 [users].
+
+    `users` int64 [users] are keys that tell whose they are, the stable hashes of their ids; None where nobody asks.
+    """
 
     items: NDArray[np.int32]
     ends: NDArray[np.int64]
+    users: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -40,8 +44,11 @@ class Histories:
         return self.take(self.starts, kept)
 
     def take(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> Histories:
-        """One slice of `items` per entry."""
-        return Histories(self.items[stretches(starts, lengths)], lengths.cumsum())
+        """One slice of `items` per entry, each of one history; the user of one without events means nothing."""
+        users = self.users
+        if users is not None and len(users):
+            users = users[np.searchsorted(self.ends, starts, side="right").clip(max=len(users) - 1)]
+        return Histories(self.items[stretches(starts, lengths)], lengths.cumsum(), users)
 
     def within(self, items: int) -> Histories:
         """Every history without events of items beyond the first `items`; one may become empty."""
@@ -49,7 +56,7 @@ class Histories:
         if inside.all():
             return self
         kept = np.concatenate([[0], inside.cumsum()])
-        return Histories(self.items[inside], kept[self.ends])
+        return Histories(self.items[inside], kept[self.ends], self.users)
 
     def counts(self, items: int) -> NDArray[np.int64]:
         """int64 [items + 1], how often each item occurs."""
@@ -136,7 +143,7 @@ class Windows:
         if self.ties is None:
             return self.histories
         drawn = np.random.default_rng((seed, epoch, 1)).random(len(self.ties))
-        return Histories(self.histories.items[np.lexsort((drawn, self.ties))], self.histories.ends)
+        return replace(self.histories, items=self.histories.items[np.lexsort((drawn, self.ties))])
 
 
 def tie_groups(times: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int32]:

@@ -1,0 +1,112 @@
+"""What a recommender's training starts from that is not drawn: another model's item vectors, and scores of attributes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raypipe.errors import UsageError
+from raypipe.pipeline.job import ModelCache
+from raypipe.pipeline.loaded import Loaded, find_model
+from raypipe.pipeline.sequences import check_catalogue, pinned_versions
+from raypipe.recommenders.attribute_scores import load_scores
+from raypipe.recommenders.config import RecommenderConfig
+from raypipe.recommenders.guided import Start, fuse
+from raypipe.recommenders.windows import Histories
+from raypipe.storage.models import Model, Models
+from raypipe.storage.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What no training sees: the last `hold_out` events of every user, and a share of the users."""
+
+    hold_out: int
+    held_out_share: float
+
+    def check(self, model: Model) -> None:
+        """Raises UsageError where the model may have seen more."""
+        hold_out, share = int(model.lineage["hold_out"]), float(model.lineage.get("held_out_share", 0.0))
+        if hold_out < self.hold_out or share < self.held_out_share:
+            raise UsageError(
+                f"{model.name}/{model.hash} may have read all but the last {hold_out} events of all but {share:.0%} of the users, "
+                f"and this training holds out {self.hold_out} events and {self.held_out_share:.0%} of the users.",
+                f"Make it with --hold_out {self.hold_out} --held_out_share {self.held_out_share:g}.",
+            )
+
+
+def resolved(config: RecommenderConfig, workspace: Workspace) -> RecommenderConfig:
+    """With the content hashes of the models it starts from, which then are part of the recipe.
+
+    Raises UsageError where one is not there.
+    """
+    models = Models(workspace.store)
+
+    def named(name: str | None) -> str | None:
+        if name is None:
+            return None
+        model = find_model(models, name)
+        return f"{model.name}/{model.hash}"
+
+    if config.model == "dreamrec":
+        options = config.dreamrec.model_copy(update={"table": named(config.dreamrec.table)})
+        return config.model_copy(update={"dreamrec": options})
+    guided = {"scores": named(config.guided.scores), "base": named(config.guided.base)}
+    return config.model_copy(update={"guided": config.guided.model_copy(update=guided)})
+
+
+def start_of(
+    config: ModelCache,
+    workspace: Workspace,
+    recommender: RecommenderConfig,
+    seen: Histories,
+    cut: Cut,
+    seed: int,
+) -> Start:
+    """What `recommender` starts from, whose training sees the histories `seen` and holds out `cut`.
+
+    Raises UsageError for models that do not fit, and for scores or a base that have read what is held out.
+    """
+    if recommender.model == "dreamrec":
+        return Start(_oracle_table(config, workspace, recommender))
+    options = recommender.guided
+    items = workspace.tables["items"].read(pinned_versions(workspace)["items"], ["item_id", "index"]).sort_by("index")
+    ids = items["item_id"].to_pylist()
+    trained = seen.counts(len(ids)) > 0
+    base: NDArray[np.float32] | None = None
+    if options.base is not None:
+        loaded = Loaded.of(config, workspace, options.base)
+        cut.check(loaded.model)
+        vectors = loaded.recommender.item_states().detach().numpy()
+        # Items that came after the base have no vectors, and start in the middle.
+        base = np.zeros((len(ids) + 1, vectors.shape[1]), np.float32)
+        base[: len(vectors)] = vectors
+        base[len(vectors) :] = vectors[1:].mean(0)
+    if options.scores is None:
+        return fuse(None, options, recommender.width, base, trained, seed)
+    model = find_model(Models(workspace.store), options.scores)
+    scores = load_scores(config.fetch(workspace, model))
+    check_catalogue(scores.catalogue, ids, options.scores)
+    cut.check(model)
+    return fuse(scores, options, recommender.width, base, trained, seed)
+
+
+def _oracle_table(
+    config: ModelCache, workspace: Workspace, recommender: RecommenderConfig
+) -> NDArray[np.float32] | None:
+    """Item vectors of the model `dreamrec.table` names."""
+    named = recommender.dreamrec.table
+    if named is None:
+        return None
+    trained = Loaded.of(config, workspace, named).recommender
+    if trained.width != recommender.width:
+        raise UsageError(
+            f"The item vectors of {named} are {trained.width} wide and dreamrec's {recommender.width}.",
+            "Give both the same --recommender.width.",
+        )
+    table = trained.item_states().detach()
+    # Noise has a length of √width: the vectors start at its scale.
+    scale = table.shape[1] ** 0.5 / table[1:].norm(dim=1).mean()
+    return (table * scale).numpy()

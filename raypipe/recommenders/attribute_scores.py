@@ -1,0 +1,75 @@
+"""Scores of items and users on named attributes, and their files: `scores.json` and `scores.safetensors`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from raypipe.errors import UsageError
+
+_CARD = "scores.json"
+_VALUES = "scores.safetensors"
+
+
+@dataclass(frozen=True)
+class AttributeScores:
+    """`items` float32 [items + 1, attributes], row 0 padding, and `users` float32 [users, attributes] of those whose keys (the
+    stable hashes of their ids as int64, rising) are `keys`. What could not be read is NaN. `names` [attributes] tell the
+    columns, and `catalogue` which items the rows are.
+    """
+
+    names: tuple[str, ...]
+    items: NDArray[np.float32]
+    users: NDArray[np.float32]
+    keys: NDArray[np.int64]
+    catalogue: Mapping[str, Any]
+
+    def normalised(self, clip: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Items and users in standard deviations from the items' mean, attribute by attribute, at most `clip` of them.
+
+        What could not be read stands at the mean, and so does an attribute on which all items are alike.
+        """
+        there = self.items[1:][~np.isnan(self.items[1:]).all(1)].astype(np.float64)
+        if not len(there):
+            return np.zeros_like(self.items), np.zeros_like(self.users)
+        known = ~np.isnan(there)
+        counts = np.maximum(known.sum(0), 1)
+        mean = np.where(known, there, 0).sum(0) / counts
+        deviation = np.sqrt((np.where(known, there - mean, 0) ** 2).sum(0) / counts)
+        unit = np.where(deviation > 1e-6, deviation, np.inf)
+        items, users = (
+            np.nan_to_num(((rows - mean) / unit).clip(-clip, clip)).astype(np.float32)
+            for rows in (self.items, self.users)
+        )
+        items[0] = 0
+        return items, users
+
+
+def save_scores(folder: Path, scores: AttributeScores) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    told = {"format": 1, "names": list(scores.names), "catalogue": dict(scores.catalogue)}
+    (folder / _CARD).write_text(json.dumps(told, indent=1, ensure_ascii=False))
+    values = {"items": scores.items, "users": scores.users, "keys": scores.keys}
+    save_file({name: np.ascontiguousarray(value) for name, value in values.items()}, folder / _VALUES)
+
+
+def load_scores(folder: Path) -> AttributeScores:
+    """Raises UsageError where the folder holds no scores."""
+    try:
+        told = json.loads((folder / _CARD).read_text())
+        values = load_file(folder / _VALUES)
+    except FileNotFoundError:
+        raise UsageError(
+            f"{folder} holds no scores of attributes.", "Name some made by `raypipe align --system guided`."
+        ) from None
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise UsageError(f"The scores in {folder} are damaged: {error}.", "Make them again, or restore them.") from None
+    return AttributeScores(tuple(told["names"]), **values, catalogue=told["catalogue"])
