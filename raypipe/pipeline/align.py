@@ -28,6 +28,7 @@ from raypipe.language.instructions import Catalogue
 from raypipe.language.prompt import Prompt
 from raypipe.language.soft_prompts import SoftExample
 from raypipe.language.titles import distinct_titles
+from raypipe.pipeline.guided import run_guided
 from raypipe.pipeline.held_out import are_held_out
 from raypipe.pipeline.job import JobConfig, JobResult, ModelCache, TrainingOptions, cost_of
 from raypipe.pipeline.loaded import BUILTIN, Loaded, find_builtin_lm, find_model, is_builtin
@@ -40,6 +41,7 @@ from raypipe.storage.ledger import Usage
 from raypipe.storage.locks import hold
 from raypipe.storage.models import Model, Models
 from raypipe.storage.workspace import Workspace
+from raypipe.systems.guided import GuidedConfig
 from raypipe.systems.projection import AdaptedLm
 from raypipe.systems.recexplainer import ExplainerConfig
 from raypipe.systems.recinterpreter import InterpreterConfig
@@ -60,7 +62,9 @@ class AlignOptions(TrainingOptions, ModelCache):
     lm: str = free(
         BUILTIN, "checkpoint folder or hub name; builtin is the workspace's own, builtin/HASH one of several"
     )
-    system: Literal["recinterpreter", "recexplainer"] = free("recinterpreter", "which of the systems below joins them")
+    system: Literal["recinterpreter", "recexplainer", "guided"] = free(
+        "recinterpreter", "which of the systems below joins them"
+    )
     adapter: str | None = free(
         None,
         "NAME or NAME/HASH of a stored adapter that is measured on the states of `model`, constrained or not and by the judges "
@@ -68,6 +72,9 @@ class AlignOptions(TrainingOptions, ModelCache):
     )
     recinterpreter: InterpreterConfig = free(InterpreterConfig, "a recommender's states in words")
     recexplainer: ExplainerConfig = free(ExplainerConfig, "a language model that predicts what the recommender does")
+    guided: GuidedConfig = free(
+        GuidedConfig, "scores of items and users on attributes, for `train` to put into a recommender"
+    )
     trainer: TrainerConfig = shaping(
         lambda: TrainerConfig(epochs=10, batch_size=16, lr=1e-3, weight_decay=1e-6),
         "training under Ray Train and DeepSpeed",
@@ -129,6 +136,8 @@ class _Inputs:
 
 def run_align(config: AlignConfig) -> JobResult:
     """Train the adapter unless one of this recipe is stored, and measure it. Raises UsageError before work starts."""
+    if config.system == "guided":
+        return run_guided(config)
     started = time.monotonic()
     workspace = config.open_workspace()
     workspace.require_info()

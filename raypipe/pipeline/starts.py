@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
 from raypipe.errors import UsageError
+from raypipe.pipeline.held_out import Cut
 from raypipe.pipeline.job import ModelCache
 from raypipe.pipeline.loaded import Loaded, find_model
 from raypipe.pipeline.sequences import check_catalogue, pinned_versions
@@ -15,26 +14,8 @@ from raypipe.recommenders.attribute_scores import load_scores
 from raypipe.recommenders.config import RecommenderConfig
 from raypipe.recommenders.guided import Start, fuse
 from raypipe.recommenders.windows import Histories
-from raypipe.storage.models import Model, Models
+from raypipe.storage.models import Models
 from raypipe.storage.workspace import Workspace
-
-
-@dataclass(frozen=True)
-class Cut:
-    """What no training sees: the last `hold_out` events of every user, and a share of the users."""
-
-    hold_out: int
-    held_out_share: float
-
-    def check(self, model: Model) -> None:
-        """Raises UsageError where the model may have seen more."""
-        hold_out, share = int(model.lineage["hold_out"]), float(model.lineage.get("held_out_share", 0.0))
-        if hold_out < self.hold_out or share < self.held_out_share:
-            raise UsageError(
-                f"{model.name}/{model.hash} may have read all but the last {hold_out} events of all but {share:.0%} of the users, "
-                f"and this training holds out {self.hold_out} events and {self.held_out_share:.0%} of the users.",
-                f"Make it with --hold_out {self.hold_out} --held_out_share {self.held_out_share:g}.",
-            )
 
 
 def resolved(config: RecommenderConfig, workspace: Workspace) -> RecommenderConfig:

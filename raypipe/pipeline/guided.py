@@ -1,0 +1,296 @@
+"""`raypipe align --system guided`: items and users scored on attributes by a language model, tuned to recommend or as it is.
+
+What is stored is `guided/HASH`: the scores, and the tuned language model's adapter beside them. `train` puts them into a
+recommender by `--recommender.guided.scores guided`. Nothing here reads an event at or after the cut: users are scored by what
+stands before their last `hold_out` events, and tuned on the users who are not held out.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raypipe.engines.engine import Engine, EngineConfig
+from raypipe.errors import UsageError
+from raypipe.language.adapters import AdapterCard, build_adapter, load_adapter
+from raypipe.language.backbone import load_backbone
+from raypipe.language.checkpoint import checkpoint_hash, resolve_checkpoint
+from raypipe.language.instructions import Catalogue
+from raypipe.language.prompt import Prompt
+from raypipe.language.titles import distinct_titles
+from raypipe.pipeline.held_out import Cut, are_held_out
+from raypipe.pipeline.job import JobResult, cost_of
+from raypipe.pipeline.loaded import BUILTIN, find_builtin_lm, find_model
+from raypipe.pipeline.sequences import catalogue_card, histories_hash, pinned_versions, read_histories
+from raypipe.recommenders.attribute_scores import AttributeScores, save_scores
+from raypipe.recommenders.windows import Histories
+from raypipe.runtime.progress import say
+from raypipe.runtime.trainer import fit
+from raypipe.storage.fingerprint import fingerprint
+from raypipe.storage.ledger import Usage
+from raypipe.storage.locks import hold
+from raypipe.storage.models import Model, Models
+from raypipe.storage.workspace import Workspace
+from raypipe.systems.guided import NAME, Rating
+from raypipe.systems.guided_attributes import find_attributes
+from raypipe.systems.guided_reading import Questions, Written, ranking_of_scores, read_expected, read_written
+from raypipe.systems.guided_training import TuningTask, prepare_tuning
+from raypipe.systems.source import drawn_places
+
+if TYPE_CHECKING:
+    from raypipe.pipeline.align import AlignConfig
+
+STEP_VERSION = 1
+_SHOWN_EVERY_S = 10.0
+_BATCH_TOKENS = 4096  # of one pass, padding and answers included
+_ADAPTER = ("adapter.json", "adapter.safetensors")
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """Who is scored, on what, by which language model; histories end before the cut, `held_out` bool [users]."""
+
+    rating: Rating
+    histories: Histories
+    held_out: NDArray[np.bool_]
+    catalogue: dict[str, object]
+    lm: Path
+    lm_hash: str
+    adapter: Model | None
+
+    def firsts(self, rows: NDArray[np.int64], events: NDArray[np.int64]) -> list[list[int]]:
+        """The first `events` [n] items of the histories in `rows` [n]."""
+        starts = self.histories.starts[rows]
+        pairs = zip(starts.tolist(), (starts + events).tolist(), strict=True)
+        return [self.histories.items[start:stop].tolist() for start, stop in pairs]
+
+
+def run_guided(config: AlignConfig) -> JobResult:
+    """Score unless scores of this recipe are stored, and store them. Raises UsageError before work starts."""
+    started = time.monotonic()
+    workspace = config.open_workspace()
+    workspace.require_info()
+    tracking = config.open_tracking(workspace)
+    versions = pinned_versions(workspace)
+    inputs = _read(config, workspace, versions)
+    rating = inputs.rating
+    recipe = fingerprint(
+        {
+            "step": STEP_VERSION,
+            "config": config.shaping_values(),
+            "guided": rating.config.shaping_values(),
+            "attributes": [one.shaping_values() for one in rating.attributes],
+            "lm": inputs.lm_hash,
+            "adapter": inputs.adapter and inputs.adapter.hash,
+            "histories": histories_hash(workspace, versions["histories"]),
+            "items": fingerprint({"lines": rating.item_lines()}),
+        }
+    )
+    with hold(workspace.store, [f"models-{NAME}"], NAME, config.lock_lease_s):
+        if (model := Models(workspace.store).newest(NAME, recipe)) is not None:
+            return _result(model, "nothing_to_do", started)
+        model = _scored(config, workspace, inputs, recipe, versions)
+        tracking.register(model)
+    params = {"model": model.hash, "lm": inputs.lm_hash[:12]}
+    tracking.log_run(NAME, recipe, params, model.lineage["metrics"])
+    return _result(model, "ok", started)
+
+
+def _read(config: AlignConfig, workspace: Workspace, versions: dict[str, int]) -> _Inputs:
+    cut = Cut(config.hold_out, config.held_out_share)
+    if config.lm == BUILTIN:
+        builtin = find_builtin_lm(workspace, "--lm")
+        cut.check(builtin)
+        lm = config.fetch(workspace, builtin)
+    else:
+        lm = resolve_checkpoint(config.lm)
+    adapter = find_model(Models(workspace.store), config.adapter) if config.adapter is not None else None
+    if adapter is not None:
+        cut.check(adapter)
+        if not (config.fetch(workspace, adapter) / _ADAPTER[0]).is_file():
+            raise UsageError(
+                f"{adapter.name}/{adapter.hash} holds no tuned language model.",
+                "Name scores that were made by a tuned one.",
+            )
+    users, histories = read_histories(workspace, versions["histories"])
+    histories = histories.without_last(config.hold_out)
+    if int(histories.lengths.max(initial=0)) < 2:
+        raise UsageError(
+            f"No user has two events before the last {config.hold_out}.",
+            "Ingest longer histories, or lower --hold_out.",
+        )
+    items = workspace.tables["items"].read(versions["items"]).sort_by("index")
+    ids = items["item_id"].to_pylist()
+    catalogue = Catalogue(
+        distinct_titles(items["title"].to_pylist(), ids),
+        [dict(pairs) for pairs in items["attributes"].to_pylist()],
+        items["text"].to_pylist(),
+    )
+    guided = config.guided
+    rating = Rating(guided, find_attributes(guided.domain, catalogue, guided.attributes), catalogue)
+    held_out = are_held_out(users, config.held_out_share)
+    return _Inputs(rating, histories, held_out, catalogue_card(ids), lm, checkpoint_hash(lm), adapter)
+
+
+def _scored(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: str, versions: dict[str, int]) -> Model:
+    """Tune, score, measure, and only then store."""
+    name = f"{NAME}-{recipe}"
+    folder = config.training_folder(workspace, name)
+    out = folder / "scores"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    rating = inputs.rating
+    questions = Questions(rating, load_backbone(str(inputs.lm), device="cpu"))
+    metrics: dict[str, float] = {}
+    if inputs.adapter is not None:
+        _copy_adapter(config.fetch(workspace, inputs.adapter), out)
+    elif rating.config.tuned:
+        metrics |= _tuned(config, inputs, questions, folder, name)
+        _copy_adapter(folder / "checkpoint", out)
+    reader = _Reader(config, inputs, questions, out)
+    items = reader.read("items", questions.of_items())
+    owners = np.flatnonzero(inputs.histories.lengths > 0)
+    lengths = inputs.histories.lengths[owners]
+    users = reader.read("users", questions.of_users(inputs.firsts(owners, lengths)))
+    if np.isnan(items).all():
+        raise UsageError(
+            f"Not one score could be read from {reader.written.answers:,} answers: {dict(reader.written.reasons)}.",
+            "Read expectations with --guided.reading expected, or name a language model that writes JSON.",
+        )
+    assert inputs.histories.users is not None
+    keys = inputs.histories.users[owners]
+    order = np.argsort(keys, kind="stable")
+    nothing = np.full((1, items.shape[1]), np.nan, np.float32)
+    scores = AttributeScores(
+        rating.names, np.concatenate([nothing, items]), users[order], keys[order], inputs.catalogue
+    )
+    save_scores(out, scores)
+    metrics |= {"items": len(items), "users": len(users), **reader.told()}
+    metrics["spread"] = round(float(np.nanstd(items, axis=0).mean()), 4)
+    metrics |= _measured(config, inputs, questions, reader, scores)
+    lineage = {
+        "job": NAME,
+        "versions": versions,
+        "hold_out": config.hold_out,
+        "held_out_share": config.held_out_share,
+        "seed": config.trainer.seed,
+        "options": rating.config.model_dump(mode="json"),
+        "attributes": [one.model_dump() for one in rating.attributes],
+        "lm": inputs.lm_hash,
+        "config": config.shaping_values(),
+        "metrics": metrics,
+    }
+    model = Models(workspace.store).add(NAME, out, recipe, lineage)
+    workspace.store.delete_folder(f"staging/{name}")
+    return model
+
+
+def _tuned(config: AlignConfig, inputs: _Inputs, questions: Questions, folder: Path, name: str) -> dict[str, float]:
+    """Trains the language model's updates into `folder/checkpoint`."""
+    guided = inputs.rating.config
+    rng = np.random.default_rng(config.trainer.seed)
+    there = np.flatnonzero(~inputs.held_out & (inputs.histories.lengths > 1))
+    rows = rng.permutation(there)[: config.users]
+    owners, events = drawn_places(rows, inputs.histories.lengths[rows] - 1, config.positions, rng)
+    targets = inputs.histories.items[inputs.histories.starts[owners] + events]
+    card = AdapterCard(guided.adapter, {}, inputs.lm_hash, "")
+    try:
+        counts = prepare_tuning(
+            folder / "data",
+            questions.ids(questions.of_items()),
+            questions.ids(questions.of_users(inputs.firsts(owners, events))),
+            targets.tolist(),
+            questions.form,
+            str(inputs.lm),
+            card,
+            guided,
+            config.trainer.seed,
+        )
+    except ValueError as error:
+        raise UsageError(str(error), "Ingest more users, or lower --held_out_share.") from None
+    build_adapter(questions.backbone, card)  # what cannot be built is told here, and not by a worker
+    say(f"{NAME}: training on {counts['examples']:,} examples, {counts['tokens']:,} tokens")
+    config.cluster.connect()
+    trained = fit(TuningTask(folder / "data"), config.trainer, name, folder / "checkpoint")
+    return {
+        "loss_first": float(np.mean(trained.losses[:10])),
+        "loss_last": float(np.mean(trained.losses[-10:])),
+        "steps": trained.steps,
+        "train_seconds": round(trained.seconds, 1),
+        **counts,
+    }
+
+
+class _Reader:
+    """Reads scores from the language model, with the adapter in `folder` where there is one."""
+
+    def __init__(self, config: AlignConfig, inputs: _Inputs, questions: Questions, folder: Path) -> None:
+        self.questions, self.answer_tokens = questions, config.answer_tokens
+        self.written = Written()
+        self.tokens = 0
+        adapter = folder if (folder / _ADAPTER[0]).is_file() else None
+        if inputs.rating.config.reading == "parsed":
+            self.engine: Engine | None = EngineConfig(lm=str(inputs.lm), adapter=str(adapter or "")).build()
+            return
+        self.engine, backbone = None, load_backbone(str(inputs.lm))
+        self.lm: Any = backbone.model
+        if adapter is not None:
+            self.lm = load_adapter(adapter, backbone, inputs.lm_hash).lm
+
+    def read(self, what: str, prompts: Sequence[Prompt]) -> NDArray[np.float32]:
+        """[prompts, attributes]."""
+        ids = self.questions.ids(prompts)
+        self.tokens += sum(map(len, ids))
+        found = np.full((len(prompts), self.questions.form.slots), np.nan, np.float32)
+        parts = (
+            read_expected(self.lm, self.questions.form, ids, _BATCH_TOKENS)
+            if self.engine is None
+            else read_written(self.engine, self.questions.rating, prompts, self.answer_tokens, self.written)
+        )
+        done, told = 0, time.monotonic()
+        for places, values in parts:
+            found[places] = values
+            done += len(places)
+            if time.monotonic() - told > _SHOWN_EVERY_S:
+                told = time.monotonic()
+                say(f"{NAME}: {done:,} of {len(prompts):,} {what} scored")
+        return found
+
+    def told(self) -> dict[str, float]:
+        """What reading came to so far."""
+        if self.engine is None:
+            return {"tokens_read": self.tokens}
+        written = self.written
+        return {"tokens_read": self.tokens, "unparsed": written.unparsed, "missing_scores": written.missing}
+
+
+def _measured(
+    config: AlignConfig, inputs: _Inputs, questions: Questions, reader: _Reader, scores: AttributeScores
+) -> dict[str, float]:
+    """How the scores alone rank the last event before the cut of users nobody was tuned on, scored by what is before it."""
+    there = np.flatnonzero(inputs.held_out & (inputs.histories.lengths > 1))
+    rows = np.random.default_rng(0).permutation(there)[: config.asked]
+    if not len(rows):
+        return {}
+    prompts = questions.of_users(inputs.firsts(rows, inputs.histories.lengths[rows] - 1))
+    users = reader.read("held-out users", prompts)
+    targets = inputs.histories.items[inputs.histories.ends[rows] - 1].astype(np.int64)
+    return ranking_of_scores(scores, users, targets)
+
+
+def _copy_adapter(source: Path, out: Path) -> None:
+    for name in _ADAPTER:
+        shutil.copyfile(source / name, out / name)
+
+
+def _result(model: Model, status: str, started: float) -> JobResult:
+    cost = cost_of(Usage(), time.monotonic() - started)
+    metrics = model.lineage["metrics"]
+    return JobResult("align", status, model.recipe, models={model.name: model.hash}, metrics=metrics, cost=cost)
