@@ -27,7 +27,7 @@ from raypipe.language.prompt import Prompt
 from raypipe.language.titles import distinct_titles
 from raypipe.pipeline.held_out import Cut, are_held_out
 from raypipe.pipeline.job import JobResult, cost_of
-from raypipe.pipeline.loaded import BUILTIN, find_builtin_lm, find_model
+from raypipe.pipeline.loaded import find_builtin_lm, find_model, is_builtin
 from raypipe.pipeline.sequences import catalogue_card, histories_hash, pinned_versions, read_histories
 from raypipe.recommenders.attribute_scores import AttributeScores, save_scores
 from raypipe.recommenders.windows import Histories
@@ -105,8 +105,8 @@ def run_guided(config: AlignConfig) -> JobResult:
 
 def _read(config: AlignConfig, workspace: Workspace, versions: dict[str, int]) -> _Inputs:
     cut = Cut(config.hold_out, config.held_out_share)
-    if config.lm == BUILTIN:
-        builtin = find_builtin_lm(workspace, "--lm")
+    if is_builtin(config.lm):
+        builtin = find_builtin_lm(workspace, "--lm", config.lm)
         cut.check(builtin)
         lm = config.fetch(workspace, builtin)
     else:
