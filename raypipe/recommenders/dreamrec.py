@@ -49,7 +49,7 @@ class DreamRecOptions(Config):
     denoiser_layers: Literal[1, 2] = shaping(1, "one linear layer, as published; two with a GELU between")
     normalised: bool = shaping(False, "item vectors at the length of noise, against collapse")
     rounding: float = shaping(
-        0.0, "weight of the loss of telling the item from its denoised vector, against collapse; as published: 0", ge=0
+        0.0, "weight of the loss of telling the next item from a generated vector, against collapse; as published: 0", ge=0
     )
     table: str | None = shaping(None, "NAME or NAME/HASH of a model of the workspace that gives the item vectors")
     frozen_table: bool = shaping(False, "item vectors stay as they start")
@@ -104,8 +104,8 @@ class DreamRec(Recommender):
         """Mean squared error of the denoised target vector at a uniform time (eq. 9), over all positions and widths.
 
         Squared errors alone are least where all item vectors are one. `rounding` adds what Diffusion-LM adds where it
-        learns its vectors too (Li et al., NeurIPS 2022, eq. 2), the next-item loss of the denoised vector: item vectors
-        must then be told apart. Inner products of vectors at the length of noise are divided by √width.
+        learns its vectors too (Li et al., NeurIPS 2022, eq. 2), the next-item loss of a denoised vector, so that items must
+        be told apart; here of one made of pure noise, as noise that shows the target teaches nothing about the history.
         """
         guidance = self.encode_all(Sequences(batch["items"], batch["lengths"]))
         alone = torch.rand(len(guidance), 1, device=guidance.device) < self.unguided
@@ -114,10 +114,11 @@ class DreamRec(Recommender):
         times = torch.randint(1, self.steps + 1, (len(clean),), device=clean.device)
         kept = self.kept[times, None]
         noisy = kept.sqrt().to(clean.dtype) * clean + (1 - kept).sqrt().to(clean.dtype) * torch.randn_like(clean)
-        denoised = self._denoised(noisy, guidance, times)
-        loss = functional.mse_loss(denoised, clean, reduction="sum") / (batch["count"] * self.width)
+        error = functional.mse_loss(self._denoised(noisy, guidance, times), clean, reduction="sum")
+        loss = error / (batch["count"] * self.width)
         if self.rounding:
-            loss = loss + self.rounding * self.next_item_loss(denoised / self.width**0.5, batch["targets"], batch)
+            made = self._denoised(torch.randn_like(clean), guidance, torch.full_like(times, self.steps))
+            loss = loss + self.rounding * self.next_item_loss(made, batch["targets"], batch)
         return loss
 
     @torch.no_grad()
