@@ -237,7 +237,7 @@ def test_one_step_without_guidance_is_the_denoisers_own_answer() -> None:
 
 @pytest.mark.parametrize(("rounding", "apart"), [(0.0, False), (1.0, True)])
 def test_item_vectors_collapse_unless_they_must_be_told_apart(rounding: float, apart: bool) -> None:
-    """Histories without any order: nothing but the loss itself moves the vectors."""
+    """Histories in which every item is followed by the next one of the catalogue."""
     options = {"steps": 20, "sampling_steps": 1, "guidance": 0, "normalised": True, "rounding": rounding}
     model = config("dreamrec", dreamrec=options).build(ITEMS).train()
     optimiser = torch.optim.Adam(model.parameters(), lr=0.03)
@@ -245,8 +245,9 @@ def test_item_vectors_collapse_unless_they_must_be_told_apart(rounding: float, a
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for _ in range(200):
-            drawn = torch.randint(1, ITEMS + 1, (16, 9), generator=rng)
-            items, targets = drawn[:, :-1].flatten(), drawn[:, 1:].flatten()
+            starts = torch.randint(ITEMS, (16, 1), generator=rng)
+            chains = (starts + torch.arange(9)) % ITEMS + 1
+            items, targets = chains[:, :-1].flatten(), chains[:, 1:].flatten()
             batch = {"items": items, "targets": targets, "lengths": torch.full((16,), 8), "count": torch.tensor(128.0)}
             optimiser.zero_grad()
             model(batch).backward()
