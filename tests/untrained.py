@@ -8,8 +8,7 @@ from pathlib import Path
 from raypipe.language.adapters import AdapterCard, build_adapter, save_adapter
 from raypipe.language.backbone import load_backbone
 from raypipe.language.checkpoint import checkpoint_hash
-from raypipe.pipeline.sequences import catalogue_card
-from raypipe.recommenders.checkpoint import Card, save_recommender
+from raypipe.recommenders.checkpoint import Card, catalogue_card, save_recommender
 from raypipe.recommenders.config import RecommenderConfig
 from raypipe.storage.models import Model, Models
 from raypipe.storage.workspace import Workspace

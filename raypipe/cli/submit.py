@@ -24,7 +24,7 @@ import yaml
 from raypipe.cli.options import option, parse_config
 from raypipe.config import Config, free
 from raypipe.errors import RaypipeError, UsageError
-from raypipe.pipeline.job import JobConfig
+from raypipe.runtime.job import JobConfig
 from raypipe.runtime.job_server import Attempt, Ended, JobServer, check_upload
 from raypipe.runtime.progress import say
 from raypipe.storage.fingerprint import fingerprint

@@ -30,16 +30,17 @@ from raypipe.language.soft_prompts import SoftExample
 from raypipe.language.titles import distinct_titles
 from raypipe.pipeline.guided import run_guided
 from raypipe.pipeline.held_out import are_held_out
-from raypipe.pipeline.job import JobConfig, JobResult, ModelCache, TrainingOptions, cost_of
-from raypipe.pipeline.loaded import BUILTIN, Loaded, find_builtin_lm, find_model, is_builtin
+from raypipe.pipeline.job import TrainingOptions, cost_of
+from raypipe.pipeline.loaded import BUILTIN, Loaded, find_builtin_lm, is_builtin
 from raypipe.pipeline.sequences import histories_hash, pinned_versions, read_histories
 from raypipe.recommenders.recommender import freeze, weights_hash
+from raypipe.runtime.job import JobConfig, JobResult, ModelCache
 from raypipe.runtime.progress import say
 from raypipe.runtime.trainer import TrainerConfig, fit
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.ledger import Usage
 from raypipe.storage.locks import hold
-from raypipe.storage.models import Model, Models
+from raypipe.storage.models import Model, Models, find_model
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.guided import GuidedConfig
 from raypipe.systems.projection import AdaptedLm

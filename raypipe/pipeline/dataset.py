@@ -8,7 +8,7 @@ from pathlib import Path
 from raypipe.config import free
 from raypipe.data.synthetic import SyntheticConfig
 from raypipe.errors import RaypipeError, UsageError
-from raypipe.pipeline.job import JobResult
+from raypipe.runtime.job import JobResult
 from raypipe.runtime.progress import say
 
 

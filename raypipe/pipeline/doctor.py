@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 from raypipe.config import free
 from raypipe.errors import RaypipeError
-from raypipe.pipeline.job import JobConfig, JobResult
+from raypipe.runtime.job import JobConfig, JobResult
 from raypipe.runtime.progress import say
 from raypipe.storage.store import Store
 from raypipe.storage.tracking import tracking_uri

@@ -14,8 +14,9 @@ import pyarrow as pa
 
 from raypipe.config import free, shaping
 from raypipe.pipeline.encode_units import EncodeBucket, EncodeTask, Rows, lists_of
-from raypipe.pipeline.job import BatchConfig, JobResult, ModelCache, cost_of
+from raypipe.pipeline.job import BatchConfig, cost_of
 from raypipe.pipeline.loaded import Loaded
+from raypipe.runtime.job import JobResult, ModelCache
 from raypipe.runtime.progress import say
 from raypipe.runtime.session import Session, bucket_parts, open_session, output_table
 from raypipe.storage.fingerprint import fingerprint

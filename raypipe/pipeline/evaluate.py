@@ -9,11 +9,12 @@ from raypipe.config import shaping
 from raypipe.errors import UsageError
 from raypipe.metrics.published import published
 from raypipe.metrics.ranking import Mean
-from raypipe.pipeline.job import JobConfig, JobResult, ModelCache, cost_of
+from raypipe.pipeline.job import cost_of
 from raypipe.pipeline.loaded import Loaded
 from raypipe.pipeline.sequences import pinned_versions, read_histories
 from raypipe.recommenders.evaluation import HeldOut, evaluate_floor, evaluate_model
 from raypipe.recommenders.floors import Popularity, Transitions
+from raypipe.runtime.job import JobConfig, JobResult, ModelCache
 from raypipe.runtime.progress import say
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.ledger import Usage

@@ -24,15 +24,16 @@ from raypipe.errors import UsageError
 from raypipe.language.adapters import AdapterCard, read_card
 from raypipe.language.checkpoint import checkpoint_hash
 from raypipe.pipeline.explain_units import FIGURES, TABLE, ExplainBucket, ExplainTask
-from raypipe.pipeline.job import BatchConfig, CapOptions, JobResult, ModelCache, cost_of
-from raypipe.pipeline.loaded import BUILTIN, Loaded, find_builtin_lm, find_model, is_builtin
+from raypipe.pipeline.job import BatchConfig, CapOptions, cost_of
+from raypipe.pipeline.loaded import BUILTIN, Loaded, find_builtin_lm, is_builtin
 from raypipe.pipeline.rejects import check_reject_rate
 from raypipe.runtime.budget import Budget
+from raypipe.runtime.job import JobResult, ModelCache
 from raypipe.runtime.progress import say
 from raypipe.runtime.session import bucket_parts, open_session
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.ledger import Counts, Publish, Receipt, Unit, Usage
-from raypipe.storage.models import Model, Models
+from raypipe.storage.models import Model, Models, find_model
 from raypipe.storage.releases import Release
 from raypipe.storage.tables import ABSENT
 from raypipe.storage.workspace import Workspace

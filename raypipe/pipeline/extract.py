@@ -9,8 +9,8 @@ from raypipe.config import shaping
 from raypipe.errors import UsageError
 from raypipe.pipeline.encode import EncodeConfig, EncodeOptions, Encoding, run_encoding
 from raypipe.pipeline.encode_units import States
-from raypipe.pipeline.job import JobResult
 from raypipe.pipeline.loaded import Loaded
+from raypipe.runtime.job import JobResult
 from raypipe.storage.fingerprint import fingerprint
 
 JOB = "extract"

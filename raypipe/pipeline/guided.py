@@ -26,17 +26,19 @@ from raypipe.language.instructions import Catalogue
 from raypipe.language.prompt import Prompt
 from raypipe.language.titles import distinct_titles
 from raypipe.pipeline.held_out import Cut, are_held_out
-from raypipe.pipeline.job import JobResult, cost_of
-from raypipe.pipeline.loaded import find_builtin_lm, find_model, is_builtin
-from raypipe.pipeline.sequences import catalogue_card, histories_hash, pinned_versions, read_histories
+from raypipe.pipeline.job import cost_of
+from raypipe.pipeline.loaded import find_builtin_lm, is_builtin
+from raypipe.pipeline.sequences import histories_hash, pinned_versions, read_histories
 from raypipe.recommenders.attribute_scores import AttributeScores, save_scores
+from raypipe.recommenders.checkpoint import catalogue_card
 from raypipe.recommenders.windows import Histories
+from raypipe.runtime.job import JobResult
 from raypipe.runtime.progress import say
 from raypipe.runtime.trainer import fit
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.ledger import Usage
 from raypipe.storage.locks import hold
-from raypipe.storage.models import Model, Models
+from raypipe.storage.models import Model, Models, find_model
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.guided import NAME, Rating
 from raypipe.systems.guided_attributes import find_attributes

@@ -19,8 +19,9 @@ from raypipe.data.log import Log, LogConfig, is_movielens, open_log
 from raypipe.data.spills import estimate_users, item_table_bytes
 from raypipe.errors import RaypipeError, UsageError
 from raypipe.pipeline.ingest_units import MergeBucket, SpillSplit
-from raypipe.pipeline.job import JobConfig, JobResult, cost_of
+from raypipe.pipeline.job import cost_of
 from raypipe.pipeline.rejects import reject_rows
+from raypipe.runtime.job import JobConfig, JobResult
 from raypipe.runtime.progress import say
 from raypipe.runtime.session import Session, open_session
 from raypipe.storage.fingerprint import fingerprint

@@ -18,9 +18,10 @@ from pydantic import field_validator
 from raypipe.config import shaping
 from raypipe.engines.engine import EngineConfig
 from raypipe.errors import UsageError
-from raypipe.pipeline.job import JobConfig, JobResult, ModelCache, cost_of
+from raypipe.pipeline.job import cost_of
 from raypipe.pipeline.judged import EXPLANATION_PIECES, SUMMARY_PIECES, sample_explanations, sample_summaries
 from raypipe.pipeline.loaded import BUILTIN, find_builtin_lm
+from raypipe.runtime.job import JobConfig, JobResult, ModelCache
 from raypipe.runtime.progress import say
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.ledger import Usage

@@ -17,16 +17,16 @@ from raypipe.language.titles import distinct_titles
 from raypipe.metrics.explanations import coherence, distinction, unfounded
 from raypipe.metrics.text import Vocabulary, item_values, rule_rating, value_counts
 from raypipe.pipeline.cards import choose_users
-from raypipe.pipeline.job import ModelCache
-from raypipe.pipeline.loaded import Loaded, find_model
+from raypipe.pipeline.loaded import Loaded
 from raypipe.pipeline.sequences import user_keys
 from raypipe.pipeline.summary_state import Catalogue
 from raypipe.recommenders.prefixes import prefix_states
 from raypipe.recommenders.ranking import target_ranks
 from raypipe.recommenders.windows import Histories
+from raypipe.runtime.job import ModelCache
 from raypipe.runtime.progress import say
 from raypipe.storage.hashing import stable_hash
-from raypipe.storage.models import Models
+from raypipe.storage.models import Models, find_model
 from raypipe.storage.tables import ABSENT
 from raypipe.storage.workspace import Workspace
 from raypipe.systems import explanations

@@ -16,7 +16,8 @@ from raypipe.errors import UsageError
 from raypipe.language.instructions import Catalogue, histories_before_cut
 from raypipe.language.pretraining import LmDataConfig, LmTask, prepare_lm
 from raypipe.pipeline.held_out import are_held_out
-from raypipe.pipeline.job import JobConfig, JobResult, TrainingOptions, cost_of
+from raypipe.pipeline.job import TrainingOptions, cost_of
+from raypipe.runtime.job import JobConfig, JobResult
 from raypipe.runtime.progress import say
 from raypipe.runtime.trainer import TrainerConfig, fit
 from raypipe.storage.fingerprint import fingerprint

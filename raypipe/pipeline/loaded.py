@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from raypipe.errors import UsageError
-from raypipe.pipeline.job import ModelCache
-from raypipe.pipeline.sequences import check_catalogue, pinned_versions
-from raypipe.recommenders.checkpoint import Card, load_recommender
+from raypipe.pipeline.sequences import pinned_versions
+from raypipe.recommenders.checkpoint import Card, check_catalogue, load_recommender
 from raypipe.recommenders.recommender import Recommender
-from raypipe.storage.models import Model, Models
+from raypipe.runtime.job import ModelCache
+from raypipe.storage.models import Model, Models, find_model
 from raypipe.storage.workspace import Workspace
 
 BUILTIN = "builtin"
@@ -36,18 +36,6 @@ class Loaded:
         items = workspace.tables["items"].read(version).sort_by("index")
         check_catalogue(card.catalogue, items["item_id"].to_pylist(), named)
         return cls(model, recommender, card, items)
-
-
-def find_model(models: Models, named: str) -> Model:
-    """The model of NAME/HASH, or the newest of NAME; UsageError where there is none."""
-    name, _, wanted = named.partition("/")
-    found = [model for model in models.all(name) if model.hash.startswith(wanted)]
-    if not found:
-        raise UsageError(
-            f"No model {named} is stored in this workspace.",
-            "Train a recommender with `raypipe train`, an adapter with `raypipe align`.",
-        )
-    return found[-1]
 
 
 def is_builtin(named: str) -> bool:

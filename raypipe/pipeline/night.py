@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from raypipe.config import free
 from raypipe.errors import UsageError
-from raypipe.pipeline.job import JobConfig, JobResult
+from raypipe.runtime.job import JobConfig, JobResult
 from raypipe.runtime.progress import say
 from raypipe.storage.locks import hold
 from raypipe.storage.nights import Nights

@@ -24,13 +24,13 @@ from raypipe.pipeline.cards import write_cards
 from raypipe.pipeline.explain import ExplainConfig, Explainer, ExplainPolicy, run_explain
 from raypipe.pipeline.extract import ExtractConfig, ExtractOptions, run_extract
 from raypipe.pipeline.ingest import IngestConfig, IngestOptions, run_ingest
-from raypipe.pipeline.job import JobConfig, JobResult
 from raypipe.pipeline.lm import MODEL, LmConfig, LmOptions, run_lm
 from raypipe.pipeline.loaded import BUILTIN
 from raypipe.pipeline.recommend import RecommendConfig, RecommendOptions, run_recommend
 from raypipe.pipeline.release import GateConfig, ReleaseConfig, promote
 from raypipe.pipeline.summarize import SummarizeConfig, SummarizeOptions, run_summarize
 from raypipe.pipeline.train import TrainConfig, TrainOptions, run_train
+from raypipe.runtime.job import JobConfig, JobResult
 from raypipe.runtime.progress import say
 from raypipe.storage.locks import hold
 from raypipe.storage.models import Models

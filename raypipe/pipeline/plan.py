@@ -18,11 +18,11 @@ import numpy as np
 from raypipe.config import free
 from raypipe.engines.engine import EngineConfig
 from raypipe.pipeline.explain import ExplainPolicy
-from raypipe.pipeline.job import JobConfig, JobResult
 from raypipe.pipeline.past_runs import PastRun, past_runs, seconds_of
 from raypipe.pipeline.plan_explain import plan_explanations
 from raypipe.pipeline.summarize import JOB, SummarizeOptions
 from raypipe.pipeline.summary_state import BucketState, Catalogue, Pins, Recipes
+from raypipe.runtime.job import JobConfig, JobResult
 from raypipe.runtime.progress import say
 from raypipe.storage.ledger import Usage
 from raypipe.storage.releases import Release, Releases

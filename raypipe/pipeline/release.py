@@ -13,13 +13,13 @@ from raypipe.errors import RefusedError, UsageError
 from raypipe.language.adapters import read_card
 from raypipe.language.checkpoint import checkpoint_hash, resolve_checkpoint
 from raypipe.pipeline.evaluate import held_out
-from raypipe.pipeline.job import JobConfig, JobResult, ModelCache
-from raypipe.pipeline.loaded import BUILTIN, Loaded, find_builtin_lm, find_model
+from raypipe.pipeline.loaded import BUILTIN, Loaded, find_builtin_lm
 from raypipe.recommenders.evaluation import evaluate_floor, evaluate_model
 from raypipe.recommenders.floors import Popularity
+from raypipe.runtime.job import JobConfig, JobResult, ModelCache
 from raypipe.runtime.progress import say
 from raypipe.storage.locks import hold
-from raypipe.storage.models import Models
+from raypipe.storage.models import Models, find_model
 from raypipe.storage.releases import Release, Releases
 from raypipe.storage.workspace import Workspace
 

@@ -19,7 +19,8 @@ from raypipe.config import free
 from raypipe.data.log import LogColumns, LogConfig
 from raypipe.data.rejects import row_json
 from raypipe.pipeline.ingest import IngestConfig, run_ingest
-from raypipe.pipeline.job import JobConfig, JobResult, cost_of
+from raypipe.pipeline.job import cost_of
+from raypipe.runtime.job import JobConfig, JobResult
 from raypipe.runtime.progress import say
 from raypipe.runtime.session import open_session
 from raypipe.storage.fingerprint import fingerprint

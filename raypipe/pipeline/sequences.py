@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -61,20 +59,3 @@ def _lists(
     lists = rows[name].combine_chunks()
     lengths = lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
     return rows["user_id"].combine_chunks(), lists.flatten().to_numpy(zero_copy_only=False), lengths.cumsum()
-
-
-def catalogue_card(item_ids: list[str], count: int | None = None) -> dict[str, object]:
-    """Which items the first `count` rows of a table are (all where unset), in the order of their index."""
-    known = item_ids if count is None else item_ids[:count]
-    return {"items": len(known), "hash": fingerprint({"item_ids": known})}
-
-
-def check_catalogue(card: Mapping[str, object], item_ids: list[str], model: str) -> None:
-    """Raises UsageError unless the model's items are the first of this catalogue, in the same order."""
-    count = int(str(card["items"]))
-    if count > len(item_ids) or catalogue_card(item_ids, count) != dict(card):
-        raise UsageError(
-            f"The model {model} was trained on another catalogue: its {count:,} items are not the first of the "
-            f"{len(item_ids):,} here.",
-            "Use a model of this workspace, or train one with `raypipe train`.",
-        )

@@ -7,14 +7,15 @@ from numpy.typing import NDArray
 
 from raypipe.errors import UsageError
 from raypipe.pipeline.held_out import Cut
-from raypipe.pipeline.job import ModelCache
-from raypipe.pipeline.loaded import Loaded, find_model
-from raypipe.pipeline.sequences import check_catalogue, pinned_versions
+from raypipe.pipeline.loaded import Loaded
+from raypipe.pipeline.sequences import pinned_versions
 from raypipe.recommenders.attribute_scores import load_scores
+from raypipe.recommenders.checkpoint import check_catalogue
 from raypipe.recommenders.config import RecommenderConfig
 from raypipe.recommenders.guided import Start, fuse
 from raypipe.recommenders.windows import Histories
-from raypipe.storage.models import Models
+from raypipe.runtime.job import ModelCache
+from raypipe.storage.models import Models, find_model
 from raypipe.storage.workspace import Workspace
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from raypipe.config import free
 from raypipe.errors import UsageError
-from raypipe.pipeline.job import JobConfig, JobResult
+from raypipe.runtime.job import JobConfig, JobResult
 from raypipe.runtime.progress import clock, say
 from raypipe.storage.ledger import Counts, Run
 from raypipe.storage.locks import hold

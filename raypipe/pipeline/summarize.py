@@ -17,13 +17,14 @@ import pyarrow as pa
 
 from raypipe.config import free, shaping
 from raypipe.engines.engine import EngineConfig
-from raypipe.pipeline.job import BatchConfig, CapOptions, JobResult, ModelCache, cost_of
+from raypipe.pipeline.job import BatchConfig, CapOptions, cost_of
 from raypipe.pipeline.loaded import BUILTIN, find_builtin_lm
 from raypipe.pipeline.rejects import check_reject_rate
 from raypipe.pipeline.summarize_units import SummarizeBucket, SummaryTask
 from raypipe.pipeline.summary_quality import QUALITY
 from raypipe.pipeline.summary_state import Pins, Recipes
 from raypipe.runtime.budget import Budget
+from raypipe.runtime.job import JobResult, ModelCache
 from raypipe.runtime.progress import say
 from raypipe.runtime.session import Session, bucket_parts, open_session
 from raypipe.storage.fingerprint import fingerprint

@@ -16,12 +16,14 @@ from pydantic import model_validator
 from raypipe.config import shaping
 from raypipe.errors import UsageError
 from raypipe.pipeline.held_out import Cut
-from raypipe.pipeline.job import JobConfig, JobResult, ModelCache, TrainingOptions, cost_of
-from raypipe.pipeline.sequences import catalogue_card, histories_hash, pinned_versions, read_histories, read_ties
+from raypipe.pipeline.job import TrainingOptions, cost_of
+from raypipe.pipeline.sequences import histories_hash, pinned_versions, read_histories, read_ties
 from raypipe.pipeline.starts import resolved, start_of
+from raypipe.recommenders.checkpoint import catalogue_card
 from raypipe.recommenders.config import RecommenderConfig
 from raypipe.recommenders.task import RecommenderTask, prepare_training
 from raypipe.recommenders.windows import Histories
+from raypipe.runtime.job import JobConfig, JobResult, ModelCache
 from raypipe.runtime.progress import say
 from raypipe.runtime.trainer import TrainerConfig, TrainingResult, fit
 from raypipe.storage.fingerprint import fingerprint

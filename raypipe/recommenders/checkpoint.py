@@ -16,6 +16,7 @@ from torch import Tensor
 from raypipe.errors import UsageError
 from raypipe.recommenders.config import RecommenderConfig
 from raypipe.recommenders.recommender import Recommender
+from raypipe.storage.fingerprint import fingerprint
 
 _CARD = "recommender.json"
 _WEIGHTS = "model.safetensors"
@@ -78,3 +79,20 @@ def load_recommender(folder: Path, device: torch.device | str = "cpu") -> tuple[
         )
     model.load_state_dict(weights)
     return model.eval(), card
+
+
+def catalogue_card(item_ids: list[str], count: int | None = None) -> dict[str, object]:
+    """Which items the first `count` rows of a table are (all where unset), in the order of their index."""
+    known = item_ids if count is None else item_ids[:count]
+    return {"items": len(known), "hash": fingerprint({"item_ids": known})}
+
+
+def check_catalogue(card: Mapping[str, object], item_ids: list[str], model: str) -> None:
+    """Raises UsageError unless the model's items are the first of this catalogue, in the same order."""
+    count = int(str(card["items"]))
+    if count > len(item_ids) or catalogue_card(item_ids, count) != dict(card):
+        raise UsageError(
+            f"The recommender {model} was trained on another catalogue: its {count:,} items are not the first of the "
+            f"{len(item_ids):,} here.",
+            "Use a model of this workspace, or train one with `raypipe train`.",
+        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,17 +46,8 @@ class Models:
 
         `recipe` is the fingerprint of what made it. Raises UsageError on a file that is neither weights nor text.
         """
-        paths = sorted(path for path in files.rglob("*") if path.is_file())
-        for path in paths:
-            if path.suffix not in _ALLOWED:
-                raise UsageError(
-                    f"{path.name} cannot be part of a model.", "Models hold safetensors, JSON and text files only."
-                )
-        state = hashlib.sha256()
-        for path in paths:
-            state.update(f"{path.relative_to(files)}\0{path.stat().st_size}\0".encode())
-            state.update(path.read_bytes())
-        model = Model(name, state.hexdigest()[:32], recipe, dict(lineage))
+        paths = _files(files)
+        model = Model(name, _content_hash(files, paths), recipe, dict(lineage))
         for path in paths:
             self.store.put(f"{model.folder}/checkpoint/{path.relative_to(files)}", path.read_bytes())
         self.store.put(f"{model.folder}/{_CARD}", canonical_json(asdict(model)).encode())
@@ -72,6 +63,16 @@ class Models:
         found = [model for model in self.all(name) if recipe is None or model.recipe == recipe]
         return found[-1] if found else None
 
+    def fetch_unharmed(self, model: Model, cache: Path) -> Path:
+        """As `fetch`; raises UsageError where the files are not, byte for byte, those that were stored."""
+        folder = self.fetch(model, cache)
+        if _content_hash(folder, _files(folder)) != model.hash:
+            raise UsageError(
+                f"The files of the model {model.name}/{model.hash[:12]} are not those that were stored: somebody changed them.",
+                f"Restore {model.folder} from a backup, and delete {folder} where it is a copy.",
+            )
+        return folder
+
     def fetch(self, model: Model, cache: Path) -> Path:
         """The checkpoint as a local folder, downloaded into `cache` when it lies on an object store."""
         if self.store.is_local:
@@ -84,3 +85,34 @@ class Models:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(self.store.read(entry.path))
         return target / "checkpoint"
+
+
+def find_model(models: Models, named: str) -> Model:
+    """The model of NAME/HASH, or the newest of NAME; UsageError where there is none."""
+    name, _, wanted = named.partition("/")
+    found = [model for model in models.all(name) if model.hash.startswith(wanted)]
+    if not found:
+        raise UsageError(
+            f"No model {named} is stored in this workspace.",
+            "Train a recommender with `raypipe train`, an adapter with `raypipe align`.",
+        )
+    return found[-1]
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of a checkpoint, sorted; raises UsageError on one that is neither weights nor text."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in paths:
+        if path.suffix not in _ALLOWED:
+            raise UsageError(
+                f"{path.name} cannot be part of a model.", "Models hold safetensors, JSON and text files only."
+            )
+    return paths
+
+
+def _content_hash(folder: Path, paths: Sequence[Path]) -> str:
+    state = hashlib.sha256()
+    for path in paths:
+        state.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
+        state.update(path.read_bytes())
+    return state.hexdigest()[:32]
