@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.ground import GOOD, Ground
-from tests.pipeline.small_logs import write_catalogue, write_log
+from tests.pipeline.small_logs import CHAIN_ITEMS, CHAIN_TRAINING, chain_events, write_catalogue, write_log
+from tests.redis_server import RedisServer
 
 BUCKET = "raypipe-tests"
 _START_S = 40.0
@@ -111,6 +112,19 @@ def workspace_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A Redis shared by all tests: each uses a workspace, and so a prefix, of its own."""
+    pytest.importorskip("redis", reason="redis's client is not installed")
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    try:
+        server.start()
+    except FileNotFoundError as error:
+        unavailable(str(error))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
 def ray_cluster(s3_server: S3Server) -> Iterator[None]:
     """A real Ray with two CPUs on this machine, shared by all tests; its workers know the S3 server."""
     import ray
@@ -127,6 +141,20 @@ def ray_cluster(s3_server: S3Server) -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def trained_once(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with the log of `chain_events` and a sasrec that has learnt it."""
+    from raypipe.cli.main import main
+
+    folder = tmp_path_factory.mktemp("trained")
+    log, catalogue = write_log(folder / "log.csv", chain_events()), write_catalogue(folder / "items.csv", CHAIN_ITEMS)
+    shared = ["--workspace", str(folder / "workspace"), "--tracking", "off"]
+    words = ["--log.path", str(log), "--log.columns.time", "time", "--catalogue.path", str(catalogue)]
+    assert main(["ingest", *shared, *words, "--cluster.workers", "1"]) == 0
+    assert main(["train", *shared, *CHAIN_TRAINING]) == 0
+    return folder / "workspace"
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from raypipe.pipeline.extract import ExtractConfig, ExtractOptions, run_extract
 from raypipe.pipeline.ingest import IngestConfig, IngestOptions, run_ingest
 from raypipe.pipeline.lm import MODEL, LmConfig, LmOptions, run_lm
 from raypipe.pipeline.loaded import BUILTIN
+from raypipe.pipeline.online import OnlineConfig, OnlineOptions, run_online
 from raypipe.pipeline.recommend import RecommendConfig, RecommendOptions, run_recommend
 from raypipe.pipeline.release import GateConfig, ReleaseConfig, promote
 from raypipe.pipeline.summarize import SummarizeConfig, SummarizeOptions, run_summarize
@@ -58,6 +59,10 @@ class NightlyConfig(ExplainPolicy, JobConfig):
     extract: ExtractOptions = shaping(ExtractOptions, "states by the recommender in force")
     recommend: RecommendOptions = shaping(RecommendOptions, "lists by the recommender in force")
     summarize: SummarizeOptions = shaping(SummarizeOptions, "the summaries")
+    online: OnlineOptions | None = free(
+        None,
+        "loads the published night into the online store, for example --online.keep 1; unset: `raypipe online` does",
+    )
     cards: int = free(12, "users shown in the night's cards", ge=0)
 
     def shared(self) -> dict[str, Any]:
@@ -153,6 +158,8 @@ def _run_night(config: NightlyConfig, date: str) -> JobResult:
         with hold(workspace.store, ["nights"], JOB, config.lock_lease_s):
             nights.publish(Night(date, tables, parts, metrics))
         say(f"{JOB}: the night of {date} is in force")
+    if (online := config.online) is not None:
+        take("online", lambda: run_online(OnlineConfig(**shared, **dict(online))))
     status = "ok" if is_new else "nothing_to_do"
     if refusal is not None:
         say(f"{JOB}: {refusal.problem} {refusal.remedy}")

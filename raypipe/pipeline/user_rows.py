@@ -59,9 +59,7 @@ class UserRows:
 
     @cached_property
     def seeds(self) -> NDArray[np.int64]:
-        """Of what is sampled for each user, from the user and the history alone: [users]."""
-        lanes = digest_lanes(self._histories["history_key"].combine_chunks())
-        return (stable_hash(self.users) ^ lanes[:, 0]).view(np.int64)
+        return user_seeds(self.users, self._histories["history_key"].combine_chunks())
 
     @cached_property
     def before(self) -> pa.Table:
@@ -91,3 +89,8 @@ class UserRows:
     def is_touched(self) -> bool:
         """Whether the bucket's rows have to be written anew."""
         return bool(len(self.changed)) or self.kept.num_rows < self.before.num_rows
+
+
+def user_seeds(users: pa.Array, history_keys: pa.Array) -> NDArray[np.int64]:
+    """Of what is sampled for each user, from the user and the history alone: [users]."""
+    return (stable_hash(users) ^ digest_lanes(history_keys)[:, 0]).view(np.int64)

@@ -1,7 +1,8 @@
 """Releases: which recommender, language model and adapters belong together, and which release is in force.
 
 A release is content-addressed (`releases/<hash>.json`) and never changes; an alias (`releases/aliases/<alias>.json`)
-points to one, and moving it is one write. `champion` is what batch and serving read, `candidate` what is to be judged.
+points to one, and moving it is one write. `champion` is what batch and serving read, `candidate` what is to be judged,
+`served` what the online service loaded last and found fit.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from raypipe.errors import UsageError
 from raypipe.storage.fingerprint import canonical_json, fingerprint
 from raypipe.storage.store import Store
 
-Alias = Literal["champion", "candidate"]
+Alias = Literal["champion", "candidate", "served"]
 
 
 @dataclass(frozen=True)

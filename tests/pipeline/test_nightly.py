@@ -33,8 +33,9 @@ def test_a_night_runs_is_nothing_to_do_again_and_can_be_put_back(raypipe: Run, t
     words += ("--ingest.log.columns.time", "time", "--ingest.log.path")
     log = write_log(files / "monday.csv", SMALL_LOG)
 
-    monday = raypipe(*words, log, "--date", "2026-01-05")
+    monday = raypipe(*words, log, "--date", "2026-01-05", "--online.keep", 1)
     assert (monday.code, monday.status) == (0, "ok")
+    assert (monday.metrics["online.night"], monday.metrics["online.users"]) == ("2026-01-05", 25)
     assert monday.metrics["ingest.events_added"] == len(SMALL_LOG)
     assert monday.metrics["summarize.computed"] == 25
     nights = Nights(Store(uri))

@@ -1,0 +1,225 @@
+"""`raypipe online`: the night in force into the online store, bucket by bucket, for requests to read.
+
+Loading is deterministic, and an interrupted one goes on where it stopped. What requests read changes when the load is
+complete, at once and as a whole; the night before stays loaded, so that `raypipe night --restore DATE` is a way back that
+takes a moment.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raypipe.config import Config, free
+from raypipe.errors import UsageError
+from raypipe.pipeline.job import cost_of
+from raypipe.pipeline.user_rows import user_seeds
+from raypipe.runtime.job import JobConfig, JobResult
+from raypipe.runtime.progress import Progress, say
+from raypipe.storage.ledger import Usage
+from raypipe.storage.locks import hold
+from raypipe.storage.nights import Night, Nights
+from raypipe.storage.online import OnlineStore, UserRecord, open_online_store, version_of
+from raypipe.storage.workspace import Workspace
+
+JOB = "online"
+_SUMMARIES = "summarize-"
+
+
+class OnlineOptions(Config):
+    """Where users are read from in requests, and how many nights of them."""
+
+    store: str | None = free(
+        None, "redis://HOST:PORT/DB or a folder; unset: RAYPIPE_ONLINE_STORE, else below a local workspace"
+    )
+    keep: int = free(1, "earlier nights that stay loaded, to go back to", ge=0)
+    grace_s: float = free(
+        10.0,
+        "seconds until older nights are dropped, in which every replica sees the new one: more than its watch_s",
+        ge=0,
+    )
+
+
+class OnlineConfig(OnlineOptions, JobConfig):
+    """Configuration of `online`."""
+
+
+def run_online(config: OnlineConfig) -> JobResult:
+    """Load the night in force, then drop what is older than the nights to keep.
+
+    Raises UsageError where no night is in force or the store may forget, OnlineStoreDownError where it does not answer.
+    """
+    started = time.monotonic()
+    workspace = config.open_workspace()
+    workspace.require_info()
+    night = Nights(workspace.store).current()
+    if night is None:
+        raise UsageError(
+            "No night is in force, and so there is nothing to load.", "Publish one with `raypipe nightly`."
+        )
+    store = open_online_store(config.store, workspace.store)
+    try:
+        with hold(workspace.store, [JOB], JOB, config.lock_lease_s):
+            store.check_room()
+            version = version_of(night)
+            was_there = store.facts(version) is not None
+            if not was_there:
+                _load(store, workspace, night, version)
+            old = _old_versions(store, version, config.keep)
+            if old and not was_there:
+                time.sleep(config.grace_s)
+            for name in old:
+                store.drop(name)
+            facts = store.facts(version)
+            assert facts is not None
+            size = store.size(version)
+    finally:
+        store.close()
+    users = facts["users"]
+    metrics = {
+        "night": night.date,
+        "version": version,
+        **{name: facts[name] for name in ("users", "states", "lists", "summaries")},
+        "bytes": size,
+        "bytes_per_user": round(size / users, 1) if users else None,
+        "dropped": len(old),
+    }
+    say(f"{JOB}: the night of {night.date} is served, {users:,} users in {size / 2**20:,.1f} MiB")
+    status = "nothing_to_do" if was_there and not old else "ok"
+    return JobResult(JOB, status, version, metrics=metrics, cost=cost_of(Usage(), time.monotonic() - started))
+
+
+def _load(store: OnlineStore, workspace: Workspace, night: Night, version: str) -> None:
+    buckets = workspace.require_info().buckets
+    done = store.begin(version, buckets)
+    progress = Progress(JOB, buckets, "users")
+    progress.resume(len(done))
+    if done:
+        say(f"{JOB}: {len(done)} of {buckets} buckets were loaded before")
+    night_rows = NightRows.of(workspace, night)
+    for bucket in range(buckets):
+        if bucket in done:
+            continue
+        rows = night_rows.read(bucket)
+        store.write(version, bucket, rows.users, rows.records)
+        progress.step(len(rows.users))
+    store.complete(version, {"night": night.date, **night_rows.counts()})
+
+
+def _old_versions(store: OnlineStore, current: str, keep: int) -> list[str]:
+    """All but the current version and the `keep` complete ones begun last; what never got complete is old too."""
+    others = [version for version in store.versions() if version != current]
+    complete = [version for version in others if store.facts(version) is not None]
+    kept = set(complete[-keep:] if keep else ())
+    return [version for version in others if version not in kept]
+
+
+@dataclass(frozen=True)
+class BucketRows:
+    """Users and their packed records, in one order."""
+
+    users: list[str]
+    records: list[bytes]
+
+
+@dataclass(frozen=True)
+class NightRows:
+    """A night's tables as records of users. `paradigms` are the variants of `summaries` that are of whole histories."""
+
+    workspace: Workspace
+    night: Night
+    recommender: str
+    paradigms: tuple[str, ...]
+
+    @classmethod
+    def of(cls, workspace: Workspace, night: Night) -> NightRows:
+        if "histories" not in night.tables:
+            raise UsageError(f"The night of {night.date} has no histories.", "Ingest a log, then run the night again.")
+        recommender = str(night.release.get("recommender", "")).split("/")[0]
+        files = workspace.tables["summaries"].files(night.tables["summaries"]) if "summaries" in night.tables else []
+        variants = sorted({file.partition["variant"] for file in files})
+        # Summaries before a cut are of less than is known, and for evaluations alone.
+        paradigms = tuple(name.removeprefix(_SUMMARIES) for name in variants if "-cut" not in name)
+        return cls(workspace, night, recommender, paradigms)
+
+    def counts(self) -> dict[str, Any]:
+        """How many users there are, and of how many there are states, lists and summaries."""
+        sources = {
+            "states": ("hidden_states", self._variant("extract")),
+            "lists": ("recommendations", self._variant("recommend")),
+        }
+        found: dict[str, Any] = {"users": self._rows("histories")}
+        found |= {name: self._rows(table, variant=variant) for name, (table, variant) in sources.items()}
+        found["summaries"] = {name: self._rows("summaries", variant=_SUMMARIES + name) for name in self.paradigms}
+        return found
+
+    def read(self, bucket: int) -> BucketRows:
+        histories = self._read("histories", ["user_id", "items", "history_key"], bucket)
+        assert histories is not None
+        users = histories["user_id"].combine_chunks()
+        seeds = user_seeds(users, histories["history_key"].combine_chunks()).tolist()
+        states = self._read("hidden_states", ["user_id", "state"], bucket, self._variant("extract"))
+        lists = self._read("recommendations", ["user_id", "items", "scores"], bucket, self._variant("recommend"))
+        texts = {
+            name: self._read("summaries", ["user_id", "summary"], bucket, _SUMMARIES + name) for name in self.paradigms
+        }
+        columns = zip(
+            _slices(histories, "items"),
+            seeds,
+            _slices(states, "state", users),
+            _slices(lists, "items", users),
+            _slices(lists, "scores", users),
+            zip(*(_texts(rows, users) for rows in texts.values()), strict=True) if texts else [()] * len(users),
+            strict=True,
+        )
+        records = [
+            UserRecord(
+                items, seed, state, listed, scores, {n: t for n, t in zip(self.paradigms, mine, strict=True) if t}
+            ).pack()
+            for items, seed, state, listed, scores, mine in columns
+        ]
+        return BucketRows(users.to_pylist(), records)
+
+    def _variant(self, job: str) -> str:
+        return f"{job}-{self.recommender}" if self.recommender else ""
+
+    def _rows(self, table: str, **partition: str) -> int:
+        if table not in self.night.tables or partition.get("variant") == "":
+            return 0
+        files = self.workspace.tables[table].files(self.night.tables[table], **partition)
+        return sum(file.rows for file in files)
+
+    def _read(self, table: str, columns: list[str], bucket: int, variant: str | None = None) -> pa.Table | None:
+        """None where the night has no such table, or no recommender that would have written this variant."""
+        if table not in self.night.tables or variant == "":
+            return None
+        partition: dict[str, str | int] = {"bucket": bucket} | ({"variant": variant} if variant is not None else {})
+        return self.workspace.tables[table].read(self.night.tables[table], columns, **partition)
+
+
+def _slices(rows: pa.Table | None, column: str, users: pa.Array | None = None) -> Iterator[Any]:
+    """A list column's values row by row, as views; with `users` in their order, None for those without a row."""
+    if rows is None:
+        assert users is not None
+        yield from [None] * len(users)
+        return
+    lists = rows[column].combine_chunks()
+    values = lists.flatten().to_numpy(zero_copy_only=False)
+    ends = lists.value_lengths().to_numpy(zero_copy_only=False).cumsum().tolist()
+    starts = [0, *ends][:-1]
+    if users is None:
+        yield from (values[start:end] for start, end in zip(starts, ends, strict=True))
+        return
+    for place in pc.index_in(users, value_set=rows["user_id"].combine_chunks()).to_pylist():
+        yield None if place is None else values[starts[place] : ends[place]]
+
+
+def _texts(rows: pa.Table | None, users: pa.Array) -> list[str | None]:
+    assert rows is not None
+    places = pc.index_in(users, value_set=rows["user_id"].combine_chunks())
+    return rows["summary"].combine_chunks().take(places).to_pylist()

@@ -1,0 +1,134 @@
+"""The online store of one machine: a SQLite file for each version, a folder for all.
+
+A bucket is one transaction. Several processes may read while one writes; readers of a complete version take no locks.
+Dropping a version removes its file, which a reader that has it open does not notice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from raypipe.storage.fingerprint import canonical_json
+from raypipe.storage.online import OnlineStoreDownError
+
+_SUFFIX = ".sqlite"
+_USERS_A_QUERY = 500
+_WAIT_S = 60.0
+
+
+class EmbeddedStore:
+    """Implements `OnlineStore` in `folder`, which is made at the first load."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._open = threading.local()
+
+    def begin(self, version: str, buckets: int) -> set[int]:
+        with _told(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._writing(version) as db:
+                db.execute("CREATE TABLE IF NOT EXISTS users (user_id TEXT PRIMARY KEY, record BLOB NOT NULL)")
+                db.execute("CREATE TABLE IF NOT EXISTS buckets (bucket INTEGER PRIMARY KEY)")
+                db.execute("CREATE TABLE IF NOT EXISTS facts (facts TEXT NOT NULL)")
+                return {row[0] for row in db.execute("SELECT bucket FROM buckets")}
+
+    def write(self, version: str, bucket: int, users: Sequence[str], records: Sequence[bytes]) -> None:
+        with _told(self.folder), self._writing(version) as db:
+            rows = zip(users, records, strict=True)
+            db.executemany("INSERT OR REPLACE INTO users VALUES (?, ?)", rows)
+            db.execute("INSERT OR REPLACE INTO buckets VALUES (?)", (bucket,))
+
+    def complete(self, version: str, facts: Mapping[str, Any]) -> None:
+        with _told(self.folder), self._writing(version) as db:
+            db.execute("DELETE FROM facts")
+            db.execute("INSERT INTO facts VALUES (?)", (canonical_json(dict(facts)),))
+
+    def facts(self, version: str) -> dict[str, Any] | None:
+        if not self._path(version).exists():
+            return None
+        with _told(self.folder), contextlib.closing(self._connect(version, "ro")) as db:
+            try:
+                row = db.execute("SELECT facts FROM facts").fetchone()
+            except sqlite3.OperationalError as error:
+                if "no such table" in str(error):  # begun this moment
+                    return None
+                raise
+        return None if row is None else dict(json.loads(row[0]))
+
+    def versions(self) -> list[str]:
+        with _told(self.folder):
+            paths = sorted(self.folder.glob(f"*{_SUFFIX}"), key=lambda path: path.stat().st_ctime_ns)
+        return [path.name.removesuffix(_SUFFIX) for path in paths]
+
+    def drop(self, version: str) -> None:
+        with _told(self.folder):
+            # A rollback journal that outlived its file would be taken for the next one's.
+            for path in (self._path(version), self._path(version).with_name(f"{version}{_SUFFIX}-journal")):
+                path.unlink(missing_ok=True)
+
+    def get(self, version: str, users: Sequence[str]) -> list[bytes | None]:
+        with _told(self.folder):
+            db = self._reading(version)
+            found: dict[str, bytes] = {}
+            for start in range(0, len(users), _USERS_A_QUERY):
+                asked = list(users[start : start + _USERS_A_QUERY])
+                marks = ",".join("?" * len(asked))
+                found.update(db.execute(f"SELECT user_id, record FROM users WHERE user_id IN ({marks})", asked))
+        return [found.get(user) for user in users]
+
+    def size(self, version: str) -> int:
+        with _told(self.folder):
+            return self._path(version).stat().st_size
+
+    def check_room(self) -> None:
+        """A file forgets nothing."""
+
+    def close(self) -> None:
+        for db in getattr(self._open, "read", {}).values():
+            db.close()
+        self._open.read = {}
+
+    def _path(self, version: str) -> Path:
+        return self.folder / f"{version}{_SUFFIX}"
+
+    def _connect(self, version: str, mode: str) -> sqlite3.Connection:
+        return sqlite3.connect(f"{self._path(version).absolute().as_uri()}?mode={mode}", uri=True, timeout=_WAIT_S)
+
+    @contextlib.contextmanager
+    def _writing(self, version: str) -> Iterator[sqlite3.Connection]:
+        """A transaction. Killed processes leave a journal that the next one rolls back; power loss is not covered."""
+        with contextlib.closing(self._connect(version, "rwc")) as db:
+            db.execute("PRAGMA synchronous = OFF")
+            with db:
+                yield db
+
+    def _reading(self, version: str) -> sqlite3.Connection:
+        """This thread's connection to a complete version, which never changes again."""
+        if not hasattr(self._open, "read"):
+            self._open.read = {}
+        known: dict[str, sqlite3.Connection] = self._open.read
+        if version not in known:
+            if self.facts(version) is None:
+                raise OnlineStoreDownError(
+                    f"The online store in {self.folder} does not hold the night in force.", "Run `raypipe online`."
+                )
+            for old in list(known):
+                known.pop(old).close()
+            known[version] = self._connect(version, "ro&immutable=1")
+        return known[version]
+
+
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        raise OnlineStoreDownError(
+            f"The online store in {folder} cannot be used: {error}.", "Check the folder, its disk and its owner."
+        ) from error

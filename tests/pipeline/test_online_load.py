@@ -1,0 +1,139 @@
+"""`online`: the night in force into the store, whole, again after a kill, and back to the night before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raypipe.pipeline import online
+from raypipe.storage.nights import Night, Nights
+from raypipe.storage.online import UserRecord, open_online_store, version_of
+from raypipe.storage.online_embedded import EmbeddedStore
+from raypipe.storage.store import Store
+from tests.conftest import Run
+from tests.ground import one_paragraph
+from tests.made import add_events, make_ready, publish
+from tests.pipeline.small_logs import CHAIN_USERS, START, Event, newest
+
+
+@pytest.fixture
+def uri(tmp_path: Path) -> str:
+    made = str(tmp_path / "workspace")
+    make_ready(made)
+    return made
+
+
+@pytest.fixture
+def night(uri: str) -> Night:
+    """The night in force there: states, lists and summaries of every user."""
+    current = Nights(Store(uri)).current()
+    assert current is not None
+    return current
+
+
+def records(uri: str, night: Night, url: str | None = None) -> dict[str, UserRecord]:
+    store = open_online_store(url, Store(uri))
+    users = sorted(newest(uri, "histories")["user_id"].to_pylist())
+    packed = store.get(version_of(night), users)
+    return {user: UserRecord.unpack(data) for user, data in zip(users, packed, strict=True) if data is not None}
+
+
+def test_everybodys_rows_are_in_the_store_as_they_are_in_the_tables(raypipe: Run, uri: str, night: Night) -> None:
+    loaded = raypipe("online", "--workspace", uri)
+    assert (loaded.code, loaded.status) == (0, "ok"), loaded.stderr
+    counts = {name: loaded.metrics[name] for name in ("night", "users", "states", "lists", "summaries", "dropped")}
+    everybody = dict.fromkeys(("users", "states", "lists"), CHAIN_USERS)
+    assert counts == {"night": "2026-01-05", **everybody, "summaries": {"hierarchical": CHAIN_USERS}, "dropped": 0}
+    assert 200 < loaded.metrics["bytes_per_user"] < 2000
+    found = records(uri, night)
+    tables = ("histories", "hidden_states", "recommendations", "summaries")
+    rows = {name: {row["user_id"]: row for row in newest(uri, name).to_pylist()} for name in tables}
+    assert set(found) == set(rows["histories"])
+    for user, record in found.items():
+        assert record.items.tolist() == rows["histories"][user]["items"]
+        assert record.state is not None
+        assert record.state.tolist() == rows["hidden_states"][user]["state"]
+        assert record.listed is not None
+        assert record.listed.tolist() == rows["recommendations"][user]["items"]
+        assert record.scores is not None
+        assert record.scores.tolist() == rows["recommendations"][user]["scores"]
+        assert record.summaries == {"hierarchical": rows["summaries"][user]["summary"]}
+    assert len({record.seed for record in found.values()}) == CHAIN_USERS
+    again = raypipe("online", "--workspace", uri)
+    assert again.status == "nothing_to_do"
+    assert again.metrics["bytes"] == loaded.metrics["bytes"]
+
+
+def test_redis_holds_what_the_embedded_store_holds(raypipe: Run, uri: str, night: Night, redis_server) -> None:
+    assert raypipe("online", "--workspace", uri).code == 0
+    loaded = raypipe("online", "--workspace", uri, "--store", redis_server.url)
+    assert loaded.code == 0, loaded.stderr
+    assert 200 < loaded.metrics["bytes_per_user"] < 2000
+    embedded, redis = records(uri, night), records(uri, night, redis_server.url)
+    assert {user: record.pack() for user, record in embedded.items()} == {u: r.pack() for u, r in redis.items()}
+
+
+def test_a_killed_load_is_finished_by_the_next_and_equals_an_uninterrupted_one(
+    raypipe: Run, uri: str, night: Night, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    written: list[int] = []
+    write = EmbeddedStore.write
+
+    def write_two(self: EmbeddedStore, version: str, bucket: int, *rows) -> None:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(bucket)
+        write(self, version, bucket, *rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EmbeddedStore, "write", write_two)
+        assert raypipe("online", "--workspace", uri).code == 1
+    store = open_online_store(None, Store(uri))
+    assert store.facts(version_of(night)) is None
+    read = online.NightRows.read
+    monkeypatch.setattr(online.NightRows, "read", lambda self, bucket: written.append(bucket) or read(self, bucket))
+    resumed = raypipe("online", "--workspace", uri)
+    assert "2 of 4 buckets were loaded before" in resumed.stderr
+    assert sorted(written) == [0, 1, 2, 3]
+    whole = str(tmp_path / "whole")
+    assert raypipe("online", "--workspace", uri, "--store", whole).code == 0
+    assert {u: r.pack() for u, r in records(uri, night).items()} == {
+        u: r.pack() for u, r in records(uri, night, whole).items()
+    }
+
+
+def test_the_night_before_stays_loaded_and_older_ones_go(raypipe: Run, uri: str, night: Night) -> None:
+    assert raypipe("online", "--workspace", uri).code == 0
+    nights = [night]
+    more: list[Event] = []
+    for day in (6, 7):
+        more += [("u1", "i1", START + 1000 * day), ("new", "i2", START + 1000 * day)]
+        add_events(uri, more)
+        nights.append(publish(uri, f"2026-01-0{day}"))
+        loaded = raypipe("online", "--workspace", uri, "--grace_s", "0")
+        assert loaded.status == "ok"
+        assert loaded.metrics["users"] == CHAIN_USERS + 1
+    assert loaded.metrics["dropped"] == 1
+    store = open_online_store(None, Store(uri))
+    assert store.versions() == [version_of(nights[1]), version_of(nights[2])]
+    newest_record = records(uri, nights[2])["new"]
+    assert (newest_record.state, newest_record.listed, newest_record.summaries) == (None, None, None)
+    assert newest_record.items.tolist() == [2, 2]
+    # Back to a night that is loaded still: nothing is loaded, nothing dropped.
+    assert raypipe("night", "--workspace", uri, "--restore", "2026-01-06").code == 0
+    assert raypipe("online", "--workspace", uri).status == "nothing_to_do"
+    np.testing.assert_array_equal(records(uri, nights[1])["new"].items, [2])
+    for keep, left in ((5, 2), (0, 1)):
+        words = ("online", "--workspace", uri, "--keep", keep)
+        assert raypipe(*words).metrics["dropped"] == 2 - left
+        assert len(store.versions()) == left
+
+
+def test_what_cannot_be_loaded_is_one_paragraph(raypipe: Run, uri: str) -> None:
+    away = raypipe("online", "--workspace", uri, "--store", "redis://127.0.0.1:1/0")
+    assert away.code == 1
+    assert "The Redis on 127.0.0.1 does not do as it is asked: ConnectionError" in one_paragraph(away.stderr)
+    Store(uri).delete(["nights/current.json"])
+    assert "No night is in force" in one_paragraph(raypipe("online", "--workspace", uri).stderr)

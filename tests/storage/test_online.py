@@ -1,0 +1,171 @@
+"""The online stores: one contract, a real Redis and files; and what a record holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raypipe.errors import UsageError
+from raypipe.storage.nights import Night
+from raypipe.storage.online import OnlineStore, OnlineStoreDownError, UserRecord, open_online_store, version_of
+from raypipe.storage.online_embedded import EmbeddedStore
+from raypipe.storage.store import Store
+from tests.redis_server import RedisServer
+
+BUCKETS = 4
+
+
+@pytest.fixture(params=["embedded", "redis"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> OnlineStore:
+    url = request.getfixturevalue("redis_server").url if request.param == "redis" else None
+    return open_online_store(url, Store(str(tmp_path)))
+
+
+def load(store: OnlineStore, version: str, users: list[str], word: str = "") -> None:
+    """A whole version of records that name their user."""
+    missing = set(range(BUCKETS)) - store.begin(version, BUCKETS)
+    for bucket, mine in by_bucket(users).items():
+        if bucket in missing:
+            store.write(version, bucket, mine, [f"{user}{word}".encode() for user in mine])
+    store.complete(version, {"night": version, "users": len(users)})
+
+
+def by_bucket(users: list[str]) -> dict[int, list[str]]:
+    import pyarrow as pa
+
+    from raypipe.storage.hashing import stable_hash
+
+    homes = (stable_hash(pa.array(users)) % np.uint64(BUCKETS)).tolist()
+    return {
+        bucket: [user for user, home in zip(users, homes, strict=True) if home == bucket] for bucket in range(BUCKETS)
+    }
+
+
+USERS = [f"u{n}" for n in range(1200)] + ["ключ", "", "a:b\0c", "x" * 3000]
+
+
+def test_a_complete_version_gives_every_user_and_nothing_of_strangers(store: OnlineStore) -> None:
+    load(store, "v1", USERS)
+    assert store.get("v1", USERS) == [user.encode() for user in USERS]
+    assert store.get("v1", ["nobody", "u7", "U7"]) == [None, b"u7", None]
+    assert store.get("v1", []) == []
+    assert store.facts("v1") == {"night": "v1", "users": len(USERS)}
+    assert store.versions() == ["v1"]
+    assert len(USERS) * 4 < store.size("v1") < len(USERS) * 400
+
+
+def test_a_version_is_not_there_before_it_is_complete(store: OnlineStore) -> None:
+    load(store, "v1", ["u1"])
+    assert store.begin("v2", BUCKETS) == set()
+    store.write("v2", 0, ["u1"], [b"half"])
+    assert (store.facts("v2"), store.facts("v3")) == (None, None)
+    assert store.versions() == ["v1", "v2"]
+    for version in ("v2", "v3"):
+        with pytest.raises(OnlineStoreDownError, match="does not hold the night in force"):
+            store.get(version, ["u1"])
+    assert store.get("v1", ["u1"]) == [b"u1"]
+
+
+def test_an_interrupted_load_goes_on_where_it_stopped(store: OnlineStore) -> None:
+    parts = by_bucket(USERS)
+    store.begin("v1", BUCKETS)
+    store.write("v1", 2, parts[2], [b"first"] * len(parts[2]))
+    assert store.begin("v1", BUCKETS) == {2}
+    load(store, "v1", USERS)
+    expected = {user: user.encode() for user in USERS} | dict.fromkeys(parts[2], b"first")
+    assert dict(zip(USERS, store.get("v1", USERS), strict=True)) == expected
+
+
+def test_versions_lie_side_by_side_and_a_dropped_one_is_gone(store: OnlineStore) -> None:
+    load(store, "v1", USERS, "-old")
+    load(store, "v2", USERS, "-new")
+    assert (store.get("v1", ["u1"]), store.get("v2", ["u1"])) == ([b"u1-old"], [b"u1-new"])
+    store.drop("v1")
+    store.drop("v1")
+    assert store.versions() == ["v2"]
+    assert store.facts("v1") is None
+    assert store.get("v2", ["u1"]) == [b"u1-new"]
+    store.begin("v3", BUCKETS)
+    store.write("v3", 1, ["u1"], [b"half"])
+    store.drop("v3")
+    assert store.versions() == ["v2"]
+    assert store.begin("v3", BUCKETS) == set()
+
+
+def test_two_workspaces_on_one_server_do_not_see_each_other(redis_server: RedisServer, tmp_path: Path) -> None:
+    one, other = (open_online_store(redis_server.url, Store(str(tmp_path / name))) for name in ("one", "other"))
+    load(one, "v1", ["u1"])
+    assert (other.versions(), other.facts("v1")) == ([], None)
+
+
+def test_a_redis_that_is_away_or_came_back_empty_is_no_answer_about_anybody(tmp_path: Path) -> None:
+    pytest.importorskip("redis")
+    server = RedisServer(tmp_path)
+    try:
+        server.start()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    try:
+        store = open_online_store(server.url, Store(str(tmp_path)))
+        load(store, "v1", ["u1"])
+        assert store.get("v1", ["u1"]) == [b"u1"]
+        server.stop()
+        with pytest.raises(OnlineStoreDownError, match="ConnectionError"):
+            store.get("v1", ["u1"])
+        server.start()
+        with pytest.raises(OnlineStoreDownError, match="does not hold the night in force"):
+            store.get("v1", ["u1"])
+        load(store, "v1", ["u1"])
+        assert store.get("v1", ["u1"]) == [b"u1"]
+    finally:
+        server.stop()
+
+
+def test_a_redis_that_forgets_under_pressure_is_refused(redis_server: RedisServer, tmp_path: Path) -> None:
+    import redis
+
+    store = open_online_store(redis_server.url, Store(str(tmp_path)))
+    store.check_room()
+    client = redis.Redis.from_url(redis_server.url)
+    client.config_set("maxmemory", "1gb")
+    client.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        with pytest.raises(UsageError, match="forgets keys when its memory is full"):
+            store.check_room()
+    finally:
+        client.config_set("maxmemory-policy", "noeviction")
+        client.config_set("maxmemory", "0")
+
+
+def test_a_record_is_what_was_packed() -> None:
+    items, scores = np.array([5, 1, 9], np.int32), np.array([1.5, -0.25, np.nan], np.float32)
+    whole = UserRecord(items, -(2**62), scores[:2], items, scores, {"hierarchical": "Likes ☕."})
+    found = UserRecord.unpack(whole.pack())
+    assert (found.items.tolist(), found.seed, found.summaries) == ([5, 1, 9], -(2**62), {"hierarchical": "Likes ☕."})
+    for name in ("state", "listed", "scores"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))
+    bare = UserRecord.unpack(UserRecord(items[:0], 1).pack())
+    assert (bare.items.tolist(), bare.state, bare.listed, bare.summaries) == ([], None, None, None)
+
+
+def test_nights_of_equal_tables_and_recommender_share_a_version() -> None:
+    night = Night("2026-01-05", {"histories": 3, "logs": 9}, {"recommender": "sasrec/a"})
+    assert version_of(night) == version_of(
+        Night("2026-01-06", {"histories": 3, "logs": 10}, {"recommender": "sasrec/a"})
+    )
+    assert version_of(night) != version_of(Night("2026-01-05", {"histories": 4}, {"recommender": "sasrec/a"}))
+    assert version_of(night) != version_of(Night("2026-01-05", {"histories": 3}, {"recommender": "sasrec/b"}))
+
+
+def test_a_store_is_named_by_its_address(tmp_path: Path) -> None:
+    local = open_online_store(None, Store(str(tmp_path)))
+    assert isinstance(local, EmbeddedStore)
+    assert local.folder == tmp_path / "online"
+    for url, uri, told in (
+        (None, "s3://bucket/ws", "no online store is named"),
+        ("mysql://host", str(tmp_path), "'mysql' is no kind of online store"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            open_online_store(url, Store(uri))
