@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -57,14 +59,49 @@ def test_what_is_submitted_is_what_submit_takes(
 def test_the_walk_through_works_line_by_line(tmp_path: Path) -> None:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     statuses = {}
-    for command in COMMANDS:
-        if not command.startswith("raypipe ") or command.startswith("raypipe submit "):
-            continue
-        ended = subprocess.run(shlex.split(command), cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert ended.returncode == 0, f"{command}\n{ended.stderr[-3000:]}"
-        result = json.loads(ended.stdout.strip().splitlines()[-1])
-        statuses[result["job"]] = result["status"]
+    answers = []
+    service: subprocess.Popen[str] | None = None
+    try:
+        for command in COMMANDS:
+            if command.startswith("raypipe serve "):
+                service = _serve(command, tmp_path, environment)
+                continue
+            if not command.startswith(("raypipe ", "curl ")) or command.startswith("raypipe submit "):
+                continue
+            ended = subprocess.run(
+                command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
+            )
+            assert ended.returncode == 0, f"{command}\n{ended.stdout[-500:]}{ended.stderr[-3000:]}"
+            result = json.loads(ended.stdout.strip().splitlines()[-1])
+            if command.startswith("curl "):
+                answers.append(result)
+                continue
+            statuses[result["job"]] = result["status"]
+            environment["TOKEN"] = result["metrics"].get("token", environment.get("TOKEN", ""))
+        assert service is not None
+        service.send_signal(signal.SIGTERM)
+        output, _ = service.communicate(timeout=200)
+        assert json.loads(output.strip().splitlines()[-1])["status"] == "ok"
+    finally:
+        if service is not None and service.poll() is None:
+            service.kill()
+    assert [len(answer["items"]) for answer in answers[:2]] == [5, 10]
+    assert [answer["served"]["night"] for answer in answers] == ["2026-01-06"] * 3
+    assert statuses["online"] == "ok"
     assert statuses["nightly"] == "ok"
     assert statuses["plan"] == "ok"
     assert statuses["summarize"] == "ok"
     assert statuses["retry-rejected"] == "nothing_to_do"
+
+
+def _serve(command: str, folder: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
+    """The service, once it answers."""
+    log = folder / "serve.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            shlex.split(command), cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=file, text=True
+        )
+    while "/v1 answers" not in log.read_text():
+        assert process.poll() is None, log.read_text()[-3000:]
+        time.sleep(0.5)
+    return process

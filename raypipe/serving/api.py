@@ -1,0 +1,201 @@
+"""The HTTP interface: routes under /v1, their limits and their errors. What answers them is a `Backend`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Protocol
+
+from fastapi import FastAPI, Path, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from raypipe import __version__
+from raypipe.serving.config import LimitOptions
+from raypipe.serving.guard import failure
+from raypipe.serving.queries import (
+    Condition,
+    Failure,
+    Problem,
+    RecommendAnswers,
+    Recommendations,
+    RecommendBatch,
+    RecommendQuery,
+    ScoreAnswers,
+    ScoreBatch,
+    ScoreQuery,
+    Scores,
+    Standing,
+    Summaries,
+    SummaryQuery,
+    User,
+)
+from raypipe.serving.service import Answer, Code, Query, RefusedQueryError
+
+_STATUS: dict[Code, int] = {
+    "no_such_user": 404,
+    "no_such_value": 422,
+    "too_much": 413,
+    "store_down": 503,
+    "not_ready": 503,
+    "internal": 500,
+}
+_CODES = {404: "no_such_route", 405: "no_such_method", 413: "too_large", 400: "bad_request"}
+_FAILURES: dict[int | str, dict[str, Any]] = {
+    status: {"model": Failure} for status in (400, 401, 413, 422, 429, 500, 503)
+}
+_TOLD = 5
+
+UserPath = Annotated[str, Path(min_length=1, max_length=512)]
+
+
+class Backend(Protocol):
+    """Answers queries. Raises RefusedQueryError for what gets no answer."""
+
+    async def answer(self, query: Query) -> Answer: ...
+
+    async def answer_all(self, queries: Sequence[Query]) -> list[Answer | RefusedQueryError]:
+        """Of one release and night."""
+        ...
+
+    async def user(self, user_id: str) -> User: ...
+
+    async def summaries(self, user_id: str) -> Summaries: ...
+
+    def standing(self) -> Standing: ...
+
+    async def health(self) -> Condition:
+        """Whether the model answers: it is asked."""
+        ...
+
+    async def readiness(self) -> Condition:
+        """Whether everything that requests need is there, the online store included."""
+        ...
+
+
+def build_api(backend: Backend, limits: LimitOptions) -> FastAPI:
+    """The routes alone; `Guard` goes around them."""
+    app = FastAPI(
+        title="raypipe",
+        version=__version__,
+        description="Recommendations of a release, for the users of a night or for any history.",
+        docs_url="/docs",
+        redoc_url=None,
+        responses=_FAILURES,
+    )
+
+    @app.post("/v1/recommend", response_model=Recommendations)
+    async def recommend(query: RecommendQuery) -> Answer:
+        """The best items for a user or a history."""
+        _check(limits, query)
+        return await backend.answer(query)
+
+    @app.post("/v1/recommend/batch", response_model=RecommendAnswers)
+    async def recommend_batch(batch: RecommendBatch) -> dict[str, list[Answer | Problem]]:
+        """Many lists at a time, all of one release and night."""
+        return await _all(backend, limits, batch.queries)
+
+    @app.post("/v1/score", response_model=Scores)
+    async def score(query: ScoreQuery) -> Answer:
+        """What the recommender gives items."""
+        _check(limits, query)
+        return await backend.answer(query)
+
+    @app.post("/v1/score/batch", response_model=ScoreAnswers)
+    async def score_batch(batch: ScoreBatch) -> dict[str, list[Answer | Problem]]:
+        """Many at a time, all of one release and night."""
+        return await _all(backend, limits, batch.queries)
+
+    @app.get("/v1/users/{user_id:path}", responses={404: {"model": Failure}})
+    async def user(user_id: UserPath) -> User:
+        """A user as the night left them."""
+        return await backend.user(user_id)
+
+    @app.post("/v1/summary", responses={404: {"model": Failure}})
+    async def summary(query: SummaryQuery) -> Summaries:
+        """What was written of a user."""
+        return await backend.summaries(query.user_id)
+
+    @app.get("/v1/release")
+    async def release() -> Standing:
+        """What is served, and since when."""
+        return backend.standing()
+
+    @app.get("/v1/health", responses={503: {"model": Condition}})
+    async def health() -> JSONResponse:
+        """Runs the model; the one route that asks for no token."""
+        return _condition(await backend.health())
+
+    @app.get("/v1/ready", responses={503: {"model": Condition}})
+    async def ready() -> JSONResponse:
+        """Whether requests by user id can be answered too."""
+        return _condition(await backend.readiness())
+
+    app.add_exception_handler(RefusedQueryError, _refused)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _failed_inside)
+    return app
+
+
+def _check(limits: LimitOptions, query: Query) -> None:
+    """Raises RefusedQueryError for a query that asks too much."""
+    asked = {"history": (len(query.history or ()), limits.history)}
+    if isinstance(query, RecommendQuery):
+        asked |= {"count": (query.count, limits.count), "deny": (len(query.deny), limits.history)}
+    else:
+        asked |= {"items": (len(query.items), limits.count)}
+    for name, (found, most) in asked.items():
+        if found > most:
+            raise RefusedQueryError("too_much", f"{name} has {found:,}, and {most:,} are the most.")
+
+
+async def _all(backend: Backend, limits: LimitOptions, queries: Sequence[Query]) -> dict[str, list[Answer | Problem]]:
+    if len(queries) > limits.queries:
+        raise RefusedQueryError("too_much", f"A batch has at most {limits.queries:,} queries.")
+    for query in queries:
+        _check(limits, query)
+    answers = await backend.answer_all(queries)
+    return {
+        "answers": [
+            Problem(code=answer.code, message=answer.message) if isinstance(answer, RefusedQueryError) else answer
+            for answer in answers
+        ]
+    }
+
+
+def _condition(condition: Condition) -> JSONResponse:
+    return JSONResponse(condition.model_dump(), 200 if condition.ok else 503)
+
+
+async def _refused(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RefusedQueryError)
+    status = _STATUS[error.code]
+    headers = {"retry-after": "1"} if status == 503 else None
+    return _failed(request, status, error.code, error.message, headers)
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
+    """Where the request is wrong, without what stood there: it may be personal, and without end."""
+    assert isinstance(error, RequestValidationError)
+    problems = [f"{'.'.join(str(part) for part in found['loc'])}: {found['msg']}"[:200] for found in error.errors()]
+    told = "; ".join(problems[:_TOLD]) + ("; …" if len(problems) > _TOLD else "")
+    return _failed(request, 422, "invalid", told)
+
+
+async def _http(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    code = _CODES.get(error.status_code, "error")
+    headers = dict(error.headers) if error.headers else None
+    return _failed(request, error.status_code, code, str(error.detail), headers)
+
+
+async def _failed_inside(request: Request, error: Exception) -> JSONResponse:
+    """What happened is in the log, which `Guard` writes: it gets the exception next."""
+    return _failed(request, 500, "internal", "The service failed; the request id names it in the log.")
+
+
+def _failed(
+    request: Request, status: int, code: str, message: str, headers: dict[str, str] | None = None
+) -> JSONResponse:
+    return JSONResponse(failure(request.state.request_id, code, message), status, headers)

@@ -1,0 +1,44 @@
+"""The Serve application: `build` makes it for `raypipe serve` and, by its import path, for `serve deploy`."""
+
+# Ray Serve looks at the annotation of `build` to make its config of a YAML file's `args`: it must not be a string.
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, BackpressureConfig
+from ray.serve.schema import LoggingConfig
+
+from raypipe.serving.config import ServiceConfig
+from raypipe.serving.replica import Replica
+
+NAME = "raypipe"
+_RETRY_AFTER_S = 1.0
+
+
+def build(config: ServiceConfig) -> Application:
+    """One deployment, the ingress itself, so that a recommendation is one hop from the proxy."""
+    replicas = config.replicas
+    autoscaling = None
+    if replicas.most > replicas.least:
+        autoscaling = AutoscalingConfig(
+            min_replicas=replicas.least,
+            max_replicas=replicas.most,
+            # Half of what one can have in hand: the rest is for the wave's rise while the next one loads.
+            target_ongoing_requests=max(1, replicas.ongoing // 2),
+            upscale_delay_s=5,
+            downscale_delay_s=60,
+        )
+    deployment = serve.deployment(
+        serve.ingress()(Replica),
+        name="recommender",
+        num_replicas=None if autoscaling is not None else replicas.least,
+        autoscaling_config=autoscaling,
+        ray_actor_options={"num_cpus": replicas.cpus},
+        max_ongoing_requests=replicas.ongoing,
+        max_queued_requests=replicas.queued,
+        backpressure_config=BackpressureConfig(status_code=503, retry_after_s=_RETRY_AFTER_S),
+        graceful_shutdown_timeout_s=replicas.drain_s,
+        health_check_period_s=5,
+        health_check_timeout_s=30,
+        # It holds paths, and thus user ids; `Guard` writes a line of its own.
+        logging_config=LoggingConfig(enable_access_log=False),
+    )
+    return deployment.bind(config)

@@ -1,0 +1,181 @@
+"""What stands before every route: who asks, how often, how much, how long; and one audit line, without personal text.
+
+Plain ASGI, so that a body is counted while it arrives and a stream is passed on as it comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import math
+import re
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from raypipe.serving.config import LimitOptions
+from raypipe.storage.tokens import Token, hash_of
+
+AUDIT = logging.getLogger("raypipe.audit")
+_LOG = logging.getLogger("raypipe.serving")
+OPEN = frozenset({"/v1/health"})
+"""Routes that ask for no token."""
+_TOO_LARGE = "A request has at most {:,} bytes."
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+class Meter(Protocol):
+    """Where requests are counted."""
+
+    def request(self, route: str, status: int, seconds: float) -> None: ...
+
+
+class RateLimits:
+    """A bucket of requests for each token: `burst` at once, filled again at `requests_per_s`. Of this replica alone."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._left: dict[str, tuple[float, float]] = {}
+
+    def wait_s(self, token: Token) -> float:
+        """0 and one taken where the token may ask now; else the seconds until it may."""
+        now = self._clock()
+        left, then = self._left.get(token.sha256, (float(token.burst), now))
+        left = min(float(token.burst), left + (now - then) * token.requests_per_s)
+        allowed = left >= 1
+        self._left[token.sha256] = (left - 1 if allowed else left, now)
+        return 0.0 if allowed else (1 - left) / token.requests_per_s
+
+
+class Guard:
+    """ASGI middleware; `tokens` gives the valid tokens by hash at any moment."""
+
+    def __init__(
+        self, app: ASGIApp, tokens: Callable[[], Mapping[str, Token]], limits: LimitOptions, meter: Meter
+    ) -> None:
+        self.app, self.tokens, self.limits, self.meter = app, tokens, limits, meter
+        self.rates = RateLimits()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self.app(scope, receive, send)
+            return
+        started = time.monotonic()
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        request_id = _request_id(headers)
+        scope.setdefault("state", {})["request_id"] = request_id
+        status = 0
+
+        async def tell(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), *_headers(request_id)]
+            await send(message)
+
+        token: Token | None = None
+        try:
+            token = self._token(headers)
+            refusal = self._refusal(scope, headers, token)
+            if refusal is not None:
+                await _refuse(tell, request_id, *refusal)
+                return
+            async with asyncio.timeout(self.limits.deadline_s):
+                await self.app(scope, _counted(receive, self.limits.body_bytes), tell)
+        except TimeoutError:
+            if not status:
+                message = f"No answer within {self.limits.deadline_s:g} s: ask again later."
+                await _refuse(tell, request_id, 503, "deadline", message, 1)
+        except Exception:
+            # The traceback is for the log alone.
+            _LOG.exception("request %s failed", request_id)
+            if not status:
+                await _refuse(
+                    tell, request_id, 500, "internal", "The service failed; the request id names it in the log."
+                )
+        finally:
+            seconds = time.monotonic() - started
+            route = getattr(scope.get("route"), "path", "none")
+            self.meter.request(route, status, seconds)
+            line = {
+                "time": round(time.time(), 3),
+                "request_id": request_id,
+                "token": token.name if token is not None else None,
+                "method": scope["method"],
+                "route": route,
+                "status": status,
+                "ms": round(seconds * 1000, 1),
+            }
+            AUDIT.info(json.dumps(line))
+
+    def _token(self, headers: Mapping[str, str]) -> Token | None:
+        kind, _, secret = headers.get("authorization", "").partition(" ")
+        return self.tokens().get(hash_of(secret.strip())) if kind.lower() == "bearer" else None
+
+    def _refusal(
+        self, scope: Scope, headers: Mapping[str, str], token: Token | None
+    ) -> tuple[int, str, str, float] | None:
+        """Status, code, message and seconds to wait of a request that goes no further."""
+        if scope["path"] not in OPEN:
+            if token is None:
+                return 401, "unauthorised", "Send a valid token: Authorization: Bearer TOKEN.", 0
+            if wait := self.rates.wait_s(token):
+                return 429, "too_many_requests", f"The token {token.name} asks too often.", wait
+        size = headers.get("content-length", "0")
+        if not size.isdigit() or int(size) > self.limits.body_bytes:
+            return 413, "too_large", _TOO_LARGE.format(self.limits.body_bytes), 0
+        return None
+
+
+def _counted(receive: Receive, most: int) -> Receive:
+    taken = 0
+
+    async def counted() -> Message:
+        nonlocal taken
+        message = await receive()
+        taken += len(message.get("body", b""))
+        if taken > most:
+            # Of all that is raised while it reads a body, FastAPI passes on this alone.
+            raise HTTPException(413, _TOO_LARGE.format(most))
+        return message
+
+    return counted
+
+
+def _request_id(headers: Mapping[str, str]) -> str:
+    """The caller's own, where it is fit for a log line."""
+    given = headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _headers(request_id: str) -> list[tuple[bytes, bytes]]:
+    return [
+        (b"x-request-id", request_id.encode()),
+        (b"x-content-type-options", b"nosniff"),
+        (b"cache-control", b"no-store"),
+    ]
+
+
+async def _refuse(send: Send, request_id: str, status: int, code: str, message: str, retry_after_s: float = 0) -> None:
+    body = json.dumps(failure(request_id, code, message)).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    if retry_after_s:
+        headers.append((b"retry-after", str(math.ceil(retry_after_s)).encode()))
+    # Whoever asked may be gone.
+    with contextlib.suppress(OSError):
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+
+def failure(request_id: str, code: str, message: str) -> dict[str, Any]:
+    """The body of an answer that is none."""
+    return {"error": {"code": code, "message": message}, "request_id": request_id}

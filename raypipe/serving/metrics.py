@@ -1,0 +1,30 @@
+"""What the service says to Prometheus, through Ray's own metrics: `ray_raypipe_serving_…` on every node."""
+
+from __future__ import annotations
+
+
+class ServingMetrics:
+    """The counters of one replica; made where Ray is connected. Implements `Meter`."""
+
+    def __init__(self) -> None:
+        from ray.util.metrics import Counter, Gauge, Histogram
+
+        bounds = [0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
+        self._requests = Counter("raypipe_serving_requests", "Requests, by route and status.", ("route", "status"))
+        self._seconds = Histogram("raypipe_serving_seconds", "From a request's head to its answer.", bounds, ("route",))
+        self._batch = Histogram("raypipe_serving_batch", "Queries of a batch.", [1, 2, 4, 8, 16, 32, 64, 128])
+        self._since = Gauge("raypipe_serving_since", "Unix time since when this is served.", ("release", "night"))
+        self._refused = Gauge(
+            "raypipe_serving_refused", "Releases in force that are not served because they are unfit."
+        )
+
+    def request(self, route: str, status: int, seconds: float) -> None:
+        self._requests.inc(1, {"route": route, "status": str(status)})
+        self._seconds.observe(seconds, {"route": route})
+
+    def batch(self, queries: int) -> None:
+        self._batch.observe(queries)
+
+    def served(self, release: str, night: str, since: float, refused: int) -> None:
+        self._since.set(since, {"release": release[:12], "night": night})
+        self._refused.set(refused)

@@ -1,0 +1,149 @@
+"""What requests and answers look like: the types behind /docs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+ItemId = Annotated[str, Field(min_length=1, max_length=512)]
+UserId = Annotated[str, Field(min_length=1, max_length=512)]
+
+
+class _Query(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Who(_Query):
+    """Who is asked about: a user of the night that is served, or anybody with this history, the newest item last."""
+
+    user_id: UserId | None = None
+    history: list[ItemId] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if (self.user_id is None) == (self.history is None):
+            raise ValueError("give user_id or history, one of the two")
+        return self
+
+
+class RecommendQuery(Who):
+    """The best items: no unavailable or denied ones, none of `deny`, only those with these attribute values."""
+
+    count: int = Field(10, ge=1)
+    only: dict[str, str] = Field(
+        default_factory=dict, max_length=16, description="attribute → value every item must have"
+    )
+    deny: list[ItemId] = Field(default_factory=list, description="item ids that must not be in the list")
+    filter_seen: bool | None = Field(None, description="nothing of the history; unset: as the service is set up")
+
+
+class ScoreQuery(Who):
+    """What the recommender gives items; comparable for one user or history."""
+
+    items: list[ItemId] = Field(min_length=1)
+
+
+class SummaryQuery(_Query):
+    user_id: UserId
+
+
+class Item(BaseModel):
+    item_id: str
+    title: str
+    score: float | None = Field(description="of the recommender; null where the item is listed for being popular")
+
+
+class Origin(BaseModel):
+    """Which release answered, and which night's users it knows."""
+
+    release: str
+    night: str | None
+
+
+class Recommendations(BaseModel):
+    """`basis` is popular where the recommender knows nothing of who asks; `known` whether the user is of the night."""
+
+    basis: Literal["model", "popular"]
+    known: bool
+    unknown_items: int = Field(description="items of the history that are not in the catalogue; they are left out")
+    items: list[Item]
+    served: Origin
+
+
+class ScoredItem(BaseModel):
+    item_id: str
+    score: float | None = Field(description="null for an item or a user the recommender does not know")
+
+
+class Scores(BaseModel):
+    known: bool
+    unknown_items: int
+    items: list[ScoredItem]
+    served: Origin
+
+
+class Summaries(BaseModel):
+    """What was written of a user, by paradigm."""
+
+    user_id: str
+    summaries: dict[str, str]
+    served: Origin
+
+
+class User(BaseModel):
+    """A user as the night left them; `history` newest last, the last of `events`; `recommended` is the night's own list."""
+
+    user_id: str
+    events: int
+    history: list[Item]
+    summaries: dict[str, str]
+    recommended: list[Item]
+    served: Origin
+
+
+class Problem(BaseModel):
+    """Why there is no answer: `code` for programs, `message` for people."""
+
+    code: str
+    message: str
+
+
+class Failure(BaseModel):
+    error: Problem
+    request_id: str
+
+
+class RecommendBatch(_Query):
+    queries: list[RecommendQuery] = Field(min_length=1)
+
+
+class ScoreBatch(_Query):
+    queries: list[ScoreQuery] = Field(min_length=1)
+
+
+class RecommendAnswers(BaseModel):
+    """In the order of the queries; a query that cannot be answered has its problem in the place of an answer."""
+
+    answers: list[Recommendations | Problem]
+
+
+class ScoreAnswers(BaseModel):
+    answers: list[Scores | Problem]
+
+
+class Standing(BaseModel):
+    """What is served, since when (Unix seconds), and what was refused, with the reason."""
+
+    release: str
+    recommender: str
+    items: int
+    night: str | None
+    night_in_force: str | None
+    since: float
+    refused: dict[str, str]
+
+
+class Condition(BaseModel):
+    ok: bool
+    reason: str = ""

@@ -1,0 +1,151 @@
+"""Recommendations and scores of many requests at a time, each with filters of its own: pure torch, as in batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from raypipe.recommenders.ranking import batches_by_length, sequences_of
+from raypipe.recommenders.recommender import Recommender
+from raypipe.recommenders.scoring import Filters, top_k
+from raypipe.recommenders.sequences import Sequences
+from raypipe.recommenders.windows import Histories
+from raypipe.serving.catalogue import Catalogue
+from raypipe.storage.hashing import U64, mix
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of who asks: the history, item indices in time order; the `seed` of what is sampled; and where a night
+    has computed it, the `state` [width]."""
+
+    items: NDArray[np.int32]
+    seed: int
+    state: NDArray[np.float32] | None = None
+
+    @classmethod
+    def of(cls, items: NDArray[np.int32]) -> Known:
+        """Somebody of whom nothing is known but a history: equal histories draw equal samples."""
+        return cls(items, int(_seed(items.astype(np.uint64))))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A list: its length, attribute values every item must have, items that must not be in it, and whether what the
+    history holds may."""
+
+    count: int
+    only: tuple[tuple[str, str], ...] = ()
+    deny: NDArray[np.int32] | None = None
+    filter_seen: bool = True
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Item indices, best first, and their scores: None where they are no model's but what is popular."""
+
+    items: NDArray[np.int64]
+    scores: NDArray[np.float32] | None
+
+
+@torch.no_grad()
+def recommend(
+    model: Recommender,
+    catalogue: Catalogue,
+    popular: Sequence[int],
+    asked: Sequence[tuple[Known, Wanted]],
+) -> list[Ranked]:
+    """A list for each; of whom the model knows nothing, what is popular. Fewer items than wanted where no more are allowed.
+
+    Raises UnknownValueError for an attribute value nobody has; check before, for it is raised for all.
+    """
+    allowed = {only: catalogue.allowed(only, model.items) for only in {wanted.only for _, wanted in asked}}
+    lists: list[Ranked | None] = [None] * len(asked)
+    histories = _histories(model, [known for known, _ in asked])
+    warm = np.flatnonzero(histories.lengths > 0)
+    queries = _queries(model, histories, warm, [known for known, _ in asked])
+    groups: dict[tuple[tuple[str, str], ...], list[int]] = {}
+    for row, at in enumerate(warm.tolist()):
+        groups.setdefault(asked[at][1].only, []).append(row)
+    table = model.item_states()
+    for only, rows in groups.items():
+        mine = [asked[at] for at in warm[rows]]
+        most = min(max(wanted.count for _, wanted in mine), model.items)
+        filters = Filters(torch.from_numpy(allowed[only]), _excluded(mine))
+        items, scores = top_k(queries[rows], table, most, filters)
+        for at, ids, values, (_, wanted) in zip(warm[rows].tolist(), items.numpy(), scores.numpy(), mine, strict=True):
+            ids, values = ids[: wanted.count], values[: wanted.count]
+            lists[at] = Ranked(ids[ids > 0], values[ids > 0])
+    return [
+        found if found is not None else _popular(popular, allowed[wanted.only], known, wanted)
+        for found, (known, wanted) in zip(lists, asked, strict=True)
+    ]
+
+
+@torch.no_grad()
+def score(model: Recommender, asked: Sequence[tuple[Known, NDArray[np.int32]]]) -> list[NDArray[np.float32] | None]:
+    """The score of each item [n] for each; None where the model knows nothing of who asks. NaN for items it never saw."""
+    histories = _histories(model, [known for known, _ in asked])
+    warm = np.flatnonzero(histories.lengths > 0)
+    queries = _queries(model, histories, warm, [known for known, _ in asked])
+    found: list[NDArray[np.float32] | None] = [None] * len(asked)
+    table = model.item_states()
+    for row, at in enumerate(warm.tolist()):
+        items = asked[at][1]
+        inside = items <= model.items
+        scores = np.full(len(items), np.nan, np.float32)
+        scores[inside] = (queries[row] @ table[torch.from_numpy(items[inside].astype(np.int64))].T).float().numpy()
+        found[at] = scores
+    return found
+
+
+def _histories(model: Recommender, known: Sequence[Known]) -> Histories:
+    """Without items the model never saw."""
+    lengths = np.array([len(mine.items) for mine in known], np.int64)
+    items = np.concatenate([mine.items for mine in known]) if known else np.zeros(0, np.int32)
+    return Histories(items.astype(np.int32), lengths.cumsum()).within(model.items)
+
+
+def _queries(model: Recommender, histories: Histories, warm: NDArray[np.int64], known: Sequence[Known]) -> torch.Tensor:
+    """[warm, width]: states that a night has computed are taken, the others computed."""
+    states = torch.zeros((len(warm), model.width))
+    missing = []
+    for row, at in enumerate(warm.tolist()):
+        state = known[at].state
+        if state is None:
+            missing.append(row)
+        else:
+            states[row] = torch.from_numpy(state.astype(np.float32))
+    left = histories.take(histories.starts[warm[missing]], histories.lengths[warm[missing]])
+    for block in batches_by_length(left, model.max_length):
+        rows = torch.tensor(missing)[block]
+        states[rows] = model.encode(sequences_of(left, block, model.max_length)).float()
+    seeds = torch.tensor([known[at].seed for at in warm.tolist()], dtype=torch.int64)
+    return model.queries(states, seeds) if len(warm) else states
+
+
+def _excluded(asked: Sequence[tuple[Known, Wanted]]) -> Sequences | None:
+    parts = []
+    for known, wanted in asked:
+        seen = known.items if wanted.filter_seen else known.items[:0]
+        parts.append(seen if wanted.deny is None else np.concatenate([seen, wanted.deny]))
+    lengths = torch.tensor([len(part) for part in parts])
+    if not int(lengths.sum()):
+        return None
+    return Sequences(torch.from_numpy(np.concatenate(parts).astype(np.int64)), lengths)
+
+
+def _popular(popular: Sequence[int], allowed: NDArray[np.bool_], known: Known, wanted: Wanted) -> Ranked:
+    excluded = set(wanted.deny.tolist() if wanted.deny is not None else ())
+    excluded |= set(known.items.tolist()) if wanted.filter_seen else set()
+    fits = [item for item in popular if allowed[item] and item not in excluded]
+    return Ranked(np.array(fits[: wanted.count], np.int64), None)
+
+
+def _seed(items: U64) -> np.int64:
+    places = np.arange(len(items), dtype=np.uint64)
+    return np.bitwise_xor.reduce(mix(items + mix(places)), initial=np.uint64(0)).view(np.int64)

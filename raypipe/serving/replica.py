@@ -1,0 +1,148 @@
+"""The replica: what Ray Serve runs. HTTP ends here, tokens are checked here, and the model is asked here, in batches."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from ray import serve
+from starlette.types import ASGIApp
+
+from raypipe.serving.api import build_api
+from raypipe.serving.config import ServiceConfig
+from raypipe.serving.guard import AUDIT, Guard
+from raypipe.serving.metrics import ServingMetrics
+from raypipe.serving.queries import Condition, Standing, Summaries, User
+from raypipe.serving.served import UnfitError, check
+from raypipe.serving.service import Answer, Query, RefusedQueryError, Service
+from raypipe.serving.watch import Watch
+from raypipe.storage.online import OnlineStoreDownError, open_online_store
+from raypipe.storage.store import Store
+
+T = TypeVar("T")
+# One batch looks users up while another one is computed.
+_BATCHES = 2
+_HEALTH_S = 1.0
+_AUDIT_BYTES = 50_000_000
+
+
+class Replica:
+    """Implements `Backend`."""
+
+    def __init__(self, config: ServiceConfig) -> None:
+        self.config = config
+        torch.set_num_threads(config.replicas.threads)
+        _log_audit(config.audit)
+        self.store = open_online_store(config.store, Store(config.workspace))
+        self.watch = Watch(config, self.store)
+        self.service = Service(config, self.store, lambda: self.watch.served, self.watch.record)
+        self.metrics = ServingMetrics()
+        self.threads = ThreadPoolExecutor(_BATCHES, "answers")
+        self._health = (0.0, Condition(ok=True))
+        self._asking = asyncio.Lock()
+        batch = self._batch
+        batch.set_max_batch_size(config.batching.size)
+        batch.set_batch_wait_timeout_s(config.batching.wait_ms / 1000)
+        self.watch.start()
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        api = build_api(self, self.config.limits)
+        return Guard(api, lambda: self.watch.tokens, self.config.limits, self.metrics)
+
+    async def answer(self, query: Query) -> Answer:
+        answer = await self._batch(query)
+        if isinstance(answer, RefusedQueryError):
+            raise answer
+        return answer
+
+    async def answer_all(self, queries: Sequence[Query]) -> list[Answer | RefusedQueryError]:
+        self.metrics.batch(len(queries))
+        return await self._aside(lambda: self.service.answer(queries))
+
+    async def user(self, user_id: str) -> User:
+        return await self._aside(lambda: self.service.user(user_id))
+
+    async def summaries(self, user_id: str) -> Summaries:
+        return await self._aside(lambda: self.service.summaries(user_id))
+
+    def standing(self) -> Standing:
+        served, watch = self.watch.served, self.watch
+        return Standing(
+            release=served.target.release,
+            recommender=served.recommender_name,
+            items=served.recommender.items,
+            night=served.target.night or None,
+            night_in_force=watch.night_in_force,
+            since=served.since,
+            refused=watch.refused,
+        )
+
+    async def health(self) -> Condition:
+        # Nobody needs a token to ask, so that asking often must not cost more than asking once.
+        async with self._asking:
+            asked, condition = self._health
+            if time.monotonic() - asked > _HEALTH_S:
+                condition = await self._aside(self._examine)
+                self._health = (time.monotonic(), condition)
+        return condition
+
+    async def readiness(self) -> Condition:
+        return await self._aside(self._look_up)
+
+    async def check_health(self) -> None:
+        """For Ray Serve, which replaces a replica that raises here."""
+        served = self.watch.served
+        self.metrics.served(served.target.release, served.target.night, served.since, len(self.watch.refused))
+        condition = await self.health()
+        if not condition.ok:
+            raise RuntimeError(condition.reason)
+
+    @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.002, max_concurrent_batches=_BATCHES)
+    async def _batch(self, queries: list[Query]) -> list[Answer | RefusedQueryError]:
+        self.metrics.batch(len(queries))
+        return await self._aside(lambda: self.service.answer(queries))
+
+    async def _aside(self, work: Callable[[], T]) -> T:
+        """Off the event loop, which has to take requests meanwhile."""
+        return await asyncio.get_running_loop().run_in_executor(self.threads, work)
+
+    def _examine(self) -> Condition:
+        try:
+            check(self.watch.served)
+        except UnfitError as error:
+            logging.getLogger("raypipe.serving").error("%s", error)
+            return Condition(ok=False, reason="The model does not answer as it should.")
+        return Condition(ok=True)
+
+    def _look_up(self) -> Condition:
+        version = self.watch.served.target.version
+        try:
+            if not version:
+                return Condition(ok=False, reason="No night is loaded: requests by history alone are answered.")
+            self.store.get(version, [""])
+        except OnlineStoreDownError:
+            return Condition(
+                ok=False, reason="The online store does not answer: requests by history alone are answered."
+            )
+        return Condition(ok=True)
+
+
+def _log_audit(folder: str | None) -> None:
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    if folder is not None:
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        handler = RotatingFileHandler(path / f"audit-{os.getpid()}.jsonl", maxBytes=_AUDIT_BYTES, backupCount=4)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    AUDIT.handlers = [handler]
+    AUDIT.setLevel(logging.INFO)
+    AUDIT.propagate = False

@@ -1,0 +1,87 @@
+"""`raypipe serve`: the service on this machine, or on the cluster it is pointed to, until it is stopped."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from typing import Literal
+
+from raypipe.config import free
+from raypipe.errors import UsageError
+from raypipe.runtime.cluster import ClusterConfig
+from raypipe.runtime.job import JobResult
+from raypipe.runtime.progress import say
+from raypipe.serving.config import ServiceConfig
+from raypipe.serving.served import find_target
+from raypipe.storage.online import open_online_store
+from raypipe.storage.tokens import Tokens
+from raypipe.storage.workspace import Workspace
+
+JOB = "serve"
+_LOOK_S = 0.5
+_HAPROXY_PORTS = {"RAY_SERVE_HAPROXY_STATS_PORT": 8404, "RAY_SERVE_HAPROXY_METRICS_PORT": 9101}
+
+
+class ServeConfig(ServiceConfig):
+    """Configuration of `serve`."""
+
+    host: str = free("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines in")
+    port: int = free(8000, "port of the API", ge=1, le=65535)
+    ingress: Literal["haproxy", "python"] = free("haproxy", "what stands before the replicas; haproxy is the faster")
+    cluster: ClusterConfig = free(ClusterConfig, "the Ray cluster")
+
+
+def run_serve(config: ServeConfig) -> JobResult:
+    """Serve until SIGTERM or Ctrl-C, then finish the requests in hand.
+
+    Raises UsageError, before anything is started, where nothing can be served or the port is taken.
+    """
+    workspace = Workspace(config.workspace)
+    workspace.require_info()
+    store = open_online_store(config.store, workspace.store)
+    target = find_target(workspace, store)
+    store.close()
+    if not target.version:
+        say(f"{JOB}: the night in force is not loaded, so only histories are answered; `raypipe online` loads it")
+    if not Tokens(workspace.store).valid():
+        say(f"{JOB}: there is no token yet, so nobody is answered; make one with `raypipe token --name NAME`")
+    _check_port(config.host, config.port, "Choose another --port.")
+    # Read when Ray Serve is first imported, here and in every process it starts.
+    os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1" if config.ingress == "haproxy" else "0"
+    if config.ingress == "haproxy":
+        for variable, port in _HAPROXY_PORTS.items():
+            taken = int(os.environ.get(variable, port))
+            _check_port("", taken, f"Set {variable} to a free one; a killed service may have left its haproxy behind.")
+    config.cluster.connect()
+    from ray import serve
+
+    from raypipe.serving.app import NAME, build
+
+    started = time.monotonic()
+    try:
+        serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
+        serve.run(
+            build(ServiceConfig(**{name: getattr(config, name) for name in ServiceConfig.model_fields})), name=NAME
+        )
+        say(f"{JOB}: http://{config.host}:{config.port}/v1 answers, its description is at /docs")
+        while True:
+            time.sleep(_LOOK_S)
+    except KeyboardInterrupt:
+        say(f"{JOB}: stopping")
+    finally:
+        serve.shutdown()
+    return JobResult(
+        JOB, "ok", metrics={"release": target.release}, cost={"seconds": round(time.monotonic() - started, 1)}
+    )
+
+
+def _check_port(host: str, port: int, remedy: str) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UsageError(
+                f"The service cannot listen on {host}:{port}: {error.strerror}.", "Choose another --port."
+            ) from None

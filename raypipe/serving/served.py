@@ -1,0 +1,139 @@
+"""What is served at a moment: a release's recommender and a night's users, loaded and checked, and never changed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from raypipe.errors import RaypipeError, UsageError
+from raypipe.recommenders.checkpoint import check_catalogue, load_recommender
+from raypipe.recommenders.recommender import Recommender, freeze
+from raypipe.serving.catalogue import Catalogue, read_denied
+from raypipe.serving.config import ServiceConfig
+from raypipe.serving.recommending import Known, Ranked, Wanted, recommend
+from raypipe.storage.models import Models, find_model
+from raypipe.storage.nights import Nights
+from raypipe.storage.online import OnlineStore, version_of
+from raypipe.storage.releases import Releases
+from raypipe.storage.workspace import Workspace
+
+_PROBES = 8
+
+
+class UnfitError(RaypipeError):
+    """A release that was loaded and does not answer as one should: it is not put in the place of the one that does."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What should be served: a release's hash, and the night whose version is loaded, both empty where there is none."""
+
+    release: str
+    night: str = ""
+    version: str = ""
+
+
+@dataclass(frozen=True)
+class Served:
+    """See the module. `states_fit`: the night's states are this recommender's, and need not be computed again."""
+
+    target: Target
+    recommender_name: str
+    recommender: Recommender
+    catalogue: Catalogue
+    popular: Sequence[int]
+    states_fit: bool
+    since: float
+
+    def recommend(self, asked: Sequence[tuple[Known, Wanted]]) -> list[Ranked]:
+        return recommend(self.recommender, self.catalogue, self.popular, asked)
+
+
+def find_target(workspace: Workspace, store: OnlineStore, before: Target | None = None) -> Target:
+    """The release in force, and the night in force if its users are loaded, else still the night `before`.
+
+    Raises UsageError where no release is in force, OnlineStoreDownError where the store does not answer.
+    """
+    release = Releases(workspace.store).named("champion")
+    if release is None or not release.recommender:
+        raise UsageError(
+            f"No release is in force in the workspace {workspace.uri}.",
+            "Put one there with `raypipe release --recommender NAME`.",
+        )
+    night = Nights(workspace.store).current()
+    if night is not None and store.facts(version := version_of(night)) is not None:
+        return Target(release.hash, night.date, version)
+    return Target(release.hash, before.night, before.version) if before is not None else Target(release.hash)
+
+
+def load(config: ServiceConfig, target: Target) -> Served:
+    """Read the target's parts from the workspace: safetensors and JSON alone, byte for byte what was stored.
+
+    Raises UsageError for what is missing, damaged or does not belong together.
+    """
+    workspace = Workspace(config.workspace)
+    release = Releases(workspace.store).get(target.release)
+    model = find_model(Models(workspace.store), release.recommender)
+    folder = Models(workspace.store).fetch_unharmed(model, Path(config.model_cache))
+    recommender, card = load_recommender(folder)
+    night = Nights(workspace.store).get(target.night) if target.night else None
+    # Items are only ever added: the newer catalogue of the two holds every item that either speaks of.
+    version = max(release.catalogue, night.tables["items"] if night is not None else 0)
+    items = workspace.tables["items"].read(version)
+    check_catalogue(card.catalogue, items.sort_by("index")["item_id"].to_pylist(), release.recommender)
+    return Served(
+        target,
+        release.recommender,
+        freeze(recommender),
+        Catalogue.of(items, read_denied(config.deny)),
+        card.popular,
+        night is not None and night.release.get("recommender") == release.recommender,
+        time.time(),
+    )
+
+
+def check(served: Served, recorded: Sequence[tuple[Known, Wanted]] = ()) -> None:
+    """Answer recorded requests, and made-up ones; the first answers of a model are also its slowest.
+
+    Raises UnfitError where an answer is no list of finite scores, best first, of items that may be recommended, or is empty
+    although some may.
+    """
+    model = served.recommender
+    rng = np.random.default_rng(0)
+    made_up = [
+        (Known.of(rng.integers(1, model.items + 1, rng.integers(1, model.max_length + 1)).astype(np.int32)), Wanted(10))
+        for _ in range(_PROBES)
+    ]
+    # A recorded request may filter by what the new catalogue has no more.
+    asked = made_up + [(known, wanted) for known, wanted in recorded if _can_be_asked(served.catalogue, wanted)]
+    for (known, wanted), ranked in zip(asked, served.recommend(asked), strict=True):
+        reason = _flaw(served, known, wanted, ranked)
+        if reason:
+            raise UnfitError(
+                f"The release {served.target.release[:12]} is not served: {reason}.",
+                "The one before stays. Look at the model with `raypipe evaluate`, or go back with `raypipe release --restore`.",
+            )
+
+
+def _can_be_asked(catalogue: Catalogue, wanted: Wanted) -> bool:
+    return all(pair in catalogue.holders for pair in wanted.only)
+
+
+def _flaw(served: Served, known: Known, wanted: Wanted, ranked: Ranked) -> str:
+    allowed = served.catalogue.allowed(wanted.only, served.recommender.items).copy()
+    allowed[known.items[known.items < len(allowed)]] &= not wanted.filter_seen
+    if wanted.deny is not None:
+        allowed[wanted.deny[wanted.deny < len(allowed)]] = False
+    if ranked.scores is None:
+        return ""
+    if not np.isfinite(ranked.scores).all() or (np.diff(ranked.scores) > 0).any():
+        return "its scores are no numbers in falling order"
+    if not allowed[ranked.items].all():
+        return "it recommends what may not be recommended"
+    if len(ranked.items) < min(wanted.count, int(allowed.sum())):
+        return "its lists are too short"
+    return ""

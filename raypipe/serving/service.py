@@ -1,0 +1,196 @@
+"""From queries to answers over what is served: no HTTP and no Ray, so that every way in gives the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raypipe.serving.catalogue import UnknownValueError
+from raypipe.serving.config import ServiceConfig
+from raypipe.serving.queries import (
+    Item,
+    Origin,
+    Recommendations,
+    RecommendQuery,
+    ScoredItem,
+    ScoreQuery,
+    Scores,
+    Summaries,
+    User,
+    Who,
+)
+from raypipe.serving.recommending import Known, Ranked, Wanted, score
+from raypipe.serving.served import Served
+from raypipe.storage.online import OnlineStore, OnlineStoreDownError, UserRecord
+
+Code = Literal["no_such_user", "no_such_value", "too_much", "store_down", "not_ready", "internal"]
+Query = RecommendQuery | ScoreQuery
+Answer = Recommendations | Scores
+_SHOWN = 200
+
+
+class RefusedQueryError(Exception):
+    """A query that gets no answer; `code` for programs, the message for people."""
+
+    def __init__(self, code: Code, message: str) -> None:
+        super().__init__(message)
+        self.code, self.message = code, message
+
+
+@dataclass(frozen=True)
+class _Person:
+    """Who asks, as the model takes it; `known` whether the night has this user."""
+
+    known: Known
+    is_known: bool
+    unknown_items: int
+
+
+class Service:
+    """Answers queries by whatever `served` is at the moment a batch begins: the whole batch by one release and night."""
+
+    def __init__(
+        self,
+        config: ServiceConfig,
+        store: OnlineStore,
+        served: Callable[[], Served],
+        record: Callable[[Known, Wanted], None] = lambda known, wanted: None,
+    ) -> None:
+        self.config, self.store, self.served, self.record = config, store, served, record
+
+    def answer(self, queries: Sequence[Query]) -> list[Answer | RefusedQueryError]:
+        """In their order; one that cannot be answered costs the others nothing."""
+        served = self.served()
+        people = self._people(served, queries)
+        found: list[Answer | RefusedQueryError] = [
+            person if isinstance(person, RefusedQueryError) else RefusedQueryError("internal", "No answer.")
+            for person in people
+        ]
+        lists: list[tuple[int, _Person, Wanted]] = []
+        scores: list[tuple[int, ScoreQuery, _Person]] = []
+        for at, (query, person) in enumerate(zip(queries, people, strict=True)):
+            if isinstance(person, RefusedQueryError):
+                continue
+            if isinstance(query, ScoreQuery):
+                scores.append((at, query, person))
+                continue
+            try:
+                lists.append((at, person, self._wanted(served, query)))
+            except UnknownValueError as problem:
+                found[at] = RefusedQueryError("no_such_value", str(problem))
+        asked = [(person.known, wanted) for _, person, wanted in lists]
+        for (at, person, wanted), ranked in zip(lists, served.recommend(asked), strict=True):
+            found[at] = _recommendations(served, person, ranked)
+            self.record(person.known, wanted)
+        told = [(person.known, served.catalogue.indices(query.items)) for _, query, person in scores]
+        for (at, query, person), values in zip(scores, score(served.recommender, told), strict=True):
+            found[at] = _scores(served, query, person, values)
+        return found
+
+    def user(self, user_id: str, shown: int = _SHOWN) -> User:
+        """What the night knows of a user; raises RefusedQueryError where it knows nobody of that id."""
+        served = self.served()
+        record = self._record(served, user_id)
+        listed = record.listed if record.listed is not None else np.zeros(0, np.int32)
+        return User(
+            user_id=user_id,
+            events=len(record.items),
+            history=_items(served, record.items[-shown:], None),
+            summaries=dict(record.summaries or {}),
+            recommended=_items(served, listed, record.scores),
+            served=_origin(served),
+        )
+
+    def summaries(self, user_id: str) -> Summaries:
+        """What was written of a user; raises RefusedQueryError as `user`."""
+        served = self.served()
+        record = self._record(served, user_id)
+        return Summaries(user_id=user_id, summaries=dict(record.summaries or {}), served=_origin(served))
+
+    def _record(self, served: Served, user_id: str) -> UserRecord:
+        (packed,) = self._packed(served, [user_id])
+        if packed is None:
+            raise RefusedQueryError("no_such_user", "The night that is served knows no user of this id.")
+        return UserRecord.unpack(packed)
+
+    def _packed(self, served: Served, users: Sequence[str]) -> list[bytes | None]:
+        if not served.target.version:
+            raise RefusedQueryError("store_down", "No night is loaded: ask by history, or later.")
+        try:
+            return self.store.get(served.target.version, users)
+        except OnlineStoreDownError:
+            raise RefusedQueryError("store_down", "Users cannot be looked up now: ask by history, or later.") from None
+
+    def _people(self, served: Served, queries: Sequence[Who]) -> list[_Person | RefusedQueryError]:
+        users = list(dict.fromkeys(query.user_id for query in queries if query.user_id is not None))
+        down: RefusedQueryError | None = None
+        packed: dict[str, bytes | None] = {}
+        if users:
+            try:
+                packed = dict(zip(users, self._packed(served, users), strict=True))
+            except RefusedQueryError as problem:
+                down = problem
+        return [
+            self._by_history(served, query.history)
+            if query.user_id is None
+            else (down if down is not None else self._by_record(served, packed[query.user_id]))
+            for query in queries
+        ]
+
+    def _by_history(self, served: Served, history: Sequence[str] | None) -> _Person:
+        items = served.catalogue.indices(history or [])
+        return _Person(Known.of(items), False, len(history or []) - len(items))
+
+    def _by_record(self, served: Served, packed: bytes | None) -> _Person:
+        if packed is None:
+            return _Person(Known.of(np.zeros(0, np.int32)), False, 0)
+        record = UserRecord.unpack(packed)
+        return _Person(Known(record.items, record.seed, record.state if served.states_fit else None), True, 0)
+
+    def _wanted(self, served: Served, query: RecommendQuery) -> Wanted:
+        only = tuple(sorted(query.only.items()))
+        served.catalogue.allowed(only, served.recommender.items)
+        filter_seen = self.config.filter_seen if query.filter_seen is None else query.filter_seen
+        return Wanted(query.count, only, served.catalogue.indices(query.deny) if query.deny else None, filter_seen)
+
+
+def _recommendations(served: Served, person: _Person, ranked: Ranked) -> Recommendations:
+    return Recommendations(
+        basis="popular" if ranked.scores is None else "model",
+        known=person.is_known,
+        unknown_items=person.unknown_items,
+        items=_items(served, ranked.items, ranked.scores),
+        served=_origin(served),
+    )
+
+
+def _scores(served: Served, query: ScoreQuery, person: _Person, values: NDArray[np.float32] | None) -> Scores:
+    known = iter(values.tolist() if values is not None else ())
+    found = [next(known, None) if item in served.catalogue.index_of else None for item in query.items]
+    return Scores(
+        known=person.is_known,
+        unknown_items=person.unknown_items,
+        items=[
+            ScoredItem(item_id=item, score=None if value is None or np.isnan(value) else value)
+            for item, value in zip(query.items, found, strict=True)
+        ],
+        served=_origin(served),
+    )
+
+
+def _items(served: Served, indices: NDArray, scores: NDArray[np.float32] | None) -> list[Item]:
+    ids, titles = served.catalogue.ids, served.catalogue.titles
+    values = [None] * len(indices) if scores is None else [None if np.isnan(s) else s for s in scores.tolist()]
+    return [
+        Item(item_id=ids[index - 1], title=titles[index - 1], score=value)
+        for index, value in zip(indices.tolist(), values, strict=True)
+        if index
+    ]
+
+
+def _origin(served: Served) -> Origin:
+    return Origin(release=served.target.release, night=served.target.night or None)

@@ -1,0 +1,109 @@
+"""The change from one release or night to another, in a running replica: loaded beside the old, checked, then switched."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import replace
+
+from raypipe.errors import UsageError
+from raypipe.serving.config import ServiceConfig
+from raypipe.serving.recommending import Known, Wanted
+from raypipe.serving.served import Served, Target, UnfitError, check, find_target, load
+from raypipe.storage.nights import Nights
+from raypipe.storage.online import OnlineStore
+from raypipe.storage.releases import Releases
+from raypipe.storage.tokens import Token, Tokens
+from raypipe.storage.workspace import Workspace
+
+_LOG = logging.getLogger("raypipe.serving")
+_RECORDED = 128
+
+
+class Watch:
+    """Looks at the workspace every `watch_s`, and holds what is served at the moment.
+
+    A request keeps what it began with. A release that cannot be loaded or fails its check is refused, with the reason, until
+    another one is in force, and what was served before stays; a workspace or a store that does not answer changes nothing.
+    """
+
+    def __init__(self, config: ServiceConfig, store: OnlineStore) -> None:
+        self.config, self.store = config, store
+        self.workspace = Workspace(config.workspace)
+        self.refused: dict[str, str] = {}
+        self.night_in_force: str | None = None
+        self.tokens: Mapping[str, Token] = Tokens(self.workspace.store).valid()
+        self._recorded: deque[tuple[Known, Wanted]] = deque(maxlen=_RECORDED)
+        self._stop = threading.Event()
+        self.served = self._first()
+
+    def record(self, known: Known, wanted: Wanted) -> None:
+        """Keep a request, in memory alone, to ask the next release the same."""
+        self._recorded.append((known, wanted))
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="watch", daemon=True).start()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def look(self) -> None:
+        """Take up what is in force by now. Raises RaypipeError or OSError where it cannot be seen."""
+        self.tokens = Tokens(self.workspace.store).valid()
+        night = Nights(self.workspace.store).current()
+        self.night_in_force = night.date if night is not None else None
+        target = find_target(self.workspace, self.store, self.served.target)
+        # Once another release is in force, this one may come back mended.
+        self.refused = {name: reason for name, reason in self.refused.items() if name == target.release}
+        if target.release in self.refused:
+            target = replace(target, release=self.served.target.release)
+        if target != self.served.target:
+            self._switch(target)
+
+    def _switch(self, target: Target) -> None:
+        started = time.monotonic()
+        try:
+            served = self._loaded(target)
+        except (UsageError, UnfitError) as error:
+            self.refused[target.release] = str(error)
+            _LOG.error("%s", error)
+            return
+        self.served = served
+        _LOG.info(
+            "release %s and night %s are served after %.1f s",
+            target.release[:12],
+            target.night,
+            time.monotonic() - started,
+        )
+
+    def _first(self) -> Served:
+        """What is in force, or if that is unfit the release that was served last: a new replica must not be the one without."""
+        target = find_target(self.workspace, self.store)
+        try:
+            return self._loaded(target)
+        except (UsageError, UnfitError) as error:
+            last = Releases(self.workspace.store).named("served")
+            if last is None or last.hash == target.release:
+                raise
+            self.refused[target.release] = str(error)
+            _LOG.error("%s", error)
+            return self._loaded(replace(target, release=last.hash))
+
+    def _loaded(self, target: Target) -> Served:
+        served = load(self.config, target)
+        check(served, list(self._recorded))
+        releases = Releases(self.workspace.store)
+        last = releases.named("served")
+        if last is None or last.hash != target.release:
+            releases.point("served", releases.get(target.release))
+        return served
+
+    def _run(self) -> None:
+        while not self._stop.wait(self.config.watch_s):
+            try:
+                self.look()
+            except Exception as error:  # the next look may see more
+                _LOG.warning("what is in force cannot be seen: %s", error)

@@ -1,0 +1,237 @@
+"""Before every route: tokens, rates, sizes, deadlines; errors that tell nothing, and one audit line a request."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from starlette.types import Receive, Scope, Send
+
+from raypipe.serving.config import LimitOptions
+from raypipe.serving.guard import Guard, RateLimits
+from raypipe.storage.store import Store
+from raypipe.storage.tokens import Token, Tokens, hash_of
+from tests.conftest import Run
+from tests.ground import one_paragraph
+from tests.serving.asked import Asked, Counted
+
+ROUTES = [
+    ("POST", "/v1/recommend"),
+    ("POST", "/v1/recommend/batch"),
+    ("POST", "/v1/score"),
+    ("POST", "/v1/score/batch"),
+    ("GET", "/v1/users/u1"),
+    ("POST", "/v1/summary"),
+    ("GET", "/v1/release"),
+    ("GET", "/v1/ready"),
+    ("GET", "/docs"),
+    ("GET", "/openapi.json"),
+    ("GET", "/nothing"),
+]
+
+
+@pytest.fixture(scope="module")
+def asked(shared: str) -> Asked:
+    return Asked(shared, limits={"body_bytes": 20_000, "history": 50, "count": 20, "queries": 3})
+
+
+def test_every_route_but_health_asks_for_a_token(asked: Asked) -> None:
+    for method, route in ROUTES:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {asked.secret}"}):
+            answer = asked.client.request(method, route, headers=headers)
+            assert answer.status_code == 401, route
+            assert answer.headers["www-authenticate"] == "Bearer"
+            assert answer.json()["error"]["code"] == "unauthorised"
+    assert asked.client.get("/v1/health").status_code == 200
+
+
+def test_a_revoked_token_is_refused_and_the_others_are_not(raypipe: Run, ready: str) -> None:
+    asked = Asked(ready)
+    made = raypipe("token", "--workspace", ready, "--name", "shop")
+    secret = made.metrics["token"]
+    assert "shown once" in made.stderr
+    asked.backend.watch.look()
+    assert asked.get("release", secret).status_code == 200
+    assert raypipe("token", "--workspace", ready).metrics == {"tokens": ["shop", "tests"]}
+    assert raypipe("token", "--workspace", ready, "--revoke", "shop").code == 0
+    asked.backend.watch.look()
+    assert asked.get("release", secret).status_code == 401
+    assert asked.get("release").status_code == 200
+    assert raypipe("token", "--workspace", ready).metrics == {"tokens": ["tests"]}
+    for options, told in (
+        (("--name", "shop"), "There is a token shop already"),
+        (("--name", "../x"), "is no name for a token"),
+        (("--revoke", "nobody"), "There is no token nobody"),
+        (("--revoke", "shop", "--name", "b"), "Both --name and --revoke"),
+    ):
+        ended = raypipe("token", "--workspace", ready, *options)
+        assert ended.code == 2
+        assert told in one_paragraph(ended.stderr)
+    kept = "".join(path.read_text() for path in Path(ready).rglob("*.json"))
+    assert hash_of(secret) in kept
+    assert secret not in kept
+
+
+def test_a_token_that_asks_too_often_is_told_when_to_come_back(ready: str) -> None:
+    asked = Asked(ready)
+    slow = Tokens(Store(ready)).make("slow", 0.5, 2)
+    asked.backend.watch.look()
+    assert [asked.get("release", slow).status_code for _ in range(3)] == [200, 200, 429]
+    refused = asked.get("release", slow)
+    assert refused.json()["error"]["code"] == "too_many_requests"
+    assert int(refused.headers["retry-after"]) in {1, 2}
+    assert asked.get("release").status_code == 200
+
+
+def test_a_bucket_fills_again_at_its_rate() -> None:
+    now = 100.0
+    rates = RateLimits(lambda: now)
+    token = Token("a", "h", 2.0, 3, 0.0)
+    assert [rates.wait_s(token) for _ in range(4)] == [0, 0, 0, 0.5]
+    now += 1.0
+    assert [rates.wait_s(token) for _ in range(3)] == [0, 0, 0.5]
+    now += 1000.0
+    assert [rates.wait_s(token) for _ in range(4)] == [0, 0, 0, 0.5]
+
+
+def test_what_is_too_much_is_refused_before_any_work(asked: Asked) -> None:
+    cases = [
+        ("recommend", {"history": ["i1"] * 51}, "history has 51, and 50 are the most."),
+        ("recommend", {"history": ["i1"], "count": 21}, "count has 21, and 20 are the most."),
+        ("recommend", {"history": ["i1"], "deny": ["i1"] * 51}, "deny has 51"),
+        ("score", {"history": ["i1"], "items": ["i1"] * 21}, "items has 21"),
+        ("recommend/batch", {"queries": [{"history": []}] * 4}, "A batch has at most 3 queries."),
+        ("recommend/batch", {"queries": [{"history": ["i1"] * 51}]}, "history has 51"),
+        ("recommend", {"history": ["i" * 300] * 100}, "A request has at most 20,000 bytes."),
+    ]
+    for route, body, told in cases:
+        answer = asked.post(route, body)
+        assert answer.status_code == 413, body
+        assert told in answer.json()["error"]["message"]
+
+    def chunks():
+        for _ in range(100):
+            yield b"x" * 1000
+
+    headers = {"Authorization": f"Bearer {asked.secret}"}
+    streamed = asked.client.post("/v1/recommend", content=chunks(), headers=headers)
+    assert (streamed.status_code, streamed.json()["error"]["code"]) == (413, "too_large")
+
+
+def test_a_wrong_request_is_told_where_it_is_wrong_and_nothing_of_what_it_said(asked: Asked) -> None:
+    cases = [
+        ({}, "give user_id or history, one of the two"),
+        ({"user_id": "u1", "history": []}, "give user_id or history, one of the two"),
+        ({"user_id": "u1", "limit": 3}, "body.limit"),
+        ({"user_id": ["secret-person"]}, "body.user_id"),
+        ({"history": "secret-person"}, "body.history"),
+        ({"history": [1, None, {}]}, "body.history.0"),
+        ({"user_id": ""}, "body.user_id"),
+        ({"user_id": "u1", "count": 0}, "body.count"),
+        ({"user_id": "u1", "count": "secret-person"}, "body.count"),
+    ]
+    for body, told in cases:
+        answer = asked.post("recommend", body)
+        assert answer.status_code == 422, body
+        assert told in answer.json()["error"]["message"]
+        assert "secret-person" not in answer.text
+    headers = {"Authorization": f"Bearer {asked.secret}"}
+    assert asked.client.post("/v1/recommend", content=b"\xff{", headers=headers).status_code in {400, 422}
+    assert asked.client.get("/v1/recommend", headers=headers).json()["error"]["code"] == "no_such_method"
+
+
+def test_an_error_of_ours_tells_nothing_of_itself(asked: Asked, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    def fail(queries: object) -> None:
+        raise RuntimeError("the database password is hunter2")
+
+    monkeypatch.setattr(asked.backend.service, "answer", fail)
+    answer = asked.post("recommend", {"user_id": "u1"}, headers={"x-request-id": "mine-1"})
+    assert answer.status_code == 500
+    assert "hunter2" not in answer.text
+    assert (answer.json()["request_id"], answer.headers["x-request-id"]) == ("mine-1", "mine-1")
+    assert "mine-1" in caplog.text
+
+
+def test_one_audit_line_a_request_without_personal_text(asked: Asked, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "raypipe.audit"):
+        asked.get("users/u7")
+        asked.post("recommend", {"history": ["i1", "a-private-title"]}, headers={"x-request-id": "bad id\t!"})
+        asked.client.get("/v1/users/u7")
+    lines = [json.loads(record.message) for record in caplog.records if record.name == "raypipe.audit"]
+    assert [(line["token"], line["route"].split("{")[0], line["status"]) for line in lines] == [
+        ("tests", "/v1/users/", 200),
+        ("tests", "/v1/recommend", 200),
+        (None, "none", 401),
+    ]
+    assert all(re.fullmatch("[0-9a-f]{32}", line["request_id"]) for line in lines)
+    assert not re.search("u7|i1|private", json.dumps([{**line, "request_id": ""} for line in lines]))
+    assert asked.meter.requests[-1] == ("none", 401)
+
+
+async def _exchange(app: Callable, limits: LimitOptions) -> tuple[int, dict[str, str], bytes]:
+    sent: list[dict] = []
+
+    async def receive() -> dict:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    secret = "s"
+    tokens = {hash_of(secret): Token("t", hash_of(secret), 1, 1, 0.0)}
+    scope = {"type": "http", "path": "/x", "method": "GET", "headers": [(b"authorization", b"Bearer s")]}
+    await Guard(app, lambda: tokens, limits, Counted())(scope, receive, send)
+    headers = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+    return sent[0]["status"], headers, b"".join(message.get("body", b"") for message in sent[1:])
+
+
+def test_a_request_past_its_deadline_is_given_up_clearly() -> None:
+    async def never(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(60)
+
+    status, headers, body = asyncio.run(_exchange(never, LimitOptions(deadline_s=0.05)))
+    assert (status, headers["retry-after"]) == (503, "1")
+    assert json.loads(body)["error"]["code"] == "deadline"
+
+
+TEXT = st.text(max_size=40)
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT,
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(TEXT, inner, max_size=5),
+    max_leaves=20,
+)
+HISTORY = st.lists(TEXT | st.sampled_from([f"i{n}" for n in range(1, 40)]), max_size=30)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(
+    body=ANYTHING
+    | st.fixed_dictionaries(
+        {},
+        optional={
+            "user_id": ANYTHING,
+            "history": HISTORY | ANYTHING,
+            "count": st.integers(-5, 30) | ANYTHING,
+            "only": ANYTHING,
+            "deny": HISTORY | ANYTHING,
+            "filter_seen": ANYTHING,
+            "items": HISTORY,
+        },
+    )
+    | st.fixed_dictionaries({"history": HISTORY, "deny": HISTORY, "count": st.integers(1, 20)}),
+    route=st.sampled_from(["recommend", "score", "summary", "recommend/batch"]),
+)
+def test_no_request_whatever_it_says_is_an_error_of_ours(asked: Asked, body: object, route: str) -> None:
+    # Lone surrogates are no UTF-8; JSON carries them escaped all the same.
+    headers = {"Authorization": f"Bearer {asked.secret}", "content-type": "application/json"}
+    answer = asked.client.post(f"/v1/{route}", content=json.dumps(body).encode(), headers=headers)
+    assert answer.status_code in {200, 400, 404, 413, 422}, answer.text
+    if answer.status_code != 200:
+        assert set(answer.json()) == {"error", "request_id"}

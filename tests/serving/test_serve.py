@@ -1,0 +1,215 @@
+"""`raypipe serve`: real Ray Serve behind HAProxy, real HTTP, and nothing left behind when it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+import pytest
+
+from raypipe.storage.releases import Releases
+from raypipe.storage.store import Store
+from raypipe.storage.tokens import Tokens
+from tests.conftest import Run
+from tests.ground import one_paragraph
+from tests.made import LENGTH, add_events, compute, publish
+from tests.pipeline.small_logs import newest
+from tests.serving.test_watch import changed
+
+_START_S = 400.0
+
+
+@dataclass
+class Running:
+    """A service in a process of its own, on ports of its own."""
+
+    uri: str
+    url: str
+    secret: str
+    ports: tuple[int, ...]
+    process: subprocess.Popen[str]
+    audit: Path
+
+    def ask(self, route: str, body: Any = None, secret: str | None = None) -> tuple[int, Any]:
+        headers = {"Authorization": f"Bearer {secret or self.secret}", "content-type": "application/json"}
+        data = None if body is None else json.dumps(body).encode()
+        try:
+            with urllib.request.urlopen(
+                urllib.request.Request(f"{self.url}/{route}", data, headers), timeout=60
+            ) as answer:
+                return answer.status, json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
+
+    def until(self, route: str, wanted: dict[str, Any], secret: str | None = None) -> None:
+        """Wait until the answer holds these values."""
+        deadline = time.monotonic() + 60
+        answer: Any = None
+        while time.monotonic() < deadline:
+            _, answer = self.ask(route, secret=secret)
+            if wanted.items() <= answer.items():
+                return
+            time.sleep(0.2)
+        pytest.fail(f"{route} still answers {answer}")
+
+
+def free_ports(count: int) -> tuple[int, ...]:
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = tuple(probe.getsockname()[1] for probe in probes)
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def start(uri: str, folder: Path, *options: str) -> Running:
+    ports = free_ports(3)
+    environment = {
+        **os.environ,
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(ports[1]),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports[2]),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+    }
+    command = [sys.executable, "-m", "raypipe.cli.main", "serve", "--workspace", uri, "--port", str(ports[0])]
+    command += ["--audit", str(folder / "audit"), "--watch_s", "0.2", *options]
+    secret = Tokens(Store(uri)).make("tests", 10_000, 10_000)
+    with (folder / "stderr").open("w") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
+    deadline = time.monotonic() + _START_S
+    while "/v1 answers" not in (folder / "stderr").read_text():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail((folder / "stderr").read_text()[-3000:])
+        time.sleep(0.5)
+    return Running(uri, f"http://127.0.0.1:{ports[0]}/v1", secret, ports, process, folder / "audit")
+
+
+@pytest.fixture(scope="module")
+def running(shared: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    service = start(shared, tmp_path_factory.mktemp("serve"), "--replicas.ongoing", "128", "--replicas.queued", "64")
+    yield service
+    if service.process.poll() is None:
+        service.process.send_signal(signal.SIGTERM)
+        service.process.communicate(timeout=200)
+
+
+async def _burst(running: Running, bodies: list[dict[str, Any]]) -> list[tuple[int, Any]]:
+    headers = {"Authorization": f"Bearer {running.secret}"}
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(headers=headers, connector=connector) as session:
+
+        async def one(body: dict[str, Any]) -> tuple[int, Any]:
+            async with session.post(f"{running.url}/recommend", json=body) as answer:
+                told = answer.headers.get("retry-after") if answer.status == 503 else await answer.json()
+                return answer.status, told
+
+        return await asyncio.gather(*(one(body) for body in bodies))
+
+
+def burst(running: Running, bodies: list[dict[str, Any]]) -> list[tuple[int, Any]]:
+    """All at the same time."""
+    return asyncio.run(_burst(running, bodies))
+
+
+def test_batch_and_online_give_one_truth(running: Running) -> None:
+    """G7: the lists of the night's table, from requests that share the model's batches as they happen to come."""
+    rows = newest(running.uri, "recommendations").to_pylist()
+    answers = burst(running, [{"user_id": row["user_id"], "count": LENGTH} for row in rows])
+    assert [status for status, _ in answers] == [200] * len(rows)
+    for row, (_, answer) in zip(rows, answers, strict=True):
+        assert [item["item_id"] for item in answer["items"]] == [f"i{item}" for item in row["items"]]
+        assert [item["score"] for item in answer["items"]] == pytest.approx(row["scores"], rel=1e-5)
+
+
+def test_a_night_and_a_release_are_taken_up_under_load_without_a_failed_request(
+    running: Running, raypipe: Run, tmp_path: Path
+) -> None:
+    old = running.ask("release")[1]["release"]
+    bodies = [{"user_id": f"u{n % 40}"} for n in range(60)]
+    statuses: Counter[int] = Counter()
+
+    def load() -> None:
+        statuses.update(status for status, _ in burst(running, bodies))
+
+    load()
+    new = changed(running.uri, tmp_path / "new", 0.5)
+    load()
+    running.until("release", {"release": new.hash})
+    load()
+    add_events(running.uri, [("new", "i5", 1)])
+    compute(running.uri)
+    publish(running.uri, "2026-01-06")
+    assert running.ask("users/new")[0] == 404
+    assert raypipe("online", "--workspace", running.uri).code == 0
+    load()
+    running.until("release", {"night": "2026-01-06"})
+    assert running.ask("users/new")[0] == 200
+    assert raypipe("release", "--workspace", running.uri, "--restore", old[:12]).code == 0
+    assert raypipe("night", "--workspace", running.uri, "--restore", "2026-01-05").code == 0
+    load()
+    running.until("release", {"release": old, "night": "2026-01-05"})
+    load()
+    assert statuses == {200: 6 * len(bodies)}
+    assert Releases(Store(running.uri)).named("served") is not None
+
+
+def test_past_what_a_replica_takes_requests_are_told_to_come_back(running: Running) -> None:
+    answers = burst(running, [{"history": [f"i{n % 30 + 1}"] * 50} for n in range(1200)])
+    statuses = Counter(status for status, _ in answers)
+    assert set(statuses) == {200, 503}
+    assert {told for status, told in answers if status == 503} == {"1"}
+    assert running.ask("recommend", {"user_id": "u1"})[0] == 200
+
+
+def test_health_and_readiness_are_told_and_tokens_are_checked_in_the_replica(running: Running, raypipe: Run) -> None:
+    with urllib.request.urlopen(f"{running.url}/health", timeout=60) as answer:
+        assert json.loads(answer.read()) == {"ok": True, "reason": ""}
+    assert running.ask("ready") == (200, {"ok": True, "reason": ""})
+    assert running.ask("ready", secret="wrong")[0] == 401
+    other = raypipe("token", "--workspace", running.uri, "--name", "other").metrics["token"]
+    running.until("ready", {"ok": True}, other)
+    assert raypipe("token", "--workspace", running.uri, "--revoke", "other").code == 0
+    deadline = time.monotonic() + 30
+    while running.ask("ready", secret=other)[0] != 401:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    lines = [json.loads(line) for path in running.audit.iterdir() for line in path.read_text().splitlines()]
+    assert {line["token"] for line in lines} == {None, "tests", "other"}
+    assert "u7" not in json.dumps([line["route"] for line in lines])
+
+
+def test_a_port_that_is_taken_is_told_before_anything_starts(running: Running) -> None:
+    command = [sys.executable, "-m", "raypipe.cli.main", "serve", "--workspace", running.uri]
+    ended = subprocess.run([*command, "--port", str(running.ports[0])], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 2
+    assert f"cannot listen on 127.0.0.1:{running.ports[0]}" in one_paragraph(ended.stderr)
+
+
+def test_a_stopped_service_answers_what_it_has_and_leaves_nothing_behind(running: Running) -> None:
+    children = psutil.Process(running.process.pid).children(recursive=True)
+    assert children
+    running.process.send_signal(signal.SIGTERM)
+    output, _ = running.process.communicate(timeout=200)
+    assert running.process.returncode == 0
+    assert json.loads(output.strip().splitlines()[-1])["status"] == "ok"
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not [process.name() for process in alive]
+    for port in running.ports:
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", port)) != 0

@@ -1,0 +1,148 @@
+"""From one release and night to the next in a running service: checked first, switched at once, or refused."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from raypipe.errors import UsageError
+from raypipe.serving.config import ServiceConfig
+from raypipe.serving.served import UnfitError
+from raypipe.storage.models import Models
+from raypipe.storage.releases import Release, Releases
+from raypipe.storage.store import Store
+from tests.conftest import Run
+from tests.made import add_events, publish
+from tests.pipeline.small_logs import START
+from tests.serving.asked import Asked, Direct
+
+
+def changed(uri: str, folder: Path, change: float) -> Release:
+    """The champion's recommender with its weights times `change`, as the release in force."""
+    store = Store(uri)
+    model = Models(store).newest("sasrec")
+    assert model is not None
+    source = store.local_path(f"{model.folder}/checkpoint")
+    folder.mkdir(parents=True)
+    (folder / "recommender.json").write_bytes((source / "recommender.json").read_bytes())
+    weights = {
+        name: (value * change).astype(value.dtype) for name, value in load_file(source / "model.safetensors").items()
+    }
+    save_file(weights, folder / "model.safetensors")
+    stored = Models(store).add("sasrec", folder, "changed", model.lineage)
+    return promoted(uri, f"sasrec/{stored.hash}")
+
+
+def promoted(uri: str, recommender: str) -> Release:
+    releases = Releases(Store(uri))
+    champion = releases.named("champion")
+    assert champion is not None
+    release = releases.add(Release(recommender, champion.lm, {}, champion.catalogue))
+    releases.point("champion", release)
+    return release
+
+
+def test_a_new_release_and_a_rollback_are_taken_up_without_a_failed_request(
+    raypipe: Run, ready: str, tmp_path: Path
+) -> None:
+    asked = Asked(ready)
+    old = asked.get("release").json()["release"]
+    before = asked.post("recommend", {"user_id": "u1"}).json()
+    codes: set[int] = set()
+    served: list[str] = []
+    stop = threading.Event()
+
+    def load() -> None:
+        while not stop.is_set():
+            answer = asked.post("recommend", {"user_id": "u1"})
+            codes.add(answer.status_code)
+            served.append(answer.json()["served"]["release"])
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    new = changed(ready, tmp_path / "new", 0.5)
+    asked.backend.watch.look()
+    assert raypipe("release", "--workspace", ready, "--restore", old[:12]).code == 0
+    asked.backend.watch.look()
+    stop.set()
+    thread.join()
+    assert codes == {200}
+    assert set(served) <= {old, new.hash}
+    assert asked.get("release").json()["release"] == old
+    assert asked.post("recommend", {"user_id": "u1"}).json() == before
+
+
+def test_states_of_another_recommender_are_not_used(ready: str, tmp_path: Path) -> None:
+    asked = Asked(ready)
+    changed(ready, tmp_path / "new", 0.5)
+    asked.backend.watch.look()
+    by_user = asked.post("recommend", {"user_id": "u1"}).json()["items"]
+    history = [item["item_id"] for item in asked.get("users/u1").json()["history"]]
+    by_history = asked.post("recommend", {"history": history}).json()["items"]
+    assert [item["item_id"] for item in by_user] == [item["item_id"] for item in by_history]
+    for one, other in zip(by_user, by_history, strict=True):
+        assert one["score"] == pytest.approx(other["score"], rel=1e-5)
+
+
+def test_a_release_that_does_not_answer_is_refused_and_the_old_one_stays(ready: str, tmp_path: Path) -> None:
+    asked = Asked(ready)
+    asked.post("recommend", {"history": ["i1"], "only": {"genre": "War"}})
+    old = asked.get("release").json()["release"]
+    bad = changed(ready, tmp_path / "bad", np.nan)
+    asked.backend.watch.look()
+    told = asked.get("release").json()
+    assert told["release"] == old
+    assert "its scores are no numbers" in told["refused"][bad.hash]
+    assert asked.post("recommend", {"user_id": "u1"}).status_code == 200
+    # A replica that starts now serves the one that was fit; one of a service that never ran has none.
+    assert Direct(ServiceConfig(workspace=ready)).watch.served.target.release == old
+    releases = Releases(Store(ready))
+    releases.point("served", releases.get(bad.hash))
+    with pytest.raises(UnfitError, match="its scores are no numbers"):
+        Direct(ServiceConfig(workspace=ready))
+
+
+def test_a_poisoned_model_is_refused(ready: str, tmp_path: Path) -> None:
+    asked = Asked(ready)
+    old = asked.get("release").json()["release"]
+    for number, (name, data) in enumerate((("payload.py", b"boom"), ("model.safetensors", b"\x80\x04pickle"))):
+        release = changed(ready, tmp_path / f"poisoned{number}", 0.9 - number / 10)
+        (Store(ready).local_path(f"models/{release.recommender}/checkpoint") / name).write_bytes(data)
+        asked.backend.watch.look()
+        told = asked.get("release").json()
+        assert told["release"] == old
+        assert release.hash in told["refused"]
+    assert asked.post("recommend", {"user_id": "u1"}).status_code == 200
+
+
+def test_a_night_is_seen_once_it_is_loaded_and_going_back_takes_one_command(raypipe: Run, ready: str) -> None:
+    asked = Asked(ready)
+    add_events(ready, [("u1", "i2", START + 1000), ("new", "i5", START + 1000)])
+    publish(ready, "2026-01-06")
+    asked.backend.watch.look()
+    told = asked.get("release").json()
+    assert (told["night"], told["night_in_force"]) == ("2026-01-05", "2026-01-06")
+    assert asked.get("users/new").status_code == 404
+    assert asked.get("users/u1").json()["events"] == 9
+
+    assert raypipe("online", "--workspace", ready).code == 0
+    asked.backend.watch.look()
+    assert asked.get("release").json()["night"] == "2026-01-06"
+    assert asked.get("users/new").json()["events"] == 1
+    assert asked.get("users/u1").json()["events"] == 10
+
+    assert raypipe("night", "--workspace", ready, "--restore", "2026-01-05").code == 0
+    asked.backend.watch.look()
+    assert asked.get("release").json()["night"] == "2026-01-05"
+    assert asked.get("users/new").status_code == 404
+    assert asked.post("recommend", {"user_id": "u1"}).json()["served"]["night"] == "2026-01-05"
+
+
+def test_a_workspace_without_a_release_is_told_before_anything_is_served(ready: str) -> None:
+    Store(ready).delete(["releases/aliases/champion.json"])
+    with pytest.raises(UsageError, match="No release is in force"):
+        Direct(ServiceConfig(workspace=ready))
