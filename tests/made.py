@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from raypipe.pipeline.encode_units import Recommendations, States
 from raypipe.pipeline.user_rows import UserRows
@@ -35,8 +36,15 @@ def make_ready(uri: str, model: RecommenderConfig = MODEL) -> None:
     counts = np.bincount([int(item[1:]) for _, item, _ in events], minlength=CHAIN_ITEMS + 1)
     popular = [int(item) for item in np.argsort(-counts, kind="stable") if item and counts[item]]
     with tempfile.TemporaryDirectory() as folder:
-        card = Card(model, catalogue_card(items), popular)
-        save_recommender(Path(folder), card, model.build(CHAIN_ITEMS, seed=3).state_dict())
+        users = sorted({user for user, _, _ in events}) if model.guided.used else []
+        blocks = (4 if users else 0, len(users))
+        weights = dict(model.build(CHAIN_ITEMS, seed=3, blocks=blocks).state_dict())
+        if users:
+            keys = np.sort(stable_hash(pa.array(users)).view(np.int64))
+            weights["user_keys"] = torch.from_numpy(keys)
+            weights["user_block"] = torch.randn(weights["user_block"].shape, generator=torch.Generator().manual_seed(1))
+            weights["item_block"] = torch.randn(weights["item_block"].shape, generator=torch.Generator().manual_seed(2))
+        save_recommender(Path(folder), Card(model, catalogue_card(items), popular, blocks), weights)
         stored = Models(workspace.store).add(model.model, Path(folder), "untrained", {"hold_out": 2})
     releases = Releases(workspace.store)
     version = workspace.tables["items"].version()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from raypipe.recommenders.ranking import batches_by_length, sequences_of
 from raypipe.recommenders.recommender import Recommender
@@ -20,12 +21,13 @@ from raypipe.storage.hashing import U64, mix
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of who asks: the history, item indices in time order; the `seed` of what is sampled; and where a night
-    has computed it, the `state` [width]."""
+    """What is known of who asks: the history, item indices in time order; the `seed` of what is sampled; where a night has
+    computed it, the `state` [width]; and the `user` key, the stable hash of an id, 0 of nobody a model could know."""
 
     items: NDArray[np.int32]
     seed: int
     state: NDArray[np.float32] | None = None
+    user: int = 0
 
     @classmethod
     def of(cls, items: NDArray[np.int32]) -> Known:
@@ -55,12 +57,14 @@ class Ranked:
 @torch.no_grad()
 def recommend(
     model: Recommender,
+    table: Tensor,
     catalogue: Catalogue,
     popular: Sequence[int],
     asked: Sequence[tuple[Known, Wanted]],
 ) -> list[Ranked]:
     """A list for each; of whom the model knows nothing, what is popular. Fewer items than wanted where no more are allowed.
 
+    `table` [items + 1, width] are the model's item states, which it may take long to put together.
     Raises UnknownValueError for an attribute value nobody has; check before, for it is raised for all.
     """
     allowed = {only: catalogue.allowed(only, model.items) for only in {wanted.only for _, wanted in asked}}
@@ -71,7 +75,6 @@ def recommend(
     groups: dict[tuple[tuple[str, str], ...], list[int]] = {}
     for row, at in enumerate(warm.tolist()):
         groups.setdefault(asked[at][1].only, []).append(row)
-    table = model.item_states()
     for only, rows in groups.items():
         mine = [asked[at] for at in warm[rows]]
         most = min(max(wanted.count for _, wanted in mine), model.items)
@@ -87,13 +90,14 @@ def recommend(
 
 
 @torch.no_grad()
-def score(model: Recommender, asked: Sequence[tuple[Known, NDArray[np.int32]]]) -> list[NDArray[np.float32] | None]:
+def score(
+    model: Recommender, table: Tensor, asked: Sequence[tuple[Known, NDArray[np.int32]]]
+) -> list[NDArray[np.float32] | None]:
     """The score of each item [n] for each; None where the model knows nothing of who asks. NaN for items it never saw."""
     histories = _histories(model, [known for known, _ in asked])
     warm = np.flatnonzero(histories.lengths > 0)
     queries = _queries(model, histories, warm, [known for known, _ in asked])
     found: list[NDArray[np.float32] | None] = [None] * len(asked)
-    table = model.item_states()
     for row, at in enumerate(warm.tolist()):
         items = asked[at][1]
         inside = items <= model.items
@@ -107,10 +111,11 @@ def _histories(model: Recommender, known: Sequence[Known]) -> Histories:
     """Without items the model never saw."""
     lengths = np.array([len(mine.items) for mine in known], np.int64)
     items = np.concatenate([mine.items for mine in known]) if known else np.zeros(0, np.int32)
-    return Histories(items.astype(np.int32), lengths.cumsum()).within(model.items)
+    users = np.array([mine.user for mine in known], np.int64)
+    return Histories(items.astype(np.int32), lengths.cumsum(), users).within(model.items)
 
 
-def _queries(model: Recommender, histories: Histories, warm: NDArray[np.int64], known: Sequence[Known]) -> torch.Tensor:
+def _queries(model: Recommender, histories: Histories, warm: NDArray[np.int64], known: Sequence[Known]) -> Tensor:
     """[warm, width]: states that a night has computed are taken, the others computed."""
     states = torch.zeros((len(warm), model.width))
     missing = []

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
 from raypipe.errors import RaypipeError, UsageError
 from raypipe.recommenders.checkpoint import check_catalogue, load_recommender
 from raypipe.recommenders.recommender import Recommender, freeze
 from raypipe.serving.catalogue import Catalogue, read_denied
 from raypipe.serving.config import ServiceConfig
-from raypipe.serving.recommending import Known, Ranked, Wanted, recommend
+from raypipe.serving.recommending import Known, Ranked, Wanted, recommend, score
 from raypipe.storage.models import Models, find_model
 from raypipe.storage.nights import Nights
 from raypipe.storage.online import OnlineStore, version_of
@@ -39,18 +41,23 @@ class Target:
 
 @dataclass(frozen=True)
 class Served:
-    """See the module. `states_fit`: the night's states are this recommender's, and need not be computed again."""
+    """See the module. `table` [items + 1, width] are the recommender's item states; `states_fit`: the night's states are this
+    recommender's, and need not be computed again."""
 
     target: Target
     recommender_name: str
     recommender: Recommender
+    table: Tensor
     catalogue: Catalogue
     popular: Sequence[int]
     states_fit: bool
     since: float
 
+    def score(self, asked: Sequence[tuple[Known, NDArray[np.int32]]]) -> list[NDArray[np.float32] | None]:
+        return score(self.recommender, self.table, asked)
+
     def recommend(self, asked: Sequence[tuple[Known, Wanted]]) -> list[Ranked]:
-        return recommend(self.recommender, self.catalogue, self.popular, asked)
+        return recommend(self.recommender, self.table, self.catalogue, self.popular, asked)
 
 
 def find_target(workspace: Workspace, store: OnlineStore, before: Target | None = None) -> Target:
@@ -80,6 +87,7 @@ def load(config: ServiceConfig, target: Target) -> Served:
     model = find_model(Models(workspace.store), release.recommender)
     folder = Models(workspace.store).fetch_unharmed(model, Path(config.model_cache))
     recommender, card = load_recommender(folder)
+    freeze(recommender)
     night = Nights(workspace.store).get(target.night) if target.night else None
     # Items are only ever added: the newer catalogue of the two holds every item that either speaks of.
     version = max(release.catalogue, night.tables["items"] if night is not None else 0)
@@ -88,7 +96,8 @@ def load(config: ServiceConfig, target: Target) -> Served:
     return Served(
         target,
         release.recommender,
-        freeze(recommender),
+        recommender,
+        recommender.item_states(),
         Catalogue.of(items, read_denied(config.deny)),
         card.popular,
         night is not None and night.release.get("recommender") == release.recommender,

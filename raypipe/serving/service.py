@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from raypipe.serving.catalogue import UnknownValueError
@@ -23,8 +24,9 @@ from raypipe.serving.queries import (
     User,
     Who,
 )
-from raypipe.serving.recommending import Known, Ranked, Wanted, score
+from raypipe.serving.recommending import Known, Ranked, Wanted
 from raypipe.serving.served import Served
+from raypipe.storage.hashing import stable_hash
 from raypipe.storage.online import OnlineStore, OnlineStoreDownError, UserRecord
 
 Code = Literal["no_such_user", "no_such_value", "too_much", "store_down", "not_ready", "internal"]
@@ -87,7 +89,7 @@ class Service:
             found[at] = _recommendations(served, person, ranked)
             self.record(person.known, wanted)
         told = [(person.known, served.catalogue.indices(query.items)) for _, query, person in scores]
-        for (at, query, person), values in zip(scores, score(served.recommender, told), strict=True):
+        for (at, query, person), values in zip(scores, served.score(told), strict=True):
             found[at] = _scores(served, query, person, values)
         return found
 
@@ -129,6 +131,7 @@ class Service:
         users = list(dict.fromkeys(query.user_id for query in queries if query.user_id is not None))
         down: RefusedQueryError | None = None
         packed: dict[str, bytes | None] = {}
+        keys = dict(zip(users, stable_hash(pa.array(users, pa.string())).view(np.int64).tolist(), strict=True))
         if users:
             try:
                 packed = dict(zip(users, self._packed(served, users), strict=True))
@@ -137,7 +140,7 @@ class Service:
         return [
             self._by_history(served, query.history)
             if query.user_id is None
-            else (down if down is not None else self._by_record(served, packed[query.user_id]))
+            else (down if down is not None else self._by_record(served, keys[query.user_id], packed[query.user_id]))
             for query in queries
         ]
 
@@ -145,11 +148,11 @@ class Service:
         items = served.catalogue.indices(history or [])
         return _Person(Known.of(items), False, len(history or []) - len(items))
 
-    def _by_record(self, served: Served, packed: bytes | None) -> _Person:
+    def _by_record(self, served: Served, key: int, packed: bytes | None) -> _Person:
         if packed is None:
             return _Person(Known.of(np.zeros(0, np.int32)), False, 0)
         record = UserRecord.unpack(packed)
-        return _Person(Known(record.items, record.seed, record.state if served.states_fit else None), True, 0)
+        return _Person(Known(record.items, record.seed, record.state if served.states_fit else None, key), True, 0)
 
     def _wanted(self, served: Served, query: RecommendQuery) -> Wanted:
         only = tuple(sorted(query.only.items()))

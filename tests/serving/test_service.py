@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ import pytest
 import torch
 
 from raypipe.recommenders.checkpoint import load_recommender
+from raypipe.recommenders.guided import GuidedOptions
 from raypipe.recommenders.sequences import Sequences
 from raypipe.storage.models import Models
+from raypipe.storage.nights import Nights
 from raypipe.storage.store import Store
-from tests.made import LENGTH
+from tests.conftest import Run
+from tests.made import LENGTH, MODEL, make_ready
 from tests.pipeline.small_logs import CHAIN_ITEMS, CHAIN_LENGTH, CHAIN_USERS, newest
 from tests.serving.asked import Asked
 
@@ -50,6 +54,28 @@ def test_everybody_is_recommended_what_the_night_recommends(asked: Asked, ready_
             scores = np.array([item["score"] for item in found["items"]], np.float32)
             # The order of summation differs with the batch: by a few units in the last of float32's 24 bits.
             np.testing.assert_allclose(scores, row["scores"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("with_states", [True, False])
+def test_a_model_that_knows_users_gives_them_the_nights_lists(raypipe: Run, tmp_path: Path, with_states: bool) -> None:
+    uri = str(tmp_path / "guided")
+    make_ready(uri, MODEL.model_copy(update={"guided": GuidedOptions(scores="made up")}))
+    if not with_states:
+        night = Nights(Store(uri)).current()
+        assert night is not None
+        tables = {name: version for name, version in night.tables.items() if name != "hidden_states"}
+        Nights(Store(uri)).publish(replace(night, tables=tables))
+    assert raypipe("online", "--workspace", uri).metrics["states"] == CHAIN_USERS * with_states
+    guided = Asked(uri)
+    listed = rows(uri, "recommendations")
+    queries = [{"user_id": user, "count": LENGTH} for user in listed]
+    answers = guided.post("recommend/batch", {"queries": queries}).json()["answers"]
+    for row, answer in zip(listed.values(), answers, strict=True):
+        assert [item["item_id"] for item in answer["items"]] == [f"i{item}" for item in row["items"]]
+    # Who only has the same history is somebody else.
+    same = [{"history": history_of(uri, user), "count": LENGTH} for user in listed]
+    others = guided.post("recommend/batch", {"queries": same}).json()["answers"]
+    assert sum(one["items"] != other["items"] for one, other in zip(answers, others, strict=True)) > CHAIN_USERS / 2
 
 
 def test_a_history_is_answered_by_the_model_itself(asked: Asked, ready_once: Path) -> None:
