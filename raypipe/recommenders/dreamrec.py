@@ -49,7 +49,9 @@ class DreamRecOptions(Config):
     denoiser_layers: Literal[1, 2] = shaping(1, "one linear layer, as published; two with a GELU between")
     normalised: bool = shaping(False, "item vectors at the length of noise, against collapse")
     rounding: float = shaping(
-        0.0, "weight of the loss of telling the next item from a generated vector, against collapse; as published: 0", ge=0
+        0.0,
+        "weight of the loss of telling the next item from a generated vector, against collapse; as published: 0",
+        ge=0,
     )
     table: str | None = shaping(None, "NAME or NAME/HASH of a model of the workspace that gives the item vectors")
     frozen_table: bool = shaping(False, "item vectors stay as they start")
