@@ -118,10 +118,11 @@ class NumberForm:
 
 @dataclass(frozen=True)
 class Expected:
-    """`numbers` float32 [batch, slots]; `words`, the summed cross-entropy of the words around them, and their count."""
+    """`numbers` float32 [batch, slots]; `form`, the summed cross-entropy of the words around them and of there being a number,
+    whichever, in each slot; `count`, of how many of both."""
 
     numbers: Tensor
-    words: Tensor
+    form: Tensor
     count: Tensor
 
 
@@ -140,7 +141,7 @@ def expected_numbers(lm: Any, form: NumberForm, batch: Mapping[str, Tensor]) -> 
     behind = head(hidden[:, tokens.shape[1] :]).float().log_softmax(-1) if form.branches else logits
     spelled = _spelling_logprobs(form, logits.log_softmax(-1), behind)
     scale = torch.arange(1, form.top + 1, device=tokens.device, dtype=spelled.dtype)
-    return Expected(spelled.softmax(-1) @ scale, words, wanted.sum())
+    return Expected(spelled.softmax(-1) @ scale, words - spelled.logsumexp(-1).sum(), wanted.sum() + slots.numel())
 
 
 def _spelling_logprobs(form: NumberForm, first: Tensor, behind: Tensor) -> Tensor:

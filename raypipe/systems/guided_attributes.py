@@ -70,8 +70,12 @@ def find_attributes(domain: str, catalogue: Catalogue, count: int) -> tuple[Attr
             f"Name {', '.join(known)}, {CATALOGUE}, or a YAML file of attributes.",
         ) from None
     except (yaml.YAMLError, ValidationError) as error:
+        told = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            told = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise UsageError(
-            f"{domain} holds no list of attributes: {error}.",
+            f"{domain} holds no list of attributes: {told}.",
             "Write `attributes:` and of each its name, description, low and high, as in raypipe/systems/domains/movies.yaml.",
         ) from None
 

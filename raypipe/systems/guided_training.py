@@ -2,7 +2,8 @@
 
 L_rec is taken on dot products of the scores of a user and of items, both in standard deviations of the items of the step: the
 item that came next against others. L_format is the cross-entropy of the words around the numbers, whose places hold drawn
-numbers. Gradients of both reach the language model's updates alone.
+numbers, and of there being a number in each place, whichever (ours: the answers of a small model could not be parsed without).
+Gradients of both reach the language model's updates alone.
 
 `prepare_tuning` writes, and `TuningTask` reads, one folder:
 
@@ -75,8 +76,8 @@ class TuningLm(nn.Module):
         users, items = told[0].numbers, told[1].numbers
         same = batch["targets"][:, None] == batch["negatives"]
         recommended = recommendation_loss(users, items[: len(users)], items[len(users) :], same, self.kind)
-        words = sum(one.words for one in told) / sum(one.count for one in told)
-        return recommended / batch["count"] + self.format_weight * words
+        form = sum(one.form for one in told) / sum(one.count for one in told)
+        return recommended / batch["count"] + self.format_weight * form
 
 
 def prepare_tuning(

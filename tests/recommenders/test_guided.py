@@ -240,3 +240,44 @@ def test_scores_come_back_from_their_files_and_others_are_told(tmp_path: Path) -
         load_scores(tmp_path / "scores")
     with pytest.raises(UsageError, match="holds no scores"):
         load_scores(tmp_path)
+
+
+def test_where_attributes_decide_guided_vectors_beat_reduced_ones_noise_and_another_item_s_scores(
+    tmp_path: Path,
+) -> None:
+    rng = np.random.default_rng(5)
+    items, users, kinds = 300, 60, 10
+    kind = rng.integers(0, kinds, items + 1)
+    rows = np.eye(kinds, dtype=np.float32)[kind] * 6 + 2 + rng.normal(0, 1, (items + 1, kinds)).astype(np.float32)
+    likes = rng.integers(0, kinds, users)
+    # Four events of one kind each, so that most items are seen once or never, and one more that is asked for.
+    chosen = np.stack([rng.choice(np.flatnonzero(kind[1:] == liked) + 1, 5, replace=False) for liked in likes])
+    keys = np.arange(users)
+    scores = AttributeScores(
+        tuple("abcdefghij"), rows, np.stack([rows[mine[:4]].mean(0) for mine in chosen]), keys, {"items": items}
+    )
+    seen = Histories(chosen[:, :4].ravel().astype(np.int32), np.full(users, 4).cumsum(), keys)
+    small = {"model": "sasrec", "width": 16, "max_length": 8, "hidden": 32, "dropout": 0.2, "layers": 1}
+
+    def trained(name: str, base: np.ndarray | None, **changes: object) -> tuple[float, np.ndarray]:
+        guided = options(**changes) if base is not None else GuidedOptions()
+        config = RecommenderConfig.model_validate({**small, "guided": guided})
+        start = fuse(scores, guided, 16, base, np.arange(items + 1) > 0, 0) if base is not None else None
+        targets = chosen[:, 4].astype(np.int32)
+        prepare_training(tmp_path / name, seen, targets, {"items": items, "hash": "x"}, config, 0, start)
+        made = RecommenderTask(tmp_path / name)
+        torch.manual_seed(0)
+        model = made.build()
+        assert isinstance(model, Recommender)
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        for step in range(40):
+            loss = model(made.batch(step, 0, 0, 1, 16))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        total, count = made.validate(model, 0, 1)
+        return total / count, model.item_states().detach().numpy()
+
+    full, base = trained("full", None)
+    found = {block: trained(block, base, block=block, scale=2)[0] for block in ("scores", "shuffled", "random", "none")}
+    assert found["scores"] > 1.5 * max(full, *(value for name, value in found.items() if name != "scores"))
