@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import time
 
-from raypipe.config import shaping
+from raypipe.config import free, shaping
 from raypipe.errors import UsageError
 from raypipe.metrics.published import published
 from raypipe.metrics.ranking import Mean
+from raypipe.pipeline.attribute_cards import write_attribute_cards
 from raypipe.pipeline.job import cost_of
 from raypipe.pipeline.loaded import Loaded
 from raypipe.pipeline.sequences import pinned_versions, read_histories
@@ -28,6 +29,7 @@ class EvaluateConfig(JobConfig, ModelCache):
 
     model: str = shaping("sasrec", "a recommender's name, for its newest, or NAME/HASH")
     filter_seen: bool = shaping(True, "items of the prefix are no candidates")
+    cards: int = free(0, "users whose attributes and recommendations are drawn, of a model with guided scores", ge=0)
 
 
 def run_evaluate(config: EvaluateConfig) -> JobResult:
@@ -40,6 +42,9 @@ def run_evaluate(config: EvaluateConfig) -> JobResult:
     model = loaded.model
     held = held_out(workspace, int(model.lineage["hold_out"]))
     options = {"filter_seen": config.filter_seen}
+    if config.cards:
+        page = write_attribute_cards(config, workspace, loaded, held, config.cards, **options)
+        say(f"{JOB}: attributes are drawn in {page}")
     rows = {
         "popularity": evaluate_floor(Popularity(held.training, held.items), held, **options),
         "transitions": evaluate_floor(Transitions(held.training, held.items), held, **options),

@@ -53,6 +53,18 @@ class AttributeScores:
         return items, users
 
 
+def along(column: NDArray[np.float32], place: float, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The items nearest to a place on one attribute, and those farthest from it, int64 [≤ count] each, from 1.
+
+    `column` float32 [items + 1] are the items' normalised scores; of equally near ones the first come first.
+    """
+    distances = np.abs(column[1:] - place)
+    return (
+        np.argsort(distances, kind="stable")[:count] + 1,
+        np.argsort(-distances, kind="stable")[:count] + 1,
+    )
+
+
 def save_scores(folder: Path, scores: AttributeScores) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     told = {"format": 1, "names": list(scores.names), "catalogue": dict(scores.catalogue)}

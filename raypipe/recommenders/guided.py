@@ -170,3 +170,13 @@ def with_block(states: Tensor, block: Tensor, there: Tensor, how: Literal["added
     if how == "alone":
         return torch.cat([states[:, :-attributes], block], 1)
     return states + functional.pad(block, (states.shape[1] - attributes, 0))
+
+
+def contributions(states: Tensor, vectors: Tensor, attributes: int) -> Tensor:
+    """What a score is the sum of, [n, 1 + attributes]: the reduced columns' part, and each attribute's.
+
+    States and vectors of the items they are multiplied with, [n, width] each.
+    """
+    products = states * vectors
+    left = products.shape[1] - attributes
+    return torch.cat([products[:, :left].sum(1, keepdim=True), products[:, left:]], 1)
