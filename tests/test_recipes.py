@@ -40,11 +40,19 @@ def test_an_alignment_holds_out_users_and_says_how_it_is_run(path: Path) -> None
     assert config.trainer.epochs
 
 
-def test_both_systems_have_a_recipe_for_two_domains() -> None:
+def test_every_system_has_a_recipe_for_two_domains() -> None:
     domains = ("ml-100k", "amazon-industrial")
-    assert {f"{system}-{data}.yaml" for system, data in product(("recinterpreter", "recexplainer"), domains)} <= {
+    systems = ("recinterpreter", "recexplainer", "guided")
+    assert {f"{system}-{data}.yaml" for system, data in product(systems, domains)} <= {
         path.name for path in ALIGNMENTS.iterdir()
     }
+
+
+@pytest.mark.parametrize("data", ["ml-100k", "amazon-industrial"])
+def test_guided_scores_see_no_more_than_the_recommenders_they_are_for(data: str) -> None:
+    config = parse_config("align", AlignConfig, ["--config", str(ALIGNMENTS / f"guided-{data}.yaml")])
+    trained = parse_config("train", TrainConfig, ["--config", str(FOLDER / f"sasrec-{data}.yaml")])
+    assert config.hold_out == trained.hold_out
 
 
 def test_another_set_of_prompts_is_a_recipe_and_a_task_left_out_an_option() -> None:

@@ -57,11 +57,13 @@ _ADAPTER = ("adapter.json", "adapter.safetensors")
 
 @dataclass(frozen=True)
 class _Inputs:
-    """Who is scored, on what, by which language model; histories end before the cut, `held_out` bool [users]."""
+    """Who is scored, on what, by which language model; histories end before the cut, `held_out` bool [users], of whom the
+    share `unseen` was not seen by any model either."""
 
     rating: Rating
     histories: Histories
     held_out: NDArray[np.bool_]
+    unseen: float
     catalogue: dict[str, object]
     lm: Path
     lm_hash: str
@@ -107,20 +109,28 @@ def run_guided(config: AlignConfig) -> JobResult:
 
 def _read(config: AlignConfig, workspace: Workspace, versions: dict[str, int]) -> _Inputs:
     cut = Cut(config.hold_out, config.held_out_share)
+    seen: list[Model] = []
     if is_builtin(config.lm):
-        builtin = find_builtin_lm(workspace, "--lm", config.lm)
-        cut.check(builtin)
-        lm = config.fetch(workspace, builtin)
+        seen.append(find_builtin_lm(workspace, "--lm", config.lm))
+        lm = config.fetch(workspace, seen[-1])
     else:
         lm = resolve_checkpoint(config.lm)
     adapter = find_model(Models(workspace.store), config.adapter) if config.adapter is not None else None
     if adapter is not None:
-        cut.check(adapter)
+        seen.append(adapter)
         if not (config.fetch(workspace, adapter) / _ADAPTER[0]).is_file():
             raise UsageError(
                 f"{adapter.name}/{adapter.hash} holds no tuned language model.",
                 "Name scores that were made by a tuned one.",
             )
+    for model in seen:
+        cut.check_events(model)
+    unseen = cut.least_share(seen)
+    if unseen < config.held_out_share:
+        say(
+            f"{NAME}: the language model may have been trained on users who are asked about here: the figures are too good "
+            f"unless trained with --held_out_share {config.held_out_share}"
+        )
     users, histories = read_histories(workspace, versions["histories"])
     histories = histories.without_last(config.hold_out)
     if int(histories.lengths.max(initial=0)) < 2:
@@ -138,7 +148,7 @@ def _read(config: AlignConfig, workspace: Workspace, versions: dict[str, int]) -
     guided = config.guided
     rating = Rating(guided, find_attributes(guided.domain, catalogue, guided.attributes), catalogue)
     held_out = are_held_out(users, config.held_out_share)
-    return _Inputs(rating, histories, held_out, catalogue_card(ids), lm, checkpoint_hash(lm), adapter)
+    return _Inputs(rating, histories, held_out, unseen, catalogue_card(ids), lm, checkpoint_hash(lm), adapter)
 
 
 def _scored(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: str, versions: dict[str, int]) -> Model:
@@ -176,12 +186,13 @@ def _scored(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: 
     save_scores(out, scores)
     metrics |= {"items": len(items), "users": len(users), **reader.told()}
     metrics["spread"] = round(float(np.nanstd(items, axis=0).mean()), 4)
+    metrics["unseen_by_all"] = int(inputs.unseen == config.held_out_share)
     metrics |= _measured(config, inputs, questions, reader, scores)
     lineage = {
         "job": NAME,
         "versions": versions,
         "hold_out": config.hold_out,
-        "held_out_share": config.held_out_share,
+        "held_out_share": inputs.unseen,
         "seed": config.trainer.seed,
         "options": rating.config.model_dump(mode="json"),
         "attributes": [one.model_dump() for one in rating.attributes],

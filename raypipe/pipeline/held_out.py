@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,10 +33,27 @@ class Cut:
 
     def check(self, model: Model) -> None:
         """Raises UsageError where the model may have seen more."""
-        hold_out, share = int(model.lineage["hold_out"]), float(model.lineage.get("held_out_share", 0.0))
-        if hold_out < self.hold_out or share < self.held_out_share:
+        self.check_events(model)
+        if (share := _share_of(model)) < self.held_out_share:
             raise UsageError(
-                f"{model.name}/{model.hash} may have read all but the last {hold_out} events of all but {share:.0%} of the users, "
-                f"and here are held out {self.hold_out} events and {self.held_out_share:.0%} of the users.",
-                f"Make it with --hold_out {self.hold_out} --held_out_share {self.held_out_share:g}.",
+                f"{model.name}/{model.hash} may have read all but {share:.0%} of the users, and {self.held_out_share:.0%} of them "
+                "are held out here.",
+                f"Make it with --held_out_share {self.held_out_share:g}.",
             )
+
+    def check_events(self, model: Model) -> None:
+        """Raises UsageError where the model may have seen an event of anybody that is held out."""
+        if (hold_out := int(model.lineage["hold_out"])) < self.hold_out:
+            raise UsageError(
+                f"{model.name}/{model.hash} may have read all but the last {hold_out} events of every user, and {self.hold_out} "
+                "are held out here.",
+                f"Make it with --hold_out {self.hold_out}.",
+            )
+
+    def least_share(self, models: Sequence[Model]) -> float:
+        """The share of the users whom none of the models has seen, nor who goes by this cut."""
+        return min([self.held_out_share, *map(_share_of, models)])
+
+
+def _share_of(model: Model) -> float:
+    return float(model.lineage.get("held_out_share", 0.0))
