@@ -23,14 +23,25 @@ import json
 import os
 import platform
 import shlex
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
+
+from raypipe.pipeline.job import ModelCache
+from raypipe.pipeline.loaded import Loaded
+from raypipe.pipeline.sequences import pinned_versions, read_histories
+from raypipe.recommenders.ranking import sequences_of
+from raypipe.recommenders.scoring import top_k
+from raypipe.storage.workspace import Workspace
 from tests.benchmarks.recommenders import ROOT, log_options, merge, run
 
 BASES = ("sasrec", "gru4rec", "bert4rec")
 CONTROLS = ("tuned", "zero-shot", "shuffled", "random", "reduced", "again", "base")
 _BLOCKS = {"tuned": "scores", "zero-shot": "scores", "shuffled": "shuffled", "random": "random", "reduced": "none"}
+_TIMED_USERS = 300
 _GAIN = "relative NDCG@10 gain"
 # Of one relevant item a hit is its recall.
 _METRICS = {
@@ -81,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     figures = {
         one: run("evaluate", *workspace, "--model", one, *switch)["metrics"] for one in dict.fromkeys((base, model))
     }
-    rows = rows_of(given, figures[model], figures[base], filtered=filtered)
+    rows = rows_of(given, figures[model], figures[base], latency(workspace[1], model, base), filtered=filtered)
     if given.golden:
         merge(ROOT / f"tests/golden/guided-{given.dataset}.json", rows)
     told = {row["metric"]: row["value"] for row in rows}
@@ -105,8 +116,31 @@ def scores_of(given: argparse.Namespace, workspace: Sequence[str]) -> str:
     return f"guided/{scores}"
 
 
+@torch.no_grad()
+def latency(uri: str, model: str, base: str) -> float:
+    """The median time of one user's list, alternating, as a share of the base's."""
+    workspace = Workspace(uri)
+    _, histories = read_histories(workspace, pinned_versions(workspace)["histories"])
+    rows = np.flatnonzero(histories.lengths)[:_TIMED_USERS]
+    models = [Loaded.of(ModelCache(), workspace, named).recommender for named in (model, base)]
+    tables = [one.item_states() for one in models]
+    seconds: list[list[float]] = [[], []]
+    for row in np.repeat(rows, 2):
+        for mine, one, table in zip(seconds, models, tables, strict=True):
+            started = time.perf_counter()
+            states = one.encode(sequences_of(histories, np.array([row]), one.max_length))
+            top_k(one.queries(states), table, 10)
+            mine.append(time.perf_counter() - started)
+    return float(np.median(seconds[0]) / np.median(seconds[1]))
+
+
 def rows_of(
-    given: argparse.Namespace, metrics: Mapping[str, float], base: Mapping[str, float], *, filtered: bool
+    given: argparse.Namespace,
+    metrics: Mapping[str, float],
+    base: Mapping[str, float],
+    serving: float,
+    *,
+    filtered: bool,
 ) -> list[dict[str, Any]]:
     """The golden table's rows: `Guided` where it is the system itself, controls as models of their own."""
     sides = {"items trained": given.items == "trained", f"users {given.users}": given.users != "trained"}
@@ -117,6 +151,7 @@ def rows_of(
     model = " ".join(["Guided", ", ".join(filter(None, apart))]).strip()
     prefix = f"{given.base}."
     found = {name: metrics[prefix + metric] for metric, name in _METRICS.items() if prefix + metric in metrics}
+    found["latency, share of the base's"] = round(serving, 3)
     found[_GAIN] = round(metrics[f"{prefix}NDCG@10"] / base[f"{prefix}NDCG@10"] - 1, 4)
     shared = {
         "dataset": given.dataset,

@@ -31,6 +31,7 @@ def given(monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[argparse.Namesp
 
     monkeypatch.setattr(guided, "run", run)
     monkeypatch.setattr(guided, "rows_of", told)
+    monkeypatch.setattr(guided, "latency", lambda uri, model, base: 1.0)
     guided.main(list(words))
     return seen[0], jobs
 
@@ -60,12 +61,13 @@ def test_each_control_trains_what_it_says(monkeypatch: pytest.MonkeyPatch, contr
 def test_rows_name_the_control_the_gain_and_the_command_that_makes_them_again(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--control", "shuffled", "--users", "absent", "--seed", "1", "--", "--recommender.guided.scale", "2"]
     read, _ = given(monkeypatch, *words)
-    rows = {row["metric"]: row for row in rows_of(read, METRICS, BASE, filtered=False)}
+    rows = {row["metric"]: row for row in rows_of(read, METRICS, BASE, 1.02, filtered=False)}
     assert {row["model"] for row in rows.values()} == {"Guided shuffled, users absent"}
     assert {name: row["value"] for name, row in rows.items()} == {
         "Recall@10": 0.2,
         "NDCG@10": 0.11,
         "MRR@10": 0.08,
+        "latency, share of the base's": 1.02,
         "relative NDCG@10 gain": 0.1,
     }
     make, bench, name, arguments = shlex.split(rows["NDCG@10"]["command"])
@@ -76,6 +78,6 @@ def test_rows_name_the_control_the_gain_and_the_command_that_makes_them_again(mo
 
 def test_the_system_itself_bears_its_name_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     read, jobs = given(monkeypatch)
-    assert rows_of(read, METRICS, BASE, filtered=True)[0]["model"] == "Guided"
+    assert rows_of(read, METRICS, BASE, 1.0, filtered=True)[0]["model"] == "Guided"
     assert [job[0] for job in jobs] == ["ingest", "train", "lm", "align", "train", "evaluate", "evaluate"]
     assert option(jobs[2], "--hold_out") == option(jobs[3], "--hold_out") == "2"
