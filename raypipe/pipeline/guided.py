@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 STEP_VERSION = 1
 _SHOWN_EVERY_S = 10.0
 _BATCH_TOKENS = 4096  # of one pass, padding and answers included
+_OF_TRAINING = ("trainer", "users", "positions")  # options that mean nothing where nothing is trained
 _ADAPTER = ("adapter.json", "adapter.safetensors")
 
 
@@ -69,6 +70,11 @@ class _Inputs:
     lm_hash: str
     adapter: Model | None
 
+    @property
+    def trains(self) -> bool:
+        """Whether the language model is tuned here; else it is asked as it is, or as it was tuned before."""
+        return self.rating.config.tuned and self.adapter is None
+
     def firsts(self, rows: NDArray[np.int64], events: NDArray[np.int64]) -> list[list[int]]:
         """The first `events` [n] items of the histories in `rows` [n]."""
         starts = self.histories.starts[rows]
@@ -85,10 +91,13 @@ def run_guided(config: AlignConfig) -> JobResult:
     versions = pinned_versions(workspace)
     inputs = _read(config, workspace, versions)
     rating = inputs.rating
+    values = config.shaping_values()
+    if not inputs.trains:
+        values = {name: value for name, value in values.items() if name not in _OF_TRAINING}
     recipe = fingerprint(
         {
             "step": STEP_VERSION,
-            "config": config.shaping_values(),
+            "config": values,
             "guided": rating.config.shaping_values(),
             "attributes": [one.shaping_values() for one in rating.attributes],
             "lm": inputs.lm_hash,
@@ -163,7 +172,7 @@ def _scored(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: 
     metrics: dict[str, float] = {}
     if inputs.adapter is not None:
         _copy_adapter(config.fetch(workspace, inputs.adapter), out)
-    elif rating.config.tuned:
+    elif inputs.trains:
         metrics |= _tuned(config, inputs, questions, folder, name)
         _copy_adapter(folder / "checkpoint", out)
     reader = _Reader(config, inputs, questions, out)

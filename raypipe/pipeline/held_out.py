@@ -43,7 +43,7 @@ class Cut:
 
     def check_events(self, model: Model) -> None:
         """Raises UsageError where the model may have seen an event of anybody that is held out."""
-        if (hold_out := int(model.lineage["hold_out"])) < self.hold_out:
+        if (hold_out := int(model.lineage.get("hold_out", 0))) < self.hold_out:
             raise UsageError(
                 f"{model.name}/{model.hash} may have read all but the last {hold_out} events of every user, and {self.hold_out} "
                 "are held out here.",

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from raypipe.recommenders.attribute_scores import AttributeScores
 from raypipe.recommenders.checkpoint import load_recommender
 from raypipe.recommenders.config import RecommenderConfig
+from raypipe.recommenders.guided import fuse
 from raypipe.recommenders.task import RecommenderTask, prepare_training
 from raypipe.recommenders.windows import Histories
 from raypipe.runtime.trainer import TrainerConfig, TrainingResult, fit
@@ -23,11 +25,17 @@ TRAINER = TrainerConfig(
 def task(folder: Path, **options: object) -> RecommenderTask:
     rng = np.random.default_rng(0)
     lengths = rng.integers(2, 20, 50)
-    histories = Histories(rng.integers(1, ITEMS + 1, int(lengths.sum())).astype(np.int32), lengths.cumsum())
+    users = np.arange(50) * 7
+    histories = Histories(rng.integers(1, ITEMS + 1, int(lengths.sum())).astype(np.int32), lengths.cumsum(), users)
     values = {"width": 8, "hidden": 16, "max_length": 10, "dropout": 0.0, **options}
     config = RecommenderConfig.model_validate(values)
     held = rng.integers(1, ITEMS + 1, 50).astype(np.int32)
-    prepare_training(folder, histories, held, {"items": ITEMS, "hash": "x"}, config, 0)
+    start = None
+    if config.guided.used:
+        items, mine = (rng.normal(5, 2, (rows, 2)).astype(np.float32) for rows in (ITEMS + 1, 50))
+        scores = AttributeScores(("dark", "funny"), items, mine, users, {})
+        start = fuse(scores, config.guided, config.width, None, histories.counts(ITEMS) > 0, 0)
+    prepare_training(folder, histories, held, {"items": ITEMS, "hash": "x"}, config, 0, start)
     return RecommenderTask(folder)
 
 
@@ -43,8 +51,9 @@ def train(folder: Path, workers: int, stage: int, **options: object) -> Training
         pytest.param({"loss": {"kind": "sampled_softmax", "negatives": 12}}, marks=pytest.mark.slow),
         pytest.param({"loss": {"kind": "gbce", "negatives": 12}}, marks=pytest.mark.slow),
         pytest.param({"model": "gru4rec"}, marks=pytest.mark.slow),
+        pytest.param({"guided": {"scores": "guided/1"}}, marks=pytest.mark.slow),
     ],
-    ids=["softmax", "sampled softmax", "gbce", "gru4rec"],
+    ids=["softmax", "sampled softmax", "gbce", "gru4rec", "guided"],
 )
 def test_two_workers_with_sharded_weights_learn_what_one_learns(options: dict[str, object], tmp_path: Path) -> None:
     alone = train(tmp_path / "alone", 1, 0, **options)
