@@ -44,6 +44,9 @@ JOBS = {
     "status": ("raypipe.pipeline.status", "StatusConfig", "run_status"),
     "retry-rejected": ("raypipe.pipeline.retry", "RetryConfig", "run_retry"),
     "night": ("raypipe.pipeline.night", "NightConfig", "run_night"),
+    "vacuum": ("raypipe.pipeline.vacuum", "VacuumConfig", "run_vacuum"),
+    "rebucket": ("raypipe.pipeline.rebucket", "RebucketConfig", "run_rebucket"),
+    "forget": ("raypipe.pipeline.forget", "ForgetConfig", "run_forget"),
     "doctor": ("raypipe.pipeline.doctor", "DoctorConfig", "run_doctor"),
 }
 _SUBMIT = "submit"

@@ -30,7 +30,7 @@ def run_status(config: StatusConfig) -> JobResult:
     workspace = config.open_workspace()
     info = workspace.require_info()
     if config.discard is not None:
-        _discard(workspace, config, _open_runs(workspace))
+        _discard(workspace, config, workspace.open_runs())
     shown = _watched(workspace, config.watch) if config.watch is not None else _shown(workspace)
     rows: dict[str, dict[str, int]] = {}
     for name, table in workspace.tables.items():
@@ -55,7 +55,7 @@ def run_status(config: StatusConfig) -> JobResult:
 
 def _shown(workspace: Workspace) -> list[dict[str, Any]]:
     """The open runs, a line each."""
-    found = [_describe(run) for run in _open_runs(workspace)]
+    found = [_describe(run) for run in workspace.open_runs()]
     for run in found:
         say(
             f"{run['job']} {run['run_key'][:12]}: {run['done']}/{run['planned']} units, {run['state']}, started {run['started']}",
@@ -69,7 +69,7 @@ def _watched(workspace: Workspace, every_s: float) -> list[dict[str, Any]]:
     before: dict[tuple[str, str], tuple[int, float]] = {}
     found: list[dict[str, Any]] = []
     with contextlib.suppress(KeyboardInterrupt):
-        while found := [_describe(run) for run in _open_runs(workspace)]:
+        while found := [_describe(run) for run in workspace.open_runs()]:
             now = time.monotonic()
             for run in found:
                 key = run["job"], run["run_key"]
@@ -88,16 +88,6 @@ def _watch_line(run: dict[str, Any], fresh: int, seconds: float) -> str:
         f"{time.strftime('%H:%M:%S')} {run['job']} {run['run_key'][:12]}: {run['done']}/{run['planned']} units, "
         f"{run['rows_in']:,} rows, {run['rejected']:,} rejected, {run['state']}{pace}"
     )
-
-
-def _open_runs(workspace: Workspace) -> list[Run]:
-    """Of every job the unfinished runs, in the order of their numbers."""
-    found = []
-    for job in workspace.store.folders("ledger"):
-        ledger = workspace.ledger(job)
-        runs = [ledger.run(key) for _, key in sorted(ledger.numbers().items())]
-        found += [run for run in runs if workspace.store.exists(f"{run.folder}/manifest.json") and run.result() is None]
-    return found
 
 
 def _describe(run: Run) -> dict[str, Any]:

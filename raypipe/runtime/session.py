@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from raypipe.errors import RaypipeError
+from raypipe.errors import RaypipeError, UsageError
 from raypipe.runtime.cluster import ClusterConfig
 from raypipe.runtime.progress import about, note, say
 from raypipe.runtime.units import UnitWork, run_units
@@ -98,14 +99,19 @@ class Session:
                     )
         return receipts
 
-    def publish(self, run: Run, parts: Sequence[Publish], result: Mapping[str, Any]) -> dict[str, Any]:
-        """Commit all tables and finish the run; `rejects` first, then in the order given."""
+    def publish(
+        self, run: Run, parts: Sequence[Publish], result: Mapping[str, Any], buckets: int | None = None
+    ) -> dict[str, Any]:
+        """Commit all tables and finish the run; `rejects` first, then in the order given.
+
+        With `buckets` the workspace has so many from then on.
+        """
         for lock in self._locks:
             lock.check_held()
         # Before the intent, for a run with one can no longer be given up.
         for part in parts:
             output_table(self.workspace, part.table, run.manifest["scope"], run.run_key).check_staged(part.files)
-        run.intend_publish(parts, result)
+        run.intend_publish(parts, result, buckets)
         return complete(self.workspace, run)
 
 
@@ -125,6 +131,17 @@ def bucket_parts(receipts: Iterable[Receipt], variant: str, tables: Sequence[str
     ]
 
 
+def refuse_open_runs(workspace: Workspace, job: str) -> None:
+    """Raises UsageError where another job's run is open: it pins versions, and its staged files are no version's yet."""
+    runs = [run for run in workspace.open_runs() if run.job != job]
+    if runs:
+        named = ", ".join(f"{run.job} {run.run_key[:12]}" for run in runs)
+        raise UsageError(
+            f"{job} waits for runs that are open: {named}.",
+            "Submit their jobs again to complete them, or give them up with `raypipe status --discard KEY`.",
+        )
+
+
 @contextlib.contextmanager
 def open_session(
     workspace: Workspace, job: str, writes: Sequence[str], cluster: ClusterConfig, lease_s: float = LEASE_S
@@ -133,7 +150,13 @@ def open_session(
     workspace.info()
     workspace.store.check_writable()
     with about(job=job), hold(workspace.store, writes, job, lease_s) as locks:
+        before = workspace.info()
         recover(workspace, job, set(writes))
+        if workspace.info() != before:
+            raise RaypipeError(
+                "The workspace was being split into more buckets when it was left, which is completed now.",
+                "Submit the same command again.",
+            )
         yield Session(workspace, job, cluster, locks)
 
 
@@ -157,18 +180,24 @@ def complete(workspace: Workspace, run: Run) -> dict[str, Any]:
     parts, result = intent
     number = run.number
     versions: dict[str, int] = {}
+    places: Counter[str] = Counter()
     for part in sorted(parts, key=lambda part: part.table != "rejects"):
+        # One transaction replaces partitions along one column: a table may need several.
+        places[part.table] += 1
+        app = f"{part.table}:{run.job}" + (f":{places[part.table]}" if places[part.table] > 1 else "")
         table = output_table(workspace, part.table, run.manifest["scope"], run.run_key)
         lock = hold(workspace.store, ["rejects"] if part.table == "rejects" else [], run.job, wait_s=_REJECTS_WAIT_S)
         with lock:
             versions[part.table] = table.publish(
                 part.files,
                 mode=part.mode,
-                app=f"{part.table}:{run.job}",
+                app=app,
                 number=number,
                 replaces=part.replaces,
                 metadata={"raypipe.run_key": run.run_key, "raypipe.job": run.job},
             )
+    if (buckets := run.intended_buckets()) is not None:
+        workspace.record_buckets(buckets)
     tables = {name: {"version": version, **result["tables"].get(name, {})} for name, version in versions.items()}
     final = {**result, "tables": tables}
     run.finish(final)

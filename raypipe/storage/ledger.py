@@ -201,13 +201,27 @@ class Run:
                 markers.append((unit, int(newest.rsplit("/", 1)[1].split(".")[0]), json.loads(self.store.read(newest))))
         return markers
 
-    def intend_publish(self, parts: Sequence[Publish], result: Mapping[str, Any]) -> None:
-        """Write down all that will be committed. From here the run can only be completed, by anyone."""
-        self._put("publish.json", {"parts": [asdict(part) for part in parts], "result": dict(result)})
+    def intend_publish(self, parts: Sequence[Publish], result: Mapping[str, Any], buckets: int | None = None) -> None:
+        """Write down all that will be committed, and where it changes, the workspace's number of buckets.
+
+        From here the run can only be completed, by anyone.
+        """
+        intent = {"parts": [asdict(part) for part in parts], "result": dict(result), "buckets": buckets}
+        self._put("publish.json", intent)
 
     def publish_intent(self) -> tuple[list[Publish], dict[str, Any]] | None:
         raw = self._get("publish.json")
         return None if raw is None else ([Publish.from_dict(part) for part in raw["parts"]], raw["result"])
+
+    def intended_buckets(self) -> int | None:
+        """The number of buckets that the publish gives the workspace, or None where it stays."""
+        return (self._get("publish.json") or {}).get("buckets")
+
+    def trim(self) -> None:
+        """Of a finished run, keep what it set out to do and how it ended: the units' rows are nobody's business now."""
+        assert self.result() is not None, f"run {self.run_key} is open"
+        for name in ("units", "attempts", "deaths", "journal", "plan"):
+            self.store.delete_folder(f"{self.folder}/{name}")
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """The run is over: drop its staging folder, then write its result, so that a kill leaves no folder behind."""
@@ -267,6 +281,11 @@ class Ledger:
             if run.result() is not None:
                 return
             yield run
+
+    def drop(self, number: int, run_key: str) -> None:
+        """Delete a finished run; its number goes last, so that a deletion that was killed is done again."""
+        self.store.delete_folder(self.run(run_key).folder)
+        self.store.delete([f"ledger/{self.job}/runs/{number:08d}.json"])
 
     def run(self, run_key: str) -> Run:
         return Run(self.store, self.job, run_key)

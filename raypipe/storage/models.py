@@ -19,6 +19,7 @@ from raypipe.storage.store import Store
 
 _ALLOWED = {".safetensors", ".json", ".txt", ".jinja", ".model", ".md"}
 _CARD = "model.json"
+_SMALL = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,20 @@ class Models:
             self.store.put(f"{model.folder}/checkpoint/{path.relative_to(files)}", path.read_bytes())
         self.store.put(f"{model.folder}/{_CARD}", canonical_json(asdict(model)).encode())
         return model
+
+    def names(self) -> list[str]:
+        return self.store.folders("models")
+
+    def mentions(self, model: Model) -> str:
+        """The text in which a model names others it cannot do without: its lineage and its checkpoint's small JSON."""
+        entries = self.store.list(f"{model.folder}/checkpoint")
+        small = [entry.path for entry in entries if entry.path.endswith(".json") and entry.size < _SMALL]
+        return "\n".join([canonical_json(dict(model.lineage)), *(self.store.read(path).decode() for path in small)])
+
+    def remove(self, model: Model) -> None:
+        """Delete a model; its card goes first, so that half of one is never found."""
+        self.store.delete([f"{model.folder}/{_CARD}"])
+        self.store.delete_folder(model.folder)
 
     def all(self, name: str) -> list[Model]:
         """Every complete model of that name."""

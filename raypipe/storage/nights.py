@@ -51,6 +51,17 @@ class Nights:
         self.store.put(f"nights/{check_date(night.date)}.json", canonical_json(asdict(night)).encode())
         self.point_to(night.date)
 
+    def rewrite(self, night: Night) -> None:
+        """Put other table versions of equal meaning into a published night; which one is in force stays."""
+        self.store.put(f"nights/{check_date(night.date)}.json", canonical_json(asdict(night)).encode())
+
+    def remove(self, date: str) -> None:
+        """Delete a night that is not in force, and its cards."""
+        current = self.current()
+        assert current is None or current.date != date, f"the night of {date} is in force"
+        self.store.delete([f"nights/{check_date(date)}.json"])
+        self.store.delete_folder(f"nights/{date}")
+
     def point_to(self, date: str) -> Night:
         """Put a published night in force; raises UsageError where there is none of that date."""
         night = self.get(date)

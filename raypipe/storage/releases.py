@@ -58,6 +58,10 @@ class Releases:
         names = (entry.path.removeprefix("releases/").removesuffix(".json") for entry in entries)
         return [name for name in names if "/" not in name]
 
+    def remove(self, name: str) -> None:
+        """Delete the release of this hash."""
+        self.store.delete([f"releases/{name}.json"])
+
     def judge(self, recommender: str, passed: bool, metrics: Mapping[str, float]) -> None:
         """Keep the gate's verdict on a recommender (NAME/HASH)."""
         verdict = {"passed": passed, "metrics": dict(metrics)}

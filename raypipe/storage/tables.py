@@ -70,6 +70,13 @@ class Table:
         assert set(wanted) <= set(self.spec.partition_by), f"{self.spec.name} is not partitioned by {partition}"
         return [file for file in self._all_files(version) if wanted.items() <= dict(file.partition).items()]
 
+    def partitions(self, version: int, **partition: str | int) -> list[tuple[dict[str, str | int], list[StagedFile]]]:
+        """The data files of `version` by the values of their partition, of the named values only."""
+        found: dict[tuple[tuple[str, str], ...], list[StagedFile]] = {}
+        for file in self.files(version, **partition):
+            found.setdefault(tuple(file.partition.items()), []).append(file)
+        return [(dict(values), files) for values, files in found.items()]
+
     def read(self, version: int, columns: Sequence[str] | None = None, **partition: str | int) -> pa.Table:
         """The rows of `version` in the named partitions, in the table's schema."""
         return self.read_files(self.files(version, **partition), columns)
@@ -115,6 +122,28 @@ class Table:
         data = buffer.getvalue().to_pybytes()
         self.store.put(f"{self.folder}/{path}", data)
         return StagedFile(path, len(data), rows.num_rows, hashlib.sha256(data).hexdigest(), values)
+
+    def unneeded(self, keep: Iterable[int], grace_hours: int = 0) -> list[StagedFile]:
+        """The files in the table's folder that neither the newest version nor those of `keep` name.
+
+        What lost its place within the last `grace_hours`, or was staged in them, is not among them.
+        """
+        newest = self._open()
+        if newest is None:
+            return []
+        versions = sorted({*keep, int(newest.version())} - {ABSENT})
+        # A dry run commits nothing: a new version of equal rows would be news to everybody who compares versions.
+        paths = newest.vacuum(
+            grace_hours, dry_run=True, enforce_retention_duration=False, full=True, keep_versions=versions
+        )
+        sizes = {entry.path: entry.size for entry in self.store.list(self.folder)}
+        return [
+            StagedFile(path, sizes[f"{self.folder}/{path}"], 0) for path in paths if f"{self.folder}/{path}" in sizes
+        ]
+
+    def remove(self, files: Iterable[StagedFile]) -> None:
+        """Delete files from the table's folder; the caller knows that no version that is read names them."""
+        self.store.delete(f"{self.folder}/{file.path}" for file in files)
 
     def published_number(self, app: str) -> int:
         """The newest application transaction of `app`, or 0."""

@@ -68,6 +68,16 @@ class Tracking:
         if not any(version.source == source for version in client.search_model_versions(f"name = '{name}'")):
             client.create_model_version(name, source, tags={"recipe": model.recipe})
 
+    def unregister(self, model: Model) -> None:
+        """Delete what points to a stored model that is to be removed."""
+        if self.uri is None:
+            return
+        client = self._client()
+        name = f"{self.experiment}-{model.name}"
+        for version in client.search_model_versions(f"name = '{name}'"):
+            if version.source == self.store.object_uri(model.folder):
+                client.delete_model_version(name, version.version)
+
     def _client(self) -> Any:
         from mlflow import MlflowClient
 

@@ -8,12 +8,12 @@ ledger/, locks/, staging/, models/, nights/
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 from raypipe.errors import UsageError
 from raypipe.storage.fingerprint import canonical_json
-from raypipe.storage.ledger import Ledger
+from raypipe.storage.ledger import Ledger, Run
 from raypipe.storage.schemas import TABLES
 from raypipe.storage.store import Store
 from raypipe.storage.tables import Table
@@ -26,7 +26,7 @@ _INFO = "workspace.json"
 
 @dataclass(frozen=True)
 class WorkspaceInfo:
-    """What a workspace is for ever: its format, "time" or "order", and the number of user buckets (a power of two)."""
+    """Its format, for ever "time" or "order", and the number of user buckets (a power of two)."""
 
     format: int
     kind: str
@@ -88,6 +88,28 @@ class Workspace:
         info = WorkspaceInfo(FORMAT, kind, buckets)
         self.store.create(_INFO, canonical_json(asdict(info)).encode())
         return self.require_info()
+
+    def record_buckets(self, buckets: int) -> None:
+        """Every table is split into so many buckets from now on."""
+        info = replace(self.require_info(), buckets=buckets)
+        self.store.put(_INFO, canonical_json(asdict(info)).encode())
+
+    def open_runs(self) -> list[Run]:
+        """Of every job the runs that began and have not ended, in the order of their numbers."""
+        found = []
+        for job in self.store.folders("ledger"):
+            ledger = self.ledger(job)
+            runs = [ledger.run(key) for _, key in sorted(ledger.numbers().items())]
+            found += [run for run in runs if self.store.exists(f"{run.folder}/manifest.json") and run.result() is None]
+        return found
+
+    def training_locks(self) -> list[str]:
+        """The locks that trainings of this workspace have taken or may take."""
+        taken = {
+            entry.path.removeprefix("locks/").split("/")[0].removesuffix(".lock") for entry in self.store.list("locks")
+        }
+        stored = {f"models-{name}" for name in self.store.folders("models")}
+        return sorted({name for name in taken if name.startswith("models-")} | stored)
 
     def check_kind(self, kind: str) -> None:
         """Raise UsageError where a log of `kind` cannot go into this workspace."""

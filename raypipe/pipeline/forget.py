@@ -1,0 +1,209 @@
+"""`raypipe forget`: nothing of a user stays in the workspace, and no old log brings them back.
+
+A tombstone, a salted hash of the id, is published together with tables that are without the user. Then goes whatever else
+named them: nights that cannot be without them, user cards, judgements, canaries' tables, spills, the ledger's rows, and the
+files of every version that still had them. Killed anywhere, the same command goes on.
+
+What it does not reach: weights of models that were trained on the user's events, which keep traces of them until they are
+trained anew; the logs themselves and any copy outside of the workspace, such as versions that a bucket keeps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from raypipe.config import free
+from raypipe.errors import UsageError
+from raypipe.pipeline.forget_traces import forget_in_cards, forget_in_judgements, holds_user, rejects_to_keep
+from raypipe.pipeline.forget_units import ForgetBucket
+from raypipe.pipeline.job import JobConfig, JobResult, cost_of
+from raypipe.pipeline.rebucket import BUCKETED
+from raypipe.pipeline.vacuum import remove_unneeded
+from raypipe.runtime.progress import say
+from raypipe.runtime.session import Session, open_session, refuse_open_runs
+from raypipe.storage.fingerprint import fingerprint
+from raypipe.storage.hashing import stable_hash
+from raypipe.storage.ledger import Counts, Publish, Receipt, Run, Unit, Usage
+from raypipe.storage.locks import hold
+from raypipe.storage.nights import Night, Nights
+from raypipe.storage.retention import versions_to_keep
+from raypipe.storage.schemas import REJECTS
+from raypipe.storage.tables import ABSENT
+from raypipe.storage.tombstones import digest, is_forgotten, tombstone_rows
+from raypipe.storage.workspace import Workspace
+
+JOB = "forget"
+STEP_VERSION = 1
+_WRITES = (*BUCKETED, "tombstones")
+
+
+class ForgetConfig(JobConfig):
+    """Configuration of `forget`."""
+
+    user: str | None = free(None, "the user's id")
+    users: str | None = free(None, "file of user ids, a line each")
+
+
+def run_forget(config: ForgetConfig) -> JobResult:
+    """Forget users; see the module. Raises UsageError while a run is open, or where the night in force is an old one."""
+    started = time.monotonic()
+    users = _users(config)
+    workspace = config.open_workspace()
+    info = workspace.require_info()
+    # Trainings keep histories in their folders until they end.
+    locks = [*_WRITES, "nights", *workspace.training_locks()]
+    with open_session(workspace, JOB, locks, config.cluster, config.lock_lease_s) as session:
+        refuse_open_runs(workspace, JOB)
+        _move_nights(workspace, _last(workspace))
+        base = session.versions(*_WRITES, "rejects")
+        _check_night_in_force(workspace, base, users)
+        recipe = fingerprint({"step": STEP_VERSION, "users": sorted(digest(user) for user in users)})
+        run = session.run(recipe, {}, base, "all", {"users": len(users)})
+        places = _buckets(users, info.buckets)
+        units = [Unit("bucket", bucket) for bucket in sorted(places)]
+        receipts = session.phase(run, units, partial(ForgetBucket, workspace, base, places), JOB)
+        result = _publish(session, run, users, base, list(receipts.values()), started)
+        dropped = _move_nights(workspace, run, users)
+        removed = _sweep(workspace, config, users)
+    say(f"{JOB}: {len(users):,} users have a tombstone; {result.metrics['rows_forgotten']:,} rows of theirs are gone")
+    say(f"{JOB}: models that were trained on them keep traces until they are trained anew")
+    return replace(result, metrics={**result.metrics, "nights_removed": dropped, **removed})
+
+
+def _users(config: ForgetConfig) -> list[str]:
+    if (config.user is None) == (config.users is None):
+        raise UsageError("Nobody is named, or in two ways.", "Give --user ID, or --users FILE with one id a line.")
+    if config.user is not None:
+        return [config.user]
+    assert config.users is not None
+    try:
+        lines = Path(config.users).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"The users file {config.users} cannot be read: {error}.", "Write one id a line.") from error
+    if not (found := sorted({line for line in lines if line})):
+        raise UsageError(f"The users file {config.users} names nobody.", "Write one id a line.")
+    return found
+
+
+def _buckets(users: Sequence[str], buckets: int) -> dict[int, list[str]]:
+    places = stable_hash(pa.array(users, pa.string())) % np.uint64(buckets)
+    found: dict[int, list[str]] = {}
+    for user, place in zip(users, places.tolist(), strict=True):
+        found.setdefault(int(place), []).append(user)
+    return found
+
+
+def _check_night_in_force(workspace: Workspace, base: Mapping[str, int], users: Sequence[str]) -> None:
+    """A night in force of older tables that hold a user can be neither kept nor moved. Raises UsageError."""
+    night = Nights(workspace.store).current()
+    if night is not None and any(
+        version != base.get(name) and holds_user(workspace, name, version, users)
+        for name, version in night.tables.items()
+    ):
+        raise UsageError(
+            f"The night in force, of {night.date}, reads older tables than the newest, and a user who is to be forgotten is "
+            "in them.",
+            "Publish a night on the newest tables with `raypipe nightly`, then forget.",
+        )
+
+
+def _publish(
+    session: Session,
+    run: Run,
+    users: Sequence[str],
+    base: Mapping[str, int],
+    receipts: Sequence[Receipt],
+    started: float,
+) -> JobResult:
+    workspace = session.workspace
+    tombstones, rejects = workspace.tables["tombstones"], workspace.tables["rejects"]
+    parts = []
+    known = is_forgotten(pa.array(users, pa.string()), tombstones.read(base["tombstones"]))
+    if new := [user for user, there in zip(users, known.tolist(), strict=True) if not there]:
+        parts.append(
+            Publish("tombstones", "append", [tombstones.stage(tombstone_rows(new), f"{run.run_key[:12]}-driver")])
+        )
+    forgotten = sum((receipt.counts for receipt in receipts), Counts()).skipped.get("forgotten", 0)
+    for name in BUCKETED:
+        touched: dict[tuple[tuple[str, Any], ...], list[dict[str, str | int]]] = {}
+        for receipt in receipts:
+            for values in receipt.facts["touched"].get(name, []):
+                others = tuple((key, value) for key, value in values.items() if key != "bucket")
+                touched.setdefault(others, []).append(values)
+        files = [file for receipt in receipts for file in receipt.staged.get(name, [])]
+        for others, replaces in touched.items():
+            mine = [file for file in files if dict(others).items() <= dict(file.partition).items()]
+            parts.append(Publish(name, "overwrite", mine, replaces))
+    for values, files in rejects.partitions(base["rejects"]):
+        rows = rejects.read_files(files, REJECTS.columns.names)
+        stay = rejects_to_keep(rows, str(values["table"]), users)
+        if not stay.all():
+            forgotten += int((~stay).sum())
+            kept = rows.filter(pa.array(stay))
+            staged = [rejects.stage(kept, f"{run.run_key[:12]}-driver", values)] if kept.num_rows else []
+            parts.append(Publish("rejects", "overwrite", staged, [values]))
+    metrics = {"users": len(users), "tombstones_added": len(new), "rows_forgotten": forgotten}
+    status = "ok" if parts else "nothing_to_do"
+    cost = cost_of(Usage(), time.monotonic() - started)
+    result = JobResult(JOB, status, run.run_key, {part.table: {} for part in parts}, metrics=metrics, cost=cost)
+    return JobResult.from_dict(session.publish(run, parts, asdict(result)))
+
+
+def _last(workspace: Workspace) -> Run | None:
+    """The newest run, whose nights may wait to be moved: it was killed after its publish."""
+    run = workspace.ledger(JOB).newest()
+    return run if run is not None and "tables" in (run.result() or {}) else None
+
+
+def _move_nights(workspace: Workspace, run: Run | None, users: Sequence[str] = ()) -> int:
+    """Nights of the tables that a run replaced read its tables; those of older ones that hold a user go. How many went."""
+    if run is None:
+        return 0
+    result = run.result()
+    assert result is not None
+    before = run.manifest["base"]
+    after = {name: table["version"] for name, table in result["tables"].items()}
+    nights = Nights(workspace.store)
+    dropped = 0
+    for date in nights.dates():
+        night = nights.get(date)
+        assert night is not None
+        tables = {name: after.get(name, v) if v == before.get(name) else v for name, v in night.tables.items()}
+        if tables != dict(night.tables):
+            nights.rewrite(replace(night, tables=tables))
+        if any(holds_user(workspace, name, version, users) for name, version in tables.items()):
+            nights.remove(date)
+            dropped += 1
+    return dropped
+
+
+def _sweep(workspace: Workspace, config: ForgetConfig, users: Sequence[str]) -> dict[str, int]:
+    """Everything beside the tables' newest versions that may name a user."""
+    store = workspace.store
+    nights = Nights(store)
+    kept: list[Night] = [night for date in nights.dates() if (night := nights.get(date)) is not None]
+    for date in nights.dates():
+        forget_in_cards(store, date, users)
+    forget_in_judgements(store, users)
+    # Canaries are of few users and are never published, spills of runs that are over and of trainings that nobody runs.
+    for folder in ("canary", "staging"):
+        store.delete_folder(folder)
+    for job in store.folders("ledger"):
+        ledger = workspace.ledger(job)
+        for run_key in set(ledger.numbers().values()):
+            if (run := ledger.run(run_key)).result() is not None:
+                run.trim()
+    files = []
+    with hold(store, ["rejects"], JOB, config.lock_lease_s):
+        for name, table in workspace.tables.items():
+            if table.version() != ABSENT:
+                files += remove_unneeded(table, versions_to_keep(kept, name), grace_hours=0)
+    return {"files_removed": len(files), "bytes_freed": sum(file.size for file in files)}

@@ -1,0 +1,71 @@
+"""What may go: nights, releases, models and runs that nothing kept refers to any more. Selecting deletes nothing.
+
+A release is kept while a kept night names it, a model while a kept release or a kept model names it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from raypipe.storage.ledger import Ledger
+from raypipe.storage.models import Model, Models
+from raypipe.storage.nights import Night, Nights
+from raypipe.storage.releases import Release, Releases
+
+_NAMED = re.compile(r"[\w.-]+/[0-9a-f]{32}")
+
+
+def nights_to_keep(nights: Nights, newest: int) -> list[Night]:
+    """The newest nights, and the one in force."""
+    dates = nights.dates()
+    current = nights.current()
+    kept = {*dates[-newest:], *([current.date] if current is not None else [])}
+    return [night for date in dates if date in kept and (night := nights.get(date)) is not None]
+
+
+def versions_to_keep(nights: Iterable[Night], table: str) -> set[int]:
+    """The versions of a table that nights read."""
+    return {int(night.tables[table]) for night in nights if table in night.tables}
+
+
+def releases_to_keep(releases: Releases, nights: Iterable[Night], newest: int) -> set[str]:
+    """Hashes of the newest releases, of those with an alias, and of those that nights were computed with."""
+    found = set(releases.hashes()[-newest:])
+    found |= {str(night.release["release"]) for night in nights if "release" in night.release}
+    for alias in ("champion", "candidate"):
+        if (release := releases.named(alias)) is not None:
+            found.add(release.hash)
+    return found
+
+
+def models_to_drop(models: Models, releases: Iterable[Release], newest: int) -> list[Model]:
+    """Models that are neither among the newest of their name, nor named by a release, nor by a model that is kept."""
+    known: Mapping[str, Model] = {
+        f"{model.name}/{model.hash}": model for name in models.names() for model in models.all(name)
+    }
+    kept: set[str] = set()
+    for name in models.names():
+        kept |= {f"{model.name}/{model.hash}" for model in models.all(name)[-newest:]}
+    for release in releases:
+        kept.add(release.recommender)
+        kept |= {f"{name}/{content}" for name, content in release.adapters.items()}
+        kept |= {named for named, model in known.items() if model.hash == release.lm}
+    left = [named for named in kept if named in known]
+    while left:
+        mentioned = set(_NAMED.findall(models.mentions(known[left.pop()])))
+        left += [named for named in mentioned - kept if named in known]
+        kept |= mentioned
+    return [model for named, model in known.items() if named not in kept]
+
+
+def runs_to_drop(ledger: Ledger, newest: int) -> list[tuple[int, str]]:
+    """Numbers and keys of finished runs before the newest ones."""
+    numbers = sorted(ledger.numbers().items())
+    kept = {key for _, key in numbers[-newest:]}
+    return [(number, key) for number, key in numbers[:-newest] if key not in kept and _is_over(ledger, key)]
+
+
+def _is_over(ledger: Ledger, run_key: str) -> bool:
+    run = ledger.run(run_key)
+    return run.result() is not None or not ledger.store.exists(f"{run.folder}/manifest.json")

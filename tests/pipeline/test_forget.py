@@ -1,0 +1,202 @@
+"""A user who is forgotten is in no file, stays away when an old log comes back, and nobody else loses a row."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from raypipe.cli.main import main
+from raypipe.recommenders.config import RecommenderConfig
+from raypipe.storage.nights import Nights
+from raypipe.storage.releases import Release, Releases
+from raypipe.storage.store import Store
+from raypipe.storage.tables import Table
+from raypipe.storage.tombstones import digest
+from raypipe.storage.workspace import Workspace
+from tests.conftest import Run
+from tests.pipeline.small_logs import DAY, SMALL_ITEMS, SMALL_LOG, START, newest, write_catalogue, write_log
+from tests.untrained import store_untrained
+
+USER = "Mnemosyne <7f3a>"
+# Neither in JSON nor in HTML the same text as it is.
+SPELLINGS = (USER.encode(), b"Mnemosyne", b"7f3a")
+HERS = [(USER, f"i{n % SMALL_ITEMS + 1}", START + n * DAY) for n in range(17)]
+BAD = [(USER, "no-such-item", START), (USER, "i1", "yesterday"), ("u3", "no-such-item", START)]
+NIGHT = ("--summarize.engine.engine", "echo", "--cards", "40", "--tracking", "auto", "--cluster.workers", "1")
+USERS = 26
+
+
+def files_with_her(uri: str) -> list[str]:
+    """Every file below the workspace in whose bytes or, where those are packed, in whose values she is."""
+    found = []
+    for path in sorted(Path(uri).rglob("*")):
+        if not path.is_file():
+            continue
+        data = path.read_bytes()
+        if path.suffix == ".parquet":
+            data += json.dumps(pq.read_table(path).to_pylist(), default=str, ensure_ascii=False).encode()
+        if path.suffix == ".arrow":
+            data += json.dumps(pa.ipc.open_file(path).read_all().to_pylist(), default=str).encode()
+        if any(spelling in data for spelling in SPELLINGS):
+            found.append(str(path.relative_to(uri)))
+    return found
+
+
+def of_others(uri: str) -> dict[str, list[dict[str, Any]]]:
+    """Every user's rows of every table but hers, and whose they are."""
+    found = {}
+    for name in ("histories", "hidden_states", "block_summaries", "summaries", "recommendations", "explanations"):
+        rows = newest(uri, name)
+        rows = rows.filter(pc.not_equal(rows["user_id"], USER)).drop_columns(["bucket"])
+        found[name] = sorted(rows.to_pylist(), key=str)
+    return found
+
+
+@pytest.fixture(scope="session")
+def two_nights_once(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two nights with every table filled, a canary, a judgement, rejects, and what interrupted jobs leave behind."""
+    folder = tmp_path_factory.mktemp("remembered")
+    uri = folder / "workspace"
+    log = write_log(folder / "monday.csv", [*SMALL_LOG, *HERS[:10], *BAD])
+    catalogue = write_catalogue(folder / "items.csv", SMALL_ITEMS)
+    where = ("--workspace", str(uri))
+    read = ("--ingest.log.columns.time", "time", "--ingest.catalogue.path", str(catalogue), "--ingest.log.path")
+    ingest = [word.replace("--ingest.", "--") for word in read]
+    assert main(["ingest", *where, *ingest, str(log), "--tracking", "off", "--cluster.workers", "1"]) == 0
+    model = store_untrained(str(uri), RecommenderConfig(model="sasrec", width=8, max_length=5))
+    releases = Releases(Store(str(uri)))
+    releases.point("champion", releases.add(Release(f"{model.name}/{model.hash}", "echo")))
+    assert main(["nightly", *where, *NIGHT, *read, str(log), "--date", "2026-01-05"]) == 0
+    table = Workspace(str(uri)).tables["explanations"]
+    for user in (USER, "u7"):
+        rows = pa.table([[user], [1], ["yes"], [f"{user} likes it"], ["0" * 32]], schema=table.spec.columns)
+        bucket = next(
+            file.partition["bucket"]
+            for file in Workspace(str(uri)).tables["histories"].files(0)
+            if user in Workspace(str(uri)).tables["histories"].read_files([file], ["user_id"])["user_id"].to_pylist()
+        )
+        staged = table.stage(rows, f"by-hand-{user[:2]}", {"variant": "explain-x", "bucket": bucket})
+        table.publish([staged], mode="append", app=f"by-hand-{user[:2]}", number=1)
+    later = write_log(folder / "tuesday.csv", [*HERS[10:], ("u7", "i1", START + 99 * DAY)])
+    assert main(["nightly", *where, *NIGHT, *read, str(later), "--date", "2026-01-06"]) == 0
+    (folder / "canary.txt").write_text(f"{USER}\nu7\n")
+    echo = ("--engine.engine", "echo", "--tracking", "off", "--cluster.workers", "1")
+    assert main(["summarize", *where, *echo, "--users", str(folder / "canary.txt")]) == 0
+    assert main(["judge", *where, "--tracking", "off"]) == 0
+    Store(str(uri)).put("staging/retry/left.jsonl", json.dumps({"user_id": USER}).encode())
+    return folder
+
+
+@pytest.fixture
+def two_nights(two_nights_once: Path, tmp_path: Path) -> str:
+    return str(shutil.copytree(two_nights_once / "workspace", tmp_path / "workspace"))
+
+
+def test_she_is_in_every_kind_of_file_before(two_nights: str) -> None:
+    folders = {path.split("/")[0] for path in files_with_her(two_nights)}
+    tables = {path.split("/")[1] for path in files_with_her(two_nights) if path.startswith("tables/")}
+    assert folders == {"tables", "nights", "ledger", "canary", "judgements", "staging"}
+    users = {"histories", "hidden_states", "block_summaries", "summaries", "recommendations", "explanations"}
+    assert tables == {*users, "rejects"}
+
+
+def test_a_forgotten_user_is_nowhere_and_stays_away(raypipe: Run, two_nights: str, two_nights_once: Path) -> None:
+    before, night = of_others(two_nights), Nights(Store(two_nights)).current()
+    assert night is not None
+    ended = raypipe("forget", "--workspace", two_nights, "--user", USER)
+    assert (ended.code, ended.status) == (0, "ok"), ended.stderr
+    assert (ended.metrics["tombstones_added"], ended.metrics["nights_removed"]) == (1, 1)
+    assert "keep traces until they are trained anew" in ended.stderr
+    assert files_with_her(two_nights) == []
+    assert of_others(two_nights) == before
+    assert newest(two_nights, "tombstones")["digest"].to_pylist() == [digest(USER)]
+    assert newest(two_nights, "rejects").num_rows == 1
+
+    # The night in force is the same one, without her; the one before could not be kept.
+    nights, tables = Nights(Store(two_nights)), Workspace(two_nights).tables
+    current = nights.current()
+    assert current is not None
+    assert (nights.dates(), current.date, current.release) == (["2026-01-06"], "2026-01-06", night.release)
+    assert tables["summaries"].read(current.tables["summaries"]).num_rows == USERS - 1
+    page = (Path(two_nights) / "nights/2026-01-06/cards.html").read_text()
+    assert page.count("<article>") == USERS - 1
+    (judgement,) = (Path(two_nights) / "judgements").iterdir()
+    report = json.loads(judgement.read_text())
+    assert len(report["users"]) == len(report["ratings"]["rule"]) == USERS - 1
+
+    # An old log with one event more, so that it is not the one that was read before.
+    log = write_log(two_nights_once / "again.csv", [*SMALL_LOG, *HERS, ("u7", "i2", START + 98 * DAY)])
+    again = raypipe("ingest", "--workspace", two_nights, "--log.path", log, "--log.columns.time", "time")
+    assert (again.code, again.metrics["forgotten"]) == (0, len(HERS))
+    assert again.metrics["events_added"] == 1
+    assert files_with_her(two_nights) == []
+    assert raypipe("forget", "--workspace", two_nights, "--user", USER).status == "nothing_to_do"
+
+
+@pytest.mark.parametrize("at", ["tombstones", "summaries", "nights", "sweep"])
+def test_forgetting_that_was_killed_goes_on(
+    raypipe: Run, two_nights: str, at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = of_others(two_nights)
+    publish = Table.publish
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    def stop_at(table: Table, *args: Any, **kwargs: Any) -> int:
+        return stop() if table.spec.name == at else publish(table, *args, **kwargs)  # type: ignore[return-value]
+
+    places = {"nights": "raypipe.pipeline.forget.Nights.rewrite", "sweep": "raypipe.pipeline.forget._sweep"}
+    with monkeypatch.context() as patch:
+        if at in places:
+            patch.setattr(places[at], stop)
+        else:
+            patch.setattr(Table, "publish", stop_at)
+        stopped = raypipe("forget", "--workspace", two_nights, "--user", USER)
+    assert stopped.code == 1
+    assert files_with_her(two_nights)
+    assert raypipe("forget", "--workspace", two_nights, "--user", USER).code == 0
+    assert files_with_her(two_nights) == []
+    assert of_others(two_nights) == before
+    assert newest(two_nights, "tombstones").num_rows == 1
+    current = Nights(Store(two_nights)).current()
+    assert current is not None
+    assert Workspace(two_nights).tables["histories"].rows(current.tables["histories"]) == USERS - 1
+
+
+def test_several_users_go_at_once_by_a_file(raypipe: Run, two_nights: str, files: Path) -> None:
+    (files / "users.txt").write_text(f"{USER}\nu7\nu8\nnobody\n")
+    ended = raypipe("forget", "--workspace", two_nights, "--users", files / "users.txt")
+    assert (ended.code, ended.metrics["tombstones_added"]) == (0, 4)
+    assert newest(two_nights, "histories").num_rows == USERS - 3
+    assert newest(two_nights, "explanations").num_rows == 0
+    assert files_with_her(two_nights) == []
+
+
+def test_forgetting_waits_for_open_runs_and_for_a_night_on_the_newest_tables(raypipe: Run, two_nights: str) -> None:
+    workspace = Workspace(two_nights)
+    run = workspace.ledger("summarize").start("f" * 32, {"base": {"summaries": 0}, "scope": "all"})
+    waits = raypipe("forget", "--workspace", two_nights, "--user", USER)
+    assert (waits.code, waits.status) == (2, "failed")
+    assert "forget waits for runs that are open: summarize ffffffffffff" in waits.stderr
+    run.abandon("for the test")
+    raypipe("night", "--workspace", two_nights, "--restore", "2026-01-05")
+    refused = raypipe("forget", "--workspace", two_nights, "--user", USER)
+    assert refused.code == 2
+    assert "Publish a night on the newest tables" in refused.stderr
+    assert newest(two_nights, "histories").num_rows == USERS
+    # Somebody who came later is not in it.
+    assert workspace.tables["tombstones"].version() == -1
+
+
+@pytest.mark.parametrize("words", [(), ("--user", "a", "--users", "b"), ("--users", "nowhere.txt")])
+def test_nobody_or_twice_is_refused(raypipe: Run, two_nights: str, words: tuple[str, ...]) -> None:
+    ended = raypipe("forget", "--workspace", two_nights, *words)
+    assert (ended.code, ended.status) == (2, "failed")
