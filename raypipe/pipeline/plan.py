@@ -195,4 +195,4 @@ def _report(metrics: dict[str, Any], config: PlanConfig) -> None:
         low, middle, high = (metrics[name] / 3600 for name in ("seconds_least", "seconds", "seconds_most"))
         say(f"about {middle:.2f} hours, {low:.2f} to {high:.2f} by the last runs of this engine")
     if metrics["users_per_bucket"] > _CROWDED:
-        say(f"{metrics['users_per_bucket']:,} users a bucket: ingest into a workspace with more --buckets")
+        say(f"{metrics['users_per_bucket']:,} users a bucket: split them with `raypipe rebucket`")

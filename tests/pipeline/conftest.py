@@ -23,6 +23,7 @@ from tests.pipeline.small_logs import (
     write_catalogue,
     write_log,
 )
+from tests.pipeline.two_nights import run_two_nights
 
 
 @pytest.fixture(scope="session")
@@ -102,3 +103,16 @@ def asked_templates() -> list[str]:
 def with_lm(joined_once: Path, tmp_path: Path) -> str:
     """A copy of the workspace for the test."""
     return str(shutil.copytree(joined_once, tmp_path / "workspace"))
+
+
+@pytest.fixture(scope="session")
+def two_nights_once(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("remembered")
+    run_two_nights(folder)
+    return folder / "workspace"
+
+
+@pytest.fixture
+def two_nights(two_nights_once: Path, tmp_path: Path) -> str:
+    """A copy of a workspace with every table filled."""
+    return str(shutil.copytree(two_nights_once, tmp_path / "workspace"))

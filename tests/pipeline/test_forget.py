@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +11,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from raypipe.cli.main import main
-from raypipe.recommenders.config import RecommenderConfig
 from raypipe.storage.nights import Nights
-from raypipe.storage.releases import Release, Releases
 from raypipe.storage.store import Store
 from raypipe.storage.tables import Table
 from raypipe.storage.tombstones import digest
 from raypipe.storage.workspace import Workspace
 from tests.conftest import Run
-from tests.pipeline.small_logs import DAY, SMALL_ITEMS, SMALL_LOG, START, newest, write_catalogue, write_log
-from tests.untrained import store_untrained
+from tests.pipeline.small_logs import DAY, SMALL_LOG, START, newest, write_log
+from tests.pipeline.two_nights import HERS, USER, USERS
 
-USER = "Mnemosyne <7f3a>"
 # Neither in JSON nor in HTML the same text as it is.
 SPELLINGS = (USER.encode(), b"Mnemosyne", b"7f3a")
-HERS = [(USER, f"i{n % SMALL_ITEMS + 1}", START + n * DAY) for n in range(17)]
-BAD = [(USER, "no-such-item", START), (USER, "i1", "yesterday"), ("u3", "no-such-item", START)]
-NIGHT = ("--summarize.engine.engine", "echo", "--cards", "40", "--tracking", "auto", "--cluster.workers", "1")
-USERS = 26
 
 
 def files_with_her(uri: str) -> list[str]:
@@ -59,46 +50,6 @@ def of_others(uri: str) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-@pytest.fixture(scope="session")
-def two_nights_once(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two nights with every table filled, a canary, a judgement, rejects, and what interrupted jobs leave behind."""
-    folder = tmp_path_factory.mktemp("remembered")
-    uri = folder / "workspace"
-    log = write_log(folder / "monday.csv", [*SMALL_LOG, *HERS[:10], *BAD])
-    catalogue = write_catalogue(folder / "items.csv", SMALL_ITEMS)
-    where = ("--workspace", str(uri))
-    read = ("--ingest.log.columns.time", "time", "--ingest.catalogue.path", str(catalogue), "--ingest.log.path")
-    ingest = [word.replace("--ingest.", "--") for word in read]
-    assert main(["ingest", *where, *ingest, str(log), "--tracking", "off", "--cluster.workers", "1"]) == 0
-    model = store_untrained(str(uri), RecommenderConfig(model="sasrec", width=8, max_length=5))
-    releases = Releases(Store(str(uri)))
-    releases.point("champion", releases.add(Release(f"{model.name}/{model.hash}", "echo")))
-    assert main(["nightly", *where, *NIGHT, *read, str(log), "--date", "2026-01-05"]) == 0
-    table = Workspace(str(uri)).tables["explanations"]
-    for user in (USER, "u7"):
-        rows = pa.table([[user], [1], ["yes"], [f"{user} likes it"], ["0" * 32]], schema=table.spec.columns)
-        bucket = next(
-            file.partition["bucket"]
-            for file in Workspace(str(uri)).tables["histories"].files(0)
-            if user in Workspace(str(uri)).tables["histories"].read_files([file], ["user_id"])["user_id"].to_pylist()
-        )
-        staged = table.stage(rows, f"by-hand-{user[:2]}", {"variant": "explain-x", "bucket": bucket})
-        table.publish([staged], mode="append", app=f"by-hand-{user[:2]}", number=1)
-    later = write_log(folder / "tuesday.csv", [*HERS[10:], ("u7", "i1", START + 99 * DAY)])
-    assert main(["nightly", *where, *NIGHT, *read, str(later), "--date", "2026-01-06"]) == 0
-    (folder / "canary.txt").write_text(f"{USER}\nu7\n")
-    echo = ("--engine.engine", "echo", "--tracking", "off", "--cluster.workers", "1")
-    assert main(["summarize", *where, *echo, "--users", str(folder / "canary.txt")]) == 0
-    assert main(["judge", *where, "--tracking", "off"]) == 0
-    Store(str(uri)).put("staging/retry/left.jsonl", json.dumps({"user_id": USER}).encode())
-    return folder
-
-
-@pytest.fixture
-def two_nights(two_nights_once: Path, tmp_path: Path) -> str:
-    return str(shutil.copytree(two_nights_once / "workspace", tmp_path / "workspace"))
-
-
 def test_she_is_in_every_kind_of_file_before(two_nights: str) -> None:
     folders = {path.split("/")[0] for path in files_with_her(two_nights)}
     tables = {path.split("/")[1] for path in files_with_her(two_nights) if path.startswith("tables/")}
@@ -107,7 +58,7 @@ def test_she_is_in_every_kind_of_file_before(two_nights: str) -> None:
     assert tables == {*users, "rejects"}
 
 
-def test_a_forgotten_user_is_nowhere_and_stays_away(raypipe: Run, two_nights: str, two_nights_once: Path) -> None:
+def test_a_forgotten_user_is_nowhere_and_stays_away(raypipe: Run, two_nights: str, files: Path) -> None:
     before, night = of_others(two_nights), Nights(Store(two_nights)).current()
     assert night is not None
     ended = raypipe("forget", "--workspace", two_nights, "--user", USER)
@@ -132,7 +83,7 @@ def test_a_forgotten_user_is_nowhere_and_stays_away(raypipe: Run, two_nights: st
     assert len(report["users"]) == len(report["ratings"]["rule"]) == USERS - 1
 
     # An old log with one event more, so that it is not the one that was read before.
-    log = write_log(two_nights_once / "again.csv", [*SMALL_LOG, *HERS, ("u7", "i2", START + 98 * DAY)])
+    log = write_log(files / "again.csv", [*SMALL_LOG, *HERS, ("u7", "i2", START + 98 * DAY)])
     again = raypipe("ingest", "--workspace", two_nights, "--log.path", log, "--log.columns.time", "time")
     assert (again.code, again.metrics["forgotten"]) == (0, len(HERS))
     assert again.metrics["events_added"] == 1

@@ -1,0 +1,86 @@
+"""Every table of a night is read by DuckDB and by Polars, at the versions the night's manifest names."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from raypipe.storage.nights import Nights
+from raypipe.storage.schemas import TABLES
+from raypipe.storage.store import Store
+from raypipe.storage.workspace import Workspace
+from tests.conftest import Run, unavailable
+from tests.pipeline.two_nights import HERS, USER, USERS
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+(CONNECT,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+QUERIES = [
+    query.strip()
+    for block in re.findall(r"```sql\n(.*?)```", README, re.DOTALL)
+    for query in block.split(";")
+    if query.strip()
+]
+
+
+@pytest.fixture
+def asked(two_nights: str, raypipe: Run) -> Callable[[str], list[tuple[Any, ...]]]:
+    """The README's connection to a workspace whose night in force is not of the newest tables."""
+    if importlib.util.find_spec("duckdb") is None:
+        unavailable("duckdb is not installed")
+    forgotten = raypipe("forget", "--workspace", two_nights, "--user", "u9")
+    assert forgotten.code == 0, forgotten.stderr
+    # After the night: readers of the night do not see it.
+    ingested = raypipe(
+        "ingest", "--workspace", two_nights, "--log.path", write_more(two_nights), "--log.columns.time", "time"
+    )
+    assert ingested.code == 0, ingested.stderr
+    names: dict[str, Any] = {}
+    exec(CONNECT.replace('"work/ws"', repr(two_nights)), names)
+    return lambda query: names["connection"].sql(query).fetchall()
+
+
+def write_more(uri: str) -> Path:
+    path = Path(uri).parent / "after-the-night.csv"
+    path.write_text("user_id,item_id,time\nlate,i1,1800000000000\n")
+    return path
+
+
+def test_duckdb_reads_the_night_and_not_what_came_after(asked: Callable[[str], list[tuple[Any, ...]]]) -> None:
+    assert asked("SELECT len(items) FROM histories WHERE user_id = 'Mnemosyne <7f3a>'") == [(len(HERS),)]
+    assert asked("SELECT count(*) FROM histories") == [(USERS - 1,)]
+    assert asked("SELECT count(*) FROM histories WHERE user_id = 'late'") == [(0,)]
+
+
+def test_every_documented_query_answers_and_every_table_is_in_one(
+    asked: Callable[[str], list[tuple[Any, ...]]],
+) -> None:
+    for query in QUERIES:
+        assert asked(query), query
+    words = {word for query in QUERIES for word in re.findall(r"(?:FROM|JOIN) (\w+)", query)}
+    assert set(TABLES) <= words
+
+
+def test_polars_reads_what_raypipe_reads(two_nights: str, two_nights_once: Path) -> None:
+    workspace = Workspace(two_nights)
+    night = Nights(Store(two_nights)).current()
+    assert night is not None
+    assert json.loads((Path(two_nights) / "nights/current.json").read_text()) == {"date": night.date}
+    assert set(night.tables) == set(TABLES) - {"tombstones"}
+    for name, version in night.tables.items():
+        table = workspace.tables[name]
+        theirs = pl.scan_delta(table.uri, version=version).collect()
+        ours = pl.from_arrow(table.read(version))
+        assert isinstance(ours, pl.DataFrame)
+        assert theirs.height == ours.height > 0
+        rows = [sorted(map(str, frame.select(ours.columns).rows())) for frame in (theirs, ours)]
+        assert rows[0] == rows[1], name
+    summaries = pl.scan_delta(workspace.tables["summaries"].uri, version=night.tables["summaries"])
+    hers = summaries.filter(pl.col("user_id") == USER).collect()
+    assert hers["covered"].to_list() == [len(HERS) // 5]
