@@ -65,6 +65,7 @@ class Submission(Config):
 
     job: str = free(..., "the job")
     words: tuple[str, ...] = free(..., "the job's options, its date among them")
+    typed: tuple[str, ...] = free(..., "the same as they are typed here, where the config file has another path")
     date: str = free(..., "the run's date")
     run_key: str = free(..., "hash over the job and its configuration")
     config_hash: str = free(..., "hash over all of the configuration")
@@ -92,7 +93,7 @@ def run_submit(
     submission = prepare(config, rest, jobs, config_type)
     runtime_env = _runtime_env(config)
     resources = _resources(config)
-    again = shlex.join(["raypipe", JOB, *own, *submission.job.split(), *rest])
+    again = shlex.join(["raypipe", JOB, *own, *submission.job.split(), *submission.typed])
     if config.dry_run:
         shown = {"run": submission.run, "entrypoint": submission.entrypoint(config.driver_cpus)}
         return 0, _result(
@@ -162,6 +163,7 @@ def prepare(
     return Submission(
         job=job,
         words=tuple(_in_working_dir(options, config)),
+        typed=tuple(options),
         date=date,
         run_key=fingerprint({"job": job, "config": what})[:_RUN_KEY_DIGITS],
         config_hash=fingerprint(values),

@@ -24,9 +24,10 @@ from raypipe.config import free
 from raypipe.errors import UsageError
 from raypipe.pipeline.forget_traces import forget_in_cards, forget_in_judgements, holds_user, rejects_to_keep
 from raypipe.pipeline.forget_units import ForgetBucket
-from raypipe.pipeline.job import JobConfig, JobResult, cost_of
+from raypipe.pipeline.job import cost_of
 from raypipe.pipeline.rebucket import BUCKETED
 from raypipe.pipeline.vacuum import remove_unneeded
+from raypipe.runtime.job import JobConfig, JobResult
 from raypipe.runtime.progress import say
 from raypipe.runtime.session import Session, open_session, refuse_open_runs
 from raypipe.storage.fingerprint import fingerprint

@@ -17,7 +17,8 @@ import pyarrow as pa
 
 from raypipe.config import free
 from raypipe.errors import UsageError
-from raypipe.pipeline.job import JobConfig, JobResult, cost_of
+from raypipe.pipeline.job import cost_of
+from raypipe.runtime.job import JobConfig, JobResult
 from raypipe.runtime.progress import say
 from raypipe.runtime.session import open_session, refuse_open_runs
 from raypipe.runtime.units import UnitContext

@@ -2,7 +2,7 @@
 
 Log rows whose item was unknown are ingested again once the catalogue has it. Users whose summary, states, list or explanation
 was rejected are unblocked: the next `summarize`, `extract`, `recommend` or `explain` tries them. A row that goes through
-leaves `rejects`; Delta's history keeps it.
+leaves `rejects`; Delta's history keeps it until `raypipe vacuum`.
 """
 
 from __future__ import annotations

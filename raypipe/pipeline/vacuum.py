@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from raypipe.config import free
-from raypipe.pipeline.job import JobConfig, JobResult, cost_of
+from raypipe.pipeline.job import cost_of
+from raypipe.runtime.job import JobConfig, JobResult
 from raypipe.runtime.progress import say
 from raypipe.runtime.session import open_session, refuse_open_runs
 from raypipe.storage.ledger import Usage

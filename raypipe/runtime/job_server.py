@@ -19,6 +19,12 @@ _POLL_S = 2.0
 # A head that comes back, with its jobs from Redis, takes about a minute.
 _AWAY_S = 300.0
 _BIGGEST = 3
+_CHATTY = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+    "ray._private.runtime_env.working_dir",
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class JobServer:
     def __init__(self, address: str) -> None:
         from ray.job_submission import JobSubmissionClient
 
-        for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
+        for name in _CHATTY:
             logging.getLogger(name).setLevel(logging.ERROR)
         self.address = address
         with _reached(address):

@@ -84,7 +84,7 @@ def test_where_and_with_how_many_workers_is_not_part_of_the_key() -> None:
 def test_a_night_without_a_date_is_pinned_to_today() -> None:
     before = datetime.date.today().isoformat()
     submission = prepared("nightly")
-    assert submission.words == ("--date", submission.date)
+    assert submission.words == submission.typed == ("--date", submission.date)
     assert before <= submission.date <= datetime.date.today().isoformat()
     assert prepared("nightly", "--date", submission.date).run == submission.run
 

@@ -46,8 +46,8 @@ def submit(server: JobServer, *words: object, token: str | None = None) -> Submi
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("data")
-    events = [(f"u{n % 12}", f"i{(n * n + n) % 9 + 1}", START + n) for n in range(120)]
-    return write_log(folder / "log.csv", events), write_catalogue(folder / "items.csv", 9)
+    events = [(f"u{n % 12}", f"i{(n * n + n) % 23 + 1}", START + n) for n in range(120)]
+    return write_log(folder / "log.csv", events), write_catalogue(folder / "items.csv", 23)
 
 
 def ingest(uri: Path, log: Path, catalogue: Path) -> tuple[object, ...]:
@@ -67,7 +67,9 @@ def test_a_job_is_submitted_followed_and_not_submitted_twice(
     # What the job printed, and the JSON it ended with.
     assert "ingest, reading the log" in first.stderr or '"job": "ingest"' in first.stderr
     assert first.facts["result"]["metrics"]["rows_in"] == 120
-    assert f"raypipe submit --address {server.url} --owner platform ingest" in first.stderr
+    again = f"raypipe submit --address {server.url} --owner platform ingest --workspace {tmp_path}/workspace"
+    assert f"to resume it after a failure: {again}" in first.stderr
+    assert "WARNING" not in first.stderr
     info = server.get(f"jobs/{name}")
     assert info["driver_exit_code"] == 0
     assert info["metadata"]["owner"] == "platform"
@@ -77,9 +79,9 @@ def test_a_job_is_submitted_followed_and_not_submitted_twice(
     assert info["runtime_env"]["working_dir"].startswith("gcs://")
 
     known = len(server.get("jobs/"))
-    again = submit(server, "--owner", "platform", *words)
-    assert (again.code, again.result["status"]) == (2, "failed")
-    assert "has succeeded" in again.stderr
+    twice = submit(server, "--owner", "platform", *words)
+    assert (twice.code, twice.result["status"]) == (2, "failed")
+    assert "has succeeded" in twice.stderr
     assert len(server.get("jobs/")) == known
     forced = submit(server, "--again", *words)
     assert (forced.code, forced.result["status"]) == (0, "nothing_to_do"), forced.stderr
@@ -95,7 +97,7 @@ def test_a_job_that_fails_says_how_to_resume_and_is_the_next_attempt_then(
     failed = submit(server, *words)
     assert (failed.code, failed.result["status"], failed.facts["driver_exit_code"]) == (2, "failed", 2), failed.stderr
     assert str(late) in failed.result["error"]
-    assert f"to resume: raypipe submit --address {server.url} ingest" in failed.stderr
+    assert f"to resume: raypipe submit --address {server.url} ingest --workspace" in failed.stderr
     shutil.copy(log, late)
     resumed = submit(server, *words)
     assert (resumed.code, resumed.result["status"]) == (0, "ok"), resumed.stderr
