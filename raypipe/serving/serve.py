@@ -13,7 +13,7 @@ from raypipe.runtime.cluster import ClusterConfig
 from raypipe.runtime.job import JobResult
 from raypipe.runtime.progress import say
 from raypipe.serving.config import ServiceConfig
-from raypipe.serving.served import find_target
+from raypipe.serving.watch import Watch
 from raypipe.storage.online import open_online_store
 from raypipe.storage.tokens import Tokens
 from raypipe.storage.workspace import Workspace
@@ -35,12 +35,14 @@ class ServeConfig(ServiceConfig):
 def run_serve(config: ServeConfig) -> JobResult:
     """Serve until SIGTERM or Ctrl-C, then finish the requests in hand.
 
-    Raises UsageError, before anything is started, where nothing can be served or the port is taken.
+    Raises UsageError or UnfitError, before anything is started, where nothing can be served or the port is taken.
     """
     workspace = Workspace(config.workspace)
     workspace.require_info()
+    service = ServiceConfig(**{name: getattr(config, name) for name in ServiceConfig.model_fields})
     store = open_online_store(config.store, workspace.store)
-    target = find_target(workspace, store)
+    # What a replica would do first: what is missing or unfit is told here, in one paragraph, and not by its log.
+    target = Watch(service, store).served.target
     store.close()
     if not target.version:
         say(f"{JOB}: the night in force is not loaded, so only histories are answered; `raypipe online` loads it")
@@ -61,9 +63,7 @@ def run_serve(config: ServeConfig) -> JobResult:
     started = time.monotonic()
     try:
         serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
-        serve.run(
-            build(ServiceConfig(**{name: getattr(config, name) for name in ServiceConfig.model_fields})), name=NAME
-        )
+        serve.run(build(service), name=NAME)
         say(f"{JOB}: http://{config.host}:{config.port}/v1 answers, its description is at /docs")
         while True:
             time.sleep(_LOOK_S)

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from raypipe.errors import UsageError
 from raypipe.serving.config import ServiceConfig
+from raypipe.serving.serve import ServeConfig, run_serve
 from raypipe.serving.served import UnfitError
 from raypipe.storage.models import Models
 from raypipe.storage.releases import Release, Releases
@@ -103,7 +104,7 @@ def test_a_release_that_does_not_answer_is_refused_and_the_old_one_stays(ready: 
     releases = Releases(Store(ready))
     releases.point("served", releases.get(bad.hash))
     with pytest.raises(UnfitError, match="its scores are no numbers"):
-        Direct(ServiceConfig(workspace=ready))
+        run_serve(ServeConfig(workspace=ready))
 
 
 def test_a_poisoned_model_is_refused(ready: str, tmp_path: Path) -> None:
@@ -145,4 +146,4 @@ def test_a_night_is_seen_once_it_is_loaded_and_going_back_takes_one_command(rayp
 def test_a_workspace_without_a_release_is_told_before_anything_is_served(ready: str) -> None:
     Store(ready).delete(["releases/aliases/champion.json"])
     with pytest.raises(UsageError, match="No release is in force"):
-        Direct(ServiceConfig(workspace=ready))
+        run_serve(ServeConfig(workspace=ready))
