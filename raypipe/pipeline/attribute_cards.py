@@ -11,15 +11,15 @@ import torch
 from numpy.typing import NDArray
 
 from raypipe.errors import UsageError
-from raypipe.pipeline.job import ModelCache
-from raypipe.pipeline.loaded import Loaded, find_model
+from raypipe.pipeline.loaded import Loaded
 from raypipe.recommenders.attribute_scores import along, load_scores
 from raypipe.recommenders.evaluation import HeldOut
 from raypipe.recommenders.guided import contributions, user_rows
 from raypipe.recommenders.ranking import sequences_of, top_lists
 from raypipe.recommenders.recommender import Recommender
 from raypipe.recommenders.windows import Histories
-from raypipe.storage.models import Models
+from raypipe.runtime.job import ModelCache
+from raypipe.storage.models import Models, find_model
 from raypipe.storage.workspace import Workspace
 
 _SHOWN_ITEMS = 5

@@ -30,11 +30,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from raypipe.pipeline.job import ModelCache
 from raypipe.pipeline.loaded import Loaded
 from raypipe.pipeline.sequences import pinned_versions, read_histories
 from raypipe.recommenders.ranking import sequences_of
 from raypipe.recommenders.scoring import top_k
+from raypipe.runtime.job import ModelCache
 from raypipe.storage.workspace import Workspace
 from tests.benchmarks.recommenders import ROOT, log_options, merge, run
 
