@@ -16,9 +16,9 @@ from raypipe.cli.main import main
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
 from raypipe.language.instructions import Catalogue
 from raypipe.language.number_slots import NumberForm
-from raypipe.pipeline.sequences import catalogue_card, user_keys
+from raypipe.pipeline.sequences import user_keys
 from raypipe.recommenders.attribute_scores import AttributeScores, load_scores, save_scores
-from raypipe.recommenders.checkpoint import load_recommender
+from raypipe.recommenders.checkpoint import catalogue_card, load_recommender
 from raypipe.recommenders.recommender import weights_hash
 from raypipe.storage.models import Model, Models
 from raypipe.storage.store import Store
