@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 from raypipe.errors import RaypipeError
 from raypipe.runtime.cluster import ClusterConfig
-from raypipe.runtime.memory import return_memory
+from raypipe.runtime.memory import WorkingMemory
 from raypipe.runtime.metrics import WorkMetrics
 from raypipe.runtime.progress import Progress, about, say, speak
 from raypipe.storage.ledger import MAX_DEATHS, Receipt, Run, Unit
@@ -178,6 +178,7 @@ class _Worker:
         self.build = build
         self.stall_s = stall_s
         self.work: UnitWork | None = None
+        self.memory = WorkingMemory()
         self.metrics = WorkMetrics(run.job)
         # What a worker says goes to Ray's log files, which machines read.
         speak("json", job=run.job, run_key=run.run_key)
@@ -206,7 +207,7 @@ class _Worker:
         with about(unit=unit.name, attempt=attempt):
             say("unit begins")
             receipt = self._work(unit, attempt)
-            return_memory()
+            self.memory.settle()
             say("unit done", **asdict(receipt.counts), **asdict(receipt.usage))
         if self.run.commit(receipt):
             self.metrics.unit_done(receipt)
