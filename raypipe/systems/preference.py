@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Protocol
 
 import numpy as np
@@ -27,6 +28,9 @@ B: {other}
 Which of the two fits that person better? Answer with the letter alone.
 Letter:"""
 """A rubric's prompt for two titles."""
+
+RULE = "rule"
+"""The judge who is always there; figures of others bear their names."""
 
 _LETTER = re.compile(r"\b[AB]\b")
 
@@ -111,3 +115,24 @@ def preferred(judge: PreferenceJudge, pairs: Sequence[Pair], known: Collection[s
     }
     values = [*settled.values(), *told.values()]
     return Preference(float(np.mean(values)) if values else None, len(values) / max(1, len(pairs)))
+
+
+def preferences(
+    judges: Mapping[str, PreferenceJudge],
+    named: Sequence[str],
+    rivals: Mapping[str, Sequence[str]],
+    histories: Sequence[Sequence[str]],
+    known: Collection[str],
+) -> dict[str, float]:
+    """By judge and kind of rival, how often what was `named` of each history's oracle is preferred to the rival; `judged`
+    where a judge left some undecided."""
+    figures: dict[str, float] = {}
+    for judge, rival in product(judges, rivals):
+        pairs = [Pair(*case) for case in zip(histories, named, rivals[rival], strict=True)]
+        found = preferred(judges[judge], pairs, known)
+        by = "" if judge == RULE else f" by {judge}"
+        if found.share is not None:
+            figures[f"oracle preferred to {rival}{by}"] = found.share
+        if found.judged < 1:
+            figures[f"oracle judged beside {rival}{by}"] = found.judged
+    return figures

@@ -8,9 +8,8 @@ any other. Templates of training and of tests are disjoint.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Literal
 
 import numpy as np
@@ -29,7 +28,7 @@ from raypipe.language.templates import Templates, fill
 from raypipe.metrics.recovery import recovered, recovered_places, rouge_l, titles_in, valid_ratio
 from raypipe.recommenders.scoring import top_k
 from raypipe.systems.judges import Rubric
-from raypipe.systems.preference import PREFERENCE, EnginePreference, OverlapRule, Pair, PreferenceJudge, preferred
+from raypipe.systems.preference import PREFERENCE, RULE, EnginePreference, OverlapRule, PreferenceJudge, preferences
 from raypipe.systems.probes import Rows
 from raypipe.systems.projection import AdaptedLm, probed
 from raypipe.systems.source import Source, drawn_places
@@ -39,7 +38,6 @@ SEPARATOR = "; "
 _USERS_AT_ONCE = 256
 CONTROLS = ("shuffled states", "no states")
 NEAREST = "nearest item"
-RULE = "rule"
 
 _RECOVERY = Templates(
     training=(
@@ -202,7 +200,7 @@ class RecInterpreter:
         oracles = _oracles(source, readings) if self.config.after == "item" else []
         judges = self._judges(source) if oracles else {}
         drawn = np.random.default_rng(0).integers(len(source.titles), size=len(oracles)) + 1
-        rivals = {"random": source.titles_of(drawn.tolist()), "nearest": [oracle.title for oracle in oracles]}
+        random, nearest = source.titles_of(drawn.tolist()), [oracle.title for oracle in oracles]
         histories = [reading.history for reading in readings]
         decoding = Decoding(max_new_tokens=most_tokens)
         several, one = self.choices(source) or (None, None)
@@ -217,9 +215,9 @@ class RecInterpreter:
             prefix = f"{control}: " if control else ""
             figures = self.figures(answers, readings, oracles, source.known)
             named = [_title(answer, source.known) for answer in answers[2 * count :]]
-            figures |= preferences(judges, named, rivals, histories, source.known)
+            figures |= preferences(judges, named, {"random": random, "nearest": nearest}, histories, source.known)
             found |= {prefix + name: round(value, 4) for name, value in figures.items()}
-        ceiling = preferences(judges, rivals.pop("nearest"), rivals, histories, source.known)
+        ceiling = preferences(judges, nearest, {"random": random}, histories, source.known)
         return found | {f"{NEAREST}: {name}": round(value, 4) for name, value in ceiling.items()}
 
     def _check_judges(self) -> None:
@@ -352,27 +350,6 @@ def residual_figures(answers: Sequence[str], titles: Sequence[str], known: Colle
 def _title(answer: str, known: Collection[str]) -> str:
     answer = answer.strip()
     return answer if answer in known else answer.removesuffix(".")
-
-
-def preferences(
-    judges: Mapping[str, PreferenceJudge],
-    named: Sequence[str],
-    rivals: Mapping[str, Sequence[str]],
-    histories: Sequence[Sequence[str]],
-    known: Collection[str],
-) -> dict[str, float]:
-    """By judge and kind of rival, how often what was `named` of each history's oracle is preferred to the rival; `judged`
-    where a judge left some undecided."""
-    figures: dict[str, float] = {}
-    for judge, rival in product(judges, rivals):
-        pairs = [Pair(*case) for case in zip(histories, named, rivals[rival], strict=True)]
-        found = preferred(judges[judge], pairs, known)
-        by = "" if judge == RULE else f" by {judge}"
-        if found.share is not None:
-            figures[f"oracle preferred to {rival}{by}"] = found.share
-        if found.judged < 1:
-            figures[f"oracle judged beside {rival}{by}"] = found.judged
-    return figures
 
 
 def _answers(engine: Engine, prompts: Sequence[Prompt], decoding: Decoding, choices: Choices | None) -> list[str]:

@@ -77,6 +77,8 @@ def test_everybodys_top_recommendation_is_decided_and_put_into_words(raypipe: Ru
     assert judged.metrics["rule.share_0"] == pytest.approx(wrong, abs=0.25)
     assert judged.metrics["rule.rated"] == 1
     assert judged.metrics["rule.mean"] > 0.5
+    assert judged.metrics["coherence.users"] == 40
+    assert judged.metrics["coherence.mse"] < 2 * judged.metrics["coherence.constant"]
 
 
 def test_a_night_explains_what_is_new_alone(raypipe: Run, explaining: str, files: Path) -> None:
