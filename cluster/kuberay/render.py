@@ -4,8 +4,8 @@
 
 `apply.yaml` is for `kubectl apply`: accounts, configuration, network policies, the standing cluster and the nightly
 schedule. `jobs/JOB.yaml` is one RayJob for every job, for `kubectl create`, each on a cluster of its own that goes when the
-job ends. `monitoring.yaml` is for clusters with Prometheus' operator. A manifest is YAML in which `${name}` stands for a
-value: alone it keeps its type, within text it becomes text.
+job ends. `serve.yaml` is the online service, and `monitoring.yaml` for clusters with Prometheus' operator. A manifest is
+YAML in which `${name}` stands for a value: alone it keeps its type, within text it becomes text.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class Namespaces(Config):
 
     operator: str = free("kuberay-operator", "where KubeRay's operator runs")
     monitoring: str = free("monitoring", "where Prometheus runs")
+    ingress: str = free("ingress", "from where requests reach the online service")
 
 
 class Values(Config):
@@ -105,10 +106,11 @@ def main(argv: list[str]) -> int:
     folder = Path(values.folder)
     (folder / "jobs").mkdir(parents=True, exist_ok=True)
     (folder / "apply.yaml").write_text(yaml.safe_dump_all(standing(values), sort_keys=False))
+    (folder / "serve.yaml").write_text(yaml.safe_dump_all(service(values), sort_keys=False))
     (folder / "monitoring.yaml").write_text(yaml.safe_dump_all(monitoring(values), sort_keys=False))
     for job in job_names():
         (folder / "jobs" / f"{job}.yaml").write_text(yaml.safe_dump(ray_job(values, job), sort_keys=False))
-    print(f"Written: apply.yaml, monitoring.yaml and {len(job_names())} files in jobs/ below {folder}")
+    print(f"Written: apply.yaml, serve.yaml, monitoring.yaml and {len(job_names())} files in jobs/ below {folder}")
     return 0
 
 
@@ -136,6 +138,26 @@ def standing(values: Values) -> list[dict[str, Any]]:
     }
     names = ("accounts.yaml", "configuration.yaml", "network-policies.yaml", "raycluster.yaml", "nightly.yaml")
     return [manifest for name in names for manifest in _load(name, known)]
+
+
+def service(values: Values) -> list[dict[str, Any]]:
+    """The online service. Where its store is, with a password, comes from RAYPIPE_ONLINE_STORE in the Secret."""
+    config = yaml.safe_load((HERE.parent / "serve.yaml").read_text(encoding="utf-8"))
+    for application in config["applications"]:
+        application["args"]["workspace"] = values.workspace
+        application["args"].pop("store", None)
+    known = _known(values)
+    cluster = _load("raycluster.yaml", known)[0]["spec"]
+    cluster["gcsFaultToleranceOptions"]["externalStorageNamespace"] = "raypipe-serve"
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        # Read where Ray starts, by every process of Serve.
+        container["env"] = [{"name": "RAY_SERVE_ENABLE_HA_PROXY", "value": "1"}]
+        container["ports"].append({"containerPort": 8000, "name": "serve"})
+        group["template"]["metadata"]["labels"]["raypipe/serves"] = "true"
+    return _load(
+        "rayservice.yaml", known | {"serve_config": yaml.safe_dump(config, sort_keys=False), "cluster": cluster}
+    )
 
 
 def monitoring(values: Values) -> list[dict[str, Any]]:

@@ -152,6 +152,8 @@ def prepare(
             f"There is no job {job!r} to submit." if job else "No job is named.",
             f"Write `raypipe {JOB} [--address URL] JOB …`; the jobs are {', '.join(jobs)}.",
         )
+    if not issubclass(config_type(job), JobConfig):
+        raise UsageError(f"{job} is no job that ends.", "Deploy the service with `serve deploy cluster/serve.yaml`.")
     parsed = parse_config(job, config_type(job), options)
     date = getattr(parsed, "date", None) or datetime.date.today().isoformat()
     if job == "nightly" and parsed.date is None:  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ trained anew; the logs themselves and any copy outside of the workspace, such as
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -25,6 +26,7 @@ from raypipe.errors import UsageError
 from raypipe.pipeline.forget_traces import forget_in_cards, forget_in_judgements, holds_user, rejects_to_keep
 from raypipe.pipeline.forget_units import ForgetBucket
 from raypipe.pipeline.job import cost_of
+from raypipe.pipeline.online import OnlineConfig, run_online
 from raypipe.pipeline.rebucket import BUCKETED
 from raypipe.pipeline.vacuum import remove_unneeded
 from raypipe.runtime.job import JobConfig, JobResult
@@ -35,6 +37,7 @@ from raypipe.storage.hashing import stable_hash
 from raypipe.storage.ledger import Counts, Publish, Receipt, Run, Unit, Usage
 from raypipe.storage.locks import hold
 from raypipe.storage.nights import Night, Nights
+from raypipe.storage.online import ADDRESS, EMBEDDED
 from raypipe.storage.retention import versions_to_keep
 from raypipe.storage.schemas import REJECTS
 from raypipe.storage.tables import ABSENT
@@ -51,6 +54,8 @@ class ForgetConfig(JobConfig):
 
     user: str | None = free(None, "the user's id")
     users: str | None = free(None, "file of user ids, a line each")
+    store: str | None = free(None, "online store that is loaded anew without them, as of `raypipe online`")
+    grace_s: float = free(10.0, "seconds until the online store drops what it had, as of `raypipe online`", ge=0)
 
 
 def run_forget(config: ForgetConfig) -> JobResult:
@@ -74,6 +79,7 @@ def run_forget(config: ForgetConfig) -> JobResult:
         result = _publish(session, run, users, base, list(receipts.values()), started)
         dropped = _move_nights(workspace, run, users)
         removed = _sweep(workspace, config, users)
+    _load_anew(workspace, config)
     say(f"{JOB}: {len(users):,} users have a tombstone; {result.metrics['rows_forgotten']:,} rows of theirs are gone")
     say(f"{JOB}: models that were trained on them keep traces until they are trained anew")
     return replace(result, metrics={**result.metrics, "nights_removed": dropped, **removed})
@@ -208,3 +214,15 @@ def _sweep(workspace: Workspace, config: ForgetConfig, users: Sequence[str]) -> 
             if table.version() != ABSENT:
                 files += remove_unneeded(table, versions_to_keep(kept, name), grace_hours=0)
     return {"files_removed": len(files), "bytes_freed": sum(file.size for file in files)}
+
+
+def _load_anew(workspace: Workspace, config: ForgetConfig) -> None:
+    """The night in force into the online store once more, and all that was there before out of it."""
+    is_named = bool(config.store or os.environ.get(ADDRESS))
+    if not is_named and not (workspace.store.is_local and workspace.store.local_path(EMBEDDED).exists()):
+        if not workspace.store.is_local:
+            say(f"{JOB}: no online store is named; where there is one, `raypipe online --keep 0` loads it without them")
+        return
+    shared = {name: getattr(config, name) for name in JobConfig.model_fields}
+    if Nights(workspace.store).current() is not None:
+        run_online(OnlineConfig(**shared, store=config.store, keep=0, grace_s=config.grace_s))

@@ -26,6 +26,10 @@ from raypipe.storage.store import Store
 FORMAT = 1
 TABLES = ("histories", "hidden_states", "recommendations", "summaries")
 """What a version is made of; those a night does not have are left out."""
+ADDRESS = "RAYPIPE_ONLINE_STORE"
+"""The variable that names the store where no option does."""
+EMBEDDED = "online"
+"""The embedded store's folder in a local workspace."""
 
 
 class OnlineStoreDownError(RaypipeError):
@@ -131,7 +135,7 @@ def open_online_store(url: str | None, store: Store) -> OnlineStore:
 
     Raises UsageError where none is named and the workspace is on an object store, and where Redis's client is not installed.
     """
-    url = url or os.environ.get("RAYPIPE_ONLINE_STORE")
+    url = url or os.environ.get(ADDRESS)
     if url is not None and url.startswith(("redis://", "rediss://")):
         try:
             from raypipe.storage.online_redis import RedisStore
@@ -149,7 +153,7 @@ def open_online_store(url: str | None, store: Store) -> OnlineStore:
                 f"The workspace {store.uri} is on an object store, and no online store is named.",
                 "Name a Redis that all machines reach with --store redis://HOST:6379/0 or in RAYPIPE_ONLINE_STORE.",
             )
-        return EmbeddedStore(store.local_path("online"))
+        return EmbeddedStore(store.local_path(EMBEDDED))
     if "://" in url:
         raise UsageError(
             f"{url.split('://')[0]!r} is no kind of online store.", "Name redis://HOST:PORT/DB or a folder."

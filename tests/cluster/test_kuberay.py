@@ -51,7 +51,8 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def manifests(rendered: Path) -> list[dict[str, Any]]:
     jobs = [yaml.safe_load(path.read_text()) for path in sorted((rendered / "jobs").glob("*.yaml"))]
-    return [*yaml.safe_load_all((rendered / "apply.yaml").read_text()), *jobs]
+    several = [yaml.safe_load_all((rendered / name).read_text()) for name in ("apply.yaml", "serve.yaml")]
+    return [*several[0], *several[1], *jobs]
 
 
 def of_kind(manifests: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
@@ -102,7 +103,7 @@ def test_there_is_a_job_for_every_script(manifests: list[dict[str, Any]]) -> Non
     assert [Path(entrypoint.split()[1]).stem for entrypoint in entrypoints] == JOBS
 
 
-@pytest.mark.parametrize("kind", ["RayCluster", "RayJob"])
+@pytest.mark.parametrize("kind", ["RayCluster", "RayJob", "RayService"])
 def test_every_resource_of_kuberay_is_valid(manifests: list[dict[str, Any]], kind: str) -> None:
     # Metadata is Kubernetes' own; the schema calls it an object and no more.
     schema = schema_of(kind) | {"additionalProperties": True}
@@ -132,7 +133,7 @@ def test_the_schedules_pod_and_the_policies_rules_are_valid(manifests: list[dict
     assert problems(schedule["spec"]["jobTemplate"]["spec"]["template"], template) == []
     rules = cluster["networkPolicy"]["properties"]["head"]["properties"]
     policies = of_kind(manifests, "NetworkPolicy")
-    assert len(policies) == 3
+    assert len(policies) == 4
     for policy in policies:
         spec = policy["spec"]
         assert problems(spec["ingress"], rules["ingressRules"]) == []
@@ -142,7 +143,7 @@ def test_the_schedules_pod_and_the_policies_rules_are_valid(manifests: list[dict
 
 def test_no_container_is_root_and_each_says_what_it_needs(manifests: list[dict[str, Any]]) -> None:
     specs = list(pod_specs(manifests))
-    assert len(specs) == 1 + 3 + 4 * len(JOBS)
+    assert len(specs) == 1 + 3 + 3 + 4 * len(JOBS)
     for spec in specs:
         assert spec["securityContext"]["runAsNonRoot"] is True
         assert spec["securityContext"]["runAsUser"] == 1000
@@ -175,6 +176,26 @@ def test_clusters_scale_authenticate_and_keep_work_off_the_head(manifests: list[
         ]
     assert all(job["spec"]["entrypointNumCpus"] == 1 for job in jobs)
     assert all("--cluster.driver_cpus 1" in job["spec"]["entrypoint"] for job in jobs)
+
+
+def test_the_service_is_the_one_of_serve_yaml(manifests: list[dict[str, Any]]) -> None:
+    (service,) = of_kind(manifests, "RayService")
+    config = yaml.safe_load(service["spec"]["serveConfigV2"])
+    expected = yaml.safe_load((ROOT / "cluster/serve.yaml").read_text())
+    (application,) = expected["applications"]
+    assert application["args"].pop("store").startswith("redis://")
+    application["args"]["workspace"] = "s3://example-bucket/raypipe"
+    assert config == expected
+    cluster = service["spec"]["rayClusterConfig"]
+    assert cluster["gcsFaultToleranceOptions"]["externalStorageNamespace"] == "raypipe-serve"
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        assert {"name": "RAY_SERVE_ENABLE_HA_PROXY", "value": "1"} in container["env"]
+        assert {"containerPort": 8000, "name": "serve"} in container["ports"]
+        assert group["template"]["metadata"]["labels"]["raypipe/serves"] == "true"
+    # Nothing of it got into the others.
+    (standing,) = of_kind(manifests, "RayCluster")
+    assert "env" not in standing["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
 
 
 def test_only_the_schedule_decides_what_is_tried_again(manifests: list[dict[str, Any]]) -> None:

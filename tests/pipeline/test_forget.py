@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raypipe.storage.nights import Nights
+from raypipe.storage.online import open_online_store, version_of
 from raypipe.storage.store import Store
 from raypipe.storage.tables import Table
 from raypipe.storage.tombstones import digest
@@ -19,8 +20,10 @@ from raypipe.storage.workspace import Workspace
 from tests.conftest import Run
 from tests.pipeline.small_logs import DAY, SMALL_LOG, START, newest, write_log
 from tests.pipeline.two_nights import HERS, USER, USERS
+from tests.redis_server import RedisServer
 
 # Neither in JSON nor in HTML the same text as it is.
+AT_ONCE = ("--grace_s", "0")
 SPELLINGS = (USER.encode(), b"Mnemosyne", b"7f3a")
 
 
@@ -53,7 +56,7 @@ def of_others(uri: str) -> dict[str, list[dict[str, Any]]]:
 def test_she_is_in_every_kind_of_file_before(two_nights: str) -> None:
     folders = {path.split("/")[0] for path in files_with_her(two_nights)}
     tables = {path.split("/")[1] for path in files_with_her(two_nights) if path.startswith("tables/")}
-    assert folders == {"tables", "nights", "ledger", "canary", "judgements", "staging"}
+    assert folders == {"tables", "nights", "ledger", "canary", "judgements", "staging", "online"}
     users = {"histories", "hidden_states", "block_summaries", "summaries", "recommendations", "explanations"}
     assert tables == {*users, "rejects"}
 
@@ -61,7 +64,7 @@ def test_she_is_in_every_kind_of_file_before(two_nights: str) -> None:
 def test_a_forgotten_user_is_nowhere_and_stays_away(raypipe: Run, two_nights: str, files: Path) -> None:
     before, night = of_others(two_nights), Nights(Store(two_nights)).current()
     assert night is not None
-    ended = raypipe("forget", "--workspace", two_nights, "--user", USER)
+    ended = raypipe("forget", "--workspace", two_nights, "--user", USER, *AT_ONCE)
     assert (ended.code, ended.status) == (0, "ok"), ended.stderr
     assert (ended.metrics["tombstones_added"], ended.metrics["nights_removed"]) == (1, 1)
     assert "keep traces until they are trained anew" in ended.stderr
@@ -88,7 +91,48 @@ def test_a_forgotten_user_is_nowhere_and_stays_away(raypipe: Run, two_nights: st
     assert (again.code, again.metrics["forgotten"]) == (0, len(HERS))
     assert again.metrics["events_added"] == 1
     assert files_with_her(two_nights) == []
-    assert raypipe("forget", "--workspace", two_nights, "--user", USER).status == "nothing_to_do"
+    assert raypipe("forget", "--workspace", two_nights, "--user", USER, *AT_ONCE).status == "nothing_to_do"
+
+
+def test_a_forgotten_user_is_not_in_redis_and_everybody_else_is(
+    raypipe: Run, two_nights: str, redis_server: RedisServer
+) -> None:
+    import redis
+
+    client = redis.Redis.from_url(redis_server.url)
+
+    def holding(spelling: bytes) -> list[bytes]:
+        return [key for key in client.keys() if spelling in key or spelling in b"".join(contents_of(client, key))]
+
+    assert raypipe("online", "--workspace", two_nights, "--store", redis_server.url).code == 0
+    assert holding(USER.encode())
+    ended = raypipe("forget", "--workspace", two_nights, "--user", USER, "--store", redis_server.url, *AT_ONCE)
+    assert ended.code == 0, ended.stderr
+    assert not any(map(holding, SPELLINGS))
+    night = Nights(Store(two_nights)).current()
+    assert night is not None
+    store = open_online_store(redis_server.url, Store(two_nights))
+    hers, others = store.get(version_of(night), [USER, "u7"])
+    assert hers is None
+    assert others is not None
+    assert len(store.versions()) == 1
+    store.close()
+
+
+def contents_of(client: Any, key: bytes) -> list[bytes]:
+    """All that a key of any type holds."""
+    kind = client.type(key)
+    if kind == b"hash":
+        return [part for pair in client.hgetall(key).items() for part in pair]
+    if kind == b"string":
+        return [client.get(key)]
+    return list(
+        client.smembers(key)
+        if kind == b"set"
+        else client.zrange(key, 0, -1)
+        if kind == b"zset"
+        else client.lrange(key, 0, -1)
+    )
 
 
 @pytest.mark.parametrize("at", ["tombstones", "summaries", "nights", "sweep"])
@@ -110,10 +154,10 @@ def test_forgetting_that_was_killed_goes_on(
             patch.setattr(places[at], stop)
         else:
             patch.setattr(Table, "publish", stop_at)
-        stopped = raypipe("forget", "--workspace", two_nights, "--user", USER)
+        stopped = raypipe("forget", "--workspace", two_nights, "--user", USER, *AT_ONCE)
     assert stopped.code == 1
     assert files_with_her(two_nights)
-    assert raypipe("forget", "--workspace", two_nights, "--user", USER).code == 0
+    assert raypipe("forget", "--workspace", two_nights, "--user", USER, *AT_ONCE).code == 0
     assert files_with_her(two_nights) == []
     assert of_others(two_nights) == before
     assert newest(two_nights, "tombstones").num_rows == 1
@@ -124,7 +168,7 @@ def test_forgetting_that_was_killed_goes_on(
 
 def test_several_users_go_at_once_by_a_file(raypipe: Run, two_nights: str, files: Path) -> None:
     (files / "users.txt").write_text(f"{USER}\nu7\nu8\nnobody\n")
-    ended = raypipe("forget", "--workspace", two_nights, "--users", files / "users.txt")
+    ended = raypipe("forget", "--workspace", two_nights, "--users", files / "users.txt", *AT_ONCE)
     assert (ended.code, ended.metrics["tombstones_added"]) == (0, 4)
     assert newest(two_nights, "histories").num_rows == USERS - 3
     assert newest(two_nights, "explanations").num_rows == 0
@@ -134,12 +178,12 @@ def test_several_users_go_at_once_by_a_file(raypipe: Run, two_nights: str, files
 def test_forgetting_waits_for_open_runs_and_for_a_night_on_the_newest_tables(raypipe: Run, two_nights: str) -> None:
     workspace = Workspace(two_nights)
     run = workspace.ledger("summarize").start("f" * 32, {"base": {"summaries": 0}, "scope": "all"})
-    waits = raypipe("forget", "--workspace", two_nights, "--user", USER)
+    waits = raypipe("forget", "--workspace", two_nights, "--user", USER, *AT_ONCE)
     assert (waits.code, waits.status) == (2, "failed")
     assert "forget waits for runs that are open: summarize ffffffffffff" in waits.stderr
     run.abandon("for the test")
     raypipe("night", "--workspace", two_nights, "--restore", "2026-01-05")
-    refused = raypipe("forget", "--workspace", two_nights, "--user", USER)
+    refused = raypipe("forget", "--workspace", two_nights, "--user", USER, *AT_ONCE)
     assert refused.code == 2
     assert "Publish a night on the newest tables" in refused.stderr
     assert newest(two_nights, "histories").num_rows == USERS

@@ -55,6 +55,7 @@ def run_two_nights(folder: Path) -> None:
     canary = ("--users", str(folder / "canary.txt"), "--engine.engine", "echo")
     assert main(["summarize", *where, "--tracking", "off", *canary]) == 0
     assert main(["judge", *where, "--tracking", "off"]) == 0
+    assert main(["online", *where, "--tracking", "off"]) == 0
     Store(str(uri)).put("staging/retry/left.jsonl", json.dumps({"user_id": USER}).encode())
 
 
