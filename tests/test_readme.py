@@ -48,7 +48,7 @@ def test_what_is_submitted_is_what_submit_takes(
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "cluster/README.md").read_text(), re.DOTALL)
     lines = [*COMMANDS, *(line for block in blocks for line in block.splitlines())]
     submitted = [shlex.split(line)[1:] for line in lines if line.startswith("raypipe submit")]
-    assert len(submitted) == 2
+    assert len(submitted) == 3
     for submit, *words in submitted:
         assert main([submit, "--dry_run", *words]) == 0
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["metrics"]["run"].startswith("nightly-")
