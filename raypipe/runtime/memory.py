@@ -23,7 +23,7 @@ class WorkingMemory:
     """Of a worker whose pieces of work take and free the same memory again and again.
 
     Within a piece what was freed stays at hand, and between two it goes back once 256 MB have gathered: taking the pages
-    anew for every batch, and after every bucket, was a seventh of extracting states (measured).
+    anew for every batch, and after every bucket, was a seventh of extracting states, and a twentieth of training (measured).
     """
 
     def __init__(self) -> None:

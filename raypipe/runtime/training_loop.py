@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from raypipe.runtime.averaging import WeightAverage
-from raypipe.runtime.memory import return_memory
+from raypipe.runtime.memory import WorkingMemory
 from raypipe.runtime.trainer import MODEL, PartialTask, TrainerConfig, TrainingTask, ValidatedTask
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class _Worker:
         self.validations: list[tuple[int, float]] = []
         self.best: dict[str, Tensor] = {}  # whole weights of the best validation; on rank 0 alone
         self.seconds = 0.0  # of earlier attempts, up to the checkpoint this one started from
+        self.memory = WorkingMemory()
         if not gpu:
             torch.set_num_threads(config.cpus_per_worker)
         torch.manual_seed(config.seed)
@@ -84,7 +85,7 @@ class _Worker:
                 self._post(step, pending[-1].item(), (step - first) / (reported - started), progress, started)
             if len(pending) == _RECORDED_AT_ONCE or step % self.config.checkpoint_every == 0:
                 self._record(pending)
-                return_memory()
+                self.memory.settle()
                 if problem := self._diverged():
                     return {"diverged": problem}
             if self.validate_every and (step % self.validate_every == 0 or step == self.steps):
