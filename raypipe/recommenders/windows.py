@@ -32,7 +32,7 @@ class Histories:
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
-        return np.concatenate([[0], self.ends[:-1]]).astype(np.int64)
+        return np.concatenate([[0], self.ends])[: len(self.ends)].astype(np.int64)
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:

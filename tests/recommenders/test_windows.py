@@ -99,3 +99,9 @@ def test_events_of_one_time_come_in_another_order_in_every_epoch(histories: Hist
 def test_ties_end_where_a_time_or_a_history_does() -> None:
     times = np.array([5, 5, 6, 6, 6, 7, 7, 7])
     assert tie_groups(times, np.array([3, 3, 6, 8])).tolist() == [1, 1, 2, 3, 3, 4, 5, 5]
+
+
+def test_no_histories_have_no_starts_either(histories: Histories) -> None:
+    nobody = np.array([], np.int64)
+    for none in (Histories(np.array([], np.int32), nobody), histories.take(nobody, nobody)):
+        assert (len(none), len(none.starts), len(none.ends), len(none.lengths)) == (0, 0, 0, 0)
