@@ -6,9 +6,11 @@ Caches of models that slide or share layers stay those of transformers, whose ro
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -59,6 +61,33 @@ def reorder(cache: DynamicCache, rows: Tensor, first: int) -> None:
     for layer in cache.layers:
         for part in (layer.keys, layer.values):
             part[:, :, first:] = part[rows, :, first:]
+
+
+class Room:
+    """Buffers for copies of caches, one after the other in the same place: fresh memory for each took a tenth of the time."""
+
+    def __init__(self) -> None:
+        self._flat: list[tuple[Tensor, Tensor]] = []
+
+    def copied(self, cache: DynamicCache, rows: Tensor, columns: int, capacity: int) -> DynamicCache:
+        """As `copied`, of a plain cache; the copy made before is gone."""
+        found = DynamicCache()
+        found.layers = []
+        for number, layer in enumerate(cache.layers):
+            parts = (layer.keys, layer.values)
+            shapes = [(len(rows), part.shape[1], capacity, part.shape[3]) for part in parts]
+            sizes = [math.prod(shape) for shape in shapes]
+            if number == len(self._flat):
+                self._flat.append((parts[0].new_empty(0), parts[1].new_empty(0)))
+            if any(flat.numel() < size for flat, size in zip(self._flat[number], sizes, strict=True)):
+                self._flat[number] = (parts[0].new_empty(sizes[0]), parts[1].new_empty(sizes[1]))
+            keys, values = (
+                flat[:size].view(shape) for flat, size, shape in zip(self._flat[number], sizes, shapes, strict=True)
+            )
+            for part, copy_ in zip(parts, (keys, values), strict=True):
+                torch.index_select(part, 0, rows, out=copy_[:, :, :columns])
+            found.layers.append(_BufferedLayer.holding(keys, values, columns))
+        return found
 
 
 class _BufferedLayer(DynamicLayer):

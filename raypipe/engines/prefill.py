@@ -1,4 +1,4 @@
-"""Reading prompts before anything is written: each once, and what all of them begin with once for all."""
+"""Reading prompts before anything is written: each once, and what some or all of them begin with once for these."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from raypipe.engines.caches import is_plain, new_cache
+from raypipe.engines.beginnings import Family, families
+from raypipe.engines.caches import Room, is_plain, new_cache
 from raypipe.language.backbone import Backbone
 
 _FEW_TOKENS = 8  # Copying the keys and values of fewer is not worth its while.
 # A CPU reads prompts in pieces whose activations stay in its caches: 1.7 times as fast as 30,000 tokens at once (measured).
 _CPU_READ_TOKENS = 3000
+_CPU_HELD_TOKENS = 6000  # And keys and values of so many tokens, where they are copies of others.
 
 
 class SoftRows(Protocol):
@@ -23,6 +25,9 @@ class SoftRows(Protocol):
 
     most_shared: int
     """Tokens before the first such place of any prompt."""
+
+    contents: Sequence[Sequence[int]]
+    """What stands in each prompt, a number a place; equal where tokens and vectors are."""
 
     def embed(self, numbers: Sequence[int]) -> Tensor:
         """What the model reads of the prompts of these numbers, [rows, longest, hidden], padded on the left."""
@@ -98,3 +103,98 @@ class Prefill:
             logits_to_keep=1,
         ).logits[:, -1]
         return Read(cache, read, logits)
+
+
+def read_all(
+    backbone: Backbone, prompts: Sequence[Sequence[int]], batch_tokens: int, soft: SoftRows | None = None
+) -> Iterator[tuple[list[int], Read]]:
+    """Every prompt once, several at a time: their numbers, and what was read of them, which holds until the next are read.
+
+    What a family of prompts begins with, such as all questions about one user, is read once, and its keys and values are
+    copied to those. A batch holds at most `batch_tokens`, or one prompt.
+    """
+    if is_plain(new_cache(backbone.model, 0)):
+        found = families(prompts if soft is None else soft.contents, _FEW_TOKENS)
+    else:
+        found = [Family((number,)) for number in range(len(prompts))]
+    # Those that share something first, and of both the longest first: if memory does not suffice, that shows at once.
+    found.sort(key=lambda family: (not family.shared, -(family.shared or len(prompts[family.members[0]]))))
+    starts = [prompts[family.members[0]][: family.shared or None] for family in found]
+    prefill = Prefill(backbone, starts, None if soft is None else _Starts(soft, prompts, found))
+    room = Room()
+    at, sharing = 0, sum(family.shared > 0 for family in found)
+    while at < len(found):
+        stop = min(sharing if at < sharing else len(found), at + max(1, batch_tokens // len(starts[at])))
+        for part in prefill.parts(range(at, stop)):
+            read, mine = prefill.read(part), [found[number] for number in part]
+            if at < sharing:
+                yield from _read_members(backbone, prompts, mine, read, batch_tokens, soft, room)
+            else:
+                yield [family.members[0] for family in mine], read
+        at = stop
+
+
+def _read_members(
+    backbone: Backbone,
+    prompts: Sequence[Sequence[int]],
+    shared: Sequence[Family],
+    read: Read,
+    batch_tokens: int,
+    soft: SoftRows | None,
+    room: Room,
+) -> Iterator[tuple[list[int], Read]]:
+    """The members of families whose beginnings were read, row by row; the longest ends first."""
+    ends = {number: len(prompts[number]) - family.shared for family in shared for number in family.members}
+    rows = {number: row for row, family in enumerate(shared) for number in family.members}
+    left = sorted(ends, key=lambda number: -ends[number])
+    columns, device, dtype = read.read.shape[1], backbone.device, read.logits.dtype
+    most = min(batch_tokens, _CPU_HELD_TOKENS) if device.type == "cpu" else batch_tokens
+    while left:
+        longest = ends[left[0]]
+        count = max(1, most // (columns + longest))
+        numbers, left = left[:count], left[count:]
+        chosen = torch.tensor([rows[number] for number in numbers], device=device)
+        tokens = torch.zeros(len(numbers), longest, dtype=torch.long)
+        for row, number in enumerate(numbers):
+            tokens[row, longest - ends[number] :] = torch.tensor(prompts[number][-ends[number] :])
+        padding = torch.tensor([longest - ends[number] for number in numbers], device=device)
+        known = torch.cat([read.read[chosen], torch.arange(longest, device=device) >= padding[:, None]], 1)
+        cache = room.copied(read.cache, chosen, columns, columns + longest)
+        words = {"input_ids": tokens.to(device)}
+        logits = backbone.model(
+            **(words if soft is None else {"inputs_embeds": soft.embed(numbers)[:, -longest:]}),
+            attention_mask=_after(columns, longest, dtype, device) if known.all() else known.long(),
+            position_ids=(known.cumsum(1) - 1).clamp(min=0)[:, columns:],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        yield numbers, Read(cache, known, logits)
+
+
+def _after(columns: int, longest: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The causal mask of `longest` places behind so many columns, one for all rows: the model would make each row its own."""
+    mask = torch.full((longest, columns + longest), -torch.inf, dtype=dtype, device=device)
+    return mask.triu(columns + 1)[None, None]
+
+
+class _Starts:
+    """What families begin with, in the place of whole prompts; implements `SoftRows`."""
+
+    def __init__(self, soft: SoftRows, prompts: Sequence[Sequence[int]], found: Sequence[Family]) -> None:
+        self.soft, self.most_shared = soft, soft.most_shared
+        self.first = [family.members[0] for family in found]
+        self.whole = [len(prompts[number]) for number in self.first]
+        self.kept = [family.shared or whole for family, whole in zip(found, self.whole, strict=True)]
+        contents = zip((soft.contents[number] for number in self.first), self.kept, strict=True)
+        self.contents: Sequence[Sequence[int]] = [content[:kept] for content, kept in contents]
+
+    def embed(self, numbers: Sequence[int]) -> Tensor:
+        embedded = self.soft.embed([self.first[number] for number in numbers])
+        longest = max(self.kept[number] for number in numbers)
+        # Whole prompts end at the last column, and so must their beginnings.
+        cut = [self.whole[number] - self.kept[number] for number in numbers]
+        rows = [
+            torch.nn.functional.pad(row, (0, 0, gone, 0))[: len(row)] for row, gone in zip(embedded, cut, strict=True)
+        ]
+        return torch.stack(rows)[:, -longest:]

@@ -1,4 +1,5 @@
-"""How likely given answers are: a prompt is read once for all of its answers, and each answer at once.
+"""How likely given answers are: a prompt is read once for all of its answers, and each answer at once; what many prompts begin
+with, such as the questions about all candidates of one user, is read once for these.
 
 An answer's first token is told by the prompt's last position, so answers of one token cost nothing more. The others are read
 behind copies of their prompt's keys and values.
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from raypipe.engines.caches import copied
-from raypipe.engines.prefill import Prefill, Read, SoftRows
+from raypipe.engines.prefill import Read, SoftRows, read_all
 from raypipe.language.backbone import Backbone
 
 _MOST_LOGITS = 2**28  # of one pass: 1 GiB in float32
@@ -26,20 +27,15 @@ def score(
     batch_tokens: int,
     soft: SoftRows | None = None,
 ) -> Iterator[tuple[int, list[float]]]:
-    """Of each prompt, longest first, its number and the log-probability of each of its answers, its tokens' sum in float32.
+    """Of each prompt, in whatever order, its number and the log-probability of each of its answers, its tokens' sum in float32.
 
     `answers` hold a token at least. A batch holds at most `batch_tokens`, or one row; `soft` as in `decode`.
     """
-    prefill = Prefill(backbone, prompts, soft)
-    at = 0
-    while at < len(prompts):
-        together = range(at, min(len(prompts), at + max(1, batch_tokens // len(prompts[at]))))
-        for numbers in prefill.parts(together):
-            pairs = [(row, answer) for row, number in enumerate(numbers) for answer in answers[number]]
-            scores = iter(_scores(backbone, prefill.read(numbers), pairs, batch_tokens).tolist())
-            for number in numbers:
-                yield number, [next(scores) for _ in answers[number]]
-        at = together.stop
+    for numbers, read in read_all(backbone, prompts, batch_tokens, soft):
+        pairs = [(row, answer) for row, number in enumerate(numbers) for answer in answers[number]]
+        scores = iter(_scores(backbone, read, pairs, batch_tokens).tolist())
+        for number in numbers:
+            yield number, [next(scores) for _ in answers[number]]
 
 
 def _scores(backbone: Backbone, read: Read, pairs: Sequence[tuple[int, Sequence[int]]], batch_tokens: int) -> Tensor:

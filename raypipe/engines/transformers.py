@@ -126,6 +126,7 @@ class _Soft:
     def __init__(self, model: SoftPromptLm, rows: Sequence[Encoded]) -> None:
         self.model, self.rows = model, rows
         self.most_shared = min(start for row in rows for start, _ in row.soft)
+        self.contents: Sequence[Sequence[int]] = [row.content for row in rows]
 
     def embed(self, numbers: Sequence[int]) -> torch.Tensor:
         batch = collate([self.rows[number] for number in numbers], left=True)

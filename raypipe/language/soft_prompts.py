@@ -41,6 +41,14 @@ class Encoded:
     ids: list[int]
     soft: list[tuple[int, Vectors]]
 
+    @property
+    def content(self) -> list[int]:
+        """The ids, and in the first places of vectors numbers below 0: equal where tokens and vectors are."""
+        found = list(self.ids)
+        for start, vectors in self.soft:
+            found[start] = -1 - abs(hash(vectors))
+        return found
+
 
 def encode(
     tokenizer: PromptTokenizer, prompt: Prompt, projectors: Mapping[str, ProjectorConfig], widths: Mapping[str, int]

@@ -155,6 +155,22 @@ def test_choices_are_searched_and_scored_after_vectors_as_by_a_plain_forward(
     assert [outcome.text for outcome in greedy] == alone
 
 
+def test_questions_about_one_user_share_the_vectors_of_that_user_and_of_nobody_else(lm: str, adapter: str) -> None:
+    rng = np.random.default_rng(0)
+    history = " ".join(WORDS)
+    users = [Vectors(rng.normal(size=(2, WIDTH)).astype(np.float32), "user") for _ in range(3)]
+    items = [Vectors(rng.normal(size=(1, WIDTH)).astype(np.float32), "item") for _ in range(4)]
+    asked = [
+        Prompt.of("the user", user, history, item, "and" * place) for user in users for place, item in enumerate(items)
+    ]
+    exact = exact_logprob(lm, adapter)
+    (answer,) = answer_tokens(load_backbone(lm, device="cpu"), ["Dune"])
+    found = sorted(engine(lm, adapter).score(asked, [["Dune"]] * len(asked)), key=lambda scores: scores.index)
+    for prompt, scored in zip(asked, found, strict=True):
+        # These weights, drawn at random, make some prompts' rounding errors a hundred times as large as others'.
+        assert scored.logprobs == pytest.approx([exact(prompt, answer)], abs=1e-3)
+
+
 def test_other_vectors_give_another_answer_and_another_draw(lm: str, adapter: str) -> None:
     built = engine(lm, adapter)
     one, other = (Prompt.of("the user", Vectors(np.full((1, WIDTH), n, np.float32), "user")) for n in (1, -3))

@@ -79,6 +79,37 @@ def test_a_prompt_is_read_once_and_answers_of_one_token_cost_nothing_more(
     assert several.logprobs[1] < several.logprobs[0]
 
 
+@pytest.mark.parametrize("lm", ["stories", "sliding_lm"])
+@pytest.mark.parametrize("batch_tokens", [1, 400, 30_000])
+def test_questions_that_begin_alike_have_the_scores_they_have_alone(
+    lm: str, batch_tokens: int, request: pytest.FixtureRequest
+) -> None:
+    users = [f"Once upon a time there was a girl {'who had a red ball ' * length}" for length in (1, 4, 2)]
+    asked = [Prompt.of(user + end) for end in ("and", "and a park", "in", "and a very big dog") for user in users]
+    answers = [["Lily", "a little girl", "yes"][: 1 + place % 3] for place in range(len(asked))]
+    built = engine(request.getfixturevalue(lm), batch_tokens=batch_tokens)
+    for prompt, mine, found in zip(asked, answers, scores(built, asked, answers), strict=True):
+        (alone,) = scores(built, [prompt], [mine])
+        assert found.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+
+
+def test_what_the_questions_about_one_user_share_is_read_once(stories: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = engine(stories)
+    read: list[int] = []
+    forward = built._backbone.model.forward
+
+    def watched(**given: torch.Tensor) -> object:
+        read.append(given["input_ids"].numel())
+        return forward(**given)
+
+    users = [f"{name} had a red ball and liked to play in the park with it" for name in ("Lily", "Tom", "The dog")]
+    asked = [Prompt.of(f"{user} and {end}") for user in users for end in ("a", "b", "c", "d", "e")]
+    lengths = [len(ids) for ids in built._backbone.encode([prompt.text for prompt in asked])]
+    monkeypatch.setattr(built._backbone.model, "forward", watched)
+    scores(built, asked, [["yes"]] * len(asked))
+    assert sum(read) <= sum(lengths[::5]) + 3 * len(asked) < sum(lengths) / 2
+
+
 def test_a_prompt_that_does_not_fit_is_an_error_in_its_row_only(random_lm: str) -> None:
     asked = [Prompt.of("Lily " * 600), PROMPTS[0], Prompt.of("")]
     long, short, empty = scores(engine(random_lm), asked, [["A"], ["A", "B"], ["A"]])
