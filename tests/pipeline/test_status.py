@@ -9,6 +9,8 @@ import time
 import pytest
 
 from raypipe.storage.ledger import Counts, Receipt, Unit
+from raypipe.storage.locks import run_lock
+from raypipe.storage.store import Store
 from raypipe.storage.workspace import Workspace
 from tests.conftest import Run
 from tests.pipeline.small_logs import SMALL_LOG, full_cost
@@ -129,3 +131,12 @@ def test_doctor_finds_a_healthy_machine_and_a_full_disk(raypipe: Run, ingested: 
 def test_the_small_log_is_what_the_tests_say_it_is() -> None:
     assert len(SMALL_LOG) == sum(LENGTHS)
     assert len(set(SMALL_LOG)) == len(SMALL_LOG)
+
+
+def test_a_submitted_run_has_one_driver(raypipe: Run, summarised: str) -> None:
+    words = ("status", "--workspace", summarised, "--run", "status-2026-01-05-abc")
+    with run_lock(Store(summarised), "status-2026-01-05-abc"):
+        refused = raypipe(*words)
+    assert (refused.code, refused.status) == (2, "failed")
+    assert "is being written by" in refused.stderr
+    assert raypipe(*words).code == 0
