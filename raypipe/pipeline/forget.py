@@ -185,6 +185,7 @@ def _move_nights(workspace: Workspace, run: Run | None, users: Sequence[str] = (
         assert night is not None
         tables = {name: after.get(name, v) if v == before.get(name) else v for name, v in night.tables.items()}
         if tables != dict(night.tables):
+            tables |= {name: version for name, version in after.items() if before.get(name) == ABSENT}
             nights.rewrite(replace(night, tables=tables))
         if any(holds_user(workspace, name, version, users) for name, version in tables.items()):
             nights.remove(date)
@@ -211,8 +212,7 @@ def _sweep(workspace: Workspace, config: ForgetConfig, users: Sequence[str]) -> 
     files = []
     with hold(store, ["rejects"], JOB, config.lock_lease_s):
         for name, table in workspace.tables.items():
-            if table.version() != ABSENT:
-                files += remove_unneeded(table, versions_to_keep(kept, name), grace_hours=0)
+            files += remove_unneeded(table, versions_to_keep(kept, name), grace_hours=0)
     return {"files_removed": len(files), "bytes_freed": sum(file.size for file in files)}
 
 

@@ -23,7 +23,7 @@ from raypipe.storage.nights import Nights
 from raypipe.storage.releases import Releases
 from raypipe.storage.retention import models_to_drop, nights_to_keep, releases_to_keep, runs_to_drop, versions_to_keep
 from raypipe.storage.schemas import TABLES
-from raypipe.storage.tables import ABSENT, StagedFile, Table
+from raypipe.storage.tables import StagedFile, Table
 from raypipe.storage.tracking import Tracking
 from raypipe.storage.workspace import Workspace
 
@@ -149,7 +149,6 @@ def _files(workspace: Workspace, config: VacuumConfig) -> list[StagedFile]:
     return [
         file
         for table in workspace.tables.values()
-        if table.version() != ABSENT
         for file in remove_unneeded(
             table, versions_to_keep(nights, table.spec.name), config.grace_hours, config.dry_run
         )

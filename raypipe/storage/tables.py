@@ -128,15 +128,17 @@ class Table:
 
         What lost its place within the last `grace_hours`, or was staged in them, is not among them.
         """
-        newest = self._open()
+        newest, entries = self._open(), self.store.list(self.folder)
         if newest is None:
-            return []
+            before = time.time() - 3600 * grace_hours
+            old = (entry for entry in entries if entry.modified <= before)
+            return [StagedFile(entry.path.removeprefix(f"{self.folder}/"), entry.size, 0) for entry in old]
         versions = sorted({*keep, int(newest.version())} - {ABSENT})
         # A dry run commits nothing: a new version of equal rows would be news to everybody who compares versions.
         paths = newest.vacuum(
             grace_hours, dry_run=True, enforce_retention_duration=False, full=True, keep_versions=versions
         )
-        sizes = {entry.path: entry.size for entry in self.store.list(self.folder)}
+        sizes = {entry.path: entry.size for entry in entries}
         return [
             StagedFile(path, sizes[f"{self.folder}/{path}"], 0) for path in paths if f"{self.folder}/{path}" in sizes
         ]

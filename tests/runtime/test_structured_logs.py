@@ -18,6 +18,7 @@ from raypipe.runtime.units import UnitContext, run_units
 from raypipe.storage.ledger import Counts, Ledger, Receipt, Unit, Usage
 from raypipe.storage.store import Store
 from tests.conftest import Run
+from tests.ground import Ground
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -54,14 +55,11 @@ def test_a_line_for_people_is_the_message_alone(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_job_asked_for_json_says_nothing_else(raypipe: Run, ingested: str) -> None:
-    ended = raypipe("summarize", "--workspace", ingested, "--engine.engine", "echo", "--logs", "json")
-    assert ended.code == 0
-    told = [json.loads(line) for line in ended.stderr.splitlines()]
-    again = raypipe("summarize", "--workspace", ingested, "--engine.engine", "nothing", "--logs", "json")
-    assert again.code == 2
-    assert all(line["job"] == "summarize" for line in told)
-    wrong = raypipe("explain", "--workspace", ingested, "--logs", "json")
+def test_a_job_asked_for_json_says_nothing_else(raypipe: Run, ground: Ground) -> None:
+    ended = raypipe(*ground.words(), "--logs", "json")
+    assert ended.code == 0, ended.stderr
+    assert all(json.loads(line)["job"] == "ingest" for line in ended.stderr.splitlines())
+    wrong = raypipe("explain", "--workspace", ground.uri, "--logs", "json")
     (error,) = lines(wrong.stderr)
     assert (error["level"], error["job"]) == ("error", "explain")
 
