@@ -223,6 +223,8 @@ class LocalCluster:
             os.chown(password, owner.pw_uid, owner.pw_gid)
             words = [str(programs / "initdb"), "-D", str(data), "-U", "mlflow", "--auth", "scram-sha-256", "--no-sync"]
             _run(*as_owner, *words, "--pwfile", str(password))
+            with (data / "pg_hba.conf").open("a") as access:
+                access.write(f"host all mlflow {options.network}.0/24 scram-sha-256\n")
         words = [str(programs / "postgres"), "-D", str(data), "-h", options.host, "-p", str(options.postgres_port)]
         self._start("postgres", [*as_owner, *words, "-k", ""], partial(_listens, options.host, options.postgres_port))
 
