@@ -58,17 +58,6 @@ def summarised(summarised_once: Path, tmp_path: Path) -> str:
     return str(shutil.copytree(summarised_once, tmp_path / "workspace"))
 
 
-@pytest.fixture(scope="session")
-def trained_once(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    log, catalogue = write_log(folder / "log.csv", chain_events()), write_catalogue(folder / "items.csv", CHAIN_ITEMS)
-    shared = ["--workspace", str(folder / "workspace"), "--tracking", "off"]
-    words = ["--log.path", str(log), "--log.columns.time", "time", "--catalogue.path", str(catalogue)]
-    assert main(["ingest", *shared, *words, "--cluster.workers", "1"]) == 0
-    assert main(["train", *shared, *CHAIN_TRAINING]) == 0
-    return folder / "workspace"
-
-
 @pytest.fixture
 def trained(trained_once: Path, tmp_path: Path) -> str:
     """A workspace of its own for the test: the log of `chain_events`, and a sasrec that has learnt it."""
