@@ -55,7 +55,7 @@ def test_what_is_submitted_is_what_submit_takes(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_the_walk_through_works_line_by_line(tmp_path: Path) -> None:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     statuses = {}
