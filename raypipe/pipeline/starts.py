@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,7 +17,7 @@ from raypipe.recommenders.config import RecommenderConfig
 from raypipe.recommenders.guided import Start, fuse
 from raypipe.recommenders.windows import Histories
 from raypipe.runtime.job import ModelCache
-from raypipe.storage.models import Models, find_model
+from raypipe.storage.models import Model, Models, find_model
 from raypipe.storage.workspace import Workspace
 
 
@@ -26,17 +28,24 @@ def resolved(config: RecommenderConfig, workspace: Workspace) -> RecommenderConf
     """
     models = Models(workspace.store)
 
-    def named(name: str | None) -> str | None:
+    def named(name: str | None, fits: Callable[[Model], bool] = lambda model: True) -> str | None:
         if name is None:
             return None
-        model = find_model(models, name)
+        model = find_model(models, name, fits)
         return f"{model.name}/{model.hash}"
 
     if config.model == "dreamrec":
         options = config.dreamrec.model_copy(update={"table": named(config.dreamrec.table)})
         return config.model_copy(update={"dreamrec": options})
-    guided = {"scores": named(config.guided.scores), "base": named(config.guided.base)}
+    guided = {"scores": named(config.guided.scores), "base": named(config.guided.base, _is_plain)}
     return config.model_copy(update={"guided": config.guided.model_copy(update=guided)})
+
+
+def _is_plain(model: Model) -> bool:
+    """Whether it started from no other model, so that a retrained guided recommender is not based on itself."""
+    recommender = model.lineage.get("config", {}).get("recommender", {})
+    guided = recommender.get("guided") or {}
+    return guided.get("scores") is None and guided.get("base") is None
 
 
 def start_of(

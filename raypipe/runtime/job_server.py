@@ -162,9 +162,11 @@ def check_upload(folder: Path, excludes: list[str]) -> int:
 
 @contextlib.contextmanager
 def _reached(address: str) -> Iterator[None]:
+    from ray.exceptions import AuthenticationError
+
     try:
         yield
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
         raise UsageError(
             f"The job server at {address} does not do it: {_first_line(error)}",
             "Check --address, and where the cluster asks for a token, RAY_AUTH_MODE=token with RAY_AUTH_TOKEN or "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -102,10 +102,10 @@ class Models:
         return target / "checkpoint"
 
 
-def find_model(models: Models, named: str) -> Model:
-    """The model of NAME/HASH, or the newest of NAME; UsageError where there is none."""
+def find_model(models: Models, named: str, fits: Callable[[Model], bool] = lambda model: True) -> Model:
+    """The model of NAME/HASH, or the newest of NAME that `fits`; UsageError where there is none."""
     name, _, wanted = named.partition("/")
-    found = [model for model in models.all(name) if model.hash.startswith(wanted)]
+    found = [model for model in models.all(name) if model.hash.startswith(wanted) and (wanted or fits(model))]
     if not found:
         raise UsageError(
             f"No model {named} is stored in this workspace.",

@@ -184,7 +184,7 @@ def too_long(room: int) -> UsageError:
     """The error of a question that a language model's context does not hold."""
     return UsageError(
         f"A question about an item takes more than the {room} tokens that the language model leaves it.",
-        "Show less: --guided.text_characters, --guided.no-described, fewer --guided.attributes; or name a language model of a "
+        "Show less: --guided.text_characters, --no-guided.described, fewer --guided.attributes; or name a language model of a "
         "longer context.",
     )
 

@@ -111,7 +111,7 @@ def scores_of(given: argparse.Namespace, workspace: Sequence[str]) -> str:
     config = ROOT / f"jobs/align/guided-{given.dataset}.yaml"
     words = ["--config", str(config), *workspace, *cut, "--lm", lm, "--trainer.seed", str(given.seed)]
     if given.control == "zero-shot":
-        words += ["--guided.no-tuned"]
+        words += ["--no-guided.tuned"]
     (scores,) = run("align", *words, *shlex.split(given.align))["models"].values()
     return f"guided/{scores}"
 

@@ -55,7 +55,7 @@ def test_each_control_trains_what_it_says(monkeypatch: pytest.MonkeyPatch, contr
     assert option(trained[1], "--recommender.guided.block") == wanted
     assert option(trained[1], "--recommender.guided.scores") == (None if control == "again" else "guided/g1")
     aligned = [job for job in jobs if job[0] == "align"]
-    assert ["--guided.no-tuned" in job for job in aligned] == ([] if control == "again" else [control == "zero-shot"])
+    assert ["--no-guided.tuned" in job for job in aligned] == ([] if control == "again" else [control == "zero-shot"])
 
 
 def test_rows_name_the_control_the_gain_and_the_command_that_makes_them_again(monkeypatch: pytest.MonkeyPatch) -> None:

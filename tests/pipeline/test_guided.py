@@ -42,9 +42,9 @@ TRAINING = (
     *("--trainer.warmup_steps", "2", "--trainer.steps", "20", "--trainer.device", "cpu"),
 )
 ALIGN = (
-    *("--system", "guided", "--guided.no-described", "--guided.history", "3", "--guided.negatives", "8"),
+    *("--system", "guided", "--no-guided.described", "--guided.history", "3", "--guided.negatives", "8"),
     *("--guided.lora.rank", "4", "--guided.lora.dropout", "0", "--hold_out", "2", "--held_out_share", "0.25"),
-    *("--positions", "2", "--trainer.steps", "50", "--trainer.batch_size", "12", "--trainer.lr", "0.01"),
+    *("--positions", "2", "--trainer.steps", "120", "--trainer.batch_size", "12", "--trainer.lr", "0.001"),
     *("--trainer.schedule", "constant", "--trainer.warmup_steps", "0", "--trainer.device", "cpu"),
 )
 
@@ -145,7 +145,6 @@ def test_a_tuned_language_model_scores_everybody_by_what_is_before_the_cut(
     metrics = ended.metrics
     assert (metrics["items"], metrics["users"]) == (ITEMS + LATE, USERS)
     assert metrics["loss_last"] < metrics["loss_first"]
-    assert metrics["spread"] > 0.3
     # Ten of the kind's twenty-two; somebody else's scores are as often those of the other kind.
     assert metrics["scores HR@10"] > metrics["shuffled users: scores HR@10"] + 0.1
     of_users = [text for text in asked if "one person chose" in text]
@@ -160,6 +159,10 @@ def test_a_tuned_language_model_scores_everybody_by_what_is_before_the_cut(
     assert scores.names == ("grim", "merry")
     assert np.isfinite(scores.items[1:]).all()
     assert (scores.items[1:].min() >= 1) & (scores.items[1:].max() <= 10)
+    # One word of an item's text decides who chooses it: the scores of the two kinds lie apart.
+    some, others = scores.items[1::2], scores.items[2::2]
+    gap = abs(some.mean(0) - others.mean(0))
+    assert (gap > 3 * np.sqrt((some.var(0) + others.var(0)) / 2)).all()
     np.testing.assert_array_equal(scores.keys, np.sort(user_keys(pa.array(histories()))))
     assert raypipe(*words).status == "nothing_to_do"
 
@@ -172,12 +175,15 @@ def test_a_tuned_language_model_scores_everybody_by_what_is_before_the_cut(
     np.testing.assert_allclose(
         load_scores(Store(films).local_path(f"{again.folder}/checkpoint")).items, scores.items, atol=1e-5
     )
-    plain = raypipe(*words, "--guided.no-tuned")
-    assert plain.metrics["spread"] < 0.5 * metrics["spread"]
-    assert not (
-        Path(Store(films).local_path(f"models/guided/{plain.result['models']['guided']}")) / "checkpoint/adapter.json"
-    ).exists()
-    written = raypipe(*words, "--guided.no-tuned", "--guided.reading", "parsed", "--answer_tokens", 16)
+    plain = raypipe(*words, "--no-guided.tuned")
+    folder = Store(films).local_path(f"models/guided/{plain.result['models']['guided']}/checkpoint")
+    untold = load_scores(folder).items
+    assert (abs(untold[1::2].mean(0) - untold[2::2].mean(0)) < 0.5 * gap).all(), (
+        untold[1::2].mean(0) - untold[2::2].mean(0),
+        gap,
+    )
+    assert not (Path(folder) / "adapter.json").exists()
+    written = raypipe(*words, "--no-guided.tuned", "--guided.reading", "parsed", "--answer_tokens", 16)
     assert written.code == 2
     assert "Not one score could be read from" in one_paragraph(written.stderr)
 
