@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import model_validator
-from sklearn.decomposition import PCA
 from torch import Tensor
 from torch.nn import functional
 
@@ -129,6 +128,9 @@ def reduced(vectors: Floats, width: int, trained: NDArray[np.bool_]) -> Floats:
             f"The base's vectors have {most} dimensions to be reduced to {width}.",
             "Name a wider base with --recommender.guided.base, or narrow the vectors with --recommender.width.",
         )
+    # Every worker imports this module, few reduce, and scikit-learn takes as long to import as torch.
+    from sklearn.decomposition import PCA
+
     components = PCA(width, svd_solver="full").fit(vectors[trained])
     found = components.transform(vectors).astype(np.float32)
     found[0] = 0

@@ -12,6 +12,7 @@ f's best item alone; transitions .40, .84, .89.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,7 +20,6 @@ from numpy.typing import NDArray
 from pydantic import model_validator
 from scipy.sparse import csr_array, hstack
 from scipy.sparse.linalg import lsqr
-from sklearn.tree import DecisionTreeRegressor
 
 from raypipe.config import Config, shaping
 from raypipe.metrics.alignment import decisions, order_ndcg, retrieval_metrics
@@ -34,6 +34,9 @@ from raypipe.recommenders.windows import Histories
 from raypipe.systems.early_stopping import EarlyStopping
 from raypipe.systems.source import Source
 from raypipe.systems.teacher import Taught, teach
+
+if TYPE_CHECKING:
+    from sklearn.tree import DecisionTreeRegressor
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
@@ -125,6 +128,9 @@ class TreeConfig(Config):
     rows_per_leaf: int = shaping(5, "at least", ge=1)
 
     def fit(self, learnt: Lessons) -> TreeSurrogate:
+        # Every worker that explains imports this module, and scikit-learn takes as long to import as torch.
+        from sklearn.tree import DecisionTreeRegressor
+
         features = self.features.of(learnt.prefixes, learnt.items)
         # In these coordinates squared distances of queries are those of the scores of all items, less what all share.
         centred = learnt.table[1:] - learnt.table[1:].mean(0)
