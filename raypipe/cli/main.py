@@ -36,6 +36,7 @@ JOBS = {
     "summarize": ("raypipe.pipeline.summarize", "SummarizeConfig", "run_summarize"),
     "explain": ("raypipe.pipeline.explain", "ExplainConfig", "run_explain"),
     "judge": ("raypipe.pipeline.judge", "JudgeConfig", "run_judge"),
+    "report": ("raypipe.pipeline.report", "ReportConfig", "run_report"),
     "nightly": ("raypipe.pipeline.nightly", "NightlyConfig", "run_nightly"),
     "online": ("raypipe.pipeline.online", "OnlineConfig", "run_online"),
     "token": ("raypipe.serving.token", "TokenConfig", "run_token"),

@@ -37,6 +37,7 @@ from raypipe.recommenders.recommender import freeze, weights_hash
 from raypipe.runtime.job import JobConfig, JobResult, ModelCache
 from raypipe.runtime.progress import say
 from raypipe.runtime.trainer import TrainerConfig, fit
+from raypipe.storage.evaluations import Evaluation, Evaluations, Measured
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.ledger import Usage
 from raypipe.storage.locks import hold
@@ -54,6 +55,7 @@ JOB = "align"
 STEP_VERSION = 2
 _ASKED_ANEW = {"constrained", "judges", "rubric"}
 """Options of a system that say how it is measured, and may be other ones for a stored adapter."""
+_READS_STATES = {"recinterpreter", "recexplainer"}
 
 
 class AlignOptions(TrainingOptions, ModelCache):
@@ -137,6 +139,12 @@ class _Inputs:
 
 def run_align(config: AlignConfig) -> JobResult:
     """Train the adapter unless one of this recipe is stored, and measure it. Raises UsageError before work starts."""
+    result = _joined(config)
+    _record(config, result)
+    return result
+
+
+def _joined(config: AlignConfig) -> JobResult:
     if config.system == "guided":
         return run_guided(config)
     started = time.monotonic()
@@ -175,6 +183,43 @@ def run_align(config: AlignConfig) -> JobResult:
     params = {"model": model.hash, "recommender": inputs.recommender, "lm": inputs.lm_hash[:12]}
     tracking.log_run(JOB, recipe, params, model.lineage["metrics"])
     return _result(model, "ok", started)
+
+
+def _record(config: AlignConfig, result: JobResult) -> None:
+    """What `report` reads."""
+    workspace = config.open_workspace()
+    models = Models(workspace.store)
+    ((name, content),) = result.models.items()
+    lineage = find_model(models, f"{name}/{content}").lineage
+    anew: dict[str, object] = {}
+    if config.adapter is not None:
+        given: Config = getattr(config, config.system)
+        anew = {
+            "adapter": config.adapter,
+            **given.model_dump(mode="json", include=_ASKED_ANEW & given.model_fields_set),
+        }
+    figures: dict[str, dict[str, Measured]] = {}
+    for metric, value in result.metrics.items():
+        *beside, metric = metric.split(": ")
+        if value is not None:
+            figures.setdefault(", ".join([name, *beside]), {})[metric] = Measured(float(value))
+    recommender = find_model(models, config.model) if config.system in _READS_STATES else None
+    last = "last event" if config.hold_out == 1 else f"last {config.hold_out} events"
+    asked = "held out from every training" if result.metrics.get("unseen_by_all", 1) else "who may have been trained on"
+    Evaluations(workspace.store).put(
+        Evaluation(
+            job=JOB,
+            name=name,
+            hash=content,
+            recommender=recommender.name if recommender else "",
+            protocol=f"before everybody's {last}, users {asked}",
+            seed=int(lineage.get("seed", 0)),
+            figures=figures,
+            settings={**lineage.get("config", {}), **lineage.get("options", {}), **anew},
+            training=lineage.get("training", {}),
+        ),
+        {**anew, "recommender": recommender and recommender.hash},
+    )
 
 
 def _read(config: AlignConfig, workspace: Workspace, version: int, adapter: Model | None) -> _Inputs:
@@ -294,6 +339,7 @@ def _train(
         "options": config.chosen().model_dump(mode="json"),
         "config": config.shaping_values(),
         "metrics": metrics,
+        "training": trained.curve(),
     }
     model = Models(workspace.store).add(system.name, trained.folder, recipe, lineage)
     workspace.store.delete_folder(f"staging/{name}")

@@ -1,5 +1,5 @@
 """One page of what a guided recommender makes of attributes: of a few users how they stand on each, what is recommended to them
-and which attribute speaks for it; of each attribute the items at both ends."""
+and which attribute speaks for it; of each attribute the items at both ends. And how much of the scores each attribute is."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from raypipe.errors import UsageError
+from raypipe.metrics.ranking import Mean
 from raypipe.pipeline.loaded import Loaded
 from raypipe.recommenders.attribute_scores import along, load_scores
 from raypipe.recommenders.evaluation import HeldOut
@@ -25,6 +26,8 @@ from raypipe.storage.workspace import Workspace
 _SHOWN_ITEMS = 5
 _SHOWN_ENDS = 3
 _HISTORY = "what was learnt of the history"
+_SHARES_OF = 1_000
+SHARE = "attribute share: "
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -66,14 +69,13 @@ def write_attribute_cards(
     scores = load_scores(config.fetch(workspace, source))
     items, users = scores.normalised(loaded.card.config.guided.clip)
     titles = loaded.items["title"].to_pylist()
-    assert held.prefixes.users is not None
-    chosen = np.argsort(held.prefixes.users.view(np.uint64), kind="stable")[:count]
-    prefixes = held.prefixes.take(held.prefixes.starts[chosen], held.prefixes.lengths[chosen])
+    prefixes = _chosen(held, count)
     lists = top_lists(loaded.recommender, prefixes, _SHOWN_ITEMS, filter_seen=filter_seen)
     parts = _parts(loaded.recommender, prefixes, lists, len(scores.names))
-    places, there = user_rows(torch.from_numpy(scores.keys), torch.from_numpy(held.prefixes.users[chosen]))
+    assert prefixes.users is not None
+    places, there = user_rows(torch.from_numpy(scores.keys), torch.from_numpy(prefixes.users))
     cards = []
-    for at in range(len(chosen)):
+    for at in range(len(prefixes)):
         mine = users[int(places[at])] if there[at] else None
         history = [titles[item - 1] for item in prefixes.items[prefixes.starts[at] : prefixes.ends[at]]]
         recommended = [(titles[item - 1], parts[at, rank]) for rank, item in enumerate(lists[at]) if item]
@@ -89,6 +91,29 @@ def write_attribute_cards(
     path = f"evaluations/{loaded.model.hash}/attributes.html"
     workspace.store.put(path, page.encode())
     return workspace.store.object_uri(path)
+
+
+def attribute_shares(
+    config: ModelCache, workspace: Workspace, loaded: Loaded, held: HeldOut, *, filter_seen: bool
+) -> dict[str, Mean]:
+    """By attribute, how much of what decides on a recommendation it is: its part's size among the sizes of all parts, over the
+    first recommendations of at most 1,000 users, chosen by hash. Nothing of a model without guided scores."""
+    if (named := loaded.card.config.guided.scores) is None:
+        return {}
+    names = load_scores(config.fetch(workspace, find_model(Models(workspace.store), named))).names
+    prefixes = _chosen(held, _SHARES_OF)
+    lists = top_lists(loaded.recommender, prefixes, _SHOWN_ITEMS, filter_seen=filter_seen)
+    sizes = np.abs(_parts(loaded.recommender, prefixes, lists, len(names)).astype(np.float64)).sum(1)
+    sizes = sizes[sizes.sum(1) > 0]
+    shares = sizes / sizes.sum(1, keepdims=True)
+    return {f"{SHARE}{name}": Mean.of(shares[:, column]) for column, name in enumerate((_HISTORY, *names))}
+
+
+def _chosen(held: HeldOut, count: int) -> Histories:
+    """`count` of those who are asked, by hash."""
+    assert held.prefixes.users is not None
+    chosen = np.argsort(held.prefixes.users.view(np.uint64), kind="stable")[:count]
+    return held.prefixes.take(held.prefixes.starts[chosen], held.prefixes.lengths[chosen])
 
 
 @torch.no_grad()

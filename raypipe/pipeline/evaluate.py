@@ -9,7 +9,7 @@ from raypipe.config import free, shaping
 from raypipe.errors import UsageError
 from raypipe.metrics.published import published
 from raypipe.metrics.ranking import Mean
-from raypipe.pipeline.attribute_cards import write_attribute_cards
+from raypipe.pipeline.attribute_cards import SHARE, attribute_shares, write_attribute_cards
 from raypipe.pipeline.job import cost_of
 from raypipe.pipeline.loaded import Loaded
 from raypipe.pipeline.sequences import pinned_versions, read_histories
@@ -17,8 +17,10 @@ from raypipe.recommenders.evaluation import HeldOut, evaluate_floor, evaluate_mo
 from raypipe.recommenders.floors import Popularity, Transitions
 from raypipe.runtime.job import JobConfig, JobResult, ModelCache
 from raypipe.runtime.progress import say
+from raypipe.storage.evaluations import Evaluation, Evaluations, Measured
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.ledger import Usage
+from raypipe.storage.models import Model
 from raypipe.storage.workspace import Workspace
 
 JOB = "evaluate"
@@ -48,8 +50,12 @@ def run_evaluate(config: EvaluateConfig) -> JobResult:
     rows = {
         "popularity": evaluate_floor(Popularity(held.training, held.items), held, **options),
         "transitions": evaluate_floor(Transitions(held.training, held.items), held, **options),
-        model.name: evaluate_model(loaded.recommender, held, **options),
+        model.name: {
+            **evaluate_model(loaded.recommender, held, **options),
+            **attribute_shares(config, workspace, loaded, held, **options),
+        },
     }
+    _record(workspace, model, rows, config.filter_seen)
     known = published(len(held.training), held.events, model.name)
     protocol = {**model.lineage["protocol"], "seen items": "filtered" if config.filter_seen else "kept"}
     if known is not None:
@@ -66,10 +72,42 @@ def run_evaluate(config: EvaluateConfig) -> JobResult:
     run_key = fingerprint(
         {"job": JOB, "model": model.hash, "versions": pinned_versions(workspace), "config": config.shaping_values()}
     )
-    numbers = {name.replace("–", "-").replace(">", "over"): value for name, value in metrics.items()}
+    # MLflow takes no other signs, and attributes are named by whoever wrote their list.
+    numbers = {
+        name.replace("–", "-").replace(">", "over"): value for name, value in metrics.items() if SHARE not in name
+    }
     tracking.log_run(JOB, run_key, {"model": model.hash, **protocol}, numbers)
     cost = cost_of(Usage(), time.monotonic() - started)
     return JobResult(JOB, "ok", run_key, models={model.name: model.hash}, metrics=metrics, cost=cost)
+
+
+def _record(workspace: Workspace, model: Model, rows: dict[str, dict[str, Mean]], filter_seen: bool) -> None:
+    """What `report` reads."""
+    figures = {
+        row: {
+            name: Measured(round(mean.value, 6), round(mean.half_width, 6) if mean.half_width > 0 else None)
+            for name, mean in means.items()
+            if not math.isnan(mean.value)
+        }
+        for row, means in rows.items()
+    }
+    seen = "filtered" if filter_seen else "kept"
+    lineage = model.lineage
+    Evaluations(workspace.store).put(
+        Evaluation(
+            job=JOB,
+            name=model.name,
+            hash=model.hash,
+            recommender="",
+            protocol=f"leave-one-out, whole catalogue, seen items {seen}",
+            seed=int(lineage.get("seed", 0)),
+            figures=figures,
+            switches=lineage["protocol"],
+            settings=lineage.get("config", {}),
+            training=lineage.get("training", {}),
+        ),
+        {"filter_seen": filter_seen},
+    )
 
 
 def held_out(workspace: Workspace, hold_out: int) -> HeldOut:

@@ -170,10 +170,12 @@ def _scored(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: 
     rating = inputs.rating
     questions = Questions(rating, load_backbone(str(inputs.lm), device="cpu"))
     metrics: dict[str, float] = {}
+    curve: dict[str, Any] = {}
     if inputs.adapter is not None:
         _copy_adapter(config.fetch(workspace, inputs.adapter), out)
     elif inputs.trains:
-        metrics |= _tuned(config, inputs, questions, folder, name)
+        told, curve = _tuned(config, inputs, questions, folder, name)
+        metrics |= told
         _copy_adapter(folder / "checkpoint", out)
     reader = _Reader(config, inputs, questions, out)
     items = reader.read("items", questions.of_items())
@@ -208,14 +210,17 @@ def _scored(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: 
         "lm": inputs.lm_hash,
         "config": config.shaping_values(),
         "metrics": metrics,
+        "training": curve,
     }
     model = Models(workspace.store).add(NAME, out, recipe, lineage)
     workspace.store.delete_folder(f"staging/{name}")
     return model
 
 
-def _tuned(config: AlignConfig, inputs: _Inputs, questions: Questions, folder: Path, name: str) -> dict[str, float]:
-    """Trains the language model's updates into `folder/checkpoint`."""
+def _tuned(
+    config: AlignConfig, inputs: _Inputs, questions: Questions, folder: Path, name: str
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Trains the language model's updates into `folder/checkpoint`; figures of the training, and its curve."""
     guided = inputs.rating.config
     rng = np.random.default_rng(config.trainer.seed)
     there = np.flatnonzero(~inputs.held_out & (inputs.histories.lengths > 1))
@@ -241,13 +246,14 @@ def _tuned(config: AlignConfig, inputs: _Inputs, questions: Questions, folder: P
     say(f"{NAME}: training on {counts['examples']:,} examples, {counts['tokens']:,} tokens")
     config.cluster.connect()
     trained = fit(TuningTask(folder / "data"), config.trainer, name, folder / "checkpoint")
-    return {
+    metrics = {
         "loss_first": float(np.mean(trained.losses[:10])),
         "loss_last": float(np.mean(trained.losses[-10:])),
         "steps": trained.steps,
         "train_seconds": round(trained.seconds, 1),
         **counts,
     }
+    return metrics, trained.curve()
 
 
 class _Reader:

@@ -90,6 +90,7 @@ def run_judge(config: JudgeConfig) -> JobResult:
         }
     )
     report = {
+        "what": config.summaries.variant if of_summaries else config.explanations,
         "rubric": rubric.model_dump(mode="json"),
         "judges": identities,
         "users": sample.users,

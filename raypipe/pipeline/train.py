@@ -107,6 +107,7 @@ def run_train(config: TrainConfig) -> JobResult:
             "protocol": protocol(config),
             "config": config.shaping_values(),
             **facts,
+            "training": trained.curve(),
         }
         (trained.folder / "README.md").write_text(model_card(name, lineage))
         model = models.add(name, trained.folder, recipe, lineage)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
+import numpy as np
 from pydantic import model_validator
 
 from raypipe.config import Config, free, shaping
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 MODEL = "model"
 """The folder of a checkpoint that holds what the task saved."""
+_CURVE_POINTS = 100
 
 
 class TrainingTask(Protocol):
@@ -123,6 +125,19 @@ class TrainingResult:
     @property
     def steps(self) -> int:
         return len(self.losses)
+
+    def curve(self) -> dict[str, Any]:
+        """What a plot of the training wants, small enough to be kept with the model: `seconds`, `steps`, `losses` as (step,
+        mean loss since the one before) at most 100 times, and `validations` as (step, metric)."""
+        length = max(1, -(-self.steps // _CURVE_POINTS))
+        ends = range(length, self.steps + length, length)
+        losses = [[min(end, self.steps), float(np.mean(self.losses[end - length : end]))] for end in ends]
+        return {
+            "seconds": round(self.seconds, 1),
+            "steps": self.steps,
+            "losses": [[step, round(loss, 6)] for step, loss in losses],
+            "validations": [[step, round(value, 6)] for step, value in self.validations],
+        }
 
 
 def fit(task: TrainingTask, config: TrainerConfig, run: str, out: Path) -> TrainingResult:

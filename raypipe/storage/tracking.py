@@ -28,9 +28,15 @@ class Tracking:
         self.uri = tracking_uri(store) if mode == "auto" else None
 
     def log_run(
-        self, job: str, run_key: str, params: Mapping[str, Any], metrics: Mapping[str, float], **tags: str
+        self,
+        job: str,
+        run_key: str,
+        params: Mapping[str, Any],
+        metrics: Mapping[str, float],
+        files: Mapping[str, str] | None = None,
+        **tags: str,
     ) -> None:
-        """Report a finished run; the same run key reopens the same MLflow run."""
+        """Report a finished run, with `files` (name → text) as its artifacts; the same run key reopens the same MLflow run."""
         if self.uri is None:
             return
         client = self._client()
@@ -54,6 +60,8 @@ class Tracking:
                 client.log_param(run_id, key, str(value)[:500])
         for name, figure in metrics.items():
             client.log_metric(run_id, name.replace("@", "_at_"), float(figure))
+        for name, text in (files or {}).items():
+            client.log_text(run_id, text, name)
         client.set_terminated(run_id)
 
     def register(self, model: Model) -> None:

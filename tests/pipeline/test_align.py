@@ -44,6 +44,16 @@ def test_words_tell_the_history_of_users_nobody_trained_on_and_controls_do_not(r
     again = raypipe("align", "--workspace", with_lm, *SMALL)
     assert (again.status, again.result["models"]) == ("nothing_to_do", ended.result["models"])
     assert again.metrics == metrics
+    told = raypipe("report", "--workspace", with_lm)
+    assert told.code == 0, told.stderr
+    (row,) = [
+        line for line in Path(told.metrics["tables"]).read_text().splitlines() if line.startswith("| RecInterpreter |")
+    ][:1]
+    assert f"| {metrics['recovery']:.4f} |" in row
+    page = Path(told.metrics["page"]).read_text()
+    assert "RecInterpreter, shuffled states" in page
+    assert "users who may have been trained on" in page
+    assert "<title>Recovery by position</title>" in page
 
 
 def test_an_adapter_belongs_to_one_recommender_and_leaves_a_release_with_it(raypipe: Run, with_lm: str) -> None:

@@ -78,11 +78,19 @@ def test_a_planted_answer_is_learnt_stored_evaluated_and_not_trained_twice(raypi
     assert ended.metrics["transitions.HR@10"] == 1.0
     assert "80 users, the whole catalogue, history: last 12 items, loss: softmax" in ended.stderr
 
+    told = raypipe("report", "--workspace", chains)
+    assert told.code == 0, told.stderr
+    page = store.local_path("reports/report.html").read_text()
+    assert f"<b>{ended.metrics['sasrec.NDCG@10']:.4f}</b><small>± " in page
+    assert "Training loss of SASRec, seed 0" in page
+    assert "Validation of SASRec, seed 0" in page
+
 
 def test_published_figures_of_the_data_stand_beside_ours(raypipe: Run, chains: str, monkeypatch) -> None:
     raypipe("train", "--workspace", chains, *SMALL, "--trainer.epochs", 1)
     known = published.Published({"NDCG@10": 0.4321}, "somebody, somewhere", "some loss")
-    monkeypatch.setitem(published._FIGURES, ((80, 720), "sasrec"), known)
+    monkeypatch.setitem(published.DATA_SETS, (80, 720), "chains")
+    monkeypatch.setitem(published._FIGURES, ("chains", "sasrec"), known)
     evaluated = raypipe("evaluate", "--workspace", chains)
     assert evaluated.metrics["published.NDCG@10"] == 0.4321
     assert "0.4321" in evaluated.stderr

@@ -28,7 +28,7 @@ def test_the_same_run_key_reopens_its_run_and_a_model_is_registered_once(tmp_pat
         tracking = Tracking(store, "auto")
         tracking.log_run("summarize", "a" * 32, {"engine": "echo"}, {"users": 10.0 * attempt, "ndcg@10": 0.5})
         tracking.register(Model("lm", "0" * 32, "recipe", {}))
-    tracking.log_run("summarize", "b" * 32, {"engine": "echo"}, {"users": 1.0})
+    tracking.log_run("summarize", "b" * 32, {"engine": "echo"}, {"users": 1.0}, {"report.md": "# Told"})
     tracking.register(Model("lm", "1" * 32, "recipe", {}))
 
     client = MlflowClient(f"sqlite:///{tmp_path}/workspace/mlflow.db")
@@ -40,6 +40,8 @@ def test_the_same_run_key_reopens_its_run_and_a_model_is_registered_once(tmp_pat
     assert reopened.data.metrics == {"users": 20.0, "ndcg_at_10": 0.5}
     assert reopened.data.params == {"engine": "echo"}
     assert reopened.info.status == "FINISHED"
+    artifacts = store.local_path("mlartifacts").rglob("report.md")
+    assert [path.read_text() for path in artifacts] == ["# Told"]
     versions = client.search_model_versions("name = 'raypipe-lm'")
     assert sorted(version.source for version in versions) == [store.object_uri(f"models/lm/{d * 32}") for d in "01"]
 

@@ -1,0 +1,298 @@
+"""Figures in tables: one of each kind of metric and each protocol, floors first, then models and what stands beside them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from raypipe.metrics.published import CHANCE, SYSTEMS, published_on
+from raypipe.pipeline.report_figures import FLOORS, Cell, Figure
+
+Kind = Literal["floor", "model", "beside", "published"]
+_PLACES: dict[Kind, int] = {"floor": 0, "model": 1, "beside": 1, "published": 2}
+_CONTROLS = re.compile(
+    r"\b(shuffled|random|reduced|zero-shot|constant|another user's|most frequent"
+    r"|no (states|users|summaries|prompt|knowledge|reasoning))"
+)
+_CEILINGS = ("exact count",)
+_NOT_BETTER_WHEN_HIGHER = re.compile(r"untouched|users$")
+
+
+@dataclass(frozen=True)
+class Section:
+    """A kind of metrics: those whose names match. `judged` where a higher value is a better model."""
+
+    title: str
+    told: str
+    metrics: re.Pattern[str]
+    judged: bool = True
+
+
+SECTIONS = (
+    Section(
+        "Ranking",
+        "The held-out item among all candidates; of one relevant item HR and Recall are the same.",
+        re.compile(r"(HR|Recall|NDCG|MRR)@\d+$|relative NDCG"),
+    ),
+    Section(
+        "States in words",
+        "Recovery: the share of the last titles that an answer names from a state. Residual: the title between two states. Valid: "
+        "the share of what is named that the catalogue has. A probe reads vectors without words: of states it bounds what words "
+        "can tell, of tokens and hidden states it tells what is lost on the way.",
+        re.compile(r"(recovery|residual|oracle|order|valid|rouge_l)\b"),
+    ),
+    Section(
+        "Agreement with the recommender",
+        "T1 the recommender's next item, T2 its order of five candidates, T3 whether it would recommend an item, T6 the history "
+        "behind a user's vector.",
+        re.compile(r"T[1-6]\b"),
+    ),
+    Section(
+        "Summaries",
+        "By the catalogue's attribute values: which of those named are in the history, how much of it they are, and what changed.",
+        re.compile(r"attribute_(precision|coverage)|untouched_share|shift_precision|stability|distinctness|users$"),
+    ),
+    Section(
+        "Judged",
+        "Means are of ratings from 0 to 3; agreement is Cohen's kappa; coherence is the squared error with which the recommender's "
+        "score is read from the words, beside that of its mean.",
+        re.compile(r".*\.(mean|rated|share_\d)$|agreement\.|coherence\.|distinction\."),
+        judged=False,
+    ),
+    Section(
+        "Beyond accuracy",
+        "Of lists of ten: the share of the catalogue that is in some list, bits of self-information, mean cosine distance within a "
+        "list. Collapse: how much of the item vectors is one direction. Cold items have fewer than 5 training events.",
+        re.compile(r"coverage@|novelty@|diversity@|collapse$|.*cold items$"),
+        judged=False,
+    ),
+    Section(
+        "Cost",
+        "Of training and of asking; seconds are wall clock.",
+        re.compile(r"(.*_)?(seconds|tokens|steps|examples|calls|weights)\b|tokens_|latency"),
+        judged=False,
+    ),
+)
+BY_LENGTH = re.compile(r"((?:HR|Recall|NDCG|MRR)@\d+) length (.+)$")
+BY_PLACE = re.compile(r"recovery by place (\d+)$")
+SHARE = re.compile(r"attribute share: (.+)$")
+_DRAWN = (BY_LENGTH, BY_PLACE, SHARE)
+_REST = Section("Other figures", "What fits nowhere else.", re.compile(""), judged=False)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model beside one recommender. `note` is how it was trained, or who published it."""
+
+    model: str
+    recommender: str
+    kind: Kind
+    cells: dict[str, Cell]
+    note: str = ""
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(sorted({seed for cell in self.cells.values() for seed in cell.seeds}))
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one protocol. `best` is metric → the best value of a model."""
+
+    section: Section
+    protocol: str
+    metrics: tuple[str, ...]
+    rows: tuple[Row, ...]
+    best: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def recommenders(self) -> bool:
+        return any(row.recommender for row in self.rows)
+
+
+def tables_of(dataset: str, figures: Sequence[Figure]) -> list[Table]:
+    """Every figure of a data set that no plot shows alone, in tables by kind of metric and protocol."""
+    found: dict[tuple[int, str], list[Figure]] = {}
+    for figure in figures:
+        if any(pattern.match(figure.metric) for pattern in _DRAWN):
+            continue
+        found.setdefault((_section(figure.metric), figure.protocol), []).append(figure)
+    order = sorted(found, key=lambda key: key[0])
+    return [
+        _table(dataset, (*SECTIONS, _REST)[section], protocol, found[section, protocol]) for section, protocol in order
+    ]
+
+
+def _section(metric: str) -> int:
+    return next((at for at, section in enumerate(SECTIONS) if section.metrics.match(metric)), len(SECTIONS))
+
+
+def _table(dataset: str, section: Section, protocol: str, figures: Sequence[Figure]) -> Table:
+    rows = rows_of(figures)
+    metrics = sorted({figure.metric for figure in figures}, key=_metric_order)
+    if section.judged:
+        rows += _known(dataset, metrics, rows)
+    rows.sort(key=lambda row: _PLACES[row.kind])
+    best = {
+        metric: max(values)
+        for metric in metrics
+        if section.judged and not _NOT_BETTER_WHEN_HIGHER.search(metric)
+        if (values := [row.cells[metric].value for row in rows if row.kind == "model" and metric in row.cells])
+    }
+    return Table(section, protocol, tuple(metrics), tuple(rows), best)
+
+
+def rows_of(figures: Iterable[Figure]) -> list[Row]:
+    """In the order of models' first figures, each followed by what stands beside it."""
+    by_row: dict[tuple[str, str], dict[str, list[Figure]]] = {}
+    for figure in figures:
+        by_row.setdefault(figure.row, {}).setdefault(figure.metric, []).append(figure)
+    rows = []
+    for (model, recommender), by_metric in by_row.items():
+        first = next(iter(by_metric.values()))[0]
+        cells = {metric: Cell.of(mine) for metric, mine in by_metric.items()}
+        rows.append(Row(model, recommender, kind_of(model), cells, first.how))
+    families = list(dict.fromkeys(_family(row) for row in rows))
+    return sorted(rows, key=lambda row: (families.index(_family(row)), row.kind == "beside"))
+
+
+def kind_of(model: str) -> Kind:
+    if model.lower() in FLOORS:
+        return "floor"
+    if model in _CEILINGS:
+        return "beside"
+    return "beside" if ", " in _bare(model) or is_control(model) else "model"
+
+
+def is_control(model: str) -> bool:
+    """Whether a model that holds what it says it holds has to be better."""
+    return _CONTROLS.search(_bare(model)) is not None
+
+
+def own_name(model: str) -> str:
+    """The model that something stands beside."""
+    return _CONTROLS.split(_bare(model).split(", ")[0])[0].strip()
+
+
+def _bare(model: str) -> str:
+    """Without the settings in brackets."""
+    return re.sub(r" \(.*?\)", "", model)
+
+
+def _family(row: Row) -> tuple[str, str]:
+    return _bare(row.model).split(", ")[0].split(" ")[0], row.recommender
+
+
+def _known(dataset: str, metrics: Sequence[str], rows: Sequence[Row]) -> list[Row]:
+    """What others published of these models on this data, and what chance gives."""
+    found = []
+    chance = {metric: Cell(CHANCE[metric], None, None, ()) for metric in metrics if metric in CHANCE}
+    if chance:
+        found.append(Row("chance", "", "floor", chance))
+    names = dict.fromkeys(_bare(row.model).split(" ")[0] for row in rows if row.kind == "model")
+    for name in names:
+        figures = published_on(dataset, name.lower())
+        cells = {metric: Cell(value, None, None, ()) for metric, value in figures.values.items()} if figures else {}
+        if figures and not cells.keys().isdisjoint(metrics):
+            found.append(Row(f"{name}, published", "", "published", cells, f"{figures.source}: {figures.training}"))
+    return found
+
+
+def published_systems(figures: Iterable[Figure]) -> list[Table]:
+    """What the papers of the systems that are reported say, on their own data."""
+    ours = {_bare(figure.model).split(",")[0].split("-")[0].split(" ")[0] for figure in figures}
+    found: dict[str, list[Row]] = {}
+    for (system, dataset), known in SYSTEMS.items():
+        if system.split("-")[0].split(" ")[0] in ours:
+            cells = {metric: Cell(value, None, None, ()) for metric, value in known.values.items()}
+            found.setdefault(known.source, []).append(
+                Row(f"{system} on {dataset}", "", "published", cells, known.training)
+            )
+    return [
+        Table(
+            Section("", "", re.compile("")),
+            source,
+            tuple(dict.fromkeys(metric for row in rows for metric in row.cells)),
+            tuple(rows),
+        )
+        for source, rows in found.items()
+    ]
+
+
+def _metric_order(metric: str) -> tuple[int, int, str]:
+    """NDCG@10 behind NDCG@5, and HR before NDCG before MRR at one cut-off."""
+    name, at, cutoff = metric.partition("@")
+    if at and cutoff.isdigit():
+        place = ("HR", "Recall", "NDCG", "MRR").index(name) if name in ("HR", "Recall", "NDCG", "MRR") else 9
+        return int(cutoff), place, metric
+    return 10_000, 0, metric
+
+
+def findings(tables: Iterable[Table]) -> list[str]:
+    """What should be read first: the best model beside its floor and what is published, models that are below a floor, and
+    controls that are as good as what they control."""
+    found = []
+    for table in tables:
+        if not table.section.judged:
+            continue
+        for metric in _headlines(table):
+            found += _best(table, metric) + _not_better(table, metric)
+    return list(dict.fromkeys(found))
+
+
+def _headlines(table: Table) -> list[str]:
+    wanted = ("NDCG@10", "NDCG@5", "MRR@3", "recovery", "T1 HR@5", "attribute_precision")
+    return [metric for metric in wanted if metric in table.metrics][:1]
+
+
+def _best(table: Table, metric: str) -> list[str]:
+    models = [row for row in table.rows if row.kind == "model" and metric in row.cells]
+    if not models:
+        return []
+    best = max(models, key=lambda row: row.cells[metric].value)
+    value = best.cells[metric].value
+    told = f"{metric}: {_named(best)} is best with {value:.4f}"
+    floors = [row for row in table.rows if row.kind == "floor" and metric in row.cells]
+    if floors:
+        floor = max(floors, key=lambda row: row.cells[metric].value)
+        told += f"; the best floor, {floor.model}, has {floor.cells[metric].value:.4f}"
+    known = [row for row in table.rows if row.kind == "published" and metric in row.cells]
+    if known:
+        most = max(known, key=lambda row: row.cells[metric].value)
+        told += f"; the best published is {most.cells[metric].value:.4f} ({most.model.removesuffix(', published')})"
+    return [told + "."]
+
+
+def _not_better(table: Table, metric: str) -> list[str]:
+    rows = [row for row in table.rows if metric in row.cells]
+    floors = [row for row in rows if row.kind == "floor"]
+    found = []
+    for row in rows:
+        value = row.cells[metric].value
+        if row.kind == "model":
+            above = [floor for floor in floors if floor.cells[metric].value >= value]
+            found += [
+                f"{_named(row)} does not reach {floor.model}: {metric} {value:.4f} against {floor.cells[metric].value:.4f}."
+                for floor in above[:1]
+            ]
+        if row.kind == "beside" and is_control(row.model):
+            owners = [
+                one
+                for one in rows
+                if one.kind == "model"
+                and one.recommender == row.recommender
+                and _bare(one.model) == own_name(row.model)
+            ]
+            found += [
+                f"The control {_named(row)} is as good as {_named(one)}: {metric} {value:.4f} against "
+                f"{one.cells[metric].value:.4f}."
+                for one in owners
+                if value >= one.cells[metric].value
+            ]
+    return found
+
+
+def _named(row: Row) -> str:
+    return f"{row.model} beside {row.recommender}" if row.recommender else row.model
