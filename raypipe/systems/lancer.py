@@ -54,7 +54,7 @@ class LancerPrompts(Config):
             Frame(lead="Someone picked these, the oldest first:"),
             Frame(lead="History:"),
             Frame(join=","),
-            Frame(lead="What comes next?", join=";"),
+            Frame(lead="What comes next?", join=" |"),
         ),
         "other frames, in which it is asked too: how far figures hang on the words",
     )

@@ -30,9 +30,9 @@ SIZES = ("small", "base", "large")
 FLOORS = ("popularity", "transitions")
 _ABLATIONS = {
     "": [],
-    "reasoning": ["--lancer.no-reasoning"],
-    "knowledge": ["--lancer.no-knowledge", "--lancer.first_epochs", "0"],
-    "both": ["--lancer.no-reasoning", "--lancer.no-knowledge", "--lancer.first_epochs", "0"],
+    "reasoning": ["--no-lancer.reasoning"],
+    "knowledge": ["--no-lancer.knowledge", "--lancer.first_epochs", "0"],
+    "both": ["--no-lancer.reasoning", "--no-lancer.knowledge", "--lancer.first_epochs", "0"],
 }
 _NAMES = {"reasoning": "no reasoning prompt", "knowledge": "no knowledge prompt", "both": "no prompts"}
 _OF_TRAINING = {"loss_first", "loss_last", "steps", "train_seconds", "items", "targets", "line_tokens", "asked"}

@@ -19,7 +19,21 @@ from raypipe.language.soft_prompts import Encoded, SoftPromptLm, collate
 from raypipe.language.trie import answer_tokens
 
 WIDTH = 64
-WORDS = ["the", "user", "chose", "Alien", "and", "Brazil", "and", "Casablanca", "but", "neither", "Dune", "nor", "Evita"]
+WORDS = [
+    "the",
+    "user",
+    "chose",
+    "Alien",
+    "and",
+    "Brazil",
+    "and",
+    "Casablanca",
+    "but",
+    "neither",
+    "Dune",
+    "nor",
+    "Evita",
+]
 ANSWERS = ["Alien", "Brazil and Dune", "Casablanca but Evita"]
 KINDS = {"vectors": PrefixConfig(knowledge=4, vectors=3), "knowledge": PrefixConfig(knowledge=4, vectors=0)}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from raypipe.engines.engine import EngineConfig
+from raypipe.engines.engine import Choices, Decoding, EngineConfig
 from raypipe.errors import UsageError
 from raypipe.language.adapters import AdapterCard
 from raypipe.language.backbone import load_backbone
@@ -158,10 +158,11 @@ def test_a_question_shows_the_last_items_and_holds_the_vectors_of_the_last_read(
     np.testing.assert_allclose(vectors.values, stored[[2, 3, 4]], atol=1e-5)
     (framed,) = writer.prompts([[4]], [[4]], Frame(lead="History:", join=","))
     assert framed.words == "History: Film 4,"
-    # Of two items one is shown where there is room for no more.
-    tight = build_lancer(world.config, world.catalogue, lm, world.adapter, world.config.room + 20).lancer
+    # Of two items one is shown where there is room for one and a half.
+    lead, line = writer.tokenizer.count_tokens(["A person chose, oldest first:", " Film 4 ->"])
+    tight = replace(writer, room=lead + line + line // 2)
     (cut,) = tight.prompts([[3, 4]], [[3, 4]])
-    assert "Film 3" not in cut.words
+    assert cut.words == "A person chose, oldest first: Film 4 ->"
     with pytest.raises(ValueError, match="without an item"):
         writer.prompts([[]], [[]])
 
@@ -257,8 +258,6 @@ def test_a_knowledge_prompt_makes_contents_likelier_while_the_model_stays(lm: Pa
     assert all(torch.equal(weight, trained[name]) for name, weight in plain.named_parameters())
     # The second stage starts from it, and items are represented otherwise than without.
     start = world.task().build()
-    told = torch.load if False else None
-    assert told is None
     weight = start.adapted.prefix.knowledge.embedding.weight  # type: ignore[union-attr]
     torch.testing.assert_close(weight, model.adapted.prefix.knowledge.embedding.weight)  # type: ignore[union-attr]
     assert (tmp_path / FIRST).is_file()
@@ -297,10 +296,12 @@ def test_validation_is_the_mean_probability_of_the_event_behind_training_s(lm: P
     known = histories().without_last(2)
     before = [known.items[known.starts[row] : known.ends[row]].tolist() for row in range(USERS)]
     engine = EngineConfig(lm=str(lm), adapter=str(world.adapter), device="cpu").build()
-    lines = [[writer.lines[item - 1]] for item in histories().items[histories().ends - 2].tolist()]
-    told = sum(scores.logprobs[0] for scores in engine.score(writer.prompts(before, before), lines))
-    # The end of a line is no part of a score.
-    assert total < told < 0.98 * total
+    targets = histories().items[histories().ends - 2].tolist()
+    told = 0.0
+    every = Decoding(max_new_tokens=16, beams=ITEMS)
+    for outcome in engine.generate(writer.prompts(before, before), every, Choices(tuple(writer.lines))):
+        told += next(beam.logprob for beam in outcome.beams if beam.chosen == (targets[outcome.index] - 1,))
+    assert told == pytest.approx(total, rel=1e-4)
 
 
 def test_lists_hold_each_item_once_in_order_and_a_target_that_is_not_there_stands_behind_them() -> None:
