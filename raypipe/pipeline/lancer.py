@@ -175,6 +175,7 @@ def _train(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: s
         "options": config.lancer.model_dump(mode="json"),
         "lm": inputs.lm_hash,
         "lm_model": inputs.lm_model,
+        "lm_path": "" if inputs.lm_model else str(inputs.lm),
         "config": config.shaping_values(),
         "metrics": metrics,
     }

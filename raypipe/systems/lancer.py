@@ -13,6 +13,7 @@ writer reads the knowledge prompt itself; items read one another), several items
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from pydantic import model_validator
 
 from raypipe.config import Config, free, shaping
-from raypipe.engines.engine import Choices, Decoding, Engine
+from raypipe.engines.engine import Beam, Choices, Decoding, Engine
 from raypipe.language.adapters import AdapterConfig, LoraOptions
 from raypipe.language.backbone import PromptTokenizer
 from raypipe.language.instructions import Catalogue
@@ -193,16 +194,17 @@ class Lancer:
 
     def answers(
         self, engine: Engine, prompts: Sequence[Prompt], most_tokens: int
-    ) -> tuple[list[list[str]], dict[str, float]]:
+    ) -> tuple[list[list[Beam]], dict[str, float]]:
         """What was written for each prompt, best first, and `refused`, how many could not be asked, and tokens."""
-        found: list[list[str]] = [[] for _ in prompts]
+        found: list[list[Beam]] = [[] for _ in prompts]
         told = {"refused": 0.0, "tokens_asked": 0.0}
         decoding = Decoding(max_new_tokens=most_tokens, beams=self.config.beams)
         for outcome in engine.generate(prompts, decoding, self.choices()):
             told["refused"] += outcome.error is not None
             told["tokens_asked"] += outcome.tokens_in
-            beams = [beam.text for beam in outcome.beams]
-            found[outcome.index] = beams if beams or outcome.error else [outcome.text]
+            # What is not searched for has no probability that was told.
+            alone = [] if outcome.error else [Beam(outcome.text, math.nan)]
+            found[outcome.index] = list(outcome.beams) or alone
         return found, told
 
     @cached_property
@@ -225,13 +227,17 @@ def _pieces(line: str) -> list[str]:
 
 def lists_of(
     grounded: Sequence[NDArray[np.int64]], seen: Sequence[Sequence[int]], *, filter_seen: bool
-) -> list[list[int]]:
-    """Items of each user in the order of the beams, each once, 0 for none; without what they have seen where that is left
-    out."""
+) -> list[dict[int, int]]:
+    """Items of each user and the first beam that was taken for each, in the order of the beams, in which 0 is no item; without
+    what they have seen where that is left out."""
     found = []
     for items, mine in zip(grounded, seen, strict=True):
         without = {0, *(mine if filter_seen else ())}
-        found.append([item for item in dict.fromkeys(items.tolist()) if item not in without])
+        first: dict[int, int] = {}
+        for beam, item in enumerate(items.tolist()):
+            if item not in without:
+                first.setdefault(item, beam)
+        found.append(first)
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -70,9 +70,11 @@ def measured(
 
 @dataclass(frozen=True)
 class Lists:
-    """Items of each user, best first, and how their answers were grounded."""
+    """Items of each user, best first, the log-probability of the first line that was taken for each, and how all of the answers
+    were grounded."""
 
     items: list[list[int]]
+    logprobs: list[list[float]]
     exact: list[NDArray[np.bool_]]
     margins: list[NDArray[np.float32]]
     refused: float
@@ -97,22 +99,26 @@ class ListWriter:
     ) -> Lists:
         """Of the users of these histories, and of what `read` has for their reasoning prompts; `most_tokens` of a line."""
         config = self.lancer.config
-        found = Lists([], [], [], 0.0, 0.0)
+        found = Lists([], [], [], [], 0.0, 0.0)
         refused = tokens = 0.0
         for start in range(0, len(histories), _USERS_AT_ONCE):
             part = slice(start, start + _USERS_AT_ONCE)
             prompts = self.lancer.prompts(histories[part], read[part], frame)
             answers, told = self.lancer.answers(engine, prompts, most_tokens)
-            grounded = self.grounding.ground([answer for mine in answers for answer in mine])
+            grounded = self.grounding.ground([beam.text for mine in answers for beam in mine])
             ends = np.cumsum([len(mine) for mine in answers])[:-1]
             items = np.split(grounded.nearest + 1, ends)
-            found.items.extend(lists_of(items, histories[part], filter_seen=config.filter_seen))
+            for mine, beams in zip(
+                lists_of(items, histories[part], filter_seen=config.filter_seen), answers, strict=True
+            ):
+                found.items.append(list(mine))
+                found.logprobs.append([beams[place].logprob for place in mine.values()])
             found.exact.extend(np.split(grounded.exact, ends))
             found.margins.extend(np.split(grounded.margin, ends))
             refused, tokens = refused + told["refused"], tokens + told["tokens_asked"]
             if tell is not None:
                 tell(min(part.stop, len(histories)), len(histories))
-        return Lists(found.items, found.exact, found.margins, refused, tokens)
+        return replace(found, refused=refused, tokens=tokens)
 
 
 def build_lancer(config: LancerConfig, catalogue: Catalogue, lm: Path, adapter: Path, room: int) -> ListWriter:

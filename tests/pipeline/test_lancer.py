@@ -14,7 +14,7 @@ from raypipe.storage.store import Store
 from raypipe.systems.lancer_training import Told
 from tests.conftest import Run
 from tests.ground import one_paragraph
-from tests.pipeline.small_logs import CHAIN_ITEMS, START, chain_events, write_catalogue, write_log
+from tests.pipeline.small_logs import CHAIN_ITEMS, START, chain_events, histories_of, newest, write_catalogue, write_log
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 USERS = 120
@@ -35,6 +35,10 @@ def chains(joined_once: Path, with_lm: str) -> str:
     lineage = {"hold_out": 2, "held_out_share": 0.1}
     Models(Store(with_lm)).add("lm", joined_once.parent / "lm", "untrained", lineage)
     return with_lm
+
+
+def following(item: str) -> str:
+    return f"i{int(item[1:]) % CHAIN_ITEMS + 1}"
 
 
 def test_what_comes_next_is_written_and_a_stored_model_is_asked_anew_here_and_elsewhere(
@@ -62,6 +66,19 @@ def test_what_comes_next_is_written_and_a_stored_model_is_asked_anew_here_and_el
     assert held.result["models"] == ended.result["models"]
     assert (held.metrics["grounding exact@5"], held.metrics["grounding guessed"]) == (1.0, 0)
     assert held.metrics["Recall@5"] >= metrics["Recall@5"] - 0.05
+
+    # The night's batch asks the same engine: what follows everybody's last event, and nothing where nothing changed.
+    lists = ("recommend", "--workspace", chains, "--model", "lancer", "--length", 3, "--answer_tokens", 16)
+    assert raypipe(*lists, "--no-filter_seen").status == "ok"
+    rows = newest(chains, "recommendations").to_pylist()
+    assert {row["variant"] for row in rows} == {"recommend-lancer"}
+    ids = newest(chains, "items").sort_by("index")["item_id"].to_pylist()
+    right = [ids[row["items"][0] - 1] == following(histories_of(chains)[row["user_id"]][-1][0]) for row in rows]
+    assert (len(right), np.mean(right) > 0.7) == (USERS, True)
+    assert all(row["scores"] == sorted(row["scores"], reverse=True) and max(row["scores"]) <= 0 for row in rows)
+    assert raypipe(*lists, "--no-filter_seen").status == "nothing_to_do"
+    few = raypipe(*lists, "--sample", 7)
+    assert few.metrics["computed"] == 7
 
     # The same chains in another order: what it has learnt of titles does not help there.
     other = str(tmp_path / "other")

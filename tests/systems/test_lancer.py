@@ -306,8 +306,10 @@ def test_validation_is_the_mean_probability_of_the_event_behind_training_s(lm: P
 
 def test_lists_hold_each_item_once_in_order_and_a_target_that_is_not_there_stands_behind_them() -> None:
     grounded = [np.array([3, 0, 3, 5, 4]), np.array([2])]
-    assert lists_of(grounded, [[5], [2]], filter_seen=True) == [[3, 4], []]
-    assert lists_of(grounded, [[5], [2]], filter_seen=False) == [[3, 5, 4], [2]]
+    assert lists_of(grounded, [[5], [2]], filter_seen=True) == [{3: 0, 4: 4}, {}]
+    assert lists_of(grounded, [[5], [2]], filter_seen=False) == [{3: 0, 5: 3, 4: 4}, {2: 0}]
+    # What nothing was written for is no item.
+    assert lists_of([np.array([0, 1])], [[]], filter_seen=True) == [{1: 1}]
     above, same = ranks_of_lists([[3, 4], [3, 4], []], [4, 9, 9], [10, 10, 10])
     # Of ten candidates eight are left, one of which it is.
     assert (above.tolist(), same.tolist()) == ([1, 2, 0], [1, 8, 10])
