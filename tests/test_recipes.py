@@ -32,17 +32,21 @@ def test_a_recipe_is_valid_and_says_how_it_is_run(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(ALIGNMENTS.iterdir()), ids=lambda path: path.stem)
-def test_an_alignment_holds_out_users_and_says_how_it_is_run(path: Path) -> None:
+def test_an_alignment_holds_out_users_or_everybody_s_last_events_and_says_how_it_is_run(path: Path) -> None:
     config = parse_config("align", AlignConfig, ["--config", str(path)])
     assert path.stem.startswith(config.system)
     assert f"--config jobs/align/{path.name} " in path.read_text()
-    assert config.held_out_share == 0.1
+    assert (
+        (config.held_out_share, config.hold_out) == (0, 2)
+        if config.system == "lancer"
+        else config.held_out_share == 0.1
+    )
     assert config.trainer.epochs
 
 
 def test_every_system_has_a_recipe_for_two_domains() -> None:
     domains = ("ml-100k", "amazon-industrial")
-    systems = ("recinterpreter", "recexplainer", "guided")
+    systems = ("recinterpreter", "recexplainer", "guided", "lancer")
     assert {f"{system}-{data}.yaml" for system, data in product(systems, domains)} <= {
         path.name for path in ALIGNMENTS.iterdir()
     }

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from raypipe.engines.engine import Outcome, OutcomeError
 from raypipe.language.adapters import AdapterCard
 from raypipe.language.backbone import PromptTokenizer
-from raypipe.language.prompt import Prompt
+from raypipe.language.prefixes import PREFIX, split_prefix
+from raypipe.language.prompt import Prompt, Vectors
 from raypipe.language.soft_prompts import Encoded, encode
 
 
@@ -26,6 +28,8 @@ def encode_prompts(
     ids = tokenizer.encode([prompts[index].text for index in plain])
     encoded = {index: Encoded(mine, []) for index, mine in zip(plain, ids, strict=True)}
     refused = []
+    prefix = None if adapter is None else adapter.config.prefix
+    standing = prefix.knowledge if prefix is not None and not prefix.vectors else 0  # before every prompt
     for index, prompt in enumerate(prompts):
         error = None
         if prompt.has_vectors:
@@ -33,15 +37,29 @@ def encode_prompts(
                 error = OutcomeError("unsupported_prompt", "This engine reads text only: it has no adapter.")
             else:
                 try:
-                    encoded[index] = encode(tokenizer, prompt, adapter.config.projectors, adapter.widths)
+                    encoded[index] = _encoded(tokenizer, prompt, adapter)
                 except ValueError as problem:
                     error = OutcomeError("unsupported_prompt", str(problem))
-        tokens = len(encoded[index].ids) if index in encoded else 0
+        tokens = encoded[index].length + standing if index in encoded else 0
         error = error or _refusal(tokens, room[index], context)
         if error is not None:
             refused.append(Outcome(index, tokens_in=tokens, error=error))
             encoded.pop(index, None)
     return dict(sorted(encoded.items())), refused
+
+
+def _encoded(tokenizer: PromptTokenizer, prompt: Prompt, adapter: AdapterCard) -> Encoded:
+    """Raises ValueError for vectors that the adapter does not read."""
+    config, widths = adapter.config, adapter.widths
+    prefix, rest = split_prefix(prompt)
+    if prefix is None:
+        return encode(tokenizer, prompt, config.projectors, widths)
+    if config.prefix is None or not config.prefix.vectors:
+        raise ValueError("There is no prefix of vectors.")
+    if prefix.values.shape[1] != widths[PREFIX]:
+        raise ValueError(f"A prefix's vectors are {widths[PREFIX]} wide, and not {prefix.values.shape[1]}.")
+    last = Vectors(prefix.values[-config.prefix.vectors :], PREFIX)
+    return replace(encode(tokenizer, rest, config.projectors, widths), prefix=last)
 
 
 def _refusal(tokens: int, room: int, context: int) -> OutcomeError | None:

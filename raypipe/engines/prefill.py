@@ -33,6 +33,18 @@ class SoftRows(Protocol):
         """What the model reads of the prompts of these numbers, [rows, longest, hidden], padded on the left."""
         ...
 
+    def before(self, numbers: Sequence[int]) -> Before | None:
+        """What stands before these prompts in every layer, where something does."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """Keys and values of every layer, [rows, heads, tokens, width], and bool [rows, tokens] which tokens are there."""
+
+    layers: Sequence[tuple[Tensor, Tensor]]
+    there: Tensor
+
 
 def shared_start(prompts: Sequence[Sequence[int]]) -> list[int]:
     """The tokens that all prompts begin with, none where they are few; at least one of each prompt is left."""
@@ -80,7 +92,7 @@ class Prefill:
             at += rows
 
     def read(self, numbers: Sequence[int]) -> Read:
-        """The prompts of these numbers, padded on the left."""
+        """The prompts of these numbers, padded on the left, behind what stands before them."""
         prompts = [self.prompts[number] for number in numbers]
         longest, rows, known = max(map(len, prompts)), len(prompts), self._shared_tokens
         padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=self.device)
@@ -89,15 +101,21 @@ class Prefill:
             tokens[row, longest - len(prompt) :] = torch.tensor(prompt[known:])
         place = torch.arange(longest, device=self.device)
         read = (place < known) | (place - known >= padding[:, None])
-        cache = new_cache(self.model, longest)
+        before = None if self.soft is None else self.soft.before(numbers)
+        columns = 0 if before is None else before.there.shape[1]
+        cache = new_cache(self.model, columns + longest)
+        if before is not None:
+            read = torch.cat([before.there, read], 1)
+            for layer, (keys, values) in zip(cache.layers, before.layers, strict=True):
+                layer.update(keys, values)
         if self._shared is not None:
             for layer, start in zip(cache.layers, self._shared.layers, strict=True):
                 layer.update(start.keys.expand(rows, -1, -1, -1), start.values.expand(rows, -1, -1, -1))
         words = {"input_ids": tokens.to(self.device)}
         logits = self.model(
             **(words if self.soft is None else {"inputs_embeds": self.soft.embed(numbers)[:, known:]}),
-            attention_mask=read.long() if padding.any() else None,
-            position_ids=(read.cumsum(1) - 1).clamp(min=0)[:, known:],
+            attention_mask=None if read.all() else read.long(),
+            position_ids=(read.cumsum(1) - 1).clamp(min=0)[:, columns + known :],
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
@@ -198,3 +216,6 @@ class _Starts:
             torch.nn.functional.pad(row, (0, 0, gone, 0))[: len(row)] for row, gone in zip(embedded, cut, strict=True)
         ]
         return torch.stack(rows)[:, -longest:]
+
+    def before(self, numbers: Sequence[int]) -> Before | None:
+        return self.soft.before([self.first[number] for number in numbers])

@@ -21,6 +21,7 @@ from raypipe.engines.beams import Hypothesis, search
 from raypipe.engines.decoding import decode
 from raypipe.engines.encoded import encode_prompts
 from raypipe.engines.engine import Beam, Choices, Decoding, FinishReason, Outcome, Scores, prompt_seed
+from raypipe.engines.prefill import Before
 from raypipe.engines.scoring import score
 from raypipe.errors import UsageError
 from raypipe.language.adapters import load_adapter, read_card
@@ -94,7 +95,9 @@ class TransformersEngine:
         """Indices and token ids of prompts, and their vectors; if memory does not suffice, that shows at once."""
         fitting = sorted(encoded, key=lambda index: (-len(encoded[index].ids), index))
         rows = [encoded[index] for index in fitting]
-        soft = _Soft(self._adapted, rows) if self._adapted is not None and any(row.soft for row in rows) else None
+        adapted = self._adapted
+        reads = adapted is not None and (adapted.prefix is not None or any(row.soft for row in rows))
+        soft = _Soft(adapted, rows) if adapted is not None and reads and rows else None
         return fitting, [row.ids for row in rows], soft
 
     def _trie_of(self, choices: Choices, decoding: Decoding) -> AnswerTrie:
@@ -121,14 +124,25 @@ class TransformersEngine:
 
 
 class _Soft:
-    """Prompts of one call, some with vectors; implements `SoftRows`."""
+    """Prompts of one call, some with vectors, or behind a prefix; implements `SoftRows`."""
 
     def __init__(self, model: SoftPromptLm, rows: Sequence[Encoded]) -> None:
         self.model, self.rows = model, rows
-        self.most_shared = min(start for row in rows for start, _ in row.soft)
+        # What stands behind different things is not the same.
+        starts = [0] if model.prefix is not None else [start for row in rows for start, _ in row.soft]
+        self.most_shared = min(starts)
         self.contents: Sequence[Sequence[int]] = [row.content for row in rows]
 
     def embed(self, numbers: Sequence[int]) -> torch.Tensor:
+        return self.model.embed(self._batch(numbers))
+
+    def before(self, numbers: Sequence[int]) -> Before | None:
+        prefix = self.model.prefix
+        if prefix is None:
+            return None
+        tokens, there = prefix.of_batch(self._batch(numbers))
+        return Before(prefix.shape.split(tokens), there)
+
+    def _batch(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
         batch = collate([self.rows[number] for number in numbers], left=True)
-        device = self.model.lm.device
-        return self.model.embed({name: tensor.to(device) for name, tensor in batch.items()})
+        return {name: tensor.to(self.model.lm.device) for name, tensor in batch.items()}

@@ -19,6 +19,7 @@ from torch import Tensor
 from raypipe.config import Config, shaping
 from raypipe.errors import UsageError
 from raypipe.language.backbone import Backbone
+from raypipe.language.prefixes import Prefix, PrefixConfig, PrefixShape
 from raypipe.language.projectors import ProjectorConfig
 from raypipe.language.soft_prompts import Injection, SoftPromptLm
 
@@ -42,6 +43,8 @@ class AdapterConfig(Config):
     injection: Injection = shaping("replace", "tokens of vectors replace what the model reads, or are added to a word")
     lora: LoraOptions | None = shaping(None, "unset: the language model's matrices stay as they are")
     embeddings: bool = shaping(False, "its embedding table and head are trained too, as RecExplainer's code does")
+    full: bool = shaping(False, "every weight of the language model is trained, and stored with the adapter")
+    prefix: PrefixConfig | None = shaping(None, "what stands before a prompt in every layer; unset: nothing")
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,17 @@ def build_adapter(backbone: Backbone, card: AdapterCard, seed: int = 0) -> SoftP
         torch.manual_seed(seed)
         if card.config.lora is not None:
             _inject_lora(lm, card.config.lora)
+        if card.config.full:
+            lm.requires_grad_(True)
         if card.config.embeddings:
             for part in (lm.get_input_embeddings(), lm.get_output_embeddings()):
                 part.weight.requires_grad_(True)
         projectors = {
             source: projector.build(card.widths[source], hidden) for source, projector in card.config.projectors.items()
         }
-        return SoftPromptLm(lm, projectors, card.config.injection)
+        wanted = card.config.prefix
+        prefix = None if wanted is None else Prefix(wanted, PrefixShape.of(lm), hidden)
+        return SoftPromptLm(lm, projectors, card.config.injection, prefix)
 
 
 def save_adapter(folder: Path, card: AdapterCard, weights: Mapping[str, Tensor]) -> None:

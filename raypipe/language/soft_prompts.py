@@ -13,10 +13,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
 from raypipe.language.backbone import PromptTokenizer
+from raypipe.language.prefixes import PREFIX, Prefix, behind
 from raypipe.language.projectors import Projector, ProjectorConfig
 from raypipe.language.prompt import Prompt, Text, Vectors
 
@@ -40,6 +42,13 @@ class Encoded:
 
     ids: list[int]
     soft: list[tuple[int, Vectors]]
+    prefix: Vectors | None = None
+    """What stands before it in every layer."""
+
+    @property
+    def length(self) -> int:
+        """Places that it takes."""
+        return len(self.ids) + (0 if self.prefix is None else len(self.prefix.values))
 
     @property
     def content(self) -> list[int]:
@@ -47,6 +56,8 @@ class Encoded:
         found = list(self.ids)
         for start, vectors in self.soft:
             found[start] = -1 - abs(hash(vectors))
+        if self.prefix is not None and found:
+            found[0] = -1 - abs(hash((self.prefix, found[0])))
         return found
 
 
@@ -98,7 +109,8 @@ def collate(
     """One batch, padded on the right, or on the `left`: `tokens` int64 [batch, length] and, with answers, `labels` alike.
 
     Per source of vectors, over all segments of it: `vectors/SOURCE` float32 [segments, count, width], `known/SOURCE` bool
-    [segments, count], `rows/SOURCE` and `starts/SOURCE` int64 [segments].
+    [segments, count], `rows/SOURCE` and `starts/SOURCE` int64 [segments]. Of what stands before: `prefix/vectors` and
+    `prefix/known`, alike, [batch, count].
     """
     whole = [[*prompt.ids, *answer] for prompt, answer in zip(prompts, answers or [()] * len(prompts), strict=True)]
     length = max(map(len, whole))
@@ -113,29 +125,40 @@ def collate(
     batch = {"tokens": torch.from_numpy(tokens), "mask": torch.from_numpy(mask)}
     if answers is not None:
         batch["labels"] = torch.from_numpy(labels)
+    if any(prompt.prefix is not None for prompt in prompts):
+        batch |= padded_vectors([prompt.prefix.values for prompt in prompts if prompt.prefix is not None], PREFIX)
     segments: dict[str, list[tuple[int, int, Vectors]]] = {}
     for row, prompt in enumerate(prompts):
         for start, vectors in prompt.soft:
             segments.setdefault(vectors.source, []).append((row, begins[row] + start, vectors))
     for source, found in segments.items():
-        most = max(len(vectors.values) for _, _, vectors in found)
-        values = np.zeros((len(found), most, found[0][2].values.shape[1]), np.float32)
-        known = np.zeros((len(found), most), bool)
-        for place, (_, _, vectors) in enumerate(found):
-            values[place, most - len(vectors.values) :] = vectors.values
-            known[place, most - len(vectors.values) :] = True
-        batch[f"vectors/{source}"], batch[f"known/{source}"] = torch.from_numpy(values), torch.from_numpy(known)
+        told = padded_vectors([vectors.values for _, _, vectors in found], source)
+        batch[f"vectors/{source}"], batch[f"known/{source}"] = told[f"{source}/vectors"], told[f"{source}/known"]
         batch[f"rows/{source}"] = torch.tensor([row for row, _, _ in found])
         batch[f"starts/{source}"] = torch.tensor([start for _, start, _ in found])
     return batch
 
 
-class SoftPromptLm(nn.Module):
-    """A causal language model and its projectors, by source of vectors; forward is the cross-entropy of answers."""
+def padded_vectors(rows: Sequence[NDArray[np.float32]], name: str) -> dict[str, Tensor]:
+    """`NAME/vectors` float32 [rows, longest, width] and `NAME/known` bool [rows, longest], what is there at the end."""
+    most = max(map(len, rows))
+    values = np.zeros((len(rows), most, rows[0].shape[1]), np.float32)
+    known = np.zeros((len(rows), most), bool)
+    for row, mine in enumerate(rows):
+        values[row, most - len(mine) :] = mine
+        known[row, most - len(mine) :] = True
+    return {f"{name}/vectors": torch.from_numpy(values), f"{name}/known": torch.from_numpy(known)}
 
-    def __init__(self, lm: Any, projectors: Mapping[str, Projector], injection: Injection) -> None:
+
+class SoftPromptLm(nn.Module):
+    """A causal language model, its projectors, by source of vectors, and what stands before all it reads; forward is the
+    cross-entropy of answers."""
+
+    def __init__(
+        self, lm: Any, projectors: Mapping[str, Projector], injection: Injection, prefix: Prefix | None = None
+    ) -> None:
         super().__init__()
-        self.lm, self.injection = lm, injection
+        self.lm, self.injection, self.prefix = lm, injection, prefix
         self.projectors = nn.ModuleDict(projectors)
         hidden = lm.get_input_embeddings().weight.shape[1]
         # The word that stands at the places of a source, where its tokens are added to one.
@@ -165,15 +188,20 @@ class SoftPromptLm(nn.Module):
             embedded = embedded.index_put((rows[there], columns[there]), soft[there].to(embedded.dtype))
         return embedded
 
+    def states(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The last layer's states, [batch, length, hidden], of a batch that is padded on the right."""
+        decoder, words = self.lm.get_decoder(), {"inputs_embeds": self.embed(batch), "use_cache": False}
+        if self.prefix is None:
+            return decoder(**words, attention_mask=batch["mask"]).last_hidden_state
+        tokens, there = self.prefix.of_batch(batch)
+        return behind(decoder, self.prefix.shape, tokens, there, words, batch["mask"])
+
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Summed over answer tokens and divided by `count`, by their number where there is none.
 
         Logits are made only where there is something to predict.
         """
-        decoder = self.lm.get_decoder()
-        hidden = decoder(
-            inputs_embeds=self.embed(batch), attention_mask=batch["mask"], use_cache=False
-        ).last_hidden_state
+        hidden = self.states(batch)
         labels = batch["labels"][:, 1:]
         wanted = labels != IGNORED
         logits = self.lm.get_output_embeddings()(hidden[:, :-1][wanted])

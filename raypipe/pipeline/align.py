@@ -31,6 +31,7 @@ from raypipe.language.titles import distinct_titles
 from raypipe.pipeline.guided import run_guided
 from raypipe.pipeline.held_out import are_held_out
 from raypipe.pipeline.job import TrainingOptions, cost_of
+from raypipe.pipeline.lancer import run_lancer
 from raypipe.pipeline.loaded import BUILTIN, Loaded, find_builtin_lm, is_builtin
 from raypipe.pipeline.sequences import histories_hash, pinned_versions, read_histories
 from raypipe.recommenders.recommender import freeze, weights_hash
@@ -44,6 +45,7 @@ from raypipe.storage.locks import hold
 from raypipe.storage.models import Model, Models, find_model
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.guided import GuidedConfig
+from raypipe.systems.lancer import LancerConfig
 from raypipe.systems.projection import AdaptedLm
 from raypipe.systems.recexplainer import ExplainerConfig
 from raypipe.systems.recinterpreter import InterpreterConfig
@@ -65,7 +67,7 @@ class AlignOptions(TrainingOptions, ModelCache):
     lm: str = free(
         BUILTIN, "checkpoint folder or hub name; builtin is the workspace's own, builtin/HASH one of several"
     )
-    system: Literal["recinterpreter", "recexplainer", "guided"] = free(
+    system: Literal["recinterpreter", "recexplainer", "guided", "lancer"] = free(
         "recinterpreter", "which of the systems below joins them"
     )
     adapter: str | None = free(
@@ -73,11 +75,15 @@ class AlignOptions(TrainingOptions, ModelCache):
         "NAME or NAME/HASH of a stored adapter that is measured on the states of `model`, constrained or not and by the judges "
         "given here, and nothing trained",
     )
+    adapter_workspace: str | None = free(
+        None, "workspace that holds `adapter`, for lancer: what it learnt there is asked on the data of this one"
+    )
     recinterpreter: InterpreterConfig = free(InterpreterConfig, "a recommender's states in words")
     recexplainer: ExplainerConfig = free(ExplainerConfig, "a language model that predicts what the recommender does")
     guided: GuidedConfig = free(
         GuidedConfig, "scores of items and users on attributes, for `train` to put into a recommender"
     )
+    lancer: LancerConfig = free(LancerConfig, "a language model that writes the next item")
     trainer: TrainerConfig = shaping(
         lambda: TrainerConfig(epochs=10, batch_size=16, lr=1e-3, weight_decay=1e-6),
         "training under Ray Train and DeepSpeed",
@@ -91,7 +97,10 @@ class AlignOptions(TrainingOptions, ModelCache):
     )
     hold_out: int = shaping(1, "last events of every user that training never sees", ge=0)
     held_out_share: float = shaping(
-        0.1, "share of the users, by hash, that are asked about and never trained on", gt=0, lt=1
+        0.1,
+        "share of the users, by hash, never trained on: those who are asked about; of lancer everybody is",
+        ge=0,
+        lt=1,
     )
     users: int = shaping(20_000, "most users that are trained on", ge=1)
     positions: int = shaping(10, "most places in a history that training reads", ge=1)
@@ -147,6 +156,8 @@ def run_align(config: AlignConfig) -> JobResult:
 def _joined(config: AlignConfig) -> JobResult:
     if config.system == "guided":
         return run_guided(config)
+    if config.system == "lancer":
+        return run_lancer(config)
     started = time.monotonic()
     workspace = config.open_workspace()
     workspace.require_info()

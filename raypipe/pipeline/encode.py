@@ -11,16 +11,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from raypipe.config import free, shaping
-from raypipe.pipeline.encode_units import EncodeBucket, EncodeTask, Rows, lists_of
+from raypipe.pipeline.encode_units import EncodeBucket, EncodeTask, Loads, Rows, lists_of, load_reader
 from raypipe.pipeline.job import BatchConfig, cost_of
-from raypipe.pipeline.loaded import Loaded
 from raypipe.runtime.job import JobResult, ModelCache
 from raypipe.runtime.progress import say
 from raypipe.runtime.session import Session, bucket_parts, open_session, output_table
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.ledger import Counts, Publish, Run, Unit, Usage
+from raypipe.storage.models import Model
 from raypipe.storage.tables import ABSENT
 from raypipe.storage.workspace import Workspace
 
@@ -43,7 +44,7 @@ class EncodeConfig(EncodeOptions, BatchConfig):
 class Encoding:
     """What a job computes: rows of `output` under `variant`, by a recipe that names all that shapes them.
 
-    With `item_states` the model's item vectors are published too, under the same variant.
+    `item_states` [items + 1, width], the model's item vectors, are published too, under the same variant.
     """
 
     job: str
@@ -51,15 +52,16 @@ class Encoding:
     variant: str
     recipe: str
     rows: Rows
-    item_states: bool = False
+    item_states: NDArray[np.float32] | None = None
+    load: Loads = load_reader
 
     @property
     def writes(self) -> tuple[str, ...]:
-        return (self.output, "item_states") if self.item_states else (self.output,)
+        return (self.output,) if self.item_states is None else (self.output, "item_states")
 
 
 def run_encoding(
-    config: EncodeConfig, workspace: Workspace, loaded: Loaded, encoding: Encoding, started: float
+    config: EncodeConfig, workspace: Workspace, model: Model, encoding: Encoding, started: float
 ) -> JobResult:
     """Compute what changed and publish it; a canary's rows go to a place of their own."""
     info = workspace.require_info()
@@ -72,7 +74,7 @@ def run_encoding(
         scope = "all" if canary is None else fingerprint({"users": canary})
         if scope == "all" and session.is_current(encoding.recipe, inputs):
             return JobResult(encoding.job, "nothing_to_do", cost=cost_of(Usage(), time.monotonic() - started))
-        facts = {"variant": encoding.variant, "model": loaded.model.hash}
+        facts = {"variant": encoding.variant, "model": model.hash}
         run = session.run(encoding.recipe, inputs, base, scope, facts)
         task = EncodeTask(
             workspace,
@@ -81,8 +83,9 @@ def run_encoding(
             encoding.variant,
             encoding.recipe,
             {**inputs, **base},
-            loaded.model,
+            model,
             encoding.rows,
+            encoding.load,
             pa.array(canary, pa.string()) if canary is not None else None,
             config.micro_batch_positions,
             Path(config.model_cache),
@@ -92,29 +95,28 @@ def run_encoding(
         receipts = session.phase(run, units, partial(EncodeBucket, task), encoding.job)
         counts = sum((receipt.counts for receipt in receipts.values()), Counts())
         parts = bucket_parts(receipts.values(), encoding.variant, (encoding.output,))
-        if encoding.item_states:
-            parts += _item_states(session, run, encoding, loaded, base["item_states"])
+        if encoding.item_states is not None:
+            parts += _item_states(session, run, encoding.variant, encoding.item_states[1:], base["item_states"])
         result = _finish(session, run, encoding, parts, counts, started)
     if result.status == "ok":
-        params = {"model": loaded.model.hash, "variant": encoding.variant, "scope": scope[:12]}
+        params = {"model": model.hash, "variant": encoding.variant, "scope": scope[:12]}
         tracking.log_run(encoding.job, run.run_key, params, {**result.metrics, **result.cost})
     return result
 
 
-def _item_states(session: Session, run: Run, encoding: Encoding, loaded: Loaded, version: int) -> list[Publish]:
+def _item_states(session: Session, run: Run, variant: str, states: NDArray[np.float32], version: int) -> list[Publish]:
     """The model's item vectors, unless they are published already."""
     workspace, name = session.workspace, "item_states"
     table = workspace.tables[name]
-    states = loaded.recommender.item_states().detach().float().numpy()[1:]
     indices = pa.array(np.arange(1, len(states) + 1, dtype=np.int32))
     rows = pa.table([indices, lists_of(states)], schema=table.spec.columns)
-    before = table.read(version, table.spec.columns.names, variant=encoding.variant).sort_by("item_index")
+    before = table.read(version, table.spec.columns.names, variant=variant).sort_by("item_index")
     if before.num_rows == rows.num_rows and before.combine_chunks().equals(rows):
         return []
     target = output_table(workspace, name, run.manifest["scope"], run.run_key)
     # Under one name: what a resumed run stages again are the same bytes.
-    staged = target.stage(rows, f"{run.run_key[:12]}-items", {"variant": encoding.variant})
-    return [Publish(name, "overwrite", [staged], [{"variant": encoding.variant}])]
+    staged = target.stage(rows, f"{run.run_key[:12]}-items", {"variant": variant})
+    return [Publish(name, "overwrite", [staged], [{"variant": variant}])]
 
 
 def _finish(

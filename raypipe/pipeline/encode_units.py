@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from raypipe.pipeline.rejects import WORKER_DIED, blocked_users, rejected_users
 from raypipe.pipeline.user_rows import UserRows
@@ -29,12 +30,34 @@ from raypipe.storage.models import Model, Models
 from raypipe.storage.workspace import Workspace
 
 
+class Reader(Protocol):
+    """A model that reads histories: the items it knows, the last events it reads, and a tensor that lies where it computes."""
+
+    @property
+    def items(self) -> int: ...
+
+    @property
+    def max_length(self) -> int: ...
+
+    @property
+    def table(self) -> Tensor: ...
+
+
+class Loads(Protocol):
+    """Picklable; makes a model of its checkpoint, on a worker."""
+
+    def __call__(self, folder: Path, device: str) -> Reader: ...
+
+
+def load_reader(folder: Path, device: str) -> Recommender:
+    """A recommender; implements `Loads`."""
+    return load_recommender(folder, device)[0]
+
+
 class Rows(Protocol):
     """What a job makes of users; columns of its table, `place` standing for the user."""
 
-    def warm(
-        self, model: Recommender, known: Histories, places: NDArray[np.int64], seeds: NDArray[np.int64]
-    ) -> pa.Table:
+    def warm(self, model: Any, known: Histories, places: NDArray[np.int64], seeds: NDArray[np.int64]) -> pa.Table:
         """Rows of the users at `places`, of whose histories `known` holds what the model has seen; one seed each."""
         ...
 
@@ -55,6 +78,7 @@ class EncodeTask:
     versions: dict[str, int]
     model: Model
     rows: Rows
+    load: Loads
     users: pa.Array | None
     micro_batch_positions: int
     model_cache: Path
@@ -73,14 +97,13 @@ class EncodeBucket:
         self.blocked = blocked_users(task.workspace, task.versions["rejects"], task.output, task.variant)
 
     @cached_property
-    def model(self) -> Recommender:
+    def model(self) -> Reader:
         # Loaded at the first changed user: a night without changes loads no weights.
         models = Models(self.task.workspace.store)
         device = self.task.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        model, _ = load_recommender(models.fetch(self.task.model, self.task.model_cache), device)
-        return model
+        return self.task.load(models.fetch(self.task.model, self.task.model_cache), device)
 
     def run(self, unit: Unit, context: UnitContext) -> Receipt:
         started = time.monotonic()

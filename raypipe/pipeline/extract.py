@@ -48,5 +48,6 @@ def run_extract(config: ExtractConfig) -> JobResult:
         f"{JOB}-{loaded.model.name}" + ("-queries" if oracles else "") + ("-all" if config.positions == "all" else "")
     )
     rows = States(config.positions, oracles)
-    encoding = Encoding(JOB, "hidden_states", variant, recipe, rows, item_states=True)
-    return run_encoding(config, workspace, loaded, encoding, started)
+    states = loaded.recommender.item_states().detach().float().numpy()
+    encoding = Encoding(JOB, "hidden_states", variant, recipe, rows, states)
+    return run_encoding(config, workspace, loaded.model, encoding, started)

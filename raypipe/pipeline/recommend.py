@@ -13,10 +13,15 @@ from raypipe.config import shaping
 from raypipe.errors import UsageError
 from raypipe.pipeline.encode import EncodeConfig, EncodeOptions, Encoding, run_encoding
 from raypipe.pipeline.encode_units import Recommendations
+from raypipe.pipeline.lancer_lists import WrittenLists, writer_of
 from raypipe.pipeline.loaded import Loaded
+from raypipe.pipeline.sequences import pinned_versions
 from raypipe.runtime.job import JobResult
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.hashing import content_digest
+from raypipe.storage.models import Model, Models, find_model
+from raypipe.storage.workspace import Workspace
+from raypipe.systems.lancer import NAME as LANCER
 
 JOB = "recommend"
 STEP_VERSION = 1
@@ -29,6 +34,7 @@ class RecommendOptions(EncodeOptions):
     filter_seen: bool = shaping(True, "nothing of a user's own history")
     deny: str | None = shaping(None, "file of item ids that nobody is recommended, a line each")
     only: dict[str, str] = shaping(dict, "attribute → value that an item must have, for example genres: Drama")
+    answer_tokens: int = shaping(96, "most tokens of an item's line, where a language model writes them (lancer)", ge=1)
 
 
 class RecommendConfig(RecommendOptions, EncodeConfig):
@@ -43,14 +49,11 @@ def run_recommend(config: RecommendConfig) -> JobResult:
     started = time.monotonic()
     workspace = config.open_workspace()
     workspace.require_info()
+    model = find_model(Models(workspace.store), config.model)
+    if model.name == LANCER:
+        return run_encoding(config, workspace, model, _written(config, workspace, model), started)
     loaded = Loaded.of(config, workspace, config.model)
-    allowed = allowed_items(loaded.items, config)[: loaded.recommender.items + 1]
-    if (left := int(allowed.sum())) < config.length:
-        raise UsageError(
-            f"Lists of {config.length} were asked for, and {left:,} of the model's {loaded.recommender.items:,} items may be "
-            "recommended.",
-            "Ask for fewer with --length, or allow more items.",
-        )
+    allowed = _enough(allowed_items(loaded.items, config)[: loaded.recommender.items + 1], config.length)
     recipe = fingerprint(
         {
             "step": STEP_VERSION,
@@ -63,7 +66,38 @@ def run_recommend(config: RecommendConfig) -> JobResult:
     popular = [item for item in loaded.card.popular if allowed[item]][: config.length]
     rows = Recommendations(config.length, config.filter_seen, allowed, np.array(popular, np.int32))
     encoding = Encoding(JOB, "recommendations", f"{JOB}-{loaded.model.name}", recipe, rows)
-    return run_encoding(config, workspace, loaded, encoding, started)
+    return run_encoding(config, workspace, loaded.model, encoding, started)
+
+
+def _written(config: RecommendConfig, workspace: Workspace, model: Model) -> Encoding:
+    """Lists that a language model writes."""
+    items = workspace.tables["items"].read(pinned_versions(workspace)["items"]).sort_by("index")
+    load = writer_of(config, workspace, model, items, config.answer_tokens)
+    allowed = _enough(allowed_items(items, config), config.length)
+    recipe = fingerprint(
+        {
+            "step": STEP_VERSION,
+            "model": model.hash,
+            "lm": load.lm_hash,
+            "lines": content_digest(*load.options.lines(load.catalogue), *load.options.contents(load.catalogue)),
+            "answer_tokens": config.answer_tokens,
+            "length": config.length,
+            "filter_seen": config.filter_seen,
+            "allowed": content_digest(np.packbits(allowed).tobytes().hex()),
+        }
+    )
+    rows = WrittenLists(config.length, config.filter_seen, allowed)
+    return Encoding(JOB, "recommendations", f"{JOB}-{model.name}", recipe, rows, load=load)
+
+
+def _enough(allowed: NDArray[np.bool_], length: int) -> NDArray[np.bool_]:
+    """Raises UsageError where lists would be longer than what may be in them."""
+    if (left := int(allowed.sum())) < length:
+        raise UsageError(
+            f"Lists of {length} were asked for, and {left:,} of the model's {len(allowed) - 1:,} items may be recommended.",
+            "Ask for fewer with --length, or allow more items.",
+        )
+    return allowed
 
 
 def allowed_items(items: pa.Table, config: RecommendOptions) -> NDArray[np.bool_]:

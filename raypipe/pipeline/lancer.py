@@ -1,0 +1,287 @@
+"""`raypipe align --system lancer`: a language model that writes the next item of a history, and how often it is the right one.
+
+Training reads what stands before the last `hold_out` events; of everybody the last event is asked for, over the whole catalogue,
+beside popularity and item transitions of the same training events. A stored one is measured with other options, or on the data
+of another workspace than its own: `--adapter lancer --adapter_workspace URI`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raypipe.engines.engine import EngineConfig
+from raypipe.errors import UsageError
+from raypipe.language.adapters import AdapterCard, build_adapter
+from raypipe.language.backbone import load_backbone
+from raypipe.language.checkpoint import checkpoint_hash, resolve_checkpoint
+from raypipe.language.instructions import Catalogue
+from raypipe.language.prefixes import PREFIX
+from raypipe.language.titles import distinct_titles
+from raypipe.pipeline.held_out import Cut, are_held_out
+from raypipe.pipeline.job import cost_of
+from raypipe.pipeline.loaded import find_builtin_lm, is_builtin
+from raypipe.pipeline.sequences import histories_hash, pinned_versions, read_histories
+from raypipe.recommenders.evaluation import HeldOut, ranks_of_floor
+from raypipe.recommenders.floors import Floor, Popularity, Transitions
+from raypipe.recommenders.windows import Histories
+from raypipe.runtime.job import JobResult
+from raypipe.runtime.progress import say
+from raypipe.runtime.trainer import TrainingResult, fit
+from raypipe.storage.fingerprint import fingerprint
+from raypipe.storage.ledger import Usage
+from raypipe.storage.locks import hold
+from raypipe.storage.models import Model, Models, find_model
+from raypipe.storage.workspace import Workspace
+from raypipe.systems.lancer import NAME, LancerConfig
+from raypipe.systems.lancer_figures import Asked, measured, rank_figures
+from raypipe.systems.lancer_training import FIRST, LancerTask, Told, prepare_lancer, store_vectors
+
+if TYPE_CHECKING:
+    from raypipe.pipeline.align import AlignConfig
+
+STEP_VERSION = 1
+_ASKED_ANEW = {"constrained", "beams", "filter_seen", "cold_events", "shown", "prompts"}
+"""Options that say how a stored one is asked; of the prompts only what it is perturbed by."""
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """Everybody's whole histories, of whom `held_out` bool [users] are never trained on, and what the language model is."""
+
+    catalogue: Catalogue
+    histories: Histories
+    held_out: NDArray[np.bool_]
+    lm: Path
+    lm_hash: str
+    lm_model: str
+
+    def asked(self, hold_out: int, most: int) -> Asked:
+        """At most so many users, drawn, and what was chosen last; UsageError where there is nobody."""
+        held = HeldOut.of(self.histories, hold_out, len(self.catalogue.titles))
+        if not len(held.targets):
+            raise UsageError(
+                f"No user has more than the {hold_out} events that are held out.", "Ingest longer histories."
+            )
+        rows = np.sort(np.random.default_rng(0).permutation(len(held.targets))[:most])
+        prefixes = held.prefixes.take(held.prefixes.starts[rows], held.prefixes.lengths[rows])
+        training = _without(held.training, self.held_out)
+        everybody = np.flatnonzero(self.histories.lengths > hold_out)
+        part = replace(held, training=training, prefixes=prefixes, targets=held.targets[rows])
+        return Asked(part, self.held_out[everybody[rows]])
+
+
+def run_lancer(config: AlignConfig) -> JobResult:
+    """Train unless one of this recipe is stored, and measure it. Raises UsageError before work starts."""
+    started = time.monotonic()
+    workspace = config.open_workspace()
+    workspace.require_info()
+    tracking = config.open_tracking(workspace)
+    versions = pinned_versions(workspace)
+    if not config.hold_out:
+        raise UsageError("Every event is trained on, so that none is left to ask for.", "Set --hold_out to 1 or more.")
+    if config.adapter is not None:
+        return _measured_anew(config, workspace, versions, config.adapter, started)
+    if config.trainer.validate_every is not None and config.hold_out < 2:
+        raise UsageError(
+            "The event that validates is the one before the last, and training would see it.",
+            "Set --hold_out 2, or leave --trainer.validate_every out.",
+        )
+    inputs = _read(config, workspace, versions)
+    recipe = fingerprint(
+        {
+            "step": STEP_VERSION,
+            "config": config.shaping_values(),
+            "lancer": config.lancer.shaping_values(),
+            "lm": inputs.lm_hash,
+            "histories": histories_hash(workspace, versions["histories"]),
+            "items": fingerprint(
+                {"lines": config.lancer.lines(inputs.catalogue), "contents": config.lancer.contents(inputs.catalogue)}
+            ),
+        }
+    )
+    models = Models(workspace.store)
+    with hold(workspace.store, [f"models-{NAME}"], NAME, config.lock_lease_s):
+        if (model := models.newest(NAME, recipe)) is not None:
+            return _result(model, "nothing_to_do", model.lineage["metrics"], started)
+        model = _train(config, workspace, inputs, recipe, versions)
+        tracking.register(model)
+    tracking.log_run(NAME, recipe, {"model": model.hash, "lm": inputs.lm_hash[:12]}, model.lineage["metrics"])
+    return _result(model, "ok", model.lineage["metrics"], started)
+
+
+def _read(config: AlignConfig, workspace: Workspace, versions: dict[str, int]) -> _Inputs:
+    lm_model = ""
+    if is_builtin(config.lm):
+        model = find_builtin_lm(workspace, "--lm", config.lm)
+        Cut(config.hold_out, config.held_out_share).check_events(model)
+        lm, lm_model = config.fetch(workspace, model), f"{model.name}/{model.hash}"
+    else:
+        lm = resolve_checkpoint(config.lm)
+    return _Inputs(*_known(config, workspace, versions), lm, checkpoint_hash(lm), lm_model)
+
+
+def _known(
+    config: AlignConfig, workspace: Workspace, versions: dict[str, int]
+) -> tuple[Catalogue, Histories, NDArray[np.bool_]]:
+    """The catalogue in words, everybody's histories, and who is held out."""
+    items = workspace.tables["items"].read(versions["items"]).sort_by("index")
+    catalogue = Catalogue(
+        distinct_titles(items["title"].to_pylist(), items["item_id"].to_pylist()),
+        [dict(pairs) for pairs in items["attributes"].to_pylist()],
+        items["text"].to_pylist(),
+    )
+    users, histories = read_histories(workspace, versions["histories"])
+    return catalogue, histories, are_held_out(users, config.held_out_share)
+
+
+def _without(histories: Histories, left_out: NDArray[np.bool_]) -> Histories:
+    """The histories of the others."""
+    rows = np.flatnonzero(~left_out)
+    return histories.take(histories.starts[rows], histories.lengths[rows])
+
+
+def _train(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: str, versions: dict[str, int]) -> Model:
+    """Train, measure, and only then store: who finds the model finds its figures in the lineage."""
+    name = f"{NAME}-{recipe}"
+    folder = config.training_folder(workspace, name)
+    asked = inputs.asked(config.hold_out, config.asked)
+    counts, trained = _trained(config, inputs, folder, name)
+    metrics = {
+        "loss_first": float(np.mean(trained.losses[:10])),
+        "loss_last": float(np.mean(trained.losses[-10:])),
+        "steps": trained.steps,
+        "train_seconds": round(trained.seconds, 1),
+        **counts,
+    }
+    if trained.validations:
+        step, best = max(trained.validations, key=lambda told: told[1])
+        metrics |= {"validation_logprob": round(best, 4), "validation_step": step}
+    metrics |= _measure(config, config.lancer, inputs, asked, trained.folder)
+    lineage = {
+        "job": "align",
+        "versions": versions,
+        "hold_out": config.hold_out,
+        "held_out_share": config.held_out_share,
+        "seed": config.trainer.seed,
+        "system": NAME,
+        "options": config.lancer.model_dump(mode="json"),
+        "lm": inputs.lm_hash,
+        "lm_model": inputs.lm_model,
+        "lm_path": "" if inputs.lm_model else str(inputs.lm),
+        "config": config.shaping_values(),
+        "metrics": metrics,
+    }
+    model = Models(workspace.store).add(NAME, trained.folder, recipe, lineage)
+    workspace.store.delete_folder(f"staging/{name}")
+    return model
+
+
+def _trained(config: AlignConfig, inputs: _Inputs, folder: Path, name: str) -> tuple[dict[str, float], TrainingResult]:
+    """Both stages; the second's checkpoint is what is stored."""
+    lancer = config.lancer
+    validated = int(config.trainer.validate_every is not None)
+    seen = _without(inputs.histories.without_last(config.hold_out - validated), inputs.held_out)
+    chosen = np.sort(np.random.default_rng(config.trainer.seed).permutation(len(seen))[: config.users])
+    seen = seen.take(seen.starts[chosen], seen.lengths[chosen])
+    backbone = load_backbone(str(inputs.lm), device="cpu")
+    hidden = backbone.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+    card = AdapterCard(lancer.adapter, {PREFIX: hidden} if lancer.reasoning else {}, inputs.lm_hash, "")
+    told = Told(lancer.lines(inputs.catalogue), lancer.contents(inputs.catalogue), seen, validated)
+    data, seed = folder / "data", config.trainer.seed
+    try:
+        counts: dict[str, float] = dict(prepare_lancer(data, told, backbone, str(inputs.lm), card, lancer, seed))
+    except ValueError as error:
+        raise UsageError(str(error), "Ingest longer histories, or lower --hold_out.") from None
+    build_adapter(backbone, card, seed)  # what cannot be built is told here, and not by a worker
+    say(f"{NAME}: {counts['targets']:,} items of {len(seen):,} users are learnt, of {counts['items']:,} lines")
+    config.cluster.connect()
+    if lancer.first_epochs and lancer.prefix is not None:
+        trainer = config.trainer.model_copy(
+            update={"epochs": lancer.first_epochs, "steps": None, "validate_every": None, "average": 0.0}
+        )
+        first = fit(
+            LancerTask(data, "first", config.positions, config.asked), trainer, f"{name}-first", folder / "first"
+        )
+        shutil.copyfile(first.folder / FIRST, data / FIRST)
+        counts |= {"first_loss_first": float(np.mean(first.losses[:10]))}
+        counts |= {"first_loss_last": float(np.mean(first.losses[-10:])), "first_seconds": round(first.seconds, 1)}
+    if lancer.reads_once:
+        store_vectors(data)
+    task = LancerTask(data, "second", config.positions, config.asked)
+    return counts, fit(task, config.trainer, name, folder / "checkpoint")
+
+
+def _measure(
+    config: AlignConfig, options: LancerConfig, inputs: _Inputs, asked: Asked, adapter: Path
+) -> dict[str, float]:
+    """Figures of the model, of the same model asked otherwise, and of the floors."""
+    engine = EngineConfig(lm=str(inputs.lm), adapter=str(adapter)).build()
+    metrics: dict[str, float] = {"asked": len(asked.held.targets)}
+    metrics |= measured(options, inputs.catalogue, asked, engine, inputs.lm, adapter, config.answer_tokens, _tell)
+    training, items = asked.held.training, asked.held.items
+    floors: dict[str, Floor] = {
+        "popularity": Popularity(training, items),
+        "transitions": Transitions(training, items),
+    }
+    for name, floor in floors.items():
+        ranks = ranks_of_floor(floor, asked.held, filter_seen=options.filter_seen)
+        metrics |= {f"{name}: {figure}": value for figure, value in rank_figures(*ranks, asked, options).items()}
+    return {name: round(value, 4) for name, value in metrics.items()}
+
+
+def _tell(what: str, done: int, of: int) -> None:
+    say(f"{NAME}: {what}: {done:,} of {of:,} users asked")
+
+
+def _measured_anew(
+    config: AlignConfig, workspace: Workspace, versions: dict[str, int], named: str, started: float
+) -> JobResult:
+    """A stored model on this workspace's data, which need not be what it was trained on."""
+    home = workspace if config.adapter_workspace is None else Workspace(config.adapter_workspace)
+    adapter = find_model(Models(home.store), named)
+    if adapter.lineage.get("system") != NAME:
+        raise UsageError(
+            f"The model {adapter.name} is none of this system.", "Name one made by `align --system lancer`."
+        )
+    if home.store.uri == workspace.store.uri:
+        Cut(config.hold_out, 0.0).check_events(adapter)
+    lm = _language_model(config, home, adapter)
+    inputs = _Inputs(*_known(config, workspace, versions), lm, adapter.lineage["lm"], adapter.lineage["lm_model"])
+    options = _asked_anew(config.lancer, adapter.lineage["options"])
+    metrics = _measure(
+        config, options, inputs, inputs.asked(config.hold_out, config.asked), config.fetch(home, adapter)
+    )
+    return _result(adapter, "ok", metrics, started)
+
+
+def _language_model(config: AlignConfig, home: Workspace, adapter: Model) -> Path:
+    """The one beside which the adapter was trained."""
+    if named := adapter.lineage["lm_model"]:
+        return config.fetch(home, find_model(Models(home.store), named))
+    lm = resolve_checkpoint(config.lm)
+    if checkpoint_hash(lm) != adapter.lineage["lm"]:
+        raise UsageError(
+            f"The adapter {adapter.name} was trained beside another language model than {config.lm}.",
+            "Name that one with --lm.",
+        )
+    return lm
+
+
+def _asked_anew(given: LancerConfig, stored: Mapping[str, Any]) -> LancerConfig:
+    anew = given.model_dump(mode="json", include=_ASKED_ANEW & given.model_fields_set)
+    if "prompts" in anew:
+        anew["prompts"] = {**stored["prompts"], "perturbed": anew["prompts"]["perturbed"]}
+    return LancerConfig.model_validate({**stored, **anew})
+
+
+def _result(model: Model, status: str, metrics: Mapping[str, float], started: float) -> JobResult:
+    cost = cost_of(Usage(), time.monotonic() - started)
+    return JobResult("align", status, model.recipe, models={model.name: model.hash}, metrics=metrics, cost=cost)

@@ -1,0 +1,120 @@
+"""Lists that LANCER writes, for `recommend`: its model on a worker, and the rows it makes of a bucket's users."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from torch import Tensor
+
+from raypipe.engines.engine import Engine, EngineConfig
+from raypipe.errors import UsageError
+from raypipe.language.checkpoint import checkpoint_hash, resolve_checkpoint
+from raypipe.language.instructions import Catalogue
+from raypipe.language.titles import distinct_titles
+from raypipe.pipeline.encode_units import lists_of
+from raypipe.recommenders.windows import Histories
+from raypipe.runtime.job import ModelCache
+from raypipe.storage.models import Model, Models, find_model
+from raypipe.storage.workspace import Workspace
+from raypipe.systems.lancer import LancerConfig
+from raypipe.systems.lancer_figures import ListWriter, build_lancer
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A loaded model; implements `Reader`."""
+
+    lists: ListWriter
+    engine: Engine
+    answer_tokens: int
+
+    @property
+    def items(self) -> int:
+        return len(self.lists.lancer.lines)
+
+    @property
+    def max_length(self) -> int:
+        config = self.lists.lancer.config
+        return max(config.shown, config.reads)
+
+    @property
+    def table(self) -> Tensor:
+        return self.lists.grounding.table
+
+
+@dataclass(frozen=True)
+class LoadsWriter:
+    """Makes a writer of an adapter and its language model, `lm_model` of the workspace or the hub's `lm`; implements `Loads`."""
+
+    workspace: Workspace
+    lm_model: Model | None
+    lm: str
+    lm_hash: str
+    options: LancerConfig
+    catalogue: Catalogue
+    answer_tokens: int
+    cache: Path
+
+    def __call__(self, folder: Path, device: str) -> Writer:
+        stored, models = self.lm_model, Models(self.workspace.store)
+        lm = resolve_checkpoint(self.lm) if stored is None else models.fetch(stored, self.cache)
+        engine = EngineConfig(lm=str(lm), adapter=str(folder), device=device).build()
+        room = engine.context - self.answer_tokens
+        return Writer(build_lancer(self.options, self.catalogue, lm, folder, room), engine, self.answer_tokens)
+
+
+def writer_of(
+    config: ModelCache, workspace: Workspace, model: Model, items: pa.Table, answer_tokens: int
+) -> LoadsWriter:
+    """Of the stored `model` and the catalogue `items`. Raises UsageError where its language model is not there any more."""
+    ids = items["item_id"].to_pylist()
+    catalogue = Catalogue(
+        distinct_titles(items["title"].to_pylist(), ids),
+        [dict(pairs) for pairs in items["attributes"].to_pylist()],
+        items["text"].to_pylist(),
+    )
+    options = LancerConfig.model_validate(model.lineage["options"])
+    named, path = model.lineage["lm_model"], model.lineage["lm_path"]
+    lm_model = find_model(Models(workspace.store), named) if named else None
+    lm = config.fetch(workspace, lm_model) if lm_model is not None else resolve_checkpoint(path)
+    if (content := checkpoint_hash(lm)) != model.lineage["lm"]:
+        raise UsageError(
+            f"What lies in {lm} is not the language model that {model.name}/{model.hash[:12]} was trained beside.",
+            "Restore it, or train again with `raypipe align --system lancer`.",
+        )
+    cache = Path(config.model_cache)
+    return LoadsWriter(workspace, lm_model, path, content, options, catalogue, answer_tokens, cache)
+
+
+@dataclass(frozen=True)
+class WrittenLists:
+    """The first k items that are written for a history; implements `Rows`. Where fewer are, the rest is item 0 with −∞.
+
+    `allowed` bool [items + 1]. A score is the log-probability of the line that was taken for the item.
+    """
+
+    k: int
+    filter_seen: bool
+    allowed: NDArray[np.bool_]
+
+    def warm(self, model: Writer, known: Histories, places: NDArray[np.int64], seeds: NDArray[np.int64]) -> pa.Table:
+        mine = known.take(known.starts[places], known.lengths[places])
+        histories = [items.tolist() for items in np.split(mine.items, mine.ends[:-1])]
+        lancer = model.lists.lancer
+        config = lancer.config.model_copy(update={"filter_seen": self.filter_seen})
+        writer = replace(model.lists, lancer=replace(lancer, config=config))
+        written = writer.lists(model.engine, histories, histories, model.answer_tokens)
+        items = np.zeros((len(places), self.k), np.int32)
+        scores = np.full((len(places), self.k), -np.inf, np.float32)
+        for row, (found, logprobs) in enumerate(zip(written.items, written.logprobs, strict=True)):
+            kept = [place for place, item in enumerate(found) if self.allowed[item]][: self.k]
+            items[row, : len(kept)] = [found[place] for place in kept]
+            scores[row, : len(kept)] = [logprobs[place] for place in kept]
+        return pa.table({"place": pa.array(places), "items": lists_of(items), "scores": lists_of(scores)})
+
+    def cold(self, places: NDArray[np.int64]) -> None:
+        return None

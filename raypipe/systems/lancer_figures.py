@@ -1,0 +1,188 @@
+"""What LANCER's answers are worth: lists over the whole catalogue, how they were grounded, and what they hang on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raypipe.engines.engine import Engine
+from raypipe.language.adapters import load_adapter
+from raypipe.language.backbone import load_backbone
+from raypipe.language.checkpoint import checkpoint_hash
+from raypipe.language.grounding import Grounding
+from raypipe.language.instructions import Catalogue
+from raypipe.metrics.ranking import hit_rate, ndcg
+from raypipe.recommenders.evaluation import HeldOut
+from raypipe.systems.lancer import Frame, Lancer, LancerConfig, grounding_figures, lists_of, ranks_of_lists
+from raypipe.systems.lancer_reading import read_items
+
+CONTROL = "shuffled items"
+"""The reasoning prompt is made of the items of the next user."""
+_CUTOFFS = (5, 10)
+_LENGTHS = (10, 20, 50, 100, 200)
+_USERS_AT_ONCE = 128
+_TOLD_EVERY_S = 10.0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The users who are asked and what they chose last; bool [users], who was held out of training."""
+
+    held: HeldOut
+    unseen: NDArray[np.bool_]
+
+    def histories(self) -> list[list[int]]:
+        """All items before the last of every user."""
+        prefixes = self.held.prefixes
+        return [mine.tolist() for mine in np.split(prefixes.items, prefixes.ends[:-1])]
+
+
+def measured(
+    config: LancerConfig,
+    catalogue: Catalogue,
+    asked: Asked,
+    engine: Engine,
+    lm: Path,
+    adapter: Path,
+    most_tokens: int,
+    tell: Callable[[str, int, int], None],
+) -> dict[str, float]:
+    """Figures of the model as it is, in other frames (`perturbed 1: …`), and with another user's reasoning prompt."""
+    reader = build_lancer(config, catalogue, lm, adapter, engine.context - most_tokens)
+    histories = asked.histories()
+    found: dict[str, float] = {}
+    frames: list[tuple[str, Frame | None]] = [("", None)]
+    frames += [(f"perturbed {number}", frame) for number, frame in enumerate(config.prompts.perturbed, 1)]
+    for name, frame in frames:
+        lists = reader.lists(engine, histories, histories, most_tokens, frame, _progress(tell, name or "lists"))
+        found |= {f"{name}: {k}" if name else k: v for k, v in _figures(lists, asked, config, whole=not name).items()}
+    if config.reasoning:
+        others = [*histories[1:], *histories[:1]]
+        lists = reader.lists(engine, histories, others, most_tokens, None, _progress(tell, CONTROL))
+        found |= {f"{CONTROL}: {k}": v for k, v in _figures(lists, asked, config, whole=False).items()}
+    return found
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Items of each user, best first, the log-probability of the first line that was taken for each, and how all of the answers
+    were grounded."""
+
+    items: list[list[int]]
+    logprobs: list[list[float]]
+    exact: list[NDArray[np.bool_]]
+    margins: list[NDArray[np.float32]]
+    refused: float
+    tokens: float
+
+
+@dataclass(frozen=True)
+class ListWriter:
+    """Histories in, lists of items out."""
+
+    lancer: Lancer
+    grounding: Grounding
+
+    def lists(
+        self,
+        engine: Engine,
+        histories: Sequence[Sequence[int]],
+        read: Sequence[Sequence[int]],
+        most_tokens: int,
+        frame: Frame | None = None,
+        tell: Callable[[int, int], None] | None = None,
+    ) -> Lists:
+        """Of the users of these histories, and of what `read` has for their reasoning prompts; `most_tokens` of a line."""
+        config = self.lancer.config
+        found = Lists([], [], [], [], 0.0, 0.0)
+        refused = tokens = 0.0
+        for start in range(0, len(histories), _USERS_AT_ONCE):
+            part = slice(start, start + _USERS_AT_ONCE)
+            prompts = self.lancer.prompts(histories[part], read[part], frame)
+            answers, told = self.lancer.answers(engine, prompts, most_tokens)
+            grounded = self.grounding.ground([beam.text for mine in answers for beam in mine])
+            ends = np.cumsum([len(mine) for mine in answers])[:-1]
+            items = np.split(grounded.nearest + 1, ends)
+            for mine, beams in zip(
+                lists_of(items, histories[part], filter_seen=config.filter_seen), answers, strict=True
+            ):
+                found.items.append(list(mine))
+                found.logprobs.append([beams[place].logprob for place in mine.values()])
+            found.exact.extend(np.split(grounded.exact, ends))
+            found.margins.extend(np.split(grounded.margin, ends))
+            refused, tokens = refused + told["refused"], tokens + told["tokens_asked"]
+            if tell is not None:
+                tell(min(part.stop, len(histories)), len(histories))
+        return replace(found, refused=refused, tokens=tokens)
+
+
+def build_lancer(config: LancerConfig, catalogue: Catalogue, lm: Path, adapter: Path, room: int) -> ListWriter:
+    """What asks and grounds, of a stored adapter beside its language model; prompts may take `room` tokens.
+
+    The catalogue need not be the one it was trained on: it is read anew.
+    """
+    reader = load_backbone(str(lm))
+    backbone = load_backbone(str(lm))
+    adapted = load_adapter(adapter, backbone, checkpoint_hash(lm))
+    vectors = None
+    if config.reasoning:
+        contents = [
+            ids[: config.content_tokens]
+            for ids, _ in reader.encode_pieces([[text] for text in config.contents(catalogue)])
+        ]
+        vectors = read_items(reader.model, adapted.prefix, contents, config.representation, reader.ends[0])
+    lines = config.lines(catalogue)
+    lancer = Lancer(config, lines, vectors, reader, room - config.room)
+    return ListWriter(lancer, Grounding(backbone, lines))
+
+
+def rank_figures(
+    above: NDArray[np.int64], same: NDArray[np.int64], asked: Asked, config: LancerConfig
+) -> dict[str, float]:
+    """Recall and NDCG of everybody, and Recall@5 by length of the history, of users and items of few events, and of users whom
+    no training has seen; what is of nobody is left out."""
+    found: dict[str, float] = {}
+    for k in _CUTOFFS:
+        found[f"Recall@{k}"] = float(hit_rate(above, same, k).mean())
+        found[f"NDCG@{k}"] = float(ndcg(above, same, k).mean())
+    hits, lengths = hit_rate(above, same, _CUTOFFS[0]), asked.held.prefixes.lengths
+    counts = asked.held.training.counts(asked.held.items)[asked.held.targets]
+    groups = {
+        "cold users": lengths < config.cold_events,
+        "cold items": counts < config.cold_events,
+        "unseen users": asked.unseen,
+    }
+    for low, high in zip((0, *_LENGTHS), (*_LENGTHS, None), strict=True):
+        name = f"length {low + 1}–{high}" if high is not None else f"length > {low}"
+        groups[name] = (lengths > low) & (lengths <= high if high is not None else True)
+    found |= {f"Recall@{_CUTOFFS[0]} {name}": float(hits[rows].mean()) for name, rows in groups.items() if rows.any()}
+    return found
+
+
+def _figures(lists: Lists, asked: Asked, config: LancerConfig, *, whole: bool) -> dict[str, float]:
+    candidates = np.full(len(lists.items), asked.held.items)
+    if config.filter_seen:
+        candidates = candidates - [len(set(mine)) for mine in asked.histories()]
+    targets = asked.held.targets.tolist()
+    figures = rank_figures(*ranks_of_lists(lists.items, targets, candidates.tolist()), asked, config)
+    if not whole:
+        return {name: figures[name] for name in figures if name.split("@")[-1] in {str(k) for k in _CUTOFFS}}
+    told = {"refused": lists.refused, "tokens_asked": lists.tokens}
+    told["listed"] = float(np.mean([len(mine) for mine in lists.items]))
+    return figures | {f"grounding {k}": v for k, v in grounding_figures(lists.exact, lists.margins).items()} | told
+
+
+def _progress(tell: Callable[[str, int, int], None], name: str) -> Callable[[int, int], None]:
+    last = [time.monotonic()]
+
+    def told(done: int, of: int) -> None:
+        if time.monotonic() - last[0] > _TOLD_EVERY_S:
+            last[0] = time.monotonic()
+            tell(name, done, of)
+
+    return told

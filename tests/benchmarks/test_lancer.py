@@ -1,0 +1,109 @@
+"""The golden rows of LANCER: names of ablations, controls and floors, and commands that make them again."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from typing import Any
+
+import pytest
+
+from tests.benchmarks import lancer
+from tests.benchmarks.lancer import rows_of
+
+METRICS = {
+    "asked": 943,
+    "loss_last": 1.0,
+    "first_seconds": 3.0,
+    "validation_step": 7,
+    "tokens_asked": 9,
+    "Recall@5": 0.12,
+    "NDCG@5": 0.08,
+    "grounding exact@1": 0.9,
+    "shuffled items: Recall@5": 0.1,
+    "perturbed 2: NDCG@5": 0.05,
+    "popularity: Recall@5": 0.06,
+    "transitions: Recall@5": 0.11,
+}
+
+
+def ran(monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[argparse.Namespace, list[list[str]]]:
+    """The parsed words, and the jobs that the benchmark runs."""
+    jobs: list[list[str]] = []
+    seen: list[argparse.Namespace] = []
+
+    def run(*job: str) -> dict[str, Any]:
+        jobs.append(list(job))
+        return {"models": {"lm": {"lm": "l1"}, "align": {"lancer": "a1"}}.get(job[0], {}), "metrics": METRICS}
+
+    def told(metrics: dict[str, float], given: argparse.Namespace, machine: str) -> list[dict[str, Any]]:
+        seen.append(given)
+        return rows_of(metrics, given, machine)
+
+    monkeypatch.setattr(lancer, "run", run)
+    monkeypatch.setattr(lancer, "rows_of", told)
+    lancer.main(list(words))
+    return seen[0], jobs
+
+
+def option(job: list[str], name: str) -> str | None:
+    return job[job.index(name) + 1] if name in job else None
+
+
+@pytest.mark.parametrize(
+    ("ablation", "options"),
+    [
+        ("", set()),
+        ("reasoning", {"--no-lancer.reasoning"}),
+        ("knowledge", {"--no-lancer.knowledge"}),
+        ("both", {"--no-lancer.reasoning", "--no-lancer.knowledge"}),
+    ],
+)
+def test_an_ablation_is_trained_without_its_prompt(
+    monkeypatch: pytest.MonkeyPatch, ablation: str, options: set[str]
+) -> None:
+    given, jobs = ran(monkeypatch, "--ablation", ablation, "--seed", "3")
+    assert [job[0] for job in jobs] == ["ingest", "lm", "align"]
+    assert {word for word in jobs[2] if word.startswith("--no-")} == options
+    assert option(jobs[1], "--hold_out") == "2"
+    assert option(jobs[2], "--lm") == "builtin/l1"
+    assert option(jobs[2], "--trainer.seed") == "3"
+    assert {row["model"] for row in rows_of(METRICS, given, "")} >= {"popularity", "transitions"}
+
+
+def test_rows_name_what_is_apart_and_the_command_that_makes_them_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--ablation", "reasoning", "--lm", "base", "--seed", "1", "--", "--trainer.epochs", "2"]
+    given, _ = ran(monkeypatch, *words)
+    rows = rows_of(METRICS, given, "")
+    name = "LANCER, no reasoning prompt, base LM"
+    assert {(row["model"], row["metric"]): row["value"] for row in rows} == {
+        (name, "Recall@5"): 0.12,
+        (name, "NDCG@5"): 0.08,
+        (name, "grounding exact@1"): 0.9,
+        (f"{name}, shuffled items", "Recall@5"): 0.1,
+        (f"{name}, perturbed 2", "NDCG@5"): 0.05,
+        ("popularity", "Recall@5"): 0.06,
+        ("transitions", "Recall@5"): 0.11,
+    }
+    make, bench, named, arguments = shlex.split(rows[0]["command"])
+    assert (make, bench, named) == ("make", "bench", "NAME=lancer")
+    again, _ = ran(monkeypatch, *shlex.split(arguments.removeprefix("ARGS=")))
+    assert {**vars(again), "golden": False} == {**vars(given), "golden": False}
+
+
+def test_the_system_itself_bears_its_name_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, _ = ran(monkeypatch)
+    assert rows_of(METRICS, given, "")[0]["model"] == "LANCER"
+    assert rows_of(METRICS, given, "")[0]["protocol"].endswith("943 users asked")
+
+
+def test_what_was_learnt_elsewhere_is_asked_here_and_nothing_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, jobs = ran(monkeypatch, "--trained_on", "ml-100k", "--dataset", "amazon-industrial", "--constrained")
+    assert [job[0] for job in jobs] == ["ingest", "lm", "align", "ingest", "align"]
+    home, here = (str(option(job, "--workspace")) for job in (jobs[2], jobs[4]))
+    assert (home.endswith("ml-100k"), here.endswith("amazon-industrial")) == (True, True)
+    assert option(jobs[4], "--adapter") == "lancer/a1"
+    assert option(jobs[4], "--adapter_workspace") == home
+    assert "--lancer.constrained" in jobs[4]
+    assert "--lancer.constrained" not in jobs[2]
+    assert rows_of(METRICS, given, "")[0]["model"] == "LANCER, constrained, trained on ml-100k"
