@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from raypipe.recommenders.checkpoint import check_catalogue, load_recommender
 from raypipe.recommenders.recommender import Recommender, freeze
 from raypipe.serving.catalogue import Catalogue, read_denied
 from raypipe.serving.config import ServiceConfig
+from raypipe.serving.readers import Reader, read_readers
 from raypipe.serving.recommending import Known, Ranked, Wanted, recommend, score
 from raypipe.storage.models import Models, find_model
 from raypipe.storage.nights import Nights
@@ -42,7 +44,7 @@ class Target:
 @dataclass(frozen=True)
 class Served:
     """See the module. `table` [items + 1, width] are the recommender's item states; `states_fit`: the night's states are this
-    recommender's, and need not be computed again."""
+    recommender's, and need not be computed again; `lm` is the release's language model, `readers` its adapters by name."""
 
     target: Target
     recommender_name: str
@@ -52,6 +54,13 @@ class Served:
     popular: Sequence[int]
     states_fit: bool
     since: float
+    lm: str = ""
+    readers: Mapping[str, Reader] = field(default_factory=dict)
+
+    @cached_property
+    def item_states(self) -> NDArray[np.float32]:
+        """float32 [items + 1, width]: the table as language models are shown it."""
+        return self.table.detach().float().numpy()
 
     def score(self, asked: Sequence[tuple[Known, NDArray[np.int32]]]) -> list[NDArray[np.float32] | None]:
         return score(self.recommender, self.table, asked)
@@ -84,8 +93,8 @@ def load(config: ServiceConfig, target: Target) -> Served:
     """
     workspace = Workspace(config.workspace)
     release = Releases(workspace.store).get(target.release)
-    model = find_model(Models(workspace.store), release.recommender)
-    folder = Models(workspace.store).fetch_unharmed(model, Path(config.model_cache))
+    models, cache = Models(workspace.store), Path(config.model_cache)
+    folder = models.fetch_unharmed(find_model(models, release.recommender), cache)
     recommender, card = load_recommender(folder)
     freeze(recommender)
     night = Nights(workspace.store).get(target.night) if target.night else None
@@ -102,6 +111,8 @@ def load(config: ServiceConfig, target: Target) -> Served:
         card.popular,
         night is not None and night.release.get("recommender") == release.recommender,
         time.time(),
+        release.lm,
+        read_readers(models, release, cache),
     )
 
 

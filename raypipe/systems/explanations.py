@@ -75,6 +75,7 @@ def explain(
             mine.reason, mine.message, mine.text = outcome.error.kind, outcome.error.message, ""
         else:
             mine.text = outcome.text.strip()
+            tell(decided[outcome.index], mine)
     return found
 
 
