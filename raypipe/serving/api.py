@@ -14,6 +14,7 @@ from raypipe.serving.api_words import add_words
 from raypipe.serving.backend import FAILURES, Backend, answers_of, check_queries, check_query
 from raypipe.serving.config import LimitOptions
 from raypipe.serving.guard import failure
+from raypipe.serving.page import add_page
 from raypipe.serving.queries import (
     Condition,
     Failure,
@@ -27,6 +28,7 @@ from raypipe.serving.queries import (
     Scores,
     Standing,
     User,
+    Users,
 )
 from raypipe.serving.service import Answer, Code, RefusedQueryError
 
@@ -86,12 +88,18 @@ def build_api(backend: Backend, limits: LimitOptions) -> FastAPI:
         check_queries(limits, batch.queries)
         return answers_of(await backend.answer_all(batch.queries))
 
+    @app.get("/v1/users")
+    async def users() -> Users:
+        """Some users of the night, to look around with."""
+        return backend.some_users()
+
     @app.get("/v1/users/{user_id:path}", responses={404: {"model": Failure}})
     async def user(user_id: UserPath) -> User:
         """A user as the night left them."""
         return await backend.user(user_id)
 
     add_words(app, backend, limits)
+    add_page(app)
 
     @app.get("/v1/release")
     async def release() -> Standing:

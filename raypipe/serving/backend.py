@@ -16,6 +16,7 @@ from raypipe.serving.queries import (
     ScoreQuery,
     Standing,
     User,
+    Users,
     Who,
 )
 from raypipe.serving.service import Answer, Query, RefusedQueryError
@@ -37,6 +38,8 @@ class Backend(Protocol):
         ...
 
     async def user(self, user_id: str) -> User: ...
+
+    def some_users(self) -> Users: ...
 
     async def tell(self, query: TellQuery) -> Telling: ...
 

@@ -20,11 +20,13 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raypipe.serving.config import LimitOptions
+from raypipe.serving.page import FILES as PAGE
 from raypipe.storage.tokens import Token, hash_of
 
 AUDIT = logging.getLogger("raypipe.audit")
 _LOG = logging.getLogger("raypipe.serving")
-OPEN = frozenset({"/v1/health"})
+OPEN = frozenset({"/v1/health", *PAGE})
+"""Routes that ask for no token: the page that one is typed into holds no data."""
 WORDS = ("/v1/explain", "/v1/interpret", "/v1/residual", "/v1/oracle", "/v1/summary")
 """Beginnings of routes that ask the language model."""
 _GRACE_S = 2.0  # What asks the language model gives up by itself first, and says so.

@@ -160,6 +160,13 @@ class User(BaseModel):
     served: Origin
 
 
+class Users(BaseModel):
+    """Some users of the night, by id; not all."""
+
+    users: list[str]
+    served: Origin
+
+
 class Problem(BaseModel):
     """Why there is no answer: `code` for programs, `message` for people."""
 

@@ -23,7 +23,7 @@ from raypipe.serving.config import ServiceConfig
 from raypipe.serving.conversation import Conversation, Event
 from raypipe.serving.guard import AUDIT, Guard
 from raypipe.serving.metrics import ServingMetrics
-from raypipe.serving.queries import Condition, ExplainQuery, Standing, User
+from raypipe.serving.queries import Condition, ExplainQuery, Standing, User, Users
 from raypipe.serving.served import UnfitError, check
 from raypipe.serving.service import Answer, Query, RefusedQueryError, Service
 from raypipe.serving.speaker import Remote
@@ -79,6 +79,9 @@ class Replica:
 
     async def user(self, user_id: str) -> User:
         return await self._aside(lambda: self.service.user(user_id))
+
+    def some_users(self) -> Users:
+        return self.service.some_users()
 
     async def tell(self, query: TellQuery) -> Telling:
         return await self.conversation.tell(query)

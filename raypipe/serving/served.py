@@ -20,12 +20,13 @@ from raypipe.serving.config import ServiceConfig
 from raypipe.serving.readers import Reader, read_readers
 from raypipe.serving.recommending import Known, Ranked, Wanted, recommend, score
 from raypipe.storage.models import Models, find_model
-from raypipe.storage.nights import Nights
+from raypipe.storage.nights import Night, Nights
 from raypipe.storage.online import OnlineStore, version_of
 from raypipe.storage.releases import Releases
 from raypipe.storage.workspace import Workspace
 
 _PROBES = 8
+_SOME_USERS = 20
 
 
 class UnfitError(RaypipeError):
@@ -44,7 +45,8 @@ class Target:
 @dataclass(frozen=True)
 class Served:
     """See the module. `table` [items + 1, width] are the recommender's item states; `states_fit`: the night's states are this
-    recommender's, and need not be computed again; `lm` is the release's language model, `readers` its adapters by name."""
+    recommender's, and need not be computed again; `lm` is the release's language model, `readers` its adapters by name;
+    `some_users` of the night, for who wants to look around."""
 
     target: Target
     recommender_name: str
@@ -56,6 +58,7 @@ class Served:
     since: float
     lm: str = ""
     readers: Mapping[str, Reader] = field(default_factory=dict)
+    some_users: Sequence[str] = ()
 
     @cached_property
     def item_states(self) -> NDArray[np.float32]:
@@ -113,7 +116,13 @@ def load(config: ServiceConfig, target: Target) -> Served:
         time.time(),
         release.lm,
         read_readers(models, release, cache),
+        _some_users(workspace, night) if night is not None else (),
     )
+
+
+def _some_users(workspace: Workspace, night: Night) -> Sequence[str]:
+    users = workspace.tables["histories"].read(night.tables["histories"], ["user_id"], bucket=0)["user_id"]
+    return sorted(users.slice(0, _SOME_USERS).to_pylist())
 
 
 def check(served: Served, recorded: Sequence[tuple[Known, Wanted]] = ()) -> None:

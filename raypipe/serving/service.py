@@ -22,6 +22,7 @@ from raypipe.serving.queries import (
     Scores,
     Summaries,
     User,
+    Users,
     Who,
 )
 from raypipe.serving.recommending import Known, Ranked, Wanted
@@ -120,6 +121,11 @@ class Service:
             recommended=shown_items(served, listed, record.scores),
             served=origin(served),
         )
+
+    def some_users(self) -> Users:
+        """Of the night that is served, to look around with."""
+        served = self.served()
+        return Users(users=list(served.some_users), served=origin(served))
 
     def summaries(self, user_id: str) -> Summaries:
         """What was written of a user; raises RefusedQueryError as `user`."""

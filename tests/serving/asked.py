@@ -13,7 +13,7 @@ from raypipe.serving.config import ServiceConfig
 from raypipe.serving.conversation import Conversation, Event, SoFar
 from raypipe.serving.guard import Guard
 from raypipe.serving.language import Job, Key, Language, Result, Task, keys_of
-from raypipe.serving.queries import Condition, ExplainQuery, Standing, User
+from raypipe.serving.queries import Condition, ExplainQuery, Standing, User, Users
 from raypipe.serving.service import Answer, Query, RefusedQueryError, Service
 from raypipe.serving.telling import Teller, Telling, TellQuery
 from raypipe.serving.watch import Watch
@@ -79,6 +79,9 @@ class Direct:
     async def user(self, user_id: str) -> User:
         return self.service.user(user_id)
 
+    def some_users(self) -> Users:
+        return self.service.some_users()
+
     async def questions(self, queries: Sequence[TellQuery]) -> list[Any]:
         return Teller(self.watch.config, self.service).ask(queries)
 
@@ -104,15 +107,15 @@ class Direct:
 class Asked:
     """A client of one workspace's service, with a token."""
 
-    def __init__(self, uri: str, **options: Any) -> None:
+    def __init__(self, uri: str, token: str = "tests", **options: Any) -> None:
         self.config = ServiceConfig(workspace=uri, **options)
         self.backend = Direct(self.config)
         self.meter = Counted()
-        self.secret = Tokens(Store(uri)).make("tests", 1000, 1000)
+        self.secret = Tokens(Store(uri)).make(token, 1000, 1000)
         self.backend.watch.look()
         api = build_api(self.backend, self.config.limits)
-        guard = Guard(api, self.tokens, self.config.limits, self.meter)
-        self.client = TestClient(guard, raise_server_exceptions=False)
+        self.guard = Guard(api, self.tokens, self.config.limits, self.meter)
+        self.client = TestClient(self.guard, raise_server_exceptions=False)
 
     def tokens(self) -> Mapping[str, Token]:
         return self.backend.watch.tokens

@@ -165,6 +165,7 @@ def test_what_is_served_is_told(asked: Asked) -> None:
         "/v1/recommend/batch",
         "/v1/score",
         "/v1/score/batch",
+        "/v1/users",
         "/v1/users/{user_id}",
         *(f"/v1/{told}" for told in TOLD),
         *(f"/v1/{told}/batch" for told in TOLD),
