@@ -13,6 +13,7 @@ from raypipe.recommenders.config import RecommenderConfig
 from raypipe.storage.models import Model, Models
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.recexplainer import ExplainerConfig
+from raypipe.systems.recinterpreter import InterpreterConfig
 
 
 def store_untrained(uri: str, config: RecommenderConfig) -> Model:
@@ -25,14 +26,17 @@ def store_untrained(uri: str, config: RecommenderConfig) -> Model:
         return Models(workspace.store).add(config.model, Path(folder), "untrained", {"hold_out": 2})
 
 
-def store_untrained_adapter(uri: str, config: ExplainerConfig, recommender: Model, width: int, lm: Path) -> Model:
-    """RecExplainer's adapter of that recommender and of the language model in the folder `lm`."""
+def store_untrained_adapter(
+    uri: str, config: ExplainerConfig | InterpreterConfig, recommender: Model, width: int, lm: Path
+) -> Model:
+    """A system's adapter of that recommender and of the language model in the folder `lm`."""
     system, store = config.build(), Workspace(uri).store
     widths = dict.fromkeys(system.adapter.projectors, width)
     card = AdapterCard(system.adapter, widths, checkpoint_hash(lm), f"{recommender.name}/{recommender.hash}")
     model = build_adapter(load_backbone(str(lm), device="cpu"), card)
     weights = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
-    lineage = {"job": "align", "system": "recexplainer", "options": config.model_dump(mode="json")}
+    name = "recexplainer" if isinstance(config, ExplainerConfig) else "recinterpreter"
+    lineage = {"job": "align", "system": name, "options": config.model_dump(mode="json")}
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(Path(folder), card, weights)
-        return Models(store).add(system.name, Path(folder), f"untrained {config.variant}", lineage)
+        return Models(store).add(system.name, Path(folder), f"untrained {name}", lineage)

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
 from raypipe.config import Config, shaping
-from raypipe.engines.engine import Choices, Decoding, Engine, Outcome, OutcomeError, Scores
+from raypipe.engines.engine import Choices, Decoding, Engine, Outcome, OutcomeError, Piece, Scores
 from raypipe.language.prompt import Prompt
 
 # What another try may change; the others are as true the second time.
@@ -79,11 +79,28 @@ class CheckedEngine:
         if choices is not None:
             yield from self.engine.generate(prompts, decoding, choices)
             return
+        for outcome in self._checked(self.engine.generate, prompts, decoding):
+            assert isinstance(outcome, Outcome)
+            yield outcome
+
+    def stream(self, prompts: Sequence[Prompt], decoding: Decoding) -> Iterator[Piece | Outcome]:
+        """What is asked for again begins anew."""
+        return self._checked(self.engine.stream, prompts, decoding)
+
+    def _checked(
+        self,
+        ask: Callable[[Sequence[Prompt], Decoding], Iterator[Piece | Outcome]],
+        prompts: Sequence[Prompt],
+        decoding: Decoding,
+    ) -> Iterator[Piece | Outcome]:
         spent: dict[int, Outcome] = {}
         left: Sequence[int] = range(len(prompts))
         for attempt in range(self.checks.retries + 1):
             again: list[int] = []
-            for outcome in self.engine.generate([prompts[index] for index in left], self._decoding(decoding, attempt)):
+            for outcome in ask([prompts[index] for index in left], self._decoding(decoding, attempt)):
+                if isinstance(outcome, Piece):
+                    yield replace(outcome, index=left[outcome.index])
+                    continue
                 whole = _added(outcome, left[outcome.index], spent[left[outcome.index]]) if attempt else outcome
                 problem = self.checks.problem(whole, prompts[whole.index])
                 if problem is None:

@@ -39,6 +39,14 @@ class Answer:
     chosen: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Growing:
+    """The tokens generated so far for prompt number `prompt`, whose answer goes on."""
+
+    prompt: int
+    tokens: list[int]
+
+
 @torch.inference_mode()
 def decode(
     backbone: Backbone,
@@ -48,8 +56,10 @@ def decode(
     batch_tokens: int,
     soft: SoftRows | None = None,
     trie: AnswerTrie | None = None,
-) -> Iterator[Answer]:
+    growing: bool = False,
+) -> Iterator[Answer | Growing]:
     """Answers in the order they end; prompts, longest first, join in theirs. `seeds`, one a prompt, where it samples.
+    Where `growing` is asked for, every answer is also told while it grows.
 
     A batch holds at most `batch_tokens` of prompts and answers, or one row. Where prompts hold more than words, `soft` says
     what is read of them; where answers are held to given ones, `trie` says to which.
@@ -69,6 +79,8 @@ def decode(
         else:
             batch.step()
         yield from batch.take_answers()
+        if growing:
+            yield from batch.growing()
 
 
 class _Batch:
@@ -168,6 +180,11 @@ class _Batch:
     def take_answers(self) -> list[Answer]:
         done, self._done = self._done, []
         return done
+
+    def growing(self) -> Iterator[Growing]:
+        rows = self.live.nonzero().squeeze(1)
+        told = zip(self.prompts[rows].tolist(), self.taken[rows].tolist(), self.answers[rows].tolist(), strict=True)
+        return (Growing(prompt, tokens[:taken]) for prompt, taken, tokens in told)
 
     def _choose(self, logits: Tensor, rows: Tensor) -> None:
         """The next token of `rows`, of which logits [rows, vocabulary] are; who ends is done."""

@@ -16,6 +16,7 @@ from raypipe.engines.engine import (
     FinishReason,
     Outcome,
     OutcomeError,
+    Piece,
     Scores,
     lacking,
 )
@@ -51,6 +52,9 @@ class EchoEngine:
             kept = answer[:limit]
             reason: FinishReason = "stop" if len(kept) == len(answer) else "length"
             yield Outcome(index, " ".join(kept), len(words), len(kept), reason)
+
+    def stream(self, prompts: Sequence[Prompt], decoding: Decoding) -> Iterator[Piece | Outcome]:
+        raise lacking("answers piece by piece")
 
     def score(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> Iterator[Scores]:
         raise lacking("log-probabilities")

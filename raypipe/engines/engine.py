@@ -176,6 +176,14 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """The answer to prompt number `index` as far as it goes."""
+
+    index: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Scores:
     """How likely the answers to prompt number `index` are, in their order, or the error in their place.
 
@@ -202,6 +210,13 @@ class Engine(Protocol):
 
         Every answer is one of the `choices`, where given. Raises UsageError for what the capabilities lack, and where
         `max_new_tokens` leave no room for the longest choice.
+        """
+        ...
+
+    def stream(self, prompts: Sequence[Prompt], decoding: Decoding) -> Iterator[Piece | Outcome]:
+        """As `generate`, with each answer as far as it goes whenever it has grown, before its outcome.
+
+        Raises UsageError without the capability `streaming`, and for a search: beams are told apart at their ends.
         """
         ...
 
@@ -287,7 +302,7 @@ class EngineConfig(Config):
     def capabilities(self) -> Capabilities:
         """Those of the engine that `build` makes, without making it: what is missing is refused before work starts."""
         if self.engine == "transformers":
-            return Capabilities(vectors=bool(self.adapter), beams=True, trie=True, logprobs=True)
+            return Capabilities(vectors=bool(self.adapter), beams=True, trie=True, logprobs=True, streaming=True)
         return Capabilities()
 
     def build(self) -> Engine:

@@ -30,6 +30,7 @@ from raypipe.engines.engine import (
     HttpConfig,
     Outcome,
     OutcomeError,
+    Piece,
     Scores,
     lacking,
     prompt_seed,
@@ -72,6 +73,9 @@ class HttpEngine:
                 if isinstance(outcome, BaseException):
                     raise outcome
                 yield outcome
+
+    def stream(self, prompts: Sequence[Prompt], decoding: Decoding) -> Iterator[Piece | Outcome]:
+        raise lacking("answers piece by piece")
 
     def score(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> Iterator[Scores]:
         raise lacking("log-probabilities")

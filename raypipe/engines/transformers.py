@@ -18,14 +18,24 @@ from typing import TYPE_CHECKING
 import torch
 
 from raypipe.engines.beams import Hypothesis, search
-from raypipe.engines.decoding import decode
+from raypipe.engines.decoding import Answer, Growing, decode
 from raypipe.engines.encoded import encode_prompts
-from raypipe.engines.engine import Beam, Choices, Decoding, FinishReason, Outcome, Scores, prompt_seed
+from raypipe.engines.engine import (
+    Beam,
+    Choices,
+    Decoding,
+    FinishReason,
+    Outcome,
+    Piece,
+    Scores,
+    lacking,
+    prompt_seed,
+)
 from raypipe.engines.prefill import Before
 from raypipe.engines.scoring import score
 from raypipe.errors import UsageError
 from raypipe.language.adapters import load_adapter, read_card
-from raypipe.language.backbone import load_backbone
+from raypipe.language.backbone import Backbone, load_backbone
 from raypipe.language.checkpoint import checkpoint_hash, resolve_checkpoint
 from raypipe.language.prompt import Prompt
 from raypipe.language.soft_prompts import Encoded, SoftPromptLm, collate
@@ -36,12 +46,16 @@ if TYPE_CHECKING:
 
 
 class TransformersEngine:
-    """Answers prompts with a model of transformers; implements `Engine`. With an adapter it reads vectors too."""
+    """Answers prompts with a model of transformers; implements `Engine`. With an adapter it reads vectors too.
 
-    def __init__(self, config: EngineConfig) -> None:
+    A `backbone` that is loaded already is taken as it is.
+    """
+
+    def __init__(self, config: EngineConfig, backbone: Backbone | None = None) -> None:
         if config.threads:
             torch.set_num_threads(config.threads)
-        self._backbone = load_backbone(config.lm, config.dtype, config.device)
+        self._config = config
+        self._backbone = backbone or load_backbone(config.lm, config.dtype, config.device)
         self._batch_tokens = config.batch_tokens
         self.context = min(config.context or self._backbone.context, self._backbone.context)
         self._adapter = self._adapted = None
@@ -51,6 +65,15 @@ class TransformersEngine:
             self._adapted = load_adapter(folder, self._backbone, checkpoint_hash(resolve_checkpoint(config.lm)))
         self.capabilities = config.capabilities
         self._trie: tuple[Choices, AnswerTrie] | None = None
+
+    def beside(self, adapter: Path) -> TransformersEngine:
+        """An engine with the adapter over the same weights, which are in memory once; what this one answers stays the same.
+
+        Raises UsageError as `EngineConfig.build` does.
+        """
+        own = read_card(adapter).config.embeddings
+        config = self._config.model_copy(update={"adapter": str(adapter)})
+        return TransformersEngine(config, self._backbone.twin(own_embeddings=own))
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         return self._backbone.count_tokens(texts)
@@ -66,12 +89,26 @@ class TransformersEngine:
             for number, found in search(self._backbone, rows, decoding, self._batch_tokens, soft, trie):
                 yield self._searched(fitting[number], len(rows[number]), found, choices)
             return
-        seeds = [prompt_seed(decoding.seed, prompts[index].key) for index in fitting] if decoding.temperature else []
+        seeds = self._seeds(prompts, fitting, decoding)
         for answer in decode(self._backbone, rows, decoding, seeds, self._batch_tokens, soft, trie):
-            tokens_in, tokens_out = len(rows[answer.prompt]), len(answer.tokens)
+            assert isinstance(answer, Answer)
             text = self._text(answer.tokens, answer.chosen, choices)
-            reason: FinishReason = "stop" if answer.ended else "length"
-            yield Outcome(fitting[answer.prompt], text, tokens_in, tokens_out, reason, chosen=answer.chosen)
+            yield self._outcome(fitting[answer.prompt], len(rows[answer.prompt]), answer, text)
+
+    def stream(self, prompts: Sequence[Prompt], decoding: Decoding) -> Iterator[Piece | Outcome]:
+        if decoding.beams > 1:
+            raise lacking("search whose answers are told piece by piece")
+        encoded, refused = self._encoded(prompts, [decoding.max_new_tokens] * len(prompts))
+        yield from refused
+        fitting, rows, soft = self._longest_first(encoded)
+        seeds = self._seeds(prompts, fitting, decoding)
+        for answer in decode(self._backbone, rows, decoding, seeds, self._batch_tokens, soft, growing=True):
+            index, (text,) = fitting[answer.prompt], self._backbone.decode([answer.tokens])
+            if isinstance(answer, Growing):
+                # A character of several tokens shows once it is whole.
+                yield Piece(index, text.rstrip("\ufffd"))
+            else:
+                yield self._outcome(index, len(rows[answer.prompt]), answer, text)
 
     def score(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> Iterator[Scores]:
         if len(answers) != len(prompts) or not all(answers):
@@ -118,6 +155,14 @@ class TransformersEngine:
         best = found[0]
         reason: FinishReason = "stop" if best.ended else "length"
         return Outcome(index, beams[0].text, tokens_in, len(best.tokens), reason, chosen=best.chosen, beams=beams)
+
+    def _seeds(self, prompts: Sequence[Prompt], fitting: Sequence[int], decoding: Decoding) -> list[int]:
+        """One a prompt, where it samples."""
+        return [prompt_seed(decoding.seed, prompts[index].key) for index in fitting] if decoding.temperature else []
+
+    def _outcome(self, index: int, tokens_in: int, answer: Answer, text: str) -> Outcome:
+        reason: FinishReason = "stop" if answer.ended else "length"
+        return Outcome(index, text, tokens_in, len(answer.tokens), reason, chosen=answer.chosen)
 
     def _text(self, tokens: Sequence[int], chosen: Sequence[int], choices: Choices | None) -> str:
         return self._backbone.decode([tokens])[0] if choices is None else choices.text(chosen)

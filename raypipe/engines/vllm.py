@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from raypipe.engines.encoded import encode_prompts
-from raypipe.engines.engine import Capabilities, Choices, Decoding, Outcome, Scores, lacking, prompt_seed
+from raypipe.engines.engine import Capabilities, Choices, Decoding, Outcome, Piece, Scores, lacking, prompt_seed
 from raypipe.errors import UsageError
 from raypipe.language.backbone import PromptTokenizer
 from raypipe.language.checkpoint import resolve_checkpoint
@@ -51,6 +51,9 @@ class VllmEngine:
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         return self._tokenizer.count_tokens(texts)
+
+    def stream(self, prompts: Sequence[Prompt], decoding: Decoding) -> Iterator[Piece | Outcome]:
+        raise lacking("answers piece by piece")
 
     def score(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> Iterator[Scores]:
         raise lacking("log-probabilities")

@@ -7,7 +7,8 @@ models that take no `position_ids`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -91,6 +92,18 @@ class Backbone(PromptTokenizer):
     device: torch.device
     context: int
     ends: tuple[int, ...]
+
+    def twin(self, own_embeddings: bool = False) -> Backbone:
+        """The same weights in modules of their own: what is put into the twin's, such as LoRA, this one does not have.
+
+        With `own_embeddings` it has copies of the embedding table and of the head, which may then be changed.
+        """
+        kept: list[Any] = [*self.model.parameters(), *self.model.buffers()]
+        if own_embeddings:
+            model: Any = self.model
+            apart = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+            kept = [tensor for tensor in kept if not any(tensor is other for other in apart)]
+        return replace(self, model=deepcopy(self.model, {id(tensor): tensor for tensor in kept}))
 
 
 def load_backbone(ref: str, dtype: Literal["float32", "bfloat16"] = "float32", device: str = "auto") -> Backbone:

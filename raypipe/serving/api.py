@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Path, Request
 from fastapi.exceptions import RequestValidationError
@@ -11,12 +10,14 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from raypipe import __version__
+from raypipe.serving.api_words import add_words
+from raypipe.serving.backend import FAILURES, Backend, answers_of, check_queries, check_query
 from raypipe.serving.config import LimitOptions
 from raypipe.serving.guard import failure
+from raypipe.serving.page import add_page
 from raypipe.serving.queries import (
     Condition,
     Failure,
-    Problem,
     RecommendAnswers,
     Recommendations,
     RecommendBatch,
@@ -26,51 +27,30 @@ from raypipe.serving.queries import (
     ScoreQuery,
     Scores,
     Standing,
-    Summaries,
-    SummaryQuery,
     User,
+    Users,
 )
-from raypipe.serving.service import Answer, Code, Query, RefusedQueryError
+from raypipe.serving.service import Answer, Code, RefusedQueryError
 
 _STATUS: dict[Code, int] = {
     "no_such_user": 404,
     "no_such_value": 422,
+    "no_such_item": 422,
+    "nothing_known": 422,
+    "no_answer": 422,
+    "no_adapter": 409,
+    "no_language_model": 409,
     "too_much": 413,
+    "busy": 503,
+    "deadline": 503,
     "store_down": 503,
     "not_ready": 503,
     "internal": 500,
 }
 _CODES = {404: "no_such_route", 405: "no_such_method", 413: "too_large", 400: "bad_request"}
-_FAILURES: dict[int | str, dict[str, Any]] = {
-    status: {"model": Failure} for status in (400, 401, 413, 422, 429, 500, 503)
-}
 _TOLD = 5
 
 UserPath = Annotated[str, Path(min_length=1, max_length=512)]
-
-
-class Backend(Protocol):
-    """Answers queries. Raises RefusedQueryError for what gets no answer."""
-
-    async def answer(self, query: Query) -> Answer: ...
-
-    async def answer_all(self, queries: Sequence[Query]) -> list[Answer | RefusedQueryError]:
-        """Of one release and night."""
-        ...
-
-    async def user(self, user_id: str) -> User: ...
-
-    async def summaries(self, user_id: str) -> Summaries: ...
-
-    def standing(self) -> Standing: ...
-
-    async def health(self) -> Condition:
-        """Whether the model answers: it is asked."""
-        ...
-
-    async def readiness(self) -> Condition:
-        """Whether everything that requests need is there, the online store included."""
-        ...
 
 
 def build_api(backend: Backend, limits: LimitOptions) -> FastAPI:
@@ -81,40 +61,45 @@ def build_api(backend: Backend, limits: LimitOptions) -> FastAPI:
         description="Recommendations of a release, for the users of a night or for any history.",
         docs_url="/docs",
         redoc_url=None,
-        responses=_FAILURES,
+        responses=FAILURES,
     )
 
     @app.post("/v1/recommend", response_model=Recommendations)
     async def recommend(query: RecommendQuery) -> Answer:
         """The best items for a user or a history."""
-        _check(limits, query)
+        check_query(limits, query)
         return await backend.answer(query)
 
     @app.post("/v1/recommend/batch", response_model=RecommendAnswers)
-    async def recommend_batch(batch: RecommendBatch) -> dict[str, list[Answer | Problem]]:
+    async def recommend_batch(batch: RecommendBatch) -> dict[str, list[Any]]:
         """Many lists at a time, all of one release and night."""
-        return await _all(backend, limits, batch.queries)
+        check_queries(limits, batch.queries)
+        return answers_of(await backend.answer_all(batch.queries))
 
     @app.post("/v1/score", response_model=Scores)
     async def score(query: ScoreQuery) -> Answer:
         """What the recommender gives items."""
-        _check(limits, query)
+        check_query(limits, query)
         return await backend.answer(query)
 
     @app.post("/v1/score/batch", response_model=ScoreAnswers)
-    async def score_batch(batch: ScoreBatch) -> dict[str, list[Answer | Problem]]:
+    async def score_batch(batch: ScoreBatch) -> dict[str, list[Any]]:
         """Many at a time, all of one release and night."""
-        return await _all(backend, limits, batch.queries)
+        check_queries(limits, batch.queries)
+        return answers_of(await backend.answer_all(batch.queries))
+
+    @app.get("/v1/users")
+    async def users() -> Users:
+        """Some users of the night, to look around with."""
+        return backend.some_users()
 
     @app.get("/v1/users/{user_id:path}", responses={404: {"model": Failure}})
     async def user(user_id: UserPath) -> User:
         """A user as the night left them."""
         return await backend.user(user_id)
 
-    @app.post("/v1/summary", responses={404: {"model": Failure}})
-    async def summary(query: SummaryQuery) -> Summaries:
-        """What was written of a user."""
-        return await backend.summaries(query.user_id)
+    add_words(app, backend, limits)
+    add_page(app)
 
     @app.get("/v1/release")
     async def release() -> Standing:
@@ -136,32 +121,6 @@ def build_api(backend: Backend, limits: LimitOptions) -> FastAPI:
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(Exception, _failed_inside)
     return app
-
-
-def _check(limits: LimitOptions, query: Query) -> None:
-    """Raises RefusedQueryError for a query that asks too much."""
-    asked = {"history": (len(query.history or ()), limits.history)}
-    if isinstance(query, RecommendQuery):
-        asked |= {"count": (query.count, limits.count), "deny": (len(query.deny), limits.history)}
-    else:
-        asked |= {"items": (len(query.items), limits.count)}
-    for name, (found, most) in asked.items():
-        if found > most:
-            raise RefusedQueryError("too_much", f"{name} has {found:,}, and {most:,} are the most.")
-
-
-async def _all(backend: Backend, limits: LimitOptions, queries: Sequence[Query]) -> dict[str, list[Answer | Problem]]:
-    if len(queries) > limits.queries:
-        raise RefusedQueryError("too_much", f"A batch has at most {limits.queries:,} queries.")
-    for query in queries:
-        _check(limits, query)
-    answers = await backend.answer_all(queries)
-    return {
-        "answers": [
-            Problem(code=answer.code, message=answer.message) if isinstance(answer, RefusedQueryError) else answer
-            for answer in answers
-        ]
-    }
 
 
 def _condition(condition: Condition) -> JSONResponse:

@@ -8,13 +8,15 @@ from ray.serve.schema import LoggingConfig
 
 from raypipe.serving.config import ServiceConfig
 from raypipe.serving.replica import Replica
+from raypipe.serving.speaker import Speaker
 
 NAME = "raypipe"
 _RETRY_AFTER_S = 1.0
 
 
 def build(config: ServiceConfig) -> Application:
-    """One deployment, the ingress itself, so that a recommendation is one hop from the proxy."""
+    """The ingress recommends by itself, so that a recommendation is one hop from the proxy; it asks the language model, which
+    is a deployment of its own."""
     replicas = config.replicas
     autoscaling = None
     if replicas.most > replicas.least:
@@ -39,6 +41,23 @@ def build(config: ServiceConfig) -> Application:
         health_check_period_s=5,
         health_check_timeout_s=30,
         # It holds paths, and thus user ids; `Guard` writes a line of its own.
+        logging_config=LoggingConfig(enable_access_log=False),
+    )
+    return deployment.bind(config, _language(config) if config.language.replicas else None)
+
+
+def _language(config: ServiceConfig) -> Application:
+    options = config.language
+    deployment = serve.deployment(
+        Speaker,
+        name="language",
+        num_replicas=options.replicas,
+        ray_actor_options={"num_cpus": options.cpus, "num_gpus": options.gpus},
+        max_ongoing_requests=options.ongoing,
+        max_queued_requests=options.queued,
+        graceful_shutdown_timeout_s=config.replicas.drain_s,
+        health_check_period_s=5,
+        health_check_timeout_s=30,
         logging_config=LoggingConfig(enable_access_log=False),
     )
     return deployment.bind(config)

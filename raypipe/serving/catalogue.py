@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raypipe.errors import UsageError
+from raypipe.language import instructions
+from raypipe.language.summary_prompts import SummaryPrompts
+from raypipe.language.titles import distinct_titles
 
 
 class UnknownValueError(ValueError):
@@ -19,14 +23,16 @@ class UnknownValueError(ValueError):
 
 @dataclass(frozen=True)
 class Catalogue:
-    """`ids` and `titles` by index − 1; `index_of` back; `recommendable` bool [items + 1]: available and not denied;
-    `holders` the indices of the items that have an attribute's value."""
+    """`ids`, `titles`, `texts` and `attributes` by index − 1; `index_of` back; `recommendable` bool [items + 1]: available
+    and not denied; `holders` the indices of the items that have an attribute's value."""
 
     ids: Sequence[str]
     titles: Sequence[str]
     index_of: Mapping[str, int]
     recommendable: NDArray[np.bool_]
     holders: Mapping[tuple[str, str], NDArray[np.int64]]
+    texts: Sequence[str]
+    attributes: Sequence[Mapping[str, Sequence[str]]]
 
     @classmethod
     def of(cls, items: pa.Table, denied: frozenset[str] = frozenset()) -> Catalogue:
@@ -36,14 +42,31 @@ class Catalogue:
         recommendable = np.concatenate([[False], items["available"].to_numpy()])
         recommendable[[index for index, item in enumerate(ids, start=1) if item in denied]] = False
         holders: dict[tuple[str, str], list[int]] = {}
-        for index, pairs in enumerate(items["attributes"].to_pylist(), start=1):
-            for name, values in pairs or ():
-                for value in values or ():
+        attributes = [{name: values or () for name, values in pairs or ()} for pairs in items["attributes"].to_pylist()]
+        for index, pairs in enumerate(attributes, start=1):
+            for name, values in pairs.items():
+                for value in values:
                     holders.setdefault((name, value), []).append(index)
         found = {pair: np.array(indices, np.int64) for pair, indices in holders.items()}
         return cls(
-            ids, items["title"].to_pylist(), {item: n for n, item in enumerate(ids, start=1)}, recommendable, found
+            ids,
+            items["title"].to_pylist(),
+            {item: n for n, item in enumerate(ids, start=1)},
+            recommendable,
+            found,
+            items["text"].to_pylist(),
+            attributes,
         )
+
+    @cached_property
+    def spoken(self) -> instructions.Catalogue:
+        """As a language model is to tell items apart: each by a title of its own."""
+        return instructions.Catalogue(distinct_titles(self.titles, self.ids), self.attributes, self.texts)
+
+    def lines(self, indices: Sequence[int], prompts: SummaryPrompts) -> list[str]:
+        """The line of each, as prompts of summaries show it."""
+        titles, attributes, texts = self.titles, self.attributes, self.texts
+        return [prompts.item_line(titles[index - 1], attributes[index - 1], texts[index - 1]) for index in indices]
 
     def indices(self, item_ids: Sequence[str]) -> NDArray[np.int32]:
         """Of those ids that are known, in their order."""

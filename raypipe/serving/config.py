@@ -7,7 +7,13 @@ from typing import Self
 from pydantic import model_validator
 
 from raypipe.config import Config, free, shaping
+from raypipe.engines.checks import AnswerChecks
+from raypipe.engines.engine import Decoding, EngineConfig
 from raypipe.runtime.job import ModelCache
+from raypipe.systems.summaries import SummariesConfig
+
+OF_RELEASE = "release"
+"""Names the language model of the release that is served."""
 
 
 class LimitOptions(Config):
@@ -17,7 +23,9 @@ class LimitOptions(Config):
     history: int = free(10_000, "items of a given history", ge=1)
     count: int = free(500, "items of a list, or to be scored", ge=1)
     queries: int = free(256, "queries of a batch", ge=1)
+    blocks: int = free(100, "blocks of a history that is to be summarised", ge=1)
     deadline_s: float = free(10.0, "seconds until a request is given up with 503", gt=0)
+    words_s: float = free(60.0, "as deadline_s, of a request that asks the language model", gt=0)
 
 
 class BatchingOptions(Config):
@@ -45,6 +53,32 @@ class ReplicaOptions(Config):
         return self
 
 
+class LanguageOptions(Config):
+    """The language model of the release, in processes of its own, and what it is asked for."""
+
+    replicas: int = free(1, "processes that hold it; with none nothing is put into words", ge=0)
+    cpus: float = free(1.0, "CPUs reserved for each", ge=0)
+    gpus: float = free(0.0, "GPUs reserved for each", ge=0)
+    batching: BatchingOptions = free(lambda: BatchingOptions(size=32, wait_ms=5), "how questions are put together")
+    ongoing: int = free(64, "questions a process works on at a time; at least two batches", ge=1)
+    queued: int = free(64, "questions of a recommending process that wait for one; more get 503 and Retry-After", ge=0)
+    engine: EngineConfig = shaping(
+        lambda: EngineConfig(lm=OF_RELEASE, threads=1), "what generates; lm `release` is that of the release"
+    )
+    explanation: Decoding = shaping(lambda: Decoding(max_new_tokens=150), "decoding of explanations, as of `explain`")
+    checks: AnswerChecks = shaping(AnswerChecks, "when an explanation is none")
+    reading: Decoding = shaping(Decoding, "decoding of what is read from a recommender's states")
+    summaries: SummariesConfig = shaping(SummariesConfig, "of a given history, as of `summarize`")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.ongoing < 2 * self.batching.size:
+            raise ValueError(f"ongoing is {self.ongoing}, less than two batches of {self.batching.size}")
+        if self.explanation.beams > 1:
+            raise ValueError("explanations are told while they grow, which a search has no way to: leave beams at 1")
+        return self
+
+
 class ServiceConfig(ModelCache):
     """A service of one workspace: the release and the night that are in force there, whichever these become."""
 
@@ -58,6 +92,7 @@ class ServiceConfig(ModelCache):
     limits: LimitOptions = free(LimitOptions, "what a request may ask for")
     batching: BatchingOptions = free(BatchingOptions, "how requests are put together")
     replicas: ReplicaOptions = free(ReplicaOptions, "how many processes answer")
+    language: LanguageOptions = shaping(LanguageOptions, "what is put into words, and by how many processes")
     watch_s: float = free(
         2.0, "seconds between looks at what is in force: a new night, release or token is taken up this late", gt=0
     )

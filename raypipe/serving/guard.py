@@ -20,11 +20,16 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raypipe.serving.config import LimitOptions
+from raypipe.serving.page import FILES as PAGE
 from raypipe.storage.tokens import Token, hash_of
 
 AUDIT = logging.getLogger("raypipe.audit")
 _LOG = logging.getLogger("raypipe.serving")
-OPEN = frozenset({"/v1/health"})
+OPEN = frozenset({"/v1/health", *PAGE})
+"""Routes that ask for no token: the page that one is typed into holds no data."""
+WORDS = ("/v1/explain", "/v1/interpret", "/v1/residual", "/v1/oracle", "/v1/summary")
+"""Beginnings of routes that ask the language model."""
+_GRACE_S = 2.0  # What asks the language model gives up by itself first, and says so.
 """Routes that ask for no token."""
 _TOO_LARGE = "A request has at most {:,} bytes."
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -72,6 +77,9 @@ class Guard:
         request_id = _request_id(headers)
         scope.setdefault("state", {})["request_id"] = request_id
         status = 0
+        wait_s = self.limits.deadline_s
+        if scope["path"].startswith(WORDS):
+            wait_s = self.limits.words_s + _GRACE_S
 
         async def tell(message: Message) -> None:
             nonlocal status
@@ -87,11 +95,11 @@ class Guard:
             if refusal is not None:
                 await _refuse(tell, request_id, *refusal)
                 return
-            async with asyncio.timeout(self.limits.deadline_s):
+            async with asyncio.timeout(wait_s):
                 await self.app(scope, _counted(receive, self.limits.body_bytes), tell)
         except TimeoutError:
             if not status:
-                message = f"No answer within {self.limits.deadline_s:g} s: ask again later."
+                message = f"No answer within {wait_s:g} s: ask again later."
                 await _refuse(tell, request_id, 503, "deadline", message, 1)
         except Exception:
             # The traceback is for the log alone.

@@ -44,8 +44,32 @@ class ScoreQuery(Who):
     items: list[ItemId] = Field(min_length=1)
 
 
-class SummaryQuery(_Query):
-    user_id: UserId
+class SummaryQuery(Who):
+    """Of a user what the night wrote; of a history what the release's language model writes now."""
+
+
+class ExplainQuery(Who):
+    """Why an item fits a user, or does not."""
+
+    item_id: ItemId | None = Field(None, description="unset: the one that is recommended first")
+    adapter: str | None = Field(None, max_length=200, description="of the release, by name; unset: its first")
+    focus: str = Field("", max_length=100, description="what to attend to, for example genres")
+
+
+class _Reading(Who):
+    adapter: str | None = Field(None, max_length=200, description="of the release, by name; unset: its first")
+
+
+class InterpretQuery(_Reading):
+    """The titles that a language model reads from the recommender's state alone."""
+
+
+class ResidualQuery(_Reading):
+    """The title it reads from the states before and after the last event."""
+
+
+class OracleQuery(_Reading):
+    """The title it reads from what the recommender would have next."""
 
 
 class Item(BaseModel):
@@ -84,11 +108,45 @@ class Scores(BaseModel):
 
 
 class Summaries(BaseModel):
-    """What was written of a user, by paradigm."""
+    """What was written, by paradigm; `user_id` is null for a history."""
 
-    user_id: str
+    user_id: str | None
+    unknown_items: int = 0
     summaries: dict[str, str]
     served: Origin
+
+
+class Told(BaseModel):
+    """What every answer of an adapter says of itself."""
+
+    known: bool
+    unknown_items: int
+    adapter: str
+    served: Origin
+
+
+class Explained(Told):
+    """Whether the item fits, as the language model understood the recommender, and why."""
+
+    item: Item
+    decision: Literal["yes", "no"]
+    text: str
+
+
+class Interpreted(Told):
+    """`titles` that the language model named, and the `history` they should be: both oldest first."""
+
+    titles: list[str]
+    history: list[str]
+    text: str
+
+
+class Named(Told):
+    """The `title` that the language model named, null where it is none of the catalogue's, and the one it should be."""
+
+    title: str | None
+    expected: str
+    text: str
 
 
 class User(BaseModel):
@@ -99,6 +157,13 @@ class User(BaseModel):
     history: list[Item]
     summaries: dict[str, str]
     recommended: list[Item]
+    served: Origin
+
+
+class Users(BaseModel):
+    """Some users of the night, by id; not all."""
+
+    users: list[str]
     served: Origin
 
 
@@ -122,6 +187,26 @@ class ScoreBatch(_Query):
     queries: list[ScoreQuery] = Field(min_length=1)
 
 
+class ExplainBatch(_Query):
+    queries: list[ExplainQuery] = Field(min_length=1)
+
+
+class InterpretBatch(_Query):
+    queries: list[InterpretQuery] = Field(min_length=1)
+
+
+class ResidualBatch(_Query):
+    queries: list[ResidualQuery] = Field(min_length=1)
+
+
+class OracleBatch(_Query):
+    queries: list[OracleQuery] = Field(min_length=1)
+
+
+class SummaryBatch(_Query):
+    queries: list[SummaryQuery] = Field(min_length=1)
+
+
 class RecommendAnswers(BaseModel):
     """In the order of the queries; a query that cannot be answered has its problem in the place of an answer."""
 
@@ -132,11 +217,29 @@ class ScoreAnswers(BaseModel):
     answers: list[Scores | Problem]
 
 
+class ExplainAnswers(BaseModel):
+    answers: list[Explained | Problem]
+
+
+class InterpretAnswers(BaseModel):
+    answers: list[Interpreted | Problem]
+
+
+class NamedAnswers(BaseModel):
+    answers: list[Named | Problem]
+
+
+class SummaryAnswers(BaseModel):
+    answers: list[Summaries | Problem]
+
+
 class Standing(BaseModel):
-    """What is served, since when (Unix seconds), and what was refused, with the reason."""
+    """What is served, since when (Unix seconds), and what was refused, with the reason. `adapters`: name → system."""
 
     release: str
     recommender: str
+    lm: str | None
+    adapters: dict[str, str]
     items: int
     night: str | None
     night_in_force: str | None

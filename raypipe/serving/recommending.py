@@ -69,7 +69,7 @@ def recommend(
     """
     allowed = {only: catalogue.allowed(only, model.items) for only in {wanted.only for _, wanted in asked}}
     lists: list[Ranked | None] = [None] * len(asked)
-    histories = _histories(model, [known for known, _ in asked])
+    histories = known_histories(model, [known for known, _ in asked])
     warm = np.flatnonzero(histories.lengths > 0)
     queries = _queries(model, histories, warm, [known for known, _ in asked])
     groups: dict[tuple[tuple[str, str], ...], list[int]] = {}
@@ -94,7 +94,7 @@ def score(
     model: Recommender, table: Tensor, asked: Sequence[tuple[Known, NDArray[np.int32]]]
 ) -> list[NDArray[np.float32] | None]:
     """The score of each item [n] for each; None where the model knows nothing of who asks. NaN for items it never saw."""
-    histories = _histories(model, [known for known, _ in asked])
+    histories = known_histories(model, [known for known, _ in asked])
     warm = np.flatnonzero(histories.lengths > 0)
     queries = _queries(model, histories, warm, [known for known, _ in asked])
     found: list[NDArray[np.float32] | None] = [None] * len(asked)
@@ -107,7 +107,14 @@ def score(
     return found
 
 
-def _histories(model: Recommender, known: Sequence[Known]) -> Histories:
+@torch.no_grad()
+def state_of(model: Recommender, known: Known) -> tuple[Histories, NDArray[np.float32]]:
+    """The history without items the model never saw, and the state [1, width] after it; [0, width] where nothing is left."""
+    histories = known_histories(model, [known])
+    return histories, _states(model, histories, np.flatnonzero(histories.lengths > 0), [known]).numpy()
+
+
+def known_histories(model: Recommender, known: Sequence[Known]) -> Histories:
     """Without items the model never saw."""
     lengths = np.array([len(mine.items) for mine in known], np.int64)
     items = np.concatenate([mine.items for mine in known]) if known else np.zeros(0, np.int32)
@@ -116,7 +123,14 @@ def _histories(model: Recommender, known: Sequence[Known]) -> Histories:
 
 
 def _queries(model: Recommender, histories: Histories, warm: NDArray[np.int64], known: Sequence[Known]) -> Tensor:
-    """[warm, width]: states that a night has computed are taken, the others computed."""
+    """[warm, width]."""
+    states = _states(model, histories, warm, known)
+    seeds = torch.tensor([known[at].seed for at in warm.tolist()], dtype=torch.int64)
+    return model.queries(states, seeds) if len(warm) else states
+
+
+def _states(model: Recommender, histories: Histories, warm: NDArray[np.int64], known: Sequence[Known]) -> Tensor:
+    """[warm, width]: those that a night has computed are taken, the others computed."""
     states = torch.zeros((len(warm), model.width))
     missing = []
     for row, at in enumerate(warm.tolist()):
@@ -129,8 +143,7 @@ def _queries(model: Recommender, histories: Histories, warm: NDArray[np.int64], 
     for block in batches_by_length(left, model.max_length):
         rows = torch.tensor(missing)[block]
         states[rows] = model.encode(sequences_of(left, block, model.max_length)).float()
-    seeds = torch.tensor([known[at].seed for at in warm.tolist()], dtype=torch.int64)
-    return model.queries(states, seeds) if len(warm) else states
+    return states
 
 
 def _excluded(asked: Sequence[tuple[Known, Wanted]]) -> Sequences | None:

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -15,15 +15,19 @@ from typing import TypeVar
 
 import torch
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from raypipe.serving.api import build_api
 from raypipe.serving.config import ServiceConfig
+from raypipe.serving.conversation import Conversation, Event
 from raypipe.serving.guard import AUDIT, Guard
 from raypipe.serving.metrics import ServingMetrics
-from raypipe.serving.queries import Condition, Standing, Summaries, User
+from raypipe.serving.queries import Condition, ExplainQuery, Standing, User, Users
 from raypipe.serving.served import UnfitError, check
 from raypipe.serving.service import Answer, Query, RefusedQueryError, Service
+from raypipe.serving.speaker import Remote
+from raypipe.serving.telling import Teller, Telling, TellQuery
 from raypipe.serving.watch import Watch
 from raypipe.storage.online import OnlineStoreDownError, open_online_store
 from raypipe.storage.store import Store
@@ -38,13 +42,18 @@ _AUDIT_BYTES = 50_000_000
 class Replica:
     """Implements `Backend`."""
 
-    def __init__(self, config: ServiceConfig) -> None:
+    def __init__(self, config: ServiceConfig, language: DeploymentHandle | None = None) -> None:
         self.config = config
         torch.set_num_threads(config.replicas.threads)
         _log_audit(config.audit)
         self.store = open_online_store(config.store, Store(config.workspace))
-        self.watch = Watch(config, self.store)
+        speaking = Remote(language) if language is not None else None
+        self.watch = Watch(config, self.store, speaking.prove if speaking is not None else lambda release: None)
         self.service = Service(config, self.store, lambda: self.watch.served, self.watch.record)
+        teller = Teller(config, self.service)
+        self.conversation = Conversation(
+            speaking, config.limits.words_s, lambda queries: self._aside(lambda: teller.ask(queries))
+        )
         self.metrics = ServingMetrics()
         self.threads = ThreadPoolExecutor(_BATCHES, "answers")
         self._health = (0.0, Condition(ok=True))
@@ -71,20 +80,20 @@ class Replica:
     async def user(self, user_id: str) -> User:
         return await self._aside(lambda: self.service.user(user_id))
 
-    async def summaries(self, user_id: str) -> Summaries:
-        return await self._aside(lambda: self.service.summaries(user_id))
+    def some_users(self) -> Users:
+        return self.service.some_users()
+
+    async def tell(self, query: TellQuery) -> Telling:
+        return await self.conversation.tell(query)
+
+    async def tell_all(self, queries: Sequence[TellQuery]) -> list[Telling | RefusedQueryError]:
+        return await self.conversation.tell_all(queries)
+
+    async def stream(self, query: ExplainQuery) -> AsyncIterator[Event]:
+        return await self.conversation.stream(query)
 
     def standing(self) -> Standing:
-        served, watch = self.watch.served, self.watch
-        return Standing(
-            release=served.target.release,
-            recommender=served.recommender_name,
-            items=served.recommender.items,
-            night=served.target.night or None,
-            night_in_force=watch.night_in_force,
-            since=served.since,
-            refused=watch.refused,
-        )
+        return self.watch.standing()
 
     async def health(self) -> Condition:
         # Nobody needs a token to ask, so that asking often must not cost more than asking once.

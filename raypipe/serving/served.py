@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +17,16 @@ from raypipe.recommenders.checkpoint import check_catalogue, load_recommender
 from raypipe.recommenders.recommender import Recommender, freeze
 from raypipe.serving.catalogue import Catalogue, read_denied
 from raypipe.serving.config import ServiceConfig
+from raypipe.serving.readers import Reader, read_readers
 from raypipe.serving.recommending import Known, Ranked, Wanted, recommend, score
 from raypipe.storage.models import Models, find_model
-from raypipe.storage.nights import Nights
+from raypipe.storage.nights import Night, Nights
 from raypipe.storage.online import OnlineStore, version_of
 from raypipe.storage.releases import Releases
 from raypipe.storage.workspace import Workspace
 
 _PROBES = 8
+_SOME_USERS = 20
 
 
 class UnfitError(RaypipeError):
@@ -42,7 +45,8 @@ class Target:
 @dataclass(frozen=True)
 class Served:
     """See the module. `table` [items + 1, width] are the recommender's item states; `states_fit`: the night's states are this
-    recommender's, and need not be computed again."""
+    recommender's, and need not be computed again; `lm` is the release's language model, `readers` its adapters by name;
+    `some_users` of the night, for who wants to look around."""
 
     target: Target
     recommender_name: str
@@ -52,6 +56,14 @@ class Served:
     popular: Sequence[int]
     states_fit: bool
     since: float
+    lm: str = ""
+    readers: Mapping[str, Reader] = field(default_factory=dict)
+    some_users: Sequence[str] = ()
+
+    @cached_property
+    def item_states(self) -> NDArray[np.float32]:
+        """float32 [items + 1, width]: the table as language models are shown it."""
+        return self.table.detach().float().numpy()
 
     def score(self, asked: Sequence[tuple[Known, NDArray[np.int32]]]) -> list[NDArray[np.float32] | None]:
         return score(self.recommender, self.table, asked)
@@ -84,8 +96,8 @@ def load(config: ServiceConfig, target: Target) -> Served:
     """
     workspace = Workspace(config.workspace)
     release = Releases(workspace.store).get(target.release)
-    model = find_model(Models(workspace.store), release.recommender)
-    folder = Models(workspace.store).fetch_unharmed(model, Path(config.model_cache))
+    models, cache = Models(workspace.store), Path(config.model_cache)
+    folder = models.fetch_unharmed(find_model(models, release.recommender), cache)
     recommender, card = load_recommender(folder)
     freeze(recommender)
     night = Nights(workspace.store).get(target.night) if target.night else None
@@ -102,7 +114,15 @@ def load(config: ServiceConfig, target: Target) -> Served:
         card.popular,
         night is not None and night.release.get("recommender") == release.recommender,
         time.time(),
+        release.lm,
+        read_readers(models, release, cache),
+        _some_users(workspace, night) if night is not None else (),
     )
+
+
+def _some_users(workspace: Workspace, night: Night) -> Sequence[str]:
+    users = workspace.tables["histories"].read(night.tables["histories"], ["user_id"], bucket=0)["user_id"]
+    return sorted(users.slice(0, _SOME_USERS).to_pylist())
 
 
 def check(served: Served, recorded: Sequence[tuple[Known, Wanted]] = ()) -> None:

@@ -22,6 +22,7 @@ from raypipe.serving.queries import (
     Scores,
     Summaries,
     User,
+    Users,
     Who,
 )
 from raypipe.serving.recommending import Known, Ranked, Wanted
@@ -29,7 +30,21 @@ from raypipe.serving.served import Served
 from raypipe.storage.hashing import stable_hash
 from raypipe.storage.online import OnlineStore, OnlineStoreDownError, UserRecord
 
-Code = Literal["no_such_user", "no_such_value", "too_much", "store_down", "not_ready", "internal"]
+Code = Literal[
+    "no_such_user",
+    "no_such_value",
+    "no_such_item",
+    "nothing_known",
+    "no_adapter",
+    "no_language_model",
+    "no_answer",
+    "too_much",
+    "busy",
+    "deadline",
+    "store_down",
+    "not_ready",
+    "internal",
+]
 Query = RecommendQuery | ScoreQuery
 Answer = Recommendations | Scores
 _SHOWN = 200
@@ -44,7 +59,7 @@ class RefusedQueryError(Exception):
 
 
 @dataclass(frozen=True)
-class _Person:
+class Person:
     """Who asks, as the model takes it; `known` whether the night has this user."""
 
     known: Known
@@ -67,13 +82,13 @@ class Service:
     def answer(self, queries: Sequence[Query]) -> list[Answer | RefusedQueryError]:
         """In their order; one that cannot be answered costs the others nothing."""
         served = self.served()
-        people = self._people(served, queries)
+        people = self.people(served, queries)
         found: list[Answer | RefusedQueryError] = [
             person if isinstance(person, RefusedQueryError) else RefusedQueryError("internal", "No answer.")
             for person in people
         ]
-        lists: list[tuple[int, _Person, Wanted]] = []
-        scores: list[tuple[int, ScoreQuery, _Person]] = []
+        lists: list[tuple[int, Person, Wanted]] = []
+        scores: list[tuple[int, ScoreQuery, Person]] = []
         for at, (query, person) in enumerate(zip(queries, people, strict=True)):
             if isinstance(person, RefusedQueryError):
                 continue
@@ -101,17 +116,22 @@ class Service:
         return User(
             user_id=user_id,
             events=len(record.items),
-            history=_items(served, record.items[-shown:], None),
+            history=shown_items(served, record.items[-shown:], None),
             summaries=dict(record.summaries or {}),
-            recommended=_items(served, listed, record.scores),
-            served=_origin(served),
+            recommended=shown_items(served, listed, record.scores),
+            served=origin(served),
         )
+
+    def some_users(self) -> Users:
+        """Of the night that is served, to look around with."""
+        served = self.served()
+        return Users(users=list(served.some_users), served=origin(served))
 
     def summaries(self, user_id: str) -> Summaries:
         """What was written of a user; raises RefusedQueryError as `user`."""
         served = self.served()
         record = self._record(served, user_id)
-        return Summaries(user_id=user_id, summaries=dict(record.summaries or {}), served=_origin(served))
+        return Summaries(user_id=user_id, summaries=dict(record.summaries or {}), served=origin(served))
 
     def _record(self, served: Served, user_id: str) -> UserRecord:
         (packed,) = self._packed(served, [user_id])
@@ -127,7 +147,8 @@ class Service:
         except OnlineStoreDownError:
             raise RefusedQueryError("store_down", "Users cannot be looked up now: ask by history, or later.") from None
 
-    def _people(self, served: Served, queries: Sequence[Who]) -> list[_Person | RefusedQueryError]:
+    def people(self, served: Served, queries: Sequence[Who]) -> list[Person | RefusedQueryError]:
+        """Who asks each of the queries."""
         users = list(dict.fromkeys(query.user_id for query in queries if query.user_id is not None))
         down: RefusedQueryError | None = None
         packed: dict[str, bytes | None] = {}
@@ -144,15 +165,15 @@ class Service:
             for query in queries
         ]
 
-    def _by_history(self, served: Served, history: Sequence[str] | None) -> _Person:
+    def _by_history(self, served: Served, history: Sequence[str] | None) -> Person:
         items = served.catalogue.indices(history or [])
-        return _Person(Known.of(items), False, len(history or []) - len(items))
+        return Person(Known.of(items), False, len(history or []) - len(items))
 
-    def _by_record(self, served: Served, key: int, packed: bytes | None) -> _Person:
+    def _by_record(self, served: Served, key: int, packed: bytes | None) -> Person:
         if packed is None:
-            return _Person(Known.of(np.zeros(0, np.int32)), False, 0)
+            return Person(Known.of(np.zeros(0, np.int32)), False, 0)
         record = UserRecord.unpack(packed)
-        return _Person(Known(record.items, record.seed, record.state if served.states_fit else None, key), True, 0)
+        return Person(Known(record.items, record.seed, record.state if served.states_fit else None, key), True, 0)
 
     def _wanted(self, served: Served, query: RecommendQuery) -> Wanted:
         only = tuple(sorted(query.only.items()))
@@ -161,17 +182,17 @@ class Service:
         return Wanted(query.count, only, served.catalogue.indices(query.deny) if query.deny else None, filter_seen)
 
 
-def _recommendations(served: Served, person: _Person, ranked: Ranked) -> Recommendations:
+def _recommendations(served: Served, person: Person, ranked: Ranked) -> Recommendations:
     return Recommendations(
         basis="popular" if ranked.scores is None else "model",
         known=person.is_known,
         unknown_items=person.unknown_items,
-        items=_items(served, ranked.items, ranked.scores),
-        served=_origin(served),
+        items=shown_items(served, ranked.items, ranked.scores),
+        served=origin(served),
     )
 
 
-def _scores(served: Served, query: ScoreQuery, person: _Person, values: NDArray[np.float32] | None) -> Scores:
+def _scores(served: Served, query: ScoreQuery, person: Person, values: NDArray[np.float32] | None) -> Scores:
     known = iter(values.tolist() if values is not None else ())
     found = [next(known, None) if item in served.catalogue.index_of else None for item in query.items]
     return Scores(
@@ -181,11 +202,12 @@ def _scores(served: Served, query: ScoreQuery, person: _Person, values: NDArray[
             ScoredItem(item_id=item, score=None if value is None or np.isnan(value) else value)
             for item, value in zip(query.items, found, strict=True)
         ],
-        served=_origin(served),
+        served=origin(served),
     )
 
 
-def _items(served: Served, indices: NDArray, scores: NDArray[np.float32] | None) -> list[Item]:
+def shown_items(served: Served, indices: NDArray, scores: NDArray[np.float32] | None) -> list[Item]:
+    """As answers tell items, in their order."""
     ids, titles = served.catalogue.ids, served.catalogue.titles
     values = [None] * len(indices) if scores is None else [None if np.isnan(s) else s for s in scores.tolist()]
     return [
@@ -195,5 +217,6 @@ def _items(served: Served, indices: NDArray, scores: NDArray[np.float32] | None)
     ]
 
 
-def _origin(served: Served) -> Origin:
+def origin(served: Served) -> Origin:
+    """Which release answers, and of which night."""
     return Origin(release=served.target.release, night=served.target.night or None)

@@ -6,11 +6,12 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from raypipe.errors import UsageError
 from raypipe.serving.config import ServiceConfig
+from raypipe.serving.queries import Standing
 from raypipe.serving.recommending import Known, Wanted
 from raypipe.serving.served import Served, Target, UnfitError, check, find_target, load
 from raypipe.storage.nights import Nights
@@ -28,10 +29,13 @@ class Watch:
 
     A request keeps what it began with. A release that cannot be loaded or fails its check is refused, with the reason, until
     another one is in force, and what was served before stays; a workspace or a store that does not answer changes nothing.
+    `prove` raises for a release whose language model does not answer.
     """
 
-    def __init__(self, config: ServiceConfig, store: OnlineStore) -> None:
-        self.config, self.store = config, store
+    def __init__(
+        self, config: ServiceConfig, store: OnlineStore, prove: Callable[[str], None] = lambda release: None
+    ) -> None:
+        self.config, self.store, self.prove = config, store, prove
         self.workspace = Workspace(config.workspace)
         self.refused: dict[str, str] = {}
         self.night_in_force: str | None = None
@@ -63,6 +67,21 @@ class Watch:
         if target != self.served.target:
             self._switch(target)
 
+    def standing(self) -> Standing:
+        """What is served, and what was refused."""
+        served = self.served
+        return Standing(
+            release=served.target.release,
+            recommender=served.recommender_name,
+            lm=served.lm or None,
+            adapters={name: reader.kind for name, reader in served.readers.items()},
+            items=served.recommender.items,
+            night=served.target.night or None,
+            night_in_force=self.night_in_force,
+            since=served.since,
+            refused=self.refused,
+        )
+
     def _switch(self, target: Target) -> None:
         started = time.monotonic()
         try:
@@ -84,11 +103,12 @@ class Watch:
         target = find_target(self.workspace, self.store)
         try:
             return self._loaded(target)
-        except (UsageError, UnfitError) as error:
+        except Exception as error:
             last = Releases(self.workspace.store).named("served")
             if last is None or last.hash == target.release:
                 raise
-            self.refused[target.release] = str(error)
+            if isinstance(error, UsageError | UnfitError):
+                self.refused[target.release] = str(error)
             _LOG.error("%s", error)
             return self._loaded(replace(target, release=last.hash))
 
@@ -97,6 +117,8 @@ class Watch:
         check(served, list(self._recorded))
         releases = Releases(self.workspace.store)
         last = releases.named("served")
+        if last is not None and last.hash != target.release:
+            self.prove(target.release)
         if last is None or last.hash != target.release:
             releases.point("served", releases.get(target.release))
         return served

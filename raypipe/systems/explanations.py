@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from raypipe.engines.checks import AnswerChecks, CheckedEngine
-from raypipe.engines.engine import Decoding, Engine
+from raypipe.engines.engine import Decoding, Engine, Piece
 from raypipe.language.prompt import Prompt
 from raypipe.metrics.text import Vocabulary, top_values
 
@@ -36,8 +36,17 @@ class Explanation:
     tokens_out: int = 0
 
 
-def explain(engine: Engine, asked: Sequence[Asked], decoding: Decoding, checks: AnswerChecks) -> list[Explanation]:
-    """One for each of `asked`: the likelier of yes and no, and what the engine writes."""
+def explain(
+    engine: Engine,
+    asked: Sequence[Asked],
+    decoding: Decoding,
+    checks: AnswerChecks,
+    listen: Callable[[int, Explanation], None] | None = None,
+) -> list[Explanation]:
+    """One for each of `asked`: the likelier of yes and no, and what the engine writes.
+
+    `listen` is told each as far as it goes, by its number: once it is decided, and whenever its text has changed.
+    """
     found = [Explanation() for _ in asked]
     for scores in engine.score([mine.decision for mine in asked], [(YES, NO)] * len(asked)):
         mine = found[scores.index]
@@ -49,15 +58,24 @@ def explain(engine: Engine, asked: Sequence[Asked], decoding: Decoding, checks: 
             mine.decision = "yes" if yes >= no else "no"
     decided = [at for at, mine in enumerate(found) if not mine.reason]
     prompts = [asked[at].explanation for at in decided]
-    for outcome in CheckedEngine(engine, checks).generate(prompts, decoding):
+    checked = CheckedEngine(engine, checks)
+    tell = listen or (lambda at, mine: None)
+    for at in decided:
+        tell(at, found[at])
+    for outcome in (checked.stream if listen is not None else checked.generate)(prompts, decoding):
         mine = found[decided[outcome.index]]
+        if isinstance(outcome, Piece):
+            mine.text = outcome.text
+            tell(decided[outcome.index], mine)
+            continue
         mine.calls += outcome.calls
         mine.tokens_in += outcome.tokens_in
         mine.tokens_out += outcome.tokens_out
         if outcome.error is not None:
-            mine.reason, mine.message = outcome.error.kind, outcome.error.message
+            mine.reason, mine.message, mine.text = outcome.error.kind, outcome.error.message, ""
         else:
             mine.text = outcome.text.strip()
+            tell(decided[outcome.index], mine)
     return found
 
 

@@ -197,24 +197,24 @@ class RecInterpreter:
         self._check_judges()
         rows = source.rows(held_out=True, least=2, most=asked, rng=np.random.default_rng(0))
         readings = list(self.readings(source, rows, source.histories.lengths[rows]))
-        oracles = _oracles(source, readings) if self.config.after == "item" else []
-        judges = self._judges(source) if oracles else {}
-        drawn = np.random.default_rng(0).integers(len(source.titles), size=len(oracles)) + 1
-        random, nearest = source.titles_of(drawn.tolist()), [oracle.title for oracle in oracles]
+        told = oracles_of(source, readings) if self.config.after == "item" else []
+        judges = self._judges(source) if told else {}
+        drawn = np.random.default_rng(0).integers(len(source.titles), size=len(told)) + 1
+        random, nearest = source.titles_of(drawn.tolist()), [oracle.title for oracle in told]
         histories = [reading.history for reading in readings]
         decoding = Decoding(max_new_tokens=most_tokens)
         several, one = self.choices(source) or (None, None)
         found: dict[str, float] = {"asked": len(readings)}
         for control in ("", *CONTROLS):
-            prompts = self.questions(readings, oracles, control)
+            prompts = self.questions(readings, told, control)
             count = len(readings)
             answers = [
                 *_answers(engine, prompts[:count], decoding, several),
                 *_answers(engine, prompts[count:], decoding, one),
             ]
             prefix = f"{control}: " if control else ""
-            figures = self.figures(answers, readings, oracles, source.known)
-            named = [_title(answer, source.known) for answer in answers[2 * count :]]
+            figures = self.figures(answers, readings, told, source.known)
+            named = [title_in(answer, source.known) for answer in answers[2 * count :]]
             figures |= preferences(judges, named, {"random": random, "nearest": nearest}, histories, source.known)
             found |= {prefix + name: round(value, 4) for name, value in figures.items()}
         ceiling = preferences(judges, nearest, {"random": random}, histories, source.known)
@@ -339,7 +339,7 @@ def recovery_figures(
 
 def residual_figures(answers: Sequence[str], titles: Sequence[str], known: Collection[str]) -> dict[str, float]:
     """Of answers to residual: `residual` the share that are the title exactly, `residual valid` that are any title."""
-    given = [_title(answer, known) for answer in answers]
+    given = [title_in(answer, known) for answer in answers]
     right = [mine == title for mine, title in zip(given, titles, strict=True)]
     return {
         "residual": float(np.mean(right)) if right else 0.0,
@@ -347,7 +347,8 @@ def residual_figures(answers: Sequence[str], titles: Sequence[str], known: Colle
     }
 
 
-def _title(answer: str, known: Collection[str]) -> str:
+def title_in(answer: str, known: Collection[str]) -> str:
+    """The title an answer is, without a full stop that is none of it."""
     answer = answer.strip()
     return answer if answer in known else answer.removesuffix(".")
 
@@ -360,7 +361,8 @@ def _answers(engine: Engine, prompts: Sequence[Prompt], decoding: Decoding, choi
 
 
 @torch.no_grad()
-def _oracles(source: Source, readings: Sequence[Reading]) -> list[Oracle]:
+def oracles_of(source: Source, readings: Sequence[Reading]) -> list[Oracle]:
+    """What the recommender would have next after each history."""
     model = source.recommender
     states = torch.from_numpy(np.concatenate([reading.after.values[-1:] for reading in readings]))
     queries = model.queries(states.to(model.table.device))

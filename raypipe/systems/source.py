@@ -19,7 +19,8 @@ from raypipe.recommenders.windows import Histories
 @dataclass(frozen=True)
 class Source:
     """`held_out` bool [users] are those who are asked about, and whom no training sees; `catalogue` has a title of its own
-    for every item; `summaries` by row of the histories, of what stands before the cut; `replay` are other exercises."""
+    for every item; `summaries` by row of the histories, of what stands before the cut; `replay` are other exercises;
+    `computed` are the recommender's item states, where somebody has them already."""
 
     recommender: Recommender
     histories: Histories
@@ -27,6 +28,7 @@ class Source:
     catalogue: Catalogue
     summaries: Mapping[int, str] = field(default_factory=dict)
     replay: Sequence[SoftExample] = ()
+    computed: NDArray[np.float32] | None = None
 
     @property
     def titles(self) -> Sequence[str]:
@@ -40,6 +42,8 @@ class Source:
     @cached_property
     def item_states(self) -> NDArray[np.float32]:
         """float32 [items + 1, width]."""
+        if self.computed is not None:
+            return self.computed
         return self.recommender.item_states().detach().float().cpu().numpy()
 
     def rows(self, *, held_out: bool, least: int, most: int, rng: np.random.Generator) -> NDArray[np.int64]:

@@ -107,6 +107,13 @@ class Block(NamedTuple):
     full: bool = True
 
 
+def blocks_of(lines: Sequence[str], config: SummariesConfig) -> list[Block]:
+    """The blocks of one history of which nothing is written yet, by its items' lines, oldest first."""
+    size = config.block_items
+    starts = range(config.window_start(len(lines)), len(lines), size)
+    return [Block(at // size, "", lines[at : at + size], at + size <= len(lines)) for at in starts]
+
+
 class Written(NamedTuple):
     """A text of one level: block summaries are level 0, merges of groups 1, 2, ...; a recurrent one's level is 0."""
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from raypipe.engines.engine import Choices, Decoding, Engine, EngineConfig, Outcome
+from raypipe.engines.engine import Choices, Decoding, Engine, EngineConfig, Outcome, Piece
+from raypipe.engines.transformers import TransformersEngine
 from raypipe.errors import UsageError
 from raypipe.language.adapters import (
     AdapterCard,
@@ -202,3 +203,67 @@ def test_an_adapter_shapes_the_identity_and_belongs_to_its_model(lm: str, adapte
         EngineConfig(lm=lm, adapter=lm).identity()
     with pytest.raises(ValueError, match="reads no adapter"):
         EngineConfig(engine="echo", adapter=adapter)
+
+
+def stored(folder: Path, lm: str, config: AdapterConfig, seed: int) -> Path:
+    """An adapter of random weights."""
+    card = AdapterCard(config, {"user": WIDTH, "item": WIDTH}, checkpoint_hash(Path(lm)), "sasrec/1")
+    model = build_adapter(load_backbone(lm, device="cpu"), card)
+    noise = torch.Generator().manual_seed(seed)
+    weights = {
+        name: weight.detach() + 0.3 * torch.randn(weight.shape, generator=noise)
+        for name, weight in model.named_parameters()
+        if weight.requires_grad
+    }
+    save_adapter(folder, card, weights)
+    return folder
+
+
+def test_adapters_over_one_model_answer_as_each_alone_and_hold_its_weights_once(
+    lm: str, adapter: str, tmp_path: Path
+) -> None:
+    other = stored(tmp_path / "lora", lm, CONFIG, 5)
+    whole = stored(tmp_path / "whole", lm, CONFIG.model_copy(update={"embeddings": True, "lora": None}), 6)
+    base = engine(lm)
+    assert isinstance(base, TransformersEngine)
+    asked, words = prompts(12), [Prompt.of("the user chose"), Prompt.of("neither Dune nor")]
+    plain = [outcome.text for outcome in answers(base, words)]
+    beside = {folder: base.beside(folder) for folder in (Path(adapter), other, whole)}
+    texts = []
+    for folder, mine in beside.items():
+        found = [outcome.text for outcome in answers(mine, asked)]
+        assert found == [outcome.text for outcome in answers(engine(lm, str(folder)), asked)]
+        texts.append(found)
+    assert texts[0] != texts[1] != texts[2] != texts[0]
+    assert [outcome.text for outcome in answers(base, words)] == plain
+    places = {weight.data_ptr() for weight in base._backbone.model.parameters()}
+    for folder, mine in beside.items():
+        own = [
+            name
+            for name, weight in mine._backbone.model.named_parameters()
+            if weight.data_ptr() not in places and "lora_" not in name
+        ]
+        assert all("embed" in name or "head" in name for name in own) if folder == whole else not own
+
+
+def test_an_answer_that_is_told_while_it_grows_ends_as_the_one_that_is_not(lm: str, adapter: str) -> None:
+    mine, asked = engine(lm, adapter), prompts(9)
+    for decoding in (GREEDY, GREEDY.model_copy(update={"temperature": 1.0, "seed": 3})):
+        whole = answers(mine, asked, decoding)
+        pieces: dict[int, list[str]] = {number: [] for number in range(len(asked))}
+        found = {}
+        for told in mine.stream(asked, decoding):
+            if isinstance(told, Piece):
+                assert told.index not in found
+                pieces[told.index].append(told.text)
+            else:
+                found[told.index] = told
+        assert [found[number] for number in range(len(asked))] == whole
+        for outcome in whole:
+            assert len(pieces[outcome.index]) >= outcome.tokens_out - 1
+            assert all(outcome.text.startswith(piece) for piece in pieces[outcome.index])
+
+
+def test_a_search_is_not_told_while_it_grows(lm: str, adapter: str) -> None:
+    with pytest.raises(UsageError, match="search whose answers are told piece by piece"):
+        next(engine(lm, adapter).stream(prompts(1), Decoding(beams=2)))

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from starlette.testclient import TestClient
 
 from raypipe.serving.api import build_api
 from raypipe.serving.config import ServiceConfig
+from raypipe.serving.conversation import Conversation, Event, SoFar
 from raypipe.serving.guard import Guard
-from raypipe.serving.queries import Condition, Standing, Summaries, User
+from raypipe.serving.language import Job, Key, Language, Result, Task, keys_of
+from raypipe.serving.queries import Condition, ExplainQuery, Standing, User, Users
 from raypipe.serving.service import Answer, Query, RefusedQueryError, Service
+from raypipe.serving.telling import Teller, Telling, TellQuery
 from raypipe.serving.watch import Watch
 from raypipe.storage.online import open_online_store
+from raypipe.storage.releases import Releases
 from raypipe.storage.store import Store
 from raypipe.storage.tokens import Token, Tokens
 
@@ -29,12 +34,38 @@ class Counted:
         self.requests.append((route, status))
 
 
+class Speaking:
+    """The language model in this process."""
+
+    def __init__(self, config: ServiceConfig) -> None:
+        self.language = Language(config)
+        self.load = cache(self.language.load)
+
+    async def ask(self, key: Key, task: Task, until: float) -> Result:
+        (result,) = self.language.answer(self.load(key), [Job(task, until)])
+        return result
+
+    async def stream(self, key: Key, task: Task, until: float) -> AsyncIterator[SoFar | Result]:
+        heard: list[SoFar] = []
+        job = Job(task, until, lambda so_far: heard.append(SoFar(so_far.decision, so_far.text)))
+        (result,) = self.language.answer(self.load(key), [job])
+        for so_far in heard:
+            yield so_far
+        yield result
+
+    def prove(self, release: str) -> None:
+        for key in keys_of(Releases(self.language.workspace.store).get(release)):
+            self.language.prove(key, self.load(key))
+
+
 class Direct:
     """A backend that answers at once, one query after the other."""
 
     def __init__(self, config: ServiceConfig) -> None:
-        self.watch = Watch(config, open_online_store(config.store, Store(config.workspace)))
+        speaking = Speaking(config)
+        self.watch = Watch(config, open_online_store(config.store, Store(config.workspace)), speaking.prove)
         self.service = Service(config, self.watch.store, lambda: self.watch.served, self.watch.record)
+        self.conversation = Conversation(speaking, config.limits.words_s, self.questions)
 
     async def answer(self, query: Query) -> Answer:
         (answer,) = self.service.answer([query])
@@ -48,20 +79,23 @@ class Direct:
     async def user(self, user_id: str) -> User:
         return self.service.user(user_id)
 
-    async def summaries(self, user_id: str) -> Summaries:
-        return self.service.summaries(user_id)
+    def some_users(self) -> Users:
+        return self.service.some_users()
+
+    async def questions(self, queries: Sequence[TellQuery]) -> list[Any]:
+        return Teller(self.watch.config, self.service).ask(queries)
+
+    async def tell(self, query: TellQuery) -> Telling:
+        return await self.conversation.tell(query)
+
+    async def tell_all(self, queries: Sequence[TellQuery]) -> list[Telling | RefusedQueryError]:
+        return await self.conversation.tell_all(queries)
+
+    async def stream(self, query: ExplainQuery) -> AsyncIterator[Event]:
+        return await self.conversation.stream(query)
 
     def standing(self) -> Standing:
-        served = self.watch.served
-        return Standing(
-            release=served.target.release,
-            recommender=served.recommender_name,
-            items=served.recommender.items,
-            night=served.target.night or None,
-            night_in_force=self.watch.night_in_force,
-            since=served.since,
-            refused=self.watch.refused,
-        )
+        return self.watch.standing()
 
     async def health(self) -> Condition:
         return Condition(ok=True)
@@ -73,15 +107,15 @@ class Direct:
 class Asked:
     """A client of one workspace's service, with a token."""
 
-    def __init__(self, uri: str, **options: Any) -> None:
+    def __init__(self, uri: str, token: str = "tests", **options: Any) -> None:
         self.config = ServiceConfig(workspace=uri, **options)
         self.backend = Direct(self.config)
         self.meter = Counted()
-        self.secret = Tokens(Store(uri)).make("tests", 1000, 1000)
+        self.secret = Tokens(Store(uri)).make(token, 1000, 1000)
         self.backend.watch.look()
         api = build_api(self.backend, self.config.limits)
-        guard = Guard(api, self.tokens, self.config.limits, self.meter)
-        self.client = TestClient(guard, raise_server_exceptions=False)
+        self.guard = Guard(api, self.tokens, self.config.limits, self.meter)
+        self.client = TestClient(self.guard, raise_server_exceptions=False)
 
     def tokens(self) -> Mapping[str, Token]:
         return self.backend.watch.tokens

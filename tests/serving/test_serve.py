@@ -29,6 +29,8 @@ from tests.conftest import Run
 from tests.ground import one_paragraph
 from tests.made import LENGTH, add_events, compute, publish
 from tests.pipeline.small_logs import newest
+from tests.serving.asked import Asked
+from tests.serving.spoken import SHORT, TOKENS
 from tests.serving.test_watch import changed
 
 _START_S = 400.0
@@ -101,30 +103,33 @@ def start(uri: str, folder: Path, *options: str) -> Running:
 
 
 @pytest.fixture(scope="module")
-def running(shared: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    service = start(shared, tmp_path_factory.mktemp("serve"), "--replicas.ongoing", "128", "--replicas.queued", "64")
+def running(spoken: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    words = ("--language.explanation.max_new_tokens", str(TOKENS), "--language.checks.retries", "0")
+    few = ("--language.batching.size", "8", "--language.ongoing", "16", "--language.queued", "24")
+    bounds = ("--replicas.ongoing", "128", "--replicas.queued", "64", *words, *few)
+    service = start(spoken, tmp_path_factory.mktemp("serve"), *bounds)
     yield service
     if service.process.poll() is None:
         service.process.send_signal(signal.SIGTERM)
         service.process.communicate(timeout=200)
 
 
-async def _burst(running: Running, bodies: list[dict[str, Any]]) -> list[tuple[int, Any]]:
+async def _burst(running: Running, bodies: list[dict[str, Any]], route: str) -> list[tuple[int, Any]]:
     headers = {"Authorization": f"Bearer {running.secret}"}
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(headers=headers, connector=connector) as session:
 
         async def one(body: dict[str, Any]) -> tuple[int, Any]:
-            async with session.post(f"{running.url}/recommend", json=body) as answer:
+            async with session.post(f"{running.url}/{route}", json=body) as answer:
                 told = answer.headers.get("retry-after") if answer.status == 503 else await answer.json()
                 return answer.status, told
 
         return await asyncio.gather(*(one(body) for body in bodies))
 
 
-def burst(running: Running, bodies: list[dict[str, Any]]) -> list[tuple[int, Any]]:
+def burst(running: Running, bodies: list[dict[str, Any]], route: str = "recommend") -> list[tuple[int, Any]]:
     """All at the same time."""
-    return asyncio.run(_burst(running, bodies))
+    return asyncio.run(_burst(running, bodies, route))
 
 
 def test_batch_and_online_give_one_truth(running: Running) -> None:
@@ -135,6 +140,46 @@ def test_batch_and_online_give_one_truth(running: Running) -> None:
     for row, (_, answer) in zip(rows, answers, strict=True):
         assert [item["item_id"] for item in answer["items"]] == [f"i{item}" for item in row["items"]]
         assert [item["score"] for item in answer["items"]] == pytest.approx(row["scores"], rel=1e-5)
+
+
+def test_the_language_model_answers_alone_and_in_company_with_the_same_words(running: Running) -> None:
+    """G7: beside it adapters are loaded as requests name them, and questions share batches as they happen to come."""
+    direct = Asked(running.uri, "direct", language=SHORT)
+    bodies = [{"user_id": f"u{n}", "adapter": name} for n in range(10) for name in ("recexplainer-h", "recexplainer-i")]
+    wanted = direct.post("explain/batch", {"queries": bodies}).json()["answers"]
+    answers = burst(running, bodies, "explain")
+    assert [status for status, _ in answers] == [200] * len(bodies)
+    assert [answer for _, answer in answers] == wanted
+    for route in ("interpret", "residual", "oracle"):
+        assert running.ask(route, {"history": ["i3", "i4"]}) == (
+            200,
+            direct.post(route, {"history": ["i3", "i4"]}).json(),
+        )
+
+
+def test_an_explanation_arrives_piece_by_piece(running: Running) -> None:
+    headers = {"Authorization": f"Bearer {running.secret}", "content-type": "application/json"}
+    body = json.dumps({"user_id": "u3"}).encode()
+    arrivals = []
+    with urllib.request.urlopen(
+        urllib.request.Request(f"{running.url}/explain/stream", body, headers), timeout=60
+    ) as told:
+        for line in told:
+            arrivals.append((time.monotonic(), line.decode().strip()))
+    names = [line.removeprefix("event: ") for _, line in arrivals if line.startswith("event: ")]
+    assert (names[0], names[-1], set(names[1:-1])) == ("decision", "done", {"text"})
+    assert len(names) > TOKENS / 2
+    assert len({round(at, 4) for at, _ in arrivals}) > 3, "they came all at once"
+    whole = json.loads(arrivals[-2][1].removeprefix("data: "))
+    assert (200, whole) == running.ask("explain", {"user_id": "u3"})
+
+
+def test_past_what_the_language_model_takes_questions_are_told_to_come_back(running: Running) -> None:
+    answers = burst(running, [{"user_id": f"u{n % 40}"} for n in range(120)], "explain")
+    statuses = Counter(status for status, _ in answers)
+    assert set(statuses) == {200, 503}
+    assert {told for status, told in answers if status == 503} == {"1"}
+    assert running.ask("explain", {"user_id": "u1"})[0] == 200
 
 
 def test_a_night_and_a_release_are_taken_up_under_load_without_a_failed_request(

@@ -21,6 +21,8 @@ from tests.made import LENGTH, MODEL, make_ready
 from tests.pipeline.small_logs import CHAIN_ITEMS, CHAIN_LENGTH, CHAIN_USERS, newest
 from tests.serving.asked import Asked
 
+TOLD = ("explain", "interpret", "residual", "oracle", "summary")
+
 
 @pytest.fixture(scope="module")
 def asked(shared: str) -> Asked:
@@ -163,8 +165,11 @@ def test_what_is_served_is_told(asked: Asked) -> None:
         "/v1/recommend/batch",
         "/v1/score",
         "/v1/score/batch",
+        "/v1/users",
         "/v1/users/{user_id}",
-        "/v1/summary",
+        *(f"/v1/{told}" for told in TOLD),
+        *(f"/v1/{told}/batch" for told in TOLD),
+        "/v1/explain/stream",
         "/v1/release",
         "/v1/health",
         "/v1/ready",

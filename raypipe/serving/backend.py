@@ -1,0 +1,90 @@
+"""What answers requests, and what of a request is checked before it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Protocol
+
+from raypipe.serving.config import LimitOptions
+from raypipe.serving.conversation import Event
+from raypipe.serving.queries import (
+    Condition,
+    ExplainQuery,
+    Failure,
+    Problem,
+    RecommendQuery,
+    ScoreQuery,
+    Standing,
+    User,
+    Users,
+    Who,
+)
+from raypipe.serving.service import Answer, Query, RefusedQueryError
+from raypipe.serving.telling import Telling, TellQuery
+
+FAILURES: dict[int | str, dict[str, Any]] = {
+    status: {"model": Failure} for status in (400, 401, 413, 422, 429, 500, 503)
+}
+"""What any route may answer instead."""
+
+
+class Backend(Protocol):
+    """Answers queries. Raises RefusedQueryError for what gets no answer."""
+
+    async def answer(self, query: Query) -> Answer: ...
+
+    async def answer_all(self, queries: Sequence[Query]) -> list[Answer | RefusedQueryError]:
+        """Of one release and night."""
+        ...
+
+    async def user(self, user_id: str) -> User: ...
+
+    def some_users(self) -> Users: ...
+
+    async def tell(self, query: TellQuery) -> Telling: ...
+
+    async def tell_all(self, queries: Sequence[TellQuery]) -> list[Telling | RefusedQueryError]:
+        """Of one release and night."""
+        ...
+
+    async def stream(self, query: ExplainQuery) -> AsyncIterator[Event]: ...
+
+    def standing(self) -> Standing: ...
+
+    async def health(self) -> Condition:
+        """Whether the model answers: it is asked."""
+        ...
+
+    async def readiness(self) -> Condition:
+        """Whether everything that requests need is there, the online store included."""
+        ...
+
+
+def check_query(limits: LimitOptions, query: Who) -> None:
+    """Raises RefusedQueryError for a query that asks too much."""
+    asked = {"history": (len(query.history or ()), limits.history)}
+    if isinstance(query, RecommendQuery):
+        asked |= {"count": (query.count, limits.count), "deny": (len(query.deny), limits.history)}
+    elif isinstance(query, ScoreQuery):
+        asked |= {"items": (len(query.items), limits.count)}
+    for name, (found, most) in asked.items():
+        if found > most:
+            raise RefusedQueryError("too_much", f"{name} has {found:,}, and {most:,} are the most.")
+
+
+def check_queries(limits: LimitOptions, queries: Sequence[Who]) -> None:
+    """As `check_query`, of a batch."""
+    if len(queries) > limits.queries:
+        raise RefusedQueryError("too_much", f"A batch has at most {limits.queries:,} queries.")
+    for query in queries:
+        check_query(limits, query)
+
+
+def answers_of(answers: Sequence[Any]) -> dict[str, list[Any]]:
+    """The body of a batch's answer: a query that gets none has its problem in the place of one."""
+    return {
+        "answers": [
+            Problem(code=answer.code, message=answer.message) if isinstance(answer, RefusedQueryError) else answer
+            for answer in answers
+        ]
+    }

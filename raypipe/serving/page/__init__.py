@@ -1,0 +1,33 @@
+"""The playground: a page for people. It holds no data and asks the routes under /v1 with the token that is typed in."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from importlib.resources import files
+
+from fastapi import FastAPI
+from fastapi.responses import Response
+
+FILES = {
+    "/": ("index.html", "text/html"),
+    "/page.js": ("page.js", "text/javascript"),
+    "/page.css": ("page.css", "text/css"),
+}
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'; \
+frame-ancestors 'none'; form-action 'none'"
+)
+
+
+def add_page(app: FastAPI) -> None:
+    """The page's files, which are no part of the API's description."""
+    for path, (name, kind) in FILES.items():
+        app.add_api_route(path, _sender(files(__package__).joinpath(name).read_bytes(), kind), include_in_schema=False)
+
+
+def _sender(content: bytes, kind: str) -> Callable[[], Awaitable[Response]]:
+    async def send() -> Response:
+        headers = {"content-security-policy": _POLICY, "referrer-policy": "no-referrer"}
+        return Response(content, media_type=f"{kind}; charset=utf-8", headers=headers)
+
+    return send

@@ -1,0 +1,156 @@
+"""The deployment of the language model, downstream of the one that takes requests, and how that one asks it.
+
+A question names the weights it is for, the id of a multiplexed model: Ray Serve sends it to a process that has the adapter
+already, where there is one. Questions for the same weights are answered together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from raypipe.engines.engine import Engine
+from raypipe.errors import RaypipeError
+from raypipe.serving.config import ServiceConfig
+from raypipe.serving.conversation import SoFar
+from raypipe.serving.language import Failed, Job, Key, Language, Result, Task, keys_of
+from raypipe.serving.served import UnfitError
+from raypipe.storage.releases import Releases
+from raypipe.systems.explanations import Explanation
+
+T = TypeVar("T")
+_LOG = logging.getLogger("raypipe.serving")
+_ADAPTERS = 8  # most that a process keeps; whichever was not asked for the longest makes room
+_TRIES = 3
+_PROOF_S = 600.0
+_LOADED = Failed("not_ready", "The language model of the release cannot be loaded.")
+_BUSY = Failed("busy", "More is asked of the language model than it can answer: ask again later.")
+_LATE = Failed("deadline", "The language model did not answer in time: ask again later.")
+_GONE = Failed("not_ready", "The language model is being started: ask again later.")
+
+
+class Speaker:
+    """What Ray Serve runs."""
+
+    def __init__(self, config: ServiceConfig) -> None:
+        self.language = Language(config)
+        self._answers, self._loads = ThreadPoolExecutor(1, "answers"), ThreadPoolExecutor(1, "loads")
+        self._ready: tuple[str, str] = ("", "")
+        batch, batching = self._batch, config.language.batching
+        batch.set_max_batch_size(batching.size)
+        batch.set_batch_wait_timeout_s(batching.wait_ms / 1000)
+        # A process that is started under load has its weights before it is asked for the first time.
+        release = Releases(self.language.workspace.store).named("served")
+        for key in keys_of(release)[:1] if release is not None else ():
+            try:
+                self.language.load(key)
+            except RaypipeError as error:
+                _LOG.error("%s", error)
+
+    async def ask(self, task: Task, until: float) -> Result:
+        return await self._batch(Job(task, until))
+
+    async def stream(self, task: Task, until: float) -> AsyncIterator[SoFar | Result]:
+        heard: asyncio.Queue[SoFar | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def listen(so_far: Explanation) -> None:
+            loop.call_soon_threadsafe(heard.put_nowait, SoFar(so_far.decision, so_far.text))
+
+        whole = asyncio.ensure_future(self._batch(Job(task, until, listen)))
+        whole.add_done_callback(lambda _: heard.put_nowait(None))
+        try:
+            while (so_far := await heard.get()) is not None:
+                yield so_far
+            yield whole.result()
+        finally:
+            whole.cancel()
+
+    async def prove(self, release: str) -> str:
+        """Load all weights of a release and ask them; the reason why it is unfit, or nothing."""
+        found = Releases(self.language.workspace.store).get(release)
+        try:
+            for key in keys_of(found):
+                engine = await self._engine(str(key))
+                await _aside(self._answers, partial(self.language.prove, key, engine))
+        except RaypipeError as error:
+            # Without adapters the language model is asked for nothing but summaries of given histories.
+            return str(error) if found.adapters else ""
+        return ""
+
+    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.005, max_concurrent_batches=1)
+    async def _batch(self, jobs: list[Job]) -> list[Result]:
+        try:
+            engine = await self._engine(serve.get_multiplexed_model_id())
+        except RaypipeError as error:
+            _LOG.error("%s", error)
+            return [_LOADED] * len(jobs)
+        return await _aside(self._answers, partial(self.language.answer, engine, jobs))
+
+    @serve.multiplexed(max_num_models_per_replica=_ADAPTERS)
+    async def _engine(self, key: str) -> Engine:
+        return await _aside(self._loads, partial(self.language.load, Key.parse(key)))
+
+
+class Remote:
+    """Implements `Speaking` with the deployment behind a handle.
+
+    A question whose process dies is asked again of another one: answers depend on nothing but the question.
+    """
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+
+    async def ask(self, key: Key, task: Task, until: float) -> Result:
+        handle = self._handle.options(multiplexed_model_id=str(key))
+        for _ in range(_TRIES):
+            try:
+                async with asyncio.timeout(max(0.0, until - time.time())):
+                    return await handle.ask.remote(task, until)
+            except RayActorError:
+                continue
+            except (TimeoutError, BackPressureError, DeploymentUnavailableError) as error:
+                return _failure(error)
+        return _GONE
+
+    async def stream(self, key: Key, task: Task, until: float) -> AsyncIterator[SoFar | Result]:
+        handle = self._handle.options(multiplexed_model_id=str(key), stream=True)
+        for _ in range(_TRIES):
+            try:
+                told = aiter(handle.stream.remote(task, until))
+                while True:
+                    yield await asyncio.wait_for(anext(told), max(0.0, until - time.time()))
+            except StopAsyncIteration:
+                return
+            except RayActorError:
+                continue
+            except (TimeoutError, BackPressureError, DeploymentUnavailableError) as error:
+                yield _failure(error)
+                return
+        yield _GONE
+
+    def prove(self, release: str) -> None:
+        """Raises UnfitError where a release's language model or an adapter does not answer. Not for an event loop."""
+        reason = self._handle.prove.remote(release).result(timeout_s=_PROOF_S)
+        if reason:
+            raise UnfitError(reason, "The release before stays.")
+
+
+def _failure(error: Exception) -> Failed:
+    if isinstance(error, BackPressureError):
+        return _BUSY
+    return _LATE if isinstance(error, TimeoutError) else _GONE
+
+
+async def _aside(threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+    return await asyncio.get_running_loop().run_in_executor(threads, work)

@@ -1,0 +1,258 @@
+"""From queries to what the language model is asked, and from what it says to answers: no HTTP and no Ray.
+
+Prompts are made here, where the recommender is; they go to the language model as values, wherever that is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from raypipe.engines.engine import Choices, Outcome
+from raypipe.language.prompt import Prompt
+from raypipe.metrics.recovery import titles_in
+from raypipe.recommenders.windows import Histories
+from raypipe.serving.config import ServiceConfig
+from raypipe.serving.language import Explain, Failed, Key, Result, Summarise, Task, Write
+from raypipe.serving.queries import (
+    Explained,
+    ExplainQuery,
+    Interpreted,
+    InterpretQuery,
+    Named,
+    OracleQuery,
+    ResidualQuery,
+    Summaries,
+    SummaryQuery,
+)
+from raypipe.serving.readers import EXPLAINER, INTERPRETER, Reader, of_kind
+from raypipe.serving.recommending import Wanted, known_histories, state_of
+from raypipe.serving.served import Served
+from raypipe.serving.service import Person, RefusedQueryError, Service, origin, shown_items
+from raypipe.systems.explanations import Explanation
+from raypipe.systems.recexplainer import RecExplainer
+from raypipe.systems.recinterpreter import (
+    SEPARATOR,
+    Reading,
+    RecInterpreter,
+    oracle_prompt,
+    oracles_of,
+    recovery_prompt,
+    residual_prompt,
+    title_in,
+)
+from raypipe.systems.source import Source
+from raypipe.systems.summaries import UserSummary, blocks_of
+
+TellQuery = ExplainQuery | InterpretQuery | ResidualQuery | OracleQuery | SummaryQuery
+Telling = Explained | Interpreted | Named | Summaries
+R = TypeVar("R", Explanation, Outcome, UserSummary)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A task for the language model of `key`, and what its result is as an answer; RefusedQueryError where it is none."""
+
+    key: Key
+    task: Task
+    answer: Callable[[Result], Telling]
+
+
+class Teller:
+    """Makes questions by whatever is served at the moment: a whole batch by one release and night."""
+
+    def __init__(self, config: ServiceConfig, service: Service) -> None:
+        self.config, self.service = config, service
+
+    def ask(self, queries: Sequence[TellQuery]) -> list[Question | Telling | RefusedQueryError]:
+        """In their order; what needs no language model is answered, and what cannot be asked costs the others nothing."""
+        served = self.service.served()
+        people = self.service.people(served, queries)
+        found: list[Question | Telling | RefusedQueryError] = []
+        for query, person in zip(queries, people, strict=True):
+            try:
+                if isinstance(person, RefusedQueryError):
+                    raise person
+                found.append(self._ask(served, query, person))
+            except RefusedQueryError as problem:
+                found.append(problem)
+        return found
+
+    def _ask(self, served: Served, query: TellQuery, person: Person) -> Question | Telling:
+        if query.user_id is not None and not person.is_known:
+            raise RefusedQueryError("no_such_user", "The night that is served knows no user of this id.")
+        if isinstance(query, SummaryQuery):
+            return self._summary(served, query, person)
+        if isinstance(query, ExplainQuery):
+            return self._explanation(served, query, person)
+        return self._reading(served, query, person)
+
+    def _summary(self, served: Served, query: SummaryQuery, person: Person) -> Question | Telling:
+        if query.user_id is not None:
+            return self.service.summaries(query.user_id)
+        options = self.config.language.summaries
+        lines = served.catalogue.lines(person.known.items.tolist(), options.prompts)
+        if not lines:
+            raise RefusedQueryError("nothing_known", "The history has no item of the catalogue.")
+        blocks = blocks_of(lines, options)
+        if len(blocks) > self.config.limits.blocks:
+            most = self.config.limits.blocks * options.block_items
+            raise RefusedQueryError("too_much", f"A history that is summed up has at most {most:,} items.")
+
+        def answer(result: Result) -> Summaries:
+            summary = _given(result, UserSummary)
+            if summary.reason:
+                raise _no_answer(summary.reason)
+            return Summaries(
+                user_id=None,
+                unknown_items=person.unknown_items,
+                summaries={options.paradigm: summary.summary},
+                served=origin(served),
+            )
+
+        return Question(self._key(served), Summarise(blocks), answer)
+
+    def _explanation(self, served: Served, query: ExplainQuery, person: Person) -> Question:
+        reader = _chosen(served, query.adapter, EXPLAINER)
+        system = reader.system
+        assert isinstance(system, RecExplainer)
+        histories, state = state_of(served.recommender, person.known)
+        if not len(state):
+            raise _nothing_known()
+        item = self._item(served, query, person)
+        shown = system.shown(served.catalogue.spoken.titles, served.item_states)
+        asked = shown.asked(histories.items.tolist(), state[0], item, system.config.prompts, query.focus)
+
+        def answer(result: Result) -> Explained:
+            told = _given(result, Explanation)
+            if told.reason:
+                raise _no_answer(told.reason)
+            return Explained(
+                item=shown_items(served, np.array([item]), None)[0],
+                decision="yes" if told.decision == "yes" else "no",
+                text=told.text,
+                **_facts(served, person, reader),
+            )
+
+        return Question(self._key(served, reader), Explain(asked), answer)
+
+    def _item(self, served: Served, query: ExplainQuery, person: Person) -> int:
+        if query.item_id is None:
+            (ranked,) = served.recommend([(person.known, Wanted(1, filter_seen=self.config.filter_seen))])
+            if not len(ranked.items):
+                raise RefusedQueryError("no_such_item", "Nothing is recommended: name an item.")
+            return int(ranked.items[0])
+        item = served.catalogue.index_of.get(query.item_id, 0)
+        if not 0 < item <= served.recommender.items:
+            raise RefusedQueryError("no_such_item", "The recommender knows no item of this id.")
+        return item
+
+    def _reading(self, served: Served, query: InterpretQuery | ResidualQuery | OracleQuery, person: Person) -> Question:
+        reader = _chosen(served, query.adapter, INTERPRETER, isinstance(query, OracleQuery))
+        system = reader.system
+        assert isinstance(system, RecInterpreter)
+        histories = known_histories(served.recommender, [person.known])
+        length = int(histories.lengths[0])
+        if length < (2 if isinstance(query, ResidualQuery) else 1):
+            raise _nothing_known()
+        source = _source(served, histories)
+        (reading,) = system.readings(source, np.array([0]), np.array([length]))
+        several, one = system.choices(source) or (None, None)
+        if isinstance(query, InterpretQuery):
+            prompt = recovery_prompt(system.prompts.recovery.test[0], reading)
+            return self._question(served, person, reader, prompt, several, _interpreted(source, reading))
+        template = system.prompts.residual.test[0]
+        if isinstance(query, ResidualQuery):
+            prompt = residual_prompt(template, reading)
+            return self._question(served, person, reader, prompt, one, _named(source, reading.title))
+        (oracle,) = oracles_of(source, [reading])
+        prompt = oracle_prompt(template, reading, oracle)
+        return self._question(served, person, reader, prompt, one, _named(source, oracle.title))
+
+    def _question(
+        self,
+        served: Served,
+        person: Person,
+        reader: Reader,
+        prompt: Prompt,
+        choices: Choices | None,
+        build: Callable[[str, dict[str, Any]], Telling],
+    ) -> Question:
+        def answer(result: Result) -> Telling:
+            outcome = _given(result, Outcome)
+            if outcome.error is not None:
+                raise _no_answer(outcome.error.kind)
+            return build(outcome.text.strip(), _facts(served, person, reader))
+
+        return Question(self._key(served, reader), Write(prompt, choices), answer)
+
+    def _key(self, served: Served, reader: Reader | None = None) -> Key:
+        if not self.config.language.replicas:
+            raise RefusedQueryError("no_language_model", "This service puts nothing into words.")
+        if not served.lm:
+            raise RefusedQueryError("no_language_model", "The release that is served has no language model.")
+        return Key(served.lm, reader.adapter if reader is not None else "")
+
+
+def _interpreted(source: Source, reading: Reading) -> Callable[[str, dict[str, Any]], Telling]:
+    def build(text: str, facts: dict[str, Any]) -> Interpreted:
+        return Interpreted(titles=titles_in(text, source.known, SEPARATOR), history=reading.history, text=text, **facts)
+
+    return build
+
+
+def _named(source: Source, expected: str) -> Callable[[str, dict[str, Any]], Telling]:
+    def build(text: str, facts: dict[str, Any]) -> Named:
+        title = title_in(text, source.known)
+        return Named(title=title if title in source.known else None, expected=expected, text=text, **facts)
+
+    return build
+
+
+def _source(served: Served, histories: Histories) -> Source:
+    nobody = np.zeros(len(histories.lengths), bool)
+    return Source(served.recommender, histories, nobody, served.catalogue.spoken, computed=served.item_states)
+
+
+def _chosen(served: Served, named: str | None, kind: str, oracle: bool = False) -> Reader:
+    """The adapter that is asked for, or the first that can do what is asked."""
+    fit = [
+        reader
+        for reader in of_kind(served.readers, kind)
+        if not oracle or (isinstance(reader.system, RecInterpreter) and reader.system.config.after == "item")
+    ]
+    for reader in fit:
+        if named in {None, reader.name}:
+            return reader
+    what = f"no adapter {named} for this" if named is not None and fit else f"no adapter of {kind} for this"
+    there = ", ".join(reader.name for reader in fit) or "none"
+    raise RefusedQueryError("no_adapter", f"The release that is served has {what}; it has {there}.")
+
+
+def _facts(served: Served, person: Person, reader: Reader) -> dict[str, Any]:
+    return {
+        "known": person.is_known,
+        "unknown_items": person.unknown_items,
+        "adapter": reader.name,
+        "served": origin(served),
+    }
+
+
+def _given(result: Result, kind: type[R]) -> R:
+    if isinstance(result, Failed):
+        raise RefusedQueryError(result.code, result.message)
+    assert isinstance(result, kind)
+    return result
+
+
+def _nothing_known() -> RefusedQueryError:
+    return RefusedQueryError("nothing_known", "The recommender knows too little of this history to put it into words.")
+
+
+def _no_answer(reason: str) -> RefusedQueryError:
+    if reason == "prompt_too_long":
+        return RefusedQueryError("too_much", "This does not fit what the language model reads at once.")
+    return RefusedQueryError("no_answer", f"The language model found no words that pass the checks: {reason}.")

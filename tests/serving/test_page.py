@@ -1,0 +1,149 @@
+"""The playground in a real browser: somebody types a token and a user, and asks why."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import uvicorn
+
+from tests.browser import Browser
+from tests.conftest import unavailable
+from tests.pipeline.small_logs import CHAIN_LENGTH
+from tests.serving.asked import Asked
+from tests.serving.spoken import SHORT
+from tests.serving.test_serve import free_ports
+from tests.serving.test_watch import changed
+
+ROWS = "[...document.querySelectorAll('#list tr')].map(row => row.cells[1].textContent)"
+WHOLE = "document.querySelectorAll('#why .growing, #readings .growing').length === 0"
+
+
+@pytest.fixture
+def site(speaking: str) -> Iterator[tuple[str, Asked]]:
+    """A URL, and what answers there."""
+    asked = Asked(speaking, language=SHORT)
+    (port,) = free_ports(1)
+    server = uvicorn.Server(uvicorn.Config(asked.guard, host="127.0.0.1", port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    yield f"http://127.0.0.1:{port}/", asked
+    server.should_exit = True
+    thread.join()
+
+
+def browser(folder: Path) -> Browser:
+    try:
+        return Browser(folder)
+    except FileNotFoundError as error:
+        unavailable(str(error))
+        raise
+
+
+def test_a_person_looks_at_a_user_and_asks_why(site: tuple[str, Asked], tmp_path: Path) -> None:
+    url, asked = site
+    wanted = asked.post("recommend", {"user_id": "u7", "count": 10}).json()
+    user = asked.get("users/u7").json()
+
+    async def look() -> None:
+        async with browser(tmp_path) as page:
+            await page.go(url)
+            assert await page.run("document.querySelector('#found').hidden")
+            await page.fill("#token", "wrong")
+            await page.press("Enter")
+            await page.until("document.querySelector('#problem').textContent.includes('valid token')")
+            await page.fill("#token", asked.secret)
+            await page.fill("#user", "u7")
+            await page.press("Enter")
+            await page.until(f"({ROWS}).length === 10")
+            assert await page.run(ROWS) == [item["title"] for item in wanted["items"]]
+            assert await page.run("document.querySelectorAll('#users option').length") == len(
+                asked.get("users").json()["users"]
+            )
+            assert await page.run("document.querySelectorAll('#events li').length") == CHAIN_LENGTH
+            assert user["summaries"]["hierarchical"] in await page.run(
+                "document.querySelector('#summaries').textContent"
+            )
+            assert await page.run("document.querySelectorAll('#releases li').length") == len(user["recommended"])
+
+            # By keyboard alone: the button has the focus and is pressed.
+            await page.run("document.querySelector('#list button').focus()")
+            await page.press(" ")
+            await page.until(f"document.querySelectorAll('#why article').length === 2 && {WHOLE}")
+            item = wanted["items"][0]["item_id"]
+            for place, name in enumerate(("recexplainer-h", "recexplainer-i")):
+                whole = asked.post("explain", {"user_id": "u7", "item_id": item, "adapter": name}).json()
+                told = await page.run(f"document.querySelectorAll('#why article')[{place}].innerText")
+                assert name in told
+                assert whole["text"] in told
+                assert whole["decision"] in told
+            await page.run("document.querySelector('#read').click()")
+            await page.until(f"document.querySelectorAll('#readings dd').length === 3 && {WHOLE}")
+            assert len(await page.picture(tmp_path / "page.png")) > 20_000
+            # Nothing was blocked, thrown or fetched from elsewhere; a wrong token was refused once for each of two requests.
+            assert len([said for said in page.said if "401" not in said]) == 0, page.said
+            hosts = await page.run("performance.getEntriesByType('resource').map(entry => new URL(entry.name).origin)")
+            assert set(hosts) == {url.rstrip("/")}
+            unnamed = (
+                "[...document.querySelectorAll('input, button, table')].filter(e => !(e.labels?.length || "
+                "e.textContent.trim())).length"
+            )
+            assert await page.run(unnamed) == 0
+
+            await page.fill("#history", "i3 i4 unheard-of")
+            await page.press("Enter")
+            await page.until("document.querySelector('#summaries').textContent.includes('hierarchical')")
+            assert await page.run("document.querySelectorAll('#events li').length") == 3
+
+    asyncio.run(look())
+
+
+def test_lists_of_the_release_before_stay_to_be_compared(site: tuple[str, Asked], tmp_path: Path) -> None:
+    url, asked = site
+
+    async def look() -> None:
+        async with browser(tmp_path) as page:
+            await page.go(url)
+            await page.fill("#token", asked.secret)
+            await page.fill("#user", "u1")
+            await page.press("Enter")
+            await page.until(f"({ROWS}).length === 10")
+            before, old = await page.run(ROWS), asked.get("release").json()["release"]
+            changed(asked.config.workspace, tmp_path / "new", -1.0)
+            asked.backend.watch.look()
+            await page.fill("#user", "u1")
+            await page.press("Enter")
+            await page.until(f"document.querySelector('#releases').textContent.includes('Release {old[:12]}')")
+            assert await page.run(ROWS) != before
+            kept = "[...document.querySelectorAll('#releases div:last-child li')].map(e => e.firstChild.textContent.trim())"
+            assert await page.run(kept) == before
+            # This release has no adapters, so that nobody is offered to ask.
+            assert await page.run("[...document.querySelectorAll('#list button')].every(button => button.disabled)")
+
+    asyncio.run(look())
+
+
+def test_what_an_item_is_called_is_shown_and_never_run(site: tuple[str, Asked], tmp_path: Path) -> None:
+    url, asked = site
+    hostile = "<img src=x onerror=\"document.title='run'\"><script>document.title='run'</script>"
+    titles = asked.backend.watch.served.catalogue.titles
+    titles[:] = [f"{hostile} {number}" for number in range(len(titles))]  # type: ignore[index]
+
+    async def look() -> None:
+        async with browser(tmp_path) as page:
+            await page.go(url)
+            await page.fill("#token", asked.secret)
+            await page.fill("#user", "u1")
+            await page.press("Enter")
+            await page.until(f"({ROWS}).length === 10")
+            assert all(title.startswith(hostile) for title in await page.run(ROWS))
+            assert await page.run("document.title") == "raypipe"
+            assert await page.run("document.querySelectorAll('img, #found script').length") == 0
+
+    asyncio.run(look())

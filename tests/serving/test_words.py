@@ -1,0 +1,256 @@
+"""What the language model is asked over HTTP: the same as in batch, told while it grows, and clear where it has no words."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from raypipe.engines.engine import Decoding, EngineConfig
+from raypipe.language.prompt import Vectors
+from raypipe.metrics.recovery import titles_in
+from raypipe.recommenders.checkpoint import load_recommender
+from raypipe.recommenders.sequences import Sequences
+from raypipe.storage.models import Models
+from raypipe.storage.releases import Releases
+from raypipe.storage.store import Store
+from raypipe.systems.recinterpreter import Reading, recovery_prompt
+from tests.conftest import Run
+from tests.pipeline.small_logs import CHAIN_ITEMS, newest
+from tests.serving.asked import Asked
+from tests.serving.spoken import SHORT, TOKENS
+
+CHECKS = ("--checks.retries", "0", "--checks.most_characters", "100000")
+
+
+@pytest.fixture(scope="module")
+def asked(spoken: str) -> Asked:
+    return Asked(spoken, language=SHORT)
+
+
+def history_of(uri: str, user: str) -> list[str]:
+    (row,) = [row for row in newest(uri, "histories").to_pylist() if row["user_id"] == user]
+    return [f"i{item}" for item in row["items"]]
+
+
+def events(answer: Any) -> list[tuple[str, dict[str, Any]]]:
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    found = []
+    for event in answer.text.strip().split("\n\n"):
+        name, data = event.split("\n")
+        found.append((name.removeprefix("event: "), json.loads(data.removeprefix("data: "))))
+    return found
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_batch_and_online_explain_with_the_same_words(raypipe: Run, asked: Asked) -> None:
+    """G7, in float32: of everybody's top recommendation, by user and by history, alone and together."""
+    words = ("explain", "--workspace", asked.config.workspace, "--decoding.max_new_tokens", TOKENS, *CHECKS)
+    ended = raypipe(*words, "--max_reject_rate", "1")
+    assert ended.code == 0, ended.stderr
+    rows = newest(asked.config.workspace, "explanations").to_pylist()
+    assert len(rows) == ended.metrics["computed"] > 30
+    asks = [{"user_id": row["user_id"]} for row in rows]
+    together = asked.post("explain/batch", {"queries": asks}).json()["answers"]
+    for row, answer in zip(rows, together, strict=True):
+        assert (answer["item"]["item_id"], answer["decision"]) == (f"i{row['item_index']}", row["decision"])
+        assert (answer["text"], answer["adapter"], answer["known"]) == (row["text"], "recexplainer-h", True)
+    for row in rows[:5]:
+        history = history_of(asked.config.workspace, row["user_id"])
+        item = f"i{row['item_index']}"
+        for who in ({"user_id": row["user_id"]}, {"history": history}):
+            alone = asked.post("explain", {**who, "item_id": item}).json()
+            assert (alone["decision"], alone["text"]) == (row["decision"], row["text"])
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_batch_and_online_sum_up_with_the_same_words(raypipe: Run, asked: Asked) -> None:
+    """G7, in float32."""
+    decoding = (
+        "--summaries.block_decoding.max_new_tokens",
+        TOKENS,
+        "--summaries.merge_decoding.max_new_tokens",
+        TOKENS,
+    )
+    words = ("summarize", "--workspace", asked.config.workspace, *decoding)
+    ended = raypipe(*words, "--summaries.checks.retries", "0", "--max_reject_rate", "1")
+    assert ended.code == 0, ended.stderr
+    rows = [row for row in newest(asked.config.workspace, "summaries").to_pylist() if row["calls"] > 1]
+    assert len(rows) > 10
+    asks = [{"history": history_of(asked.config.workspace, row["user_id"])} for row in rows]
+    answers = asked.post("summary/batch", {"queries": asks}).json()["answers"]
+    assert [answer["summaries"] for answer in answers] == [{"hierarchical": row["summary"]} for row in rows]
+
+
+def test_an_explanation_that_is_told_while_it_grows_ends_as_the_whole_one(asked: Asked) -> None:
+    for query in ({"user_id": "u1"}, {"history": ["i3", "i4"], "item_id": "i9", "focus": "genre"}):
+        whole = asked.post("explain", query).json()
+        told = events(asked.post("explain/stream", query))
+        assert [name for name, _ in told[:1]] == ["decision"]
+        assert {name for name, _ in told[1:-1]} == {"text"}
+        assert told[0][1] == {"decision": whole["decision"]}
+        assert "".join(data["text"] for _, data in told[1:-1]).strip() == whole["text"]
+        assert len(told) > TOKENS / 2
+        assert not any("again" in event for event in told)
+        assert told[-1] == ("done", whole)
+
+
+def test_what_the_checks_refuse_is_begun_anew_and_at_last_an_error(speaking: str) -> None:
+    asked = Asked(speaking, language={**SHORT, "checks": {"retries": 1, "most_characters": 3}})
+    told = events(asked.post("explain/stream", {"user_id": "u1"}))
+    assert [name for name, _ in told].count("again") == 1
+    assert told[-1][0] == "error"
+    assert told[-1][1]["code"] == "no_answer"
+    refused = asked.post("explain", {"user_id": "u1"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (422, "no_answer")
+    assert "too_long" in refused.json()["error"]["message"]
+
+
+def test_adapters_are_chosen_by_name_and_answer_by_themselves(asked: Asked) -> None:
+    query = {"user_id": "u2", "item_id": "i5"}
+    texts = {
+        name: asked.post("explain", {**query, "adapter": name}).json() for name in ("recexplainer-h", "recexplainer-i")
+    }
+    assert [answer["adapter"] for answer in texts.values()] == list(texts)
+    assert len({answer["text"] for answer in texts.values()}) == 2
+    assert asked.get("release").json()["adapters"] == {
+        "recexplainer-h": "recexplainer",
+        "recexplainer-i": "recexplainer",
+        "recinterpreter": "recinterpreter",
+    }
+    for route, name in (("explain", "recinterpreter"), ("interpret", "recexplainer-h"), ("explain", "nothing")):
+        refused = asked.post(route, {"user_id": "u2", "adapter": name})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "no_adapter")
+        assert "it has rec" in refused.json()["error"]["message"]
+
+
+def test_states_are_read_as_the_engine_of_batch_reads_them(asked: Asked) -> None:
+    uri = asked.config.workspace
+    store = Store(uri)
+    champion = Releases(store).named("champion")
+    assert champion is not None
+    folders = {
+        name: str(store.local_path(f"models/{name}/{content}/checkpoint"))
+        for name, content in champion.adapters.items()
+    }
+    lm = str(store.local_path(f"models/lm/{champion.lm}/checkpoint"))
+    engine = EngineConfig(lm=lm, adapter=folders["recinterpreter"], device="cpu").build()
+    recommender, _ = load_recommender(store.local_path(f"models/{champion.recommender}/checkpoint"))
+    history = [3, 4, 5, 6]
+    asks = {"history": [f"i{item}" for item in history]}
+    served = asked.backend.watch.served
+    system = served.readers["recinterpreter"].system
+    state = recommender.encode(Sequences.of([history])).detach().numpy()
+    reading = Reading(Vectors(state, "state"), Vectors(state, "state"), Vectors(state, "state"), [])
+    prompt = recovery_prompt(system.prompts.recovery.test[0], reading)
+    (outcome,) = engine.generate([prompt], Decoding(max_new_tokens=TOKENS))
+    answer = asked.post("interpret", asks).json()
+    assert answer["text"] == outcome.text
+    assert answer["history"] == [f"Title {item}" for item in history]
+    known = {f"Title {n}" for n in range(1, CHAIN_ITEMS + 1)}
+    assert answer["titles"] == titles_in(outcome.text, known, "; ")
+
+    residual, oracle = asked.post("residual", asks).json(), asked.post("oracle", asks).json()
+    assert residual["expected"] == "Title 6"
+    scores = recommender.score(recommender.encode(Sequences.of([history])))[0].detach()
+    assert oracle["expected"] == f"Title {int(scores[1:].argmax()) + 1}"
+    for found in (residual, oracle):
+        assert found["title"] in {None, *known}
+        assert found["text"] not in {"", answer["text"]}
+    together = asked.post("residual/batch", {"queries": [asks, {"user_id": "nobody"}, asks]}).json()["answers"]
+    assert together[0] == together[2] == residual
+    assert together[1]["code"] == "no_such_user"
+    assert asked.post("oracle/batch", {"queries": [asks]}).json()["answers"] == [oracle]
+    assert asked.post("interpret/batch", {"queries": [asks]}).json()["answers"] == [answer]
+
+
+def test_what_cannot_be_put_into_words_is_told(asked: Asked) -> None:
+    cases = [
+        ("explain", {"user_id": "stranger"}, 404, "no_such_user"),
+        ("explain", {"history": []}, 422, "nothing_known"),
+        ("explain", {"history": ["unheard of"]}, 422, "nothing_known"),
+        ("explain", {"user_id": "u1", "item_id": "unheard of"}, 422, "no_such_item"),
+        ("explain", {"user_id": "u1", "focus": "x" * 101}, 422, "invalid"),
+        ("explain", {"user_id": "u1", "history": []}, 422, "invalid"),
+        ("explain/stream", {"user_id": "stranger"}, 404, "no_such_user"),
+        ("interpret", {"history": []}, 422, "nothing_known"),
+        ("residual", {"history": ["i1"]}, 422, "nothing_known"),
+        ("summary", {"history": ["unheard of"]}, 422, "nothing_known"),
+        ("summary", {"user_id": "stranger"}, 404, "no_such_user"),
+        ("explain/batch", {"queries": [{"history": ["i1"]}] * 257}, 413, "too_much"),
+    ]
+    for route, body, status, code in cases:
+        answer = asked.post(route, body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (status, code), (route, body)
+    assert asked.post("interpret", {"history": ["i1"]}).status_code == 200
+    assert asked.post("oracle", {"history": ["i1"]}).status_code == 200
+
+
+def test_a_release_without_words_says_so_and_recommends(ready: str, speaking: str) -> None:
+    bare = Asked(ready)
+    refused = bare.post("explain", {"user_id": "u1"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "no_adapter")
+    refused = bare.post("summary", {"history": ["i1"]})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "no_language_model")
+    assert bare.get("release").json()["lm"] is None
+    silent = Asked(speaking, language={**SHORT, "replicas": 0})
+    for route in ("explain", "interpret", "summary"):
+        refused = silent.post(route, {"history": ["i1", "i2"]})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "no_language_model")
+    assert silent.post("recommend", {"user_id": "u1"}).status_code == 200
+
+
+def test_a_history_that_does_not_fit_is_refused_not_cut(speaking: str) -> None:
+    recurrent = {**SHORT["summaries"], "paradigm": "recurrent"}
+    asked = Asked(speaking, language={**SHORT, "summaries": recurrent}, limits={"blocks": 2})
+    assert asked.post("summary", {"history": ["i1"] * 10}).json()["summaries"].keys() == {"recurrent"}
+    refused = asked.post("summary", {"history": ["i1"] * 11})
+    assert (refused.status_code, "at most 10 items" in refused.json()["error"]["message"]) == (413, True)
+
+
+def test_an_explanation_that_does_not_fit_is_refused_not_cut(speaking: str) -> None:
+    long = Asked(speaking, language={**SHORT, "explanation": {"max_new_tokens": 500}})
+    refused = long.post("explain", {"user_id": "u1"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (413, "too_much")
+
+
+def test_what_nobody_waits_for_any_more_is_not_begun(speaking: str) -> None:
+    asked = Asked(speaking, language=SHORT, limits={"words_s": 1e-9})
+    late = asked.post("explain", {"user_id": "u1"})
+    assert (late.status_code, late.json()["error"]["code"], late.headers["retry-after"]) == (503, "deadline", "1")
+
+
+def test_an_adapter_that_is_not_as_stored_or_does_not_answer_is_refused(speaking: str, tmp_path: Path) -> None:
+    store = Store(speaking)
+    releases, models = Releases(store), Models(store)
+    champion = releases.named("champion")
+    assert champion is not None
+    asked = Asked(speaking, language=SHORT)
+    old = models.newest("recexplainer-h")
+    assert old is not None
+    folder = tmp_path / "adapter"
+    shutil.copytree(store.local_path(f"{old.folder}/checkpoint"), folder)
+    weights = load_file(folder / "adapter.safetensors")
+    save_file({name: np.full_like(value, np.nan) for name, value in weights.items()}, folder / "adapter.safetensors")
+    broken = models.add(old.name, folder, "broken", old.lineage)
+    bad = releases.add(replace(champion, adapters={**champion.adapters, old.name: broken.hash}))
+    releases.point("champion", bad)
+    asked.backend.watch.look()
+    assert "recexplainer-h" in asked.get("release").json()["refused"][bad.hash]
+    assert asked.get("release").json()["release"] == champion.hash
+    assert asked.post("explain", {"user_id": "u1"}).status_code == 200
+
+    save_file({name: value * 2 for name, value in weights.items()}, folder / "adapter.safetensors")
+    doubled = models.add(old.name, folder, "doubled", old.lineage)
+    poisoned = releases.add(replace(champion, adapters={**champion.adapters, old.name: doubled.hash}))
+    (store.local_path(f"{doubled.folder}/checkpoint") / "payload.py").write_bytes(b"boom")
+    releases.point("champion", poisoned)
+    asked.backend.watch.look()
+    assert "payload.py cannot be part of a model" in asked.get("release").json()["refused"][poisoned.hash]
+    assert asked.post("explain", {"user_id": "u1"}).status_code == 200
