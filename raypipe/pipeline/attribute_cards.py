@@ -20,6 +20,7 @@ from raypipe.recommenders.ranking import sequences_of, top_lists
 from raypipe.recommenders.recommender import Recommender
 from raypipe.recommenders.windows import Histories
 from raypipe.runtime.job import ModelCache
+from raypipe.storage.evaluations import Evaluations
 from raypipe.storage.models import Models, find_model
 from raypipe.storage.workspace import Workspace
 
@@ -88,7 +89,7 @@ def write_attribute_cards(
         cards="\n".join(cards),
         attributes="\n".join(_ends(ends[name], items[:, column], titles) for column, name in enumerate(scores.names)),
     )
-    path = f"evaluations/{loaded.model.hash}/attributes.html"
+    path = Evaluations(workspace.store).page(loaded.model.hash)
     workspace.store.put(path, page.encode())
     return workspace.store.object_uri(path)
 

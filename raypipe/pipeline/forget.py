@@ -32,6 +32,7 @@ from raypipe.pipeline.vacuum import remove_unneeded
 from raypipe.runtime.job import JobConfig, JobResult
 from raypipe.runtime.progress import say
 from raypipe.runtime.session import Session, open_session, refuse_open_runs
+from raypipe.storage.evaluations import Evaluations
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.hashing import stable_hash
 from raypipe.storage.ledger import Counts, Publish, Receipt, Run, Unit, Usage
@@ -201,6 +202,8 @@ def _sweep(workspace: Workspace, config: ForgetConfig, users: Sequence[str]) -> 
     for date in nights.dates():
         forget_in_cards(store, date, users)
     forget_in_judgements(store, users)
+    # Its users have numbers and no ids: who is drawn cannot be told.
+    Evaluations(store).drop_pages()
     # Canaries are of few users and are never published, spills of runs that are over and of trainings that nobody runs.
     for folder in ("canary", "staging"):
         store.delete_folder(folder)

@@ -18,7 +18,7 @@ from raypipe.pipeline.job import cost_of
 from raypipe.pipeline.report_drawings import plots_of, training_plots
 from raypipe.pipeline.report_figures import Figure, figures_of, read_golden
 from raypipe.pipeline.report_page import DataSet, Report, to_html, to_markdown
-from raypipe.pipeline.report_tables import published_systems, tables_of
+from raypipe.pipeline.report_tables import kind_of, published_systems, tables_of
 from raypipe.pipeline.sequences import pinned_versions, read_histories
 from raypipe.pipeline.summary_quality import QUALITY
 from raypipe.runtime.job import JobConfig, JobResult
@@ -71,7 +71,7 @@ def run_report(config: ReportConfig) -> JobResult:
     files = {f"{config.name}.html": page, f"{config.name}.md": tables}
     written = _write(config, workspace, files)
     told = [*figures, *golden]
-    counts = {"figures": len(told), "models": len({figure.row for figure in told})}
+    counts = {"figures": len(told), "models": _models(told)}
     metrics = {"page": written.places[0], "tables": written.places[1], **counts}
     say(f"{JOB}: {counts['figures']:,} figures of {counts['models']:,} models are told in {metrics['page']}")
     tracking.log_run(JOB, key, {"title": config.title}, counts, files)
@@ -92,13 +92,14 @@ def _report(
         training = training_plots(evaluations) if name == own else []
         commands = list(dict.fromkeys(figure.command for figure in mine if figure.command))
         sets.append(DataSet(name, tables_of(name, mine), plots_of(mine), training, commands))
-    models = len({figure.row for figure in figures})
-    told = (
-        f"{models:,} models and what stands beside them on {len(sets)} data sets."
-        if len(sets) > 1
-        else f"{models:,} models and what stands beside them on {sets[0].name}."
-    )
+    where = f"{len(sets)} data sets" if len(sets) > 1 else sets[0].name
+    told = f"{_models(figures):,} models on {where}, with floors, controls and what others published."
     return Report(config.title, told, sets, published_systems(figures), spent)
+
+
+def _models(figures: list[Figure]) -> int:
+    """How many there are, of each data set: no floors, and nothing that only stands beside one."""
+    return len({(figure.dataset, *figure.row) for figure in figures if kind_of(figure.model) == "model"})
 
 
 def _data_set(workspace: Workspace) -> str:
@@ -113,10 +114,12 @@ def _judged(workspace: Workspace, dataset: str) -> list[Figure]:
     found: dict[tuple[str, str], Figure] = {}
     for entry in sorted(workspace.store.list("judgements"), key=lambda entry: entry.modified):
         report = json.loads(workspace.store.read(entry.path))
+        # A judgement of before this was told is one of summaries.
+        what = report.get("what", "summarize-hierarchical")
         for metric, value in report["metrics"].items():
             if value is not None and metric != "users":
                 protocol = "samples of users chosen by hash"
-                found[report["what"], metric] = Figure(dataset, protocol, report["what"], "", metric, float(value), 0)
+                found[what, metric] = Figure(dataset, protocol, what, "", metric, float(value), 0)
     return list(found.values())
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from raypipe.errors import UsageError
-from raypipe.storage.evaluations import Evaluation
+from raypipe.storage.evaluations import Evaluation, Measured
 
 FLOORS = ("chance", "constant", "random", "popularity", "transitions")
 _NAMES = {
@@ -135,7 +135,8 @@ def figures_of(evaluations: Sequence[Evaluation], dataset: str) -> list[Figure]:
         for scorer, mine in evaluation.figures.items():
             first, *beside = scorer.split(", ")
             own = first == evaluation.name
-            for metric, number in mine.items():
+            costs = _costs(evaluation) if own and not beside else {}
+            for metric, number in (costs | dict(mine)).items():
                 figure = Figure(
                     dataset,
                     evaluation.protocol,
@@ -149,6 +150,16 @@ def figures_of(evaluations: Sequence[Evaluation], dataset: str) -> list[Figure]:
                 )
                 newest[(figure.protocol, *figure.row, metric, figure.seed)] = figure
     return list(newest.values())
+
+
+def _costs(evaluation: Evaluation) -> dict[str, Measured]:
+    """Of the training, where its curve is stored."""
+    told = {"train_seconds": "seconds", "steps": "steps"}
+    return {
+        metric: Measured(float(evaluation.training[name]))
+        for metric, name in told.items()
+        if name in evaluation.training
+    }
 
 
 def labels(evaluations: Sequence[Evaluation]) -> list[str]:

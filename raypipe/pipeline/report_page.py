@@ -160,9 +160,11 @@ def to_markdown(report: Report) -> str:
 
 
 def number(value: float, metric: str) -> str:
-    """Four digits of a share, whole thousands of a count; a gain has its sign."""
+    """Four digits of a share, whole thousands of a count, tenths of a second; a gain has its sign."""
     if metric.startswith("relative"):
         return f"{value:+.1%}"
+    if metric.endswith("seconds"):
+        return f"{value:,.1f}"
     if abs(value) >= 100 or (value == int(value) and metric.split("_")[0] in {"steps", "examples", "tokens", "calls"}):
         return f"{value:,.0f}"
     return f"{value:.4f}"

@@ -16,6 +16,7 @@ from raypipe.pipeline.job import cost_of
 from raypipe.runtime.job import JobConfig, JobResult
 from raypipe.runtime.progress import say
 from raypipe.runtime.session import open_session, refuse_open_runs
+from raypipe.storage.evaluations import Evaluations
 from raypipe.storage.ledger import Usage
 from raypipe.storage.locks import hold
 from raypipe.storage.models import Models
@@ -101,6 +102,7 @@ def _releases_and_models(workspace: Workspace, config: VacuumConfig, tracking: T
         for model in unnamed:
             tracking.unregister(model)
             models.remove(model)
+            workspace.store.delete([Evaluations(workspace.store).page(model.hash)])
     return {"releases": len(old), "models": len(unnamed)}
 
 

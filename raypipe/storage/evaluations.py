@@ -14,6 +14,8 @@ from raypipe.storage.fingerprint import canonical_json, fingerprint
 from raypipe.storage.store import Store
 
 _FOLDER = "evaluations"
+PAGE = "attributes.html"
+"""Beside the records of a model: users' histories and lists as `evaluate --cards` draws them, by number."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,14 @@ class Evaluations:
         """Every record, the oldest first."""
         entries = [entry for entry in self.store.list(_FOLDER) if entry.path.endswith(".json")]
         return [_read(self.store.read(entry.path)) for entry in sorted(entries, key=lambda e: (e.modified, e.path))]
+
+    def page(self, content: str) -> str:
+        """The path of a model's page of users."""
+        return f"{_FOLDER}/{content}/{PAGE}"
+
+    def drop_pages(self) -> None:
+        """Deletes every page of users; it can be drawn again."""
+        self.store.delete(entry.path for entry in self.store.list(_FOLDER) if entry.path.endswith(f"/{PAGE}"))
 
 
 def _read(data: bytes) -> Evaluation:

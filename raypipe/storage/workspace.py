@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from raypipe.errors import UsageError
 from raypipe.storage.fingerprint import canonical_json
@@ -55,21 +56,17 @@ class Workspace:
 
     def info(self) -> WorkspaceInfo | None:
         """What was decided at the first ingest, or None before it; raises UsageError for another format version."""
-        data = self.store.get(_INFO)
-        if data is None:
+        if (raw := _read_info(self.store)) is None:
             return None
-        try:
-            raw = json.loads(data)
-            found = int(raw["format"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(
-                f"{self.uri}/{_INFO} is not a workspace description.",
-                "Name another workspace, or restore the file from a backup.",
-            ) from error
-        if found != FORMAT:
+        if (found := int(raw["format"])) != FORMAT:
+            remedy = (
+                f"Make a backup, then run `raypipe migrate --workspace {self.uri}`."
+                if found < FORMAT
+                else f"Use the raypipe release of format {found}, or a new workspace, and ingest the logs again."
+            )
             raise UsageError(
                 f"The workspace {self.uri} has format version {found}; this raypipe reads and writes version {FORMAT}.",
-                f"Use the raypipe release of format {found}, or a new workspace, and ingest the logs again.",
+                remedy,
             )
         return WorkspaceInfo(**raw)
 
@@ -120,6 +117,34 @@ class Workspace:
                 "Times and per-user order cannot be compared: use a workspace of its own for this log, or map the column "
                 f"of the other kind (columns.{info.kind}).",
             )
+
+
+def found_format(store: Store) -> int | None:
+    """The format version of a workspace, whichever it is; None for an empty one."""
+    raw = _read_info(store)
+    return None if raw is None else int(raw["format"])
+
+
+def write_format(store: Store, version: int) -> None:
+    """The workspace has this format from now on."""
+    raw = _read_info(store)
+    assert raw is not None, "an empty workspace has no format yet"
+    store.put(_INFO, canonical_json({**raw, "format": version}).encode())
+
+
+def _read_info(store: Store) -> dict[str, Any] | None:
+    data = store.get(_INFO)
+    if data is None:
+        return None
+    try:
+        raw = dict(json.loads(data))
+        int(raw["format"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{store.uri}/{_INFO} is not a workspace description.",
+            "Name another workspace, or restore the file from a backup.",
+        ) from error
+    return raw
 
 
 def choose_buckets(users: int) -> int:

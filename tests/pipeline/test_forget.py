@@ -64,11 +64,17 @@ def test_she_is_in_every_kind_of_file_before(two_nights: str) -> None:
 def test_a_forgotten_user_is_nowhere_and_stays_away(raypipe: Run, two_nights: str, files: Path) -> None:
     before, night = of_others(two_nights), Nights(Store(two_nights)).current()
     assert night is not None
+    # Drawn by `evaluate --cards`: her history, under a number.
+    drawn, record = (Path(two_nights) / "evaluations/0" / name for name in ("attributes.html", "1.json"))
+    drawn.parent.mkdir(parents=True)
+    drawn.write_text("User 1")
+    record.write_text("{}")
     ended = raypipe("forget", "--workspace", two_nights, "--user", USER, *AT_ONCE)
     assert (ended.code, ended.status) == (0, "ok"), ended.stderr
     assert (ended.metrics["tombstones_added"], ended.metrics["nights_removed"]) == (1, 1)
     assert "keep traces until they are trained anew" in ended.stderr
     assert files_with_her(two_nights) == []
+    assert (drawn.exists(), record.exists()) == (False, True)
     assert of_others(two_nights) == before
     assert newest(two_nights, "tombstones")["digest"].to_pylist() == [digest(USER)]
     assert newest(two_nights, "rejects").num_rows == 1

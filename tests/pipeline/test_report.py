@@ -85,6 +85,7 @@ def test_seeds_become_mean_and_spread_beside_intervals_over_users(raypipe: Run, 
     assert "- NDCG@10: SASRec is best with 0.3200; the best floor, transitions, has 0.2000." in table
     assert "- GRU4Rec does not reach transitions: NDCG@10 0.1500 against 0.2000." in table
     assert "| RecInterpreter, shuffled states | SASRec | 0.0400 | 0 |" in table
+    assert "| SASRec (loss: softmax) | 300 (sd 0) | 12.0 (sd 0.0) | 0, 1 |" in table
     again = raypipe("report", "--workspace", measured, "--dataset", "shop")
     assert (again.status, again.result["run_key"]) == ("nothing_to_do", ended.result["run_key"])
 

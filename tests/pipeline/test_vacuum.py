@@ -160,9 +160,14 @@ def test_models_go_that_no_kept_release_night_or_model_names(raypipe: Run, summa
         os.utime(store.local_path(f"releases/{release.hash}.json"), (time.time() - 100 + number,) * 2)
     releases.point("champion", champion)
     nights.publish(Night("2026-01-05", {}, {"release": in_a_night.hash}))
+    evaluations = f"evaluations/{unnamed.split('/')[1]}"
+    for name in ("attributes.html", "1.json"):
+        store.put(f"{evaluations}/{name}", b"{}")
     ended = raypipe("vacuum", "--workspace", summarised, "--keep_models", 1, "--keep_releases", 1)
     assert (ended.metrics["models_removed"], ended.metrics["releases_removed"]) == (1, 1), ended.stderr
     left = {f"{one.name}/{one.hash}" for name in models.names() for one in models.all(name)}
     assert left == {of_a_night, of_an_adapter, newest, adapter}
     assert set(releases.hashes()) == {in_a_night.hash, champion.hash}
     assert not store.list(f"models/{unnamed}")
+    # What was measured is still told, and users are no longer shown.
+    assert [entry.path for entry in store.list("evaluations")] == [f"{evaluations}/1.json"]
