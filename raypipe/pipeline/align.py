@@ -28,6 +28,7 @@ from raypipe.language.instructions import Catalogue
 from raypipe.language.prompt import Prompt
 from raypipe.language.soft_prompts import SoftExample
 from raypipe.language.titles import distinct_titles
+from raypipe.pipeline.align_record import record
 from raypipe.pipeline.guided import run_guided
 from raypipe.pipeline.held_out import are_held_out
 from raypipe.pipeline.job import TrainingOptions, cost_of
@@ -38,7 +39,6 @@ from raypipe.recommenders.recommender import freeze, weights_hash
 from raypipe.runtime.job import JobConfig, JobResult, ModelCache
 from raypipe.runtime.progress import say
 from raypipe.runtime.trainer import TrainerConfig, fit
-from raypipe.storage.evaluations import Evaluation, Evaluations, Measured
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.ledger import Usage
 from raypipe.storage.locks import hold
@@ -57,7 +57,6 @@ JOB = "align"
 STEP_VERSION = 2
 _ASKED_ANEW = {"constrained", "judges", "rubric"}
 """Options of a system that say how it is measured, and may be other ones for a stored adapter."""
-_READS_STATES = {"recinterpreter", "recexplainer"}
 
 
 class AlignOptions(TrainingOptions, ModelCache):
@@ -149,7 +148,7 @@ class _Inputs:
 def run_align(config: AlignConfig) -> JobResult:
     """Train the adapter unless one of this recipe is stored, and measure it. Raises UsageError before work starts."""
     result = _joined(config)
-    _record(config, result)
+    record(config, result)
     return result
 
 
@@ -194,43 +193,6 @@ def _joined(config: AlignConfig) -> JobResult:
     params = {"model": model.hash, "recommender": inputs.recommender, "lm": inputs.lm_hash[:12]}
     tracking.log_run(JOB, recipe, params, model.lineage["metrics"])
     return _result(model, "ok", started)
-
-
-def _record(config: AlignConfig, result: JobResult) -> None:
-    """What `report` reads."""
-    workspace = config.open_workspace()
-    models = Models(workspace.store)
-    ((name, content),) = result.models.items()
-    lineage = find_model(models, f"{name}/{content}").lineage
-    anew: dict[str, object] = {}
-    if config.adapter is not None:
-        given: Config = getattr(config, config.system)
-        anew = {
-            "adapter": config.adapter,
-            **given.model_dump(mode="json", include=_ASKED_ANEW & given.model_fields_set),
-        }
-    figures: dict[str, dict[str, Measured]] = {}
-    for metric, value in result.metrics.items():
-        *beside, metric = metric.split(": ")
-        if value is not None:
-            figures.setdefault(", ".join([name, *beside]), {})[metric] = Measured(float(value))
-    recommender = find_model(models, config.model) if config.system in _READS_STATES else None
-    last = "last event" if config.hold_out == 1 else f"last {config.hold_out} events"
-    asked = "held out from every training" if result.metrics.get("unseen_by_all", 1) else "who may have been trained on"
-    Evaluations(workspace.store).put(
-        Evaluation(
-            job=JOB,
-            name=name,
-            hash=content,
-            recommender=recommender.name if recommender else "",
-            protocol=f"before everybody's {last}, users {asked}",
-            seed=int(lineage.get("seed", 0)),
-            figures=figures,
-            settings={**lineage.get("config", {}), **lineage.get("options", {}), **anew},
-            training=lineage.get("training", {}),
-        ),
-        {**anew, "recommender": recommender and recommender.hash},
-    )
 
 
 def _read(config: AlignConfig, workspace: Workspace, version: int, adapter: Model | None) -> _Inputs:

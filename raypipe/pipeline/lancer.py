@@ -178,6 +178,7 @@ def _train(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: s
         "lm_path": "" if inputs.lm_model else str(inputs.lm),
         "config": config.shaping_values(),
         "metrics": metrics,
+        "training": trained.curve(),
     }
     model = Models(workspace.store).add(NAME, trained.folder, recipe, lineage)
     workspace.store.delete_folder(f"staging/{name}")

@@ -62,10 +62,18 @@ SECTIONS = (
         judged=False,
     ),
     Section(
+        "Grounding",
+        "Of answers that are matched to the catalogue: the share among the first that are one of its lines to the letter, the share "
+        "that had to be guessed, and by how much the nearest line is nearer than the next then.",
+        re.compile(r"grounding"),
+        judged=False,
+    ),
+    Section(
         "Beyond accuracy",
         "Of lists of ten: the share of the catalogue that is in some list, bits of self-information, mean cosine distance within a "
-        "list. Collapse: how much of the item vectors is one direction. Cold items have fewer than 5 training events.",
-        re.compile(r"coverage@|novelty@|diversity@|collapse$|.*cold items$"),
+        "list. Collapse: how much of the item vectors is one direction. Cold items have fewer than 5 training events, cold users "
+        "short histories.",
+        re.compile(r"coverage@|novelty@|diversity@|collapse$|.*(cold (users|items)|unseen users)$"),
         judged=False,
     ),
     Section(

@@ -1,0 +1,68 @@
+"""What `align` measured, as `report` reads it: one record, whichever system and however it was asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from raypipe.config import Config
+from raypipe.runtime.job import JobResult
+from raypipe.storage.evaluations import Evaluation, Evaluations, Measured
+from raypipe.storage.models import Models, find_model
+from raypipe.storage.workspace import Workspace
+
+if TYPE_CHECKING:
+    from raypipe.pipeline.align import AlignConfig
+
+_READS_STATES = {"recinterpreter", "recexplainer"}
+_FLOORS = {"popularity", "transitions"}
+
+
+def record(config: AlignConfig, result: JobResult) -> None:
+    """Stores the record; the model may be another workspace's."""
+    workspace = config.open_workspace()
+    ((name, content),) = result.models.items()
+    home = Workspace(config.adapter_workspace) if config.adapter_workspace is not None else workspace
+    lineage = find_model(Models(home.store), f"{name}/{content}").lineage
+    given: Config = getattr(config, config.system)
+    anew: dict[str, Any] = {}
+    if config.adapter is not None:
+        anew = {"measured_anew": True, **given.model_dump(mode="json", include=given.model_fields_set)}
+    if home.uri != workspace.uri:
+        anew["trained_in"] = home.uri.rstrip("/").rsplit("/", 1)[-1]
+    options = {**lineage.get("options", {}), **anew}
+    recommender = find_model(Models(workspace.store), config.model) if config.system in _READS_STATES else None
+    Evaluations(workspace.store).put(
+        Evaluation(
+            job="align",
+            name=name,
+            hash=content,
+            recommender=recommender.name if recommender else "",
+            protocol=_protocol(config, options, result.metrics),
+            seed=int(lineage.get("seed", 0)),
+            figures=_figures(name, result.metrics),
+            settings={**lineage.get("config", {}), **options},
+            training=lineage.get("training", {}),
+        ),
+        {**anew, "recommender": recommender and recommender.hash},
+    )
+
+
+def _figures(name: str, metrics: Mapping[str, Any]) -> dict[str, dict[str, Measured]]:
+    """`shuffled states: recovery` is a figure of what stands beside the model, `popularity: Recall@5` a floor's."""
+    found: dict[str, dict[str, Measured]] = {}
+    for metric, value in metrics.items():
+        *beside, metric = metric.split(": ")
+        if value is not None:
+            scorer = beside[0] if beside and beside[0] in _FLOORS else ", ".join([name, *beside])
+            found.setdefault(scorer, {})[metric] = Measured(float(value))
+    return found
+
+
+def _protocol(config: AlignConfig, options: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+    if config.system == "lancer":
+        seen = "filtered" if options.get("filter_seen") else "kept"
+        return f"leave-one-out, whole catalogue, seen items {seen}, {metrics['asked']:.0f} users asked"
+    last = "last event" if config.hold_out == 1 else f"last {config.hold_out} events"
+    asked = "held out from every training" if metrics.get("unseen_by_all", 1) else "who may have been trained on"
+    return f"before everybody's {last}, users {asked}"

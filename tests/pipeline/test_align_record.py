@@ -1,0 +1,70 @@
+"""What `align` leaves for `report`: of whom the figures are, how they were asked, and whose model it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from raypipe.pipeline.align import AlignConfig
+from raypipe.pipeline.align_record import record
+from raypipe.pipeline.report_figures import figures_of
+from raypipe.runtime.job import JobResult
+from raypipe.storage.evaluations import Evaluations
+from raypipe.storage.models import Model, Models
+from raypipe.storage.store import Store
+
+METRICS = {"asked": 20, "Recall@5": 0.3, "perturbed: Recall@5": 0.2, "popularity: Recall@5": 0.1, "none": None}
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> str:
+    return str(tmp_path / "home")
+
+
+def stored(uri: str, folder: Path, name: str, **lineage: object) -> Model:
+    folder.mkdir(exist_ok=True)
+    (folder / "weights.json").write_text(name)
+    return Models(Store(uri)).add(name, folder, "recipe", lineage)
+
+
+def test_floors_are_rows_of_their_own_and_what_stands_beside_a_model_is_named_after_it(
+    home: str, tmp_path: Path
+) -> None:
+    training = {"seconds": 3.0, "steps": 7, "losses": [], "validations": []}
+    options = {"filter_seen": True, "beams": 10}
+    model = stored(home, tmp_path / "m", "lancer", seed=2, options=options, config={}, training=training)
+    config = AlignConfig(workspace=home, system="lancer")
+    record(config, JobResult("align", "ok", models={"lancer": model.hash}, metrics=METRICS))
+    figures = {(one.model, one.metric): one for one in figures_of(Evaluations(Store(home)).all(), "shop")}
+    assert figures["LANCER", "Recall@5"].value == 0.3
+    assert (
+        figures["LANCER", "Recall@5"].protocol == "leave-one-out, whole catalogue, seen items filtered, 20 users asked"
+    )
+    assert figures["LANCER, perturbed", "Recall@5"].seed == 2
+    assert figures["popularity", "Recall@5"].value == 0.1
+    assert (figures["LANCER", "train_seconds"].value, figures["LANCER", "steps"].value) == (3, 7)
+    assert ("LANCER", "none") not in figures
+
+
+def test_a_model_of_another_workspace_is_told_from_one_of_this(home: str, tmp_path: Path) -> None:
+    here = str(tmp_path / "here")
+    theirs = stored(home, tmp_path / "m", "lancer", options={"beams": 10})
+    result = JobResult("align", "ok", models={"lancer": theirs.hash}, metrics=METRICS)
+    given = {"workspace": here, "system": "lancer", "adapter": "lancer", "adapter_workspace": home}
+    record(AlignConfig.model_validate(given), result)
+    record(AlignConfig.model_validate({**given, "lancer": {"beams": 5}}), result)
+    told = [one.settings for one in Evaluations(Store(here)).all()]
+    assert {(one["trained_in"], one["beams"]) for one in told} == {("home", 10), ("home", 5)}
+
+
+def test_an_adapter_is_told_beside_the_recommender_whose_states_it_reads(home: str, tmp_path: Path) -> None:
+    stored(home, tmp_path / "r", "gru4rec")
+    adapter = stored(home, tmp_path / "m", "recinterpreter", seed=0)
+    config = AlignConfig(workspace=home, system="recinterpreter", model="gru4rec")
+    for unseen, told in ((1, "held out from every training"), (0, "who may have been trained on")):
+        metrics = {"recovery": 0.2, "shuffled states: recovery": 0.01, "unseen_by_all": unseen}
+        record(config, JobResult("align", "ok", models={"recinterpreter": adapter.hash}, metrics=metrics))
+        (one,) = Evaluations(Store(home)).all()
+        assert (one.recommender, one.protocol) == ("gru4rec", f"before everybody's last event, users {told}")
+        assert one.figures["recinterpreter, shuffled states"]["recovery"].value == 0.01
