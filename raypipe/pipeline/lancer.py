@@ -42,8 +42,9 @@ from raypipe.storage.locks import hold
 from raypipe.storage.models import Model, Models, find_model
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.lancer import NAME, LancerConfig
+from raypipe.systems.lancer_exercises import FIRST, Told, prepare_lancer
 from raypipe.systems.lancer_figures import Asked, measured, rank_figures
-from raypipe.systems.lancer_training import FIRST, LancerTask, Told, prepare_lancer, store_vectors
+from raypipe.systems.lancer_training import LancerTask, store_vectors
 
 if TYPE_CHECKING:
     from raypipe.pipeline.align import AlignConfig

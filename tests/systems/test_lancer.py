@@ -32,8 +32,9 @@ from raypipe.systems.lancer import (
     lists_of,
     ranks_of_lists,
 )
+from raypipe.systems.lancer_exercises import FIRST, Exercises, Told, prepare_lancer
 from raypipe.systems.lancer_figures import CONTROL, Asked, build_lancer, measured, rank_figures
-from raypipe.systems.lancer_training import FIRST, LancerLm, LancerTask, Told, prepare_lancer, store_vectors
+from raypipe.systems.lancer_training import LancerLm, LancerTask, store_vectors
 
 ITEMS, USERS, EVENTS = 12, 60, 10
 WIDTH = 64
@@ -183,16 +184,18 @@ def test_a_stretch_is_as_many_exercises_that_share_their_beginning(
 
     @torch.no_grad()
     def total(stretches: list[list[int]], batch: dict[str, torch.Tensor] | None = None) -> float:
-        told = task._histories(np.array(stretches)) if batch is None else batch
+        told = (
+            task.exercises.histories(np.array(stretches), read_once=task.config.reads_once) if batch is None else batch
+        )
         return float(model({**told, "count": torch.tensor(1.0)}))
 
     together = total([[5, 4, 3]])
     singles = []
     for first in (4, 5, 6):
-        batch = task._histories(np.array([[5, first, 1]]))
+        batch = task.exercises.histories(np.array([[5, first, 1]]), read_once=task.config.reads_once)
         if world.config.reasoning:
             # What stands before a stretch stands before each of its items.
-            before = task._histories(np.array([[5, 4, 1]]))
+            before = task.exercises.histories(np.array([[5, 4, 1]]), read_once=task.config.reads_once)
             batch |= {name: value for name, value in before.items() if name.startswith((PREFIX, "items"))}
         singles.append(total([], batch))
     assert together == pytest.approx(sum(singles), rel=1e-4)
@@ -204,9 +207,11 @@ def test_every_event_but_the_first_is_learnt_once_in_an_epoch_wherever_stretches
     task = prepared(lm, tmp_path, validated=1, learnt=3).task()
     # Nine events stand before the cut, of which one validates.
     for offset in range(3):
-        found = [(row, first + n) for row, first, count in task._stretches(offset).tolist() for n in range(count)]
+        found = [
+            (row, first + n) for row, first, count in task.exercises.stretches(offset).tolist() for n in range(count)
+        ]
         assert sorted(found) == [(row, event) for row in range(USERS) for event in range(1, EVENTS - 2)]
-    few = LancerTask(tmp_path, "second", 1, 10)._stretches(0)
+    few = Exercises(tmp_path, 1).stretches(0)
     assert [first + count for _, first, count in few.tolist()] == [EVENTS - 2] * USERS
     whole, again = task.batch(7, 0, 0, 1, 12), LancerTask(tmp_path, "second", 1000, 10).batch(7, 0, 0, 1, 12)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
@@ -259,7 +264,7 @@ def test_a_knowledge_prompt_makes_contents_likelier_while_the_model_stays(lm: Pa
     world = prepared(lm, tmp_path, first_stage="items")
     model, losses = world.trained(150, "first", lr=0.02)
     batch = world.task("first").batch(0, 0, 0, 1, ITEMS)
-    told = {name: batch[name] for name in ("contents/tokens", "contents/mask")}
+    told = {name: batch[name] for name in ("contents/tokens", "contents/mask", "contents/count")}
     assert isinstance(model, LancerLm)
     prefix, model.adapted.prefix = model.adapted.prefix, None
     with torch.no_grad():
