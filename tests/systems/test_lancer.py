@@ -74,6 +74,17 @@ def lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+STORIES = Path(__file__).parents[2] / "../shared/lm/stories260K"
+
+
+@pytest.fixture(scope="module")
+def stories() -> Path:
+    """A real checkpoint, with grouped heads and a tokenizer that puts a mark before every text."""
+    if not STORIES.is_dir():
+        pytest.skip("the real checkpoint ../shared/lm/stories260K is not on this machine")
+    return STORIES.resolve()
+
+
 @dataclass
 class Prepared:
     folder: Path
@@ -302,8 +313,13 @@ def test_the_embedding_of_padding_tells_no_items_apart(lm: Path, tmp_path: Path)
     assert len(np.unique(apart[1:].round(4), axis=0)) == ITEMS
 
 
-def test_validation_is_the_mean_probability_of_the_event_behind_training_s(lm: Path, tmp_path: Path) -> None:
-    world = prepared(lm, tmp_path, validated=1, first_epochs=0, first_stage="both")
+@pytest.mark.parametrize("options", [{}, {"reasoning": False}, {"reasoning": False, "knowledge": False}], ids=str)
+@pytest.mark.parametrize("named", ["lm", "stories"])
+def test_validation_is_the_probability_that_an_engine_gives_the_event_behind_training_s(
+    named: str, request: pytest.FixtureRequest, tmp_path: Path, options: dict[str, bool]
+) -> None:
+    lm = request.getfixturevalue(named)
+    world = prepared(lm, tmp_path, validated=1, first_epochs=0, first_stage="both", learnt=2, **options)
     task = world.task()
     model = task.build().eval()
     world.trained(0)
@@ -311,13 +327,13 @@ def test_validation_is_the_mean_probability_of_the_event_behind_training_s(lm: P
     assert count == USERS
     parts = [task.validate(model, rank, 2) for rank in (0, 1)]
     assert sum(part for part, _ in parts) == pytest.approx(total, rel=1e-5)
-    writer = build_lancer(world.config, world.catalogue, lm, world.adapter, 100).lancer
+    writer = build_lancer(world.config, world.catalogue, lm, world.adapter, 120).lancer
     known = histories().without_last(2)
     before = [known.items[known.starts[row] : known.ends[row]].tolist() for row in range(USERS)]
     engine = EngineConfig(lm=str(lm), adapter=str(world.adapter), device="cpu").build()
     targets = histories().items[histories().ends - 2].tolist()
     told = 0.0
-    every = Decoding(max_new_tokens=16, beams=ITEMS)
+    every = Decoding(max_new_tokens=24, beams=ITEMS)
     for outcome in engine.generate(writer.prompts(before, before), every, Choices(tuple(writer.lines))):
         told += next(beam.logprob for beam in outcome.beams if beam.chosen == (targets[outcome.index] - 1,))
     assert told == pytest.approx(total, rel=1e-4)
