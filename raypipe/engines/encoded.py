@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from raypipe.engines.engine import Outcome, OutcomeError
 from raypipe.language.adapters import AdapterCard
 from raypipe.language.backbone import PromptTokenizer
@@ -22,9 +24,11 @@ def encode_prompts(
 ) -> tuple[dict[int, Encoded], list[Outcome]]:
     """The prompts that can be answered, by index in order, and the outcomes of the others.
 
-    `room` is the most tokens of each one's answer. Vectors are read by an adapter alone.
+    `room` is the most tokens of each one's answer. Vectors are read by an adapter alone, which reads words in the pieces that a
+    prompt is made of, as in training.
     """
-    plain = [index for index, prompt in enumerate(prompts) if not prompt.has_vectors]
+    whole = [not prompt.has_vectors and (adapter is None or len(prompt.segments) == 1) for prompt in prompts]
+    plain = np.flatnonzero(whole).tolist()
     ids = tokenizer.encode([prompts[index].text for index in plain])
     encoded = {index: Encoded(mine, []) for index, mine in zip(plain, ids, strict=True)}
     refused = []
@@ -32,7 +36,7 @@ def encode_prompts(
     standing = prefix.knowledge if prefix is not None and not prefix.vectors else 0  # before every prompt
     for index, prompt in enumerate(prompts):
         error = None
-        if prompt.has_vectors:
+        if not whole[index]:
             if adapter is None:
                 error = OutcomeError("unsupported_prompt", "This engine reads text only: it has no adapter.")
             else:

@@ -25,6 +25,7 @@ from raypipe.language.checkpoint import checkpoint_hash, resolve_checkpoint
 from raypipe.language.instructions import Catalogue
 from raypipe.language.prefixes import PREFIX
 from raypipe.language.titles import distinct_titles
+from raypipe.pipeline.evaluate import table
 from raypipe.pipeline.held_out import Cut, are_held_out
 from raypipe.pipeline.job import cost_of
 from raypipe.pipeline.loaded import find_builtin_lm, is_builtin
@@ -41,8 +42,9 @@ from raypipe.storage.locks import hold
 from raypipe.storage.models import Model, Models, find_model
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.lancer import NAME, LancerConfig
+from raypipe.systems.lancer_exercises import FIRST, Told, prepare_lancer
 from raypipe.systems.lancer_figures import Asked, measured, rank_figures
-from raypipe.systems.lancer_training import FIRST, LancerTask, Told, prepare_lancer, store_vectors
+from raypipe.systems.lancer_training import LancerTask, store_vectors
 
 if TYPE_CHECKING:
     from raypipe.pipeline.align import AlignConfig
@@ -223,10 +225,9 @@ def _trained(config: AlignConfig, inputs: _Inputs, folder: Path, name: str) -> t
 def _measure(
     config: AlignConfig, options: LancerConfig, inputs: _Inputs, asked: Asked, adapter: Path
 ) -> dict[str, float]:
-    """Figures of the model, of the same model asked otherwise, and of the floors."""
+    """Figures of the model, of the same model asked otherwise, and of the floors; the table of them is told."""
     engine = EngineConfig(lm=str(inputs.lm), adapter=str(adapter)).build()
-    metrics: dict[str, float] = {"asked": len(asked.held.targets)}
-    metrics |= measured(options, inputs.catalogue, asked, engine, inputs.lm, adapter, config.answer_tokens, _tell)
+    found = measured(options, inputs.catalogue, asked, engine, inputs.lm, adapter, config.answer_tokens, _tell)
     training, items = asked.held.training, asked.held.items
     floors: dict[str, Floor] = {
         "popularity": Popularity(training, items),
@@ -234,8 +235,15 @@ def _measure(
     }
     for name, floor in floors.items():
         ranks = ranks_of_floor(floor, asked.held, filter_seen=options.filter_seen)
-        metrics |= {f"{name}: {figure}": value for figure, value in rank_figures(*ranks, asked, options).items()}
-    return {name: round(value, 4) for name, value in metrics.items()}
+        found[name] = rank_figures(*ranks, asked, options)
+    users = len(asked.held.targets)
+    protocol = {"hold_out": str(config.hold_out), "seen items": "filtered" if options.filter_seen else "kept"}
+    say(table(found, protocol, users))
+    metrics = {"asked": float(users)}
+    for name, figures in found.items():
+        prefix = "" if name == NAME else f"{name}: "
+        metrics |= {prefix + figure: round(mean.value, 4) for figure, mean in figures.items()}
+    return metrics
 
 
 def _tell(what: str, done: int, of: int) -> None:

@@ -16,9 +16,9 @@ from raypipe.language.backbone import load_backbone
 from raypipe.language.checkpoint import checkpoint_hash
 from raypipe.language.grounding import Grounding
 from raypipe.language.instructions import Catalogue
-from raypipe.metrics.ranking import hit_rate, ndcg
+from raypipe.metrics.ranking import Mean, hit_rate, ndcg
 from raypipe.recommenders.evaluation import HeldOut
-from raypipe.systems.lancer import Frame, Lancer, LancerConfig, grounding_figures, lists_of, ranks_of_lists
+from raypipe.systems.lancer import NAME, Frame, Lancer, LancerConfig, grounding_figures, lists_of, ranks_of_lists
 from raypipe.systems.lancer_reading import read_items
 
 CONTROL = "shuffled items"
@@ -51,20 +51,20 @@ def measured(
     adapter: Path,
     most_tokens: int,
     tell: Callable[[str, int, int], None],
-) -> dict[str, float]:
-    """Figures of the model as it is, in other frames (`perturbed 1: …`), and with another user's reasoning prompt."""
+) -> dict[str, dict[str, Mean]]:
+    """Figures of the model as it is, under `NAME`, in other frames (`perturbed 1`), and with another user's reasoning prompt."""
     reader = build_lancer(config, catalogue, lm, adapter, engine.context - most_tokens)
     histories = asked.histories()
-    found: dict[str, float] = {}
-    frames: list[tuple[str, Frame | None]] = [("", None)]
-    frames += [(f"perturbed {number}", frame) for number, frame in enumerate(config.prompts.perturbed, 1)]
-    for name, frame in frames:
-        lists = reader.lists(engine, histories, histories, most_tokens, frame, _progress(tell, name or "lists"))
-        found |= {f"{name}: {k}" if name else k: v for k, v in _figures(lists, asked, config, whole=not name).items()}
+    found: dict[str, dict[str, Mean]] = {}
+    frames: dict[str, Frame | None] = {NAME: None}
+    frames |= {f"perturbed {number}": frame for number, frame in enumerate(config.prompts.perturbed, 1)}
+    for name, frame in frames.items():
+        lists = reader.lists(engine, histories, histories, most_tokens, frame, _progress(tell, name))
+        found[name] = _figures(lists, asked, config, whole=name == NAME)
     if config.reasoning:
         others = [*histories[1:], *histories[:1]]
         lists = reader.lists(engine, histories, others, most_tokens, None, _progress(tell, CONTROL))
-        found |= {f"{CONTROL}: {k}": v for k, v in _figures(lists, asked, config, whole=False).items()}
+        found[CONTROL] = _figures(lists, asked, config, whole=False)
     return found
 
 
@@ -143,13 +143,14 @@ def build_lancer(config: LancerConfig, catalogue: Catalogue, lm: Path, adapter: 
 
 def rank_figures(
     above: NDArray[np.int64], same: NDArray[np.int64], asked: Asked, config: LancerConfig
-) -> dict[str, float]:
+) -> dict[str, Mean]:
     """Recall and NDCG of everybody, and Recall@5 by length of the history, of users and items of few events, and of users whom
     no training has seen; what is of nobody is left out."""
-    found: dict[str, float] = {}
+    found: dict[str, Mean] = {}
     for k in _CUTOFFS:
-        found[f"Recall@{k}"] = float(hit_rate(above, same, k).mean())
-        found[f"NDCG@{k}"] = float(ndcg(above, same, k).mean())
+        # Of one relevant item a hit is its recall.
+        found[f"Recall@{k}"] = Mean.of(hit_rate(above, same, k))
+        found[f"NDCG@{k}"] = Mean.of(ndcg(above, same, k))
     hits, lengths = hit_rate(above, same, _CUTOFFS[0]), asked.held.prefixes.lengths
     counts = asked.held.training.counts(asked.held.items)[asked.held.targets]
     groups = {
@@ -160,11 +161,11 @@ def rank_figures(
     for low, high in zip((0, *_LENGTHS), (*_LENGTHS, None), strict=True):
         name = f"length {low + 1}–{high}" if high is not None else f"length > {low}"
         groups[name] = (lengths > low) & (lengths <= high if high is not None else True)
-    found |= {f"Recall@{_CUTOFFS[0]} {name}": float(hits[rows].mean()) for name, rows in groups.items() if rows.any()}
+    found |= {f"Recall@{_CUTOFFS[0]} {name}": Mean.of(hits[rows]) for name, rows in groups.items() if rows.any()}
     return found
 
 
-def _figures(lists: Lists, asked: Asked, config: LancerConfig, *, whole: bool) -> dict[str, float]:
+def _figures(lists: Lists, asked: Asked, config: LancerConfig, *, whole: bool) -> dict[str, Mean]:
     candidates = np.full(len(lists.items), asked.held.items)
     if config.filter_seen:
         candidates = candidates - [len(set(mine)) for mine in asked.histories()]
@@ -174,7 +175,8 @@ def _figures(lists: Lists, asked: Asked, config: LancerConfig, *, whole: bool) -
         return {name: figures[name] for name in figures if name.split("@")[-1] in {str(k) for k in _CUTOFFS}}
     told = {"refused": lists.refused, "tokens_asked": lists.tokens}
     told["listed"] = float(np.mean([len(mine) for mine in lists.items]))
-    return figures | {f"grounding {k}": v for k, v in grounding_figures(lists.exact, lists.margins).items()} | told
+    told |= {f"grounding {name}": value for name, value in grounding_figures(lists.exact, lists.margins).items()}
+    return figures | {name: Mean(value, 0.0) for name, value in told.items()}
 
 
 def _progress(tell: Callable[[str, int, int], None], name: str) -> Callable[[int, int], None]:

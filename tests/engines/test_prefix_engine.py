@@ -10,7 +10,7 @@ import torch
 
 from raypipe.engines.engine import Choices, Decoding, Engine, EngineConfig
 from raypipe.language.adapters import AdapterCard, AdapterConfig, build_adapter, load_adapter, save_adapter
-from raypipe.language.backbone import load_backbone
+from raypipe.language.backbone import Backbone, load_backbone
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
 from raypipe.language.checkpoint import checkpoint_hash
 from raypipe.language.prefixes import PREFIX, PrefixConfig
@@ -86,12 +86,16 @@ def prompts(plain: SoftPromptLm, count: int = 14) -> list[Prompt]:
     return found
 
 
-def encoded(lm: str, prompt: Prompt) -> Encoded:
-    backbone = load_backbone(lm, device="cpu")
+@pytest.fixture(scope="module")
+def tokenizer(lm: str) -> Backbone:
+    return load_backbone(lm, device="cpu")
+
+
+def encoded(tokenizer: Backbone, prompt: Prompt) -> Encoded:
     first, *rest = prompt.segments
     prefix = first if isinstance(first, Vectors) else None
     pieces = [segment.text for segment in (rest if prefix else prompt.segments)]  # type: ignore[union-attr]
-    ((ids, _),) = backbone.encode_pieces([pieces])
+    ((ids, _),) = tokenizer.encode_pieces([pieces])
     return Encoded(ids, [], prefix)
 
 
@@ -105,31 +109,35 @@ def logprobs(plain: SoftPromptLm, prompt: Encoded, answer: list[int]) -> torch.T
 
 
 def test_greedy_answers_are_those_of_a_plain_loop_whatever_is_in_the_batch(
-    lm: str, adapter: str, plain: SoftPromptLm
+    lm: str, adapter: str, plain: SoftPromptLm, tokenizer: Backbone
 ) -> None:
     asked = prompts(plain)
+    wanted = []
+    for prompt in asked:
+        row, answer = encoded(tokenizer, prompt), []
+        while len(answer) < 6 and (token := int(logprobs(plain, row, answer)[-1].argmax())) != 0:
+            answer.append(token)
+        wanted.append(tokenizer.decode([answer])[0])
     for batch_tokens in (32_768, 120):
         found = {
             outcome.index: outcome
             for outcome in engine(lm, adapter, batch_tokens=batch_tokens).generate(asked, Decoding(max_new_tokens=6))
         }
-        for number, prompt in enumerate(asked):
-            row, answer = encoded(lm, prompt), []
-            while len(answer) < 6 and (token := int(logprobs(plain, row, answer)[-1].argmax())) != 0:
-                answer.append(token)
-            assert found[number].text == load_backbone(lm, device="cpu").decode([answer])[0]
+        assert [found[number].text for number in range(len(asked))] == wanted
 
 
-def test_scores_and_beams_are_those_of_a_plain_loop(lm: str, adapter: str, plain: SoftPromptLm) -> None:
+def test_scores_and_beams_are_those_of_a_plain_loop(
+    lm: str, adapter: str, plain: SoftPromptLm, tokenizer: Backbone
+) -> None:
     asked, built = prompts(plain), engine(lm, adapter)
-    tokens = answer_tokens(load_backbone(lm, device="cpu"), ANSWERS)
+    tokens = answer_tokens(tokenizer, ANSWERS)
     scored = {scores.index: scores.logprobs for scores in built.score(asked, [ANSWERS] * len(asked))}
     held = {
         outcome.index: {beam.text: beam.logprob for beam in outcome.beams}
         for outcome in built.generate(asked, Decoding(max_new_tokens=12, beams=3), Choices(tuple(ANSWERS)))
     }
     for number, prompt in enumerate(asked):
-        row = encoded(lm, prompt)
+        row = encoded(tokenizer, prompt)
         for answer, ids, told in zip(ANSWERS, tokens, scored[number], strict=True):
             wanted = logprobs(plain, row, ids)
             whole = sum(float(wanted[place, token]) for place, token in enumerate(ids))
@@ -138,7 +146,7 @@ def test_scores_and_beams_are_those_of_a_plain_loop(lm: str, adapter: str, plain
 
 
 def test_a_prefix_takes_room_and_one_that_nobody_reads_is_an_outcome(
-    lm: str, adapter: str, plain: SoftPromptLm
+    lm: str, adapter: str, plain: SoftPromptLm, tokenizer: Backbone
 ) -> None:
     assert plain.prefix is not None
     config = plain.prefix.config
@@ -149,7 +157,7 @@ def test_a_prefix_takes_room_and_one_that_nobody_reads_is_an_outcome(
     # The last three of the vectors, or all four tokens of the knowledge prompt.
     standing = 3 if config.vectors else 4
     assert outcome.error is not None
-    assert (outcome.error.kind, outcome.tokens_in) == ("prompt_too_long", len(encoded(lm, long).ids) + standing)
+    assert (outcome.error.kind, outcome.tokens_in) == ("prompt_too_long", len(encoded(tokenizer, long).ids) + standing)
     wrong = Prompt.of(Vectors(np.zeros((1, 3), np.float32), PREFIX), "the")
     (refused,) = engine(lm, adapter).generate([wrong], Decoding(max_new_tokens=2))
     assert refused.error is not None

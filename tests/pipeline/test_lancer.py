@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from raypipe.cli.main import main
+from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
 from raypipe.pipeline import lancer
 from raypipe.recommenders.windows import Histories
 from raypipe.storage.models import Models
 from raypipe.storage.store import Store
-from raypipe.systems.lancer_training import Told
+from raypipe.systems.lancer_exercises import Told
 from tests.conftest import Run
 from tests.ground import one_paragraph
-from tests.pipeline.small_logs import CHAIN_ITEMS, START, chain_events, histories_of, newest, write_catalogue, write_log
+from tests.pipeline.small_logs import (
+    CHAIN_ITEMS,
+    GENRES,
+    START,
+    chain_events,
+    histories_of,
+    newest,
+    write_catalogue,
+    write_log,
+)
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 USERS = 120
@@ -29,12 +41,34 @@ SMALL = (
 TRAINED = (*SMALL, "--trainer.epochs", "10", "--trainer.validate_every", "5")
 
 
+@pytest.fixture(scope="session")
+def chains_once(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Chains of 120 users, and a language model that is not trained."""
+    folder = tmp_path_factory.mktemp("lancer")
+    log = write_log(folder / "log.csv", chain_events(USERS))
+    catalogue = write_catalogue(folder / "items.csv", CHAIN_ITEMS)
+    words = ["--log.path", str(log), "--log.columns.time", "time", "--catalogue.path", str(catalogue)]
+    shared = ["--workspace", str(folder / "workspace"), "--tracking", "off", "--cluster.workers", "1"]
+    assert main(["ingest", *shared, *words]) == 0
+    titles = [f"Title {n}" for n in range(1, CHAIN_ITEMS + 1)]
+    lines = [f" {title} -> A person chose, oldest first: title: genre: {', '.join(GENRES)}" for title in titles]
+    save_untrained(
+        folder / "lm", BuiltinLmConfig(size="small", context=128), train_tokenizer(lines * 3, titles, [], 600)
+    )
+    return folder
+
+
+def copy_of(folder: Path, to: Path, **lineage: object) -> str:
+    """The workspace; `lineage` says what the language model has seen."""
+    uri = str(shutil.copytree(folder / "workspace", to / "workspace"))
+    Models(Store(uri)).add("lm", folder / "lm", "untrained", lineage)
+    return uri
+
+
 @pytest.fixture
-def chains(joined_once: Path, with_lm: str) -> str:
-    """Chains of 120 users, and a language model that is not trained and has seen nobody."""
-    lineage = {"hold_out": 2, "held_out_share": 0.1}
-    Models(Store(with_lm)).add("lm", joined_once.parent / "lm", "untrained", lineage)
-    return with_lm
+def chains(chains_once: Path, tmp_path: Path) -> str:
+    """Whose language model has seen nobody's last two events."""
+    return copy_of(chains_once, tmp_path, hold_out=2)
 
 
 def following(item: str) -> str:
@@ -93,7 +127,7 @@ def test_what_comes_next_is_written_and_a_stored_model_is_asked_anew_here_and_el
     assert moved.metrics["Recall@5"] < 0.5 * metrics["Recall@5"]
     assert moved.metrics["transitions: Recall@5"] == metrics["transitions: Recall@5"]
     assert Models(Store(other)).all("lancer") == []
-    wrong = raypipe("align", "--workspace", chains, *TRAINED, "--adapter", "sasrec")
+    wrong = raypipe("align", "--workspace", chains, *TRAINED, "--adapter", "lm")
     assert (wrong.code, "none of this system" in one_paragraph(wrong.stderr)) == (2, True)
 
 
@@ -134,7 +168,8 @@ def test_a_unique_last_title_is_in_nothing_that_is_learnt(
     assert ended.metrics["Recall@5 cold items"] == ended.metrics["Recall@5"]
 
 
-def test_what_would_tell_of_the_future_is_refused(raypipe: Run, with_lm: str) -> None:
+def test_what_would_tell_of_the_future_is_refused(raypipe: Run, chains_once: Path, tmp_path: Path) -> None:
+    with_lm = copy_of(chains_once, tmp_path)
     seen = raypipe("align", "--workspace", with_lm, *TRAINED)
     assert seen.code == 2
     assert "may have read all but the last 0 events of every user, and 2" in one_paragraph(seen.stderr)

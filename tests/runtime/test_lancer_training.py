@@ -21,7 +21,8 @@ from raypipe.language.prefixes import PREFIX
 from raypipe.recommenders.windows import Histories
 from raypipe.runtime.trainer import TrainerConfig, TrainingResult, fit
 from raypipe.systems.lancer import LancerConfig
-from raypipe.systems.lancer_training import LancerTask, Told, prepare_lancer
+from raypipe.systems.lancer_exercises import Told, prepare_lancer
+from raypipe.systems.lancer_training import LancerTask
 
 LINES = [f"Film {n}" for n in range(1, 9)]
 CONFIG = TrainerConfig(

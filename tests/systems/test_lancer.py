@@ -24,6 +24,7 @@ from raypipe.recommenders.evaluation import HeldOut
 from raypipe.recommenders.recommender import weights_hash
 from raypipe.recommenders.windows import Histories
 from raypipe.systems.lancer import (
+    NAME,
     Frame,
     LancerConfig,
     LancerPrompts,
@@ -31,8 +32,9 @@ from raypipe.systems.lancer import (
     lists_of,
     ranks_of_lists,
 )
+from raypipe.systems.lancer_exercises import FIRST, Exercises, Told, prepare_lancer
 from raypipe.systems.lancer_figures import CONTROL, Asked, build_lancer, measured, rank_figures
-from raypipe.systems.lancer_training import FIRST, LancerTask, Told, prepare_lancer, store_vectors
+from raypipe.systems.lancer_training import LancerLm, LancerTask, store_vectors
 
 ITEMS, USERS, EVENTS = 12, 60, 10
 WIDTH = 64
@@ -70,6 +72,17 @@ def lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [*(f" Film {n} ->" for n in range(1, ITEMS + 1)), "title: A person chose, oldest first:", "genre: War"]
     save_untrained(folder, BuiltinLmConfig(size="tiny", context=128), train_tokenizer(texts * 5, [], [], 400))
     return folder
+
+
+STORIES = Path(__file__).parents[2] / "../shared/lm/stories260K"
+
+
+@pytest.fixture(scope="module")
+def stories() -> Path:
+    """A real checkpoint, with grouped heads and a tokenizer that puts a mark before every text."""
+    if not STORIES.is_dir():
+        pytest.skip("the real checkpoint ../shared/lm/stories260K is not on this machine")
+    return STORIES.resolve()
 
 
 @dataclass
@@ -110,9 +123,14 @@ class Prepared:
         engine = EngineConfig(lm=str(self.lm), adapter=str(self.adapter), device="cpu").build()
         held = HeldOut.of(histories(), 1, ITEMS)
         asked = Asked(held, np.zeros(USERS, bool))
-        return measured(
+        told = measured(
             self.config, self.catalogue, asked, engine, self.lm, self.adapter, 8, lambda name, done, of: None
         )
+        return {
+            figure if name == NAME else f"{name}: {figure}": mean.value
+            for name, figures in told.items()
+            for figure, mean in figures.items()
+        }
 
 
 def prepared(lm: Path, folder: Path, told: Catalogue | None = None, validated: int = 0, **options: object) -> Prepared:
@@ -177,16 +195,18 @@ def test_a_stretch_is_as_many_exercises_that_share_their_beginning(
 
     @torch.no_grad()
     def total(stretches: list[list[int]], batch: dict[str, torch.Tensor] | None = None) -> float:
-        told = task._histories(np.array(stretches)) if batch is None else batch
+        told = (
+            task.exercises.histories(np.array(stretches), read_once=task.config.reads_once) if batch is None else batch
+        )
         return float(model({**told, "count": torch.tensor(1.0)}))
 
     together = total([[5, 4, 3]])
     singles = []
     for first in (4, 5, 6):
-        batch = task._histories(np.array([[5, first, 1]]))
+        batch = task.exercises.histories(np.array([[5, first, 1]]), read_once=task.config.reads_once)
         if world.config.reasoning:
             # What stands before a stretch stands before each of its items.
-            before = task._histories(np.array([[5, 4, 1]]))
+            before = task.exercises.histories(np.array([[5, 4, 1]]), read_once=task.config.reads_once)
             batch |= {name: value for name, value in before.items() if name.startswith((PREFIX, "items"))}
         singles.append(total([], batch))
     assert together == pytest.approx(sum(singles), rel=1e-4)
@@ -198,9 +218,11 @@ def test_every_event_but_the_first_is_learnt_once_in_an_epoch_wherever_stretches
     task = prepared(lm, tmp_path, validated=1, learnt=3).task()
     # Nine events stand before the cut, of which one validates.
     for offset in range(3):
-        found = [(row, first + n) for row, first, count in task._stretches(offset).tolist() for n in range(count)]
+        found = [
+            (row, first + n) for row, first, count in task.exercises.stretches(offset).tolist() for n in range(count)
+        ]
         assert sorted(found) == [(row, event) for row in range(USERS) for event in range(1, EVENTS - 2)]
-    few = LancerTask(tmp_path, "second", 1, 10)._stretches(0)
+    few = Exercises(tmp_path, 1).stretches(0)
     assert [first + count for _, first, count in few.tolist()] == [EVENTS - 2] * USERS
     whole, again = task.batch(7, 0, 0, 1, 12), LancerTask(tmp_path, "second", 1000, 10).batch(7, 0, 0, 1, 12)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
@@ -234,10 +256,10 @@ def test_neither_training_nor_a_question_reads_what_is_held_out(lm: Path, tmp_pa
 def test_a_reasoning_prompt_tells_what_words_do_not_and_is_the_items_that_were_read(lm: Path, tmp_path: Path) -> None:
     before = weights_hash(load_backbone(str(lm), device="cpu").model)
     world = prepared(lm, tmp_path / "whole", first_epochs=0, first_stage="both")
-    world.trained(500)
+    world.trained(400)
     found = world.figures()
     ablated = prepared(lm, tmp_path / "ablated", reasoning=False, first_epochs=0, first_stage="both")
-    ablated.trained(250)
+    ablated.trained(150)
     without = ablated.figures()
     assert weights_hash(load_backbone(str(lm), device="cpu").model) == before
     # Three films of a user's round are left when the last is known, and nobody says which.
@@ -252,7 +274,15 @@ def test_a_reasoning_prompt_tells_what_words_do_not_and_is_the_items_that_were_r
 def test_a_knowledge_prompt_makes_contents_likelier_while_the_model_stays(lm: Path, tmp_path: Path) -> None:
     world = prepared(lm, tmp_path, first_stage="items")
     model, losses = world.trained(150, "first", lr=0.02)
+    batch = world.task("first").batch(0, 0, 0, 1, ITEMS)
+    told = {name: batch[name] for name in ("contents/tokens", "contents/mask", "contents/count")}
+    assert isinstance(model, LancerLm)
+    prefix, model.adapted.prefix = model.adapted.prefix, None
+    with torch.no_grad():
+        without = float(model(told))
+    model.adapted.prefix = prefix
     assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:10])
+    assert np.mean(losses[-10:]) < 0.6 * without
     plain = load_backbone(str(lm), device="cpu").model
     trained = dict(model.adapted.lm.named_parameters())  # type: ignore[union-attr]
     assert all(torch.equal(weight, trained[name]) for name, weight in plain.named_parameters())
@@ -283,8 +313,13 @@ def test_the_embedding_of_padding_tells_no_items_apart(lm: Path, tmp_path: Path)
     assert len(np.unique(apart[1:].round(4), axis=0)) == ITEMS
 
 
-def test_validation_is_the_mean_probability_of_the_event_behind_training_s(lm: Path, tmp_path: Path) -> None:
-    world = prepared(lm, tmp_path, validated=1, first_epochs=0, first_stage="both")
+@pytest.mark.parametrize("options", [{}, {"reasoning": False}, {"reasoning": False, "knowledge": False}], ids=str)
+@pytest.mark.parametrize("named", ["lm", "stories"])
+def test_validation_is_the_probability_that_an_engine_gives_the_event_behind_training_s(
+    named: str, request: pytest.FixtureRequest, tmp_path: Path, options: dict[str, bool]
+) -> None:
+    lm = request.getfixturevalue(named)
+    world = prepared(lm, tmp_path, validated=1, first_epochs=0, first_stage="both", learnt=2, **options)
     task = world.task()
     model = task.build().eval()
     world.trained(0)
@@ -292,13 +327,13 @@ def test_validation_is_the_mean_probability_of_the_event_behind_training_s(lm: P
     assert count == USERS
     parts = [task.validate(model, rank, 2) for rank in (0, 1)]
     assert sum(part for part, _ in parts) == pytest.approx(total, rel=1e-5)
-    writer = build_lancer(world.config, world.catalogue, lm, world.adapter, 100).lancer
+    writer = build_lancer(world.config, world.catalogue, lm, world.adapter, 120).lancer
     known = histories().without_last(2)
     before = [known.items[known.starts[row] : known.ends[row]].tolist() for row in range(USERS)]
     engine = EngineConfig(lm=str(lm), adapter=str(world.adapter), device="cpu").build()
     targets = histories().items[histories().ends - 2].tolist()
     told = 0.0
-    every = Decoding(max_new_tokens=16, beams=ITEMS)
+    every = Decoding(max_new_tokens=24, beams=ITEMS)
     for outcome in engine.generate(writer.prompts(before, before), every, Choices(tuple(writer.lines))):
         told += next(beam.logprob for beam in outcome.beams if beam.chosen == (targets[outcome.index] - 1,))
     assert told == pytest.approx(total, rel=1e-4)
@@ -319,7 +354,8 @@ def test_figures_tell_short_histories_cold_items_and_unseen_users_apart() -> Non
     told = Histories(np.array([1, 2, 3, *range(1, 13), 4, 1], np.int32), np.array([3, 16, 17]))
     held = HeldOut.of(told, 1, ITEMS)
     asked = Asked(held, np.array([True, False]))
-    found = rank_figures(np.array([0, 7]), np.array([1, 1]), asked, config_of(cold_events=3))
+    told = rank_figures(np.array([0, 7]), np.array([1, 1]), asked, config_of(cold_events=3))
+    found = {name: mean.value for name, mean in told.items()}
     assert found["Recall@5"] == 0.5
     assert (found["Recall@5 length 1–10"], found["Recall@5 length 11–20"]) == (1.0, 0.0)
     assert (found["Recall@5 cold users"], found["Recall@5 unseen users"]) == (1.0, 1.0)
