@@ -42,6 +42,7 @@ class AdapterConfig(Config):
     injection: Injection = shaping("replace", "tokens of vectors replace what the model reads, or are added to a word")
     lora: LoraOptions | None = shaping(None, "unset: the language model's matrices stay as they are")
     embeddings: bool = shaping(False, "its embedding table and head are trained too, as RecExplainer's code does")
+    full: bool = shaping(False, "every weight of the language model is trained, and stored with the adapter")
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ def build_adapter(backbone: Backbone, card: AdapterCard, seed: int = 0) -> SoftP
         torch.manual_seed(seed)
         if card.config.lora is not None:
             _inject_lora(lm, card.config.lora)
+        if card.config.full:
+            lm.requires_grad_(True)
         if card.config.embeddings:
             for part in (lm.get_input_embeddings(), lm.get_output_embeddings()):
                 part.weight.requires_grad_(True)

@@ -59,6 +59,13 @@ class PromptTokenizer:
             found.append((ids, starts))
         return found
 
+    def continued(self, prompt: str, text: str) -> list[int]:
+        """The tokens of a text that goes on where a prompt ends; empty where the two share a token."""
+        before = prompt if self.tokenizer.chat_template is None else self._as_user_turn(prompt)
+        special = self.tokenizer.chat_template is None
+        start, whole = self.tokenizer([before, before + text], add_special_tokens=special)["input_ids"]
+        return whole[len(start) :] if whole[: len(start)] == start else []
+
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens each text takes inside a prompt, without chat wrapping and special tokens."""
         if not texts:
