@@ -33,6 +33,7 @@ from raypipe.pipeline.held_out import are_held_out
 from raypipe.pipeline.job import TrainingOptions, cost_of
 from raypipe.pipeline.loaded import BUILTIN, Loaded, find_builtin_lm, is_builtin
 from raypipe.pipeline.sequences import histories_hash, pinned_versions, read_histories
+from raypipe.pipeline.trsr import run_trsr
 from raypipe.recommenders.recommender import freeze, weights_hash
 from raypipe.runtime.job import JobConfig, JobResult, ModelCache
 from raypipe.runtime.progress import say
@@ -49,6 +50,7 @@ from raypipe.systems.recinterpreter import InterpreterConfig
 from raypipe.systems.source import Source
 from raypipe.systems.summaries import SummariesConfig
 from raypipe.systems.system import System
+from raypipe.systems.trsr import TrsrConfig
 
 JOB = "align"
 STEP_VERSION = 2
@@ -63,7 +65,7 @@ class AlignOptions(TrainingOptions, ModelCache):
     lm: str = free(
         BUILTIN, "checkpoint folder or hub name; builtin is the workspace's own, builtin/HASH one of several"
     )
-    system: Literal["recinterpreter", "recexplainer", "guided"] = free(
+    system: Literal["recinterpreter", "recexplainer", "guided", "trsr"] = free(
         "recinterpreter", "which of the systems below joins them"
     )
     adapter: str | None = free(
@@ -76,6 +78,7 @@ class AlignOptions(TrainingOptions, ModelCache):
     guided: GuidedConfig = free(
         GuidedConfig, "scores of items and users on attributes, for `train` to put into a recommender"
     )
+    trsr: TrsrConfig = free(TrsrConfig, "candidates ranked by a language model that knows a summary and the last items")
     trainer: TrainerConfig = shaping(
         lambda: TrainerConfig(epochs=10, batch_size=16, lr=1e-3, weight_decay=1e-6),
         "training under Ray Train and DeepSpeed",
@@ -85,11 +88,15 @@ class AlignOptions(TrainingOptions, ModelCache):
         "JSON lines with prompt and answer that are learnt too, so that a model keeps its language; for recexplainer",
     )
     summaries: Literal["hierarchical", "recurrent"] | None = free(
-        None, "whose summaries recexplainer learns to write: of `summarize --summaries.hold_out`, the same as here"
+        None,
+        "whose summaries recexplainer learns to write, and trsr shows: of `summarize --summaries.hold_out`, the same as here",
     )
     hold_out: int = shaping(1, "last events of every user that training never sees", ge=0)
     held_out_share: float = shaping(
-        0.1, "share of the users, by hash, that are asked about and never trained on", gt=0, lt=1
+        0.1,
+        "share of the users, by hash, never trained on: those who are asked about, of trsr everybody is",
+        ge=0,
+        lt=1,
     )
     users: int = shaping(20_000, "most users that are trained on", ge=1)
     positions: int = shaping(10, "most places in a history that training reads", ge=1)
@@ -139,6 +146,8 @@ def run_align(config: AlignConfig) -> JobResult:
     """Train the adapter unless one of this recipe is stored, and measure it. Raises UsageError before work starts."""
     if config.system == "guided":
         return run_guided(config)
+    if config.system == "trsr":
+        return run_trsr(config)
     started = time.monotonic()
     workspace = config.open_workspace()
     workspace.require_info()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,7 +116,7 @@ class _Features:
     def _of(self, prefixes: Histories, candidates: NDArray[np.int32]) -> NDArray[np.float32]:
         rows, width = np.arange(len(candidates))[:, None], self.vectors.shape[0]
         lengths = np.broadcast_to(prefixes.lengths[:, None], candidates.shape)
-        found = [self.popularity[candidates], lengths]
+        found: list[NDArray[Any]] = [self.popularity[candidates], lengths]
         for window in _WINDOWS:
             kept = prefixes.lengths if window is None else np.minimum(prefixes.lengths, window)
             last = prefixes.take(prefixes.ends - kept, kept)

@@ -68,6 +68,7 @@ class TrsrConfig(Config):
     text_characters: int = shaping(0, "characters of an item's text that are shown beside its title", ge=0)
     missing: float = shaping(0.0, "share of the users whose summary is left out", ge=0, le=1)
     noise: float = shaping(0.0, "share of the users who have somebody else's summary", ge=0, le=1)
+    block_items: int = shaping(5, "of the blocks that summaries were written of", ge=1)
     negatives: int = shaping(1, "items drawn beside each item that is learnt", ge=1)
     loss: Literal["answer", "text"] = shaping("answer", "learnt is the answer alone, or the whole text as released")
     lora: LoraOptions | None = shaping(lambda: LoraOptions(rank=8, alpha=16), "updates of the language model")
@@ -102,6 +103,10 @@ class TrsrConfig(Config):
             raise ValueError("missing and noise are shares of the same users")
         return self
 
+    def lines(self, catalogue: Catalogue) -> list[str]:
+        """What is shown of each item."""
+        return catalogue.lines(SummaryPrompts(text_characters=self.text_characters))
+
     @property
     def adapter(self) -> AdapterConfig:
         return AdapterConfig(lora=self.lora, embeddings=self.embeddings, full=self.full)
@@ -112,6 +117,8 @@ class PastSummaries:
     """Of histories' rows the texts that summarise their first so many events, (events, text) in order of events."""
 
     texts: Mapping[int, Sequence[tuple[int, str]]] = field(default_factory=dict)
+    cost: Mapping[str, int] = field(default_factory=dict)
+    """Calls and tokens of those that the asked are shown."""
 
     def at(self, row: int, events: int) -> str | None:
         """The newest one that is of the first `events` events or of fewer."""
@@ -139,7 +146,7 @@ class Trsr:
 
     def __init__(self, config: TrsrConfig, past: Past, tokenizer: PromptTokenizer, context: int) -> None:
         self.config, self.past, self.tokenizer = config, past, tokenizer
-        self.lines = past.catalogue.lines(SummaryPrompts(text_characters=config.text_characters))
+        self.lines = config.lines(past.catalogue)
         self._costs = np.array(tokenizer.count_tokens([f"{line}\n" for line in self.lines]))
         bare = self._prompt("", "", "").text
         self.answers = telling_beginnings(tokenizer, bare, (YES, NO))
