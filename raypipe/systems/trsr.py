@@ -141,7 +141,7 @@ class Trsr:
     """The prompts of a recommender on one language model: what it learns, and what it is asked.
 
     `tokenizer` is that model's and `context` the most tokens it reads. Raises ValueError where its tokenizer cannot tell yes
-    and no apart by their first tokens after a prompt.
+    and no apart after a prompt.
     """
 
     def __init__(self, config: TrsrConfig, past: Past, tokenizer: PromptTokenizer, context: int) -> None:

@@ -45,7 +45,7 @@ def prepare_validation(
         folder / _FILE,
         tokens=np.concatenate([np.asarray(mine, np.int32) for mine in ids]),
         ends=np.cumsum([len(mine) for mine in ids]),
-        answers=np.array([mine for (mine,) in answer_tokens(tokenizer, answers)]),
+        answers=np.array(answer_tokens(tokenizer, answers)),
         places=places,
     )
 
@@ -63,7 +63,7 @@ class RankingTask(AlignmentTask):
         numbers = (mine[:, None] * count + np.arange(count)).ravel()
         prompts = [told["tokens"][bounds[n] : bounds[n + 1]].tolist() for n in numbers.tolist()]
         backbone = replace(self._backbone, model=module.lm, device=module.lm.device)
-        answers = [[int(token)] for token in told["answers"]]
+        answers = told["answers"].tolist()
         scores = np.zeros(len(prompts))
         for number, logprobs in score(backbone, prompts, [answers] * len(prompts), _BATCH_TOKENS):
             scores[number] = logprobs[0] - logprobs[1]
