@@ -6,19 +6,23 @@ the logits of yes and no. Of every event that training reads there is a prompt w
 it, and no summary in a prompt is of anything but what came before its event. A user's prompts differ in the candidate alone,
 which comes last, so that an engine reads the rest once.
 
-The paper shows the last 5 items and learns the whole text; its code learns prompt and answer alike (`loss: text`).
+The paper shows the last 5 items; its code learns prompt and answer alike (`loss: text`). Ours is `facts`: a candidate's line
+ends with numbers that tell what counts and texts say of it (`candidate_facts`), of what came before the event alone too.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import repeat
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import field_validator, model_validator
+from scipy.sparse import csr_array
 
 from raypipe.config import Config, free, shaping
 from raypipe.data.candidates import CandidateSets, draw_unseen
@@ -34,6 +38,7 @@ from raypipe.language.templates import fill
 from raypipe.recommenders.windows import Histories
 from raypipe.storage.hashing import mix
 from raypipe.systems.boosted_trees import TreesConfig
+from raypipe.systems.candidate_facts import FORM, Facts, text_neighbours, text_vectors
 
 NAME = "trsr"
 YES, NO = "yes", "no"
@@ -65,7 +70,9 @@ class TrsrConfig(Config):
 
     recent: int | None = shaping(5, "last items that are shown: 0 for none, null for all of the history", ge=0)
     history: int = shaping(25, "last events of a user that are shown or counted, those of the summary apart", ge=1)
+    attributes: tuple[str, ...] = shaping((), "an item's attributes that are shown; all of them when empty")
     text_characters: int = shaping(0, "characters of an item's text that are shown beside its title", ge=0)
+    facts: bool = shaping(False, "numbers from 0 to 9 in a candidate's line, of what counts and texts tell of it")
     missing: float = shaping(0.0, "share of the users whose summary is left out", ge=0, le=1)
     noise: float = shaping(0.0, "share of the users who have somebody else's summary", ge=0, le=1)
     block_items: int = shaping(5, "of the blocks that summaries were written of", ge=1)
@@ -105,7 +112,7 @@ class TrsrConfig(Config):
 
     def lines(self, catalogue: Catalogue) -> list[str]:
         """What is shown of each item."""
-        return catalogue.lines(SummaryPrompts(text_characters=self.text_characters))
+        return catalogue.lines(SummaryPrompts(attributes=self.attributes, text_characters=self.text_characters))
 
     @property
     def adapter(self) -> AdapterConfig:
@@ -136,6 +143,16 @@ class Past:
     catalogue: Catalogue
     summaries: PastSummaries = PastSummaries()
 
+    @cached_property
+    def vectors(self) -> csr_array:
+        """Of what is said of every item, as of `text_vectors`."""
+        lines = self.catalogue.lines(SummaryPrompts())
+        return text_vectors([f"{line} {text}" for line, text in zip(lines, self.catalogue.texts, strict=True)])
+
+    @cached_property
+    def neighbours(self) -> csr_array:
+        return text_neighbours(self.vectors)
+
 
 class Trsr:
     """The prompts of a recommender on one language model: what it learns, and what it is asked.
@@ -153,6 +170,9 @@ class Trsr:
         (frame,), spelled = tokenizer.encode([bare]), tokenizer.count_tokens([f" {YES}", f" {NO}"])
         # Room for the summary and the items, the candidate and the end mark among them.
         self._room = context - len(frame) - max(spelled) - 1
+        if config.facts:
+            self._room -= max(tokenizer.count_tokens([f"; {FORM.replace('{}', str(number))}" for number in range(10)]))
+        self._facts: dict[int, Facts] = {}
         keys = np.arange(len(past.histories)) if past.histories.users is None else past.histories.users
         self._fates = mix(keys.view(np.uint64) ^ _DISTURBED)
         self._summarised = np.array(sorted(past.summaries.texts), np.int64)
@@ -161,33 +181,28 @@ class Trsr:
         """Yes to each of the last `positions` items of at most so many histories that are not held out, and no to items drawn
         beside it; the last `left` events before the cut are left to validation."""
         histories = self.past.histories
-        ends = histories.lengths - left
-        rows = rng.permutation(np.flatnonzero(~self.past.held_out & (ends > 1)))[:users]
+        rows = rng.permutation(np.flatnonzero(~self.past.held_out & (histories.lengths > left + 1)))[:users]
         whole = self.config.loss == "text"
-        for start in range(0, len(rows), _USERS_AT_ONCE):
-            chosen = rows[start : start + _USERS_AT_ONCE]
-            counts = np.minimum(ends[chosen] - 1, positions)
-            owners = np.repeat(chosen, counts)
-            nth = np.arange(len(owners)) - np.repeat(counts.cumsum() - counts, counts)
-            events = np.repeat(ends[chosen] - counts, counts) + nth
-            targets = histories.items[histories.starts[owners] + events]
-            # What a user chose before the cut is never learnt as a no; what comes after it is not known here.
-            seen = histories.take(histories.starts[owners], histories.lengths[owners])
-            seeds = rng.integers(0, 2**63, len(owners)).astype(np.uint64)
-            negatives, filled = draw_unseen(seeds, seen.items, seen.lengths, len(self.lines), self.config.negatives)
-            owners, events = owners[filled], events[filled]
-            candidates = np.concatenate([targets[filled, None], negatives[filled]], 1)
-            for prompts in self.prompts(owners, events, candidates, self.summaries(owners, events)):
-                for number, prompt in enumerate(prompts):
-                    yield SoftExample(prompt, NO if number else YES, whole)
+        for back in range(left + 1, left + positions + 1):
+            learnt = rows[histories.lengths[rows] > back]
+            for start in range(0, len(learnt), _USERS_AT_ONCE):
+                chosen = learnt[start : start + _USERS_AT_ONCE]
+                targets = histories.items[histories.ends[chosen] - back]
+                # What a user chose before the cut is never learnt as a no; what comes after it is not known here.
+                seen = histories.take(histories.starts[chosen], histories.lengths[chosen])
+                seeds = rng.integers(0, 2**63, len(chosen)).astype(np.uint64)
+                negatives, filled = draw_unseen(seeds, seen.items, seen.lengths, len(self.lines), self.config.negatives)
+                owners = chosen[filled]
+                candidates = np.concatenate([targets[filled, None], negatives[filled]], 1)
+                for prompts in self.prompts(owners, back, candidates, self.summaries(owners, back)):
+                    for number, prompt in enumerate(prompts):
+                        yield SoftExample(prompt, NO if number else YES, whole)
 
-    def summaries(
-        self, rows: NDArray[np.int64], events: NDArray[np.int64], control: Control | None = None
-    ) -> list[str | None]:
-        """Of the first `events` [n] of the histories in `rows` [n], as the config or a control disturbs them."""
+    def summaries(self, rows: NDArray[np.int64], back: int, control: Control | None = None) -> list[str | None]:
+        """Of all but the last `back` events of the histories in `rows` [n], as the config or a control disturbs them."""
         if control == "no summaries":
             return [None] * len(rows)
-        pairs = list(zip(rows.tolist(), events.tolist(), strict=True))
+        pairs = list(zip(rows.tolist(), (self.past.histories.lengths[rows] - back).tolist(), strict=True))
         if control == "shuffled summaries":
             pairs = [*pairs[1:], *pairs[:1]]
         found = [self.past.summaries.at(row, count) for row, count in pairs]
@@ -196,41 +211,36 @@ class Trsr:
             found[place] = None
             if fates[place] >= self.config.missing and len(self._summarised):
                 other = self._summarised[int(self._fates[rows[place]] >> np.uint64(8)) % len(self._summarised)]
-                found[place] = self.past.summaries.at(int(other), int(self.past.histories.lengths[other]))
+                found[place] = self.past.summaries.at(int(other), int(self.past.histories.lengths[other]) - back)
         return found
 
     def prompts(
-        self,
-        rows: NDArray[np.int64],
-        events: NDArray[np.int64],
-        candidates: NDArray[np.int32],
-        summaries: Sequence[str | None],
+        self, rows: NDArray[np.int64], back: int, candidates: NDArray[np.int32], summaries: Sequence[str | None]
     ) -> Iterator[list[Prompt]]:
-        """After the first `events` [n] of the histories in `rows` [n] about each of `candidates` [n, k].
+        """After all but the last `back` events of the histories in `rows` [n], about each of `candidates` [n, k].
 
         The last items are as many as fit; a prompt that is too long without any is left to whoever reads it.
         """
+        histories = self.past.histories
         known = [_one_line(summary) if summary else NOTHING for summary in summaries]
         taken = self.tokenizer.count_tokens(known)
-        for place, (row, count) in enumerate(zip(rows.tolist(), events.tolist(), strict=True)):
+        events = histories.lengths[rows] - back
+        facts = self._told(histories.take(histories.starts[rows], events), back, candidates)
+        for place, (row, count, told) in enumerate(zip(rows.tolist(), events.tolist(), facts, strict=False)):
             asked = candidates[place] - 1
             recent = self._recent(row, count, self._room - taken[place] - int(self._costs[asked].max()))
             shown = "\n".join(self.lines[item - 1] for item in recent) or NOTHING
-            yield [self._prompt(known[place], shown, self.lines[item]) for item in asked.tolist()]
+            lines = [f"{self.lines[item]}{fact}" for item, fact in zip(asked.tolist(), told, strict=False)]
+            yield [self._prompt(known[place], shown, line) for line in lines]
 
     def scores(
-        self,
-        engine: Engine,
-        rows: NDArray[np.int64],
-        sets: CandidateSets,
-        control: Control | None = None,
+        self, engine: Engine, rows: NDArray[np.int64], sets: CandidateSets, control: Control | None = None
     ) -> Iterator[Scored]:
         """Of the candidates of users, whose histories are in `rows` [n], after all they did before the cut."""
-        events = self.past.histories.lengths[rows]
-        summaries = self.summaries(rows, events, control)
+        summaries = self.summaries(rows, 0, control)
         for start in range(0, len(rows), _USERS_AT_ONCE):
             part = slice(start, start + _USERS_AT_ONCE)
-            asked = list(self.prompts(rows[part], events[part], sets.items[part], summaries[part]))
+            asked = list(self.prompts(rows[part], 0, sets.items[part], summaries[part]))
             yield self._scored(engine, part, [prompt for prompts in asked for prompt in prompts])
 
     def _scored(self, engine: Engine, part: slice, prompts: Sequence[Prompt]) -> Scored:
@@ -244,6 +254,17 @@ class Trsr:
         # Who cannot be asked about one candidate is asked about none: all are alike, which is chance.
         refused = np.isnan(found).any(1)
         return Scored(part, np.where(refused[:, None], 0, found), tokens, int(refused.sum()))
+
+    def _told(self, prefixes: Histories, back: int, candidates: NDArray[np.int32]) -> Iterable[Iterable[str]]:
+        """What ends the lines of each prefix' candidates."""
+        if not self.config.facts:
+            return repeat(repeat(""))
+        if back not in self._facts:
+            base, past = self.past.histories.without_last(back), self.past
+            # One at a time: what is learnt goes back event by event.
+            self._facts = {back: Facts.of(base, past.vectors, past.neighbours, self.config.history)}
+        told = self._facts[back].told(prefixes, candidates)
+        return ([f"; {fact}" for fact in mine] for mine in told)
 
     def _recent(self, row: int, events: int, room: int) -> list[int]:
         """The last items, oldest first, that are shown in so many tokens."""

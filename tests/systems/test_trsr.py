@@ -89,18 +89,18 @@ def asked(system: Trsr, rows: Sequence[int]) -> CandidateSets:
 
 def test_a_prompt_shows_summary_and_last_items_and_ends_with_the_candidate(backbone: Backbone) -> None:
     system = trsr(backbone, past(summaries(7)), recent=2)
-    ((prompt,),) = system.prompts(np.array([0]), np.array([7]), np.array([[3]]), ["likes\ndark"])
+    ((prompt,),) = system.prompts(np.array([0]), 1, np.array([[3]]), ["likes\ndark"])
     recent = [f"title: plain {item - 1}" for item in histories().items[5:7]]
     assert prompt.text == f"likes likes dark now {recent[0]}\n{recent[1]} next title: plain 2 ?"
     bare = trsr(backbone, past(PastSummaries()), recent=0)
-    ((prompt,),) = bare.prompts(np.array([0]), np.array([7]), np.array([[3]]), [None])
+    ((prompt,),) = bare.prompts(np.array([0]), 1, np.array([[3]]), [None])
     assert prompt.text == f"likes {NOTHING} now {NOTHING} next title: plain 2 ?"
 
 
 def test_the_whole_history_is_its_last_events_as_many_as_the_context_holds(backbone: Backbone) -> None:
     def shown(context: int, **options: object) -> int:
         system = trsr(backbone, past(PastSummaries()), context, recent=None, **options)
-        ((prompt,),) = system.prompts(np.array([0]), np.array([8]), np.array([[3]]), [None])
+        ((prompt,),) = system.prompts(np.array([0]), 0, np.array([[3]]), [None])
         (ids,) = backbone.encode([prompt.text])
         assert len(ids) < context
         return prompt.text.count("title:") - 1
@@ -120,7 +120,9 @@ def test_every_item_learnt_has_a_yes_and_items_never_chosen_have_a_no(backbone: 
     chosen = {frozenset(whole.items[end - EVENTS : end].tolist()) for end in whole.ends}
     lines = {f"title: {title}": number for number, title in enumerate(titles(), 1)}
     for start in range(0, len(examples), 3):
-        items = [lines[example.prompt.text.split(" next ")[1].removesuffix(" ?")] for example in examples[start : start + 3]]
+        items = [
+            lines[example.prompt.text.split(" next ")[1].removesuffix(" ?")] for example in examples[start : start + 3]
+        ]
         mine = [history for history in chosen if items[0] in history and not {*items[1:]} & history]
         assert mine
         assert len(set(items)) == 3
@@ -136,15 +138,15 @@ def test_no_text_of_what_comes_after_an_event_is_in_its_prompt(backbone: Backbon
     other.items[5::EVENTS] = 1 + PLAIN  # the sixth event of everybody
     one = Past(histories(), np.zeros(USERS, bool), Catalogue(titles(), [{}] * ITEMS), PastSummaries(known))
     two = Past(other, np.zeros(USERS, bool), Catalogue(titles(), [{}] * ITEMS), PastSummaries(changed))
-    rows, events = np.arange(USERS), np.full(USERS, 5)
+    rows, back = np.arange(USERS), EVENTS - 5
     candidates = np.full((USERS, 2), 3)
     prompts = [
-        list(system.prompts(rows, events, candidates, system.summaries(rows, events)))
+        list(system.prompts(rows, back, candidates, system.summaries(rows, back)))
         for system in (trsr(backbone, mine) for mine in (one, two))
     ]
     assert prompts[0] == prompts[1]
     assert "one two" in prompts[0][0][0].text
-    later = [trsr(backbone, mine).summaries(rows, events + 1)[0] for mine in (one, two)]
+    later = [trsr(backbone, mine).summaries(rows, back - 1)[0] for mine in (one, two)]
     assert later == ["one to six", "changed"]
 
 
@@ -154,7 +156,9 @@ def test_what_is_held_out_is_in_no_text_that_training_reads(backbone: Backbone) 
     unique = np.concatenate([whole.items, np.zeros(0, np.int32)])
     unique[EVENTS - 1 :: EVENTS] = ITEMS + 1
     catalogue = Catalogue([*titles(), "Unmistakable"], [{}] * (ITEMS + 1))
-    known = Past(Histories(unique, whole.ends, whole.users).without_last(1), np.zeros(USERS, bool), catalogue, summaries(7))
+    known = Past(
+        Histories(unique, whole.ends, whole.users).without_last(1), np.zeros(USERS, bool), catalogue, summaries(7)
+    )
     system = trsr(backbone, known, recent=None)
     positives = [example for example in learnt(system, positions=10) if example.answer == "yes"]
     assert len(positives) == 6 * USERS
@@ -166,17 +170,17 @@ def test_what_is_held_out_is_in_no_text_that_training_reads(backbone: Backbone) 
 
 
 def test_summaries_go_missing_and_astray_for_as_many_users_as_asked(backbone: Backbone) -> None:
-    rows, events = np.arange(USERS), np.full(USERS, 7)
+    rows, back = np.arange(USERS), EVENTS - 7
     own = [KINDS[row % len(KINDS)] for row in range(USERS)]
-    disturbed = trsr(backbone, past(summaries(7)), missing=0.3, noise=0.3).summaries(rows, events)
+    disturbed = trsr(backbone, past(summaries(7)), missing=0.3, noise=0.3).summaries(rows, back)
     missing = sum(text is None for text in disturbed)
     astray = sum(text not in (None, mine) for text, mine in zip(disturbed, own, strict=True))
     assert 30 < missing < 66
     assert 20 < astray < 55  # a quarter of those who go astray find their own kind
     system = trsr(backbone, past(summaries(7)))
-    assert system.summaries(rows, events) == own
-    assert system.summaries(rows, events, "no summaries") == [None] * USERS
-    assert system.summaries(rows, events, "shuffled summaries") == [*own[1:], own[0]]
+    assert system.summaries(rows, back) == own
+    assert system.summaries(rows, back, "no summaries") == [None] * USERS
+    assert system.summaries(rows, back, "shuffled summaries") == [*own[1:], own[0]]
 
 
 class Unsure:
@@ -255,7 +259,7 @@ def test_validation_is_the_sum_of_recalls_of_the_model_as_it_is_over_all_workers
     system = trsr(backbone, past(summaries(7), hold_out=1), recent=2)
     rows = np.arange(10)
     sets = asked(system, rows)
-    prompts = list(system.prompts(rows, np.full(10, 7), sets.items, system.summaries(rows, np.full(10, 7))))
+    prompts = list(system.prompts(rows, 0, sets.items, system.summaries(rows, 0)))
     prepare_validation(tmp_path, prompts, sets.places, backbone, system.answers)
     task = trained(system, lm, tmp_path, steps=1)
     module = task.build()
