@@ -175,6 +175,8 @@ def _train(config: AlignConfig, workspace: Workspace, inputs: Asked, recipe: str
     }
     if trained.validations:
         metrics["validation_recalls"] = round(max(value for _, value in trained.validations), 4)
+    if config.trsr.facts:
+        trsr.facts().save(trained.folder)
     save_ranks(trained.folder, inputs.sets.keys, ranks)
     lineage = {
         "job": "align",
@@ -185,6 +187,7 @@ def _train(config: AlignConfig, workspace: Workspace, inputs: Asked, recipe: str
         "system": NAME,
         "options": config.trsr.model_dump(mode="json"),
         "config": config.shaping_values(),
+        "lm": inputs.lm_hash,
         "candidates": inputs.sets_key,
         "metrics": metrics,
     }

@@ -84,9 +84,7 @@ def measure(config: AlignConfig, options: TrsrConfig, inputs: Asked, adapter: Pa
             tokens, refused = tokens + scored.tokens, refused + scored.refused
             if time.monotonic() - told > _SHOWN_EVERY_S:
                 told = time.monotonic()
-                say(
-                    f"{NAME}: {control or 'candidates'}: {min(scored.part.stop, len(sets)):,} of {len(sets):,} users ranked"
-                )
+                say(f"{NAME}: {control or 'candidates'}: {scored.part.stop:,} of {len(sets):,} users ranked")
         ranks[control or ""] = sets.ranks(scores)
         if control is None:
             metrics["refused"], metrics["tokens_asked"] = refused, tokens

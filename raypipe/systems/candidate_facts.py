@@ -15,8 +15,8 @@ All of it is taken from the histories that `Facts.of` is given: those that end b
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ FORM = "chosen {} again {} near {} {} alike {} {} linked {}"
 NAMES = ("chosen", "again", "near last", "near", "alike last", "alike", "linked")
 _PLACES = (0.25, 0.5, 0.7, 0.82, 0.9, 0.95, 0.98, 0.993)
 _NEIGHBOURS = 20  # items of like text, itself included, by which `near` is smoothed
+_FILE = "facts.npz"
+_MATRICES = ("together", "vectors", "neighbours")
 _TERMS = 50_000
 _AT_ONCE = 512
 _SAMPLE = 128  # histories, each beside as many random items, that numbers are graded by
@@ -45,18 +47,44 @@ class Facts:
     vectors: csr_array
     neighbours: csr_array
     history: int
+    edges: tuple[NDArray[np.float64], ...] = ()
+    """Of each fact the values that part its numbers."""
 
     @classmethod
     def of(cls, base: Histories, vectors: csr_array, neighbours: csr_array, history: int) -> Facts:
         items = vectors.shape[0] - 1
         popularity = np.log1p(base.counts(items)).astype(np.float32)
-        return cls(popularity, _normalised(chosen_together(base, items)), vectors, neighbours, history)
+        facts = cls(popularity, _normalised(chosen_together(base, items)), vectors, neighbours, history)
+        return replace(facts, edges=facts._graded_at())
+
+    def save(self, folder: Path) -> None:
+        """Beside a model that was taught by these counts."""
+        arrays: dict[str, NDArray[Any]] = {"popularity": self.popularity, "history": np.array(self.history)}
+        for name in _MATRICES:
+            matrix = getattr(self, name)
+            arrays |= {f"{name}/{part}": getattr(matrix, part) for part in ("data", "indices", "indptr", "shape")}
+        np.savez_compressed(folder / _FILE, **arrays, **{f"edges/{n}": mine for n, mine in enumerate(self.edges)})
+
+    @classmethod
+    def load(cls, folder: Path, items: int) -> Facts:
+        """Of a catalogue of so many items: of those that came later there is nothing to tell."""
+        with np.load(folder / _FILE) as told:
+            popularity = np.zeros(items + 1, np.float32)
+            popularity[: len(told["popularity"])] = told["popularity"]
+            matrices = {}
+            for name in _MATRICES:
+                parts = tuple(told[f"{name}/{part}"] for part in ("data", "indices", "indptr"))
+                matrix = csr_array(parts, shape=tuple(told[f"{name}/shape"]))
+                matrix.resize(items + 1, matrix.shape[1] if name == "vectors" else items + 1)
+                matrices[name] = matrix
+            edges = tuple(told[f"edges/{number}"] for number in range(len(NAMES)))
+            return cls(popularity, **matrices, history=int(told["history"]), edges=edges)
 
     def graded(self, prefixes: Histories, candidates: NDArray[np.int32]) -> NDArray[np.int64]:
         """Int64 [n, k, facts] of 0 to 9, of the items int32 [n, k] after each prefix."""
         values = self.values(prefixes, candidates)
         found = np.zeros(values.shape, np.int64)
-        for fact, edges in enumerate(self._edges):
+        for fact, edges in enumerate(self.edges):
             mine = values[:, :, fact]
             found[:, :, fact] = np.where(mine > 0, 1 + np.searchsorted(edges, mine, side="right"), 0)
         found[:, :, NAMES.index("again")] = np.minimum(values[:, :, NAMES.index("again")], 9)
@@ -97,19 +125,18 @@ class Facts:
         ]
         return np.stack(found, 2).astype(np.float32)
 
-    @cached_property
-    def _edges(self) -> list[NDArray[np.float32]]:
-        """Of each fact the values that part its numbers, by items at random after items at random."""
+    def _graded_at(self) -> tuple[NDArray[np.float64], ...]:
+        """By items at random after items at random."""
         rng = np.random.default_rng(0)
         items = len(self.popularity) - 1
         known = np.flatnonzero(self.popularity[1:]) + 1
         if not len(known):
-            return [np.zeros(0, np.float32)] * len(NAMES)
+            return (np.zeros(0),) * len(NAMES)
         drawn = rng.choice(known, _SAMPLE * 4).astype(np.int32)
         after = Histories(drawn, np.arange(1, _SAMPLE + 1) * 4)
         values = self.values(after, rng.integers(1, items + 1, (_SAMPLE, _SAMPLE)).astype(np.int32))
         positive = (values[:, :, fact][values[:, :, fact] > 0] for fact in range(len(NAMES)))
-        return [np.quantile(mine, _PLACES) if len(mine) else np.zeros(0, np.float32) for mine in positive]
+        return tuple(np.quantile(mine, _PLACES) if len(mine) else np.zeros(0) for mine in positive)
 
 
 def chosen_by(histories: Histories, width: int, window: int | None = None) -> csr_array:

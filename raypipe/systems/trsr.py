@@ -55,6 +55,7 @@ Recent items:
 Candidate: {candidate}
 Answer:"""
 _USERS_AT_ONCE = 256
+_MOST_CHARACTERS = 10_000  # of an item's text, of whose words its likeness to others is made
 _DISTURBED = np.uint64(0x5851F42D4C957F2D)
 
 
@@ -146,8 +147,7 @@ class Past:
     @cached_property
     def vectors(self) -> csr_array:
         """Of what is said of every item, as of `text_vectors`."""
-        lines = self.catalogue.lines(SummaryPrompts())
-        return text_vectors([f"{line} {text}" for line, text in zip(lines, self.catalogue.texts, strict=True)])
+        return text_vectors(self.catalogue.lines(SummaryPrompts(text_characters=_MOST_CHARACTERS)))
 
     @cached_property
     def neighbours(self) -> csr_array:
@@ -157,11 +157,13 @@ class Past:
 class Trsr:
     """The prompts of a recommender on one language model: what it learns, and what it is asked.
 
-    `tokenizer` is that model's and `context` the most tokens it reads. Raises ValueError where its tokenizer cannot tell yes
-    and no apart after a prompt.
+    `tokenizer` is that model's and `context` the most tokens it reads; `facts` are those of all that is known, where they are
+    not to be counted in `past`. Raises ValueError where its tokenizer cannot tell yes and no apart after a prompt.
     """
 
-    def __init__(self, config: TrsrConfig, past: Past, tokenizer: PromptTokenizer, context: int) -> None:
+    def __init__(
+        self, config: TrsrConfig, past: Past, tokenizer: PromptTokenizer, context: int, facts: Facts | None = None
+    ) -> None:
         self.config, self.past, self.tokenizer = config, past, tokenizer
         self.lines = config.lines(past.catalogue)
         self._costs = np.array(tokenizer.count_tokens([f"{line}\n" for line in self.lines]))
@@ -172,7 +174,7 @@ class Trsr:
         self._room = context - len(frame) - max(spelled) - 1
         if config.facts:
             self._room -= max(tokenizer.count_tokens([f"; {FORM.replace('{}', str(number))}" for number in range(10)]))
-        self._facts: dict[int, Facts] = {}
+        self._facts = {} if facts is None else {0: facts}
         keys = np.arange(len(past.histories)) if past.histories.users is None else past.histories.users
         self._fates = mix(keys.view(np.uint64) ^ _DISTURBED)
         self._summarised = np.array(sorted(past.summaries.texts), np.int64)
@@ -239,7 +241,7 @@ class Trsr:
         """Of the candidates of users, whose histories are in `rows` [n], after all they did before the cut."""
         summaries = self.summaries(rows, 0, control)
         for start in range(0, len(rows), _USERS_AT_ONCE):
-            part = slice(start, start + _USERS_AT_ONCE)
+            part = slice(start, min(start + _USERS_AT_ONCE, len(rows)))
             asked = list(self.prompts(rows[part], 0, sets.items[part], summaries[part]))
             yield self._scored(engine, part, [prompt for prompts in asked for prompt in prompts])
 
@@ -250,21 +252,24 @@ class Trsr:
             tokens += scores.tokens_in
             if scores.error is None:
                 yes[scores.index] = 1 / (1 + np.exp(scores.logprobs[1] - scores.logprobs[0]))
-        found = yes.reshape(-1, self.config.candidates.negatives + 1)
+        found = yes.reshape(part.stop - part.start, -1)
         # Who cannot be asked about one candidate is asked about none: all are alike, which is chance.
         refused = np.isnan(found).any(1)
         return Scored(part, np.where(refused[:, None], 0, found), tokens, int(refused.sum()))
+
+    def facts(self, back: int = 0) -> Facts:
+        """By the counts of all but everybody's last `back` events."""
+        if back not in self._facts:
+            base, past = self.past.histories.without_last(back), self.past
+            # One at a time: what is learnt goes back event by event.
+            self._facts = {back: Facts.of(base, past.vectors, past.neighbours, self.config.history)}
+        return self._facts[back]
 
     def _told(self, prefixes: Histories, back: int, candidates: NDArray[np.int32]) -> Iterable[Iterable[str]]:
         """What ends the lines of each prefix' candidates."""
         if not self.config.facts:
             return repeat(repeat(""))
-        if back not in self._facts:
-            base, past = self.past.histories.without_last(back), self.past
-            # One at a time: what is learnt goes back event by event.
-            self._facts = {back: Facts.of(base, past.vectors, past.neighbours, self.config.history)}
-        told = self._facts[back].told(prefixes, candidates)
-        return ([f"; {fact}" for fact in mine] for mine in told)
+        return ([f"; {fact}" for fact in mine] for mine in self.facts(back).told(prefixes, candidates))
 
     def _recent(self, row: int, events: int, room: int) -> list[int]:
         """The last items, oldest first, that are shown in so many tokens."""

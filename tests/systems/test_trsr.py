@@ -130,7 +130,8 @@ def test_every_item_learnt_has_a_yes_and_items_never_chosen_have_a_no(backbone: 
     assert {example.whole for example in learnt(trsr(backbone, past(PastSummaries()), loss="text"))} == {True}
 
 
-def test_no_text_of_what_comes_after_an_event_is_in_its_prompt(backbone: Backbone) -> None:
+@pytest.mark.parametrize("facts", [False, True])
+def test_no_text_of_what_comes_after_an_event_is_in_its_prompt(backbone: Backbone, facts: bool) -> None:
     """A changed future, with its summaries, changes no prompt before it, nor which items are drawn beside."""
     known = {row: [(2, "one two"), (6, "one to six"), (7, "all")] for row in range(USERS)}
     changed = {row: [(2, "one two"), (6, "changed"), (7, "changed too")] for row in range(USERS)}
@@ -142,7 +143,7 @@ def test_no_text_of_what_comes_after_an_event_is_in_its_prompt(backbone: Backbon
     candidates = np.full((USERS, 2), 3)
     prompts = [
         list(system.prompts(rows, back, candidates, system.summaries(rows, back)))
-        for system in (trsr(backbone, mine) for mine in (one, two))
+        for system in (trsr(backbone, mine, facts=facts) for mine in (one, two))
     ]
     assert prompts[0] == prompts[1]
     assert "one two" in prompts[0][0][0].text
