@@ -124,6 +124,20 @@ def load_backbone(ref: str, dtype: Literal["float32", "bfloat16"] = "float32", d
     return Backbone(tokenizer, model.to(place).eval(), place, _context(model, tokenizer), _ends(model, tokenizer))
 
 
+def load_tokenizer(ref: str) -> PromptTokenizer:
+    """That of the checkpoint at a folder or hub name, without the model's weights. Raises UsageError as `load_backbone` does."""
+    from transformers import AutoTokenizer
+
+    folder = resolve_checkpoint(ref)
+    try:
+        return PromptTokenizer(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+    except Exception as error:  # as above
+        raise UsageError(
+            f"{ref!r} has no tokenizer that can be read: {error}",
+            "Name a checkpoint with tokenizer that transformers knows.",
+        ) from error
+
+
 def _context(model: Any, tokenizer: Any) -> int:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return min(limit or 10**9, tokenizer.model_max_length)

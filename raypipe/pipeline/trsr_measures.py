@@ -81,7 +81,7 @@ def measure(config: AlignConfig, options: TrsrConfig, inputs: Asked, adapter: Pa
         tokens = refused = 0
         for scored in trsr.scores(engine, inputs.rows, sets, control):
             scores[scored.part] = scored.yes
-            tokens, refused = tokens + scored.tokens, refused + scored.refused
+            tokens, refused = tokens + int(scored.tokens.sum()), refused + int(scored.refused.sum())
             if time.monotonic() - told > _SHOWN_EVERY_S:
                 told = time.monotonic()
                 say(f"{NAME}: {control or 'candidates'}: {scored.part.stop:,} of {len(sets):,} users ranked")

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 from scipy.sparse import csr_array, diags_array, vstack
 from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -30,8 +31,9 @@ FORM = "chosen {} again {} near {} {} alike {} {} linked {}"
 NAMES = ("chosen", "again", "near last", "near", "alike last", "alike", "linked")
 _PLACES = (0.25, 0.5, 0.7, 0.82, 0.9, 0.95, 0.98, 0.993)
 _NEIGHBOURS = 20  # items of like text, itself included, by which `near` is smoothed
-_FILE = "facts.npz"
+_FILE = "facts.safetensors"
 _MATRICES = ("together", "vectors", "neighbours")
+_PARTS = ("data", "indices", "indptr")
 _TERMS = 50_000
 _AT_ONCE = 512
 _SAMPLE = 128  # histories, each beside as many random items, that numbers are graded by
@@ -59,26 +61,26 @@ class Facts:
 
     def save(self, folder: Path) -> None:
         """Beside a model that was taught by these counts."""
-        arrays: dict[str, NDArray[Any]] = {"popularity": self.popularity, "history": np.array(self.history)}
+        arrays: dict[str, NDArray[Any]] = {"popularity": self.popularity, "history": np.array([self.history])}
         for name in _MATRICES:
             matrix = getattr(self, name)
-            arrays |= {f"{name}/{part}": getattr(matrix, part) for part in ("data", "indices", "indptr", "shape")}
-        np.savez_compressed(folder / _FILE, **arrays, **{f"edges/{n}": mine for n, mine in enumerate(self.edges)})
+            arrays |= {f"{name}/{part}": np.asarray(getattr(matrix, part)) for part in (*_PARTS, "shape")}
+        save_file(arrays | {f"edges/{number}": mine for number, mine in enumerate(self.edges)}, folder / _FILE)
 
     @classmethod
     def load(cls, folder: Path, items: int) -> Facts:
         """Of a catalogue of so many items: of those that came later there is nothing to tell."""
-        with np.load(folder / _FILE) as told:
-            popularity = np.zeros(items + 1, np.float32)
-            popularity[: len(told["popularity"])] = told["popularity"]
-            matrices = {}
-            for name in _MATRICES:
-                parts = tuple(told[f"{name}/{part}"] for part in ("data", "indices", "indptr"))
-                matrix = csr_array(parts, shape=tuple(told[f"{name}/shape"]))
-                matrix.resize(items + 1, matrix.shape[1] if name == "vectors" else items + 1)
-                matrices[name] = matrix
-            edges = tuple(told[f"edges/{number}"] for number in range(len(NAMES)))
-            return cls(popularity, **matrices, history=int(told["history"]), edges=edges)
+        told = load_file(folder / _FILE)
+        popularity = np.zeros(items + 1, np.float32)
+        popularity[: len(told["popularity"])] = told["popularity"]
+        matrices = {}
+        for name in _MATRICES:
+            parts = tuple(told[f"{name}/{part}"] for part in _PARTS)
+            matrix = csr_array(parts, shape=tuple(told[f"{name}/shape"].tolist()))
+            matrix.resize(items + 1, matrix.shape[1] if name == "vectors" else items + 1)
+            matrices[name] = matrix
+        edges = tuple(told[f"edges/{number}"] for number in range(len(NAMES)))
+        return cls(popularity, **matrices, history=int(told["history"][0]), edges=edges)
 
     def graded(self, prefixes: Histories, candidates: NDArray[np.int32]) -> NDArray[np.int64]:
         """Int64 [n, k, facts] of 0 to 9, of the items int32 [n, k] after each prefix."""

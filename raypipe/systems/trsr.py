@@ -246,16 +246,16 @@ class Trsr:
             yield self._scored(engine, part, [prompt for prompts in asked for prompt in prompts])
 
     def _scored(self, engine: Engine, part: slice, prompts: Sequence[Prompt]) -> Scored:
-        yes = np.full(len(prompts), np.nan)
-        tokens = 0
+        yes, tokens = np.full(len(prompts), np.nan), np.zeros(len(prompts), np.int64)
         for scores in engine.score(prompts, [self.answers] * len(prompts)):
-            tokens += scores.tokens_in
+            tokens[scores.index] = scores.tokens_in
             if scores.error is None:
                 yes[scores.index] = 1 / (1 + np.exp(scores.logprobs[1] - scores.logprobs[0]))
-        found = yes.reshape(part.stop - part.start, -1)
+        users = part.stop - part.start
+        found = yes.reshape(users, -1)
         # Who cannot be asked about one candidate is asked about none: all are alike, which is chance.
         refused = np.isnan(found).any(1)
-        return Scored(part, np.where(refused[:, None], 0, found), tokens, int(refused.sum()))
+        return Scored(part, np.where(refused[:, None], 0, found), tokens.reshape(users, -1).sum(1), refused)
 
     def facts(self, back: int = 0) -> Facts:
         """By the counts of all but everybody's last `back` events."""
@@ -287,13 +287,13 @@ class Trsr:
 
 @dataclass(frozen=True)
 class Scored:
-    """The probability of yes [n, candidates] of a `part` of the users, tokens of the prompts, and how many users' prompts were
-    too long."""
+    """Of a `part` of the users [n] the probability of yes [n, candidates], the tokens of the prompts int64 [n], and whose prompts
+    were too long, bool [n]."""
 
     part: slice
     yes: NDArray[np.float64]
-    tokens: int
-    refused: int
+    tokens: NDArray[np.int64]
+    refused: NDArray[np.bool_]
 
 
 def _one_line(text: str) -> str:
