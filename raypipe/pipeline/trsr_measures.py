@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 _RANKS = "ranks.safetensors"
 _SHOWN_EVERY_S = 10.0
 _COMPARED = ("Recall@3", "MRR@3")
+_LENGTHS = (2, 5, 10, 25, 100, 10_000)  # of histories, whose users are told apart
 Ranks = dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]
 """By scorer, of each asked user how many candidates stand above the chosen one, and how many beside it, itself included."""
 
@@ -93,9 +95,16 @@ def measure(config: AlignConfig, options: TrsrConfig, inputs: Asked, adapter: Pa
         started = time.monotonic()
         ranks[name] = sets.ranks(scorer())
         metrics[_named(name, "seconds")] = round(time.monotonic() - started, 1)
+    lengths = inputs.past.histories.lengths[inputs.rows]
     for name, mine in ranks.items():
-        for figure, values in candidate_metrics(*mine).items():
+        told = candidate_metrics(*mine)
+        for figure, values in told.items():
             metrics[_named(name, figure)] = round(float(values.mean()), 4)
+        if name in ("", inputs.loaded.model.name):
+            for low, high in pairwise(_LENGTHS):
+                if (some := (low <= lengths) & (lengths < high)).any():
+                    figure = f"{_COMPARED[0]} after {low} to {high - 1} events"
+                    metrics[_named(name, figure)] = round(float(told[_COMPARED[0]][some].mean()), 4)
     return metrics, ranks
 
 
