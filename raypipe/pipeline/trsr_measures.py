@@ -97,14 +97,14 @@ def measure(config: AlignConfig, options: TrsrConfig, inputs: Asked, adapter: Pa
         metrics[_named(name, "seconds")] = round(time.monotonic() - started, 1)
     lengths = inputs.past.histories.lengths[inputs.rows]
     for name, mine in ranks.items():
-        told = candidate_metrics(*mine)
-        for figure, values in told.items():
+        figures = candidate_metrics(*mine)
+        for figure, values in figures.items():
             metrics[_named(name, figure)] = round(float(values.mean()), 4)
         if name in ("", inputs.loaded.model.name):
             for low, high in pairwise(_LENGTHS):
                 if (some := (low <= lengths) & (lengths < high)).any():
                     figure = f"{_COMPARED[0]} after {low} to {high - 1} events"
-                    metrics[_named(name, figure)] = round(float(told[_COMPARED[0]][some].mean()), 4)
+                    metrics[_named(name, figure)] = round(float(figures[_COMPARED[0]][some].mean()), 4)
     return metrics, ranks
 
 
