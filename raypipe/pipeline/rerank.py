@@ -100,6 +100,8 @@ class _Ranker:
                 "config": config.shaping_values(),
                 "engine": identity,
                 "options": options.shaping_values(),
+                # With the counts that stand beside its weights.
+                "ranker": model.hash,
             }
         )
         return cls(model, lm, options, recipe)

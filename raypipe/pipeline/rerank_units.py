@@ -20,7 +20,7 @@ from raypipe.language.backbone import PromptTokenizer, load_tokenizer
 from raypipe.language.instructions import Catalogue
 from raypipe.language.titles import distinct_titles
 from raypipe.pipeline.rejects import WORKER_DIED, blocked_users, rejected_users
-from raypipe.pipeline.user_rows import UserRows
+from raypipe.pipeline.user_rows import UserRows, identities
 from raypipe.runtime.budget import Budget
 from raypipe.runtime.session import output_table
 from raypipe.runtime.units import UnitContext
@@ -109,9 +109,10 @@ class RerankBucket:
         versions = task.versions["histories"], task.versions[TABLE]
         state = UserRows(task.workspace, unit.index, TABLE, task.variant, task.recipe, *versions, task.users)
         rows = self._rows(state)
-        stands = pc.is_in(rows["change_key"], value_set=state.before["change_key"])
-        kept = state.before.filter(pc.is_in(state.before["change_key"], value_set=rows["change_key"]))
-        changed = rows.filter(pc.invert(stands))
+        before = identities(state.before["user_id"], state.before["change_key"])
+        wanted = identities(rows["user_id"], rows["change_key"])
+        kept = state.before.filter(pc.is_in(before, value_set=wanted))
+        changed = rows.filter(pc.invert(pc.is_in(wanted, value_set=before)))
         keys = zip(changed["user_id"].to_pylist(), changed["change_key"].to_pylist(), strict=True)
         work = changed.filter(pa.array([key not in self.blocked for key in keys], pa.bool_())).combine_chunks()
         ranked = self._rank(state, work, context)
@@ -130,7 +131,7 @@ class RerankBucket:
         usage = Usage(calls, sum(mine.tokens for mine in ranked.values()), 0, time.monotonic() - started)
         firsts = [work["items"][at][0].as_py() != mine.items[0] for at, mine in ranked.items() if not mine.reason]
         reasons = {mine.reason: mine.message for mine in ranked.values() if mine.reason}
-        facts = {"first_moved": sum(firsts), "reasons": reasons}
+        facts = {"first_moved": int(sum(firsts)), "reasons": reasons}
         return Receipt(
             unit, counts, usage, staged, {TABLE: schema_hash(RECOMMENDATIONS.schema)}, facts, context.attempt
         )
@@ -171,6 +172,7 @@ class RerankBucket:
         names = work["user_id"].to_pylist()
         lengths = pc.list_value_length(work["items"]).to_numpy() if len(names) else np.zeros(0, np.int64)
         ranked: dict[int, _Ranked] = {}
+        trsr: Trsr | None = None
         batches = deque(_batches(lengths, [name in context.deaths for name in names], self.task.micro_batch))
         while batches:
             batch = batches.popleft()
@@ -187,20 +189,24 @@ class RerankBucket:
                 batches.extendleft([batch[half:], batch[:half]])
                 continue
             context.journal([names[at] for at in batch])
-            done = self._ordered(state, work.take(pa.array(batch)))
+            trsr = trsr or self._recommender(state, work)
+            done = self._ordered(trsr, work.take(pa.array(batch)))
             self.budget.give_back(most, Usage(calls, sum(mine.tokens for mine in done)))
             ranked |= dict(zip(batch.tolist(), done, strict=True))
         return ranked
 
-    def _ordered(self, state: UserRows, work: pa.Table) -> list[_Ranked]:
-        """Of users whose lists are of one length."""
-        rows = work["place"].to_numpy().astype(np.int64)
-        told = zip(rows.tolist(), work["summary"].to_pylist(), strict=True)
+    def _recommender(self, state: UserRows, work: pa.Table) -> Trsr:
+        """That knows the bucket's histories, and the summaries of those there is work for."""
+        told = zip(work["place"].to_pylist(), work["summary"].to_pylist(), strict=True)
         summaries = PastSummaries({row: [(0, text)] for row, text in told if text is not None})
         past = Past(state.histories, np.zeros(len(state.users), bool), self.catalogue, summaries)
+        return Trsr(self.task.options, past, self._tokenizer, self.engine.context, self.facts)
+
+    def _ordered(self, trsr: Trsr, work: pa.Table) -> list[_Ranked]:
+        """Of users whose lists are of one length."""
+        rows = work["place"].to_numpy().astype(np.int64)
         items = np.array(work["items"].to_pylist(), np.int32)
         sets = CandidateSets(rows, items, np.zeros(len(rows), np.int64))
-        trsr = Trsr(self.task.options, past, self._tokenizer, self.engine.context, self.facts)
         found: list[_Ranked] = []
         for scored in trsr.scores(self.engine, rows, sets):
             order = np.argsort(-scored.yes, axis=1, kind="stable")
