@@ -34,6 +34,7 @@ JOBS = {
     "recommend": ("raypipe.pipeline.recommend", "RecommendConfig", "run_recommend"),
     "align": ("raypipe.pipeline.align", "AlignConfig", "run_align"),
     "summarize": ("raypipe.pipeline.summarize", "SummarizeConfig", "run_summarize"),
+    "rerank": ("raypipe.pipeline.rerank", "RerankConfig", "run_rerank"),
     "explain": ("raypipe.pipeline.explain", "ExplainConfig", "run_explain"),
     "judge": ("raypipe.pipeline.judge", "JudgeConfig", "run_judge"),
     "report": ("raypipe.pipeline.report", "ReportConfig", "run_report"),

@@ -102,7 +102,14 @@ def _encoded(
     while some := list(islice(rest, _EXAMPLES_AT_ONCE)):
         prompts = encode_all(tokenizer, [one.prompt for one in some], card.config.projectors, card.widths)
         answers = answer_tokens(tokenizer, [one.answer for one in some])
-        yield from ((prompt, [*answer, end]) for prompt, answer in zip(prompts, answers, strict=True))
+        for one, prompt, answer in zip(some, prompts, answers, strict=True):
+            if one.whole:
+                if prompt.soft:
+                    raise ValueError("A prompt that holds vectors cannot be learnt as a whole.")
+                # The first token is what the others are told from.
+                yield Encoded(prompt.ids[:1], []), [*prompt.ids[1:], *answer, end]
+            else:
+                yield prompt, [*answer, end]
 
 
 class AlignmentTask:
@@ -125,7 +132,8 @@ class AlignmentTask:
 
     def build(self) -> nn.Module:
         """The adapted model; forward(batch) is the mean cross-entropy of the answers."""
-        model = build_adapter(load_backbone(self.lm, device="cpu"), self.card, self.seed)
+        self._backbone = load_backbone(self.lm, device="cpu")
+        model = build_adapter(self._backbone, self.card, self.seed)
         self._kept = {name for name, weight in model.named_parameters() if weight.requires_grad}
         return model
 

@@ -60,6 +60,13 @@ class PromptTokenizer:
             found.append((ids, starts))
         return found
 
+    def continued(self, prompt: str, text: str) -> list[int]:
+        """The tokens of a text that goes on where a prompt ends; empty where the two share a token."""
+        before = prompt if self.tokenizer.chat_template is None else self._as_user_turn(prompt)
+        special = self.tokenizer.chat_template is None
+        start, whole = self.tokenizer([before, before + text], add_special_tokens=special)["input_ids"]
+        return whole[len(start) :] if whole[: len(start)] == start else []
+
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens each text takes inside a prompt, without chat wrapping and special tokens."""
         if not texts:
@@ -128,6 +135,20 @@ def load_backbone(ref: str, dtype: Literal["float32", "bfloat16"] = "float32", d
         ) from error
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     return Backbone(tokenizer, model.to(place).eval(), place, _context(model, tokenizer), _ends(model, tokenizer))
+
+
+def load_tokenizer(ref: str) -> PromptTokenizer:
+    """That of the checkpoint at a folder or hub name, without the model's weights. Raises UsageError as `load_backbone` does."""
+    from transformers import AutoTokenizer
+
+    folder = resolve_checkpoint(ref)
+    try:
+        return PromptTokenizer(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+    except Exception as error:  # as above
+        raise UsageError(
+            f"{ref!r} has no tokenizer that can be read: {error}",
+            "Name a checkpoint with tokenizer that transformers knows.",
+        ) from error
 
 
 def _context(model: Any, tokenizer: Any) -> int:

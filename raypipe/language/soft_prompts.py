@@ -30,10 +30,11 @@ Injection = Literal["replace", "add"]
 
 @dataclass(frozen=True, slots=True)
 class SoftExample:
-    """One exercise: a prompt, and the answer that is learnt."""
+    """One exercise: a prompt, and the answer that is learnt, or the `whole` text of both."""
 
     prompt: Prompt
     answer: str
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)

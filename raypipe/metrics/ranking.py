@@ -53,6 +53,12 @@ class Mean:
         return cls(float(values.mean()), 1.96 * spread / math.sqrt(len(values)))
 
 
+def candidate_metrics(above: Counts, same: Counts, cutoffs: tuple[int, ...] = (3, 5, 10)) -> dict[str, Values]:
+    """Recall and MRR per user at each cutoff, by name: `Recall@3`. Of one relevant candidate, whose recall is its hit rate."""
+    functions = {"Recall": hit_rate, "MRR": reciprocal_rank}
+    return {f"{name}@{k}": function(above, same, k) for k in cutoffs for name, function in functions.items()}
+
+
 def ranking_metrics(above: Counts, same: Counts, cutoffs: tuple[int, ...] = (5, 10, 20)) -> dict[str, Mean]:
     """HR, NDCG and MRR at each cutoff, by name: `NDCG@10`."""
     functions = {"HR": hit_rate, "NDCG": ndcg, "MRR": reciprocal_rank}

@@ -35,6 +35,7 @@ from raypipe.pipeline.job import TrainingOptions, cost_of
 from raypipe.pipeline.lancer import run_lancer
 from raypipe.pipeline.loaded import BUILTIN, Loaded, find_builtin_lm, is_builtin
 from raypipe.pipeline.sequences import histories_hash, pinned_versions, read_histories
+from raypipe.pipeline.trsr import run_trsr
 from raypipe.recommenders.recommender import freeze, weights_hash
 from raypipe.runtime.job import JobConfig, JobResult, ModelCache
 from raypipe.runtime.progress import say
@@ -52,6 +53,7 @@ from raypipe.systems.recinterpreter import InterpreterConfig
 from raypipe.systems.source import Source
 from raypipe.systems.summaries import SummariesConfig
 from raypipe.systems.system import System
+from raypipe.systems.trsr import TrsrConfig
 
 JOB = "align"
 STEP_VERSION = 2
@@ -66,7 +68,7 @@ class AlignOptions(TrainingOptions, ModelCache):
     lm: str = free(
         BUILTIN, "checkpoint folder or hub name; builtin is the workspace's own, builtin/HASH one of several"
     )
-    system: Literal["recinterpreter", "recexplainer", "guided", "lancer"] = free(
+    system: Literal["recinterpreter", "recexplainer", "guided", "trsr", "lancer"] = free(
         "recinterpreter", "which of the systems below joins them"
     )
     adapter: str | None = free(
@@ -82,6 +84,7 @@ class AlignOptions(TrainingOptions, ModelCache):
     guided: GuidedConfig = free(
         GuidedConfig, "scores of items and users on attributes, for `train` to put into a recommender"
     )
+    trsr: TrsrConfig = free(TrsrConfig, "candidates ranked by a language model that knows a summary and the last items")
     lancer: LancerConfig = free(LancerConfig, "a language model that writes the next item")
     trainer: TrainerConfig = shaping(
         lambda: TrainerConfig(epochs=10, batch_size=16, lr=1e-3, weight_decay=1e-6),
@@ -92,12 +95,13 @@ class AlignOptions(TrainingOptions, ModelCache):
         "JSON lines with prompt and answer that are learnt too, so that a model keeps its language; for recexplainer",
     )
     summaries: Literal["hierarchical", "recurrent"] | None = free(
-        None, "whose summaries recexplainer learns to write: of `summarize --summaries.hold_out`, the same as here"
+        None,
+        "whose summaries recexplainer learns to write, and trsr shows: of `summarize --summaries.hold_out`, the same as here",
     )
     hold_out: int = shaping(1, "last events of every user that training never sees", ge=0)
     held_out_share: float = shaping(
         0.1,
-        "share of the users, by hash, never trained on: those who are asked about; of lancer everybody is",
+        "share of the users, by hash, never trained on: those who are asked about; of trsr and lancer everybody is",
         ge=0,
         lt=1,
     )
@@ -155,6 +159,8 @@ def run_align(config: AlignConfig) -> JobResult:
 def _joined(config: AlignConfig) -> JobResult:
     if config.system == "guided":
         return run_guided(config)
+    if config.system == "trsr":
+        return run_trsr(config)
     if config.system == "lancer":
         return run_lancer(config)
     started = time.monotonic()

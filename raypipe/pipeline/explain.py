@@ -21,11 +21,10 @@ from raypipe.config import Config, free, shaping
 from raypipe.engines.checks import AnswerChecks
 from raypipe.engines.engine import Decoding, EngineConfig
 from raypipe.errors import UsageError
-from raypipe.language.adapters import AdapterCard, read_card
-from raypipe.language.checkpoint import checkpoint_hash
+from raypipe.language.adapters import read_card
 from raypipe.pipeline.explain_units import FIGURES, TABLE, ExplainBucket, ExplainTask
 from raypipe.pipeline.job import BatchConfig, CapOptions, cost_of
-from raypipe.pipeline.loaded import BUILTIN, Loaded, find_builtin_lm, is_builtin
+from raypipe.pipeline.loaded import BUILTIN, Loaded, is_builtin, lm_beside
 from raypipe.pipeline.rejects import check_reject_rate
 from raypipe.runtime.budget import Budget
 from raypipe.runtime.job import JobResult, ModelCache
@@ -112,7 +111,7 @@ class Explainer:
         folder = config.fetch(workspace, adapter)
         card = read_card(folder)
         loaded = Loaded.of(config, workspace, card.recommender)
-        lm = _lm_beside(config, workspace, card) if is_builtin(config.engine.lm) else None
+        lm = lm_beside(config, workspace, card, config.engine.lm) if is_builtin(config.engine.lm) else None
         engine = config.engine.model_copy(update={"adapter": str(folder)})
         if lm is not None:
             engine = engine.model_copy(update={"lm": str(config.fetch(workspace, lm))})
@@ -223,15 +222,6 @@ def input_tables(config: ExplainOptions) -> tuple[str, ...]:
 def check_recommended(versions: Mapping[str, int]) -> None:
     if versions.get("recommendations") == ABSENT:
         raise UsageError("Nothing is recommended yet.", "Run `raypipe recommend` first, or name pairs with --pairs.")
-
-
-def _lm_beside(config: ExplainOptions, workspace: Workspace, card: AdapterCard) -> Model:
-    """The workspace's own language model that the adapter was trained beside, or the newest, where it is none of them."""
-    newest = find_builtin_lm(workspace, "--engine.lm", config.engine.lm)
-    _, _, named = config.engine.lm.partition("/")
-    stored = [model for model in Models(workspace.store).all("lm") if model.hash.startswith(named)]
-    beside = (model for model in reversed(stored) if checkpoint_hash(config.fetch(workspace, model)) == card.lm)
-    return next(beside, newest)
 
 
 def _result(

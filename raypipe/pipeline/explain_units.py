@@ -21,7 +21,7 @@ from raypipe.language.titles import distinct_titles
 from raypipe.metrics.explanations import unfounded
 from raypipe.metrics.text import Vocabulary
 from raypipe.pipeline.rejects import WORKER_DIED, blocked_users, rejected_users
-from raypipe.pipeline.user_rows import UserRows
+from raypipe.pipeline.user_rows import UserRows, identities
 from raypipe.recommenders.checkpoint import load_recommender
 from raypipe.recommenders.ranking import batches_by_length, sequences_of
 from raypipe.recommenders.recommender import Recommender, freeze
@@ -137,8 +137,8 @@ class ExplainBucket:
     def due(self, state: UserRows) -> Due:
         """What of a bucket is to be explained, what stands, and what is left out."""
         pairs = self._pairs(state)
-        before = _identities(state.before["user_id"], state.before["change_key"])
-        wanted = _identities(pairs["user_id"], pairs["change_key"])
+        before = identities(state.before["user_id"], state.before["change_key"])
+        wanted = identities(pairs["user_id"], pairs["change_key"])
         kept = state.before.filter(pc.is_in(before, value_set=wanted))
         changed = pairs.filter(pc.invert(pc.is_in(wanted, value_set=before)))
         keys = zip(changed["user_id"].to_pylist(), changed["change_key"].to_pylist(), strict=True)
@@ -279,10 +279,6 @@ def _batches(rows: NDArray[np.int64], suspects: Sequence[bool], size: int) -> It
     rest = rows[~alone]
     yield from (rest[start : start + size] for start in range(0, len(rest), size))
     yield from (np.array([row]) for row in rows[alone])
-
-
-def _identities(users: pa.ChunkedArray, keys: pa.ChunkedArray) -> pa.ChunkedArray:
-    return pc.binary_join_element_wise(users, keys, "\0")
 
 
 def _names(pairs: pa.Table) -> list[str]:

@@ -205,7 +205,8 @@ def _sweep(workspace: Workspace, config: ForgetConfig, users: Sequence[str]) -> 
     # Its users have numbers and no ids: who is drawn cannot be told.
     Evaluations(store).drop_pages()
     # Canaries are of few users and are never published, spills of runs that are over and of trainings that nobody runs.
-    for folder in ("canary", "staging"):
+    # Candidate sets are drawn anew when they are asked for.
+    for folder in ("canary", "staging", "candidates"):
         store.delete_folder(folder)
     for job in store.folders("ledger"):
         ledger = workspace.ledger(job)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from raypipe.errors import UsageError
+from raypipe.language.adapters import AdapterCard
+from raypipe.language.checkpoint import checkpoint_hash
 from raypipe.pipeline.sequences import pinned_versions
 from raypipe.recommenders.checkpoint import Card, check_catalogue, load_recommender
 from raypipe.recommenders.recommender import Recommender
@@ -57,3 +59,13 @@ def find_builtin_lm(workspace: Workspace, option: str, named: str = BUILTIN) -> 
             f"Run `raypipe lm` first, or name another with {option} PATH_OR_NAME.",
         )
     return found[-1]
+
+
+def lm_beside(config: ModelCache, workspace: Workspace, card: AdapterCard, named: str) -> Model:
+    """The workspace's own language model that an adapter was trained beside, or the newest, where it is none of them; `named`
+    is `builtin` or `builtin/HASH`, by --engine.lm."""
+    newest = find_builtin_lm(workspace, "--engine.lm", named)
+    _, _, content = named.partition("/")
+    stored = [model for model in Models(workspace.store).all("lm") if model.hash.startswith(content)]
+    beside = (model for model in reversed(stored) if checkpoint_hash(config.fetch(workspace, model)) == card.lm)
+    return next(beside, newest)

@@ -94,3 +94,8 @@ class UserRows:
 def user_seeds(users: pa.Array, history_keys: pa.Array) -> NDArray[np.int64]:
     """Of what is sampled for each user, from the user and the history alone: [users]."""
     return (stable_hash(users) ^ digest_lanes(history_keys)[:, 0]).view(np.int64)
+
+
+def identities(users: pa.ChunkedArray, keys: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Of rows, whose change keys two users of one history may share."""
+    return pc.binary_join_element_wise(users, keys, "\0")

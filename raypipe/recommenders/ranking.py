@@ -71,6 +71,24 @@ def target_ranks(
 
 
 @torch.no_grad()
+def candidate_scores(model: Recommender, prefixes: Histories, candidates: NDArray[np.int32]) -> NDArray[np.float32]:
+    """Of the items int32 [users, candidates] after each prefix, float32 alike; −∞ for items the model never saw, and for all of
+    them after nothing it knows."""
+    was_training = model.training
+    model.eval()
+    device = model.table.device
+    prefixes = prefixes.within(model.items)
+    scores = np.full(candidates.shape, -np.inf, np.float32)
+    for rows in batches_by_length(prefixes, model.max_length, np.flatnonzero(prefixes.lengths)):
+        queries = model.queries(model.encode(sequences_of(prefixes, rows, model.max_length).to(device)))
+        known = torch.from_numpy(np.where(candidates[rows] <= model.items, candidates[rows], 0).astype(np.int64))
+        found = (model.item_states()[known.to(device)] @ queries[:, :, None])[:, :, 0].float().cpu()
+        scores[rows] = found.masked_fill(known == 0, -torch.inf).numpy()
+    model.train(was_training)
+    return scores
+
+
+@torch.no_grad()
 def top_lists(model: Recommender, prefixes: Histories, k: int, *, filter_seen: bool = True) -> NDArray[np.int64]:
     """The best k items of each prefix, int64 [users, k]; 0 where there are fewer, or nothing the model knows."""
     was_training = model.training

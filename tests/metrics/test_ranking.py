@@ -10,7 +10,7 @@ from sklearn.metrics import ndcg_score
 
 from raypipe.metrics.lists import collapse, coverage, diversity, novelty
 from raypipe.metrics.published import published
-from raypipe.metrics.ranking import Mean, hit_rate, ndcg, ranking_metrics, reciprocal_rank
+from raypipe.metrics.ranking import Mean, candidate_metrics, hit_rate, ndcg, ranking_metrics, reciprocal_rank
 
 
 def counted(scores: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -78,3 +78,16 @@ def test_figures_are_published_for_the_data_they_were_measured_on_alone() -> Non
     assert known.values == {"HR@10": 0.3159, "NDCG@10": 0.1857}
     assert published(6_040, 1_000_208, "sasrec") is None
     assert published(6_040, 1_000_209, "mf") is None
+
+
+def test_a_constant_scorer_of_21_candidates_scores_what_llm_trsr_calls_chance() -> None:
+    told = candidate_metrics(np.array([0]), np.array([21]))
+    values = {name: round(float(value[0]), 3) for name, value in told.items()}
+    assert values == {
+        "Recall@3": 0.143,
+        "Recall@5": 0.238,
+        "Recall@10": 0.476,
+        "MRR@3": 0.087,
+        "MRR@5": 0.109,
+        "MRR@10": 0.139,
+    }

@@ -12,8 +12,11 @@ from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_toke
 from raypipe.language.templates import Templates
 from raypipe.storage.models import Models
 from raypipe.storage.store import Store
+from raypipe.systems.candidate_facts import FORM
 from raypipe.systems.explainer_prompts import ExplainerPrompts
 from raypipe.systems.recinterpreter import InterpreterPrompts
+from raypipe.systems.trsr import TrsrConfig
+from tests.pipeline.ranked_logs import RANKED_TRAINING, TERSE, ranked_events, ranked_titles
 from tests.pipeline.small_logs import (
     CHAIN_ITEMS,
     CHAIN_TRAINING,
@@ -105,3 +108,29 @@ def two_nights_once(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory)
 def two_nights(two_nights_once: Path, tmp_path: Path) -> str:
     """A copy of a workspace with every table filled."""
     return str(shutil.copytree(two_nights_once, tmp_path / "workspace"))
+
+
+@pytest.fixture(scope="session")
+def ranked_once(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A log, a recommender, recurrent summaries of what is before the cut, and an untrained language model."""
+    folder = tmp_path_factory.mktemp("ranked")
+    shared = ["--workspace", str(folder / "workspace"), "--tracking", "off"]
+    log = write_log(folder / "log.csv", ranked_events())
+    words = ["--log.path", str(log), "--log.columns.time", "time", "--cluster.workers", "1"]
+    words += ["--catalogue.path", str(write_catalogue(folder / "items.csv", ranked_titles()))]
+    assert main(["ingest", *shared, *words]) == 0
+    assert main(["train", *shared, *RANKED_TRAINING]) == 0
+    summaries = ["--summaries.paradigm", "recurrent", "--summaries.hold_out", "1", "--cluster.workers", "1"]
+    assert main(["summarize", *shared, "--engine.engine", "echo", *summaries]) == 0
+    facts = [FORM.replace("{}", str(number)) for number in range(10)]
+    texts = [*ranked_titles().values(), TERSE, TrsrConfig().prompt, " yes no NULL title: genre: Drama", *facts]
+    tokenizer = train_tokenizer([" ".join(texts)] * 5, ["yes", "no"], [], 700)
+    save_untrained(folder / "lm", BuiltinLmConfig(size="tiny", context=512), tokenizer)
+    Models(Store(str(folder / "workspace"))).add("lm", folder / "lm", "untrained", {"hold_out": 1})
+    return folder / "workspace"
+
+
+@pytest.fixture
+def ranked(ranked_once: Path, tmp_path: Path) -> str:
+    """A copy of the workspace for the test."""
+    return str(shutil.copytree(ranked_once, tmp_path / "ranked"))

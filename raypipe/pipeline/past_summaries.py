@@ -1,0 +1,87 @@
+"""Stored summaries by what they are of: for prompts about an event that tell of nothing but what came before it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from raypipe.errors import UsageError
+from raypipe.storage.workspace import Workspace
+from raypipe.systems.summaries import SummariesConfig
+from raypipe.systems.trsr import PastSummaries
+
+_COLUMNS = ["user_id", "summary", "covered", "calls", "tokens_in", "tokens_out"]
+
+
+def past_summaries(
+    workspace: Workspace,
+    paradigm: Literal["hierarchical", "recurrent"],
+    needed: Sequence[int],
+    block_items: int,
+    users: pa.Array,
+    lengths: NDArray[np.int64],
+) -> PastSummaries:
+    """All that leave out at least `needed[0]` last events of the histories, which have `lengths` [users] events.
+
+    Recurrent ones are of their blocks of so many items too. Raises UsageError where those that leave out so many events as
+    `needed` were not written, of recurrent ones the first alone.
+    """
+    table = workspace.tables["summaries"]
+    version = table.version()
+    there = {str(values["variant"]) for values, _ in table.partitions(version)}
+    for cut in needed if paradigm == "hierarchical" else needed[:1]:
+        if _variant(paradigm, cut) not in there:
+            raise UsageError(
+                f"There are no {paradigm} summaries without the last {cut} events of their users.",
+                f"Run `raypipe summarize --summaries.paradigm {paradigm} --summaries.hold_out {cut}` first.",
+            )
+    texts: dict[int, dict[int, str]] = {}
+    cost: dict[str, int] = {}
+    for cut in range(needed[0], int(lengths.max(initial=0))):
+        if _variant(paradigm, cut) not in there:
+            continue
+        rows = table.read(version, _COLUMNS, variant=_variant(paradigm, cut))
+        places = pc.index_in(rows["user_id"], value_set=users).to_pylist()
+        told = zip(places, rows["summary"].to_pylist(), rows["covered"].to_pylist(), strict=True)
+        fresh = set()
+        for row, text, covered in told:
+            # One of an older and shorter history is left out: it would pass for one of more than it is.
+            if row is not None and covered == (int(lengths[row]) - cut) // block_items:
+                texts.setdefault(row, {})[int(lengths[row]) - cut] = text
+                fresh.add(row)
+        if rows.num_rows and not fresh:
+            raise UsageError(
+                f"The {paradigm} summaries without the last {cut} events are not of blocks of {block_items}.",
+                "Say how many items a block has with --trsr.block_items, or write them anew with `raypipe summarize`.",
+            )
+        if cut == needed[0]:
+            cost = {f"summary_{name}": int(pc.sum(rows[name]).as_py() or 0) for name in _COLUMNS[3:]}
+            if paradigm == "recurrent":
+                _add_blocks(workspace, _variant(paradigm, cut), block_items, users, fresh, texts)
+    return PastSummaries({row: sorted(mine.items()) for row, mine in texts.items()}, cost)
+
+
+def _add_blocks(
+    workspace: Workspace,
+    variant: str,
+    block_items: int,
+    users: pa.Array,
+    fresh: set[int],
+    texts: dict[int, dict[int, str]],
+) -> None:
+    """What a recurrent summary was after each full block."""
+    table = workspace.tables["block_summaries"]
+    rows = table.read(table.version(), ["user_id", "level", "block", "text"], variant=variant)
+    places = pc.index_in(rows["user_id"], value_set=users).to_pylist()
+    for row, block, text in zip(places, rows["block"].to_pylist(), rows["text"].to_pylist(), strict=True):
+        if row in fresh:
+            texts[row].setdefault((block + 1) * block_items, text)
+
+
+def _variant(paradigm: Literal["hierarchical", "recurrent"], cut: int) -> str:
+    return SummariesConfig(paradigm=paradigm, hold_out=cut).variant

@@ -1,0 +1,208 @@
+"""`raypipe rerank`: everybody's recommendations in the order of a language model that reads them, with a summary of the user.
+
+What ranks is a model of `align --system trsr`, with the numbers of its own counts where it was taught by them. Only users whose
+history, list or summary changed are asked about.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from raypipe.config import free, shaping
+from raypipe.engines.engine import EngineConfig
+from raypipe.errors import UsageError
+from raypipe.language.adapters import read_card
+from raypipe.pipeline.job import BatchConfig, CapOptions, cost_of
+from raypipe.pipeline.loaded import BUILTIN, is_builtin, lm_beside
+from raypipe.pipeline.rejects import check_reject_rate
+from raypipe.pipeline.rerank_units import TABLE, RerankBucket, RerankTask
+from raypipe.runtime.budget import Budget
+from raypipe.runtime.job import JobResult, ModelCache
+from raypipe.runtime.progress import say
+from raypipe.runtime.session import bucket_parts, open_session
+from raypipe.storage.fingerprint import fingerprint
+from raypipe.storage.ledger import Counts, Publish, Receipt, Unit, Usage
+from raypipe.storage.models import Model, Models, find_model
+from raypipe.storage.tables import ABSENT
+from raypipe.storage.workspace import Workspace
+from raypipe.systems.summaries import SummariesConfig
+from raypipe.systems.trsr import NAME, TrsrConfig
+
+JOB = "rerank"
+STEP_VERSION = 1
+
+
+class RerankOptions(CapOptions, ModelCache):
+    """What ranks, whose lists, and what it is shown of a user."""
+
+    ranker: str = free(NAME, "NAME, for its newest, or NAME/HASH of a model made by `align --system trsr`")
+    engine: EngineConfig = free(
+        lambda: EngineConfig(lm=BUILTIN), "what scores; lm is the one the model was trained beside"
+    )
+    model: str = shaping("sasrec", "the recommender whose lists, of `recommend`, are put in order")
+    summaries: Literal["hierarchical", "recurrent"] | None = shaping(
+        None, "whose summaries are shown, of `summarize`; null for none"
+    )
+    micro_batch: int = free(64, "users a worker gives the engine at a time", ge=1)
+
+
+class RerankConfig(RerankOptions, BatchConfig):
+    """Configuration of `rerank`."""
+
+
+@dataclass(frozen=True)
+class _Ranker:
+    """What ranks, resolved and checked: the model, the workspace's own language model where it reads with that one, and how users
+    and items are shown to it."""
+
+    model: Model
+    lm: Model | None
+    options: TrsrConfig
+    recipe: str
+
+    @classmethod
+    def of(cls, config: RerankOptions, workspace: Workspace) -> _Ranker:
+        """Raises UsageError for a model that ranks no candidates, for a language model it was not trained beside, and for an
+        engine that scores no answers."""
+        model = find_model(Models(workspace.store), config.ranker)
+        if model.lineage.get("system") != NAME:
+            raise UsageError(
+                f"The model {model.name} ranks no candidates.", "Train one with `raypipe align --system trsr`."
+            )
+        if not config.engine.capabilities.logprobs:
+            raise UsageError(
+                f"The engine {config.engine.engine} cannot tell how likely an answer is, nor read an adapter.",
+                "Choose --engine.engine transformers.",
+            )
+        folder = config.fetch(workspace, model)
+        card = read_card(folder)
+        lm = lm_beside(config, workspace, card, config.engine.lm) if is_builtin(config.engine.lm) else None
+        engine = config.engine.model_copy(update={"adapter": str(folder)})
+        if lm is not None:
+            engine = engine.model_copy(update={"lm": str(config.fetch(workspace, lm))})
+        identity = engine.identity()
+        if identity["model"] != card.lm:
+            raise UsageError(
+                f"The model {model.name} was trained beside another language model than {config.engine.lm}.",
+                "Name that one with --engine.lm, or train another with `raypipe align --system trsr`.",
+            )
+        options = TrsrConfig.model_validate(model.lineage["options"])
+        recipe = fingerprint(
+            {
+                "step": STEP_VERSION,
+                "config": config.shaping_values(),
+                "engine": identity,
+                "options": options.shaping_values(),
+                # With the counts that stand beside its weights.
+                "ranker": model.hash,
+            }
+        )
+        return cls(model, lm, options, recipe)
+
+
+def run_rerank(config: RerankConfig) -> JobResult:
+    """Lists into `recommendations`, variant `rerank-<recommender>`, with the probability of yes as scores.
+
+    Raises UsageError, before work starts, for a model that cannot rank, and where there are no lists or summaries.
+    """
+    started = time.monotonic()
+    workspace = config.open_workspace()
+    tracking = config.open_tracking(workspace)
+    info = workspace.require_info()
+    ranker = _Ranker.of(config, workspace)
+    canary = config.canary_users(workspace)
+    recommender = config.model.partition("/")[0]
+    variant = f"{JOB}-{recommender}"
+    writes = [TABLE] if canary is None else []
+    with open_session(workspace, JOB, writes, config.cluster, config.lock_lease_s) as session:
+        shown = ["summaries"] if config.summaries is not None else []
+        inputs = session.versions("histories", "items", "rejects", TABLE, *shown)
+        base = {TABLE: inputs[TABLE] if canary is None else ABSENT}
+        task = RerankTask(
+            workspace=workspace,
+            scope="all" if canary is None else fingerprint({"users": canary}),
+            variant=variant,
+            recipe=ranker.recipe,
+            versions={**inputs, **base},
+            lists=f"recommend-{recommender}",
+            lists_version=inputs[TABLE],
+            summaries=SummariesConfig(paradigm=config.summaries).variant if config.summaries is not None else None,
+            ranker=ranker.model,
+            lm=ranker.lm,
+            engine=config.engine,
+            options=ranker.options,
+            users=pa.array(canary, pa.string()) if canary is not None else None,
+            micro_batch=config.micro_batch,
+            model_cache=Path(config.model_cache),
+        )
+        _check_written(task)
+        if task.scope == "all" and session.is_current(ranker.recipe, inputs):
+            return JobResult(JOB, "nothing_to_do", cost=cost_of(Usage(), time.monotonic() - started))
+        facts = {"variant": variant, "model": ranker.model.hash, "engine": config.engine.engine}
+        run = session.run(ranker.recipe, inputs, base, task.scope, facts)
+        limits = config.limits()
+        if limits.any:
+            config.cluster.connect()
+        budget = Budget(limits, _usage(run.receipts("users").values()))
+        units = [Unit("users", index) for index in range(info.buckets)]
+        watch = partial(check_reject_rate, config.max_reject_rate)
+        receipts = session.phase(run, units, partial(RerankBucket, task, budget), JOB, watch)
+        parts = bucket_parts(receipts.values(), variant, (TABLE,))
+        result = _result(config, run.run_key, receipts.values(), parts, started)
+        published = JobResult.from_dict(session.publish(run, parts, asdict(result)))
+    if canary is not None:
+        say(f"{JOB}: the canary's tables are below {workspace.uri}/canary/{run.run_key}")
+    if published.status == "ok":
+        params = {"model": ranker.model.hash, "variant": variant, "scope": task.scope[:12]}
+        tracking.log_run(JOB, run.run_key, params, {**published.metrics, **published.cost})
+    return published
+
+
+def _check_written(task: RerankTask) -> None:
+    """Raises UsageError where there is nothing to put in order, or nothing to show."""
+
+    def there(table: str, version: int, variant: str) -> bool:
+        partitions = task.workspace.tables[table].partitions(version)
+        return any(values["variant"] == variant for values, _ in partitions)
+
+    if not there(TABLE, task.lists_version, task.lists):
+        raise UsageError(
+            f"There are no lists of the variant {task.lists} yet.",
+            "Run `raypipe recommend` first, or name another --model.",
+        )
+    if task.summaries is not None and not there("summaries", task.versions["summaries"], task.summaries):
+        raise UsageError(
+            f"There are no summaries of the variant {task.summaries} yet.", "Run `raypipe summarize` first."
+        )
+
+
+def _result(
+    config: RerankConfig, run_key: str, receipts: Collection[Receipt], parts: Sequence[Publish], started: float
+) -> JobResult:
+    counts = sum((receipt.counts for receipt in receipts), Counts())
+    metrics: dict[str, Any] = {
+        "users": counts.rows_in,
+        "computed": counts.ok,
+        "rejected": counts.rejected,
+        **counts.skipped,
+        "first_moved": sum(receipt.facts["first_moved"] for receipt in receipts),
+    }
+    if counts.skipped.get("capped"):
+        say(f"{JOB}: a cap or the deadline left {counts.skipped['capped']:,} users for the next run")
+    usage = _usage(receipts)
+    cost = {**cost_of(usage, time.monotonic() - started), "money": round(config.money(usage), 6)}
+    tables = {
+        part.table: {"rows": sum(file.rows for file in part.files), "rejected": counts.rejected} for part in parts
+    }
+    return JobResult(JOB, "ok" if parts else "nothing_to_do", run_key, tables, metrics=metrics, cost=cost)
+
+
+def _usage(receipts: Iterable[Receipt]) -> Usage:
+    return sum((receipt.usage for receipt in receipts), Usage())

@@ -1,0 +1,270 @@
+"""The unit work of `rerank`: the lists of one user bucket put in order by a language model, in micro-batches."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from raypipe.data.candidates import CandidateSets
+from raypipe.engines.engine import Engine, EngineConfig
+from raypipe.language.backbone import PromptTokenizer, load_tokenizer
+from raypipe.language.instructions import Catalogue
+from raypipe.language.titles import distinct_titles
+from raypipe.pipeline.rejects import WORKER_DIED, blocked_users, rejected_users
+from raypipe.pipeline.user_rows import UserRows, identities
+from raypipe.runtime.budget import Budget
+from raypipe.runtime.session import output_table
+from raypipe.runtime.units import UnitContext
+from raypipe.storage.fingerprint import schema_hash
+from raypipe.storage.hashing import stable_hash
+from raypipe.storage.ledger import MAX_DEATHS, Counts, Receipt, Unit, Usage
+from raypipe.storage.models import Model, Models
+from raypipe.storage.schemas import RECOMMENDATIONS
+from raypipe.storage.tables import StagedFile
+from raypipe.storage.workspace import Workspace
+from raypipe.systems.candidate_facts import Facts
+from raypipe.systems.trsr import Past, PastSummaries, Trsr, TrsrConfig
+
+TABLE = "recommendations"
+_TOO_LONG = ("prompt_too_long", "A prompt about one of the list's items is longer than the language model reads.")
+
+
+@dataclass(frozen=True)
+class RerankTask:
+    """What every unit of a run shares; small and picklable.
+
+    `lists` and `summaries` are variants of `recommendations`, of its `lists_version`, and of `summaries`, None for none.
+    """
+
+    workspace: Workspace
+    scope: str
+    variant: str
+    recipe: str
+    versions: dict[str, int]
+    lists: str
+    lists_version: int
+    summaries: str | None
+    ranker: Model
+    lm: Model | None
+    engine: EngineConfig
+    options: TrsrConfig
+    users: pa.Array | None
+    micro_batch: int
+    model_cache: Path
+
+
+@dataclass(frozen=True)
+class _Ranked:
+    """A list in order, [k] each, or why there is none; either way the tokens it took."""
+
+    items: NDArray[np.int32]
+    scores: NDArray[np.float64]
+    tokens: int = 0
+    reason: str = ""
+    message: str = ""
+
+
+class RerankBucket:
+    """Puts the lists of one bucket's changed users in order and carries the others over."""
+
+    def __init__(self, task: RerankTask, budget: Budget) -> None:
+        self.task, self.budget = task, budget
+        self.blocked = blocked_users(task.workspace, task.versions["rejects"], TABLE, task.variant)
+
+    @cached_property
+    def engine(self) -> Engine:
+        # Built at the first user there is work for: a night without changes loads no weights.
+        folders = {"adapter": str(self._fetch(self.task.ranker))}
+        if self.task.lm is not None:
+            folders["lm"] = str(self._fetch(self.task.lm))
+        return self.task.engine.model_copy(update=folders).build()
+
+    @cached_property
+    def catalogue(self) -> Catalogue:
+        items = self.task.workspace.tables["items"].read(self.task.versions["items"]).sort_by("index")
+        return Catalogue(
+            distinct_titles(items["title"].to_pylist(), items["item_id"].to_pylist()),
+            [dict(pairs) for pairs in items["attributes"].to_pylist()],
+            items["text"].to_pylist(),
+        )
+
+    @cached_property
+    def facts(self) -> Facts | None:
+        """Those that the model was taught by."""
+        task = self.task
+        return Facts.load(self._fetch(task.ranker), len(self.catalogue.titles)) if task.options.facts else None
+
+    def run(self, unit: Unit, context: UnitContext) -> Receipt:
+        started = time.monotonic()
+        task = self.task
+        versions = task.versions["histories"], task.versions[TABLE]
+        state = UserRows(task.workspace, unit.index, TABLE, task.variant, task.recipe, *versions, task.users)
+        rows = self._rows(state)
+        before = identities(state.before["user_id"], state.before["change_key"])
+        wanted = identities(rows["user_id"], rows["change_key"])
+        kept = state.before.filter(pc.is_in(before, value_set=wanted))
+        changed = rows.filter(pc.invert(pc.is_in(wanted, value_set=before)))
+        keys = zip(changed["user_id"].to_pylist(), changed["change_key"].to_pylist(), strict=True)
+        work = changed.filter(pa.array([key not in self.blocked for key in keys], pa.bool_())).combine_chunks()
+        ranked = self._rank(state, work, context)
+        failed = [at for at, mine in ranked.items() if mine.reason]
+        skipped = {
+            "unchanged": rows.num_rows - changed.num_rows,
+            "blocked": changed.num_rows - work.num_rows,
+            "capped": work.num_rows - len(ranked),
+            "unlisted": len(state.users) - rows.num_rows,
+        }
+        counts = Counts(len(state.users), len(ranked) - len(failed), len(failed), skipped)
+        staged: dict[str, Sequence[StagedFile]] = {}
+        if ranked or kept.num_rows < state.before.num_rows:
+            staged = self._stage(state, kept, work, ranked, context)
+        calls = sum(len(mine.items) for mine in ranked.values())
+        usage = Usage(calls, sum(mine.tokens for mine in ranked.values()), 0, time.monotonic() - started)
+        firsts = [work["items"][at][0].as_py() != mine.items[0] for at, mine in ranked.items() if not mine.reason]
+        reasons = {mine.reason: mine.message for mine in ranked.values() if mine.reason}
+        facts = {"first_moved": int(sum(firsts)), "reasons": reasons}
+        return Receipt(
+            unit, counts, usage, staged, {TABLE: schema_hash(RECOMMENDATIONS.schema)}, facts, context.attempt
+        )
+
+    def _rows(self, state: UserRows) -> pa.Table:
+        """user_id, items, summary, place among the bucket's users, and change_key, of users with a list; the key is of the
+        history, the list and the summary."""
+        task, tables = self.task, self.task.workspace.tables
+        lists = tables[TABLE].read(
+            task.lists_version, ["user_id", "items", "change_key"], variant=task.lists, bucket=state.bucket
+        )
+        places = pc.index_in(lists["user_id"], value_set=state.users)
+        lists = lists.append_column("place", places)
+        lists = lists.filter(pc.and_(pc.is_valid(places), pc.greater(pc.list_value_length(lists["items"]), 0)))
+        summary, summary_key = pa.nulls(lists.num_rows, pa.string()), pa.repeat("", lists.num_rows)
+        if task.summaries is not None:
+            columns = ["user_id", "summary", "change_key"]
+            told = tables["summaries"].read(
+                task.versions["summaries"], columns, variant=task.summaries, bucket=state.bucket
+            )
+            at = pc.index_in(lists["user_id"], value_set=told["user_id"].combine_chunks())
+            summary, summary_key = told["summary"].take(at), pc.fill_null(told["change_key"].take(at), "")
+        shown = pc.binary_join_element_wise(lists["change_key"], summary_key, "-")
+        hashes = [f"{value:016x}" for value in stable_hash(pa.array(shown.to_pylist(), pa.string())).tolist()]
+        keys = pc.binary_join_element_wise(state.change_keys.take(lists["place"]), pa.array(hashes, pa.string()), "-")
+        return pa.table(
+            {
+                "user_id": lists["user_id"],
+                "items": lists["items"],
+                "summary": summary,
+                "place": lists["place"],
+                "change_key": keys,
+            }
+        ).sort_by("user_id")
+
+    def _rank(self, state: UserRows, work: pa.Table, context: UnitContext) -> dict[int, _Ranked]:
+        """By row of `work`."""
+        names = work["user_id"].to_pylist()
+        lengths = pc.list_value_length(work["items"]).to_numpy() if len(names) else np.zeros(0, np.int64)
+        ranked: dict[int, _Ranked] = {}
+        trsr: Trsr | None = None
+        batches = deque(_batches(lengths, [name in context.deaths for name in names], self.task.micro_batch))
+        while batches:
+            batch = batches.popleft()
+            if context.deaths.get(names[batch[0]], 0) >= MAX_DEATHS:
+                ranked[int(batch[0])] = _Ranked(np.zeros(0, np.int32), np.zeros(0), 0, *WORKER_DIED)
+                continue
+            calls = int(lengths[batch].sum())
+            most = Usage(calls, calls * self.engine.context)
+            if not self.budget.take(most):
+                # What is left of a cap may not do for all of them, but for some.
+                if len(batch) == 1:
+                    break
+                half = len(batch) // 2
+                batches.extendleft([batch[half:], batch[:half]])
+                continue
+            context.journal([names[at] for at in batch])
+            trsr = trsr or self._recommender(state, work)
+            done = self._ordered(trsr, work.take(pa.array(batch)))
+            self.budget.give_back(most, Usage(calls, sum(mine.tokens for mine in done)))
+            ranked |= dict(zip(batch.tolist(), done, strict=True))
+        return ranked
+
+    def _recommender(self, state: UserRows, work: pa.Table) -> Trsr:
+        """That knows the bucket's histories, and the summaries of those there is work for."""
+        told = zip(work["place"].to_pylist(), work["summary"].to_pylist(), strict=True)
+        summaries = PastSummaries({row: [(0, text)] for row, text in told if text is not None})
+        past = Past(state.histories, np.zeros(len(state.users), bool), self.catalogue, summaries)
+        return Trsr(self.task.options, past, self._tokenizer, self.engine.context, self.facts)
+
+    def _ordered(self, trsr: Trsr, work: pa.Table) -> list[_Ranked]:
+        """Of users whose lists are of one length."""
+        rows = work["place"].to_numpy().astype(np.int64)
+        items = np.array(work["items"].to_pylist(), np.int32)
+        sets = CandidateSets(rows, items, np.zeros(len(rows), np.int64))
+        found: list[_Ranked] = []
+        for scored in trsr.scores(self.engine, rows, sets):
+            order = np.argsort(-scored.yes, axis=1, kind="stable")
+            for mine, yes, best, tokens, refused in zip(
+                items[scored.part], scored.yes, order, scored.tokens.tolist(), scored.refused.tolist(), strict=True
+            ):
+                reason, message = _TOO_LONG if refused else ("", "")
+                found.append(_Ranked(mine[best], yes[best], tokens, reason, message))
+        return found
+
+    @cached_property
+    def _tokenizer(self) -> PromptTokenizer:
+        lm = str(self._fetch(self.task.lm)) if self.task.lm is not None else str(self.task.engine.lm)
+        return load_tokenizer(lm)
+
+    def _stage(
+        self, state: UserRows, kept: pa.Table, work: pa.Table, ranked: Mapping[int, _Ranked], context: UnitContext
+    ) -> dict[str, Sequence[StagedFile]]:
+        task = self.task
+        good = [at for at, mine in ranked.items() if not mine.reason]
+        rows = work.take(pa.array(good, pa.int64()))
+        fresh = pa.table(
+            [
+                rows["user_id"],
+                pa.array([ranked[at].items.tolist() for at in good], pa.list_(pa.int32())),
+                pa.array([ranked[at].scores.tolist() for at in good], pa.list_(pa.float32())),
+                rows["change_key"],
+            ],
+            schema=RECOMMENDATIONS.columns,
+        )
+        table = output_table(task.workspace, TABLE, task.scope, context.run.run_key)
+        partition: dict[str, str | int] = {"variant": task.variant, "bucket": state.bucket}
+        whole = pa.concat_tables([kept, fresh]).sort_by("user_id")
+        staged: dict[str, Sequence[StagedFile]] = {TABLE: [table.stage(whole, context.file_name(), partition)]}
+        if failed := [at for at, mine in ranked.items() if mine.reason]:
+            rows = work.take(pa.array(failed, pa.int64()))
+            names = rows["user_id"].to_pylist()
+            rejected = rejected_users(
+                context.run.run_key,
+                task.variant,
+                names,
+                [ranked[at].reason for at in failed],
+                [ranked[at].message for at in failed],
+                [1 + context.deaths.get(name, 0) for name in names],
+                rows["change_key"].to_pylist(),
+            )
+            where = output_table(task.workspace, "rejects", task.scope, context.run.run_key)
+            staged["rejects"] = [where.stage(rejected, context.file_name(), {"table": TABLE})]
+        return staged
+
+    def _fetch(self, model: Model) -> Path:
+        return Models(self.task.workspace.store).fetch(model, self.task.model_cache)
+
+
+def _batches(lengths: NDArray[np.integer], suspects: Sequence[bool], size: int) -> Iterator[NDArray[np.int64]]:
+    """Users whose lists are of one length together; suspects alone and last, so that a poison row costs its neighbours nothing."""
+    alone = np.array(suspects, bool)
+    for length in np.unique(lengths[~alone]):
+        rows = np.flatnonzero(~alone & (lengths == length))
+        yield from (rows[start : start + size] for start in range(0, len(rows), size))
+    yield from (np.array([row]) for row in np.flatnonzero(alone))

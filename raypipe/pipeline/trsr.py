@@ -1,0 +1,229 @@
+"""`raypipe align --system trsr`: a language model that says yes or no to candidates, beside what ranks the same candidates without.
+
+What comes next of every user is asked for, among the stored candidates; training reads what stands before the last `hold_out`
+events. Summaries are read as `summarize --summaries.hold_out N` wrote them: of N as here for the asked, of larger N (or, where
+they are recurrent, of blocks) for what training reads, so that no prompt tells of its own answer.
+
+The ranks are stored with the model, by user: another model's, of the same candidates, are compared with them one by one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from raypipe.data.candidates import CandidateSets, candidate_sets
+from raypipe.errors import UsageError
+from raypipe.language.adapters import AdapterCard, build_adapter
+from raypipe.language.alignment import prepare_alignment
+from raypipe.language.backbone import load_backbone
+from raypipe.language.checkpoint import checkpoint_hash, resolve_checkpoint
+from raypipe.language.instructions import Catalogue
+from raypipe.language.titles import distinct_titles
+from raypipe.pipeline.candidates import stored_candidates
+from raypipe.pipeline.held_out import Cut, are_held_out
+from raypipe.pipeline.job import cost_of
+from raypipe.pipeline.loaded import Loaded, find_builtin_lm, is_builtin
+from raypipe.pipeline.past_summaries import past_summaries
+from raypipe.pipeline.sequences import histories_hash, pinned_versions, read_histories
+from raypipe.pipeline.trsr_measures import Asked, compared, measure, recommender_of, save_ranks
+from raypipe.recommenders.recommender import freeze
+from raypipe.runtime.job import JobResult
+from raypipe.runtime.progress import say
+from raypipe.runtime.trainer import fit
+from raypipe.storage.fingerprint import fingerprint
+from raypipe.storage.hashing import mix
+from raypipe.storage.ledger import Usage
+from raypipe.storage.locks import hold
+from raypipe.storage.models import Model, Models, find_model
+from raypipe.storage.workspace import Workspace
+from raypipe.systems.trsr import NAME, Past, PastSummaries, Trsr, TrsrConfig
+from raypipe.systems.trsr_training import RankingTask, prepare_validation
+
+if TYPE_CHECKING:
+    from raypipe.pipeline.align import AlignConfig
+
+STEP_VERSION = 1
+_ASKED_ANEW = {"recent", "history", "missing", "noise", "controls"}
+"""Options that say how a stored one is asked."""
+
+
+def run_trsr(config: AlignConfig) -> JobResult:
+    """Train unless one of this recipe is stored, and measure it. Raises UsageError before work starts."""
+    started = time.monotonic()
+    workspace = config.open_workspace()
+    workspace.require_info()
+    tracking = config.open_tracking(workspace)
+    versions = pinned_versions(workspace)
+    models = Models(workspace.store)
+    against = None if config.trsr.against is None else find_model(models, config.trsr.against)
+    inputs = _read(config, workspace, versions)
+    if config.adapter is not None:
+        return _measured_anew(config, workspace, inputs, find_model(models, config.adapter), started)
+    recipe = fingerprint(
+        {
+            "step": STEP_VERSION,
+            "config": config.shaping_values(),
+            "trsr": config.trsr.shaping_values(),
+            "lm": inputs.lm_hash,
+            "recommender": f"{inputs.loaded.model.name}/{inputs.loaded.model.hash}",
+            "histories": histories_hash(workspace, versions["histories"]),
+            "catalogue": fingerprint({"lines": config.trsr.lines(inputs.past.catalogue)}),
+            "summaries": fingerprint(
+                {"texts": sorted((row, *mine) for row, mine in inputs.past.summaries.texts.items())}
+            ),
+        }
+    )
+    with hold(workspace.store, [f"models-{NAME}"], NAME, config.lock_lease_s):
+        status = "nothing_to_do"
+        if (model := models.newest(NAME, recipe)) is None:
+            status, model = "ok", _train(config, workspace, inputs, recipe, versions)
+        tracking.register(model)
+    metrics = dict(model.lineage["metrics"])
+    if against is not None:
+        metrics |= compared(config, workspace, model, against)
+    if status == "ok":
+        tracking.log_run(NAME, recipe, {"model": model.hash, "lm": inputs.lm_hash[:12]}, metrics)
+    return _result(model, status, metrics, started)
+
+
+def _read(config: AlignConfig, workspace: Workspace, versions: dict[str, int]) -> Asked:
+    if not config.hold_out:
+        raise UsageError("Every event is trained on, so that none is left to ask for.", "Set --hold_out to 1 or more.")
+    cut = Cut(config.hold_out, config.held_out_share)
+    loaded = Loaded.of(config, workspace, config.model)
+    freeze(loaded.recommender)
+    cut.check_events(loaded.model)
+    if is_builtin(config.lm):
+        model = find_builtin_lm(workspace, "--lm", config.lm)
+        cut.check_events(model)
+        lm = config.fetch(workspace, model)
+    else:
+        lm = resolve_checkpoint(config.lm)
+    users, whole = read_histories(workspace, versions["histories"])
+    ids = loaded.items["item_id"].to_pylist()
+    catalogue = Catalogue(
+        distinct_titles(loaded.items["title"].to_pylist(), ids),
+        [dict(pairs) for pairs in loaded.items["attributes"].to_pylist()],
+        loaded.items["text"].to_pylist(),
+    )
+    summaries = PastSummaries()
+    if config.summaries is not None:
+        first_learnt = config.hold_out + 1 + _left(config)
+        needed = (config.hold_out, first_learnt)
+        summaries = past_summaries(workspace, config.summaries, needed, config.trsr.block_items, users, whole.lengths)
+    key, sets = stored_candidates(workspace, versions, config.hold_out, config.trsr.candidates)
+    if not len(sets):
+        raise UsageError(
+            f"No user has two events before the last {config.hold_out} and leaves {config.trsr.candidates.negatives} items unseen.",
+            "Ingest more users or items, or lower --trsr.candidates.negatives.",
+        )
+    chosen = np.sort(np.random.default_rng(0).permutation(len(sets))[: config.asked])
+    sets = CandidateSets(sets.keys[chosen], sets.items[chosen], sets.places[chosen])
+    assert whole.users is not None
+    order = np.argsort(whole.users)
+    rows = order[np.searchsorted(whole.users, sets.keys, sorter=order)]
+    past = Past(whole.without_last(config.hold_out), are_held_out(users, config.held_out_share), catalogue, summaries)
+    return Asked(past, lm, checkpoint_hash(lm), loaded, sets, key, rows)
+
+
+def _left(config: AlignConfig) -> int:
+    """Events before the cut that training leaves to validation."""
+    return int(config.trainer.validate_every is not None)
+
+
+def _train(config: AlignConfig, workspace: Workspace, inputs: Asked, recipe: str, versions: dict[str, int]) -> Model:
+    """Train, measure, and only then store: who finds the model finds its figures in the lineage, and its ranks beside it."""
+    name = f"{NAME}-{recipe}"
+    folder = config.training_folder(workspace, name)
+    card = AdapterCard(config.trsr.adapter, {}, inputs.lm_hash, "")
+    backbone = load_backbone(str(inputs.lm), device="cpu")
+    trsr = recommender_of(config.trsr, inputs, backbone)
+    build_adapter(backbone, card)  # what cannot be built is told here, and not by a worker
+    rng = np.random.default_rng(config.trainer.seed)
+    if _left(config):
+        _prepare_validation(config, inputs, trsr, folder / "data")
+    try:
+        counts = prepare_alignment(
+            folder / "data",
+            trsr.examples(config.users, config.positions, _left(config), rng),
+            backbone,
+            backbone.ends[0],
+            backbone.context,
+            str(inputs.lm),
+            card,
+            config.trainer.seed,
+        )
+    except ValueError as error:
+        raise UsageError(str(error), "Ingest longer histories, or name a language model of a longer context.") from None
+    say(f"{NAME}: training on {counts['examples']:,} examples, {counts['tokens']:,} tokens")
+    config.cluster.connect()
+    trained = fit(RankingTask(folder / "data"), config.trainer, name, folder / "checkpoint")
+    measured, ranks = measure(config, config.trsr, inputs, trained.folder)
+    metrics = {
+        "loss_first": float(np.mean(trained.losses[:10])),
+        "loss_last": float(np.mean(trained.losses[-10:])),
+        "steps": trained.steps,
+        "train_seconds": round(trained.seconds, 1),
+        **counts,
+        **inputs.past.summaries.cost,
+        **measured,
+    }
+    if trained.validations:
+        metrics["validation_recalls"] = round(max(value for _, value in trained.validations), 4)
+    if config.trsr.facts:
+        trsr.facts().save(trained.folder)
+    save_ranks(trained.folder, inputs.sets.keys, ranks)
+    lineage = {
+        "job": "align",
+        "versions": versions,
+        "hold_out": config.hold_out,
+        "held_out_share": config.held_out_share,
+        "seed": config.trainer.seed,
+        "system": NAME,
+        "options": config.trsr.model_dump(mode="json"),
+        "config": config.shaping_values(),
+        "lm": inputs.lm_hash,
+        "candidates": inputs.sets_key,
+        "metrics": metrics,
+    }
+    model = Models(workspace.store).add(NAME, trained.folder, recipe, lineage)
+    workspace.store.delete_folder(f"staging/{name}")
+    return model
+
+
+def _prepare_validation(config: AlignConfig, inputs: Asked, trsr: Trsr, folder: Path) -> None:
+    """Of the asked the last event before the cut, among as many candidates, drawn anew."""
+    histories, options = inputs.past.histories, config.trsr.candidates
+    rows = inputs.rows[~inputs.past.held_out[inputs.rows]]
+    seen = histories.take(histories.starts[rows], histories.lengths[rows])
+    assert seen.users is not None
+    seeds = mix(seen.users.view(np.uint64) ^ np.uint64(options.seed))
+    targets = histories.items[histories.ends[rows] - 1]
+    sets, filled = candidate_sets(
+        seen.users, seeds, targets, seen.items, seen.lengths, len(trsr.lines), options.negatives
+    )
+    rows = rows[filled]
+    prompts = trsr.prompts(rows, 1, sets.items, trsr.summaries(rows, 1))
+    prepare_validation(folder, prompts, sets.places, trsr.tokenizer, trsr.answers)
+
+
+def _measured_anew(
+    config: AlignConfig, workspace: Workspace, inputs: Asked, adapter: Model, started: float
+) -> JobResult:
+    """A stored model asked with what is given here: other summaries, fewer items, summaries that are missing or wrong."""
+    if adapter.lineage.get("system") != NAME:
+        raise UsageError(f"The model {adapter.name} is none of this system.", "Name one made by `align --system trsr`.")
+    given = config.trsr.model_dump(include=_ASKED_ANEW & config.trsr.model_fields_set)
+    options = TrsrConfig.model_validate({**adapter.lineage["options"], **given})
+    metrics, _ = measure(config, options, inputs, config.fetch(workspace, adapter))
+    return _result(adapter, "ok", metrics, started)
+
+
+def _result(model: Model, status: str, metrics: Mapping[str, float], started: float) -> JobResult:
+    cost = cost_of(Usage(), time.monotonic() - started)
+    return JobResult("align", status, model.recipe, models={model.name: model.hash}, metrics=metrics, cost=cost)

@@ -1,0 +1,189 @@
+"""What counts and texts tell of a candidate, as whole numbers from 0 to 9 that stand in its line of a prompt.
+
+A small language model cannot know what is popular, nor what is chosen together; these numbers state it:
+
+    chosen   how often anybody chose it
+    again    how often this user did
+    near     how near it is to what is chosen together with items like the user's last one, and like all of theirs
+    alike    how like its text is to that of their last item, and to those of all
+    linked   in how many ways two steps of being chosen together lead to it
+
+0 is nothing; else a number is the place among what random items have, finer at the top, so that a longer log moves no number.
+All of it is taken from the histories that `Facts.of` is given: those that end before the event that is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+from scipy.sparse import csr_array, diags_array, vstack
+from sklearn.feature_extraction.text import TfidfVectorizer
+
+from raypipe.recommenders.windows import Histories
+
+FORM = "chosen {} again {} near {} {} alike {} {} linked {}"
+NAMES = ("chosen", "again", "near last", "near", "alike last", "alike", "linked")
+_PLACES = (0.25, 0.5, 0.7, 0.82, 0.9, 0.95, 0.98, 0.993)
+_NEIGHBOURS = 20  # items of like text, itself included, by which `near` is smoothed
+_FILE = "facts.safetensors"
+_MATRICES = ("together", "vectors", "neighbours")
+_PARTS = ("data", "indices", "indptr")
+_TERMS = 50_000
+_AT_ONCE = 512
+_SAMPLE = 128  # histories, each beside as many random items, that numbers are graded by
+
+
+@dataclass(frozen=True)
+class Facts:
+    """By the counts of some histories. `vectors` [items + 1, terms] of the items' texts are of length 1, `neighbours`
+    [items + 1, items + 1] has of each item those of like text, rows of sum 1; `history` last events of a user are seen."""
+
+    popularity: NDArray[np.float32]
+    together: csr_array
+    vectors: csr_array
+    neighbours: csr_array
+    history: int
+    edges: tuple[NDArray[np.float64], ...] = ()
+    """Of each fact the values that part its numbers."""
+
+    @classmethod
+    def of(cls, base: Histories, vectors: csr_array, neighbours: csr_array, history: int) -> Facts:
+        items = vectors.shape[0] - 1
+        popularity = np.log1p(base.counts(items)).astype(np.float32)
+        facts = cls(popularity, _normalised(chosen_together(base, items)), vectors, neighbours, history)
+        return replace(facts, edges=facts._graded_at())
+
+    def save(self, folder: Path) -> None:
+        """Beside a model that was taught by these counts."""
+        arrays: dict[str, NDArray[Any]] = {"popularity": self.popularity, "history": np.array([self.history])}
+        for name in _MATRICES:
+            matrix = getattr(self, name)
+            arrays |= {f"{name}/{part}": np.asarray(getattr(matrix, part)) for part in (*_PARTS, "shape")}
+        save_file(arrays | {f"edges/{number}": mine for number, mine in enumerate(self.edges)}, folder / _FILE)
+
+    @classmethod
+    def load(cls, folder: Path, items: int) -> Facts:
+        """Of a catalogue of so many items: of those that came later there is nothing to tell."""
+        told = load_file(folder / _FILE)
+        popularity = np.zeros(items + 1, np.float32)
+        popularity[: len(told["popularity"])] = told["popularity"]
+        matrices = {}
+        for name in _MATRICES:
+            parts = tuple(told[f"{name}/{part}"] for part in _PARTS)
+            matrix = csr_array(parts, shape=tuple(told[f"{name}/shape"].tolist()))
+            matrix.resize(items + 1, matrix.shape[1] if name == "vectors" else items + 1)
+            matrices[name] = matrix
+        edges = tuple(told[f"edges/{number}"] for number in range(len(NAMES)))
+        return cls(popularity, **matrices, history=int(told["history"][0]), edges=edges)
+
+    def graded(self, prefixes: Histories, candidates: NDArray[np.int32]) -> NDArray[np.int64]:
+        """Int64 [n, k, facts] of 0 to 9, of the items int32 [n, k] after each prefix."""
+        values = self.values(prefixes, candidates)
+        found = np.zeros(values.shape, np.int64)
+        for fact, edges in enumerate(self.edges):
+            mine = values[:, :, fact]
+            found[:, :, fact] = np.where(mine > 0, 1 + np.searchsorted(edges, mine, side="right"), 0)
+        found[:, :, NAMES.index("again")] = np.minimum(values[:, :, NAMES.index("again")], 9)
+        return found
+
+    def told(self, prefixes: Histories, candidates: NDArray[np.int32]) -> Iterator[list[str]]:
+        """For each prefix the numbers of its candidates in words."""
+        for start in range(0, len(candidates), _AT_ONCE):
+            part = slice(start, start + _AT_ONCE)
+            some = prefixes.take(prefixes.starts[part], prefixes.lengths[part])
+            for grades in self.graded(some, candidates[part]).tolist():
+                yield [FORM.format(*mine) for mine in grades]
+
+    def values(self, prefixes: Histories, candidates: NDArray[np.int32]) -> NDArray[np.float32]:
+        """float32 [n, k, facts], before they are graded."""
+        kept = np.minimum(prefixes.lengths, self.history)
+        parts = [np.zeros((0, candidates.shape[1], len(NAMES)), np.float32)]
+        for start in range(0, len(candidates), _AT_ONCE):
+            part = slice(start, start + _AT_ONCE)
+            parts.append(self._values(prefixes.take((prefixes.ends - kept)[part], kept[part]), candidates[part]))
+        return np.concatenate(parts)
+
+    def _values(self, prefixes: Histories, candidates: NDArray[np.int32]) -> NDArray[np.float32]:
+        rows = np.arange(len(candidates))[:, None]
+
+        def at(table: csr_array) -> NDArray[Any]:
+            return table.toarray()[rows, candidates]
+
+        last, whole = (chosen_by(prefixes, self.vectors.shape[0], window) for window in (1, None))
+        lengths = np.maximum(prefixes.lengths, 1)[:, None]
+        found = [
+            self.popularity[candidates],
+            at(whole),
+            *(at(mine @ self.neighbours @ self.together @ self.neighbours.T) for mine in (last, whole)),
+            at((last @ self.vectors) @ self.vectors.T),
+            at((whole @ self.vectors) @ self.vectors.T) / lengths,
+            at(whole @ self.together @ self.together),
+        ]
+        return np.stack(found, 2).astype(np.float32)
+
+    def _graded_at(self) -> tuple[NDArray[np.float64], ...]:
+        """By items at random after items at random."""
+        rng = np.random.default_rng(0)
+        items = len(self.popularity) - 1
+        known = np.flatnonzero(self.popularity[1:]) + 1
+        if not len(known):
+            return (np.zeros(0),) * len(NAMES)
+        drawn = rng.choice(known, _SAMPLE * 4).astype(np.int32)
+        after = Histories(drawn, np.arange(1, _SAMPLE + 1) * 4)
+        values = self.values(after, rng.integers(1, items + 1, (_SAMPLE, _SAMPLE)).astype(np.int32))
+        positive = (values[:, :, fact][values[:, :, fact] > 0] for fact in range(len(NAMES)))
+        return tuple(np.quantile(mine, _PLACES) if len(mine) else np.zeros(0) for mine in positive)
+
+
+def chosen_by(histories: Histories, width: int, window: int | None = None) -> csr_array:
+    """How often each history has each item among its last `window` events, or all: [histories, width]."""
+    kept = histories.lengths if window is None else np.minimum(histories.lengths, window)
+    last = histories.take(histories.ends - kept, kept)
+    owners = np.repeat(np.arange(len(last)), kept)
+    found = csr_array((np.ones(len(owners), np.float32), (owners, last.items)), shape=(len(last), width))
+    found.sum_duplicates()
+    return found
+
+
+def chosen_together(histories: Histories, items: int) -> csr_array:
+    """How many histories hold both of two items, and on the diagonal one: [items + 1, items + 1]."""
+    chosen = chosen_by(histories, items + 1)
+    chosen.data[:] = 1
+    return csr_array(chosen.T @ chosen)
+
+
+def text_vectors(texts: Sequence[str]) -> csr_array:
+    """TF-IDF of the words of every item's text, in order of index: [items + 1, terms], rows of length 1; row 0, padding, is
+    empty."""
+    words = TfidfVectorizer(sublinear_tf=True, max_features=_TERMS, dtype=np.float32)
+    try:
+        vectors = csr_array(words.fit_transform(texts))
+    except ValueError:  # no text holds a word
+        vectors = csr_array((len(texts), 1), dtype=np.float32)
+    return csr_array(vstack([csr_array((1, vectors.shape[1]), dtype=np.float32), vectors]))
+
+
+def text_neighbours(vectors: csr_array, count: int = _NEIGHBOURS) -> csr_array:
+    """Of each item those whose texts are most alike, weighted by how much; rows of sum 1, or 0 where a text says nothing."""
+    rows = []
+    for start in range(0, vectors.shape[0], _AT_ONCE):
+        alike = (vectors[start : start + _AT_ONCE] @ vectors.T).toarray()
+        most = min(count, alike.shape[1])
+        least = np.partition(alike, -most, axis=1)[:, -most, None]
+        rows.append(csr_array(np.where(alike >= np.maximum(least, np.finfo(np.float32).tiny), alike, 0)))
+    whole = csr_array(vstack(rows))
+    return csr_array(diags_array(1 / np.maximum(whole.sum(1), 1e-12)).astype(np.float32) @ whole)
+
+
+def _normalised(together: csr_array) -> csr_array:
+    """Without an item's being chosen with itself, and divided by the roots of both items' sums."""
+    others = csr_array(together - diags_array(together.diagonal()))
+    others.eliminate_zeros()
+    scale = diags_array(1 / np.sqrt(np.maximum(others.sum(1), 1))).astype(np.float32)
+    return csr_array(scale @ others @ scale)

@@ -1,0 +1,300 @@
+"""LLM-TRSR (arXiv 2403.13325, section 3.3): a language model says yes or no to a candidate, given a summary of the long past and
+the last items.
+
+A prompt holds the instruction, the preference summary, the last items and the candidate's text; the score is the softmax over
+the logits of yes and no. Of every event that training reads there is a prompt with its item and one for each item drawn beside
+it, and no summary in a prompt is of anything but what came before its event. A user's prompts differ in the candidate alone,
+which comes last, so that an engine reads the rest once.
+
+The paper shows the last 5 items; its code learns prompt and answer alike (`loss: text`). Ours is `facts`: a candidate's line
+ends with numbers that tell what counts and texts say of it (`candidate_facts`), of what came before the event alone too.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import repeat
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import field_validator, model_validator
+from scipy.sparse import csr_array
+
+from raypipe.config import Config, free, shaping
+from raypipe.data.candidates import CandidateSets, draw_unseen
+from raypipe.engines.engine import Engine
+from raypipe.language.adapters import AdapterConfig, LoraOptions
+from raypipe.language.answers import telling_beginnings
+from raypipe.language.backbone import PromptTokenizer
+from raypipe.language.instructions import Catalogue
+from raypipe.language.prompt import Prompt
+from raypipe.language.soft_prompts import SoftExample
+from raypipe.language.summary_prompts import SummaryPrompts
+from raypipe.language.templates import fill
+from raypipe.recommenders.windows import Histories
+from raypipe.storage.hashing import mix
+from raypipe.systems.boosted_trees import TreesConfig
+from raypipe.systems.candidate_facts import FORM, Facts, text_neighbours, text_vectors
+
+NAME = "trsr"
+YES, NO = "yes", "no"
+NOTHING = "NULL"
+"""Stands where there is no summary, or no last item is shown."""
+
+Control = Literal["no summaries", "shuffled summaries"]
+
+_PROMPT = """One person's preference summary tells what they like in the long term, their recent items what they are after now. \
+Weigh both, and say whether the person will choose the candidate next. Answer yes or no.
+Preference summary: {summary}
+Recent items:
+{recent}
+Candidate: {candidate}
+Answer:"""
+_USERS_AT_ONCE = 256
+_MOST_CHARACTERS = 10_000  # of an item's text, of whose words its likeness to others is made
+_DISTURBED = np.uint64(0x5851F42D4C957F2D)
+
+
+class CandidateOptions(Config):
+    """The candidates that every model ranks."""
+
+    negatives: int = shaping(20, "items a user never chose, beside the one that came next", ge=1)
+    seed: int = shaping(0, "of the draw, which also follows from the user's id and history", ge=0)
+
+
+class TrsrConfig(Config):
+    """What is shown of a user and a candidate, what is learnt, and what is ranked."""
+
+    recent: int | None = shaping(5, "last items that are shown: 0 for none, null for all of the history", ge=0)
+    history: int = shaping(25, "last events of a user that are shown or counted, those of the summary apart", ge=1)
+    attributes: tuple[str, ...] = shaping((), "an item's attributes that are shown; all of them when empty")
+    text_characters: int = shaping(0, "characters of an item's text that are shown beside its title", ge=0)
+    facts: bool = shaping(False, "numbers from 0 to 9 in a candidate's line, of what counts and texts tell of it")
+    missing: float = shaping(0.0, "share of the users whose summary is left out", ge=0, le=1)
+    noise: float = shaping(0.0, "share of the users who have somebody else's summary", ge=0, le=1)
+    block_items: int = shaping(5, "of the blocks that summaries were written of", ge=1)
+    negatives: int = shaping(1, "items drawn beside each item that is learnt", ge=1)
+    loss: Literal["answer", "text"] = shaping("answer", "learnt is the answer alone, or the whole text as released")
+    lora: LoraOptions | None = shaping(lambda: LoraOptions(rank=8, alpha=16), "updates of the language model")
+    embeddings: bool = shaping(False, "the language model's embedding table and head are trained too")
+    full: bool = shaping(False, "every weight of the language model is trained; set lora to null")
+    prompt: str = shaping(_PROMPT, "marks {summary}, {recent} and, behind them, {candidate}")
+    candidates: CandidateOptions = shaping(CandidateOptions, "what is ranked")
+    trees: TreesConfig = shaping(TreesConfig, "boosted trees, measured beside it")
+    controls: tuple[Control, ...] = free(
+        ("no summaries", "shuffled summaries"), "how it is asked once more where there are summaries"
+    )
+    against: str | None = free(
+        None, "NAME or NAME/HASH of a stored one, whose ranks of the same candidates are compared user by user"
+    )
+
+    @field_validator("prompt")
+    @classmethod
+    def _candidate_comes_last(cls, template: str) -> str:
+        marks = ("{summary}", "{recent}", "{candidate}")
+        places = [template.find(mark) for mark in marks]
+        if any(template.count(mark) != 1 for mark in marks) or places[2] != max(places):
+            raise ValueError(f"the template needs {', '.join(marks)}, each once, and the candidate last")
+        return template
+
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> TrsrConfig:
+        if self.lora is None and not self.embeddings and not self.full:
+            raise ValueError("without lora, embeddings or full nothing would be trained")
+        if self.full and self.lora is not None:
+            raise ValueError("full trains every weight itself: set lora to null")
+        if self.missing + self.noise > 1:
+            raise ValueError("missing and noise are shares of the same users")
+        return self
+
+    def lines(self, catalogue: Catalogue) -> list[str]:
+        """What is shown of each item."""
+        return catalogue.lines(SummaryPrompts(attributes=self.attributes, text_characters=self.text_characters))
+
+    @property
+    def adapter(self) -> AdapterConfig:
+        return AdapterConfig(lora=self.lora, embeddings=self.embeddings, full=self.full)
+
+
+@dataclass(frozen=True)
+class PastSummaries:
+    """Of histories' rows the texts that summarise their first so many events, (events, text) in order of events."""
+
+    texts: Mapping[int, Sequence[tuple[int, str]]] = field(default_factory=dict)
+    cost: Mapping[str, int] = field(default_factory=dict)
+    """Calls and tokens of those that the asked are shown."""
+
+    def at(self, row: int, events: int) -> str | None:
+        """The newest one that is of the first `events` events or of fewer."""
+        mine = self.texts.get(row, ())
+        place = bisect_right(mine, events, key=lambda pair: pair[0])
+        return mine[place - 1][1] if place else None
+
+
+@dataclass(frozen=True)
+class Past:
+    """What is known before the cut. `held_out` bool [users] are those whom no training sees."""
+
+    histories: Histories
+    held_out: NDArray[np.bool_]
+    catalogue: Catalogue
+    summaries: PastSummaries = PastSummaries()
+
+    @cached_property
+    def vectors(self) -> csr_array:
+        """Of what is said of every item, as of `text_vectors`."""
+        return text_vectors(self.catalogue.lines(SummaryPrompts(text_characters=_MOST_CHARACTERS)))
+
+    @cached_property
+    def neighbours(self) -> csr_array:
+        return text_neighbours(self.vectors)
+
+
+class Trsr:
+    """The prompts of a recommender on one language model: what it learns, and what it is asked.
+
+    `tokenizer` is that model's and `context` the most tokens it reads; `facts` are those of all that is known, where they are
+    not to be counted in `past`. Raises ValueError where its tokenizer cannot tell yes and no apart after a prompt.
+    """
+
+    def __init__(
+        self, config: TrsrConfig, past: Past, tokenizer: PromptTokenizer, context: int, facts: Facts | None = None
+    ) -> None:
+        self.config, self.past, self.tokenizer = config, past, tokenizer
+        self.lines = config.lines(past.catalogue)
+        self._costs = np.array(tokenizer.count_tokens([f"{line}\n" for line in self.lines]))
+        bare = self._prompt("", "", "").text
+        self.answers = telling_beginnings(tokenizer, bare, (YES, NO))
+        (frame,), spelled = tokenizer.encode([bare]), tokenizer.count_tokens([f" {YES}", f" {NO}"])
+        # Room for the summary and the items, the candidate and the end mark among them.
+        self._room = context - len(frame) - max(spelled) - 1
+        if config.facts:
+            self._room -= max(tokenizer.count_tokens([f"; {FORM.replace('{}', str(number))}" for number in range(10)]))
+        self._facts = {} if facts is None else {0: facts}
+        keys = np.arange(len(past.histories)) if past.histories.users is None else past.histories.users
+        self._fates = mix(keys.view(np.uint64) ^ _DISTURBED)
+        self._summarised = np.array(sorted(past.summaries.texts), np.int64)
+
+    def examples(self, users: int, positions: int, left: int, rng: np.random.Generator) -> Iterator[SoftExample]:
+        """Yes to each of the last `positions` items of at most so many histories that are not held out, and no to items drawn
+        beside it; the last `left` events before the cut are left to validation."""
+        histories = self.past.histories
+        rows = rng.permutation(np.flatnonzero(~self.past.held_out & (histories.lengths > left + 1)))[:users]
+        whole = self.config.loss == "text"
+        for back in range(left + 1, left + positions + 1):
+            learnt = rows[histories.lengths[rows] > back]
+            for start in range(0, len(learnt), _USERS_AT_ONCE):
+                chosen = learnt[start : start + _USERS_AT_ONCE]
+                targets = histories.items[histories.ends[chosen] - back]
+                # What a user chose before the cut is never learnt as a no; what comes after it is not known here.
+                seen = histories.take(histories.starts[chosen], histories.lengths[chosen])
+                seeds = rng.integers(0, 2**63, len(chosen)).astype(np.uint64)
+                negatives, filled = draw_unseen(seeds, seen.items, seen.lengths, len(self.lines), self.config.negatives)
+                owners = chosen[filled]
+                candidates = np.concatenate([targets[filled, None], negatives[filled]], 1)
+                for prompts in self.prompts(owners, back, candidates, self.summaries(owners, back)):
+                    for number, prompt in enumerate(prompts):
+                        yield SoftExample(prompt, NO if number else YES, whole)
+
+    def summaries(self, rows: NDArray[np.int64], back: int, control: Control | None = None) -> list[str | None]:
+        """Of all but the last `back` events of the histories in `rows` [n], as the config or a control disturbs them."""
+        if control == "no summaries":
+            return [None] * len(rows)
+        pairs = list(zip(rows.tolist(), (self.past.histories.lengths[rows] - back).tolist(), strict=True))
+        if control == "shuffled summaries":
+            pairs = [*pairs[1:], *pairs[:1]]
+        found = [self.past.summaries.at(row, count) for row, count in pairs]
+        fates = self._fates[rows].astype(np.float64) / 2.0**64
+        for place in np.flatnonzero(fates < self.config.missing + self.config.noise):
+            found[place] = None
+            if fates[place] >= self.config.missing and len(self._summarised):
+                other = self._summarised[int(self._fates[rows[place]] >> np.uint64(8)) % len(self._summarised)]
+                found[place] = self.past.summaries.at(int(other), int(self.past.histories.lengths[other]) - back)
+        return found
+
+    def prompts(
+        self, rows: NDArray[np.int64], back: int, candidates: NDArray[np.int32], summaries: Sequence[str | None]
+    ) -> Iterator[list[Prompt]]:
+        """After all but the last `back` events of the histories in `rows` [n], about each of `candidates` [n, k].
+
+        The last items are as many as fit; a prompt that is too long without any is left to whoever reads it.
+        """
+        histories = self.past.histories
+        known = [_one_line(summary) if summary else NOTHING for summary in summaries]
+        taken = self.tokenizer.count_tokens(known)
+        events = histories.lengths[rows] - back
+        facts = self._told(histories.take(histories.starts[rows], events), back, candidates)
+        for place, (row, count, told) in enumerate(zip(rows.tolist(), events.tolist(), facts, strict=False)):
+            asked = candidates[place] - 1
+            recent = self._recent(row, count, self._room - taken[place] - int(self._costs[asked].max()))
+            shown = "\n".join(self.lines[item - 1] for item in recent) or NOTHING
+            lines = [f"{self.lines[item]}{fact}" for item, fact in zip(asked.tolist(), told, strict=False)]
+            yield [self._prompt(known[place], shown, line) for line in lines]
+
+    def scores(
+        self, engine: Engine, rows: NDArray[np.int64], sets: CandidateSets, control: Control | None = None
+    ) -> Iterator[Scored]:
+        """Of the candidates of users, whose histories are in `rows` [n], after all they did before the cut."""
+        summaries = self.summaries(rows, 0, control)
+        for start in range(0, len(rows), _USERS_AT_ONCE):
+            part = slice(start, min(start + _USERS_AT_ONCE, len(rows)))
+            asked = list(self.prompts(rows[part], 0, sets.items[part], summaries[part]))
+            yield self._scored(engine, part, [prompt for prompts in asked for prompt in prompts])
+
+    def _scored(self, engine: Engine, part: slice, prompts: Sequence[Prompt]) -> Scored:
+        yes, tokens = np.full(len(prompts), np.nan), np.zeros(len(prompts), np.int64)
+        for scores in engine.score(prompts, [self.answers] * len(prompts)):
+            tokens[scores.index] = scores.tokens_in
+            if scores.error is None:
+                yes[scores.index] = 1 / (1 + np.exp(scores.logprobs[1] - scores.logprobs[0]))
+        users = part.stop - part.start
+        found = yes.reshape(users, -1)
+        # Who cannot be asked about one candidate is asked about none: all are alike, which is chance.
+        refused = np.isnan(found).any(1)
+        return Scored(part, np.where(refused[:, None], 0, found), tokens.reshape(users, -1).sum(1), refused)
+
+    def facts(self, back: int = 0) -> Facts:
+        """By the counts of all but everybody's last `back` events."""
+        if back not in self._facts:
+            base, past = self.past.histories.without_last(back), self.past
+            # One at a time: what is learnt goes back event by event.
+            self._facts = {back: Facts.of(base, past.vectors, past.neighbours, self.config.history)}
+        return self._facts[back]
+
+    def _told(self, prefixes: Histories, back: int, candidates: NDArray[np.int32]) -> Iterable[Iterable[str]]:
+        """What ends the lines of each prefix' candidates."""
+        if not self.config.facts:
+            return repeat(repeat(""))
+        return ([f"; {fact}" for fact in mine] for mine in self.facts(back).told(prefixes, candidates))
+
+    def _recent(self, row: int, events: int, room: int) -> list[int]:
+        """The last items, oldest first, that are shown in so many tokens."""
+        most = min(self.config.history, events)
+        most = most if self.config.recent is None else min(most, self.config.recent)
+        start = int(self.past.histories.starts[row]) + events
+        recent = self.past.histories.items[start - most : start]
+        # Each line's own tokens: together they may be fewer, and never more by what one newline costs.
+        fits = int(np.searchsorted(self._costs[recent[::-1] - 1].cumsum(), room, side="right"))
+        return recent[most - fits :].tolist()
+
+    def _prompt(self, summary: str, recent: str, candidate: str) -> Prompt:
+        return fill(self.config.prompt, {"summary": summary, "recent": recent, "candidate": candidate})
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Of a `part` of the users [n] the probability of yes [n, candidates], the tokens of the prompts int64 [n], and whose prompts
+    were too long, bool [n]."""
+
+    part: slice
+    yes: NDArray[np.float64]
+    tokens: NDArray[np.int64]
+    refused: NDArray[np.bool_]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

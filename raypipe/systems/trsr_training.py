@@ -1,0 +1,84 @@
+"""Training of a recommender that answers yes or no, and its validation: the epoch that ranks best is kept (LLM-TRSR, section 4).
+
+Beside what `prepare_alignment` writes, the folder holds `validation.npz` where there is validation: the prompts' tokens one after
+the other, where each ends, the answers' tokens, and of each user the place of the item that came next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from raypipe.engines.scoring import score
+from raypipe.language.alignment import AlignmentTask
+from raypipe.language.backbone import PromptTokenizer
+from raypipe.language.prompt import Prompt
+from raypipe.language.soft_prompts import SoftPromptLm
+from raypipe.language.trie import answer_tokens
+from raypipe.metrics.ranking import candidate_metrics
+
+_FILE = "validation.npz"
+_BATCH_TOKENS = 32_768
+_SHOWN = 4  # examples of a batch whose loss is no number
+_CHARACTERS = 200
+
+
+def prepare_validation(
+    folder: Path,
+    asked: Iterable[Sequence[Prompt]],
+    places: NDArray[np.int64],
+    tokenizer: PromptTokenizer,
+    answers: Sequence[str],
+) -> None:
+    """The prompts of each user's candidates, and the candidate that came next. Before `prepare_alignment`, whose marker says
+    that all is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ids = [mine for prompts in asked for mine in tokenizer.encode([prompt.text for prompt in prompts])]
+    np.savez(
+        folder / _FILE,
+        tokens=np.concatenate([np.asarray(mine, np.int32) for mine in ids]),
+        ends=np.cumsum([len(mine) for mine in ids]),
+        answers=np.array(answer_tokens(tokenizer, answers)),
+        places=places,
+    )
+
+
+class RankingTask(AlignmentTask):
+    """As `AlignmentTask`, validated by the mean of Recall@3 + Recall@5 + Recall@10 over users; implements `ValidatedTask`."""
+
+    def validate(self, module: nn.Module, rank: int, world: int) -> tuple[float, float]:
+        assert isinstance(module, SoftPromptLm)
+        told = self._validation
+        bounds = np.concatenate([[0], told["ends"]])
+        places = told["places"]
+        count = len(told["ends"]) // len(places)
+        mine = np.arange(len(places))[rank::world]
+        numbers = (mine[:, None] * count + np.arange(count)).ravel()
+        prompts = [told["tokens"][bounds[n] : bounds[n + 1]].tolist() for n in numbers.tolist()]
+        backbone = replace(self._backbone, model=module.lm, device=module.lm.device)
+        answers = told["answers"].tolist()
+        scores = np.zeros(len(prompts))
+        for number, logprobs in score(backbone, prompts, [answers] * len(prompts), _BATCH_TOKENS):
+            scores[number] = logprobs[0] - logprobs[1]
+        table = scores.reshape(-1, count)
+        chosen = table[np.arange(len(mine)), places[mine]][:, None]
+        metrics = candidate_metrics((table > chosen).sum(1), (table == chosen).sum(1))
+        return float(sum(values.sum() for name, values in metrics.items() if name.startswith("Recall"))), float(
+            len(mine)
+        )
+
+    def describe(self, step: int, seed: int, batch_size: int) -> str:
+        """The beginnings of the batch's texts."""
+        texts = self._backbone.decode(self.batch(step, seed, 0, 1, batch_size)["tokens"][:_SHOWN].tolist())
+        return "; ".join(repr(text[:_CHARACTERS]) for text in texts)
+
+    @cached_property
+    def _validation(self) -> Any:
+        return np.load(self.folder / _FILE)

@@ -1,0 +1,90 @@
+"""The golden rows of LLM-TRSR: what ranks without a language model has its own name, and commands make rows again."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from typing import Any
+
+import pytest
+
+from tests.benchmarks import trsr
+
+METRICS = {
+    "asked": 9,
+    "Recall@3": 0.5,
+    "seconds": 7.0,
+    "no summaries: Recall@3": 0.4,
+    "sasrec: Recall@3": 0.3,
+    "sasrec: seconds": 0.1,
+    "above abc: Recall@3": 0.1,
+    "above abc: Recall@3 low": 0.05,
+    "summary_calls": 30,
+    "loss_first": 3.0,
+}
+
+
+def given(
+    monkeypatch: pytest.MonkeyPatch, *words: str
+) -> tuple[argparse.Namespace, list[list[str]], list[dict[str, Any]]]:
+    """The parsed words, the jobs that the benchmark runs, and its rows."""
+    jobs: list[list[str]] = []
+    told: list[tuple[argparse.Namespace, list[dict[str, Any]]]] = []
+    rows_of = trsr.rows_of
+
+    def run(*job: str) -> dict[str, Any]:
+        jobs.append(list(job))
+        models = {"train": {"sasrec": "s1"}, "lm": {"lm": "l1"}, "align": {"trsr": f"t{len(jobs)}"}}
+        return {"models": models.get(job[0], {}), "metrics": METRICS}
+
+    def watched(result: Any, given: argparse.Namespace, machine: str) -> list[dict[str, Any]]:
+        told.append((given, rows_of(result, given, machine)))
+        return told[-1][1]
+
+    monkeypatch.setattr(trsr, "run", run)
+    monkeypatch.setattr(trsr, "rows_of", watched)
+    trsr.main(list(words))
+    monkeypatch.setattr(trsr, "rows_of", rows_of)
+    return told[0][0], jobs, told[0][1]
+
+
+def option(job: list[str], name: str) -> str | None:
+    return job[job.index(name) + 1] if name in job else None
+
+
+def test_rows_bear_the_names_of_what_ranked(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, rows = given(monkeypatch)
+    assert {(row["model"], row["metric"]): row["value"] for row in rows} == {
+        ("LLM-TRSR", "Recall@3"): 0.5,
+        ("LLM-TRSR", "seconds"): 7.0,
+        ("LLM-TRSR, asked with no summaries", "Recall@3"): 0.4,
+        ("sasrec", "Recall@3"): 0.3,
+        ("sasrec", "seconds"): 0.1,
+        ("LLM-TRSR", "above no summary: Recall@3"): 0.1,
+        ("LLM-TRSR", "above no summary: Recall@3 low"): 0.05,
+        ("LLM-TRSR", "summary_calls"): 30,
+    }
+    assert {row["protocol"] for row in rows} == {"leave-one-out, 21 candidates, 9 users"}
+
+
+def test_the_command_makes_the_row_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--summaries", "none", "--label", "recent 1", "--seed", "2", "--", "--trsr.recent", "1"]
+    read, jobs, rows = given(monkeypatch, *words)
+    assert rows[0]["model"] == "LLM-TRSR no summary, recent 1"
+    assert option(jobs[-1], "--summaries") == "null"
+    assert option(jobs[-1], "--trsr.recent") == "1"
+    make, bench, name, arguments = shlex.split(rows[0]["command"])
+    assert (make, bench, name) == ("make", "bench", "NAME=trsr")
+    again, _, _ = given(
+        monkeypatch, *[word for word in shlex.split(arguments.removeprefix("ARGS=")) if word != "--golden"]
+    )
+    assert vars(again) == vars(read)
+
+
+def test_summaries_are_compared_with_none_of_the_same_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, jobs, _ = given(monkeypatch, "--paired", "--summaries", "hierarchical", "--block_items", "3")
+    assert [job[0] for job in jobs] == ["ingest", "lm", "train", *["summarize"] * 3, "align", "align"]
+    assert [option(job, "--summaries.hold_out") for job in jobs[3:6]] == ["1", "2", "3"]
+    assert [option(job, "--summaries") for job in jobs[-2:]] == ["null", "hierarchical"]
+    assert option(jobs[-1], "--trsr.against") == "trsr/t7"
+    assert option(jobs[-1], "--trsr.block_items") == "3"

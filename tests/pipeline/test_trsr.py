@@ -1,0 +1,104 @@
+"""`align --system trsr` from a log to ranks of stored candidates, beside what ranks the same ones without a language model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from raypipe.language.alignment import prepare_alignment
+from raypipe.pipeline import trsr
+from tests.conftest import Run
+from tests.ground import one_paragraph
+from tests.pipeline.ranked_logs import ALIGN_TRSR, LAST, RANKED_USERS
+from tests.pipeline.small_logs import newest
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def test_everybody_s_candidates_are_ranked_by_all_and_models_are_compared_user_by_user(
+    raypipe: Run, ranked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learnt: list[str] = []
+
+    def watched(folder, examples, *rest):
+        some = list(examples)
+        learnt.extend(example.prompt.text for example in some)
+        return prepare_alignment(folder, some, *rest)
+
+    monkeypatch.setattr(trsr, "prepare_alignment", watched)
+    words = ("align", "--workspace", ranked, *ALIGN_TRSR)
+    plain = raypipe(*words, "--beside", "--trsr.facts")
+    assert (plain.code, plain.status) == (0, "ok"), plain.stderr
+    metrics = plain.metrics
+    # All who have two events before the last one, whoever is held out from training among them.
+    assert (metrics["asked"], metrics["refused"]) == (RANKED_USERS, 0)
+    rankers = ("", "popularity: ", "transitions: ", "sasrec: ", "boosted trees: ", "boosted trees on facts: ")
+    for name in rankers:
+        assert 0 <= metrics[f"{name}MRR@3"] <= metrics[f"{name}Recall@3"] <= metrics[f"{name}Recall@10"] <= 1
+        assert metrics[f"{name}seconds"] >= 0
+    # Everybody has seven events before the last.
+    assert metrics["Recall@3 after 5 to 9 events"] == metrics["Recall@3"]
+    assert not any("after 2 to 4" in name for name in metrics)
+    # Nobody chose it before the cut: what counts alone puts it last.
+    assert metrics["popularity: Recall@3"] == 0
+    assert metrics["tokens_asked"] > RANKED_USERS * 21
+    # What is held out, which has a title of its own, is in no training text but as a candidate that was not chosen.
+    assert len(learnt) == metrics["examples"]
+    assert not any(LAST in text.split(" next ")[0] for text in learnt)
+    (path,) = Path(ranked).glob("candidates/*.parquet")
+    stored = pq.read_table(path)
+    assert stored.num_rows == RANKED_USERS
+    assert {len(items) for items in stored["items"].to_pylist()} == {21}
+    chosen = [
+        items[place] for items, place in zip(stored["items"].to_pylist(), stored["place"].to_pylist(), strict=True)
+    ]
+    indices = {row["title"]: row["index"] for row in newest(ranked, "items").to_pylist()}
+    assert set(chosen) == {indices[LAST]}
+
+    told = raypipe(*words, "--beside", "--trsr.facts")
+    assert (told.status, told.result["models"]) == ("nothing_to_do", plain.result["models"])
+
+    named = f"trsr/{plain.result['models']['trsr']}"
+    shown = raypipe(*words, "--trsr.facts", "--summaries", "recurrent", "--trsr.against", named)
+    assert (shown.code, shown.status) == (0, "ok"), shown.stderr
+    assert shown.metrics["summary_calls"] > 0
+    assert {"no summaries: Recall@3", "shuffled summaries: Recall@3"} <= set(shown.metrics)
+    assert shown.metrics["popularity: MRR@3"] == metrics["popularity: MRR@3"]
+    apart = f"above {named.removeprefix('trsr/')[:12]}: Recall@3"
+    assert shown.metrics[apart] == pytest.approx(shown.metrics["Recall@3"] - metrics["Recall@3"], abs=1e-3)
+    assert shown.metrics[f"{apart} low"] <= shown.metrics[apart] <= shown.metrics[f"{apart} high"]
+
+    # A stored one is asked again with less to go by.
+    again = raypipe(*words, "--adapter", named)
+    assert again.metrics["MRR@3"] == metrics["MRR@3"]
+    bare = raypipe(*words, "--adapter", named, "--trsr.recent", 0)
+    assert bare.metrics["tokens_asked"] < 0.9 * again.metrics["tokens_asked"]
+
+    anew = raypipe(*words, "--trsr.candidates.seed", 1, "--trsr.against", named)
+    assert anew.code == 2
+    assert "ranked other candidates" in one_paragraph(anew.stderr)
+
+
+def test_the_epoch_that_ranks_best_is_kept(raypipe: Run, ranked: str) -> None:
+    words = ("align", "--workspace", ranked, *ALIGN_TRSR, "--trainer.steps", 8, "--trainer.validate_every", 1)
+    ended = raypipe(*words)
+    assert (ended.code, ended.status) == (0, "ok"), ended.stderr
+    assert 0 <= ended.metrics["validation_recalls"] <= 3
+
+
+def test_what_has_read_the_answers_or_cannot_be_asked_is_refused(raypipe: Run, ranked: str) -> None:
+    cases = {
+        ("--hold_out", "0"): "none is left to ask for",
+        ("--hold_out", "2"): "may have read all but the last 1 events",
+        ("--summaries", "hierarchical"): "no hierarchical summaries without the last 1 events",
+        ("--summaries", "recurrent", "--trsr.block_items", "3"): "are not of blocks of 3",
+        ("--trsr.candidates.negatives", "58"): "leaves 58 items unseen",
+        ("--adapter", "sasrec"): "is none of this system",
+        ("--trsr.against", "trsr/0"): "No model trsr/0 is stored",
+    }
+    for options, problem in cases.items():
+        ended = raypipe("align", "--workspace", ranked, *ALIGN_TRSR, *options)
+        assert ended.code == 2, options
+        assert problem in one_paragraph(ended.stderr)

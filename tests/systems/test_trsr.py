@@ -1,0 +1,288 @@
+"""LLM-TRSR's prompts tell of nothing but the past, and a summary helps where the old past decides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from raypipe.data.candidates import CandidateSets, candidate_sets
+from raypipe.engines.engine import EngineConfig, Scores
+from raypipe.language.adapters import AdapterCard
+from raypipe.language.alignment import prepare_alignment
+from raypipe.language.backbone import Backbone, load_backbone
+from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
+from raypipe.language.checkpoint import checkpoint_hash
+from raypipe.language.instructions import Catalogue
+from raypipe.language.prompt import Prompt
+from raypipe.metrics.ranking import candidate_metrics
+from raypipe.recommenders.windows import Histories
+from raypipe.storage.hashing import mix
+from raypipe.systems.trsr import NOTHING, Past, PastSummaries, Trsr, TrsrConfig
+from raypipe.systems.trsr_training import RankingTask, prepare_validation
+
+KINDS = ("dark", "funny", "grim", "sweet")
+PLAIN, PER_KIND = 20, 20
+ITEMS = PLAIN + PER_KIND * len(KINDS)
+USERS, EVENTS = 160, 8
+TERSE = "likes {summary} now {recent} next {candidate} ?"
+FULL = {"lora": None, "full": True}
+
+
+def titles() -> list[str]:
+    return [f"plain {n}" for n in range(PLAIN)] + [f"{kind} {n}" for kind in KINDS for n in range(PER_KIND)]
+
+
+def histories() -> Histories:
+    """Two items of one kind, five plain ones that tell nothing, and one of the kind again."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for user in range(USERS):
+        kind = 1 + PLAIN + user % len(KINDS) * PER_KIND + rng.choice(PER_KIND, 3, replace=False)
+        rows.append(np.concatenate([kind[:2], 1 + rng.choice(PLAIN, 5, replace=False), kind[2:]]))
+    return Histories(np.concatenate(rows).astype(np.int32), np.arange(1, USERS + 1) * EVENTS, np.arange(USERS) * 977)
+
+
+def summaries(events: int) -> PastSummaries:
+    return PastSummaries({row: [(events, KINDS[row % len(KINDS)])] for row in range(USERS)})
+
+
+def past(known: PastSummaries, hold_out: int = 0) -> Past:
+    """The last quarter of the users is held out."""
+    held_out = np.arange(USERS) >= 3 * USERS // 4
+    return Past(histories().without_last(hold_out), held_out, Catalogue(titles(), [{}] * ITEMS), known)
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("lm")
+    words = [*titles(), TERSE, TrsrConfig().prompt, " yes no NULL title:", *KINDS]
+    tokenizer = train_tokenizer([" ".join(words)] * 5, [*KINDS, "yes", "no"], [], 900)
+    save_untrained(folder, BuiltinLmConfig(size="tiny", context=512), tokenizer)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def backbone(lm: str) -> Backbone:
+    return load_backbone(lm, device="cpu")
+
+
+def trsr(backbone: Backbone, known: Past, context: int = 512, **options: object) -> Trsr:
+    return Trsr(TrsrConfig.model_validate({"prompt": TERSE, **options}), known, backbone, context)
+
+
+def learnt(system: Trsr, positions: int = 3, left: int = 0, seed: int = 0) -> list:
+    return list(system.examples(USERS, positions, left, np.random.default_rng(seed)))
+
+
+def asked(system: Trsr, rows: Sequence[int]) -> CandidateSets:
+    """The last item of whole histories among twenty others."""
+    chosen, whole = np.array(rows), histories()
+    seen = whole.take(whole.starts[chosen], whole.lengths[chosen])
+    targets = whole.items[whole.ends[chosen] - 1]
+    return candidate_sets(chosen, mix(chosen.astype(np.uint64)), targets, seen.items, seen.lengths, ITEMS, 20)[0]
+
+
+def test_a_prompt_shows_summary_and_last_items_and_ends_with_the_candidate(backbone: Backbone) -> None:
+    system = trsr(backbone, past(summaries(7)), recent=2)
+    ((prompt,),) = system.prompts(np.array([0]), 1, np.array([[3]]), ["likes\ndark"])
+    recent = [f"title: plain {item - 1}" for item in histories().items[5:7]]
+    assert prompt.text == f"likes likes dark now {recent[0]}\n{recent[1]} next title: plain 2 ?"
+    bare = trsr(backbone, past(PastSummaries()), recent=0)
+    ((prompt,),) = bare.prompts(np.array([0]), 1, np.array([[3]]), [None])
+    assert prompt.text == f"likes {NOTHING} now {NOTHING} next title: plain 2 ?"
+
+
+def test_the_whole_history_is_its_last_events_as_many_as_the_context_holds(backbone: Backbone) -> None:
+    def shown(context: int, **options: object) -> int:
+        system = trsr(backbone, past(PastSummaries()), context, recent=None, **options)
+        ((prompt,),) = system.prompts(np.array([0]), 0, np.array([[3]]), [None])
+        (ids,) = backbone.encode([prompt.text])
+        assert len(ids) < context
+        return prompt.text.count("title:") - 1
+
+    assert shown(512) == 8
+    assert shown(512, history=3) == 3
+    counts = [shown(context) for context in range(24, 80, 4)]
+    assert counts == sorted(counts)
+    assert len(set(counts)) > 1
+
+
+def test_every_item_learnt_has_a_yes_and_items_never_chosen_have_a_no(backbone: Backbone) -> None:
+    examples = learnt(trsr(backbone, past(PastSummaries()), negatives=2), positions=3)
+    users = 3 * USERS // 4
+    assert [example.answer for example in examples] == ["yes", "no", "no"] * 3 * users
+    whole = histories()
+    chosen = {frozenset(whole.items[end - EVENTS : end].tolist()) for end in whole.ends}
+    lines = {f"title: {title}": number for number, title in enumerate(titles(), 1)}
+    for start in range(0, len(examples), 3):
+        items = [
+            lines[example.prompt.text.split(" next ")[1].removesuffix(" ?")] for example in examples[start : start + 3]
+        ]
+        mine = [history for history in chosen if items[0] in history and not {*items[1:]} & history]
+        assert mine
+        assert len(set(items)) == 3
+    assert {example.whole for example in examples} == {False}
+    assert {example.whole for example in learnt(trsr(backbone, past(PastSummaries()), loss="text"))} == {True}
+
+
+@pytest.mark.parametrize("facts", [False, True])
+def test_no_text_of_what_comes_after_an_event_is_in_its_prompt(backbone: Backbone, facts: bool) -> None:
+    """A changed future, with its summaries, changes no prompt before it, nor which items are drawn beside."""
+    known = {row: [(2, "one two"), (6, "one to six"), (7, "all")] for row in range(USERS)}
+    changed = {row: [(2, "one two"), (6, "changed"), (7, "changed too")] for row in range(USERS)}
+    other = histories()
+    other.items[5::EVENTS] = 1 + PLAIN  # the sixth event of everybody
+    one = Past(histories(), np.zeros(USERS, bool), Catalogue(titles(), [{}] * ITEMS), PastSummaries(known))
+    two = Past(other, np.zeros(USERS, bool), Catalogue(titles(), [{}] * ITEMS), PastSummaries(changed))
+    rows, back = np.arange(USERS), EVENTS - 5
+    candidates = np.full((USERS, 2), 3)
+    prompts = [
+        list(system.prompts(rows, back, candidates, system.summaries(rows, back)))
+        for system in (trsr(backbone, mine, facts=facts) for mine in (one, two))
+    ]
+    assert prompts[0] == prompts[1]
+    assert "one two" in prompts[0][0][0].text
+    later = [trsr(backbone, mine).summaries(rows, back - 1)[0] for mine in (one, two)]
+    assert later == ["one to six", "changed"]
+
+
+def test_what_is_held_out_is_in_no_text_that_training_reads(backbone: Backbone) -> None:
+    """The last item of everybody has a title of its own."""
+    whole = histories()
+    unique = np.concatenate([whole.items, np.zeros(0, np.int32)])
+    unique[EVENTS - 1 :: EVENTS] = ITEMS + 1
+    catalogue = Catalogue([*titles(), "Unmistakable"], [{}] * (ITEMS + 1))
+    known = Past(
+        Histories(unique, whole.ends, whole.users).without_last(1), np.zeros(USERS, bool), catalogue, summaries(7)
+    )
+    system = trsr(backbone, known, recent=None)
+    positives = [example for example in learnt(system, positions=10) if example.answer == "yes"]
+    assert len(positives) == 6 * USERS
+    assert not [example for example in positives if "Unmistakable" in example.prompt.text]
+    asked_first = {f"next title: {catalogue.titles[item - 1]} ?" for item in unique[EVENTS - 2 :: EVENTS]}
+    kept = [example for example in learnt(system, positions=10, left=1) if example.answer == "yes"]
+    assert len(kept) == 5 * USERS
+    assert asked_first  # what validation asks for is learnt no more than what comes after the cut
+
+
+def test_summaries_go_missing_and_astray_for_as_many_users_as_asked(backbone: Backbone) -> None:
+    rows, back = np.arange(USERS), EVENTS - 7
+    own = [KINDS[row % len(KINDS)] for row in range(USERS)]
+    disturbed = trsr(backbone, past(summaries(7)), missing=0.3, noise=0.3).summaries(rows, back)
+    missing = sum(text is None for text in disturbed)
+    astray = sum(text not in (None, mine) for text, mine in zip(disturbed, own, strict=True))
+    assert 30 < missing < 66
+    assert 20 < astray < 55  # a quarter of those who go astray find their own kind
+    system = trsr(backbone, past(summaries(7)))
+    assert system.summaries(rows, back) == own
+    assert system.summaries(rows, back, "no summaries") == [None] * USERS
+    assert system.summaries(rows, back, "shuffled summaries") == [*own[1:], own[0]]
+
+
+class Unsure:
+    """Finds yes as likely as no."""
+
+    def score(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> list[Scores]:
+        return [Scores(index, (-1.0, -1.0), 5) for index in range(len(prompts))]
+
+
+def test_a_scorer_without_an_opinion_is_at_chance(backbone: Backbone) -> None:
+    system = trsr(backbone, past(PastSummaries()))
+    rows = np.arange(USERS)
+    sets = asked(system, rows)
+    scores = np.concatenate([part.yes for part in system.scores(Unsure(), rows, sets)])  # type: ignore[arg-type]
+    figures = {name: values.mean() for name, values in candidate_metrics(*sets.ranks(scores)).items()}
+    assert figures["Recall@3"] == pytest.approx(0.143, abs=1e-3)
+    assert figures["MRR@3"] == pytest.approx(0.087, abs=1e-3)
+
+
+def test_whose_prompts_are_too_long_is_at_chance_and_counted(lm: str, backbone: Backbone) -> None:
+    long = PastSummaries({0: [(7, "dark " * 600)], 1: [(7, "dark")]})
+    system = trsr(backbone, past(long, hold_out=1))
+    engine = EngineConfig(lm=lm, device="cpu", threads=1).build()
+    (told,) = system.scores(engine, np.array([0, 1]), asked(system, [0, 1]))
+    assert told.refused.tolist() == [True, False]
+    assert (told.yes[0] == 0).all()
+    assert len(set(told.yes[1].tolist())) > 1
+
+
+def trained(system: Trsr, lm: str, folder: Path, steps: int, answers: int = 0) -> RankingTask:
+    """By plain torch on one thread: Ray and DeepSpeed have tests of their own."""
+    card = AdapterCard(system.config.adapter, {}, checkpoint_hash(Path(lm)), "")
+    examples = learnt(system, positions=1)
+    tokenizer = system.tokenizer
+    prepare_alignment(folder, examples, tokenizer, 0, 512, lm, card, 0)  # type: ignore[arg-type]
+    task = RankingTask(folder)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    module = task.build()
+    optimizer = torch.optim.AdamW([weight for weight in module.parameters() if weight.requires_grad], lr=3e-3)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1, (step + 1) / 20) * (1 - step / steps)
+        loss = module(task.batch(step, 0, 0, 1, 32))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+    module.eval()
+    weights = {name: weight.detach() for name, weight in module.named_parameters() if task.keeps(name)}
+    task.save(weights, folder / "adapter")
+    return task
+
+
+def test_a_summary_helps_where_old_history_carries_the_signal(lm: str, backbone: Backbone, tmp_path: Path) -> None:
+    """The last two items, all that is shown beside it, are plain for everybody; what comes next is of the kind of the first."""
+    rows = np.flatnonzero(past(summaries(7)).held_out)
+    recall = {}
+    for name, known in (("summary", summaries(7)), ("none", PastSummaries())):
+        training = trsr(backbone, past(known), recent=2, negatives=3, **FULL)
+        trained(training, lm, tmp_path / name, steps=500)
+        engine = EngineConfig(lm=lm, adapter=str(tmp_path / name / "adapter"), device="cpu", threads=1).build()
+        system = trsr(backbone, past(known, hold_out=1), recent=2, negatives=3, **FULL)
+        sets = asked(system, rows)
+        for control in (None, "shuffled summaries"):
+            scores = np.concatenate([part.yes for part in system.scores(engine, rows, sets, control)])
+            recall[name, control] = float(candidate_metrics(*sets.ranks(scores))["Recall@3"].mean())
+    assert recall["summary", None] > 0.5
+    assert recall["none", None] < 0.35
+    assert recall["summary", "shuffled summaries"] < 0.5 * recall["summary", None]
+
+
+def test_validation_is_the_sum_of_recalls_of_the_model_as_it_is_over_all_workers(
+    lm: str, backbone: Backbone, tmp_path: Path
+) -> None:
+    system = trsr(backbone, past(summaries(7), hold_out=1), recent=2)
+    rows = np.arange(10)
+    sets = asked(system, rows)
+    prompts = list(system.prompts(rows, 0, sets.items, system.summaries(rows, 0)))
+    prepare_validation(tmp_path, prompts, sets.places, backbone, system.answers)
+    task = trained(system, lm, tmp_path, steps=1)
+    module = task.build()
+    engine = EngineConfig(lm=lm, device="cpu", threads=1).build()
+    scores = np.concatenate([part.yes for part in system.scores(engine, rows, sets)])
+    figures = candidate_metrics(*sets.ranks(scores))
+    total, count = np.sum([task.validate(module, rank, 3) for rank in range(3)], axis=0)
+    assert count == 10
+    assert total / count == pytest.approx(sum(figures[f"Recall@{k}"].mean() for k in (3, 5, 10)))
+    assert "likes" in task.describe(0, 0, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"lora": None}, "nothing would be trained"),
+        ({"full": True}, "set lora to null"),
+        ({"prompt": "{candidate} {summary} {recent}"}, "the candidate last"),
+        ({"prompt": "{summary} {recent}"}, "each once"),
+        ({"missing": 0.6, "noise": 0.6}, "shares of the same users"),
+    ],
+)
+def test_what_makes_no_recommender_is_refused(options: dict, problem: str) -> None:
+    with pytest.raises(ValidationError, match=problem):
+        TrsrConfig.model_validate(options)
