@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
 
 _READS_STATES = {"recinterpreter", "recexplainer"}
 _FLOORS = {"popularity", "transitions"}
+# Means over everybody who was asked, of values from 0 to 1.
+_SHARES = re.compile(
+    r"(recovery|residual|oracle|order|valid|rouge_l|T\d .*|(residual|oracle) valid|(HR|Recall|NDCG|MRR)@\d+)$"
+)
 
 
 def record(config: AlignConfig, result: JobResult) -> None:
@@ -51,12 +57,21 @@ def record(config: AlignConfig, result: JobResult) -> None:
 def _figures(name: str, metrics: Mapping[str, Any]) -> dict[str, dict[str, Measured]]:
     """`shuffled states: recovery` is a figure of what stands beside the model, `popularity: Recall@5` a floor's."""
     found: dict[str, dict[str, Measured]] = {}
+    asked = int(metrics.get("asked", 0))
     for metric, value in metrics.items():
         *beside, metric = metric.split(": ")
         if value is not None:
             scorer = beside[0] if beside and beside[0] in _FLOORS else ", ".join([name, *beside])
-            found.setdefault(scorer, {})[metric] = Measured(float(value))
+            found.setdefault(scorer, {})[metric] = Measured(
+                float(value), _half_width(value, asked) if _SHARES.match(metric) else None
+            )
     return found
+
+
+def _half_width(share: float, asked: int) -> float | None:
+    """Of the 95 % interval of a mean of `asked` values from 0 to 1, at most: none of that mean varies more than yes and no do."""
+    variance = share * (1 - share)
+    return round(1.96 * math.sqrt(variance / asked), 6) if asked and variance > 0 else None
 
 
 def _protocol(config: AlignConfig, options: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:

@@ -10,8 +10,8 @@ from raypipe.pipeline.report_plots import Plot
 from raypipe.pipeline.report_tables import Row, Table, findings
 
 _INTERVALS = (
-    "± is half of the 95 % interval over users; sd is the standard deviation over seeds; a figure of several seeds is their mean. "
-    "Bold is the best model of a column."
+    "± is half of the 95 % interval over users, of systems at most that; sd is the standard deviation over seeds; a figure of "
+    "several seeds is their mean. Bold is the best model of a column."
 )
 
 _STYLE = """

@@ -49,7 +49,7 @@ def test_words_tell_the_history_of_users_nobody_trained_on_and_controls_do_not(r
     (row,) = [
         line for line in Path(told.metrics["tables"]).read_text().splitlines() if line.startswith("| RecInterpreter |")
     ][:1]
-    assert f"| {metrics['recovery']:.4f} |" in row
+    assert f"| {metrics['recovery']:.4f} ± " in row
     page = Path(told.metrics["page"]).read_text()
     assert "RecInterpreter, shuffled states" in page
     assert "users who may have been trained on" in page

@@ -43,6 +43,9 @@ def test_floors_are_rows_of_their_own_and_what_stands_beside_a_model_is_named_af
     )
     assert figures["LANCER, perturbed", "Recall@5"].seed == 2
     assert figures["popularity", "Recall@5"].value == 0.1
+    # Of yes and no it is the normal approximation, and no value from 0 to 1 varies more.
+    assert figures["LANCER", "Recall@5"].half_width == pytest.approx(1.96 * (0.3 * 0.7 / 20) ** 0.5, abs=1e-5)
+    assert figures["LANCER", "asked"].half_width is None
     assert (figures["LANCER", "train_seconds"].value, figures["LANCER", "steps"].value) == (3, 7)
     assert ("LANCER", "none") not in figures
 

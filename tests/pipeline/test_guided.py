@@ -20,6 +20,7 @@ from raypipe.pipeline.sequences import user_keys
 from raypipe.recommenders.attribute_scores import AttributeScores, load_scores, save_scores
 from raypipe.recommenders.checkpoint import catalogue_card, load_recommender
 from raypipe.recommenders.recommender import weights_hash
+from raypipe.storage.evaluations import Evaluations
 from raypipe.storage.models import Model, Models
 from raypipe.storage.store import Store
 from raypipe.systems.guided import GuidedConfig, Rating
@@ -298,6 +299,16 @@ def test_a_browser_shows_bars_to_both_sides(raypipe: Run, films: str, tmp_path: 
     store_planted(films, tmp_path / "planted")
     assert raypipe("train", "--workspace", films, *TRAINING, "--recommender.guided.scores", "guided").code == 0
     assert raypipe("evaluate", "--workspace", films, "--cards", 2).code == 0
+    shares = {
+        metric.removeprefix("attribute share: "): number.value
+        for metric, number in Evaluations(Store(films)).all()[-1].figures["sasrec"].items()
+        if metric.startswith("attribute share: ")
+    }
+    assert set(shares) == {"what was learnt of the history", "grim", "merry"}
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-4)
+    assert min(shares.values()) > 0
+    told = raypipe("report", "--workspace", films)
+    assert "What decides on recommendations of SASRec" in Path(told.metrics["page"]).read_text()
     (page,) = Path(films).glob("evaluations/*/attributes.html")
     script = page.with_name("measured.html")
     measure = (
