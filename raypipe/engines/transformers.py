@@ -186,7 +186,7 @@ class _Soft:
         if prefix is None:
             return None
         tokens, there = prefix.of_batch(self._batch(numbers))
-        return Before(prefix.shape.split(tokens), there)
+        return Before(prefix.shape.split(tokens.to(self.model.lm.dtype)), there)
 
     def _batch(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
         batch = collate([self.rows[number] for number in numbers], left=True)

@@ -143,7 +143,7 @@ class Prefix(nn.Module):
             return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         assert vectors is not None, "this prefix is made of vectors"
         assert known is not None, "and some of them may not be there"
-        queries = self.norm(vectors) + self.places[len(self.places) - vectors.shape[1] :]
+        queries = self.norm(vectors.to(self.places.dtype)) + self.places[len(self.places) - vectors.shape[1] :]
         if self.config.knowledge:
             read = self.knowledge.embedding.weight.expand(batch, -1, -1)
             seen, _ = self.attention(queries, read, read, need_weights=False)
@@ -178,5 +178,5 @@ def behind(
         **words,
         attention_mask=read,
         position_ids=(read.cumsum(1) - 1).clamp(min=0)[:, there.shape[1] :],
-        past_key_values=shape.cache(tokens),
+        past_key_values=shape.cache(tokens.to(decoder.dtype)),
     ).last_hidden_state

@@ -163,3 +163,13 @@ def test_a_prefix_takes_room_and_one_that_nobody_reads_is_an_outcome(
     assert refused.error is not None
     told = f"A prefix's vectors are {WIDTH} wide" if config.vectors else "There is no prefix of vectors"
     assert told in refused.error.message
+
+
+def test_a_model_in_bfloat16_reads_the_same_prefix_less_exactly(lm: str, adapter: str, plain: SoftPromptLm) -> None:
+    asked = prompts(plain)
+    told = []
+    for dtype in ("float32", "bfloat16"):
+        scores = engine(lm, adapter, dtype=dtype).score(asked, [ANSWERS] * len(asked))
+        told.append(np.array([mine.logprobs for mine in sorted(scores, key=lambda one: one.index)]))
+    np.testing.assert_allclose(told[1], told[0], rtol=0.05)
+    assert not np.array_equal(told[1], told[0])

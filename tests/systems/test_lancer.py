@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from raypipe.engines.engine import Choices, Decoding, EngineConfig
 from raypipe.errors import UsageError
@@ -71,6 +73,17 @@ def lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lm")
     texts = [*(f" Film {n} ->" for n in range(1, ITEMS + 1)), "title: A person chose, oldest first:", "genre: War"]
     save_untrained(folder, BuiltinLmConfig(size="tiny", context=128), train_tokenizer(texts * 5, [], [], 400))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gpt2(lm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The paper's kind of language model, which learns positions."""
+    folder = Path(shutil.copytree(lm, tmp_path_factory.mktemp("gpt2"), dirs_exist_ok=True))
+    tokens = len(load_backbone(str(lm), device="cpu").tokenizer)
+    sizes = {"vocab_size": tokens, "n_positions": 128, "n_embd": WIDTH, "n_layer": 2, "n_head": 4}
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
     return folder
 
 
@@ -314,7 +327,7 @@ def test_the_embedding_of_padding_tells_no_items_apart(lm: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("options", [{}, {"reasoning": False}, {"reasoning": False, "knowledge": False}], ids=str)
-@pytest.mark.parametrize("named", ["lm", "stories"])
+@pytest.mark.parametrize("named", ["lm", "gpt2", "stories"])
 def test_validation_is_the_probability_that_an_engine_gives_the_event_behind_training_s(
     named: str, request: pytest.FixtureRequest, tmp_path: Path, options: dict[str, bool]
 ) -> None:
