@@ -1,5 +1,5 @@
 # install  the package and its tools into .venv        demo      the main job on synthetic data, set-up included
-# test     the suite of minutes, set-up included       test-all  what CI runs: lint, test, and the slow tests
+# test     the suite of minutes, set-up included       test-all  lint, test, and the slow tests
 # lint     ruff, mypy, import-linter                   bench     NAME=ingest: one benchmark, ratio printed
 # chaos    SEEDS=50: the long kill campaign
 PYTHON ?= python3

@@ -59,7 +59,7 @@ def test_what_is_submitted_is_what_submit_takes(
 def test_the_walk_through_works_line_by_line(tmp_path: Path) -> None:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     statuses = {}
-    answers = []
+    answers, streamed = [], ""
     service: subprocess.Popen[str] | None = None
     try:
         for command in COMMANDS:
@@ -72,7 +72,11 @@ def test_the_walk_through_works_line_by_line(tmp_path: Path) -> None:
                 command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
             )
             assert ended.returncode == 0, f"{command}\n{ended.stdout[-500:]}{ended.stderr[-3000:]}"
-            result = json.loads(ended.stdout.strip().splitlines()[-1])
+            last = ended.stdout.strip().splitlines()[-1]
+            if "/explain/stream" in command:
+                streamed = last
+                continue
+            result = json.loads(last)
             if command.startswith("curl "):
                 answers.append(result)
                 continue
@@ -86,7 +90,11 @@ def test_the_walk_through_works_line_by_line(tmp_path: Path) -> None:
         if service is not None and service.poll() is None:
             service.kill()
     assert [len(answer["items"]) for answer in answers[:2]] == [5, 10]
-    assert [answer["served"]["night"] for answer in answers] == ["2026-01-06"] * 3
+    assert [answer["served"]["night"] for answer in answers] == ["2026-01-06"] * 5
+    assert answers[3]["decision"] in {"yes", "no"}
+    assert answers[3]["text"]
+    assert json.loads(streamed.removeprefix("data: "))["decision"] in {"yes", "no"}
+    assert answers[4]["summaries"]["hierarchical"]
     assert statuses["online"] == "ok"
     assert statuses["nightly"] == "ok"
     assert statuses["plan"] == "ok"

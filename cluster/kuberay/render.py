@@ -152,7 +152,10 @@ def service(values: Values) -> list[dict[str, Any]]:
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         (container,) = group["template"]["spec"]["containers"]
         # Read where Ray starts, by every process of Serve.
-        container["env"] = [{"name": "RAY_SERVE_ENABLE_HA_PROXY", "value": "1"}]
+        container["env"] = [
+            {"name": "RAY_SERVE_ENABLE_HA_PROXY", "value": "1"},
+            {"name": "RAY_SERVE_HAPROXY_RETRY_ON", "value": "conn-failure empty-response"},
+        ]
         container["ports"].append({"containerPort": 8000, "name": "serve"})
         group["template"]["metadata"]["labels"]["raypipe/serves"] = "true"
     return _load(

@@ -26,7 +26,9 @@ def build(config: ServiceConfig) -> Application:
             # Half of what one can have in hand: the rest is for the wave's rise while the next one loads.
             target_ongoing_requests=max(1, replicas.ongoing // 2),
             upscale_delay_s=5,
-            downscale_delay_s=60,
+            downscale_delay_s=replicas.calm_s,
+            look_back_period_s=10,
+            metrics_interval_s=2,
         )
     deployment = serve.deployment(
         serve.ingress()(Replica),

@@ -48,7 +48,7 @@ class Replica:
         _log_audit(config.audit)
         self.store = open_online_store(config.store, Store(config.workspace))
         speaking = Remote(language) if language is not None else None
-        self.watch = Watch(config, self.store, speaking.prove if speaking is not None else lambda release: None)
+        self.watch = Watch(config, self.store, speaking.prove if speaking is not None else _unproven)
         self.service = Service(config, self.store, lambda: self.watch.served, self.watch.record)
         teller = Teller(config, self.service)
         self.conversation = Conversation(
@@ -143,6 +143,10 @@ class Replica:
                 ok=False, reason="The online store does not answer: requests by history alone are answered."
             )
         return Condition(ok=True)
+
+
+def _unproven(release: str) -> None:
+    """Without a language model there is none to prove."""
 
 
 def _log_audit(folder: str | None) -> None:

@@ -52,6 +52,8 @@ def run_serve(config: ServeConfig) -> JobResult:
     # Read when Ray Serve is first imported, here and in every process it starts.
     os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1" if config.ingress == "haproxy" else "0"
     if config.ingress == "haproxy":
+        # Every answer depends on its request alone: what a process took to its grave is asked again of another one.
+        os.environ.setdefault("RAY_SERVE_HAPROXY_RETRY_ON", "conn-failure empty-response")
         for variable, port in _HAPROXY_PORTS.items():
             taken = int(os.environ.get(variable, port))
             _check_port("", taken, f"Set {variable} to a free one; a killed service may have left its haproxy behind.")

@@ -50,7 +50,8 @@ class Speaker:
         batch.set_max_batch_size(batching.size)
         batch.set_batch_wait_timeout_s(batching.wait_ms / 1000)
         # A process that is started under load has its weights before it is asked for the first time.
-        release = Releases(self.language.workspace.store).named("served")
+        releases = Releases(self.language.workspace.store)
+        release = releases.named("served") or releases.named("champion")
         for key in keys_of(release)[:1] if release is not None else ():
             try:
                 self.language.load(key)

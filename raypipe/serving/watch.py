@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -29,12 +30,11 @@ class Watch:
 
     A request keeps what it began with. A release that cannot be loaded or fails its check is refused, with the reason, until
     another one is in force, and what was served before stays; a workspace or a store that does not answer changes nothing.
-    `prove` raises for a release whose language model does not answer.
+    `prove` raises UnfitError for a release whose language model does not answer; without it this looks, and marks nothing as
+    served.
     """
 
-    def __init__(
-        self, config: ServiceConfig, store: OnlineStore, prove: Callable[[str], None] = lambda release: None
-    ) -> None:
+    def __init__(self, config: ServiceConfig, store: OnlineStore, prove: Callable[[str], None] | None = None) -> None:
         self.config, self.store, self.prove = config, store, prove
         self.workspace = Workspace(config.workspace)
         self.refused: dict[str, str] = {}
@@ -86,10 +86,13 @@ class Watch:
         started = time.monotonic()
         try:
             served = self._loaded(target)
+            if self.prove is not None and target.release != self.served.target.release:
+                self.prove(target.release)
         except (UsageError, UnfitError) as error:
             self.refused[target.release] = str(error)
             _LOG.error("%s", error)
             return
+        self._mark(served)
         self.served = served
         _LOG.info(
             "release %s and night %s are served after %.1f s",
@@ -99,29 +102,35 @@ class Watch:
         )
 
     def _first(self) -> Served:
-        """What is in force, or if that is unfit the release that was served last: a new replica must not be the one without."""
+        """What was served last, for what is in force by now is taken up by the first look, once it is proven; or if nothing
+        was, what is in force. Where that is unfit a new replica must not be the one without."""
         target = find_target(self.workspace, self.store)
+        last = Releases(self.workspace.store).named("served")
+        before = replace(target, release=last.hash) if last is not None and last.hash != target.release else None
+        if self.prove is not None and before is not None:
+            with contextlib.suppress(UsageError, UnfitError):
+                return self._loaded(before)
         try:
-            return self._loaded(target)
-        except Exception as error:
-            last = Releases(self.workspace.store).named("served")
-            if last is None or last.hash == target.release:
+            served = self._loaded(target)
+        except (UsageError, UnfitError) as error:
+            if before is None:
                 raise
-            if isinstance(error, UsageError | UnfitError):
-                self.refused[target.release] = str(error)
+            self.refused[target.release] = str(error)
             _LOG.error("%s", error)
-            return self._loaded(replace(target, release=last.hash))
+            return self._loaded(before)
+        self._mark(served)
+        return served
 
     def _loaded(self, target: Target) -> Served:
         served = load(self.config, target)
         check(served, list(self._recorded))
-        releases = Releases(self.workspace.store)
-        last = releases.named("served")
-        if last is not None and last.hash != target.release:
-            self.prove(target.release)
-        if last is None or last.hash != target.release:
-            releases.point("served", releases.get(target.release))
         return served
+
+    def _mark(self, served: Served) -> None:
+        releases, release = Releases(self.workspace.store), served.target.release
+        last = releases.named("served")
+        if self.prove is not None and (last is None or last.hash != release):
+            releases.point("served", releases.get(release))
 
     def _run(self) -> None:
         while not self._stop.wait(self.config.watch_s):

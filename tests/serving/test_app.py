@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -20,10 +21,23 @@ def test_the_clusters_file_deploys_this_application() -> None:
     schema = ServeDeploySchema.model_validate(yaml.safe_load(FILE.read_text()))
     (application,) = schema.applications
     assert application.import_path == "raypipe.serving.app:build"
-    deployment = built(build, application.args)._bound_deployment
+    deployment = application_of(application.args)
     autoscaling = deployment._deployment_config.autoscaling_config
     assert (autoscaling.min_replicas, autoscaling.max_replicas) == (2, 8)
     assert deployment.max_queued_requests == ServiceConfig().replicas.queued
+    language = application_of(application.args).init_args[1]._bound_deployment
+    assert (language.name, language.num_replicas, language.ray_actor_options["num_cpus"]) == ("language", 1, 2)
+
+
+def application_of(arguments: dict[str, Any]) -> Any:
+    """The ingress."""
+    return built(build, arguments)._bound_deployment
+
+
+def test_without_a_language_model_there_is_one_deployment() -> None:
+    assert application_of({"language": {"replicas": 0}}).init_args[1] is None
+    with pytest.raises(ValidationError, match="less than two batches of 32"):
+        ServiceConfig.model_validate({"language": {"ongoing": 40}})
 
 
 def test_a_replica_can_have_two_batches_at_a_time() -> None:

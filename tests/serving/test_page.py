@@ -15,8 +15,8 @@ from tests.browser import Browser
 from tests.conftest import unavailable
 from tests.pipeline.small_logs import CHAIN_LENGTH
 from tests.serving.asked import Asked
+from tests.serving.running import free_ports
 from tests.serving.spoken import SHORT
-from tests.serving.test_serve import free_ports
 from tests.serving.test_watch import changed
 
 ROWS = "[...document.querySelectorAll('#list tr')].map(row => row.cells[1].textContent)"

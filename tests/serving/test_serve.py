@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -14,92 +12,21 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import aiohttp
 import psutil
 import pytest
 
 from raypipe.storage.releases import Releases
 from raypipe.storage.store import Store
-from raypipe.storage.tokens import Tokens
 from tests.conftest import Run
 from tests.ground import one_paragraph
 from tests.made import LENGTH, add_events, compute, publish
 from tests.pipeline.small_logs import newest
 from tests.serving.asked import Asked
+from tests.serving.running import Running, burst, start, stop
 from tests.serving.spoken import SHORT, TOKENS
 from tests.serving.test_watch import changed
-
-_START_S = 400.0
-
-
-@dataclass
-class Running:
-    """A service in a process of its own, on ports of its own."""
-
-    uri: str
-    url: str
-    secret: str
-    ports: tuple[int, ...]
-    process: subprocess.Popen[str]
-    audit: Path
-
-    def ask(self, route: str, body: Any = None, secret: str | None = None) -> tuple[int, Any]:
-        headers = {"Authorization": f"Bearer {secret or self.secret}", "content-type": "application/json"}
-        data = None if body is None else json.dumps(body).encode()
-        try:
-            with urllib.request.urlopen(
-                urllib.request.Request(f"{self.url}/{route}", data, headers), timeout=60
-            ) as answer:
-                return answer.status, json.loads(answer.read())
-        except urllib.error.HTTPError as error:
-            return error.code, json.loads(error.read())
-
-    def until(self, route: str, wanted: dict[str, Any], secret: str | None = None) -> None:
-        """Wait until the answer holds these values."""
-        deadline = time.monotonic() + 60
-        answer: Any = None
-        while time.monotonic() < deadline:
-            _, answer = self.ask(route, secret=secret)
-            if wanted.items() <= answer.items():
-                return
-            time.sleep(0.2)
-        pytest.fail(f"{route} still answers {answer}")
-
-
-def free_ports(count: int) -> tuple[int, ...]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = tuple(probe.getsockname()[1] for probe in probes)
-    for probe in probes:
-        probe.close()
-    return ports
-
-
-def start(uri: str, folder: Path, *options: str) -> Running:
-    ports = free_ports(3)
-    environment = {
-        **os.environ,
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(ports[1]),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports[2]),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
-    }
-    command = [sys.executable, "-m", "raypipe.cli.main", "serve", "--workspace", uri, "--port", str(ports[0])]
-    command += ["--audit", str(folder / "audit"), "--watch_s", "0.2", *options]
-    secret = Tokens(Store(uri)).make("tests", 10_000, 10_000)
-    with (folder / "stderr").open("w") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
-    deadline = time.monotonic() + _START_S
-    while "/v1 answers" not in (folder / "stderr").read_text():
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            pytest.fail((folder / "stderr").read_text()[-3000:])
-        time.sleep(0.5)
-    return Running(uri, f"http://127.0.0.1:{ports[0]}/v1", secret, ports, process, folder / "audit")
 
 
 @pytest.fixture(scope="module")
@@ -109,27 +36,7 @@ def running(spoken: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
     bounds = ("--replicas.ongoing", "128", "--replicas.queued", "64", *words, *few)
     service = start(spoken, tmp_path_factory.mktemp("serve"), *bounds)
     yield service
-    if service.process.poll() is None:
-        service.process.send_signal(signal.SIGTERM)
-        service.process.communicate(timeout=200)
-
-
-async def _burst(running: Running, bodies: list[dict[str, Any]], route: str) -> list[tuple[int, Any]]:
-    headers = {"Authorization": f"Bearer {running.secret}"}
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(headers=headers, connector=connector) as session:
-
-        async def one(body: dict[str, Any]) -> tuple[int, Any]:
-            async with session.post(f"{running.url}/{route}", json=body) as answer:
-                told = answer.headers.get("retry-after") if answer.status == 503 else await answer.json()
-                return answer.status, told
-
-        return await asyncio.gather(*(one(body) for body in bodies))
-
-
-def burst(running: Running, bodies: list[dict[str, Any]], route: str = "recommend") -> list[tuple[int, Any]]:
-    """All at the same time."""
-    return asyncio.run(_burst(running, bodies, route))
+    stop(service)
 
 
 def test_batch_and_online_give_one_truth(running: Running) -> None:

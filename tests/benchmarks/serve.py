@@ -1,0 +1,210 @@
+"""`raypipe serve` beside the same recommender in bare FastAPI and uvicorn, at rising load, alternating in one run.
+
+Both recommend ten of the catalogue's items after a history of 20, by the same untrained SASRec in one process of one torch
+thread. The bare one is what one would write at once: one request, one forward pass, no token, no filter but what was seen, no
+limits. Requests are sent when they are due, whatever became of those before (an open loop); one rate lasts `--seconds`. A rate
+is carried where 99 % of its requests are answered with 200 and 99 % of these within `LATE_S`.
+
+Figures: `requests_per_s` (the highest rate ours carries) and `rate_vs_bare`; `p99_vs_bare`, at 70 % of that rate, the median of
+the rounds' ratios, and `p99_ms`; past saturation, at half as much again, `shed` (the share that got 429 or 503) and `errors`
+(what got anything else but an answer, over the whole run); `memory_growth_mib` of the replica while it is held at 70 % for
+`--hold` seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from raypipe.cli.main import main as raypipe
+from raypipe.recommenders.config import RecommenderConfig
+from raypipe.storage.models import Models
+from raypipe.storage.nights import Night, Nights
+from raypipe.storage.releases import Release, Releases
+from raypipe.storage.workspace import Workspace
+from tests.benchmarks.open_loop import Sent, send
+from tests.serving.running import Running, free_ports, processes, start, stop
+from tests.untrained import store_untrained
+
+HISTORY, COUNT, LATE_S = 20, 10, 0.5
+MODEL = RecommenderConfig(model="sasrec", width=64, hidden=128, max_length=50, dropout=0)
+
+BARE = """
+import sys
+from pathlib import Path
+import torch, uvicorn
+from fastapi import FastAPI
+from pydantic import BaseModel
+from raypipe.recommenders.checkpoint import load_recommender
+from raypipe.recommenders.sequences import Sequences
+torch.set_num_threads(1)
+model, _ = load_recommender(Path(sys.argv[1]))
+table = model.item_states().detach()
+app = FastAPI()
+class Query(BaseModel):
+    history: list[str]
+    count: int = 10
+@app.post("/v1/recommend")
+async def recommend(query: Query):
+    items = [int(item) for item in query.history]
+    with torch.no_grad():
+        scores = (model.encode(Sequences.of([items])) @ table.T)[0]
+        scores[[0, *items]] = -torch.inf
+        best = scores.topk(query.count)
+    pairs = zip(best.indices.tolist(), best.values.tolist())
+    return {"items": [{"item_id": str(item), "title": "", "score": score} for item, score in pairs]}
+uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[2]), log_level="warning", access_log=False)
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--items", type=int, default=10_000)
+    parser.add_argument("--users", type=int, default=2_000)
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each rate")
+    parser.add_argument("--first", type=float, default=50.0, help="requests a second to begin with")
+    parser.add_argument("--growth", type=float, default=1.25, help="from one rate to the next")
+    parser.add_argument("--rounds", type=int, default=5, help="of the comparison at 70 %%")
+    parser.add_argument("--hold", type=float, default=600.0, help="seconds at 70 %% while memory is watched")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        uri = made_workspace(folder, given.items, given.users)
+        running = start(uri, folder, "--language.replicas", "0")
+        bare = Bare(uri)
+        try:
+            print(json.dumps({"bench": "serve", "figures": measured(given, running, bare), "machine": machine()}))
+        finally:
+            bare.process.kill()
+            stop(running)
+
+
+def measured(given: argparse.Namespace, running: Running, bare: Bare) -> dict[str, float]:
+    rng = np.random.default_rng(0)
+    histories = [[str(item) for item in rng.integers(1, given.items + 1, HISTORY)] for _ in range(500)]
+    bodies = [{"history": history, "count": COUNT} for history in histories]
+    everything: list[Sent] = []
+
+    def ours(rate: float, seconds: float = given.seconds) -> Sent:
+        sent = send(f"{running.url}/recommend", running.secret, bodies, rate, seconds)
+        everything.append(sent)
+        return told("ours", rate, sent)
+
+    def other(rate: float, seconds: float = given.seconds) -> Sent:
+        return told("bare", rate, send(bare.url, "", bodies, rate, seconds))
+
+    ours(given.first, 2.0)  # what comes first is slow everywhere
+    other(given.first, 2.0)
+    carried = saturation(given, {"ours": ours, "bare": other})
+    rate = 0.7 * carried["ours"]
+    rounds = [(ours(rate), other(rate)) for _ in range(given.rounds)]
+    shed = ours(1.5 * carried["ours"])
+    before = resident(running)
+    ours(rate, given.hold)
+    return {
+        "requests_per_s": round(carried["ours"], 1),
+        "bare_requests_per_s": round(carried["bare"], 1),
+        "rate_vs_bare": round(carried["ours"] / carried["bare"], 3),
+        "p99_ms": round(1000 * statistics.median(mine.p99_s for mine, _ in rounds), 2),
+        "p99_vs_bare": round(statistics.median(mine.p99_s / its.p99_s for mine, its in rounds), 3),
+        "shed": round(shed.share(429, 503), 4),
+        "errors": sum(sent.errors for sent in everything),
+        "memory_growth_mib": round(resident(running) - before, 1),
+    }
+
+
+def saturation(given: argparse.Namespace, kinds: dict[str, Callable[[float], Sent]]) -> dict[str, float]:
+    """The highest rate each carries, the rates of both rising in turn."""
+    carried = dict.fromkeys(kinds, 0.0)
+    rate, rising = given.first, set(kinds)
+    while rising:
+        for name in sorted(rising):
+            if kinds[name](rate).is_carried(LATE_S):
+                carried[name] = rate
+            else:
+                rising.discard(name)
+        rate *= given.growth
+    if not all(carried.values()):
+        sys.exit(f"Not even {given.first:g} requests a second are carried: {carried}. Begin with less: --first.")
+    return carried
+
+
+def told(name: str, rate: float, sent: Sent) -> Sent:
+    print(
+        f"{name}: {rate:.0f}/s, {sent.share(200):.1%} answered, p50 {1000 * sent.quantile_s(0.5):.1f} ms, "
+        f"p99 {1000 * sent.p99_s:.1f} ms, {dict(sent.statuses)}",
+        file=sys.stderr,
+    )
+    return sent
+
+
+class Bare:
+    """The other service."""
+
+    def __init__(self, uri: str) -> None:
+        store = Workspace(uri).store
+        champion = Releases(store).named("champion")
+        assert champion is not None
+        checkpoint = store.local_path(f"models/{champion.recommender}/checkpoint")
+        (port,) = free_ports(1)
+        self.url = f"http://127.0.0.1:{port}/v1/recommend"
+        self.process = subprocess.Popen([sys.executable, "-c", BARE, str(checkpoint), str(port)])
+        while True:
+            assert self.process.poll() is None
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/openapi.json", timeout=5).read()
+                return
+            except urllib.error.URLError:
+                time.sleep(0.2)
+
+
+def made_workspace(folder: Path, items: int, users: int) -> str:
+    """Histories of the synthetic log, an untrained SASRec in force, and a night of it in the online store."""
+    uri, data = str(folder / "workspace"), folder / "data"
+    sizes = ["--users", str(users), "--items", str(items), "--events", str(20 * users)]
+    log = ["--log.path", str(data / "log.parquet"), "--log.columns.time", "time"]
+    jobs = [
+        ["dataset", "synthetic", "--folder", str(data), *sizes],
+        ["ingest", "--workspace", uri, *log, "--catalogue.path", str(data / "items.csv")],
+    ]
+    for job in jobs:
+        # In processes of their own: the service brings its own Ray.
+        subprocess.run([sys.executable, "-m", "raypipe.cli.main", *job], check=True, stdout=subprocess.DEVNULL)
+    model = store_untrained(uri, MODEL)
+    workspace = Workspace(uri)
+    versions = {name: table.version() for name, table in workspace.tables.items() if table.version() >= 0}
+    releases = Releases(workspace.store)
+    named = f"{model.name}/{model.hash}"
+    assert Models(workspace.store).newest(model.name) is not None
+    release = releases.add(Release(named, "", {}, versions["items"]))
+    releases.point("champion", release)
+    Nights(workspace.store).publish(Night("2026-01-05", versions, {"release": release.hash, "recommender": named}))
+    assert raypipe(["online", "--workspace", uri]) == 0
+    return uri
+
+
+def resident(running: Running) -> float:
+    """MiB of the replica."""
+    (replica,) = processes(running, "ray::ServeReplica:raypipe:recommender")
+    return replica.memory_info().rss / 2**20
+
+
+def machine() -> str:
+    return f"{os.cpu_count()} cores, {platform.machine()}"
+
+
+if __name__ == "__main__":
+    main()
