@@ -45,9 +45,11 @@ svg text.aside { fill: var(--soft) } .aside { fill: var(--soft); stroke: var(--s
 text.aside, text[class^=s] { stroke: none !important; font-weight: 600 } rect.aside, rect.s0 { stroke: none }
 SERIES
 details { margin: .25rem 0 } summary { cursor: pointer; color: var(--soft) } code { font-size: .85em; overflow-wrap: anywhere }
-@media print { body { margin: 0; max-width: none; font-size: 10.5px } nav, summary { display: none } h2 { break-after: avoid }
-  .scroll { overflow: visible } table { font-size: 8.5px } th, td { padding: .15rem .3rem } tbody th { min-width: 8rem }
-  tr { break-inside: avoid } thead { display: table-header-group } @page { size: A4 landscape; margin: 12mm } }
+@media print { body { margin: 0; max-width: none; font-size: 9pt } nav, summary { display: none }
+  h1 { font-size: 16pt } h2 { font-size: 13pt } h3 { font-size: 11pt } h2, h3, caption { break-after: avoid }
+  .scroll { overflow: visible } table, figcaption small { font-size: 7.5pt } th, td { padding: .15rem .4rem }
+  tbody th { min-width: 8rem } tr { break-inside: avoid } thead { display: table-header-group }
+  .plots { grid-template-columns: 1fr 1fr } @page { size: A4 landscape; margin: 12mm } }
 """.replace(
     "SERIES",
     "\n".join(
