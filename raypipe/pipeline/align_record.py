@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from raypipe.pipeline.align import AlignConfig
 
 _READS_STATES = {"recinterpreter", "recexplainer"}
-_FLOORS = {"popularity", "transitions"}
+_WITHOUT_LM = re.compile(r"(popularity|transitions|boosted trees.*)$")
 # Means over everybody who was asked, of values from 0 to 1.
 _SHARES = re.compile(
     r"(recovery|residual|oracle|order|valid|rouge_l|T\d .*|(residual|oracle) valid|(HR|Recall|NDCG|MRR)@\d+)$"
@@ -46,7 +46,7 @@ def record(config: AlignConfig, result: JobResult) -> None:
             recommender=recommender.name if recommender else "",
             protocol=_protocol(config, options, result.metrics),
             seed=int(lineage.get("seed", 0)),
-            figures=_figures(name, result.metrics),
+            figures=_figures(name, config.model.partition("/")[0], result.metrics),
             settings={**lineage.get("config", {}), **options},
             training=lineage.get("training", {}),
         ),
@@ -54,16 +54,22 @@ def record(config: AlignConfig, result: JobResult) -> None:
     )
 
 
-def _figures(name: str, metrics: Mapping[str, Any]) -> dict[str, dict[str, Measured]]:
-    """`shuffled states: recovery` is a figure of what stands beside the model, `popularity: Recall@5` a floor's."""
+def _figures(name: str, recommender: str, metrics: Mapping[str, Any]) -> dict[str, dict[str, Measured]]:
+    """`shuffled states: recovery` is a figure of what stands beside the model, `popularity: Recall@5` one of a scorer of its own,
+    and `above HASH: Recall@3` the model's: how far it is above another."""
     found: dict[str, dict[str, Measured]] = {}
     asked = int(metrics.get("asked", 0))
     for metric, value in metrics.items():
-        *beside, metric = metric.split(": ")
+        *beside, figure = metric.split(": ")
         if value is not None:
-            scorer = beside[0] if beside and beside[0] in _FLOORS else ", ".join([name, *beside])
-            found.setdefault(scorer, {})[metric] = Measured(
-                float(value), _half_width(value, asked) if _SHARES.match(metric) else None
+            if beside and (_WITHOUT_LM.match(beside[0]) or beside[0] == recommender):
+                scorer = beside[0]
+            elif beside and beside[0].startswith("above "):
+                scorer, figure = name, metric
+            else:
+                scorer = ", ".join([name, *beside])
+            found.setdefault(scorer, {})[figure] = Measured(
+                float(value), _half_width(value, asked) if _SHARES.match(figure) else None
             )
     return found
 
@@ -78,6 +84,8 @@ def _protocol(config: AlignConfig, options: Mapping[str, Any], metrics: Mapping[
     if config.system == "lancer":
         seen = "filtered" if options.get("filter_seen") else "kept"
         return f"leave-one-out, whole catalogue, seen items {seen}, {metrics['asked']:.0f} users asked"
+    if config.system == "trsr":
+        return f"leave-one-out, {options['candidates']['negatives'] + 1} candidates, {metrics['asked']:.0f} users asked"
     last = "last event" if config.hold_out == 1 else f"last {config.hold_out} events"
     asked = "held out from every training" if metrics.get("unseen_by_all", 1) else "who may have been trained on"
     return f"before everybody's {last}, users {asked}"

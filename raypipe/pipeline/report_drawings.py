@@ -22,8 +22,9 @@ def _by_length(figures: Sequence[Figure]) -> list[Plot]:
     found = []
     for metric, protocol in _groups(figures, BY_LENGTH, 1):
         mine = [f for f in figures if f.protocol == protocol and (m := BY_LENGTH.match(f.metric)) and m[1] == metric]
-        lengths = sorted({str(BY_LENGTH.match(f.metric)[2]) for f in mine}, key=_first_number)  # type: ignore[index]
-        series = _series(mine, [f"{metric} length {one}" for one in lengths])
+        named = {str(BY_LENGTH.match(f.metric)[2]): f.metric for f in mine}  # type: ignore[index]
+        lengths = sorted(named, key=_first_number)
+        series = _series(mine, [named[one] for one in lengths])
         if len(lengths) > 1 and series:
             told = f"{protocol}. Vertical lines are 95 % intervals over users, where they are known."
             found.append(

@@ -14,7 +14,7 @@ Kind = Literal["floor", "model", "beside", "published"]
 _PLACES: dict[Kind, int] = {"floor": 0, "model": 1, "beside": 1, "published": 2}
 _CONTROLS = re.compile(
     r"\b(shuffled|random|reduced|zero-shot|constant|another user's|most frequent"
-    r"|no (states|users|summaries|prompt|knowledge|reasoning))"
+    r"|no (states|users|summary|summaries|prompt|knowledge|reasoning))"
 )
 _CEILINGS = ("exact count",)
 _NOT_BETTER_WHEN_HIGHER = re.compile(r"untouched|users$")
@@ -35,6 +35,13 @@ SECTIONS = (
         "Ranking",
         "The held-out item among all candidates; of one relevant item HR and Recall are the same.",
         re.compile(r"(HR|Recall|NDCG|MRR)@\d+$|relative NDCG"),
+    ),
+    Section(
+        "Compared user by user",
+        "By how much a model ranks the same candidates of the same users higher than another: low and high are the ends of the 95 % "
+        "interval of a paired bootstrap.",
+        re.compile(r"above "),
+        judged=False,
     ),
     Section(
         "States in words",
@@ -83,7 +90,7 @@ SECTIONS = (
         judged=False,
     ),
 )
-BY_LENGTH = re.compile(r"((?:HR|Recall|NDCG|MRR)@\d+) length (.+)$")
+BY_LENGTH = re.compile(r"((?:HR|Recall|NDCG|MRR)@\d+) (?:length|after) (.+?)(?: events)?$")
 BY_PLACE = re.compile(r"recovery by place (\d+)$")
 SHARE = re.compile(r"attribute share: (.+)$")
 _DRAWN = (BY_LENGTH, BY_PLACE, SHARE)

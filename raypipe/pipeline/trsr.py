@@ -190,6 +190,7 @@ def _train(config: AlignConfig, workspace: Workspace, inputs: Asked, recipe: str
         "lm": inputs.lm_hash,
         "candidates": inputs.sets_key,
         "metrics": metrics,
+        "training": trained.curve(),
     }
     model = Models(workspace.store).add(NAME, trained.folder, recipe, lineage)
     workspace.store.delete_folder(f"staging/{name}")

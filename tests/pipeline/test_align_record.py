@@ -8,7 +8,9 @@ import pytest
 
 from raypipe.pipeline.align import AlignConfig
 from raypipe.pipeline.align_record import record
+from raypipe.pipeline.report_drawings import plots_of
 from raypipe.pipeline.report_figures import figures_of
+from raypipe.pipeline.report_tables import tables_of
 from raypipe.runtime.job import JobResult
 from raypipe.storage.evaluations import Evaluations
 from raypipe.storage.models import Model, Models
@@ -48,6 +50,28 @@ def test_floors_are_rows_of_their_own_and_what_stands_beside_a_model_is_named_af
     assert figures["LANCER", "asked"].half_width is None
     assert (figures["LANCER", "train_seconds"].value, figures["LANCER", "steps"].value) == (3, 7)
     assert ("LANCER", "none") not in figures
+
+
+def test_what_ranks_candidates_without_a_language_model_has_rows_of_its_own(home: str, tmp_path: Path) -> None:
+    model = stored(home, tmp_path / "m", "trsr", options={"candidates": {"negatives": 20}})
+    metrics = {"asked": 50, "Recall@3": 0.6, "no summaries: Recall@3": 0.5, "boosted trees on facts: Recall@3": 0.7}
+    metrics |= {"gru4rec: Recall@3": 0.4, "above 123: Recall@3": 0.1, "above 123: Recall@3 low": 0.02}
+    metrics |= {"Recall@3 after 3 to 9 events": 0.5, "Recall@3 after 10 to 24 events": 0.7}
+    config = AlignConfig(workspace=home, system="trsr", model="gru4rec/0")
+    record(config, JobResult("align", "ok", models={"trsr": model.hash}, metrics=metrics))
+    figures = figures_of(Evaluations(Store(home)).all(), "shop")
+    assert {one.protocol for one in figures} == {"leave-one-out, 21 candidates, 50 users asked"}
+    ranking, compared = tables_of("shop", [one for one in figures if one.metric != "asked"])[:2]
+    kinds = {row.model: row.kind for row in ranking.rows}
+    assert kinds == {
+        "LLM-TRSR": "model",
+        "LLM-TRSR, no summaries": "beside",
+        "boosted trees on facts": "model",
+        "GRU4Rec": "model",
+    }
+    assert compared.metrics == ("above 123: Recall@3", "above 123: Recall@3 low")
+    (plot,) = plots_of(figures)
+    assert plot.rows == (("3 to 9", "0.5000"), ("10 to 24", "0.7000"))
 
 
 def test_a_model_of_another_workspace_is_told_from_one_of_this(home: str, tmp_path: Path) -> None:
