@@ -30,6 +30,8 @@ from raypipe.systems.paradigms import build_summarizer
 from raypipe.systems.summaries import Block, UserSummary
 
 ECHO = "echo"
+ADAPTERS = 8
+"""Most that are kept beside one language model."""
 _KEPT = 2  # language models: that of the release, and that of the one which takes its place
 _PROBE_TOKENS = 2
 
@@ -95,6 +97,14 @@ class Job:
     listen: Callable[[Explanation], None] | None = None
 
 
+@dataclass(frozen=True)
+class _Base:
+    """A language model, and the engines over its weights by adapter."""
+
+    engine: Engine
+    beside: dict[str, Engine]
+
+
 class Language:
     """Loads engines and lets them answer. Loading may go on in one thread while another one answers."""
 
@@ -102,8 +112,15 @@ class Language:
         self.config = config
         self.workspace = Workspace(config.workspace)
         self._models = Models(self.workspace.store)
-        self._bases: dict[str, Engine] = {}
+        self._bases: dict[str, _Base] = {}
         self._loading = Lock()
+
+    def ready(self, key: Key) -> Engine | None:
+        """The engine of these weights if they are in memory; waits for no loading."""
+        base = self._bases.get(key.lm)
+        if base is None:
+            return None
+        return base.beside.get(key.adapter) if key.adapter else base.engine
 
     def load(self, key: Key) -> Engine:
         """The engine of these weights; those of the language model are shared by all of its adapters.
@@ -111,20 +128,17 @@ class Language:
         Raises UsageError for what is missing, damaged or does not belong together.
         """
         with self._loading:
-            if key.lm not in self._bases:
-                while len(self._bases) >= _KEPT:
-                    self._bases.pop(next(iter(self._bases)))
-                self._bases[key.lm] = self._base(key.lm)
-            base = self._bases[key.lm]
+            base = self._bases.pop(key.lm, None) or _Base(self._base(key.lm), {})
+            self._bases[key.lm] = base
+            while len(self._bases) > _KEPT:
+                self._bases.pop(next(iter(self._bases)))
             if not key.adapter:
-                return base
-            if not isinstance(base, TransformersEngine):
-                raise UsageError(
-                    f"The adapter {key.adapter[:40]} cannot be read beside {key.lm}.",
-                    "Serve it with --language.engine.engine transformers.",
-                )
-            adapter = find_model(self._models, key.adapter)
-            return base.beside(self._models.fetch_unharmed(adapter, Path(self.config.model_cache)))
+                return base.engine
+            if key.adapter not in base.beside:
+                base.beside[key.adapter] = self._beside(base.engine, key)
+                while len(base.beside) > ADAPTERS:
+                    base.beside.pop(next(iter(base.beside)))
+            return base.beside[key.adapter]
 
     def prove(self, key: Key, engine: Engine) -> None:
         """Raises UnfitError where the engine gives no answer, or one that is no number."""
@@ -158,6 +172,15 @@ class Language:
                 for at, result in zip(mine, ask(engine, [jobs[at] for at in mine]), strict=True):
                     found[at] = result
         return found
+
+    def _beside(self, base: Engine, key: Key) -> Engine:
+        if not isinstance(base, TransformersEngine):
+            raise UsageError(
+                f"The adapter {key.adapter[:40]} cannot be read beside {key.lm}.",
+                "Serve it with --language.engine.engine transformers.",
+            )
+        adapter = find_model(self._models, key.adapter)
+        return base.beside(self._models.fetch_unharmed(adapter, Path(self.config.model_cache)))
 
     def _base(self, lm: str) -> Engine:
         engine = self.config.language.engine

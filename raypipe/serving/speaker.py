@@ -23,14 +23,13 @@ from raypipe.engines.engine import Engine
 from raypipe.errors import RaypipeError
 from raypipe.serving.config import ServiceConfig
 from raypipe.serving.conversation import SoFar
-from raypipe.serving.language import Failed, Job, Key, Language, Result, Task, keys_of
+from raypipe.serving.language import ADAPTERS, Failed, Job, Key, Language, Result, Task, keys_of
 from raypipe.serving.served import UnfitError
 from raypipe.storage.releases import Releases
 from raypipe.systems.explanations import Explanation
 
 T = TypeVar("T")
 _LOG = logging.getLogger("raypipe.serving")
-_ADAPTERS = 8  # most that a process keeps; whichever was not asked for the longest makes room
 _TRIES = 3
 _PROOF_S = 600.0
 _LOADED = Failed("not_ready", "The language model of the release cannot be loaded.")
@@ -82,7 +81,7 @@ class Speaker:
         found = Releases(self.language.workspace.store).get(release)
         try:
             for key in keys_of(found):
-                engine = await self._engine(str(key))
+                engine = await self._load(str(key))
                 await _aside(self._answers, partial(self.language.prove, key, engine))
         except RaypipeError as error:
             # Without adapters the language model is asked for nothing but summaries of given histories.
@@ -91,15 +90,23 @@ class Speaker:
 
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.005, max_concurrent_batches=1)
     async def _batch(self, jobs: list[Job]) -> list[Result]:
+        key = serve.get_multiplexed_model_id()
         try:
-            engine = await self._engine(serve.get_multiplexed_model_id())
+            await self._told(key)
+            engine = self.language.ready(Key.parse(key)) or await self._load(key)
         except RaypipeError as error:
             _LOG.error("%s", error)
             return [_LOADED] * len(jobs)
         return await _aside(self._answers, partial(self.language.answer, engine, jobs))
 
-    @serve.multiplexed(max_num_models_per_replica=_ADAPTERS)
-    async def _engine(self, key: str) -> Engine:
+    @serve.multiplexed(max_num_models_per_replica=ADAPTERS)
+    async def _told(self, key: str) -> str:
+        """Lets Ray Serve know that this process has these weights; which are kept is for `Language` to say, as adapters share
+        theirs."""
+        await self._load(key)
+        return key
+
+    async def _load(self, key: str) -> Engine:
         return await _aside(self._loads, partial(self.language.load, Key.parse(key)))
 
 

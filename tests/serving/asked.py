@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 from starlette.testclient import TestClient
@@ -39,23 +38,22 @@ class Speaking:
 
     def __init__(self, config: ServiceConfig) -> None:
         self.language = Language(config)
-        self.load = cache(self.language.load)
 
     async def ask(self, key: Key, task: Task, until: float) -> Result:
-        (result,) = self.language.answer(self.load(key), [Job(task, until)])
+        (result,) = self.language.answer(self.language.load(key), [Job(task, until)])
         return result
 
     async def stream(self, key: Key, task: Task, until: float) -> AsyncIterator[SoFar | Result]:
         heard: list[SoFar] = []
         job = Job(task, until, lambda so_far: heard.append(SoFar(so_far.decision, so_far.text)))
-        (result,) = self.language.answer(self.load(key), [job])
+        (result,) = self.language.answer(self.language.load(key), [job])
         for so_far in heard:
             yield so_far
         yield result
 
     def prove(self, release: str) -> None:
         for key in keys_of(Releases(self.language.workspace.store).get(release)):
-            self.language.prove(key, self.load(key))
+            self.language.prove(key, self.language.load(key))
 
 
 class Direct:

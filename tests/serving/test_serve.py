@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,7 +21,7 @@ import pytest
 
 from raypipe.storage.releases import Releases
 from raypipe.storage.store import Store
-from tests.conftest import Run
+from tests.conftest import Run, unavailable
 from tests.ground import one_paragraph
 from tests.made import LENGTH, add_events, compute, publish
 from tests.pipeline.small_logs import newest
@@ -151,6 +153,66 @@ def test_a_port_that_is_taken_is_told_before_anything_starts(running: Running) -
     ended = subprocess.run([*command, "--port", str(running.ports[0])], capture_output=True, text=True, timeout=300)
     assert ended.returncode == 2
     assert f"cannot listen on 127.0.0.1:{running.ports[0]}" in one_paragraph(ended.stderr)
+
+
+@pytest.fixture
+def outside() -> Iterator[tuple[str, str]]:
+    """A network namespace that is joined to this one: its name, and this machine's address there."""
+    if shutil.which("ip") is None or os.geteuid():
+        unavailable("another network namespace needs root and iproute2")
+    name, network = f"rpout{os.getpid()}", f"10.202.{os.getpid() % 250}"
+    if subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode:
+        # Nobody can be asked to give a container this right.
+        pytest.skip("network namespaces cannot be made here")
+    near, far = f"rpn{os.getpid()}", f"rpf{os.getpid()}"
+    commands = [
+        f"link add {near} type veth peer name {far} netns {name}",
+        f"addr add {network}.1/24 dev {near}",
+        f"link set {near} up",
+        f"-n {name} addr add {network}.2/24 dev {far}",
+        f"-n {name} link set {far} up",
+    ]
+    try:
+        for command in commands:
+            subprocess.run(["ip", *command.split()], check=True)
+        yield name, f"{network}.1"
+    finally:
+        subprocess.run(["ip", "netns", "del", name], check=True)
+
+
+REACH = """
+import json, socket, sys, urllib.error, urllib.request
+found = {}
+for port in json.loads(sys.argv[2]):
+    try:
+        socket.create_connection((sys.argv[1], port), 2).close()
+        found[port] = 0
+        found[port] = urllib.request.urlopen(f"http://{sys.argv[1]}:{port}/v1/release", timeout=5).status
+    except urllib.error.HTTPError as error:
+        found[port] = error.code
+    except OSError:
+        continue
+print(json.dumps(found))
+"""
+
+
+def test_from_another_machine_no_port_answers_without_a_token(running: Running, outside: tuple[str, str]) -> None:
+    """The API listens where it was told to. Replicas have to be reached by HAProxys of other nodes: they ask for a token too.
+    HAProxy's own ports, which the README says to close, tell figures and take no orders."""
+    namespace, address = outside
+    family = [psutil.Process(running.process.pid), *psutil.Process(running.process.pid).children(recursive=True)]
+    pids = {process.pid for process in family}
+    listening = {
+        found.laddr.port for found in psutil.net_connections("tcp") if found.status == "LISTEN" and found.pid in pids
+    }
+    assert set(running.ports) <= listening
+    words = ["ip", "netns", "exec", namespace, sys.executable, "-c", REACH, address, json.dumps(sorted(listening))]
+    reached = json.loads(subprocess.run(words, check=True, capture_output=True, text=True, timeout=300).stdout)
+    assert str(running.ports[0]) not in reached, "it was told to listen on 127.0.0.1"
+    replicas = {port: status for port, status in reached.items() if 30_000 <= int(port) < 31_000}
+    assert replicas
+    assert set(replicas.values()) == {401}
+    assert 200 not in {status for port, status in reached.items() if int(port) not in running.ports}
 
 
 def test_a_stopped_service_answers_what_it_has_and_leaves_nothing_behind(running: Running) -> None:

@@ -17,6 +17,8 @@ from raypipe.language.prompt import Vectors
 from raypipe.metrics.recovery import titles_in
 from raypipe.recommenders.checkpoint import load_recommender
 from raypipe.recommenders.sequences import Sequences
+from raypipe.serving.config import ServiceConfig
+from raypipe.serving.language import Key, Language, keys_of
 from raypipe.storage.models import Models
 from raypipe.storage.releases import Releases
 from raypipe.storage.store import Store
@@ -254,3 +256,27 @@ def test_an_adapter_that_is_not_as_stored_or_does_not_answer_is_refused(speaking
     asked.backend.watch.look()
     assert "payload.py cannot be part of a model" in asked.get("release").json()["refused"][poisoned.hash]
     assert asked.post("explain", {"user_id": "u1"}).status_code == 200
+
+
+def test_two_language_models_are_kept_and_each_once(speaking: str, tmp_path: Path) -> None:
+    store = Store(speaking)
+    champion = Releases(store).named("champion")
+    assert champion is not None
+    language = Language(ServiceConfig(workspace=speaking, language=SHORT))
+    keys = keys_of(champion)
+    assert len(keys) == 4
+    engines = [language.load(key) for key in keys]
+    assert [language.load(key) for key in keys] == [language.ready(key) for key in keys] == engines
+    others = []
+    for number in range(2):
+        folder = tmp_path / str(number)
+        shutil.copytree(store.local_path(f"models/lm/{champion.lm}/checkpoint"), folder)
+        config = json.loads((folder / "generation_config.json").read_text()) | {"max_length": 20 + number}
+        (folder / "generation_config.json").write_text(json.dumps(config))
+        others.append(Key(Models(store).add("lm", folder, f"other {number}", {}).hash))
+    language.load(others[0])
+    language.load(keys[0])
+    language.load(others[1])
+    assert [language.ready(key) is not None for key in (*keys, *others)] == [True] * 4 + [False, True]
+    language.load(others[0])
+    assert [language.ready(key) for key in keys] == [None] * 4
