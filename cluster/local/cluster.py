@@ -135,7 +135,7 @@ class LocalCluster:
         else:
             head = f"{options.address(HEAD)}:{_GCS}"
             words = [str(BIN / "ray"), "start", "--block", "--address", head, "--num-cpus", str(options.cpus)]
-            ready = partial(_listens, address, _METRICS)
+            ready = partial(self._has_joined, node, len(self._log(node)))
         self._start(node, ["ip", "netns", "exec", options.namespace(node), *words, *common], ready)
 
     def stop_node(self, node: str) -> None:
@@ -231,7 +231,7 @@ class LocalCluster:
     def _mlflow(self) -> list[str]:
         options = self.options
         password = (self.folder / "postgres-password").read_text()
-        database = f"postgresql://mlflow:{password}@{options.host}:{options.postgres_port}/postgres"
+        database = f"postgresql+psycopg2://mlflow:{password}@{options.host}:{options.postgres_port}/postgres"
         words = [str(BIN / "mlflow"), "server", "--backend-store-uri", database, "--workers", "1"]
         words += ["--host", options.host, "--port", str(options.mlflow_port), "--allowed-hosts", "*"]
         return [*words, "--artifacts-destination", str(self.folder / "mlflow")]
@@ -285,8 +285,7 @@ class LocalCluster:
         if name == HEAD:
             settings["RAY_REDIS_ADDRESS"] = f"{self.options.host}:{self.options.redis_port}"
             settings["RAY_external_storage_namespace"] = self.options.name
-        log = self.folder / "log" / f"{name}.log"
-        with log.open("ab") as output:
+        with (self.folder / "log" / f"{name}.log").open("ab") as output:
             process = subprocess.Popen(
                 command, env=settings, cwd=ROOT, stdout=output, stderr=output, start_new_session=True
             )
@@ -295,11 +294,19 @@ class LocalCluster:
         while not ready():
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RaypipeError(
-                    f"{name} does not start: {log.read_text(errors='replace')[-1500:]}",
+                    f"{name} does not start: {self._log(name)[-1500:]}",
                     "`down`, mend it, and `up` again.",
                 )
             time.sleep(0.3)
         print(f"{name} is up", file=sys.stderr, flush=True)
+
+    def _log(self, name: str) -> str:
+        path = self.folder / "log" / f"{name}.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def _has_joined(self, node: str, before: int) -> bool:
+        """Whether Ray says so after the first `before` characters of its log: a node that listens may yet give up."""
+        return "Ray runtime started" in self._log(node)[before:]
 
     def _known(self) -> dict[str, tuple[int, float]]:
         return json.loads(self._processes.read_text()) if self._processes.exists() else {}
