@@ -268,7 +268,7 @@ def _best(table: Table, metric: str) -> list[str]:
         return []
     best = max(models, key=lambda row: row.cells[metric].value)
     value = best.cells[metric].value
-    told = f"{metric}: {_named(best)} is best with {value:.4f}"
+    told = f"{metric}: {_named(best)} {'is best with' if len(models) > 1 else 'has'} {value:.4f}"
     floors = [row for row in table.rows if row.kind == "floor" and metric in row.cells]
     if floors:
         floor = max(floors, key=lambda row: row.cells[metric].value)

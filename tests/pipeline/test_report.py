@@ -83,6 +83,7 @@ def test_seeds_become_mean_and_spread_beside_intervals_over_users(raypipe: Run, 
     assert "| SASRec (loss: softmax) | 0.6400 ± 0.0200 (sd 0.0566) | 0.3200 ± 0.0200 (sd 0.0283) | 0, 1 |" in table
     assert "| transitions |  | 0.2000 ± 0.0100 | 0 |" in table
     assert "- NDCG@10: SASRec is best with 0.3200; the best floor, transitions, has 0.2000." in table
+    assert "- recovery: RecInterpreter beside SASRec has 0.2500." in table
     assert "- GRU4Rec does not reach transitions: NDCG@10 0.1500 against 0.2000." in table
     assert "| RecInterpreter, shuffled states | SASRec | 0.0400 | 0 |" in table
     assert "| SASRec (loss: softmax) | 300 (sd 0) | 12.0 (sd 0.0) | 0, 1 |" in table
