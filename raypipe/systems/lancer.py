@@ -50,6 +50,9 @@ class LancerPrompts(Config):
 
     line: str = shaping("{attributes} : {title}", "an item, in histories and answers; without {attributes} the title")
     frame: Frame = shaping(Frame, "in training, and when it is asked")
+    training: tuple[Frame, ...] = shaping(
+        (), "other frames of training, drawn as often as that one: figures hang less on the words"
+    )
     perturbed: tuple[Frame, ...] = free(
         (
             Frame(lead="Someone picked these, the oldest first:"),
@@ -57,13 +60,15 @@ class LancerPrompts(Config):
             Frame(join=","),
             Frame(lead="What comes next?", join=" |"),
         ),
-        "other frames, in which it is asked too: how far figures hang on the words",
+        "frames in which it is asked too, none of training's: how far figures hang on the words",
     )
 
     @model_validator(mode="after")
     def _lines_hold_titles(self) -> LancerPrompts:
         if self.line.count(_TITLE) != 1 or self.line.count(_ATTRIBUTES) > 1:
             raise ValueError(f"the line {self.line!r} needs {_TITLE} once, and may have {_ATTRIBUTES}")
+        if set(self.perturbed) & {self.frame, *self.training}:
+            raise ValueError("a perturbed frame is one of training's")
         return self
 
 

@@ -52,6 +52,11 @@ class FrameTokens:
     join: list[int]
     after: list[int]
 
+    @property
+    def around(self) -> int:
+        """Tokens before the first item and behind the last."""
+        return len(self.start) + len(self.after)
+
     @classmethod
     def of(cls, tokenizer: PromptTokenizer, frame: Frame) -> FrameTokens:
         ((ids, (place,)),) = tokenizer.encode_pieces([[frame.lead, 1]])
@@ -89,15 +94,15 @@ def prepare_lancer(
         np.save(folder / f"{name}_ends.npy", np.cumsum([len(row) for row in rows]))
     np.save(folder / "histories.npy", told.histories.items)
     np.save(folder / "history_ends.npy", told.histories.ends)
-    frame = FrameTokens.of(backbone, config.prompts.frame)
-    if frame.after and config.learnt > 1:
+    frames = [FrameTokens.of(backbone, frame) for frame in (config.prompts.frame, *config.prompts.training)]
+    if frames[0].after and config.learnt > 1:
         raise UsageError(
             "This language model answers in turns of a chat, and several items cannot be learnt in one.",
             "Set --lancer.learnt 1, or name a model without a chat template.",
         )
     room = backbone.context - config.room
-    longest = max(map(len, lines)) + len(frame.join)
-    if room < len(frame.start) + len(frame.after) + 2 * longest:
+    longest = max(map(len, lines)) + max(len(frame.join) for frame in frames)
+    if room < max(frame.around for frame in frames) + 2 * longest:
         raise UsageError(
             f"Two items of up to {longest} tokens do not fit the {room} tokens that the language model leaves them.",
             "Shorten --lancer.prompts.line, lower --lancer.reads, or name a language model of a longer context.",
@@ -110,7 +115,7 @@ def prepare_lancer(
                 "end": backbone.ends[0],
                 "room": room,
                 "validated": told.validated,
-                "frame": asdict(frame),
+                "frames": [asdict(frame) for frame in frames],
                 "config": config.model_dump(mode="json"),
                 "card": {**asdict(card), "config": card.config.model_dump(mode="json")},
             }
@@ -131,7 +136,7 @@ class Exercises:
         config = AdapterConfig.model_validate(told["card"].pop("config"))
         self.card = AdapterCard(config=config, **told["card"])
         self.config = LancerConfig.model_validate(told["config"])
-        self.frame = FrameTokens(**told["frame"])
+        self.frames = [FrameTokens(**frame) for frame in told["frames"]]
         self.lm, self.seed, self.end = str(told["lm"]), int(told["seed"]), int(told["end"])
         self.room, self.validated = int(told["room"]), int(told["validated"])
         self._order: NDArray[np.int64] = np.zeros((0, 0, 3), np.int64)
@@ -182,18 +187,23 @@ class Exercises:
         return self._order[index]
 
     def learnt(self, stretch: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Items of a stretch, as many as fit."""
+        """Items of a stretch, as many as fit in every frame."""
         row, first, count = stretch.tolist()
         items = self._events(row, first, first + count)
-        frame = len(self.frame.start) + len(self.frame.after) + len(self.frame.join)
-        before = int(self.line_lengths[self._events(row, first - 1, first)[0]])
-        costs = (self.line_lengths[items] + len(self.frame.join)).cumsum()
-        return items[: max(1, int((costs + frame + before <= self.room).sum()))]
+        join = max(len(frame.join) for frame in self.frames)
+        before = int(self.line_lengths[self._events(row, first - 1, first)[0]]) + join
+        before += max(frame.around for frame in self.frames)
+        costs = (self.line_lengths[items] + join).cumsum()
+        return items[: max(1, int((costs + before <= self.room).sum()))]
 
-    def histories(self, stretches: NDArray[np.int64], *, read_once: bool) -> dict[str, Tensor]:
+    def histories(
+        self, stretches: NDArray[np.int64], *, read_once: bool, frames: NDArray[np.int64] | None = None
+    ) -> dict[str, Tensor]:
         """A batch of stretches int64 [batch, 3], with the vectors of the items before where these are `read_once`, else with
-        their contents."""
-        rows, labels = zip(*(self._words(stretch) for stretch in stretches), strict=True)
+        their contents; `frames` int64 [batch] by number, the first where unset."""
+        around = np.zeros(len(stretches), np.int64) if frames is None else frames
+        told = [self._words(stretch, self.frames[frame]) for stretch, frame in zip(stretches, around, strict=True)]
+        rows, labels = zip(*told, strict=True)
         batch = padded(rows)
         batch["labels"] = padded(labels, "labels", IGNORED)["labels/tokens"]
         if not self.config.reasoning:
@@ -208,15 +218,14 @@ class Exercises:
         for row, items in enumerate(read):
             places[row, most - len(items) :] = np.searchsorted(distinct, items)
             known[row, most - len(items) :] = True
-        told = {f"{PREFIX}/rows": torch.from_numpy(places), f"{PREFIX}/known": torch.from_numpy(known)}
-        return batch | told | padded([self.content(int(item)) for item in distinct], "items")
+        batch |= {f"{PREFIX}/rows": torch.from_numpy(places), f"{PREFIX}/known": torch.from_numpy(known)}
+        return batch | padded([self.content(int(item)) for item in distinct], "items")
 
-    def _words(self, stretch: NDArray[np.int64]) -> tuple[list[int], list[int]]:
+    def _words(self, stretch: NDArray[np.int64], frame: FrameTokens) -> tuple[list[int], list[int]]:
         """Tokens and labels of a stretch: behind the lines that are shown, those that are learnt, each with the end for a label
         where what joins it to the next begins."""
         row, first, _ = stretch.tolist()
         learnt = self.learnt(stretch)
-        frame = self.frame
         tail: list[int] = []
         labels: list[int] = []
         for number, item in enumerate(learnt.tolist()):
@@ -226,7 +235,7 @@ class Exercises:
             # The end of one line has the place of another's label: it stands for the token that is not read.
             labels += [*line, self.end, *[IGNORED] * (len(follows) - 1)]
         shown: list[int] = []
-        left = self.room - len(tail) - len(frame.start) - len(frame.after)
+        left = self.room - len(tail) - frame.around
         for item in reversed(self._events(row, max(0, first - self.config.shown), first).tolist()):
             line = self._line(item)
             left -= len(line) + len(frame.join)

@@ -149,7 +149,8 @@ class LancerTask:
         found: dict[str, Tensor] = {}
         if self.learns_histories:
             whole = self.exercises.drawn(step, seed, batch_size)
-            found = self.exercises.histories(whole[rank::world], read_once=self._read_once)
+            drawn = np.random.default_rng((seed, step, 5)).integers(len(self.exercises.frames), size=len(whole))
+            found = self.exercises.histories(whole[rank::world], read_once=self._read_once, frames=drawn[rank::world])
             learnt = sum(self.exercises.learnt_tokens(stretch) for stretch in whole)
             found["count"] = torch.tensor(learnt / world)
         if self.stage == "first" and self.config.knowledge:

@@ -5,6 +5,7 @@ events. Rows of the sweep:
 
     ablations             --ablation reasoning, --ablation knowledge, --ablation both: without these prompts
     size of the LM        --lm base
+    several frames        --label 'several frames' -- --lancer.prompts.training '[{"lead": "Chosen so far:"}, {"join": " /"}]'
     held to the catalogue --constrained: the stored model asked again, nothing trained
     another data set      --trained_on ml-100k --dataset amazon-industrial: nothing trained there
 

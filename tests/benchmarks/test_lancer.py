@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from tests.benchmarks import lancer
 from tests.benchmarks.lancer import rows_of
+from tests.benchmarks.recommenders import ROOT
 
 METRICS = {
     "asked": 943,
@@ -109,3 +111,11 @@ def test_what_was_learnt_elsewhere_is_asked_here_and_nothing_trained(monkeypatch
     assert "--lancer.constrained" in jobs[4]
     assert "--lancer.constrained" not in jobs[2]
     assert rows_of(METRICS, given, "")[0]["model"] == "LANCER, constrained, trained on ml-100k"
+
+
+@pytest.mark.parametrize("metric", ["Recall@5", "NDCG@5"])
+def test_what_was_measured_stands_above_its_floors(metric: str) -> None:
+    rows = json.loads((ROOT / "tests/golden/lancer-ml-100k.json").read_text())
+    for seed in {row["seed"] for row in rows if row["model"] == "LANCER"}:
+        told = {row["model"]: row["value"] for row in rows if (row["metric"], row["seed"]) == (metric, seed)}
+        assert told["LANCER"] > max(told["popularity"], told["transitions"])

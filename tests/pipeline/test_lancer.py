@@ -33,7 +33,7 @@ USERS = 120
 SMALL = (
     *("--system", "lancer", "--lancer.shown", "2", "--lancer.reads", "3", "--lancer.learnt", "4"),
     *("--lancer.virtual_tokens", "4", "--lancer.text_characters", "0", "--lancer.beams", "5"),
-    *("--lancer.first_epochs", "2", "--lancer.prompts.line", "{title}", "--no-lancer.filter_seen"),
+    *("--lancer.first_epochs", "20", "--lancer.prompts.line", "{title}", "--no-lancer.filter_seen"),
     *("--lancer.prompts.perturbed", '[{"lead": "Titles:"}]', "--hold_out", "2", "--held_out_share", "0.1"),
     *("--answer_tokens", "16", "--trainer.batch_size", "16", "--trainer.lr", "0.004", "--trainer.warmup_steps", "5"),
     *("--trainer.device", "cpu"),

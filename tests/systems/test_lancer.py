@@ -245,6 +245,28 @@ def test_every_event_but_the_first_is_learnt_once_in_an_epoch_wherever_stretches
     assert [float(half["count"]) for half in halves] == [learnt / 2] * 2
 
 
+def test_training_draws_a_frame_for_each_stretch_and_validation_asks_in_the_first(lm: Path, tmp_path: Path) -> None:
+    frames = [{"lead": "History:"}, {"join": ";"}]
+    prompts = {"line": "{title}", "perturbed": (), "training": frames}
+    task = prepared(lm, tmp_path, learnt=2, validated=1, prompts=prompts).task()
+    backbone = load_backbone(str(lm), device="cpu")
+    counts = dict.fromkeys(
+        ("A person chose, oldest first: Film ->", "History: Film ->", "A person chose, oldest first: Film ;"), 0
+    )
+    for step in range(20):
+        batch = task.batch(step, 0, 0, 1, 12)
+        for row, mask in zip(batch["tokens"], batch["mask"], strict=True):
+            text = backbone.tokenizer.decode(row[mask == 1])
+            lead, join = text.split(" Film")[0], "->" if "->" in text else ";"
+            counts[f"{lead} Film {join}"] += 1
+    assert sum(counts.values()) == 240
+    assert min(counts.values()) > 50
+    first = task.exercises.histories(np.array([[0, 3, 1]]), read_once=False)
+    assert backbone.tokenizer.decode(first["tokens"][0]).startswith("A person chose, oldest first:")
+    with pytest.raises(ValidationError, match="one of training's"):
+        LancerPrompts(training=(Frame(lead="History:"),))
+
+
 def test_neither_training_nor_a_question_reads_what_is_held_out(lm: Path, tmp_path: Path) -> None:
     """The event that is asked for, and the one that validates, are another's in one of two worlds."""
     one, other = histories(), histories()
