@@ -33,7 +33,8 @@ from tests.serving.test_watch import changed
 
 @pytest.fixture(scope="module")
 def running(spoken: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    words = ("--language.explanation.max_new_tokens", str(TOKENS), "--language.checks.retries", "0")
+    words = ("--language.explanation.max_new_tokens", str(TOKENS), "--language.reading.max_new_tokens", str(TOKENS))
+    words += ("--language.checks.retries", "0")
     few = ("--language.batching.size", "8", "--language.ongoing", "16", "--language.queued", "24")
     bounds = ("--replicas.ongoing", "128", "--replicas.queued", "64", *words, *few)
     service = start(spoken, tmp_path_factory.mktemp("serve"), *bounds)
@@ -181,7 +182,7 @@ def outside() -> Iterator[tuple[str, str]]:
 
 
 REACH = """
-import json, socket, sys, urllib.error, urllib.request
+import http.client, json, socket, sys, urllib.error, urllib.request
 found = {}
 for port in json.loads(sys.argv[2]):
     try:
@@ -190,7 +191,7 @@ for port in json.loads(sys.argv[2]):
         found[port] = urllib.request.urlopen(f"http://{sys.argv[1]}:{port}/v1/release", timeout=5).status
     except urllib.error.HTTPError as error:
         found[port] = error.code
-    except OSError:
+    except (OSError, http.client.HTTPException):
         continue
 print(json.dumps(found))
 """
