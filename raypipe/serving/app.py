@@ -23,8 +23,8 @@ def build(config: ServiceConfig) -> Application:
         autoscaling = AutoscalingConfig(
             min_replicas=replicas.least,
             max_replicas=replicas.most,
-            # Half of what one can have in hand: the rest is for the wave's rise while the next one loads.
-            target_ongoing_requests=max(1, replicas.ongoing // 2),
+            # The rest of what one can have in hand is for the wave's rise while the next one loads.
+            target_ongoing_requests=max(1.0, replicas.ongoing * replicas.busy),
             upscale_delay_s=5,
             downscale_delay_s=replicas.calm_s,
             look_back_period_s=10,

@@ -127,12 +127,13 @@ def measured(given: argparse.Namespace, running: Running, bare: Bare) -> dict[st
 
 
 def saturation(given: argparse.Namespace, kinds: dict[str, Callable[[float], Sent]]) -> dict[str, float]:
-    """The highest rate each carries, the rates of both rising in turn."""
+    """The highest rate each carries, the rates of both rising in turn; one that is not carried is tried a second time, for the
+    machine may have been at something else."""
     carried = dict.fromkeys(kinds, 0.0)
     rate, rising = given.first, set(kinds)
     while rising:
         for name in sorted(rising):
-            if kinds[name](rate).is_carried(LATE_S):
+            if kinds[name](rate).is_carried(LATE_S) or kinds[name](rate).is_carried(LATE_S):
                 carried[name] = rate
             else:
                 rising.discard(name)

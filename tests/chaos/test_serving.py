@@ -109,10 +109,10 @@ def test_a_wave_of_load_brings_a_second_replica_and_its_end_takes_it_away(tmp_pa
     uri = str(tmp_path / "workspace")
     make_ready(uri)
     assert main(["online", "--workspace", uri]) == 0
-    few = ("--batching.size", "2", "--batching.wait_ms", "100", "--replicas.ongoing", "4", "--replicas.queued", "1000")
-    running = start(
-        uri, tmp_path, "--replicas.least", "1", "--replicas.most", "2", "--replicas.calm_s", "5", *few, *SMALL
-    )
+    # Whatever the machine, a request is in hand for a quarter of a second, and 45 a second are eleven at a time.
+    slow = ("--batching.wait_ms", "500", "--replicas.busy", "0.02")
+    grows = ("--replicas.least", "1", "--replicas.most", "2", "--replicas.calm_s", "5")
+    running = start(uri, tmp_path, *grows, *slow, *SMALL)
     try:
         assert len(processes(running, REPLICA)) == 1
         with Load(running, 3 * RATE, BODIES) as load:

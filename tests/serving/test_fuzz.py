@@ -51,7 +51,7 @@ def histories() -> list[object]:
     """Of every script, of any length, and of what is no history."""
     rng = random.Random(0)
     letters = [chr(code) for code in range(0x20, 0x30000, 97) if unicodedata.category(chr(code)) != "Cs"]
-    scripts = [["".join(rng.sample(letters, 6)) for _ in range(8)] for _ in range(40)]
+    scripts = [["".join(rng.sample(letters, 6)) for _ in range(8)] for _ in range(12)]
     known = [f"i{n}" for n in range(1, CHAIN_ITEMS + 1)]
     mixed = [[*rng.choices(known, k=5), *one] for one in scripts]
     lengths = [rng.choices(known, k=length) for length in (0, 1, 2, 7, 100, 5_000)]
