@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from raypipe.config import Config
+from raypipe.recommenders.config import ModelName
 from raypipe.runtime.job import JobResult
 from raypipe.storage.evaluations import Evaluation, Evaluations, Measured
 from raypipe.storage.models import Models, find_model
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from raypipe.pipeline.align import AlignConfig
 
 _READS_STATES = {"recinterpreter", "recexplainer"}
-_FLOORS = {"popularity", "transitions"}
+# What answers the same questions by itself, and not beside a model.
+_ALONE = {"popularity", "transitions", "boosted trees", "boosted trees on facts", *get_args(ModelName)}
 # Means over everybody who was asked, of values from 0 to 1.
 _SHARES = re.compile(
     r"(recovery|residual|oracle|order|valid|rouge_l|T\d .*|(residual|oracle) valid|(HR|Recall|NDCG|MRR)@\d+)$"
@@ -61,7 +63,7 @@ def _figures(name: str, metrics: Mapping[str, Any]) -> dict[str, dict[str, Measu
     for metric, value in metrics.items():
         *beside, metric = metric.split(": ")
         if value is not None:
-            scorer = beside[0] if beside and beside[0] in _FLOORS else ", ".join([name, *beside])
+            scorer = beside[0] if beside and beside[0] in _ALONE else ", ".join([name, *beside])
             found.setdefault(scorer, {})[metric] = Measured(
                 float(value), _half_width(value, asked) if _SHARES.match(metric) else None
             )
@@ -78,6 +80,8 @@ def _protocol(config: AlignConfig, options: Mapping[str, Any], metrics: Mapping[
     if config.system == "lancer":
         seen = "filtered" if options.get("filter_seen") else "kept"
         return f"leave-one-out, whole catalogue, seen items {seen}, {metrics['asked']:.0f} users asked"
+    if config.system == "trsr":
+        return f"leave-one-out, {options['candidates']['negatives'] + 1} candidates, {metrics['asked']:.0f} users asked"
     last = "last event" if config.hold_out == 1 else f"last {config.hold_out} events"
     asked = "held out from every training" if metrics.get("unseen_by_all", 1) else "who may have been trained on"
     return f"before everybody's {last}, users {asked}"

@@ -187,6 +187,7 @@ def _train(config: AlignConfig, workspace: Workspace, inputs: Asked, recipe: str
         "system": NAME,
         "options": config.trsr.model_dump(mode="json"),
         "config": config.shaping_values(),
+        "training": trained.curve(),
         "lm": inputs.lm_hash,
         "candidates": inputs.sets_key,
         "metrics": metrics,
