@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from raypipe.config import Config
+from raypipe.recommenders.config import ModelName
 from raypipe.runtime.job import JobResult
 from raypipe.storage.evaluations import Evaluation, Evaluations, Measured
 from raypipe.storage.models import Models, find_model
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from raypipe.pipeline.align import AlignConfig
 
 _READS_STATES = {"recinterpreter", "recexplainer"}
-_WITHOUT_LM = re.compile(r"(popularity|transitions|boosted trees.*)$")
+# What answers the same questions by itself, and not beside a model.
+_ALONE = {"popularity", "transitions", "boosted trees", "boosted trees on facts", *get_args(ModelName)}
 # Means over everybody who was asked, of values from 0 to 1.
 _SHARES = re.compile(
     r"(recovery|residual|oracle|order|valid|rouge_l|T\d .*|(residual|oracle) valid|(HR|Recall|NDCG|MRR)@\d+)$"
@@ -46,7 +48,7 @@ def record(config: AlignConfig, result: JobResult) -> None:
             recommender=recommender.name if recommender else "",
             protocol=_protocol(config, options, result.metrics),
             seed=int(lineage.get("seed", 0)),
-            figures=_figures(name, config.model.partition("/")[0], result.metrics),
+            figures=_figures(name, result.metrics),
             settings={**lineage.get("config", {}), **options},
             training=lineage.get("training", {}),
         ),
@@ -54,7 +56,7 @@ def record(config: AlignConfig, result: JobResult) -> None:
     )
 
 
-def _figures(name: str, recommender: str, metrics: Mapping[str, Any]) -> dict[str, dict[str, Measured]]:
+def _figures(name: str, metrics: Mapping[str, Any]) -> dict[str, dict[str, Measured]]:
     """`shuffled states: recovery` is a figure of what stands beside the model, `popularity: Recall@5` one of a scorer of its own,
     and `above HASH: Recall@3` the model's: how far it is above another."""
     found: dict[str, dict[str, Measured]] = {}
@@ -62,7 +64,7 @@ def _figures(name: str, recommender: str, metrics: Mapping[str, Any]) -> dict[st
     for metric, value in metrics.items():
         *beside, figure = metric.split(": ")
         if value is not None:
-            if beside and (_WITHOUT_LM.match(beside[0]) or beside[0] == recommender):
+            if beside and beside[0] in _ALONE:
                 scorer = beside[0]
             elif beside and beside[0].startswith("above "):
                 scorer, figure = name, metric

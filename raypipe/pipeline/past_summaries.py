@@ -48,13 +48,18 @@ def past_summaries(
         rows = table.read(version, _COLUMNS, variant=_variant(paradigm, cut))
         places = pc.index_in(rows["user_id"], value_set=users).to_pylist()
         told = zip(places, rows["summary"].to_pylist(), rows["covered"].to_pylist(), strict=True)
-        fresh = set()
+        fresh, whole, known = set(), 0, 0
         for row, text, covered in told:
+            if row is None:
+                continue
+            blocks = (int(lengths[row]) - cut) // block_items
+            whole, known = whole + bool(covered or blocks), known + bool(covered and covered == blocks)
             # One of an older and shorter history is left out: it would pass for one of more than it is.
-            if row is not None and covered == (int(lengths[row]) - cut) // block_items:
+            if covered == blocks:
                 texts.setdefault(row, {})[int(lengths[row]) - cut] = text
                 fresh.add(row)
-        if rows.num_rows and not fresh:
+        # Histories of less than a block tell nothing of how long one is.
+        if whole and not known:
             raise UsageError(
                 f"The {paradigm} summaries without the last {cut} events are not of blocks of {block_items}.",
                 "Say how many items a block has with --trsr.block_items, or write them anew with `raypipe summarize`.",

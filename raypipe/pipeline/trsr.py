@@ -187,10 +187,10 @@ def _train(config: AlignConfig, workspace: Workspace, inputs: Asked, recipe: str
         "system": NAME,
         "options": config.trsr.model_dump(mode="json"),
         "config": config.shaping_values(),
+        "training": trained.curve(),
         "lm": inputs.lm_hash,
         "candidates": inputs.sets_key,
         "metrics": metrics,
-        "training": trained.curve(),
     }
     model = Models(workspace.store).add(NAME, trained.folder, recipe, lineage)
     workspace.store.delete_folder(f"staging/{name}")

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array, diags_array
-from sklearn.ensemble import HistGradientBoostingClassifier
 
 from raypipe.config import Config, shaping
 from raypipe.data.candidates import draw_unseen
@@ -23,6 +22,9 @@ from raypipe.recommenders.floors import Transitions
 from raypipe.recommenders.windows import Histories
 from raypipe.storage.hashing import mix
 from raypipe.systems.candidate_facts import chosen_by, chosen_together
+
+if TYPE_CHECKING:
+    from sklearn.ensemble import HistGradientBoostingClassifier
 
 _USERS_AT_ONCE = 512
 _WINDOWS = (1, 5, None)
@@ -68,6 +70,9 @@ class TreesConfig(Config):
             raise ValueError("No history has two events and leaves its user items enough that were never chosen.")
         chosen = np.zeros(seen_by.shape[:2], bool)
         chosen[:, 0] = True
+        # Workers import this module and learn no trees, and scikit-learn takes as long to import as torch.
+        from sklearn.ensemble import HistGradientBoostingClassifier
+
         trees = HistGradientBoostingClassifier(
             learning_rate=self.lr,
             max_iter=self.iterations,

@@ -23,7 +23,6 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from scipy.sparse import csr_array, diags_array, vstack
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 from raypipe.recommenders.windows import Histories
 
@@ -161,6 +160,9 @@ def chosen_together(histories: Histories, items: int) -> csr_array:
 def text_vectors(texts: Sequence[str]) -> csr_array:
     """TF-IDF of the words of every item's text, in order of index: [items + 1, terms], rows of length 1; row 0, padding, is
     empty."""
+    # Workers import this module and count no words, and scikit-learn takes as long to import as torch.
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
     words = TfidfVectorizer(sublinear_tf=True, max_features=_TERMS, dtype=np.float32)
     try:
         vectors = csr_array(words.fit_transform(texts))

@@ -57,7 +57,7 @@ def test_rows_bear_the_names_of_what_ranked(monkeypatch: pytest.MonkeyPatch) -> 
     assert {(row["model"], row["metric"]): row["value"] for row in rows} == {
         ("LLM-TRSR", "Recall@3"): 0.5,
         ("LLM-TRSR", "seconds"): 7.0,
-        ("LLM-TRSR, asked with no summaries", "Recall@3"): 0.4,
+        ("LLM-TRSR, no summaries", "Recall@3"): 0.4,
         ("sasrec", "Recall@3"): 0.3,
         ("sasrec", "seconds"): 0.1,
         ("LLM-TRSR", "above no summary: Recall@3"): 0.1,
@@ -70,7 +70,7 @@ def test_rows_bear_the_names_of_what_ranked(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_command_makes_the_row_again(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--summaries", "none", "--label", "recent 1", "--seed", "2", "--", "--trsr.recent", "1"]
     read, jobs, rows = given(monkeypatch, *words)
-    assert rows[0]["model"] == "LLM-TRSR no summary, recent 1"
+    assert rows[0]["model"] == "LLM-TRSR no summary recent 1"
     assert option(jobs[-1], "--summaries") == "null"
     assert option(jobs[-1], "--trsr.recent") == "1"
     make, bench, name, arguments = shlex.split(rows[0]["command"])

@@ -91,7 +91,7 @@ def rows_of(result: Mapping[str, Any], given: argparse.Namespace, machine: str) 
         f"{given.lm} LM" if given.lm != "small" else "",
         given.label,
     ]
-    model = " ".join([SYSTEM, ", ".join(filter(None, apart))]).strip()
+    model = " ".join([SYSTEM, *filter(None, apart)])
     shared = {
         "dataset": given.dataset,
         "seed": given.seed,
@@ -108,7 +108,7 @@ def row(model: str, metric: str, value: float) -> dict[str, Any]:
     if name.startswith("above "):
         return {"model": model, "metric": f"above no summary: {figure}", "value": value}
     if "summaries" in name:
-        return {"model": f"{model}, asked with {name}", "metric": figure, "value": value}
+        return {"model": f"{model}, {name}", "metric": figure, "value": value}
     return {"model": name or model, "metric": figure, "value": value}
 
 

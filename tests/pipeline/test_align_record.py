@@ -95,3 +95,25 @@ def test_an_adapter_is_told_beside_the_recommender_whose_states_it_reads(home: s
         (one,) = Evaluations(Store(home)).all()
         assert (one.recommender, one.protocol) == ("gru4rec", f"before everybody's last event, users {told}")
         assert one.figures["recinterpreter, shuffled states"]["recovery"].value == 0.01
+
+
+def test_what_ranks_the_same_candidates_by_itself_is_a_row_of_its_own(home: str, tmp_path: Path) -> None:
+    model = stored(home, tmp_path / "m", "trsr", options={"candidates": {"negatives": 20}})
+    metrics = {
+        "asked": 20,
+        "Recall@3": 0.5,
+        "no summaries: Recall@3": 0.4,
+        "boosted trees: Recall@3": 0.3,
+        "sasrec: MRR@3": 0.2,
+    }
+    record(
+        AlignConfig(workspace=home, system="trsr"),
+        JobResult("align", "ok", models={"trsr": model.hash}, metrics=metrics),
+    )
+    figures = {(one.model, one.metric): one.value for one in figures_of(Evaluations(Store(home)).all(), "shop")}
+    assert figures["LLM-TRSR", "Recall@3"] == 0.5
+    assert figures["LLM-TRSR, no summaries", "Recall@3"] == 0.4
+    assert figures["boosted trees", "Recall@3"] == 0.3
+    assert figures["SASRec", "MRR@3"] == 0.2
+    (told,) = {one.protocol for one in figures_of(Evaluations(Store(home)).all(), "shop")}
+    assert told == "leave-one-out, 21 candidates, 20 users asked"
