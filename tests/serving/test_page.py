@@ -98,8 +98,8 @@ def test_a_person_looks_at_a_user_and_asks_why(site: tuple[str, Asked], tmp_path
 
             await page.fill("#history", "i3 i4 unheard-of")
             await page.press("Enter")
+            await page.until("document.querySelectorAll('#events li').length === 3")
             await page.until("document.querySelector('#summaries').textContent.includes('hierarchical')")
-            assert await page.run("document.querySelectorAll('#events li').length") == 3
 
     asyncio.run(look())
 
