@@ -32,6 +32,15 @@ def test_of_longer_ones_what_they_differ_in_tells() -> None:
     assert yes[:-1] == no[:-1]
 
 
+def test_a_lone_space_is_no_beginning() -> None:
+    """Where one answer's first token is a space, and the other's a space and a letter, they differ in it."""
+    mine = PromptTokenizer(train_tokenizer([PROMPT, *[" y"] * 9], [], [], 400))
+    (yes, no) = answer_tokens(mine, ["yes", "no"])
+    assert len(yes) < 4
+    assert mine.decode([no[:1]]) == [""]
+    assert telling_beginnings(mine, PROMPT, ("yes", "no")) == ["y", "n"]
+
+
 def test_answers_that_begin_alike_are_refused() -> None:
     with pytest.raises(ValueError, match="cannot tell 'yes' and 'yesterday' apart"):
         telling_beginnings(tokenizer(), PROMPT, ("yes", "yesterday"))
