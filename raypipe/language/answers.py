@@ -1,4 +1,8 @@
-"""Answers that a model is asked to choose between, as its tokenizer spells them after a prompt."""
+"""Answers that a model is asked to choose between, as its tokenizer spells them after a prompt.
+
+Not covered, and refused: tokenizers that put a space before every text, such as Llama 2's, which spell an answer by itself with
+one more than after a prompt.
+"""
 
 from __future__ import annotations
 
