@@ -1,4 +1,8 @@
-"""Answers that a model is asked to choose between, as its tokenizer spells them after a prompt."""
+"""Answers that a model is asked to choose between, as its tokenizer spells them after a prompt.
+
+Not covered, and refused: tokenizers that put a space before every text, such as Llama 2's, which spell an answer by itself with
+one more than after a prompt.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,10 @@ from raypipe.language.trie import answer_tokens
 
 
 def telling_beginnings(tokenizer: PromptTokenizer, prompt: str, answers: Sequence[str]) -> list[str]:
-    """The beginning of each answer up to the token that no other has there: mostly its first, which often is all of it.
+    """The beginning of each answer up to the token that no other has there, or the first text after it: mostly its first token,
+    which often is all of it.
 
-    A softmax over these tokens' logits is the choice. Raises ValueError where an answer is the beginning of another, and where
+    A softmax over how likely these are is the choice. Raises ValueError where an answer is the beginning of another, and where
     the tokenizer spells one in another way after the prompt's last token than by itself.
     """
     ids = answer_tokens(tokenizer, answers)
@@ -20,10 +25,15 @@ def telling_beginnings(tokenizer: PromptTokenizer, prompt: str, answers: Sequenc
         if tokenizer.continued(prompt, f" {answer}") != mine:
             raise ValueError(f"The tokenizer spells {answer!r} in another way after the prompt than by itself.")
     alike = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*ids, strict=False)))
-    starts = [mine[: alike + 1] for mine in ids]
-    beginnings = tokenizer.decode(starts)
-    if len({tuple(start) for start in starts}) < len(answers) or min(map(len, starts)) == alike:
+    if min(map(len, ids)) == alike:
         raise ValueError(f"The tokenizer cannot tell {' and '.join(map(repr, answers))} apart where they begin.")
-    if answer_tokens(tokenizer, beginnings) != starts:
-        raise ValueError(f"The tokenizer spells no beginning of {' and '.join(map(repr, answers))} by itself.")
-    return beginnings
+    return [_beginning(tokenizer, mine, alike + 1) for mine in ids]
+
+
+def _beginning(tokenizer: PromptTokenizer, ids: Sequence[int], least: int) -> str:
+    """The shortest text of so many of the first tokens or more: a lone space is none, nor is half a letter."""
+    for count in range(least, len(ids) + 1):
+        (text,) = tokenizer.decode([ids[:count]])
+        if text and answer_tokens(tokenizer, [text]) == [list(ids[:count])]:
+            return text
+    raise ValueError(f"The tokenizer spells no beginning of {tokenizer.decode([ids])[0]!r} by itself.")

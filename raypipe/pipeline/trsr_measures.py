@@ -103,7 +103,7 @@ def measure(config: AlignConfig, options: TrsrConfig, inputs: Asked, adapter: Pa
         if name in ("", inputs.loaded.model.name):
             for low, high in pairwise(_LENGTHS):
                 if (some := (low <= lengths) & (lengths < high)).any():
-                    figure = f"{_COMPARED[0]} length {low}–{high - 1}"
+                    figure = f"{_COMPARED[0]} after {low} to {high - 1} events"
                     metrics[_named(name, figure)] = round(float(figures[_COMPARED[0]][some].mean()), 4)
     return metrics, ranks
 

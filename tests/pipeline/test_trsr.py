@@ -39,8 +39,8 @@ def test_everybody_s_candidates_are_ranked_by_all_and_models_are_compared_user_b
         assert 0 <= metrics[f"{name}MRR@3"] <= metrics[f"{name}Recall@3"] <= metrics[f"{name}Recall@10"] <= 1
         assert metrics[f"{name}seconds"] >= 0
     # Everybody has seven events before the last.
-    assert metrics["Recall@3 length 5–9"] == metrics["Recall@3"]
-    assert not any("length 2–4" in name for name in metrics)
+    assert metrics["Recall@3 after 5 to 9 events"] == metrics["Recall@3"]
+    assert not any("after 2 to 4" in name for name in metrics)
     # Nobody chose it before the cut: what counts alone puts it last.
     assert metrics["popularity: Recall@3"] == 0
     assert metrics["tokens_asked"] > RANKED_USERS * 21
