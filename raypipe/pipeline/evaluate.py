@@ -73,9 +73,7 @@ def run_evaluate(config: EvaluateConfig) -> JobResult:
         {"job": JOB, "model": model.hash, "versions": pinned_versions(workspace), "config": config.shaping_values()}
     )
     # MLflow takes no other signs, and attributes are named by whoever wrote their list.
-    numbers = {
-        name.replace("–", "-").replace(">", "over"): value for name, value in metrics.items() if SHARE not in name
-    }
+    numbers = {name: value for name, value in metrics.items() if SHARE not in name}
     tracking.log_run(JOB, run_key, {"model": model.hash, **protocol}, numbers)
     cost = cost_of(Usage(), time.monotonic() - started)
     return JobResult(JOB, "ok", run_key, models={model.name: model.hash}, metrics=metrics, cost=cost)

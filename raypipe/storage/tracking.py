@@ -17,6 +17,8 @@ from raypipe.storage.store import Store
 
 # A run key is unique within a workspace, and a tracking server has runs of many.
 _TAG = "raypipe.run"
+# What figures' names have and MLflow's may not.
+_IN_WORDS = str.maketrans({"@": "_at_", "–": "-", ">": "over", ",": ""})
 
 
 class Tracking:
@@ -59,7 +61,7 @@ class Tracking:
             for key, value in params.items():
                 client.log_param(run_id, key, str(value)[:500])
         for name, figure in metrics.items():
-            client.log_metric(run_id, name.replace("@", "_at_"), float(figure))
+            client.log_metric(run_id, name.translate(_IN_WORDS), float(figure))
         for name, text in (files or {}).items():
             client.log_text(run_id, text, name)
         client.set_terminated(run_id)

@@ -24,9 +24,12 @@ def test_the_same_run_key_reopens_its_run_and_a_model_is_registered_once(tmp_pat
 
     store = Store(str(tmp_path / "workspace"))
     store.put("workspace.json", b"{}")
+    lengths = {"perturbed 1: Recall@5 length 1–10": 0.2, "Recall@5 length > 200": 0.1}
     for attempt in (1, 2):
         tracking = Tracking(store, "auto")
-        tracking.log_run("summarize", "a" * 32, {"engine": "echo"}, {"users": 10.0 * attempt, "ndcg@10": 0.5})
+        tracking.log_run(
+            "summarize", "a" * 32, {"engine": "echo"}, {"users": 10.0 * attempt, "ndcg@10": 0.5, **lengths}
+        )
         tracking.register(Model("lm", "0" * 32, "recipe", {}))
     tracking.log_run("summarize", "b" * 32, {"engine": "echo"}, {"users": 1.0}, {"report.md": "# Told"})
     tracking.register(Model("lm", "1" * 32, "recipe", {}))
@@ -37,7 +40,12 @@ def test_the_same_run_key_reopens_its_run_and_a_model_is_registered_once(tmp_pat
     runs = {run.data.tags["raypipe.run_key"]: run for run in client.search_runs([experiment.experiment_id])}
     assert set(runs) == {"a" * 32, "b" * 32}
     reopened = runs["a" * 32]
-    assert reopened.data.metrics == {"users": 20.0, "ndcg_at_10": 0.5}
+    assert reopened.data.metrics == {
+        "users": 20.0,
+        "ndcg_at_10": 0.5,
+        "perturbed 1: Recall_at_5 length 1-10": 0.2,
+        "Recall_at_5 length over 200": 0.1,
+    }
     assert reopened.data.params == {"engine": "echo"}
     assert reopened.info.status == "FINISHED"
     artifacts = store.local_path("mlartifacts").rglob("report.md")
