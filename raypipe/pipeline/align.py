@@ -23,7 +23,7 @@ from raypipe.errors import UsageError
 from raypipe.language.adapters import AdapterCard, build_adapter, load_adapter, read_card
 from raypipe.language.alignment import AlignmentTask, prepare_alignment
 from raypipe.language.backbone import load_backbone
-from raypipe.language.checkpoint import checkpoint_hash, resolve_checkpoint
+from raypipe.language.checkpoint import checkpoint_hash
 from raypipe.language.instructions import Catalogue
 from raypipe.language.prompt import Prompt
 from raypipe.language.soft_prompts import SoftExample
@@ -31,9 +31,9 @@ from raypipe.language.titles import distinct_titles
 from raypipe.pipeline.align_record import record
 from raypipe.pipeline.guided import run_guided
 from raypipe.pipeline.held_out import are_held_out
-from raypipe.pipeline.job import TrainingOptions, cost_of
+from raypipe.pipeline.job import TrainingOptions, model_result
 from raypipe.pipeline.lancer import run_lancer
-from raypipe.pipeline.loaded import BUILTIN, Loaded, find_builtin_lm, is_builtin
+from raypipe.pipeline.loaded import BUILTIN, Loaded, chosen_lm
 from raypipe.pipeline.sequences import histories_hash, pinned_versions, read_histories
 from raypipe.pipeline.trsr import run_trsr
 from raypipe.recommenders.recommender import freeze, weights_hash
@@ -41,7 +41,6 @@ from raypipe.runtime.job import JobConfig, JobResult, ModelCache
 from raypipe.runtime.progress import say
 from raypipe.runtime.trainer import TrainerConfig, fit
 from raypipe.storage.fingerprint import fingerprint
-from raypipe.storage.ledger import Usage
 from raypipe.storage.locks import hold
 from raypipe.storage.models import Model, Models, find_model
 from raypipe.storage.workspace import Workspace
@@ -191,25 +190,22 @@ def _joined(config: AlignConfig) -> JobResult:
     inputs.check_room(system, config.answer_tokens)
     with hold(workspace.store, [f"models-{system.name}"], JOB, config.lock_lease_s):
         if (model := Models(workspace.store).newest(system.name, recipe)) is not None:
-            return _result(model, "nothing_to_do", started)
+            return model_result(JOB, model, "nothing_to_do", model.lineage["metrics"], started)
         before = weights_hash(inputs.source.recommender)
         model = _train(config, workspace, inputs, system, recipe, versions)
         assert weights_hash(inputs.source.recommender) == before, "the recommender is frozen"
         tracking.register(model)
     params = {"model": model.hash, "recommender": inputs.recommender, "lm": inputs.lm_hash[:12]}
     tracking.log_run(JOB, recipe, params, model.lineage["metrics"])
-    return _result(model, "ok", started)
+    return model_result(JOB, model, "ok", model.lineage["metrics"], started)
 
 
 def _read(config: AlignConfig, workspace: Workspace, version: int, adapter: Model | None) -> _Inputs:
     loaded = Loaded.of(config, workspace, config.model)
     freeze(loaded.recommender)
     parts = [loaded.model] if adapter is None else [loaded.model, adapter]
-    if is_builtin(config.lm):
-        parts.append(find_builtin_lm(workspace, "--lm", config.lm))
-        lm = config.fetch(workspace, parts[-1])
-    else:
-        lm = resolve_checkpoint(config.lm)
+    lm, own = chosen_lm(config, workspace, config.lm)
+    parts += [] if own is None else [own]
     saw = [part.name for part in parts if part.lineage.get("held_out_share", 0.0) < config.held_out_share]
     if saw:
         say(
@@ -350,10 +346,4 @@ def _transferred(
         ) from None
     system = options.chosen().build()
     metrics = inputs.measure(config, system, folder)
-    return _result(adapter, "ok", started, metrics)
-
-
-def _result(model: Model, status: str, started: float, metrics: dict[str, float] | None = None) -> JobResult:
-    cost = cost_of(Usage(), time.monotonic() - started)
-    told = model.lineage["metrics"] if metrics is None else metrics
-    return JobResult(JOB, status, model.recipe, models={model.name: model.hash}, metrics=told, cost=cost)
+    return model_result(JOB, adapter, "ok", metrics, started)

@@ -21,14 +21,12 @@ from raypipe.engines.engine import Engine, EngineConfig
 from raypipe.errors import UsageError
 from raypipe.language.adapters import AdapterCard, build_adapter, load_adapter
 from raypipe.language.backbone import load_backbone
-from raypipe.language.checkpoint import checkpoint_hash, resolve_checkpoint
-from raypipe.language.instructions import Catalogue
+from raypipe.language.checkpoint import checkpoint_hash
 from raypipe.language.prompt import Prompt
-from raypipe.language.titles import distinct_titles
 from raypipe.pipeline.held_out import Cut, are_held_out
-from raypipe.pipeline.job import cost_of
-from raypipe.pipeline.loaded import find_builtin_lm, is_builtin
-from raypipe.pipeline.sequences import histories_hash, pinned_versions, read_histories
+from raypipe.pipeline.job import model_result
+from raypipe.pipeline.loaded import chosen_lm
+from raypipe.pipeline.sequences import catalogue_of, histories_hash, pinned_versions, read_histories
 from raypipe.recommenders.attribute_scores import AttributeScores, save_scores
 from raypipe.recommenders.checkpoint import catalogue_card
 from raypipe.recommenders.windows import Histories
@@ -36,7 +34,6 @@ from raypipe.runtime.job import JobResult
 from raypipe.runtime.progress import say
 from raypipe.runtime.trainer import fit
 from raypipe.storage.fingerprint import fingerprint
-from raypipe.storage.ledger import Usage
 from raypipe.storage.locks import hold
 from raypipe.storage.models import Model, Models, find_model
 from raypipe.storage.workspace import Workspace
@@ -108,22 +105,18 @@ def run_guided(config: AlignConfig) -> JobResult:
     )
     with hold(workspace.store, [f"models-{NAME}"], NAME, config.lock_lease_s):
         if (model := Models(workspace.store).newest(NAME, recipe)) is not None:
-            return _result(model, "nothing_to_do", started)
+            return model_result("align", model, "nothing_to_do", model.lineage["metrics"], started)
         model = _scored(config, workspace, inputs, recipe, versions)
         tracking.register(model)
     params = {"model": model.hash, "lm": inputs.lm_hash[:12]}
     tracking.log_run(NAME, recipe, params, model.lineage["metrics"])
-    return _result(model, "ok", started)
+    return model_result("align", model, "ok", model.lineage["metrics"], started)
 
 
 def _read(config: AlignConfig, workspace: Workspace, versions: dict[str, int]) -> _Inputs:
     cut = Cut(config.hold_out, config.held_out_share)
-    seen: list[Model] = []
-    if is_builtin(config.lm):
-        seen.append(find_builtin_lm(workspace, "--lm", config.lm))
-        lm = config.fetch(workspace, seen[-1])
-    else:
-        lm = resolve_checkpoint(config.lm)
+    lm, own = chosen_lm(config, workspace, config.lm)
+    seen = [] if own is None else [own]
     adapter = find_model(Models(workspace.store), config.adapter) if config.adapter is not None else None
     if adapter is not None:
         seen.append(adapter)
@@ -149,11 +142,7 @@ def _read(config: AlignConfig, workspace: Workspace, versions: dict[str, int]) -
         )
     items = workspace.tables["items"].read(versions["items"]).sort_by("index")
     ids = items["item_id"].to_pylist()
-    catalogue = Catalogue(
-        distinct_titles(items["title"].to_pylist(), ids),
-        [dict(pairs) for pairs in items["attributes"].to_pylist()],
-        items["text"].to_pylist(),
-    )
+    catalogue = catalogue_of(items)
     guided = config.guided
     rating = Rating(guided, find_attributes(guided.domain, catalogue, guided.attributes), catalogue)
     held_out = are_held_out(users, config.held_out_share)
@@ -316,9 +305,3 @@ def _measured(
 def _copy_adapter(source: Path, out: Path) -> None:
     for name in _ADAPTER:
         shutil.copyfile(source / name, out / name)
-
-
-def _result(model: Model, status: str, started: float) -> JobResult:
-    cost = cost_of(Usage(), time.monotonic() - started)
-    metrics = model.lineage["metrics"]
-    return JobResult("align", status, model.recipe, models={model.name: model.hash}, metrics=metrics, cost=cost)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import tempfile
+import time
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,9 +15,10 @@ import pyarrow as pa
 from raypipe.config import Config, free
 from raypipe.errors import UsageError
 from raypipe.runtime.budget import Limits
-from raypipe.runtime.job import JobConfig
+from raypipe.runtime.job import JobConfig, JobResult
 from raypipe.storage.hashing import stable_hash
 from raypipe.storage.ledger import Usage
+from raypipe.storage.models import Model
 from raypipe.storage.workspace import Workspace
 
 
@@ -42,6 +46,12 @@ def cost_of(usage: Usage, seconds: float) -> dict[str, float]:
         "tokens_in": usage.tokens_in,
         "tokens_out": usage.tokens_out,
     }
+
+
+def model_result(job: str, model: Model, status: str, metrics: Mapping[str, Any], started: float) -> JobResult:
+    """Of a job that trains or measures a model; `started` on the monotonic clock."""
+    cost = cost_of(Usage(), time.monotonic() - started)
+    return JobResult(job, status, model.recipe, models={model.name: model.hash}, metrics=metrics, cost=cost)
 
 
 class CapOptions(Config):

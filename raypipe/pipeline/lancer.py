@@ -24,12 +24,11 @@ from raypipe.language.backbone import load_backbone
 from raypipe.language.checkpoint import checkpoint_hash, resolve_checkpoint
 from raypipe.language.instructions import Catalogue
 from raypipe.language.prefixes import PREFIX
-from raypipe.language.titles import distinct_titles
 from raypipe.pipeline.evaluate import table
 from raypipe.pipeline.held_out import Cut, are_held_out
-from raypipe.pipeline.job import cost_of
-from raypipe.pipeline.loaded import find_builtin_lm, is_builtin
-from raypipe.pipeline.sequences import histories_hash, pinned_versions, read_histories
+from raypipe.pipeline.job import model_result
+from raypipe.pipeline.loaded import chosen_lm
+from raypipe.pipeline.sequences import catalogue_of, histories_hash, pinned_versions, read_histories
 from raypipe.recommenders.evaluation import HeldOut, ranks_of_floor
 from raypipe.recommenders.floors import Floor, Popularity, Transitions
 from raypipe.recommenders.windows import Histories
@@ -37,7 +36,6 @@ from raypipe.runtime.job import JobResult
 from raypipe.runtime.progress import say
 from raypipe.runtime.trainer import TrainingResult, fit
 from raypipe.storage.fingerprint import fingerprint
-from raypipe.storage.ledger import Usage
 from raypipe.storage.locks import hold
 from raypipe.storage.models import Model, Models, find_model
 from raypipe.storage.workspace import Workspace
@@ -112,21 +110,18 @@ def run_lancer(config: AlignConfig) -> JobResult:
     models = Models(workspace.store)
     with hold(workspace.store, [f"models-{NAME}"], NAME, config.lock_lease_s):
         if (model := models.newest(NAME, recipe)) is not None:
-            return _result(model, "nothing_to_do", model.lineage["metrics"], started)
+            return model_result("align", model, "nothing_to_do", model.lineage["metrics"], started)
         model = _train(config, workspace, inputs, recipe, versions)
         tracking.register(model)
     tracking.log_run(NAME, recipe, {"model": model.hash, "lm": inputs.lm_hash[:12]}, model.lineage["metrics"])
-    return _result(model, "ok", model.lineage["metrics"], started)
+    return model_result("align", model, "ok", model.lineage["metrics"], started)
 
 
 def _read(config: AlignConfig, workspace: Workspace, versions: dict[str, int]) -> _Inputs:
-    lm_model = ""
-    if is_builtin(config.lm):
-        model = find_builtin_lm(workspace, "--lm", config.lm)
-        Cut(config.hold_out, config.held_out_share).check_events(model)
-        lm, lm_model = config.fetch(workspace, model), f"{model.name}/{model.hash}"
-    else:
-        lm = resolve_checkpoint(config.lm)
+    lm, own = chosen_lm(config, workspace, config.lm)
+    if own is not None:
+        Cut(config.hold_out, config.held_out_share).check_events(own)
+    lm_model = "" if own is None else f"{own.name}/{own.hash}"
     return _Inputs(*_known(config, workspace, versions), lm, checkpoint_hash(lm), lm_model)
 
 
@@ -135,11 +130,7 @@ def _known(
 ) -> tuple[Catalogue, Histories, NDArray[np.bool_]]:
     """The catalogue in words, everybody's histories, and who is held out."""
     items = workspace.tables["items"].read(versions["items"]).sort_by("index")
-    catalogue = Catalogue(
-        distinct_titles(items["title"].to_pylist(), items["item_id"].to_pylist()),
-        [dict(pairs) for pairs in items["attributes"].to_pylist()],
-        items["text"].to_pylist(),
-    )
+    catalogue = catalogue_of(items)
     users, histories = read_histories(workspace, versions["histories"])
     return catalogue, histories, are_held_out(users, config.held_out_share)
 
@@ -268,7 +259,7 @@ def _measured_anew(
     metrics = _measure(
         config, options, inputs, inputs.asked(config.hold_out, config.asked), config.fetch(home, adapter)
     )
-    return _result(adapter, "ok", metrics, started)
+    return model_result("align", adapter, "ok", metrics, started)
 
 
 def _language_model(config: AlignConfig, home: Workspace, adapter: Model) -> Path:
@@ -289,8 +280,3 @@ def _asked_anew(given: LancerConfig, stored: Mapping[str, Any]) -> LancerConfig:
     if "prompts" in anew:
         anew["prompts"] = {**stored["prompts"], "perturbed": anew["prompts"]["perturbed"]}
     return LancerConfig.model_validate({**stored, **anew})
-
-
-def _result(model: Model, status: str, metrics: Mapping[str, float], started: float) -> JobResult:
-    cost = cost_of(Usage(), time.monotonic() - started)
-    return JobResult("align", status, model.recipe, models={model.name: model.hash}, metrics=metrics, cost=cost)

@@ -14,8 +14,8 @@ from raypipe.engines.engine import Engine, EngineConfig
 from raypipe.errors import UsageError
 from raypipe.language.checkpoint import checkpoint_hash, resolve_checkpoint
 from raypipe.language.instructions import Catalogue
-from raypipe.language.titles import distinct_titles
 from raypipe.pipeline.encode_units import lists_of
+from raypipe.pipeline.sequences import catalogue_of
 from raypipe.recommenders.windows import Histories
 from raypipe.runtime.job import ModelCache
 from raypipe.storage.models import Model, Models, find_model
@@ -71,12 +71,7 @@ def writer_of(
     config: ModelCache, workspace: Workspace, model: Model, items: pa.Table, answer_tokens: int
 ) -> LoadsWriter:
     """Of the stored `model` and the catalogue `items`. Raises UsageError where its language model is not there any more."""
-    ids = items["item_id"].to_pylist()
-    catalogue = Catalogue(
-        distinct_titles(items["title"].to_pylist(), ids),
-        [dict(pairs) for pairs in items["attributes"].to_pylist()],
-        items["text"].to_pylist(),
-    )
+    catalogue = catalogue_of(items)
     options = LancerConfig.model_validate(model.lineage["options"])
     named, path = model.lineage["lm_model"], model.lineage["lm_path"]
     lm_model = find_model(Models(workspace.store), named) if named else None

@@ -16,13 +16,12 @@ from raypipe.errors import UsageError
 from raypipe.language.instructions import Catalogue, histories_before_cut
 from raypipe.language.pretraining import LmDataConfig, LmTask, prepare_lm
 from raypipe.pipeline.held_out import are_held_out
-from raypipe.pipeline.job import TrainingOptions, cost_of
+from raypipe.pipeline.job import TrainingOptions, model_result
 from raypipe.runtime.job import JobConfig, JobResult
 from raypipe.runtime.progress import say
 from raypipe.runtime.trainer import TrainerConfig, fit
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.hashing import stable_hash
-from raypipe.storage.ledger import Usage
 from raypipe.storage.locks import hold
 from raypipe.storage.models import Model, Models
 from raypipe.storage.tables import ABSENT
@@ -72,11 +71,11 @@ def run_lm(config: LmConfig) -> JobResult:
         models = Models(workspace.store)
         if (model := models.newest(MODEL, recipe)) is not None:
             tracking.register(model)
-            return _result(model, "nothing_to_do", {}, started)
+            return model_result(JOB, model, "nothing_to_do", {}, started)
         model, metrics = _train(config, workspace, recipe, items, histories, versions)
         tracking.register(model)
     tracking.log_run(JOB, recipe, {"model": model.hash}, metrics)
-    return _result(model, "ok", metrics, started)
+    return model_result(JOB, model, "ok", metrics, started)
 
 
 def _train(
@@ -120,8 +119,3 @@ def training_histories(workspace: Workspace, version: int, most: int, held_out_s
     rows = rows.filter(pa.array(~are_held_out(rows["user_id"].combine_chunks(), held_out_share)))
     chosen = np.argsort(stable_hash(rows["user_id"].combine_chunks()), kind="stable")[:most]
     return rows.take(pa.array(chosen)).sort_by("user_id")
-
-
-def _result(model: Model, status: str, metrics: dict[str, float], started: float) -> JobResult:
-    cost = cost_of(Usage(), time.monotonic() - started)
-    return JobResult(JOB, status, model.recipe, models={MODEL: model.hash}, metrics=metrics, cost=cost)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pyarrow as pa
 
 from raypipe.errors import UsageError
 from raypipe.language.adapters import AdapterCard
-from raypipe.language.checkpoint import checkpoint_hash
+from raypipe.language.checkpoint import checkpoint_hash, resolve_checkpoint
 from raypipe.pipeline.sequences import pinned_versions
 from raypipe.recommenders.checkpoint import Card, check_catalogue, load_recommender
 from raypipe.recommenders.recommender import Recommender
@@ -59,6 +60,14 @@ def find_builtin_lm(workspace: Workspace, option: str, named: str = BUILTIN) -> 
             f"Run `raypipe lm` first, or name another with {option} PATH_OR_NAME.",
         )
     return found[-1]
+
+
+def chosen_lm(config: ModelCache, workspace: Workspace, named: str) -> tuple[Path, Model | None]:
+    """The checkpoint's folder of --lm, and which of the workspace's own models it is, where it is one of them."""
+    if not is_builtin(named):
+        return resolve_checkpoint(named), None
+    model = find_builtin_lm(workspace, "--lm", named)
+    return config.fetch(workspace, model), model
 
 
 def lm_beside(config: ModelCache, workspace: Workspace, card: AdapterCard, named: str) -> Model:

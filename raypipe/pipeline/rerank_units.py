@@ -18,8 +18,8 @@ from raypipe.data.candidates import CandidateSets
 from raypipe.engines.engine import Engine, EngineConfig
 from raypipe.language.backbone import PromptTokenizer, load_tokenizer
 from raypipe.language.instructions import Catalogue
-from raypipe.language.titles import distinct_titles
 from raypipe.pipeline.rejects import WORKER_DIED, blocked_users, rejected_users
+from raypipe.pipeline.sequences import catalogue_of
 from raypipe.pipeline.user_rows import UserRows, identities
 from raypipe.runtime.budget import Budget
 from raypipe.runtime.session import output_table
@@ -91,11 +91,7 @@ class RerankBucket:
     @cached_property
     def catalogue(self) -> Catalogue:
         items = self.task.workspace.tables["items"].read(self.task.versions["items"]).sort_by("index")
-        return Catalogue(
-            distinct_titles(items["title"].to_pylist(), items["item_id"].to_pylist()),
-            [dict(pairs) for pairs in items["attributes"].to_pylist()],
-            items["text"].to_pylist(),
-        )
+        return catalogue_of(items)
 
     @cached_property
     def facts(self) -> Facts | None:

@@ -7,6 +7,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raypipe.errors import UsageError
+from raypipe.language.instructions import Catalogue
+from raypipe.language.titles import distinct_titles
 from raypipe.pipeline.held_out import are_held_out
 from raypipe.recommenders.windows import Histories, tie_groups
 from raypipe.storage.fingerprint import fingerprint
@@ -23,6 +25,15 @@ def pinned_versions(workspace: Workspace) -> dict[str, int]:
             f"The workspace {workspace.uri} has no histories to learn from.", "Run `raypipe ingest` first."
         )
     return versions
+
+
+def catalogue_of(items: pa.Table) -> Catalogue:
+    """As language models read it, of rows of `items` in order of index."""
+    return Catalogue(
+        distinct_titles(items["title"].to_pylist(), items["item_id"].to_pylist()),
+        [dict(pairs) for pairs in items["attributes"].to_pylist()],
+        items["text"].to_pylist(),
+    )
 
 
 def read_histories(workspace: Workspace, version: int, held_out_share: float = 0.0) -> tuple[pa.Array, Histories]:

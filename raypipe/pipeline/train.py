@@ -16,7 +16,7 @@ from pydantic import model_validator
 from raypipe.config import shaping
 from raypipe.errors import UsageError
 from raypipe.pipeline.held_out import Cut
-from raypipe.pipeline.job import TrainingOptions, cost_of
+from raypipe.pipeline.job import TrainingOptions, model_result
 from raypipe.pipeline.sequences import histories_hash, pinned_versions, read_histories, read_ties
 from raypipe.pipeline.starts import resolved, start_of
 from raypipe.recommenders.checkpoint import catalogue_card
@@ -27,9 +27,8 @@ from raypipe.runtime.job import JobConfig, JobResult, ModelCache
 from raypipe.runtime.progress import say
 from raypipe.runtime.trainer import TrainerConfig, TrainingResult, fit
 from raypipe.storage.fingerprint import fingerprint
-from raypipe.storage.ledger import Usage
 from raypipe.storage.locks import hold
-from raypipe.storage.models import Model, Models
+from raypipe.storage.models import Models
 from raypipe.storage.workspace import Workspace
 
 JOB = "train"
@@ -94,7 +93,7 @@ def run_train(config: TrainConfig) -> JobResult:
         models = Models(workspace.store)
         if (model := models.newest(name, recipe)) is not None:
             tracking.register(model)
-            return _result(model, "nothing_to_do", {}, started)
+            return model_result(JOB, model, "nothing_to_do", {}, started)
         folder = config.training_folder(workspace, f"{name}-{recipe}")
         trained, facts = _train(config, workspace, versions, card, folder, recipe)
         lineage = {
@@ -115,7 +114,7 @@ def run_train(config: TrainConfig) -> JobResult:
         tracking.register(model)
     metrics = {**facts, "train_seconds": round(trained.seconds, 1)}
     tracking.log_run(JOB, recipe, {"model": model.hash, **protocol(config)}, metrics)
-    return _result(model, "ok", metrics, started)
+    return model_result(JOB, model, "ok", metrics, started)
 
 
 def protocol(config: TrainOptions) -> dict[str, str]:
@@ -189,8 +188,3 @@ def _held(histories: Histories, hold_out: int) -> np.ndarray:
     if hold_out:
         held[asked] = histories.items[histories.ends[asked] - hold_out]
     return held
-
-
-def _result(model: Model, status: str, metrics: dict[str, float], started: float) -> JobResult:
-    cost = cost_of(Usage(), time.monotonic() - started)
-    return JobResult(JOB, status, model.recipe, models={model.name: model.hash}, metrics=metrics, cost=cost)

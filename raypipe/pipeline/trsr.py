@@ -10,7 +10,6 @@ The ranks are stored with the model, by user: another model's, of the same candi
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,15 +20,13 @@ from raypipe.errors import UsageError
 from raypipe.language.adapters import AdapterCard, build_adapter
 from raypipe.language.alignment import prepare_alignment
 from raypipe.language.backbone import load_backbone
-from raypipe.language.checkpoint import checkpoint_hash, resolve_checkpoint
-from raypipe.language.instructions import Catalogue
-from raypipe.language.titles import distinct_titles
+from raypipe.language.checkpoint import checkpoint_hash
 from raypipe.pipeline.candidates import stored_candidates
 from raypipe.pipeline.held_out import Cut, are_held_out
-from raypipe.pipeline.job import cost_of
-from raypipe.pipeline.loaded import Loaded, find_builtin_lm, is_builtin
+from raypipe.pipeline.job import model_result
+from raypipe.pipeline.loaded import Loaded, chosen_lm
 from raypipe.pipeline.past_summaries import past_summaries
-from raypipe.pipeline.sequences import histories_hash, pinned_versions, read_histories
+from raypipe.pipeline.sequences import catalogue_of, histories_hash, pinned_versions, read_histories
 from raypipe.pipeline.trsr_measures import Asked, compared, measure, recommender_of, save_ranks
 from raypipe.recommenders.recommender import freeze
 from raypipe.runtime.job import JobResult
@@ -37,7 +34,6 @@ from raypipe.runtime.progress import say
 from raypipe.runtime.trainer import fit
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.hashing import mix
-from raypipe.storage.ledger import Usage
 from raypipe.storage.locks import hold
 from raypipe.storage.models import Model, Models, find_model
 from raypipe.storage.workspace import Workspace
@@ -88,7 +84,7 @@ def run_trsr(config: AlignConfig) -> JobResult:
         metrics |= compared(config, workspace, model, against)
     if status == "ok":
         tracking.log_run(NAME, recipe, {"model": model.hash, "lm": inputs.lm_hash[:12]}, metrics)
-    return _result(model, status, metrics, started)
+    return model_result("align", model, status, metrics, started)
 
 
 def _read(config: AlignConfig, workspace: Workspace, versions: dict[str, int]) -> Asked:
@@ -98,19 +94,11 @@ def _read(config: AlignConfig, workspace: Workspace, versions: dict[str, int]) -
     loaded = Loaded.of(config, workspace, config.model)
     freeze(loaded.recommender)
     cut.check_events(loaded.model)
-    if is_builtin(config.lm):
-        model = find_builtin_lm(workspace, "--lm", config.lm)
-        cut.check_events(model)
-        lm = config.fetch(workspace, model)
-    else:
-        lm = resolve_checkpoint(config.lm)
+    lm, own = chosen_lm(config, workspace, config.lm)
+    if own is not None:
+        cut.check_events(own)
     users, whole = read_histories(workspace, versions["histories"])
-    ids = loaded.items["item_id"].to_pylist()
-    catalogue = Catalogue(
-        distinct_titles(loaded.items["title"].to_pylist(), ids),
-        [dict(pairs) for pairs in loaded.items["attributes"].to_pylist()],
-        loaded.items["text"].to_pylist(),
-    )
+    catalogue = catalogue_of(loaded.items)
     summaries = PastSummaries()
     if config.summaries is not None:
         first_learnt = config.hold_out + 1 + _left(config)
@@ -222,9 +210,4 @@ def _measured_anew(
     given = config.trsr.model_dump(include=_ASKED_ANEW & config.trsr.model_fields_set)
     options = TrsrConfig.model_validate({**adapter.lineage["options"], **given})
     metrics, _ = measure(config, options, inputs, config.fetch(workspace, adapter))
-    return _result(adapter, "ok", metrics, started)
-
-
-def _result(model: Model, status: str, metrics: Mapping[str, float], started: float) -> JobResult:
-    cost = cost_of(Usage(), time.monotonic() - started)
-    return JobResult("align", status, model.recipe, models={model.name: model.hash}, metrics=metrics, cost=cost)
+    return model_result("align", adapter, "ok", metrics, started)
