@@ -20,6 +20,7 @@ from raypipe.recommenders.recommender import Recommender
 from raypipe.recommenders.sequences import Sequences
 
 Schedule = Literal["exp", "cosine", "linear"]
+_NORMALISED_START = 0.05
 
 
 def noise_schedule(kind: Schedule, steps: int) -> Tensor:
@@ -79,7 +80,9 @@ class DreamRec(Recommender):
         self.guidance, self.unguided, self.normalised = options.guidance, options.unguided, options.normalised
         self.rounding = options.rounding
         self.steps, self.sampling_steps = options.steps, options.sampling_steps or options.steps
-        nn.init.normal_(self.table)
+        # Of a normalised table only directions count, and those of long vectors hardly turn at a recommender's learning rate:
+        # on MovieLens 1M four epochs reach a validation NDCG@10 of .021 from a deviation of 1, of .054 from this one.
+        nn.init.normal_(self.table, std=_NORMALISED_START if options.normalised else 1.0)
         with torch.no_grad():
             self.table[0] = 0
         self.table.requires_grad_(not options.frozen_table)
