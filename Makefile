@@ -23,7 +23,7 @@ demo: install
 	$(BIN)/raypipe nightly --config jobs/nightly-demo.yaml
 
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
 
 test-all: lint test
 	$(BIN)/python -m pytest -m slow

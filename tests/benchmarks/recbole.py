@@ -5,7 +5,8 @@ call. Both see the same histories, are asked for the same held-out events over t
 by the same ranks, after every epoch; only training is on the clock, and both have the same threads. RecBole is stopped
 after `--limit` times our seconds, and its figure is then a lower bound.
 
-Figures: `seconds`, `recbole_seconds`, `share` (ours of RecBole's), `recbole_reached` (1 or 0), and each one's epochs.
+Figures: `seconds`, `recbole_seconds`, `share` (ours of RecBole's), `recbole_reached` (1 or 0), `recbole_value` (its NDCG@10 at
+the end), and each one's epochs. With `--golden` they are rows of `tests/golden/training-speed-ml-100k.json`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +33,7 @@ from raypipe.recommenders.config import RecommenderConfig
 from raypipe.recommenders.task import RecommenderTask, prepare_training
 from raypipe.recommenders.windows import Histories
 from raypipe.storage.workspace import Workspace
-from tests.benchmarks.recommenders import log_options, run
+from tests.benchmarks.recommenders import log_options, merge, run
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "jobs/train/sasrec-ml-100k.yaml"
@@ -111,11 +114,42 @@ def main() -> None:
         "recbole_seconds": round(theirs["seconds"], 1),
         "recbole_epochs": theirs["epochs"],
         "recbole_reached": int(theirs["value"] >= GOAL),
+        "recbole_value": round(theirs["value"], 4),
         "share": round(ours["seconds"] / theirs["seconds"], 3),
     }
-    print(
-        json.dumps({"bench": "recbole", "figures": figures, "machine": f"{os.cpu_count()} cores, {platform.machine()}"})
-    )
+    machine = f"{os.cpu_count()} cores, {platform.machine()}"
+    if given.golden:
+        rows = golden_rows(figures, machine, f"--threads {given.threads} --limit {given.limit:g} --golden")
+        merge(ROOT / "tests/golden/training-speed-ml-100k.json", rows)
+    print(json.dumps({"bench": "recbole", "figures": figures, "machine": machine}))
+
+
+def golden_rows(figures: Mapping[str, float], machine: str, arguments: str) -> list[dict[str, Any]]:
+    """Each one's seconds and epochs to the goal; of RecBole those after which it was stopped, where it did not reach it."""
+    common = {
+        "dataset": "ml-100k",
+        "seed": 0,
+        "protocol": f"last but one event, whole catalogue, seen items filtered; training until NDCG@10 {GOAL:g}",
+        "machine": machine,
+        "command": f"make bench NAME=recbole ARGS='{arguments}'",
+    }
+    told = {
+        "sasrec": {"seconds": figures["seconds"], "epochs": figures["epochs"], "share": figures["share"]},
+        "RecBole 1.2.1 SASRec": {
+            name: figures[f"recbole_{key}"]
+            for name, key in (
+                ("seconds", "seconds"),
+                ("epochs", "epochs"),
+                ("NDCG@10", "value"),
+                ("reached", "reached"),
+            )
+        },
+    }
+    return [
+        {**common, "model": model, "metric": metric, "value": value}
+        for model, metrics in told.items()
+        for metric, value in metrics.items()
+    ]
 
 
 def movielens(workspace: Path) -> tuple[Histories, int]:

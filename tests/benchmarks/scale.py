@@ -2,12 +2,13 @@
 
 The users are synthetic, of 20 events each in the mean (log-normal), over 10,000 items; the recommender in force is an
 untrained SASRec. Counted is the processor time, user and system, of the night's process and of all of Ray's, start-up
-included. Encoding all histories and finding the best items for them, twice the one and once the other, is timed by
-itself in one process, on one thread, and taken off as `model_us_per_user`; the answers of `echo` are not.
+included. What models do is timed by itself in one process, on one thread, and taken off: encoding all histories and
+finding the best items for them, twice the one and once the other, as `model_us_per_user`; the answers of `echo`, which
+stands for a language model here, to the prompts of some users as `engine_us_per_user`.
 
-Figures: `cpu_us_per_user`, `model_us_per_user`, `worker_peak_mb` (largest resident set of a worker), `bytes_per_user`
-(written to tables), `growth` (exponent of the seconds of processor time, models taken off, from a tenth of the users to
-all), and `night_s`, seconds of the wall.
+Figures: `cpu_us_per_user`, `model_us_per_user`, `engine_us_per_user`, `worker_peak_mb` (largest resident set of a worker),
+`bytes_per_user` (written to tables), `growth` (exponent of the seconds of processor time, models taken off, from a tenth of
+the users to all), and `night_s`, seconds of the wall.
 """
 
 from __future__ import annotations
@@ -35,16 +36,18 @@ from raypipe.engines.engine import EngineConfig
 from raypipe.pipeline.ingest import IngestConfig, IngestOptions, run_ingest
 from raypipe.pipeline.nightly import NightlyConfig, run_nightly
 from raypipe.pipeline.recommend import RecommendOptions
-from raypipe.pipeline.summarize import SummarizeOptions
+from raypipe.pipeline.summarize import SummarizeConfig, SummarizeOptions
 from raypipe.recommenders.config import RecommenderConfig
 from raypipe.runtime.cluster import ClusterConfig
 from raypipe.storage.releases import Release, Releases
 from raypipe.storage.workspace import Workspace
 from tests.benchmarks.peak import Peak
 from tests.benchmarks.processor_time import ProcessorTime
+from tests.prompts import block_prompts
 from tests.untrained import store_untrained
 
 ITEMS, EVENTS_PER_USER, WIDTH, LENGTH, LIST = 10_000, 20, 64, 50, 10
+ASKED = 20_000  # users whose prompts the engine alone answers
 
 MODEL = """
 import sys, time
@@ -73,18 +76,19 @@ print(spent)
 
 @dataclass(frozen=True)
 class Measured:
-    """One night: processor seconds of all and of its models alone, bytes written, and seconds of the wall."""
+    """One night: processor seconds of all, of its models and of its engine alone, bytes written, and seconds of the wall."""
 
     users: int
     spent: float
     models: float
+    engine: float
     peak_mib: float
     written: int
     seconds: float
 
     @property
     def beside(self) -> float:
-        return self.spent - self.models
+        return self.spent - self.models - self.engine
 
 
 def main() -> None:
@@ -99,6 +103,7 @@ def main() -> None:
         "cpu_us_per_user": round(1e6 * whole.beside / whole.users, 1),
         "cpu_us_per_user_tenth": round(1e6 * tenth.beside / tenth.users, 1),
         "model_us_per_user": round(1e6 * whole.models / whole.users, 1),
+        "engine_us_per_user": round(1e6 * whole.engine / whole.users, 1),
         "worker_peak_mb": round(whole.peak_mib),
         "bytes_per_user": round(whole.written / whole.users),
         "growth": round(math.log10(whole.beside / tenth.beside), 3),
@@ -146,9 +151,12 @@ def measure(folder: Path, users: int) -> Measured:
     assert figures["summarize.computed"] == figures["recommend.computed"] == users, figures
     ray.shutdown()
     written = sum(size for name, size in figures.items() if name.endswith("bytes_written"))
-    models = forward_seconds(uri)
-    print(f"{users:,} users: {spent.seconds:.0f} s of processor time, {models:.0f} s of models", file=sys.stderr)
-    return Measured(users, spent.seconds, models, peak.mib, written, seconds)
+    models, engine = forward_seconds(uri), users * engine_seconds(str(uri), min(users, ASKED))
+    print(
+        f"{users:,} users: {spent.seconds:.0f} s of processor time, {models:.0f} s of models, {engine:.0f} s of the engine",
+        file=sys.stderr,
+    )
+    return Measured(users, spent.seconds, models, engine, peak.mib, written, seconds)
 
 
 def forward_seconds(workspace: Path) -> float:
@@ -156,6 +164,30 @@ def forward_seconds(workspace: Path) -> float:
     (model,) = (workspace / "models/sasrec").iterdir()
     command = [sys.executable, "-c", MODEL, str(workspace / "tables/histories"), str(model / "checkpoint"), str(LIST)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def engine_seconds(workspace: str, asked: int) -> float:
+    """Processor seconds a user of the engine's answers to all block prompts and merges, in the mean over `asked` users."""
+    config = SummarizeConfig(workspace=workspace, tracking="off", engine=EngineConfig(engine="echo"))
+    opened = config.open_workspace()
+    table = opened.tables["histories"]
+    users = table.read(table.version(), ["user_id"])["user_id"].slice(0, asked).to_pylist()
+    per_user = list(block_prompts(config, users).values())
+    engine, summaries = config.engine.build(), config.summaries
+    blocks = [prompt for mine in per_user for prompt in mine]
+    started = time.process_time()
+    texts = [outcome.text for outcome in engine.generate(blocks, summaries.block_decoding)]
+    spent = time.process_time() - started
+    written = iter(texts)
+    merges = [
+        summaries.prompts.merge_prompt(mine)
+        for mine in ([next(written) for _ in prompts] for prompts in per_user)
+        if len(mine) > 1
+    ]
+    started = time.process_time()
+    for _ in engine.generate(merges, summaries.merge_decoding):
+        pass
+    return (spent + time.process_time() - started) / asked
 
 
 if __name__ == "__main__":
