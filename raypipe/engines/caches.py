@@ -35,11 +35,8 @@ def joined(
     found = DynamicCache()
     found.layers = []
     for layers in zip(*(cache.layers for cache in caches), strict=True):
-        taken = [(layer.keys, layer.values) for layer in layers]
-        if old is not None:
-            keys, values = taken[0]
-            taken[0] = (keys[kept, :, first:], values[kept, :, first:])
-        keys, values = (_placed(parts, columns, capacity) for parts in zip(*taken, strict=True))
+        taken = ([getattr(layer, name) for layer in layers] for name in ("keys", "values"))
+        keys, values = (_placed(parts, None if old is None else kept, first, columns, capacity) for parts in taken)
         found.layers.append(_BufferedLayer.holding(keys, values, columns))
     return found
 
@@ -127,15 +124,27 @@ class _BufferedLayer(DynamicLayer):
         return layer
 
 
-def _placed(parts: Sequence[Tensor], columns: int, capacity: int) -> Tensor:
-    """Keys or values of several batches, one after the other, each ending at `columns` of one buffer.
+def _placed(parts: Sequence[Tensor], kept: Tensor | None, first: int, columns: int, capacity: int) -> Tensor:
+    """Keys or values of several batches, one after the other, each ending at `columns` of one buffer; of the first batch the
+    rows `kept` from column `first`, unless all of it is taken.
 
-    Zeros where a row has no token: what is masked must still be finite.
+    Zeros where a row has no token: what is masked must still be finite. Columns to come are written before they are read:
+    clearing them too took a twelfth of the time of decoding (measured).
     """
     _, heads, _, width = parts[0].shape
-    buffer = parts[0].new_zeros(sum(map(len, parts)), heads, capacity, width)
+    rows = [len(part) for part in parts]
+    if kept is not None:
+        rows[0] = len(kept)
+    buffer = parts[0].new_empty(sum(rows), heads, capacity, width)
     row = 0
-    for part in parts:
-        buffer[row : row + len(part), :, columns - part.shape[2] : columns] = part
-        row += len(part)
+    for number, (part, count) in enumerate(zip(parts, rows, strict=True)):
+        chosen = kept if number == 0 else None
+        start = columns - part.shape[2] + (0 if chosen is None else first)
+        mine = buffer[row : row + count]
+        mine[:, :, :start] = 0
+        if chosen is None:
+            mine[:, :, start:columns] = part
+        else:
+            torch.index_select(part[:, :, first:], 0, chosen, out=mine[:, :, start:columns])
+        row += count
     return buffer
