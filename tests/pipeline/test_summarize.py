@@ -264,6 +264,7 @@ def test_who_did_most_since_the_last_summary_is_read_first(raypipe: Run, summari
         ("--max_cost", 0.1, lambda cost: cost["money"]),
         ("--deadline", datetime.datetime.now(datetime.UTC).isoformat(), lambda cost: cost["calls"]),
     ],
+    ids=["calls", "tokens", "cost", "deadline"],
 )
 def test_no_cap_is_ever_exceeded(raypipe: Run, ingested: str, cap: str, value: Any, spent: Any) -> None:
     ended = raypipe("summarize", "--workspace", ingested, *ECHO, cap, value, "--price_in", 1, "--price_out", 9)
