@@ -36,6 +36,7 @@ _START_S = 40.0
 _SERVING = ("tests/serving/", "tests/chaos/test_serving.py")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         file = item.nodeid.split("::")[0]
