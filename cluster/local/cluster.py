@@ -174,6 +174,8 @@ class LocalCluster:
         return {
             **kept,
             **self.environment(),
+            # As KubeRay sets it: workers wait so long for a head that comes back.
+            "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
             "PATH": f"{BIN}{os.pathsep}{kept['PATH']}",
             "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [kept.get("PYTHONPATH")])]),
         }
