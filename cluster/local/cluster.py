@@ -24,14 +24,16 @@ from typing import Any
 
 import psutil
 from options import HEAD, Options
-from processes import Processes, answers, run
-from servers import BIN, METRICS_PORT, ROOT, Servers, postgres_bin
+from processes import ROOT, Processes, answers, run
+from servers import BIN, METRICS_PORT, Servers, postgres_bin
 
 from raypipe.cli.options import parse_config
 from raypipe.errors import RaypipeError, UsageError
 
 _DASHBOARD, _GCS = 8265, 6379
 _STORE_BYTES = 200 << 20
+# Ray gives a node's agents 15 s and its raylet 30 s, and then up; on a busy machine the next try finds its files read.
+_TRIES = 4
 # Ray's clients look for their node among all processes that they see and take a head before others: on a worker that sees
 # the head's processes too, a driver says that it lives on the head, where nobody reaches it. Locks tell the living by host
 # and process id, and gloo listens where its host's name points to.
@@ -54,7 +56,7 @@ class LocalCluster:
         self._network()
         servers = Servers(self.options, self.folder)
         for name, command, ready in servers.commands():
-            self._processes.start(name, command, self._settings(), ROOT, ready)
+            self._processes.start(name, command, self._settings(), ready)
         servers.make_bucket(self.environment())
         for node in self.options.nodes:
             self.start_node(node)
@@ -90,7 +92,7 @@ class LocalCluster:
         machine = ["ip", "netns", "exec", options.namespace(node)]
         machine += ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--uts"]
         machine += ["sh", "-c", _AS_A_MACHINE, "sh", node, str(self._hosts())]
-        self._processes.start(node, [*machine, *words], settings, ROOT, ready)
+        self._processes.start(node, [*machine, *words], settings, ready, tries=_TRIES)
 
     def stop_node(self, node: str) -> None:
         """Kill every process of the node at once, as a machine that loses power."""

@@ -16,6 +16,7 @@ import psutil
 
 from raypipe.errors import RaypipeError
 
+ROOT = Path(__file__).parents[2]
 _UP_S = 300.0  # MLflow took 130 s on two busy cores
 
 
@@ -27,22 +28,29 @@ class Processes:
         self._file = folder / "processes.json"
 
     def start(
-        self, name: str, command: Sequence[str], environment: Mapping[str, str], place: Path, ready: Callable[[], bool]
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        ready: Callable[[], bool],
+        tries: int = 1,
     ) -> None:
-        """Start it in `place` and wait until it is `ready`; RaypipeError with its log where it ends or takes too long."""
-        with (self._folder / "log" / f"{name}.log").open("ab") as output:
-            process = subprocess.Popen(
-                command, env=dict(environment), cwd=place, stdout=output, stderr=output, start_new_session=True
-            )
-        self._write({**self.known(), name: (process.pid, psutil.Process(process.pid).create_time())})
-        deadline = time.monotonic() + _UP_S
-        while not ready():
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RaypipeError(
-                    f"{name} does not start: {self.log(name)[-1500:]}", "`down`, mend it, and `up` again."
+        """Start it and wait until it is `ready`; one that ends before is tried again. RaypipeError with its log else."""
+        for left in reversed(range(tries)):
+            with (self._folder / "log" / f"{name}.log").open("ab") as output:
+                process = subprocess.Popen(
+                    command, env=dict(environment), cwd=ROOT, stdout=output, stderr=output, start_new_session=True
                 )
-            time.sleep(0.3)
-        print(f"{name} is up", file=sys.stderr, flush=True)
+            self._write({**self.known(), name: (process.pid, psutil.Process(process.pid).create_time())})
+            deadline = time.monotonic() + _UP_S
+            while process.poll() is None and time.monotonic() < deadline:
+                if ready():
+                    print(f"{name} is up", file=sys.stderr, flush=True)
+                    return
+                time.sleep(0.3)
+            if process.poll() is None or not left:
+                break
+        raise RaypipeError(f"{name} does not start: {self.log(name)[-1500:]}", "`down`, mend it, and `up` again.")
 
     def log(self, name: str) -> str:
         path = self._folder / "log" / f"{name}.log"

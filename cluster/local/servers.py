@@ -10,9 +10,8 @@ from functools import partial
 from pathlib import Path
 
 from options import Options
-from processes import answers, listens, run
+from processes import ROOT, answers, listens, run
 
-ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 METRICS_PORT = 8080
 
