@@ -56,6 +56,8 @@ class LocalCluster:
         self._network()
         servers = Servers(self.options, self.folder)
         for name, command, ready in servers.commands():
+            if ready():
+                raise UsageError(f"Somebody else's {name} answers already.", "Name another --network, or end it.")
             self._processes.start(name, command, self._settings(), ready)
         servers.make_bucket(self.environment())
         for node in self.options.nodes:
