@@ -1,8 +1,9 @@
 """A cluster of several nodes on one machine, to start, watch and break: `python cluster/local/cluster.py up`, and `down`.
 
-Each Ray node has a network namespace of its own, joined by a bridge: a node that is stopped is gone as a machine would be,
-and its address with it. Beside them, on the bridge's own address: Redis (the head's state, the online store), an S3 server,
-MLflow on PostgreSQL, Prometheus. Ray asks for a token. `stop NODE` kills a node, `start NODE` brings it back.
+Each Ray node has network, processes, host name and session folder of its own, and the networks are joined by a bridge: a
+node that is stopped is gone as a machine would be, and its address with it. Beside them, on the bridge's own address: Redis
+(the head's state, the online store), an S3 server, MLflow on PostgreSQL, Prometheus. Ray asks for a token. `stop NODE` kills
+a node, `start NODE` brings it back, with other `--cpus` or `--head_cpus` if they are named.
 
 It needs root, iproute2 and Debian's packages redis-server, postgresql and prometheus. The S3 server is moto's, which
 forgets at `down`. Nothing listens outside of the bridge.
@@ -11,63 +12,32 @@ forgets at `down`. Nothing listens outside of the bridge.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import pwd
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
+from options import HEAD, Options
+from processes import ROOT, Processes, answers, run
+from servers import BIN, METRICS_PORT, Servers, postgres_bin
 
 from raypipe.cli.options import parse_config
-from raypipe.config import Config, free
 from raypipe.errors import RaypipeError, UsageError
 
-ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
-START_HEAD = ROOT / "cluster/start-head.sh"
-HEAD = "head"
-_UP_S = 120.0
-_DASHBOARD, _GCS, _METRICS = 8265, 6379, 8080
-
-
-class Options(Config):
-    """Where the cluster is, and of what size."""
-
-    folder: str = free("build/local", "logs, data and the token; others may enter it, for PostgreSQL is not root")
-    name: str = free("rp", "beginning of the names of namespaces and the bridge", pattern="^[a-z]{1,6}$")
-    network: str = free("10.77.0", "first three numbers of the bridge's network", pattern=r"^\d+\.\d+\.\d+$")
-    workers: int = free(2, "worker nodes", ge=0)
-    cpus: int = free(1, "CPUs that each worker node says it has", ge=1)
-    redis_port: int = free(6379, "of Redis")
-    s3_port: int = free(9000, "of the S3 server")
-    postgres_port: int = free(5432, "of PostgreSQL")
-    mlflow_port: int = free(5000, "of MLflow")
-    prometheus_port: int = free(9090, "of Prometheus")
-    bucket: str = free("raypipe", "bucket that is made")
-
-    @property
-    def host(self) -> str:
-        return f"{self.network}.1"
-
-    @property
-    def nodes(self) -> list[str]:
-        return [HEAD, *(f"worker{number}" for number in range(1, self.workers + 1))]
-
-    def address(self, node: str) -> str:
-        return f"{self.network}.{10 + self.nodes.index(node)}"
-
-    def namespace(self, node: str) -> str:
-        return f"{self.name}-{node}"
+_DASHBOARD, _GCS = 8265, 6379
+_STORE_BYTES = 200 << 20
+# Ray gives a node's agents 15 s and its raylet 30 s, and then up; on a busy machine the next try finds its files read.
+_TRIES = 4
+# Ray's clients look for their node among all processes that they see and take a head before others: on a worker that sees
+# the head's processes too, a driver says that it lives on the head, where nobody reaches it. Locks tell the living by host
+# and process id, and gloo listens where its host's name points to.
+_AS_A_MACHINE = 'hostname "$1" && mount --bind "$2" /etc/hosts && shift 2 && exec "$@"'
 
 
 class LocalCluster:
@@ -76,67 +46,55 @@ class LocalCluster:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.folder = Path(options.folder).absolute()
-        self._processes = self.folder / "processes.json"
+        self._processes = Processes(self.folder)
 
     def up(self) -> None:
         """Start everything; UsageError for what is missing, RaypipeError with the log of what does not start."""
         self._check()
-        for name in ("log", "redis", "prometheus", "mlflow"):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        (self.folder / "log").mkdir(parents=True, exist_ok=True)
         self._make_secrets()
         self._network()
-        options = self.options
-        self._start("redis", self._redis(), partial(_listens, options.host, options.redis_port))
-        s3 = [str(BIN / "python"), "-m", "moto.server", "-H", options.host, "-p", str(options.s3_port)]
-        self._start("s3", s3, partial(_answers, f"http://{options.host}:{options.s3_port}/moto-api/data.json"))
-        self._postgres()
-        self._start("mlflow", self._mlflow(), partial(_answers, f"http://{options.host}:{options.mlflow_port}/health"))
-        self._start(
-            "prometheus",
-            self._prometheus(),
-            partial(_answers, f"http://{options.host}:{options.prometheus_port}/-/ready"),
-        )
-        self._make_bucket()
-        for node in options.nodes:
+        servers = Servers(self.options, self.folder)
+        for name, command, ready in servers.commands():
+            if ready():
+                raise UsageError(f"Somebody else's {name} answers already.", "Name another --network, or end it.")
+            self._processes.start(name, command, self._settings(), ready)
+        servers.make_bucket(self.environment())
+        for node in self.options.nodes:
             self.start_node(node)
-        self._write_environment()
+        lines = [f"export {name}='{value}'\n" for name, value in self.environment().items()]
+        (self.folder / "environment").write_text("".join(lines))
 
     def down(self) -> None:
         """End everything that `up` started, and only that. What it wrote stays in the folder."""
         for node in self.options.nodes:
             self.stop_node(node)
-        for name, (pid, started) in self._known().items():
-            _end(name, pid, started)
-        self._processes.unlink(missing_ok=True)
+        self._processes.end_all()
         for node in self.options.nodes:
-            _run("ip", "netns", "del", self.options.namespace(node), may_fail=True)
-        _run("ip", "link", "del", self.options.name, may_fail=True)
+            run("ip", "netns", "del", self.options.namespace(node), may_fail=True)
+        run("ip", "link", "del", self.options.name, may_fail=True)
 
     def start_node(self, node: str) -> None:
-        """A Ray node in its namespace; the head finds its state in Redis."""
+        """A Ray node as a machine of its own; the head finds its state in Redis."""
         options, address = self.options, self.options.address(node)
-        common = [
-            "--node-ip-address",
-            address,
-            "--metrics-export-port",
-            str(_METRICS),
-            "--object-store-memory",
-            str(200 << 20),
-        ]
+        settings = self._settings()
         if node == HEAD:
-            words = [str(START_HEAD), "--num-cpus", "0", "--port", str(_GCS), "--dashboard-host", address]
-            words += [
-                "--redis-password",
-                (self.folder / "redis-password").read_text(),
-                "--temp-dir",
-                str(self._ray_folder()),
-            ]
-            ready = partial(self._jobs_api_answers)
+            words = [str(ROOT / "cluster/start-head.sh"), "--num-cpus", str(options.head_cpus), "--port", str(_GCS)]
+            words += ["--dashboard-host", address, "--redis-password", self._secret("redis-password")]
+            settings["RAY_REDIS_ADDRESS"] = f"{options.host}:{options.redis_port}"
+            settings["RAY_external_storage_namespace"] = options.name
+            ready = self._jobs_api_answers
         else:
             head = f"{options.address(HEAD)}:{_GCS}"
             words = [str(BIN / "ray"), "start", "--block", "--address", head, "--num-cpus", str(options.cpus)]
-            ready = partial(self._has_joined, node, len(self._log(node)))
-        self._start(node, ["ip", "netns", "exec", options.namespace(node), *words, *common], ready)
+            ready = partial(self._has_joined, node, len(self._processes.log(node)))
+        words += ["--node-ip-address", address, "--metrics-export-port", str(METRICS_PORT)]
+        # A Unix socket's path is at most 107 bytes long.
+        words += ["--object-store-memory", str(_STORE_BYTES), "--temp-dir", f"/tmp/ray-{options.name}/{node}"]
+        machine = ["ip", "netns", "exec", options.namespace(node)]
+        machine += ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--uts"]
+        machine += ["sh", "-c", _AS_A_MACHINE, "sh", node, str(self._hosts())]
+        self._processes.start(node, [*machine, *words], settings, ready, tries=_TRIES)
 
     def stop_node(self, node: str) -> None:
         """Kill every process of the node at once, as a machine that loses power."""
@@ -151,11 +109,12 @@ class LocalCluster:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(processes, timeout=20)
-        self._forget(node)
+        self._processes.forget(node)
 
     def environment(self) -> dict[str, str]:
         """What a client of the cluster needs, and every node has."""
         options = self.options
+        online = f"redis://:{self._secret('redis-password')}@{options.host}:{options.redis_port}/1"
         return {
             "RAY_API_SERVER_ADDRESS": f"http://{options.address(HEAD)}:{_DASHBOARD}",
             "RAY_AUTH_MODE": "token",
@@ -166,20 +125,20 @@ class LocalCluster:
             "AWS_ACCESS_KEY_ID": "local",
             "AWS_SECRET_ACCESS_KEY": "local",
             "MLFLOW_TRACKING_URI": f"http://{options.host}:{options.mlflow_port}",
-            "RAYPIPE_ONLINE_STORE": f"redis://:{(self.folder / 'redis-password').read_text()}@{options.host}:{options.redis_port}/1",
+            "RAYPIPE_ONLINE_STORE": online,
         }
 
     def _check(self) -> None:
         if os.geteuid():
             raise UsageError("Network namespaces need root.", "Run this as root, or in a container with CAP_NET_ADMIN.")
         missing = [name for name in ("ip", "redis-server", "prometheus") if shutil.which(name) is None]
-        if _postgres_bin() is None:
+        if postgres_bin() is None:
             missing.append("postgresql")
         if missing:
             raise UsageError(
                 f"Not installed: {', '.join(missing)}.", "apt-get install iproute2 redis-server postgresql prometheus"
             )
-        if self._known():
+        if self._processes.known():
             raise UsageError(f"The cluster of {self.folder} is up.", "`down` it first, or name another --folder.")
 
     def _make_secrets(self) -> None:
@@ -189,181 +148,49 @@ class LocalCluster:
                 path.touch(mode=0o600)
                 path.write_text(secrets.token_hex(32))
 
+    def _secret(self, name: str) -> str:
+        return (self.folder / name).read_text()
+
     def _network(self) -> None:
         options = self.options
-        _run("ip", "link", "add", options.name, "type", "bridge")
-        _run("ip", "address", "add", f"{options.host}/24", "dev", options.name)
-        _run("ip", "link", "set", options.name, "up")
+        run("ip", "link", "add", options.name, "type", "bridge")
+        run("ip", "address", "add", f"{options.host}/24", "dev", options.name)
+        run("ip", "link", "set", options.name, "up")
         for node in options.nodes:
             space, outer = options.namespace(node), f"{options.name}-{node}"
-            _run("ip", "netns", "add", space)
-            _run("ip", "link", "add", outer, "type", "veth", "peer", "name", "eth0", "netns", space)
-            _run("ip", "link", "set", outer, "master", options.name, "up")
-            _run("ip", "-n", space, "address", "add", f"{options.address(node)}/24", "dev", "eth0")
+            run("ip", "netns", "add", space)
+            run("ip", "link", "add", outer, "type", "veth", "peer", "name", "eth0", "netns", space)
+            run("ip", "link", "set", outer, "master", options.name, "up")
+            run("ip", "-n", space, "address", "add", f"{options.address(node)}/24", "dev", "eth0")
             for device in ("lo", "eth0"):
-                _run("ip", "-n", space, "link", "set", device, "up")
-            _run("ip", "-n", space, "route", "add", "default", "via", options.host)
+                run("ip", "-n", space, "link", "set", device, "up")
+            run("ip", "-n", space, "route", "add", "default", "via", options.host)
 
-    def _redis(self) -> list[str]:
-        password = (self.folder / "redis-password").read_text()
-        words = ["redis-server", "--bind", self.options.host, "--port", str(self.options.redis_port)]
-        return [*words, "--requirepass", password, "--dir", str(self.folder / "redis"), "--appendonly", "yes"]
+    def _hosts(self) -> Path:
+        path = self.folder / "hosts"
+        lines = [f"{self.options.address(node)} {node}" for node in self.options.nodes]
+        path.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
+        return path
 
-    def _postgres(self) -> None:
-        """PostgreSQL refuses to be root."""
-        options, data = self.options, self.folder / "postgres"
-        programs = _postgres_bin()
-        assert programs is not None
-        owner = pwd.getpwnam("postgres")
-        as_owner = ["setpriv", f"--reuid={owner.pw_uid}", f"--regid={owner.pw_gid}", "--clear-groups"]
-        if not data.exists():
-            data.mkdir(mode=0o700)
-            os.chown(data, owner.pw_uid, owner.pw_gid)
-            password = data.parent / "postgres-password"
-            os.chown(password, owner.pw_uid, owner.pw_gid)
-            words = [str(programs / "initdb"), "-D", str(data), "-U", "mlflow", "--auth", "scram-sha-256", "--no-sync"]
-            _run(*as_owner, *words, "--pwfile", str(password))
-            with (data / "pg_hba.conf").open("a") as access:
-                access.write(f"host all mlflow {options.network}.0/24 scram-sha-256\n")
-        words = [str(programs / "postgres"), "-D", str(data), "-h", options.host, "-p", str(options.postgres_port)]
-        self._start("postgres", [*as_owner, *words, "-k", ""], partial(_listens, options.host, options.postgres_port))
-
-    def _mlflow(self) -> list[str]:
-        options = self.options
-        password = (self.folder / "postgres-password").read_text()
-        database = f"postgresql+psycopg2://mlflow:{password}@{options.host}:{options.postgres_port}/postgres"
-        words = [str(BIN / "mlflow"), "server", "--backend-store-uri", database, "--workers", "1"]
-        words += ["--host", options.host, "--port", str(options.mlflow_port), "--allowed-hosts", "*"]
-        return [*words, "--artifacts-destination", str(self.folder / "mlflow")]
-
-    def _prometheus(self) -> list[str]:
-        options = self.options
-        import yaml
-
-        config = yaml.safe_load((ROOT / "cluster/prometheus/prometheus.yaml").read_text())
-        config["rule_files"] = [str(ROOT / "cluster/prometheus/alerts.yaml")]
-        targets = [f"{options.address(node)}:{_METRICS}" for node in options.nodes]
-        config["scrape_configs"] = [{"job_name": "ray", "static_configs": [{"targets": targets}]}]
-        path = self.folder / "prometheus/prometheus.yaml"
-        path.write_text(yaml.safe_dump(config))
-        words = ["prometheus", f"--config.file={path}", f"--storage.tsdb.path={self.folder / 'prometheus/data'}"]
-        return [*words, f"--web.listen-address={options.host}:{options.prometheus_port}"]
-
-    def _make_bucket(self) -> None:
-        import boto3
-
-        settings = self.environment()
-        boto3.client(
-            "s3",
-            endpoint_url=settings["AWS_ENDPOINT_URL"],
-            aws_access_key_id="local",
-            aws_secret_access_key="local",
-            region_name="us-east-1",
-        ).create_bucket(Bucket=self.options.bucket)
-
-    def _ray_folder(self) -> Path:
-        # A Unix socket's path is at most 107 bytes long.
-        return Path("/tmp") / f"ray-{self.options.name}"
-
-    def _jobs_api_answers(self) -> bool:
-        token = (self.folder / "token").read_text()
-        url = f"http://{self.options.address(HEAD)}:{_DASHBOARD}/api/jobs/"
-        return _answers(url, {"Authorization": f"Bearer {token}"})
-
-    def _write_environment(self) -> None:
-        lines = [f"export {name}='{value}'\n" for name, value in self.environment().items()]
-        (self.folder / "environment").write_text("".join(lines))
-
-    def _start(self, name: str, command: Sequence[str], ready: Callable[[], bool]) -> None:
+    def _settings(self) -> dict[str, str]:
+        """The environment of everything that is started here."""
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "AWS_", "MLFLOW_"))}
-        settings = {
+        return {
             **kept,
             **self.environment(),
+            # As KubeRay sets it: workers wait so long for a head that comes back.
+            "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
             "PATH": f"{BIN}{os.pathsep}{kept['PATH']}",
             "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [kept.get("PYTHONPATH")])]),
         }
-        if name == HEAD:
-            settings["RAY_REDIS_ADDRESS"] = f"{self.options.host}:{self.options.redis_port}"
-            settings["RAY_external_storage_namespace"] = self.options.name
-        with (self.folder / "log" / f"{name}.log").open("ab") as output:
-            process = subprocess.Popen(
-                command, env=settings, cwd=ROOT, stdout=output, stderr=output, start_new_session=True
-            )
-        self._note(name, process.pid)
-        deadline = time.monotonic() + _UP_S
-        while not ready():
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RaypipeError(
-                    f"{name} does not start: {self._log(name)[-1500:]}",
-                    "`down`, mend it, and `up` again.",
-                )
-            time.sleep(0.3)
-        print(f"{name} is up", file=sys.stderr, flush=True)
 
-    def _log(self, name: str) -> str:
-        path = self.folder / "log" / f"{name}.log"
-        return path.read_text(errors="replace") if path.exists() else ""
+    def _jobs_api_answers(self) -> bool:
+        url = f"http://{self.options.address(HEAD)}:{_DASHBOARD}/api/jobs/"
+        return answers(url, {"Authorization": f"Bearer {self._secret('token')}"})
 
     def _has_joined(self, node: str, before: int) -> bool:
         """Whether Ray says so after the first `before` characters of its log: a node that listens may yet give up."""
-        return "Ray runtime started" in self._log(node)[before:]
-
-    def _known(self) -> dict[str, tuple[int, float]]:
-        return json.loads(self._processes.read_text()) if self._processes.exists() else {}
-
-    def _note(self, name: str, pid: int) -> None:
-        self._processes.write_text(json.dumps({**self._known(), name: (pid, psutil.Process(pid).create_time())}))
-
-    def _forget(self, name: str) -> None:
-        known = self._known()
-        if known.pop(name, None) is not None:
-            self._processes.write_text(json.dumps(known))
-
-
-def _postgres_bin() -> Path | None:
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
-    return found[-1] if found else None
-
-
-def _end(name: str, pid: int, started: float) -> None:
-    """The process and its children, asked first; one that only has the number of ours is left alone."""
-    try:
-        process = psutil.Process(pid)
-        if abs(process.create_time() - started) > 1:
-            return
-        family = [process, *process.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return
-    for ask in (psutil.Process.terminate, psutil.Process.kill):
-        for one in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                ask(one)
-        _, family = psutil.wait_procs(family, timeout=15)
-    print(f"{name} is down", file=sys.stderr, flush=True)
-
-
-def _run(*words: str, may_fail: bool = False) -> None:
-    ended = subprocess.run(words, capture_output=True, text=True, check=False)
-    if ended.returncode and not may_fail:
-        raise RaypipeError(
-            f"`{' '.join(words[:4])} …` failed: {ended.stderr.strip()[-500:]}", "`down` first, then `up` again."
-        )
-
-
-def _listens(host: str, port: int) -> bool:
-    try:
-        socket.create_connection((host, port), 2).close()
-    except OSError:
-        return False
-    return True
-
-
-def _answers(url: str, headers: Mapping[str, str] | None = None) -> bool:
-    try:
-        urllib.request.urlopen(urllib.request.Request(url, headers=dict(headers or {})), timeout=5).close()
-    except OSError:
-        return False
-    return True
+        return "Ray runtime started" in self._processes.log(node)[before:]
 
 
 def main(argv: Sequence[str]) -> int:

@@ -38,7 +38,7 @@ from raypipe.storage.hashing import stable_hash
 from raypipe.storage.ledger import Counts, Publish, Receipt, Run, Unit, Usage
 from raypipe.storage.locks import hold
 from raypipe.storage.nights import Night, Nights
-from raypipe.storage.online import ADDRESS, EMBEDDED
+from raypipe.storage.online import ADDRESS, EMBEDDED, open_online_store
 from raypipe.storage.retention import versions_to_keep
 from raypipe.storage.schemas import REJECTS
 from raypipe.storage.tables import ABSENT
@@ -230,3 +230,9 @@ def _load_anew(workspace: Workspace, config: ForgetConfig) -> None:
     shared = {name: getattr(config, name) for name in JobConfig.model_fields}
     if Nights(workspace.store).current() is not None:
         run_online(OnlineConfig(**shared, store=config.store, keep=0, grace_s=config.grace_s))
+        store = open_online_store(config.store, workspace.store)
+        try:
+            if not store.scrub():
+                say(f"{JOB}: the online store rewrites no files when it is asked; its own have them until it does")
+        finally:
+            store.close()

@@ -114,6 +114,10 @@ class OnlineStore(Protocol):
         """Bytes the version takes in the store, its own upkeep included; about, where only the store knows."""
         ...
 
+    def scrub(self) -> bool:
+        """Have what was dropped leave the store's files too; False where the store does not let it be done."""
+        ...
+
     def check_room(self) -> None:
         """Raises UsageError where the store is set up so that it may forget what it was given."""
         ...

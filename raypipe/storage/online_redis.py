@@ -28,6 +28,7 @@ from raypipe.storage.online import OnlineStoreDownError
 _USERS_A_COMMAND = 500
 _CONNECT_S = 2.0
 _ANSWER_S = 5.0
+_POLL_S = 0.1
 
 
 class RedisStore:
@@ -122,6 +123,26 @@ class RedisStore:
             for bucket in range(int(self._redis.get(f"{self.prefix}:{version}:buckets") or 0)):
                 pipeline.memory_usage(self._key(version, bucket))
             return sum(size or 0 for size in pipeline.execute())
+
+    def scrub(self) -> bool:
+        """Rewrite the append-only file and the snapshot, where there are any: both keep what was dropped until then."""
+        with _told(self.host):
+            try:
+                kept = {**self._redis.config_get("appendonly"), **self._redis.config_get("save")}
+                if kept["appendonly"] == "yes":
+                    self._redis.bgrewriteaof()
+                    self._wait_for("aof_rewrite_in_progress", "aof_rewrite_scheduled")
+                if kept["save"]:
+                    self._redis.bgsave()
+                    self._wait_for("rdb_bgsave_in_progress")
+            except redis.ResponseError:
+                return False
+            told = self._redis.info("persistence")
+            return bool(told["aof_last_bgrewrite_status"] == told["rdb_last_bgsave_status"] == "ok")
+
+    def _wait_for(self, *signs: str) -> None:
+        while any(self._redis.info("persistence").get(sign) for sign in signs):
+            time.sleep(_POLL_S)
 
     def check_room(self) -> None:
         with _told(self.host):

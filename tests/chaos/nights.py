@@ -199,7 +199,9 @@ class Published:
         assert night is not None, f"no night is in force in {uri}"
         newest = {name: table.version() for name, table in workspace.tables.items() if table.version() >= 0}
         assert newest == dict(night.tables), "tables moved on without a night"
-        return Published(night.date, newest, {name: _rows(workspace, name, newest[name]) for name in COMPARED})
+        # Where nothing was rejected there are no rejects.
+        tables = {name: _rows(workspace, name, newest[name]) if name in newest else {} for name in COMPARED}
+        return Published(night.date, newest, tables)
 
     def users(self, table: str) -> set[str]:
         return {row["user_id"] for row in self.tables[table].values()}

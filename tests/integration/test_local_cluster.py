@@ -1,141 +1,206 @@
-"""Three nodes on one machine: a night on S3 by `raypipe submit`, a node that is lost, a head that comes back."""
+"""Three nodes on one machine: nights on S3 by `raypipe submit`, watched, broken in the middle, and on fewer nodes."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import re
-import secrets
-import shutil
-import subprocess
-import sys
-import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as arrow_csv
 import pytest
 
-from tests.conftest import unavailable
-from tests.integration.job_server import ROOT
-from tests.pipeline.small_logs import SMALL_ITEMS, SMALL_LOG, write_catalogue, write_log
+from raypipe.storage.models import Models
+from raypipe.storage.workspace import Workspace
+from tests.chaos.nights import Published, copy_workspace, differences
+from tests.integration.local_cluster import CPUS, Local, local_cluster
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
-NEEDED = ("ip", "redis-server", "prometheus", "setpriv")
-
-
-@dataclass(frozen=True)
-class Local:
-    """A cluster that is up: how it was asked for, and its clients' environment."""
-
-    options: tuple[str, ...]
-    folder: Path
-    environment: dict[str, str]
-
-    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / "cluster/local/cluster.py"), *words, *self.options]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        return subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
-        )
-
-    def submit(self, *words: object) -> dict[str, Any]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_", "MLFLOW_"))}
-        command = [sys.executable, "-m", "raypipe.cli.main", "submit", *map(str, words)]
-        environment = kept | self.environment | {"PYTHONPATH": str(ROOT)}
-        ended = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False
-        )
-        assert ended.returncode == 0, ended.stderr[-5000:]
-        return dict(json.loads(ended.stdout.strip().splitlines()[-1]))
-
-    def get(self, url: str, token: str = "") -> Any:
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as answer:
-            return json.load(answer)
-
-    def jobs(self) -> list[dict[str, Any]]:
-        token = (self.folder / "token").read_text()
-        return list(self.get(f"{self.environment['RAY_API_SERVER_ADDRESS']}/api/jobs/", token))
+pytestmark = [pytest.mark.slow, pytest.mark.chaos, pytest.mark.timeout(3600)]
+SHARED = Path(__file__).parents[3] / "shared/data"
+DATE, BUCKETS = "2026-01-05", 16
+# Every so many-th user of MovieLens 1M.
+EVERY = 4
+ALL = {"head": 0, "worker1": CPUS, "worker2": CPUS}
 
 
 @pytest.fixture(scope="module")
 def local() -> Iterator[Local]:
-    missing = [name for name in NEEDED if shutil.which(name) is None]
-    missing += [] if list(Path("/usr/lib/postgresql").glob("*/bin/initdb")) else ["postgresql"]
-    missing += [] if importlib.util.find_spec("psycopg2") else ["psycopg2"]
-    if missing or os.geteuid():
-        unavailable(f"the local cluster needs root and {', '.join(missing)}")
-    probe = subprocess.run(["ip", "netns", "add", "raypipe-probe"], capture_output=True, text=True, check=False)
-    if probe.returncode:
-        # Nobody can be asked to give a container this right.
-        pytest.skip(f"network namespaces cannot be made here: {probe.stderr.strip()}")
-    subprocess.run(["ip", "netns", "del", "raypipe-probe"], check=True)
-    with tempfile.TemporaryDirectory(prefix="rp-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        Path(folder).chmod(0o755)
-        draw = secrets.randbelow(200) + 20
-        name = "rp" + "".join(chr(ord("a") + int(digit)) for digit in f"{draw:03d}")
-        found = Local(("--folder", folder, "--name", name, "--network", f"10.201.{draw}"), Path(folder), {})
-        try:
-            up = found.run("up")
-            assert up.returncode == 0, up.stdout + up.stderr
-            lines = (Path(folder) / "environment").read_text()
-            yield Local(found.options, found.folder, dict(re.findall(r"export (\w+)='(.*)'", lines)))
-        finally:
-            down = found.run("down")
-        assert down.returncode == 0, down.stderr
-        left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
-        assert f"{name}-" not in left
-        assert not [
-            process for process in psutil.process_iter(["cmdline"]) if folder in " ".join(process.info["cmdline"] or [])
-        ]
-        shutil.rmtree(f"/tmp/ray-{name}", ignore_errors=True)
+    patch = pytest.MonkeyPatch()
+    with local_cluster() as found:
+        for name, value in found.environment.items():
+            if name.startswith("AWS_"):
+                patch.setenv(name, value)
+        yield found
+    patch.undo()
 
 
-def test_a_night_on_three_nodes_is_watched_and_outlives_a_worker_and_the_head(local: Local, tmp_path: Path) -> None:
-    host = local.environment["MLFLOW_TRACKING_URI"].rsplit(":", 1)[0]
-    log, catalogue = write_log(tmp_path / "log.csv", SMALL_LOG), write_catalogue(tmp_path / "items.csv", SMALL_ITEMS)
-    night = ("nightly", "--workspace", "s3://raypipe/ws", "--summarize.engine.engine", "echo")
-    night += (
-        "--ingest.log.columns.time",
-        "time",
-        "--ingest.catalogue.path",
-        str(catalogue),
-        "--ingest.log.path",
-        str(log),
-    )
-    first = local.submit(*night, "--date", "2026-01-05")
-    assert first["status"] == "ok"
-    assert first["metrics"]["result"]["metrics"]["summarize.computed"] == 25
-    # It was seen by MLflow on PostgreSQL, and every node by Prometheus.
-    found = urllib.request.Request(
-        f"{local.environment['MLFLOW_TRACKING_URI']}/api/2.0/mlflow/experiments/get-by-name?experiment_name=raypipe"
-    )
-    experiment = local.get(found.full_url)["experiment"]
-    assert experiment["lifecycle_stage"] == "active"
-    deadline = time.monotonic() + 60
-    while True:
-        targets = local.get(f"{host}:9090/api/v1/targets")["data"]["activeTargets"]
-        if [target["health"] for target in targets] == ["up"] * 3 or time.monotonic() > deadline:
-            break
+@pytest.fixture(scope="module")
+def night(local: Local) -> tuple[str, ...]:
+    """A night of MovieLens 1M with the echo engine, but for its workspace."""
+    data = SHARED / "ml-1m"
+    if not data.is_dir():
+        pytest.skip(f"MovieLens 1M is not at {data}")
+    log = arrow_csv.read_csv(data / "interactions.csv.gz", read_options=arrow_csv.ReadOptions(block_size=1 << 24))
+    user = log["user_id"].cast(pa.int64())
+    log = log.filter(pc.equal(user, pc.multiply(pc.divide(user, EVERY), EVERY)))
+    path = local.folder / "log.csv"
+    arrow_csv.write_csv(log, path)
+    words = ("--date", DATE, "--cluster.workers", "3", "--summarize.engine.engine", "echo")
+    words += ("--ingest.catalogue.path", str(data / "items.csv.gz"), "--ingest.log.columns.order", "pos")
+    return ("nightly", *words, "--ingest.log.path", str(path), "--ingest.buckets", str(BUCKETS))
+
+
+@pytest.fixture(scope="module")
+def clean(local: Local, night: tuple[str, ...]) -> tuple[dict[str, Any], Published]:
+    """The night that nobody disturbed, on three nodes."""
+    local.stand(**ALL)
+    result = local.submit(*night, "--workspace", "s3://raypipe/clean")
+    return result, Published.of("s3://raypipe/clean")
+
+
+def test_a_night_on_three_nodes_is_whole_and_watched(local: Local, clean: tuple[dict[str, Any], Published]) -> None:
+    result, published = clean
+    assert result["status"] == "ok"
+    assert result["metrics"]["summarize.computed"] == len(published.users("summaries")) == 6040 // EVERY
+    # Units ran on both workers, by their own names.
+    hosts = hosts_of("s3://raypipe/clean", "summarize")
+    assert hosts == {"worker1", "worker2"}
+    # MLflow on PostgreSQL has the run, and Prometheus every node and the rules.
+    mlflow = local.environment["MLFLOW_TRACKING_URI"]
+    found = local.get(f"{mlflow}/api/2.0/mlflow/experiments/get-by-name?experiment_name=raypipe")
+    assert found["experiment"]["lifecycle_stage"] == "active"
+    prometheus = f"{mlflow.rsplit(':', 1)[0]}:9090"
+    deadline, targets = time.monotonic() + 60, []
+    while [target["health"] for target in targets] != ["up"] * 3 and time.monotonic() < deadline:
+        targets = local.get(f"{prometheus}/api/v1/targets")["data"]["activeTargets"]
         time.sleep(1)
     assert [target["health"] for target in targets] == ["up"] * 3
-    assert len(local.get(f"{host}:9090/api/v1/rules")["data"]["groups"]) == 3
+    assert len(local.get(f"{prometheus}/api/v1/rules")["data"]["groups"]) == 3
 
-    # A worker node is lost for good; the next night has the other.
-    assert local.run("stop", "worker1").returncode == 0
-    second = local.submit(*night, "--date", "2026-01-06", "--summarize.summaries.block_decoding.seed", "1")
-    assert second["metrics"]["result"]["metrics"]["summarize.computed"] == 25
 
-    # The head dies and comes back: what it knew is in Redis.
+def hosts_of(uri: str, job: str) -> set[str]:
+    """Where the units of a job were tried."""
+    store = Workspace(uri).store
+    attempts = [entry.path for entry in store.list(f"ledger/{job}") if "/attempts/" in entry.path]
+    return {json.loads(store.read(path))["host"] for path in attempts}
+
+
+def test_a_worker_killed_in_the_middle_changes_nothing(
+    local: Local, night: tuple[str, ...], clean: tuple[dict[str, Any], Published]
+) -> None:
+    local.stand(**ALL)
+    uri = "s3://raypipe/worker"
+    following = local.follow(*night, "--workspace", uri)
+    following.wait_until(uri, "summarize", 2)
+    (lost,) = {"worker1", "worker2"} - {local.driver_node()}
+    local.stop(lost)
+    following.still_runs()
+    result = following.result()
+    assert result["status"] == "ok"
+    assert differences(Published.of(uri), clean[1]) == []
+    print(f"the job's seconds: a worker killed {result['cost']['seconds']}, undisturbed {clean[0]['cost']['seconds']}")
+
+
+def test_the_node_of_the_driver_killed_in_the_middle_is_made_good_by_the_same_command(
+    local: Local, night: tuple[str, ...], clean: tuple[dict[str, Any], Published]
+) -> None:
+    local.stand(**ALL)
+    uri = "s3://raypipe/driver"
+    following = local.follow(*night, "--workspace", uri, "--lock_lease_s", "10")
+    following.wait_until(uri, "summarize", 2)
+    local.stop(local.driver_node())
+    with pytest.raises(AssertionError):
+        following.result()
+    result = local.submit(*night, "--workspace", uri, "--lock_lease_s", "10")
+    assert result["metrics"]["summarize.computed"] < 6040 // EVERY
+    assert differences(Published.of(uri), clean[1]) == []
+
+
+def test_the_head_killed_in_the_middle_comes_back_with_its_jobs_and_the_night_ends(
+    local: Local, night: tuple[str, ...], clean: tuple[dict[str, Any], Published]
+) -> None:
+    local.stand(**ALL)
+    uri = "s3://raypipe/head"
+    following = local.follow(*night, "--workspace", uri)
+    following.wait_until(uri, "summarize", 2)
     known = {job["submission_id"] for job in local.jobs()}
-    assert local.run("stop", "head").returncode == 0
-    assert local.run("start", "head").returncode == 0
+    local.stop("head")
+    local.start("head", 0)
+    following.still_runs()
     assert {job["submission_id"] for job in local.jobs()} == known
-    third = local.submit(*night, "--date", "2026-01-07")
-    assert third["metrics"]["result"]["status"] in {"ok", "nothing_to_do"}
+    result = following.result()
+    assert result["status"] == "ok"
+    assert differences(Published.of(uri), clean[1]) == []
+    print(f"the job's seconds: the head killed {result['cost']['seconds']}, undisturbed {clean[0]['cost']['seconds']}")
+
+
+def test_the_same_night_on_one_two_and_three_nodes_gives_equal_tables(
+    local: Local, night: tuple[str, ...], clean: tuple[dict[str, Any], Published]
+) -> None:
+    seconds = {3: clean[0]["cost"]["seconds"]}
+    for number, nodes in ((2, {"head": 0, "worker1": CPUS + 1}), (1, {"head": CPUS + 1})):
+        local.stand(**nodes)
+        result = local.submit(*night, "--workspace", f"s3://raypipe/nodes-{number}")
+        assert differences(Published.of(f"s3://raypipe/nodes-{number}"), clean[1]) == []
+        seconds[number] = result["cost"]["seconds"]
+    print(f"the job's seconds by number of nodes, {6040 // EVERY:,} users: {seconds}")
+
+
+def test_a_training_on_two_nodes_that_loses_one_goes_on_when_it_is_back(
+    local: Local, clean: tuple[dict[str, Any], Published], tmp_path: Path
+) -> None:
+    local.stand(**ALL)
+    # Two CPUs for each of two workers: neither node has room for both.
+    words = ("train", "--trainer.workers", "2", "--trainer.cpus_per_worker", "2", "--trainer.batch_size", "64")
+    words += ("--recommender.width", "16", "--recommender.hidden", "32", "--recommender.max_length", "20")
+    words += ("--trainer.steps", "400", "--trainer.checkpoint_every", "40", "--trainer.validate_every", "100")
+    results = {}
+    for name in ("undisturbed", "disturbed"):
+        uri, shared = f"s3://raypipe/train-{name}", tmp_path / name
+        copy_workspace("s3://raypipe/clean", uri)
+        following = local.follow(
+            *words, "--workspace", uri, "--work_folder", shared / "work", "--trainer.storage", shared
+        )
+        if name == "disturbed":
+            deadline = time.monotonic() + 600
+            while not list(shared.glob("*/checkpoint_*")):
+                following.still_runs()
+                assert time.monotonic() < deadline, following.log()
+                time.sleep(0.2)
+            (lost,) = {"worker1", "worker2"} - {local.driver_node()}
+            local.stop(lost)
+            local.start(lost, CPUS)
+            following.still_runs()
+        results[name] = following.result()
+    losses = {name: losses_of(f"s3://raypipe/train-{name}") for name in results}
+    assert len(losses["disturbed"]) == len(losses["undisturbed"])
+    assert losses["disturbed"] == pytest.approx(losses["undisturbed"], abs=1e-4)
+    assert losses["disturbed"][-1] < losses["disturbed"][0]
+    print({name: result["seconds"] for name, result in results.items()})
+
+
+def losses_of(uri: str) -> list[float]:
+    """The curve of the one model of a workspace."""
+    store = Workspace(uri).store
+    model = Models(store).newest("sasrec")
+    assert model is not None
+    return [loss for _, loss in model.lineage["training"]["losses"]]
+
+
+def test_a_night_with_the_built_in_language_model_on_three_nodes(local: Local, tmp_path: Path) -> None:
+    data = SHARED / "ml-100k"
+    if not data.is_dir():
+        pytest.skip(f"MovieLens 100K is not at {data}")
+    local.stand(**ALL)
+    uri = "s3://raypipe/ml-100k"
+    words = ("nightly", "--workspace", uri, "--date", DATE, "--cluster.workers", "2", "--ingest.log.path", data)
+    words += ("--lm.work_folder", tmp_path / "work", "--lm.trainer.storage", tmp_path, "--lm.trainer.steps", "300")
+    result = local.submit(*words)
+    assert result["status"] == "ok"
+    assert result["metrics"]["summarize.computed"] == 943
+    summaries = Workspace(uri).tables["summaries"]
+    assert summaries.rows(summaries.version()) == 943
+    print(f"MovieLens 100K with the built-in language model: {result['seconds']} s")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sqlite3
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,7 @@ from raypipe.storage.store import Store
 from raypipe.storage.tables import Table
 from raypipe.storage.tombstones import digest
 from raypipe.storage.workspace import Workspace
-from tests.conftest import Run
+from tests.conftest import Run, unavailable
 from tests.pipeline.small_logs import DAY, SMALL_LOG, START, newest, write_log
 from tests.pipeline.two_nights import HERS, USER, USERS
 from tests.redis_server import RedisServer
@@ -59,6 +63,10 @@ def test_she_is_in_every_kind_of_file_before(two_nights: str) -> None:
     assert folders == {"tables", "nights", "ledger", "canary", "judgements", "staging", "online"}
     users = {"histories", "hidden_states", "block_summaries", "summaries", "recommendations", "explanations"}
     assert tables == {*users, "rejects"}
+    # MLflow's database is among the files that are searched, and both nights are in it.
+    with contextlib.closing(sqlite3.connect(Path(two_nights) / "mlflow.db")) as database:
+        jobs = [job for (job,) in database.execute("SELECT value FROM tags WHERE key = 'raypipe.job'")]
+    assert jobs.count("summarize") == 2
 
 
 def test_a_forgotten_user_is_nowhere_and_stays_away(raypipe: Run, two_nights: str, files: Path) -> None:
@@ -100,11 +108,26 @@ def test_a_forgotten_user_is_nowhere_and_stays_away(raypipe: Run, two_nights: st
     assert raypipe("forget", "--workspace", two_nights, "--user", USER, *AT_ONCE).status == "nothing_to_do"
 
 
-def test_a_forgotten_user_is_not_in_redis_and_everybody_else_is(
-    raypipe: Run, two_nights: str, redis_server: RedisServer
+@pytest.fixture
+def redis_on_disk(tmp_path: Path) -> Iterator[RedisServer]:
+    """A Redis with an append-only file and snapshots, to be searched."""
+    folder = tmp_path / "redis"
+    folder.mkdir()
+    server = RedisServer(folder, keeps=True)
+    try:
+        server.start()
+    except FileNotFoundError as error:
+        unavailable(str(error))
+    yield server
+    server.stop()
+
+
+def test_a_forgotten_user_is_not_in_redis_nor_in_its_files_and_everybody_else_is(
+    raypipe: Run, two_nights: str, redis_on_disk: RedisServer
 ) -> None:
     import redis
 
+    redis_server = redis_on_disk
     client = redis.Redis.from_url(redis_server.url)
 
     def holding(spelling: bytes) -> list[bytes]:
@@ -112,9 +135,18 @@ def test_a_forgotten_user_is_not_in_redis_and_everybody_else_is(
 
     assert raypipe("online", "--workspace", two_nights, "--store", redis_server.url).code == 0
     assert holding(USER.encode())
+    client.config_set("save", "3600 1")
+    client.config_set("rdbcompression", "no")
+    client.save()
+    on_disk = {path.suffix for path in files_of(redis_server.folder) if USER.encode() in path.read_bytes()}
+    assert on_disk == {".aof", ".rdb"}
     ended = raypipe("forget", "--workspace", two_nights, "--user", USER, "--store", redis_server.url, *AT_ONCE)
     assert ended.code == 0, ended.stderr
     assert not any(map(holding, SPELLINGS))
+    deadline = time.monotonic() + 10  # the files before are deleted in the background
+    while any(SPELLINGS[1] in path.read_bytes() for path in files_of(redis_server.folder)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     night = Nights(Store(two_nights)).current()
     assert night is not None
     store = open_online_store(redis_server.url, Store(two_nights))
@@ -123,6 +155,10 @@ def test_a_forgotten_user_is_not_in_redis_and_everybody_else_is(
     assert others is not None
     assert len(store.versions()) == 1
     store.close()
+
+
+def files_of(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def contents_of(client: Any, key: bytes) -> list[bytes]:
