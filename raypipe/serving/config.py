@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import model_validator
 
@@ -22,6 +22,7 @@ class LimitOptions(Config):
     body_bytes: int = free(1_000_000, "of a request", ge=1)
     history: int = free(10_000, "items of a given history", ge=1)
     count: int = free(500, "items of a list, or to be scored", ge=1)
+    ranked: int = free(50, "items that a language model puts in order", ge=1)
     queries: int = free(256, "queries of a batch", ge=1)
     blocks: int = free(100, "blocks of a history that is to be summarised", ge=1)
     deadline_s: float = free(10.0, "seconds until a request is given up with 503", gt=0)
@@ -71,6 +72,9 @@ class LanguageOptions(Config):
     checks: AnswerChecks = shaping(AnswerChecks, "when an explanation is none")
     reading: Decoding = shaping(Decoding, "decoding of what is read from a recommender's states")
     summaries: SummariesConfig = shaping(SummariesConfig, "of a given history, as of `summarize`")
+    ranking: Literal["hierarchical", "recurrent"] | None = shaping(
+        None, "whose summaries of a user are shown to what ranks, as `rerank --summaries`; null for none"
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

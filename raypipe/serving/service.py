@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -60,11 +60,12 @@ class RefusedQueryError(Exception):
 
 @dataclass(frozen=True)
 class Person:
-    """Who asks, as the model takes it; `known` whether the night has this user."""
+    """Who asks, as the model takes it; `is_known` whether the night has this user, and with what `summaries` by paradigm."""
 
     known: Known
     is_known: bool
     unknown_items: int
+    summaries: Mapping[str, str] = field(default_factory=dict)
 
 
 class Service:
@@ -173,7 +174,8 @@ class Service:
         if packed is None:
             return Person(Known.of(np.zeros(0, np.int32)), False, 0)
         record = UserRecord.unpack(packed)
-        return Person(Known(record.items, record.seed, record.state if served.states_fit else None, key), True, 0)
+        known = Known(record.items, record.seed, record.state if served.states_fit else None, key)
+        return Person(known, True, 0, record.summaries or {})
 
     def _wanted(self, served: Served, query: RecommendQuery) -> Wanted:
         only = tuple(sorted(query.only.items()))
