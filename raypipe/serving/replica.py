@@ -21,6 +21,7 @@ from starlette.types import ASGIApp
 from raypipe.serving.api import build_api
 from raypipe.serving.config import ServiceConfig
 from raypipe.serving.conversation import Conversation, Event
+from raypipe.serving.doors import shut_inner_door
 from raypipe.serving.guard import AUDIT, Guard
 from raypipe.serving.metrics import ServingMetrics
 from raypipe.serving.queries import Condition, ExplainQuery, Standing, User, Users
@@ -43,6 +44,7 @@ class Replica:
     """Implements `Backend`."""
 
     def __init__(self, config: ServiceConfig, language: DeploymentHandle | None = None) -> None:
+        shut_inner_door()
         self.config = config
         torch.set_num_threads(config.replicas.threads)
         _log_audit(config.audit)

@@ -73,11 +73,12 @@ def free_ports(count: int) -> tuple[int, ...]:
 
 
 def start(uri: str, folder: Path, *options: str) -> Running:
-    ports = free_ports(3)
+    ports = free_ports(4)
     environment = {
         **os.environ,
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports[1]),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports[2]),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports[3]),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         "RAY_raylet_start_wait_time_s": "150",
     }
