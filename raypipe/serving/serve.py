@@ -94,6 +94,8 @@ def _prepare(config: ServeConfig, folder: Path) -> str:
     own ports are opened on. Raises UsageError where one is taken."""
     for variable, value in _SETTINGS.items():
         os.environ.setdefault(variable, value)
+    if config.cluster.is_private:
+        os.environ["RAY_SERVE_USE_GRPC_BY_DEFAULT"] = "0"  # it would open what `doors` keeps shut
     os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1" if config.ingress == "haproxy" else "0"
     if config.ingress != "haproxy":
         return config.host
