@@ -100,12 +100,13 @@ class Service:
                 lists.append((at, person, self._wanted(served, query)))
             except UnknownValueError as problem:
                 found[at] = RefusedQueryError("no_such_value", str(problem))
+        # Asking the model for nothing costs as much as a small answer.
         asked = [(person.known, wanted) for _, person, wanted in lists]
-        for (at, person, wanted), ranked in zip(lists, served.recommend(asked), strict=True):
+        for (at, person, wanted), ranked in zip(lists, served.recommend(asked) if asked else (), strict=True):
             found[at] = _recommendations(served, person, ranked)
             self.record(person.known, wanted)
         told = [(person.known, served.catalogue.indices(query.items)) for _, query, person in scores]
-        for (at, query, person), values in zip(scores, served.score(told), strict=True):
+        for (at, query, person), values in zip(scores, served.score(told) if told else (), strict=True):
             found[at] = _scores(served, query, person, values)
         return found
 
@@ -153,8 +154,9 @@ class Service:
         users = list(dict.fromkeys(query.user_id for query in queries if query.user_id is not None))
         down: RefusedQueryError | None = None
         packed: dict[str, bytes | None] = {}
-        keys = dict(zip(users, stable_hash(pa.array(users, pa.string())).view(np.int64).tolist(), strict=True))
+        keys: dict[str, int] = {}
         if users:
+            keys = dict(zip(users, stable_hash(pa.array(users, pa.string())).view(np.int64).tolist(), strict=True))
             try:
                 packed = dict(zip(users, self._packed(served, users), strict=True))
             except RefusedQueryError as problem:
