@@ -33,7 +33,9 @@ class BatchingOptions(Config):
     """How requests are put together for the model."""
 
     size: int = free(64, "most requests of a batch", ge=1)
-    wait_ms: float = free(2.0, "how long the first of a batch waits for others", ge=0)
+    wait_ms: float = free(
+        0.0, "how long the first of a batch waits for others; what comes while one is computed is the next", ge=0
+    )
 
 
 class ReplicaOptions(Config):

@@ -92,9 +92,9 @@ def hung_up(port: int) -> float:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
 def test_from_another_machine_nothing_is_there_but_the_api_where_it_was_let_in(
-    host: str, spoken: str, outside: tuple[str, str], tmp_path: Path
+    host: str, speaking: str, outside: tuple[str, str], tmp_path: Path
 ) -> None:
-    running = start(spoken, tmp_path, "--host", host)
+    running = start(speaking, tmp_path, "--host", host)
     try:
         ports = listening(running)
         # HAProxy, a replica, the store of objects and what Ray's processes call each other by.
