@@ -36,8 +36,9 @@ from raypipe.storage.store import Store
 T = TypeVar("T")
 _THREADS = 2  # of what is done aside
 # Batches that take no longer than this as a rule are answered where requests are taken: handed to another thread, the two wait for
-# each other's turn at the interpreter. Measured on two cores, at 350 requests a second: p50 20 ms so, and 2,658 ms handed over.
-_SHORT_S = 0.02
+# each other's turn at the interpreter. Measured on two cores, at 350 requests a second: p50 20 ms so, and 2,658 ms handed over. A
+# batch of 64 takes some 20 ms there; were that too long already, a backlog would make itself last.
+_SHORT_S = 0.1
 _LEARNT = 0.2  # of a batch's seconds, in what is the rule
 _HEALTH_S = 1.0
 _AUDIT_BYTES = 50_000_000
