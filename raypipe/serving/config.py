@@ -47,6 +47,9 @@ class ReplicaOptions(Config):
     threads: int = free(1, "torch threads of each", ge=1)
     ongoing: int = free(256, "requests a replica works on at a time; at least two batches", ge=1)
     queued: int = free(512, "requests that wait for a replica; more get 503 and Retry-After", ge=0)
+    wait_s: float = free(
+        1.0, "seconds a request waits before it is given to one, on one machine; then it gets 503", gt=0
+    )
     busy: float = free(0.5, "share of `ongoing` in hand at which another replica is started", gt=0, le=1)
     calm_s: float = free(60.0, "seconds of less load until a replica is taken away", gt=0)
     drain_s: float = free(30.0, "seconds a replica that is to end has for the requests it has", gt=0)

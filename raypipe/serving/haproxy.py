@@ -1,8 +1,8 @@
 """HAProxy as Ray Serve starts it, with nothing open but the API.
 
 Ray's template lets statistics and metrics listen on every address, gives everybody on the machine the admin socket, by which
-requests and their tokens could be led elsewhere, waits an hour for a request's head, and answers 500 where no replica is
-left. None of it is an option; which binary Ray starts is, and so ours is a script that mends the configuration first.
+requests and their tokens could be led elsewhere, waits an hour for a request's head, gives replicas whatever comes, and answers
+500 where none is left. None of it is an option; which binary Ray starts is, and so ours is a script that mends the configuration first.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from raypipe.errors import UsageError
+from raypipe.serving.config import ReplicaOptions
 from raypipe.serving.guard import failure
 
 BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
@@ -24,9 +25,12 @@ HEAD_S = 10
 _NOBODY = failure("", "not_ready", "No replica can be asked: ask again later.")
 
 
-def closed_haproxy(folder: Path, host: str, port: int, inner: Iterable[int]) -> Path:
+def closed_haproxy(folder: Path, host: str, port: int, inner: Iterable[int], replicas: ReplicaOptions) -> Path:
     """A script in `folder` to be started in the place of HAProxy: of the addresses in its configuration `port` is opened to
     `host`, and the `inner` ports to this machine alone.
+
+    A replica is given no more than it works on. To refuse what is past that would cost it as much as a small answer, and it would be
+    busy refusing: HAProxy, to which it is nothing, lets the rest wait, and after a while says 503.
 
     Raises UsageError where there is no HAProxy.
     """
@@ -44,6 +48,8 @@ def closed_haproxy(folder: Path, host: str, port: int, inner: Iterable[int]) -> 
     rules += ["s#^( *stats socket .*) mode 666#\\1 mode 600#", rf"s#^( *errorfile [0-9]+) .*#\1 {nobody}#"]
     # What is behind the proxy is nobody's business who has no token.
     rules.append(r"s#^( *)http-request return .* if routes$#\1http-request deny deny_status 401 if routes#")
+    rules.append(rf"/ backup$/!s#^( *server [^ ]+ [^ ]+ check)#\1 maxconn {replicas.ongoing}#")
+    rules.append(rf"s#^( *)option redispatch 1$#&\n\1timeout queue {round(1000 * replicas.wait_s)}ms#")
     rules.append(rf"s#^( *)option log-health-checks$#&\n\1timeout http-request {HEAD_S}s#")
     edits = " ".join(f"-e {shlex.quote(rule)}" for rule in rules)
     script = folder / "haproxy"

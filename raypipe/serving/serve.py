@@ -109,7 +109,7 @@ def _prepare(config: ServeConfig, folder: Path) -> str:
     if not config.cluster.is_private:
         return config.host
     # Replicas and the other proxy are asked from this machine alone; HAProxy opens the API to who shall reach it.
-    os.environ[BINARY] = str(closed_haproxy(folder, config.host, config.port, ports.values()))
+    os.environ[BINARY] = str(closed_haproxy(folder, config.host, config.port, ports.values(), config.replicas))
     return INSIDE
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from raypipe.serving.config import ReplicaOptions
 from raypipe.serving.haproxy import BINARY, HEAD_S, closed_haproxy
 from tests.conftest import unavailable
 from tests.serving.running import Running, start, stop
@@ -122,15 +123,17 @@ def test_the_proxy_is_closed_before_it_is_started(tmp_path: Path, monkeypatch: p
         """
     stats socket /tmp/admin.sock mode 666 level admin expose-fd listeners
     option log-health-checks
+    option redispatch 1
     errorfile 503 /tmp/500.http
     bind :9101
     bind 127.0.0.1:8000
     http-request return status 200 content-type text/plain string "..." if routes
   bind *:8404
-    server replica 127.0.0.1:30000 check
+    server replica 127.0.0.1:30000 check observe layer4
+    server other 127.0.0.1:8500 check backup
 """
     )
-    script = closed_haproxy(tmp_path, "0.0.0.0", 8000, (8404, 9101))
+    script = closed_haproxy(tmp_path, "0.0.0.0", 8000, (8404, 9101), ReplicaOptions(ongoing=200, wait_s=0.5))
     ended = subprocess.run([script, "-db", "-f", config, "-sf", "7"], capture_output=True, text=True, check=True)
     assert ended.stdout == f"-db -f {config} -sf 7\n"
     nobody = tmp_path / "nobody.http"
@@ -140,12 +143,15 @@ def test_the_proxy_is_closed_before_it_is_started(tmp_path: Path, monkeypatch: p
     stats socket /tmp/admin.sock mode 600 level admin expose-fd listeners
     option log-health-checks
     timeout http-request 10s
+    option redispatch 1
+    timeout queue 500ms
     errorfile 503 {nobody}
     bind 127.0.0.1:9101
     bind 0.0.0.0:8000
     http-request deny deny_status 401 if routes
   bind 127.0.0.1:8404
-    server replica 127.0.0.1:30000 check
+    server replica 127.0.0.1:30000 check maxconn 200 observe layer4
+    server other 127.0.0.1:8500 check backup
 """
     )
     head, _, body = nobody.read_bytes().decode().partition("\r\n\r\n")
