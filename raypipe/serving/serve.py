@@ -36,7 +36,6 @@ _SETTINGS = {
     "RAY_worker_niceness": "0",
     # A request is taken, answered and sent by one event loop: what takes long is done in threads of ours.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     # It tells a process of Ray of each request, which counts them once more: `ServingMetrics` does.
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
 }
