@@ -5,15 +5,22 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from raypipe.language.adapters import AdapterCard, build_adapter, save_adapter
 from raypipe.language.backbone import load_backbone
 from raypipe.language.checkpoint import checkpoint_hash
+from raypipe.pipeline.sequences import catalogue_of, read_histories
 from raypipe.recommenders.checkpoint import Card, catalogue_card, save_recommender
 from raypipe.recommenders.config import RecommenderConfig
 from raypipe.storage.models import Model, Models
 from raypipe.storage.workspace import Workspace
+from raypipe.systems.candidate_facts import Facts
 from raypipe.systems.recexplainer import ExplainerConfig
 from raypipe.systems.recinterpreter import InterpreterConfig
+from raypipe.systems.trsr import NAME as TRSR
+from raypipe.systems.trsr import Past, TrsrConfig
 
 
 def store_untrained(uri: str, config: RecommenderConfig) -> Model:
@@ -40,3 +47,24 @@ def store_untrained_adapter(
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(Path(folder), card, weights)
         return Models(store).add(system.name, Path(folder), f"untrained {name}", lineage)
+
+
+def store_untrained_ranker(uri: str, config: TrsrConfig, lm: Path) -> Model:
+    """An LLM-TRSR of the language model in the folder `lm` whose updates are random, with the counts of all histories if it is
+    shown any."""
+    workspace = Workspace(uri)
+    card = AdapterCard(config.adapter, {}, checkpoint_hash(lm), "")
+    model = build_adapter(load_backbone(str(lm), device="cpu"), card)
+    torch.manual_seed(0)
+    weights = {name: torch.randn_like(one) * 0.3 for name, one in model.named_parameters() if one.requires_grad}
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(Path(folder), card, weights)
+        if config.facts:
+            _, histories = read_histories(workspace, workspace.tables["histories"].version())
+            table = workspace.tables["items"]
+            past = Past(
+                histories, np.zeros(len(histories), bool), catalogue_of(table.read(table.version()).sort_by("index"))
+            )
+            Facts.of(histories, past.vectors, past.neighbours, config.history).save(Path(folder))
+        lineage = {"system": TRSR, "options": config.model_dump(mode="json")}
+        return Models(workspace.store).add(TRSR, Path(folder), "untrained", lineage)

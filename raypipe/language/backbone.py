@@ -134,7 +134,9 @@ def load_backbone(ref: str, dtype: Literal["float32", "bfloat16"] = "float32", d
             problem, "Name a checkpoint with tokenizer that transformers knows without code of its own."
         ) from error
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    return Backbone(tokenizer, model.to(place).eval(), place, _context(model, tokenizer), _ends(model, tokenizer))
+    return Backbone(
+        tokenizer, model.to(place).eval(), place, _context(model.config, tokenizer), _ends(model, tokenizer)
+    )
 
 
 def load_tokenizer(ref: str) -> PromptTokenizer:
@@ -151,8 +153,21 @@ def load_tokenizer(ref: str) -> PromptTokenizer:
         ) from error
 
 
-def _context(model: Any, tokenizer: Any) -> int:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def read_context(ref: str) -> int:
+    """The most tokens of prompt and answer of the checkpoint at a folder or hub name, without its weights. Raises UsageError as
+    `load_backbone` does."""
+    from transformers import AutoConfig
+
+    tokenizer = load_tokenizer(ref).tokenizer
+    try:
+        config = AutoConfig.from_pretrained(resolve_checkpoint(ref), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # as above
+        raise UsageError(f"{ref!r} cannot be read: {error}", "Name a checkpoint that transformers knows.") from error
+    return _context(config, tokenizer)
+
+
+def _context(config: Any, tokenizer: Any) -> int:
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return min(limit or 10**9, tokenizer.model_max_length)
 
 

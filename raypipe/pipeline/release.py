@@ -116,7 +116,8 @@ def _adapters(
     for name in names:
         model = find_model(models, name)
         card = read_card(config.fetch(workspace, model))
-        if (card.recommender, card.lm) == (recommender, content):
+        # What is told all in words, as what ranks, belongs to no recommender.
+        if card.recommender in {"", recommender} and card.lm == content:
             found[model.name] = model.hash
         elif asked is None:
             say(

@@ -32,7 +32,7 @@ from raypipe.storage.schemas import RECOMMENDATIONS
 from raypipe.storage.tables import StagedFile
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.candidate_facts import Facts
-from raypipe.systems.trsr import Past, PastSummaries, Trsr, TrsrConfig
+from raypipe.systems.trsr import Past, PastSummaries, Trsr, TrsrConfig, best_first
 
 TABLE = "recommendations"
 _TOO_LONG = ("prompt_too_long", "A prompt about one of the list's items is longer than the language model reads.")
@@ -205,7 +205,7 @@ class RerankBucket:
         sets = CandidateSets(rows, items, np.zeros(len(rows), np.int64))
         found: list[_Ranked] = []
         for scored in trsr.scores(self.engine, rows, sets):
-            order = np.argsort(-scored.yes, axis=1, kind="stable")
+            order = best_first(scored.yes)
             for mine, yes, best, tokens, refused in zip(
                 items[scored.part], scored.yes, order, scored.tokens.tolist(), scored.refused.tolist(), strict=True
             ):

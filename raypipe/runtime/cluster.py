@@ -10,6 +10,9 @@ import threading
 from raypipe.config import Config, free
 from raypipe.errors import UsageError
 
+# Read when Ray is first imported. With 0 this machine is 127.0.0.1 to Ray, and its processes, which else listen on every
+# address, are reached from here alone.
+_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 # A private cluster claims at least this many, so that training with two workers never waits for a second core.
 _MIN_CPUS = 2
 
@@ -26,8 +29,15 @@ class ClusterConfig(Config):
     )
     stall_s: float = free(3600.0, "seconds a worker may take for a micro-batch before it counts as hung", gt=0)
 
+    @property
+    def is_private(self) -> bool:
+        """Whether Ray is started here, for this process alone."""
+        return not (self.address or os.environ.get("RAY_ADDRESS"))
+
     def connect(self) -> None:
         """Connect once per process; raises UsageError where the cluster cannot be reached."""
+        if self.is_private:
+            os.environ.setdefault(_LOOPBACK, "0")
         os.environ.setdefault("RAY_DEDUP_LOGS", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)

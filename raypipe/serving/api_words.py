@@ -26,6 +26,10 @@ from raypipe.serving.queries import (
     NamedAnswers,
     OracleBatch,
     OracleQuery,
+    RerankAnswers,
+    RerankBatch,
+    Reranked,
+    RerankQuery,
     ResidualBatch,
     ResidualQuery,
     Summaries,
@@ -87,6 +91,16 @@ def add_words(app: FastAPI, backend: Backend, limits: LimitOptions) -> None:
 
     @app.post("/v1/oracle/batch", response_model=NamedAnswers, responses=_UNTOLD)
     async def oracle_batch(batch: OracleBatch) -> dict[str, list[Any]]:
+        """Many at a time, all of one release and night."""
+        return await _tell_all(backend, limits, batch.queries)
+
+    @app.post("/v1/rerank", response_model=Reranked, responses=_UNTOLD)
+    async def rerank(query: RerankQuery) -> Telling:
+        """Items, or the recommender's best, in the order of a language model."""
+        return await _tell(backend, limits, query)
+
+    @app.post("/v1/rerank/batch", response_model=RerankAnswers, responses=_UNTOLD)
+    async def rerank_batch(batch: RerankBatch) -> dict[str, list[Any]]:
         """Many at a time, all of one release and night."""
         return await _tell_all(backend, limits, batch.queries)
 

@@ -13,6 +13,7 @@ from raypipe.serving.queries import (
     Failure,
     Problem,
     RecommendQuery,
+    RerankQuery,
     ScoreQuery,
     Standing,
     User,
@@ -67,6 +68,8 @@ def check_query(limits: LimitOptions, query: Who) -> None:
         asked |= {"count": (query.count, limits.count), "deny": (len(query.deny), limits.history)}
     elif isinstance(query, ScoreQuery):
         asked |= {"items": (len(query.items), limits.count)}
+    elif isinstance(query, RerankQuery):
+        asked |= {"items": (len(query.items or ()), limits.ranked), "count": (query.count, limits.ranked)}
     for name, (found, most) in asked.items():
         if found > most:
             raise RefusedQueryError("too_much", f"{name} has {found:,}, and {most:,} are the most.")

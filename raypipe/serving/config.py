@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import model_validator
 
@@ -22,6 +22,7 @@ class LimitOptions(Config):
     body_bytes: int = free(1_000_000, "of a request", ge=1)
     history: int = free(10_000, "items of a given history", ge=1)
     count: int = free(500, "items of a list, or to be scored", ge=1)
+    ranked: int = free(50, "items that a language model puts in order", ge=1)
     queries: int = free(256, "queries of a batch", ge=1)
     blocks: int = free(100, "blocks of a history that is to be summarised", ge=1)
     deadline_s: float = free(10.0, "seconds until a request is given up with 503", gt=0)
@@ -32,7 +33,9 @@ class BatchingOptions(Config):
     """How requests are put together for the model."""
 
     size: int = free(64, "most requests of a batch", ge=1)
-    wait_ms: float = free(2.0, "how long the first of a batch waits for others", ge=0)
+    wait_ms: float = free(
+        0.0, "how long the first of a batch waits for others; what comes while one is computed is the next", ge=0
+    )
 
 
 class ReplicaOptions(Config):
@@ -44,6 +47,9 @@ class ReplicaOptions(Config):
     threads: int = free(1, "torch threads of each", ge=1)
     ongoing: int = free(256, "requests a replica works on at a time; at least two batches", ge=1)
     queued: int = free(512, "requests that wait for a replica; more get 503 and Retry-After", ge=0)
+    wait_s: float = free(
+        1.0, "seconds a request waits before it is given to one, on one machine; then it gets 503", gt=0
+    )
     busy: float = free(0.5, "share of `ongoing` in hand at which another replica is started", gt=0, le=1)
     calm_s: float = free(60.0, "seconds of less load until a replica is taken away", gt=0)
     drain_s: float = free(30.0, "seconds a replica that is to end has for the requests it has", gt=0)
@@ -71,6 +77,9 @@ class LanguageOptions(Config):
     checks: AnswerChecks = shaping(AnswerChecks, "when an explanation is none")
     reading: Decoding = shaping(Decoding, "decoding of what is read from a recommender's states")
     summaries: SummariesConfig = shaping(SummariesConfig, "of a given history, as of `summarize`")
+    ranking: Literal["hierarchical", "recurrent"] | None = shaping(
+        None, "whose summaries of a user are shown to what ranks, as `rerank --summaries`; null for none"
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

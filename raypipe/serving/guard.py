@@ -27,11 +27,11 @@ AUDIT = logging.getLogger("raypipe.audit")
 _LOG = logging.getLogger("raypipe.serving")
 OPEN = frozenset({"/v1/health", *PAGE})
 """Routes that ask for no token: the page that one is typed into holds no data."""
-WORDS = ("/v1/explain", "/v1/interpret", "/v1/residual", "/v1/oracle", "/v1/summary")
+WORDS = ("/v1/explain", "/v1/interpret", "/v1/residual", "/v1/oracle", "/v1/summary", "/v1/rerank")
 """Beginnings of routes that ask the language model."""
 _GRACE_S = 2.0  # What asks the language model gives up by itself first, and says so.
-"""Routes that ask for no token."""
 _TOO_LARGE = "A request has at most {:,} bytes."
+_SIZE = re.compile(r"[0-9]{1,18}")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -68,9 +68,13 @@ class Guard:
         self.rates = RateLimits()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
         if scope["type"] != "http":
-            if scope["type"] == "lifespan":
-                await self.app(scope, receive, send)
+            # There are no other kinds of routes; unanswered, it would be an error of the server's.
+            await receive()
+            await send({"type": "websocket.close", "code": 1008})
             return
         started = time.monotonic()
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
@@ -137,7 +141,7 @@ class Guard:
             if wait := self.rates.wait_s(token):
                 return 429, "too_many_requests", f"The token {token.name} asks too often.", wait
         size = headers.get("content-length", "0")
-        if not size.isdigit() or int(size) > self.limits.body_bytes:
+        if not _SIZE.fullmatch(size) or int(size) > self.limits.body_bytes:
             return 413, "too_large", _TOO_LARGE.format(self.limits.body_bytes), 0
         return None
 

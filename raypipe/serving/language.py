@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import Lock
 
 import numpy as np
+from numpy.typing import NDArray
 
 from raypipe.engines.engine import Choices, Decoding, Engine, Outcome
 from raypipe.engines.transformers import TransformersEngine
@@ -20,6 +21,7 @@ from raypipe.errors import UsageError
 from raypipe.language.adapters import read_card
 from raypipe.language.prompt import Prompt, Vectors
 from raypipe.serving.config import OF_RELEASE, ServiceConfig
+from raypipe.serving.readers import lm_of
 from raypipe.serving.served import UnfitError
 from raypipe.serving.service import Code
 from raypipe.storage.models import Models, find_model
@@ -28,6 +30,7 @@ from raypipe.storage.workspace import Workspace
 from raypipe.systems.explanations import NO, YES, Asked, Explanation, explain
 from raypipe.systems.paradigms import build_summarizer
 from raypipe.systems.summaries import Block, UserSummary
+from raypipe.systems.trsr import likelihoods
 
 ECHO = "echo"
 ADAPTERS = 8
@@ -74,7 +77,22 @@ class Summarise:
     blocks: Sequence[Block]
 
 
-Task = Explain | Write | Summarise
+@dataclass(frozen=True)
+class Rank:
+    """To tell how likely the first of two answers to each prompt is."""
+
+    prompts: Sequence[Prompt]
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Likelihoods:
+    """Of the first answer to each prompt; None where a prompt cannot be read."""
+
+    yes: NDArray[np.float64] | None
+
+
+Task = Explain | Write | Summarise | Rank
 
 
 @dataclass(frozen=True)
@@ -85,7 +103,7 @@ class Failed:
     message: str
 
 
-Result = Explanation | Outcome | UserSummary | Failed
+Result = Explanation | Outcome | UserSummary | Likelihoods | Failed
 
 
 @dataclass(frozen=True)
@@ -166,7 +184,13 @@ class Language:
         now = time.time()
         found: list[Result] = [Failed("deadline", "Nobody waited any more.")] * len(jobs)
         due = [at for at, job in enumerate(jobs) if job.until > now]
-        for kind, ask in ((Explain, self._explain), (Write, self._write), (Summarise, self._summarise)):
+        kinds = (
+            (Explain, self._explain),
+            (Write, self._write),
+            (Summarise, self._summarise),
+            (Rank, self._rank),
+        )
+        for kind, ask in kinds:
             mine = [at for at in due if isinstance(jobs[at].task, kind)]
             if mine:
                 for at, result in zip(mine, ask(engine, [jobs[at] for at in mine]), strict=True):
@@ -188,10 +212,7 @@ class Language:
             return engine.build()
         if lm == ECHO:
             return engine.model_copy(update={"engine": ECHO}).build()
-        stored = [model for model in self._models.all("lm") if model.hash == lm]
-        if stored:
-            lm = str(self._models.fetch_unharmed(stored[0], Path(self.config.model_cache)))
-        return engine.model_copy(update={"lm": lm}).build()
+        return engine.model_copy(update={"lm": lm_of(self._models, lm, Path(self.config.model_cache))}).build()
 
     def _explain(self, engine: Engine, jobs: Sequence[Job]) -> Sequence[Result]:
         options = self.config.language
@@ -219,6 +240,14 @@ class Language:
         blocks = {str(at): job.task.blocks for at, job in enumerate(jobs) if isinstance(job.task, Summarise)}
         summarizer = build_summarizer(engine, self.config.language.summaries, "")
         return summarizer.summarize(blocks, {})
+
+    def _rank(self, engine: Engine, jobs: Sequence[Job]) -> Sequence[Result]:
+        tasks = [job.task for job in jobs if isinstance(job.task, Rank)]
+        prompts = [prompt for task in tasks for prompt in task.prompts]
+        answers = [task.answers for task in tasks for _ in task.prompts]
+        yes, _ = likelihoods(engine, prompts, answers)
+        ends = np.cumsum([len(task.prompts) for task in tasks])
+        return [Likelihoods(None if np.isnan(mine).any() else mine) for mine in np.split(yes, ends[:-1])]
 
 
 def keys_of(release: Release) -> list[Key]:

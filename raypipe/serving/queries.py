@@ -72,6 +72,15 @@ class OracleQuery(_Reading):
     """The title it reads from what the recommender would have next."""
 
 
+class RerankQuery(Who):
+    """Items in the order of a language model that reads them, the last of the history, and a summary of the user if there is
+    one."""
+
+    items: list[ItemId] | None = Field(None, min_length=1, description="unset: the recommender's best")
+    count: int = Field(10, ge=1, description="of the recommender's best, where no items are given")
+    adapter: str | None = Field(None, max_length=200, description="of the release, by name; unset: its first")
+
+
 class Item(BaseModel):
     item_id: str
     title: str
@@ -149,6 +158,18 @@ class Named(Told):
     text: str
 
 
+class Likely(BaseModel):
+    item_id: str
+    title: str
+    score: float | None = Field(description="how likely yes is, from 0 to 1; null for what is not in the catalogue")
+
+
+class Reranked(Told):
+    """Best first; items that are not in the catalogue are last."""
+
+    items: list[Likely]
+
+
 class User(BaseModel):
     """A user as the night left them; `history` newest last, the last of `events`; `recommended` is the night's own list."""
 
@@ -207,6 +228,10 @@ class SummaryBatch(_Query):
     queries: list[SummaryQuery] = Field(min_length=1)
 
 
+class RerankBatch(_Query):
+    queries: list[RerankQuery] = Field(min_length=1)
+
+
 class RecommendAnswers(BaseModel):
     """In the order of the queries; a query that cannot be answered has its problem in the place of an answer."""
 
@@ -227,6 +252,10 @@ class InterpretAnswers(BaseModel):
 
 class NamedAnswers(BaseModel):
     answers: list[Named | Problem]
+
+
+class RerankAnswers(BaseModel):
+    answers: list[Reranked | Problem]
 
 
 class SummaryAnswers(BaseModel):

@@ -4,16 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+
+import numpy as np
 
 from raypipe.errors import UsageError
 from raypipe.language.adapters import read_card
+from raypipe.language.backbone import load_tokenizer, read_context
+from raypipe.language.instructions import Catalogue
+from raypipe.recommenders.windows import Histories
+from raypipe.serving.config import OF_RELEASE, ServiceConfig
 from raypipe.storage.models import Model, Models, find_model
 from raypipe.storage.releases import Release
+from raypipe.systems.candidate_facts import Facts
 from raypipe.systems.recexplainer import ExplainerConfig, RecExplainer
 from raypipe.systems.recinterpreter import InterpreterConfig, RecInterpreter
+from raypipe.systems.trsr import Past, Trsr, TrsrConfig
 
-EXPLAINER, INTERPRETER = "recexplainer", "recinterpreter"
+EXPLAINER, INTERPRETER, RANKER = "recexplainer", "recinterpreter", "trsr"
+
+
+@dataclass(frozen=True)
+class Ranker:
+    """An LLM-TRSR, stored in `folder`, that asks in words of the catalogue; its tokenizer is that of the language model `lm`, of
+    which it may read `context` tokens, None for all it can."""
+
+    options: TrsrConfig
+    folder: Path
+    lm: str
+    context: int | None
+    catalogue: Catalogue
+
+    @cached_property
+    def trsr(self) -> Trsr:
+        """Of nobody yet. Raises UsageError for a language model that cannot be read, or that this one cannot be asked with."""
+        most = read_context(self.lm)
+        facts = Facts.load(self.folder, len(self.catalogue.titles)) if self.options.facts else None
+        nobody = Past(Histories(np.zeros(0, np.int32), np.zeros(0, np.int64)), np.zeros(0, bool), self.catalogue)
+        return Trsr(self.options, nobody, load_tokenizer(self.lm), min(self.context or most, most), facts)
 
 
 @dataclass(frozen=True)
@@ -21,7 +50,7 @@ class Reader:
     """An adapter of a release, NAME/HASH, and the system it was trained by."""
 
     adapter: str
-    system: RecExplainer | RecInterpreter
+    system: RecExplainer | RecInterpreter | Ranker
 
     @property
     def name(self) -> str:
@@ -29,27 +58,37 @@ class Reader:
 
     @property
     def kind(self) -> str:
+        if isinstance(self.system, Ranker):
+            return RANKER
         return EXPLAINER if isinstance(self.system, RecExplainer) else INTERPRETER
 
 
-def read_readers(models: Models, release: Release, cache: Path) -> Mapping[str, Reader]:
+def read_readers(models: Models, release: Release, config: ServiceConfig, catalogue: Catalogue) -> Mapping[str, Reader]:
     """The release's adapters, by name.
 
     Raises UsageError for files that are not those that were stored, and for an adapter of another recommender.
     """
-    readers = {}
+    readers, cache = {}, Path(config.model_cache)
     for name, content in sorted(release.adapters.items()):
         model = find_model(models, f"{name}/{content}")
-        card = read_card(models.fetch_unharmed(model, cache))
-        if card.recommender != release.recommender:
+        folder = models.fetch_unharmed(model, cache)
+        card = read_card(folder)
+        # What ranks is told all in words, and belongs to no recommender.
+        if card.recommender not in {"", release.recommender}:
             raise UsageError(
                 f"The adapter {name} was trained beside {card.recommender}, and the release has {release.recommender}.",
                 "Put a release in force whose parts belong together: `raypipe release` checks that.",
             )
-        system = _system(model)
+        system = _system(model) or _ranker(models, model, folder, release, config, catalogue)
         if system is not None:
             readers[name] = Reader(f"{model.name}/{model.hash}", system)
     return readers
+
+
+def lm_of(models: Models, lm: str, cache: Path) -> str:
+    """The folder of a release's language model where the workspace has it, else its hub name."""
+    stored = [model for model in models.all("lm") if model.hash == lm]
+    return str(models.fetch_unharmed(stored[0], cache)) if stored else lm
 
 
 def of_kind(readers: Mapping[str, Reader], kind: str) -> Sequence[Reader]:
@@ -57,10 +96,27 @@ def of_kind(readers: Mapping[str, Reader], kind: str) -> Sequence[Reader]:
 
 
 def _system(model: Model) -> RecExplainer | RecInterpreter | None:
-    """None for a system that answers no requests."""
+    """None for another system."""
     options = model.lineage.get("options")
     if model.lineage.get("system") == EXPLAINER:
         return ExplainerConfig.model_validate(options).build()
     if model.lineage.get("system") == INTERPRETER:
         return InterpreterConfig.model_validate(options).build()
     return None
+
+
+def _ranker(
+    models: Models, model: Model, folder: Path, release: Release, config: ServiceConfig, catalogue: Catalogue
+) -> Ranker | None:
+    """None for a system that answers no requests."""
+    if model.lineage.get("system") != RANKER:
+        return None
+    engine, options = config.language.engine, TrsrConfig.model_validate(model.lineage["options"])
+    lm = engine.lm if engine.lm != OF_RELEASE else lm_of(models, release.lm, Path(config.model_cache))
+    ranker = Ranker(options, folder, lm, engine.context, catalogue)
+    if config.language.replicas:
+        try:
+            _ = ranker.trsr
+        except ValueError as error:
+            raise UsageError(f"The adapter {model.name} cannot be asked: {error}", "Align it again.") from None
+    return ranker

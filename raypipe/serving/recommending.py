@@ -54,7 +54,7 @@ class Ranked:
     scores: NDArray[np.float32] | None
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def recommend(
     model: Recommender,
     table: Tensor,
@@ -89,7 +89,7 @@ def recommend(
     ]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def score(
     model: Recommender, table: Tensor, asked: Sequence[tuple[Known, NDArray[np.int32]]]
 ) -> list[NDArray[np.float32] | None]:
@@ -107,7 +107,7 @@ def score(
     return found
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def state_of(model: Recommender, known: Known) -> tuple[Histories, NDArray[np.float32]]:
     """The history without items the model never saw, and the state [1, width] after it; [0, width] where nothing is left."""
     histories = known_histories(model, [known])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
 import time
+from pathlib import Path
 from typing import Literal
 
 from raypipe.config import free
@@ -13,6 +15,7 @@ from raypipe.runtime.cluster import ClusterConfig
 from raypipe.runtime.job import JobResult
 from raypipe.runtime.progress import say
 from raypipe.serving.config import ServiceConfig
+from raypipe.serving.haproxy import BINARY, INSIDE, closed_haproxy
 from raypipe.serving.watch import Watch
 from raypipe.storage.online import open_online_store
 from raypipe.storage.tokens import Tokens
@@ -20,7 +23,22 @@ from raypipe.storage.workspace import Workspace
 
 JOB = "serve"
 _LOOK_S = 0.5
-_HAPROXY_PORTS = {"RAY_SERVE_HAPROXY_STATS_PORT": 8404, "RAY_SERVE_HAPROXY_METRICS_PORT": 9101}
+_HAPROXY_PORTS = {
+    "RAY_SERVE_HAPROXY_STATS_PORT": 8404,
+    "RAY_SERVE_HAPROXY_METRICS_PORT": 9101,
+    # Of the proxy that HAProxy falls back to.
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": 8500,
+}
+
+
+_SETTINGS = {
+    # Ray's workers give way to whatever else runs on the machine, by 15, which is right for a night and not for requests.
+    "RAY_worker_niceness": "0",
+    # A request is taken, answered and sent by one event loop: what takes long is done in threads of ours.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    # It tells a process of Ray of each request, which counts them once more: `ServingMetrics` does.
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+}
 
 
 class ServeConfig(ServiceConfig):
@@ -49,33 +67,49 @@ def run_serve(config: ServeConfig) -> JobResult:
     if not Tokens(workspace.store).valid():
         say(f"{JOB}: there is no token yet, so nobody is answered; make one with `raypipe token --name NAME`")
     _check_port(config.host, config.port, "Choose another --port.")
-    # Read when Ray Serve is first imported, here and in every process it starts.
-    os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1" if config.ingress == "haproxy" else "0"
-    if config.ingress == "haproxy":
-        # Every answer depends on its request alone: what a process took to its grave is asked again of another one.
-        os.environ.setdefault("RAY_SERVE_HAPROXY_RETRY_ON", "conn-failure empty-response")
-        for variable, port in _HAPROXY_PORTS.items():
-            taken = int(os.environ.get(variable, port))
-            _check_port("", taken, f"Set {variable} to a free one; a killed service may have left its haproxy behind.")
-    config.cluster.connect()
-    from ray import serve
-
-    from raypipe.serving.app import NAME, build
-
     started = time.monotonic()
-    try:
-        serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
-        serve.run(build(service), name=NAME)
-        say(f"{JOB}: http://{config.host}:{config.port}/v1 answers, its description is at /docs")
-        while True:
-            time.sleep(_LOOK_S)
-    except KeyboardInterrupt:
-        say(f"{JOB}: stopping")
-    finally:
-        serve.shutdown()
+    with tempfile.TemporaryDirectory(prefix="raypipe-serve-") as folder:
+        host = _prepare(config, Path(folder))
+        config.cluster.connect()
+        from ray import serve
+
+        from raypipe.serving.app import NAME, build
+
+        try:
+            serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": config.port})
+            serve.run(build(service), name=NAME)
+            say(f"{JOB}: http://{config.host}:{config.port}/v1 answers, its description is at /docs")
+            while True:
+                time.sleep(_LOOK_S)
+        except KeyboardInterrupt:
+            say(f"{JOB}: stopping")
+        finally:
+            serve.shutdown()
     return JobResult(
         JOB, "ok", metrics={"release": target.release}, cost={"seconds": round(time.monotonic() - started, 1)}
     )
+
+
+def _prepare(config: ServeConfig, folder: Path) -> str:
+    """Set what Ray Serve reads when it is first imported, here and in every process it starts; returns the address that its
+    own ports are opened on. Raises UsageError where one is taken."""
+    for variable, value in _SETTINGS.items():
+        os.environ.setdefault(variable, value)
+    if config.cluster.is_private:
+        os.environ["RAY_SERVE_USE_GRPC_BY_DEFAULT"] = "0"  # it would open what `doors` keeps shut
+    os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1" if config.ingress == "haproxy" else "0"
+    if config.ingress != "haproxy":
+        return config.host
+    # Every answer depends on its request alone: what a process took to its grave is asked again of another one.
+    os.environ.setdefault("RAY_SERVE_HAPROXY_RETRY_ON", "conn-failure empty-response")
+    ports = {variable: int(os.environ.get(variable, port)) for variable, port in _HAPROXY_PORTS.items()}
+    for variable, taken in ports.items():
+        _check_port("", taken, f"Set {variable} to a free one; a killed service may have left its haproxy behind.")
+    if not config.cluster.is_private:
+        return config.host
+    # Replicas and the other proxy are asked from this machine alone; HAProxy opens the API to who shall reach it.
+    os.environ[BINARY] = str(closed_haproxy(folder, config.host, config.port, ports.values(), config.replicas))
+    return INSIDE
 
 
 def _check_port(host: str, port: int, remedy: str) -> None:
@@ -84,6 +118,4 @@ def _check_port(host: str, port: int, remedy: str) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise UsageError(
-                f"The service cannot listen on {host}:{port}: {error.strerror}.", "Choose another --port."
-            ) from None
+            raise UsageError(f"The service cannot listen on {host}:{port}: {error.strerror}.", remedy) from None

@@ -105,17 +105,18 @@ def load(config: ServiceConfig, target: Target) -> Served:
     version = max(release.catalogue, night.tables["items"] if night is not None else 0)
     items = workspace.tables["items"].read(version)
     check_catalogue(card.catalogue, items.sort_by("index")["item_id"].to_pylist(), release.recommender)
+    catalogue = Catalogue.of(items, read_denied(config.deny))
     return Served(
         target,
         release.recommender,
         recommender,
         recommender.item_states(),
-        Catalogue.of(items, read_denied(config.deny)),
+        catalogue,
         card.popular,
         night is not None and night.release.get("recommender") == release.recommender,
         time.time(),
         release.lm,
-        read_readers(models, release, cache),
+        read_readers(models, release, config, catalogue.spoken),
         _some_users(workspace, night) if night is not None else (),
     )
 

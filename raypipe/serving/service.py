@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -60,11 +60,12 @@ class RefusedQueryError(Exception):
 
 @dataclass(frozen=True)
 class Person:
-    """Who asks, as the model takes it; `known` whether the night has this user."""
+    """Who asks, as the model takes it; `is_known` whether the night has this user, and with what `summaries` by paradigm."""
 
     known: Known
     is_known: bool
     unknown_items: int
+    summaries: Mapping[str, str] = field(default_factory=dict)
 
 
 class Service:
@@ -99,12 +100,13 @@ class Service:
                 lists.append((at, person, self._wanted(served, query)))
             except UnknownValueError as problem:
                 found[at] = RefusedQueryError("no_such_value", str(problem))
+        # Asking the model for nothing costs as much as a small answer.
         asked = [(person.known, wanted) for _, person, wanted in lists]
-        for (at, person, wanted), ranked in zip(lists, served.recommend(asked), strict=True):
+        for (at, person, wanted), ranked in zip(lists, served.recommend(asked) if asked else (), strict=True):
             found[at] = _recommendations(served, person, ranked)
             self.record(person.known, wanted)
         told = [(person.known, served.catalogue.indices(query.items)) for _, query, person in scores]
-        for (at, query, person), values in zip(scores, served.score(told), strict=True):
+        for (at, query, person), values in zip(scores, served.score(told) if told else (), strict=True):
             found[at] = _scores(served, query, person, values)
         return found
 
@@ -152,8 +154,9 @@ class Service:
         users = list(dict.fromkeys(query.user_id for query in queries if query.user_id is not None))
         down: RefusedQueryError | None = None
         packed: dict[str, bytes | None] = {}
-        keys = dict(zip(users, stable_hash(pa.array(users, pa.string())).view(np.int64).tolist(), strict=True))
+        keys: dict[str, int] = {}
         if users:
+            keys = dict(zip(users, stable_hash(pa.array(users, pa.string())).view(np.int64).tolist(), strict=True))
             try:
                 packed = dict(zip(users, self._packed(served, users), strict=True))
             except RefusedQueryError as problem:
@@ -173,7 +176,8 @@ class Service:
         if packed is None:
             return Person(Known.of(np.zeros(0, np.int32)), False, 0)
         record = UserRecord.unpack(packed)
-        return Person(Known(record.items, record.seed, record.state if served.states_fit else None, key), True, 0)
+        known = Known(record.items, record.seed, record.state if served.states_fit else None, key)
+        return Person(known, True, 0, record.summaries or {})
 
     def _wanted(self, served: Served, query: RecommendQuery) -> Wanted:
         only = tuple(sorted(query.only.items()))

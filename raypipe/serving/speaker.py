@@ -23,6 +23,7 @@ from raypipe.engines.engine import Engine
 from raypipe.errors import RaypipeError
 from raypipe.serving.config import ServiceConfig
 from raypipe.serving.conversation import SoFar
+from raypipe.serving.doors import shut_inner_door
 from raypipe.serving.language import ADAPTERS, Failed, Job, Key, Language, Result, Task, keys_of
 from raypipe.serving.served import UnfitError
 from raypipe.storage.releases import Releases
@@ -42,6 +43,7 @@ class Speaker:
     """What Ray Serve runs."""
 
     def __init__(self, config: ServiceConfig) -> None:
+        shut_inner_door()
         self.language = Language(config)
         self._answers, self._loads = ThreadPoolExecutor(1, "answers"), ThreadPoolExecutor(1, "loads")
         self._ready: tuple[str, str] = ("", "")

@@ -16,19 +16,22 @@ from raypipe.language.prompt import Prompt
 from raypipe.metrics.recovery import titles_in
 from raypipe.recommenders.windows import Histories
 from raypipe.serving.config import ServiceConfig
-from raypipe.serving.language import Explain, Failed, Key, Result, Summarise, Task, Write
+from raypipe.serving.language import Explain, Failed, Key, Likelihoods, Rank, Result, Summarise, Task, Write
 from raypipe.serving.queries import (
     Explained,
     ExplainQuery,
     Interpreted,
     InterpretQuery,
+    Likely,
     Named,
     OracleQuery,
+    Reranked,
+    RerankQuery,
     ResidualQuery,
     Summaries,
     SummaryQuery,
 )
-from raypipe.serving.readers import EXPLAINER, INTERPRETER, Reader, of_kind
+from raypipe.serving.readers import EXPLAINER, INTERPRETER, RANKER, Ranker, Reader, of_kind
 from raypipe.serving.recommending import Wanted, known_histories, state_of
 from raypipe.serving.served import Served
 from raypipe.serving.service import Person, RefusedQueryError, Service, origin, shown_items
@@ -46,10 +49,11 @@ from raypipe.systems.recinterpreter import (
 )
 from raypipe.systems.source import Source
 from raypipe.systems.summaries import UserSummary, blocks_of
+from raypipe.systems.trsr import PastSummaries, best_first
 
-TellQuery = ExplainQuery | InterpretQuery | ResidualQuery | OracleQuery | SummaryQuery
-Telling = Explained | Interpreted | Named | Summaries
-R = TypeVar("R", Explanation, Outcome, UserSummary)
+TellQuery = ExplainQuery | InterpretQuery | ResidualQuery | OracleQuery | SummaryQuery | RerankQuery
+Telling = Explained | Interpreted | Named | Summaries | Reranked
+R = TypeVar("R", Explanation, Outcome, UserSummary, Likelihoods)
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,8 @@ class Teller:
             return self._summary(served, query, person)
         if isinstance(query, ExplainQuery):
             return self._explanation(served, query, person)
+        if isinstance(query, RerankQuery):
+            return self._ranking(served, query, person)
         return self._reading(served, query, person)
 
     def _summary(self, served: Served, query: SummaryQuery, person: Person) -> Question | Telling:
@@ -149,6 +155,40 @@ class Teller:
         if not 0 < item <= served.recommender.items:
             raise RefusedQueryError("no_such_item", "The recommender knows no item of this id.")
         return item
+
+    def _ranking(self, served: Served, query: RerankQuery, person: Person) -> Question:
+        reader = _chosen(served, query.adapter, RANKER)
+        key, ranker = self._key(served, reader), reader.system
+        assert isinstance(ranker, Ranker)
+        items = person.known.items
+        if not len(items):
+            raise RefusedQueryError("nothing_known", "The history has no item of the catalogue.")
+        if query.items is not None:
+            candidates = served.catalogue.indices(query.items)
+            unknown = [item for item in query.items if item not in served.catalogue.index_of]
+        else:
+            wanted = Wanted(query.count, filter_seen=self.config.filter_seen)
+            (ranked,) = served.recommend([(person.known, wanted)])
+            candidates, unknown = ranked.items.astype(np.int32), []
+        if not len(candidates):
+            raise RefusedQueryError("no_such_item", "There is no item of the catalogue to be put in order.")
+        text = person.summaries.get(self.config.language.ranking or "")
+        summaries = PastSummaries({0: [(0, text)]} if text else {})
+        histories = Histories(items, np.array([len(items)]), np.array([person.known.user]))
+        trsr, rows = ranker.trsr.of(histories, summaries), np.zeros(1, np.int64)
+        (prompts,) = trsr.prompts(rows, 0, candidates[None], trsr.summaries(rows, 0))
+
+        def answer(result: Result) -> Reranked:
+            yes = _given(result, Likelihoods).yes
+            if yes is None:
+                raise _no_answer("prompt_too_long")
+            ids, titles = served.catalogue.ids, served.catalogue.titles
+            pairs = [(int(candidates[place]) - 1, float(yes[place])) for place in best_first(yes).tolist()]
+            found = [Likely(item_id=ids[at], title=titles[at], score=score) for at, score in pairs]
+            found += [Likely(item_id=item, title="", score=None) for item in unknown]
+            return Reranked(items=found, **_facts(served, person, reader))
+
+        return Question(key, Rank(prompts, tuple(trsr.answers)), answer)
 
     def _reading(self, served: Served, query: InterpretQuery | ResidualQuery | OracleQuery, person: Person) -> Question:
         reader = _chosen(served, query.adapter, INTERPRETER, isinstance(query, OracleQuery))

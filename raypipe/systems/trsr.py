@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import repeat
@@ -164,7 +165,7 @@ class Trsr:
     def __init__(
         self, config: TrsrConfig, past: Past, tokenizer: PromptTokenizer, context: int, facts: Facts | None = None
     ) -> None:
-        self.config, self.past, self.tokenizer = config, past, tokenizer
+        self.config, self.tokenizer = config, tokenizer
         self.lines = config.lines(past.catalogue)
         self._costs = np.array(tokenizer.count_tokens([f"{line}\n" for line in self.lines]))
         bare = self._prompt("", "", "").text
@@ -175,7 +176,18 @@ class Trsr:
         if config.facts:
             self._room -= max(tokenizer.count_tokens([f"; {FORM.replace('{}', str(number))}" for number in range(10)]))
         self._facts = {} if facts is None else {0: facts}
+        self._learn_of(past)
+
+    def of(self, histories: Histories, summaries: PastSummaries) -> Trsr:
+        """The same of other people: what was made of the catalogue alone, or was given, stays."""
+        other = copy(self)
+        nobody = np.zeros(len(histories), bool)
+        other._learn_of(Past(histories, nobody, self.past.catalogue, summaries))
+        return other
+
+    def _learn_of(self, past: Past) -> None:
         keys = np.arange(len(past.histories)) if past.histories.users is None else past.histories.users
+        self.past = past
         self._fates = mix(keys.view(np.uint64) ^ _DISTURBED)
         self._summarised = np.array(sorted(past.summaries.texts), np.int64)
 
@@ -246,15 +258,11 @@ class Trsr:
             yield self._scored(engine, part, [prompt for prompts in asked for prompt in prompts])
 
     def _scored(self, engine: Engine, part: slice, prompts: Sequence[Prompt]) -> Scored:
-        yes, tokens = np.full(len(prompts), np.nan), np.zeros(len(prompts), np.int64)
-        for scores in engine.score(prompts, [self.answers] * len(prompts)):
-            tokens[scores.index] = scores.tokens_in
-            if scores.error is None:
-                yes[scores.index] = 1 / (1 + np.exp(scores.logprobs[1] - scores.logprobs[0]))
+        yes, tokens = likelihoods(engine, prompts, [self.answers] * len(prompts))
         users = part.stop - part.start
         found = yes.reshape(users, -1)
         # Who cannot be asked about one candidate is asked about none: all are alike, which is chance.
-        refused = np.isnan(found).any(1)
+        refused = np.asarray(np.isnan(found).any(1))
         return Scored(part, np.where(refused[:, None], 0, found), tokens.reshape(users, -1).sum(1), refused)
 
     def facts(self, back: int = 0) -> Facts:
@@ -294,6 +302,23 @@ class Scored:
     yes: NDArray[np.float64]
     tokens: NDArray[np.int64]
     refused: NDArray[np.bool_]
+
+
+def likelihoods(
+    engine: Engine, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """How likely the first of the two answers to each prompt is, NaN where it cannot be read, and the tokens of the prompts."""
+    yes, tokens = np.full(len(prompts), np.nan), np.zeros(len(prompts), np.int64)
+    for scores in engine.score(prompts, answers):
+        tokens[scores.index] = scores.tokens_in
+        if scores.error is None:
+            yes[scores.index] = 1 / (1 + np.exp(scores.logprobs[1] - scores.logprobs[0]))
+    return yes, tokens
+
+
+def best_first(yes: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The places of candidates [..., k] in the order they are shown in; of equally likely ones the first stays first."""
+    return np.argsort(-yes, axis=-1, kind="stable")
 
 
 def _one_line(text: str) -> str:

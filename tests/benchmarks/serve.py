@@ -6,9 +6,14 @@ limits. Requests are sent when they are due, whatever became of those before (an
 is carried where 99 % of its requests are answered with 200 and 99 % of these within `LATE_S`.
 
 Figures: `requests_per_s` (the highest rate ours carries) and `rate_vs_bare`; `p99_vs_bare`, at 70 % of that rate, the median of
-the rounds' ratios, and `p99_ms`; past saturation, at half as much again, `shed` (the share that got 429 or 503) and `errors`
-(what got anything else but an answer, over the whole run); `memory_growth_mib` of the replica while it is held at 70 % for
-`--hold` seconds.
+the rounds' ratios, and `p99_ms`; `client_p99_ms`, what the client alone takes at the highest rate that is compared, of a server
+that answers at once. Past saturation, at `PAST` times that rate, `answered_past`, the least rate that is still answered,
+`shed`, the largest share that got 429 or 503, and `refused_p99_ms`, until that was told; `errors`, whatever got neither an
+answer nor 429 or 503, over the whole run.
+
+Then 70 % is held for `--hold` seconds: `memory_growth_mib` of the replica and HAProxy from its second tenth to its last, which
+for ten minutes is from minute 2 to minute 10, and `whole_growth_mib`, Ray's own processes among them. `--steady RATE` does
+this alone.
 """
 
 from __future__ import annotations
@@ -35,11 +40,13 @@ from raypipe.storage.models import Models
 from raypipe.storage.nights import Night, Nights
 from raypipe.storage.releases import Release, Releases
 from raypipe.storage.workspace import Workspace
-from tests.benchmarks.open_loop import Sent, send
-from tests.serving.running import Running, free_ports, processes, start, stop
+from tests.benchmarks.open_loop import AtOnce, Sent, send
+from tests.benchmarks.resident import Resident
+from tests.serving.running import Running, free_ports, start, stop
 from tests.untrained import store_untrained
 
 HISTORY, COUNT, LATE_S = 20, 10, 0.5
+PAST = (1.25, 1.5, 2.0, 3.0)
 MODEL = RecommenderConfig(model="sasrec", width=64, hidden=128, max_length=50, dropout=0)
 
 BARE = """
@@ -78,7 +85,11 @@ def main() -> None:
     parser.add_argument("--first", type=float, default=50.0, help="requests a second to begin with")
     parser.add_argument("--growth", type=float, default=1.25, help="from one rate to the next")
     parser.add_argument("--rounds", type=int, default=5, help="of the comparison at 70 %%")
-    parser.add_argument("--hold", type=float, default=600.0, help="seconds at 70 %% while memory is watched")
+    parser.add_argument("--past", type=float, default=20.0, help="seconds of each rate past saturation")
+    parser.add_argument(
+        "--hold", type=float, default=600.0, help="seconds at 70 %% while memory is watched; 0 for none"
+    )
+    parser.add_argument("--steady", type=float, help="watch memory alone, at so many requests a second")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -108,22 +119,34 @@ def measured(given: argparse.Namespace, running: Running, bare: Bare) -> dict[st
 
     ours(given.first, 2.0)  # what comes first is slow everywhere
     other(given.first, 2.0)
-    carried = saturation(given, {"ours": ours, "bare": other})
-    rate = 0.7 * carried["ours"]
-    rounds = [(ours(rate), other(rate)) for _ in range(given.rounds)]
-    shed = ours(1.5 * carried["ours"])
-    before = resident(running)
-    ours(rate, given.hold)
-    return {
-        "requests_per_s": round(carried["ours"], 1),
-        "bare_requests_per_s": round(carried["bare"], 1),
-        "rate_vs_bare": round(carried["ours"] / carried["bare"], 3),
-        "p99_ms": round(1000 * statistics.median(mine.p99_s for mine, _ in rounds), 2),
-        "p99_vs_bare": round(statistics.median(mine.p99_s / its.p99_s for mine, its in rounds), 3),
-        "shed": round(shed.share(429, 503), 4),
-        "errors": sum(sent.errors for sent in everything),
-        "memory_growth_mib": round(resident(running) - before, 1),
-    }
+    figures, rate = {}, given.steady
+    if rate is None:
+        carried = saturation(given, {"ours": ours, "bare": other})
+        rate = 0.7 * carried["ours"]
+        rounds = [(ours(rate), other(rate)) for _ in range(given.rounds)]
+        with AtOnce() as url:
+            alone = told("client", max(carried.values()), send(url, "", bodies, max(carried.values()), given.seconds))
+        past = [ours(factor * carried["ours"], given.past) for factor in PAST]
+        figures = {
+            "requests_per_s": round(carried["ours"], 1),
+            "bare_requests_per_s": round(carried["bare"], 1),
+            "rate_vs_bare": round(carried["ours"] / carried["bare"], 3),
+            "p99_ms": round(1000 * statistics.median(mine.p99_s for mine, _ in rounds), 2),
+            "p99_vs_bare": round(statistics.median(mine.p99_s / its.p99_s for mine, its in rounds), 3),
+            "client_p99_ms": round(1000 * alone.p99_s, 2),
+            "answered_past": round(min(sent.statuses[200] for sent in past) / given.past, 1),
+            "shed": round(max(sent.share(429, 503) for sent in past), 4),
+            "refused_p99_ms": round(1000 * max(sent.refused_p99_s for sent in past), 1),
+        }
+    if given.hold:
+        with Resident(running.process.pid) as resident:
+            ours(rate, given.hold)
+        print(resident.told(), file=sys.stderr)
+        figures |= {
+            "memory_growth_mib": resident.growth_mib("replica", "haproxy"),
+            "whole_growth_mib": resident.growth_mib(),
+        }
+    return figures | {"errors": sum(sent.errors for sent in everything)}
 
 
 def saturation(given: argparse.Namespace, kinds: dict[str, Callable[[float], Sent]]) -> dict[str, float]:
@@ -146,7 +169,8 @@ def saturation(given: argparse.Namespace, kinds: dict[str, Callable[[float], Sen
 def told(name: str, rate: float, sent: Sent) -> Sent:
     print(
         f"{name}: {rate:.0f}/s, {sent.share(200):.1%} answered, p50 {1000 * sent.quantile_s(0.5):.1f} ms, "
-        f"p99 {1000 * sent.p99_s:.1f} ms, {dict(sent.statuses)}",
+        f"p99 {1000 * sent.p99_s:.1f} ms, begun {1000 * sent.late_p99_s:.1f} ms late, "
+        f"refused after {1000 * sent.refused_p99_s:.1f} ms, {dict(sent.statuses)} {dict(sent.reasons) or ''}",
         file=sys.stderr,
     )
     return sent
@@ -195,12 +219,6 @@ def made_workspace(folder: Path, items: int, users: int) -> str:
     Nights(workspace.store).publish(Night("2026-01-05", versions, {"release": release.hash, "recommender": named}))
     assert raypipe(["online", "--workspace", uri]) == 0
     return uri
-
-
-def resident(running: Running) -> float:
-    """MiB of the replica."""
-    (replica,) = processes(running, "ray::ServeReplica:raypipe:recommender")
-    return replica.memory_info().rss / 2**20
 
 
 def machine() -> str:

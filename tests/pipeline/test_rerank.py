@@ -6,27 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from raypipe.engines.engine import EngineConfig
-from raypipe.language.adapters import AdapterCard, build_adapter, save_adapter
-from raypipe.language.backbone import load_backbone
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
-from raypipe.language.checkpoint import checkpoint_hash
-from raypipe.language.instructions import Catalogue
 from raypipe.language.prompt import Prompt
-from raypipe.pipeline.sequences import read_histories
 from raypipe.recommenders.windows import Histories
 from raypipe.storage.models import Models, find_model
 from raypipe.storage.store import Store
-from raypipe.storage.workspace import Workspace
 from raypipe.systems.candidate_facts import FORM, Facts
-from raypipe.systems.trsr import Past, TrsrConfig
+from raypipe.systems.trsr import TrsrConfig
 from tests.conftest import Run
 from tests.ground import one_paragraph
 from tests.made import LENGTH, make_ready
 from tests.pipeline.ranked_logs import TERSE
 from tests.pipeline.small_logs import CHAIN_ITEMS, CHAIN_USERS, GENRES, START, newest, write_log
+from tests.untrained import store_untrained_ranker
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 SHOWN = ("--summaries", "hierarchical")
@@ -40,21 +34,11 @@ def listed(tmp_path: Path) -> str:
     titles = [f"Title {n}" for n in range(1, CHAIN_ITEMS + 1)]
     facts = [FORM.replace("{}", str(number)) for number in range(10)]
     texts = [*titles, *GENRES, TERSE, " yes no NULL title: genre:", *facts]
-    lm, ranker = tmp_path / "lm", tmp_path / "ranker"
+    lm = tmp_path / "lm"
     tokenizer = train_tokenizer([" ".join(texts)] * 5, ["yes", "no"], [], 500)
     save_untrained(lm, BuiltinLmConfig(size="tiny", context=512), tokenizer)
-    config = TrsrConfig(prompt=TERSE, facts=True)
-    card = AdapterCard(config.adapter, {}, checkpoint_hash(lm), "")
-    model = build_adapter(load_backbone(str(lm), device="cpu"), card)
-    torch.manual_seed(0)
-    weights = {name: torch.randn_like(one) * 0.3 for name, one in model.named_parameters() if one.requires_grad}
-    save_adapter(ranker, card, weights)
-    _, histories = read_histories(Workspace(uri), 0)
-    past = Past(histories, np.zeros(len(histories), bool), Catalogue(titles, [{}] * CHAIN_ITEMS))
-    Facts.of(histories, past.vectors, past.neighbours, config.history).save(ranker)
-    stored = Models(Store(uri))
-    stored.add("lm", lm, "untrained", {})
-    stored.add("trsr", ranker, "untrained", {"system": "trsr", "options": config.model_dump(mode="json")})
+    Models(Store(uri)).add("lm", lm, "untrained", {})
+    store_untrained_ranker(uri, TrsrConfig(prompt=TERSE, facts=True), lm)
     return uri
 
 

@@ -111,8 +111,8 @@ class Asked:
         self.meter = Counted()
         self.secret = Tokens(Store(uri)).make(token, 1000, 1000)
         self.backend.watch.look()
-        api = build_api(self.backend, self.config.limits)
-        self.guard = Guard(api, self.tokens, self.config.limits, self.meter)
+        self.api = build_api(self.backend, self.config.limits)
+        self.guard = Guard(self.api, self.tokens, self.config.limits, self.meter)
         self.client = TestClient(self.guard, raise_server_exceptions=False)
 
     def tokens(self) -> Mapping[str, Token]:

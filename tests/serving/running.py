@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -63,21 +64,23 @@ class Running:
 
 
 def free_ports(count: int) -> tuple[int, ...]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = tuple(probe.getsockname()[1] for probe in probes)
-    for probe in probes:
-        probe.close()
-    return ports
+    """Below those that the system gives to whoever asks for any: a service takes its own only once Ray has taken many."""
+    found: set[int] = set()
+    while len(found) < count:
+        port = random.randrange(20_000, 30_000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                found.add(port)
+    return tuple(found)
 
 
 def start(uri: str, folder: Path, *options: str) -> Running:
-    ports = free_ports(3)
+    ports = free_ports(4)
     environment = {
         **os.environ,
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports[1]),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports[2]),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports[3]),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         "RAY_raylet_start_wait_time_s": "150",
     }

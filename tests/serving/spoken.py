@@ -13,13 +13,16 @@ from raypipe.storage.releases import Release, Releases
 from raypipe.storage.store import Store
 from raypipe.systems.recexplainer import ExplainerConfig
 from raypipe.systems.recinterpreter import InterpreterConfig
+from raypipe.systems.trsr import TrsrConfig
 from tests.made import MODEL, publish
 from tests.pipeline.conftest import asked_templates
+from tests.pipeline.ranked_logs import TERSE
 from tests.pipeline.small_logs import CHAIN_ITEMS
-from tests.untrained import store_untrained_adapter
+from tests.untrained import store_untrained_adapter, store_untrained_ranker
 
 EXPLAINERS = (ExplainerConfig(), ExplainerConfig(variant="I"))
 INTERPRETER = InterpreterConfig(after="item")
+RANKER = TrsrConfig(prompt=TERSE, facts=True)
 TOKENS = 12
 """Of an answer: random weights never end one."""
 SHORT = {
@@ -46,6 +49,8 @@ def give_words(uri: str, folder: Path) -> Release:
     for config in (*EXPLAINERS, INTERPRETER):
         made = store_untrained_adapter(uri, config, recommender, MODEL.width, folder)
         adapters[made.name] = made.hash
+    ranker = store_untrained_ranker(uri, RANKER, folder)
+    adapters[ranker.name] = ranker.hash
     release = releases.add(Release(champion.recommender, lm.hash, adapters, champion.catalogue))
     releases.point("champion", release)
     publish(uri, "2026-01-05")

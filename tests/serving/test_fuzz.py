@@ -23,7 +23,7 @@ from tests.serving.asked import Asked
 from tests.serving.spoken import SHORT
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
-ROUTES = ("recommend", "score", "explain", "interpret", "residual", "oracle", "summary")
+ROUTES = ("recommend", "score", "explain", "interpret", "residual", "oracle", "summary", "rerank")
 MIB = 2**20
 
 

@@ -13,34 +13,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.types import Receive, Scope, Send
+from starlette.websockets import WebSocketDisconnect
 
 from raypipe.serving.config import LimitOptions
-from raypipe.serving.guard import Guard, RateLimits
+from raypipe.serving.guard import OPEN, Guard, RateLimits
 from raypipe.storage.store import Store
 from raypipe.storage.tokens import Token, Tokens, hash_of
 from tests.conftest import Run
 from tests.ground import one_paragraph
 from tests.serving.asked import Asked, Counted
-
-ROUTES = [
-    ("POST", "/v1/recommend"),
-    ("POST", "/v1/recommend/batch"),
-    ("POST", "/v1/score"),
-    ("POST", "/v1/score/batch"),
-    ("GET", "/v1/users/u1"),
-    ("POST", "/v1/summary"),
-    ("POST", "/v1/explain"),
-    ("POST", "/v1/explain/batch"),
-    ("POST", "/v1/explain/stream"),
-    ("POST", "/v1/interpret"),
-    ("POST", "/v1/residual"),
-    ("POST", "/v1/oracle"),
-    ("GET", "/v1/release"),
-    ("GET", "/v1/ready"),
-    ("GET", "/docs"),
-    ("GET", "/openapi.json"),
-    ("GET", "/nothing"),
-]
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +30,26 @@ def asked(shared: str) -> Asked:
 
 
 def test_every_route_but_health_asks_for_a_token(asked: Asked) -> None:
-    for method, route in ROUTES:
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {asked.secret}"}):
-            answer = asked.client.request(method, route, headers=headers)
+    revoked = Tokens(Store(asked.config.workspace)).make("left", 10, 10)
+    Tokens(Store(asked.config.workspace)).revoke("left")
+    asked.backend.watch.look()
+    kinds = [(method, route.path) for route in asked.api.routes for method in route.methods]  # type: ignore[attr-defined]
+    assert len(kinds) > 30
+    assert {"/v1/rerank", "/v1/explain/stream", "/docs", "/openapi.json"} <= {path for _, path in kinds}
+    kinds = [(method, path) for method, path in kinds if path not in OPEN]
+    wrong = ("Bearer wrong", f"Basic {asked.secret}", f"Bearer {revoked}", f"Bearer {hash_of(asked.secret)}")
+    refused = [{}, *({"Authorization": told} for told in wrong)]
+    for method, route in [*kinds, ("GET", "/nothing"), ("GET", "/v1/health/"), ("GET", "//v1/health")]:
+        for headers in refused:
+            answer = asked.client.request(method, f"http://testserver{route}", headers=headers)
             assert answer.status_code == 401, route
             assert answer.headers["www-authenticate"] == "Bearer"
-            assert answer.json()["error"]["code"] == "unauthorised"
-    assert asked.client.get("/v1/health").status_code == 200
+            assert method == "HEAD" or answer.json()["error"]["code"] == "unauthorised"
+    assert {asked.client.get(path).status_code for path in OPEN} == {200}
+    with pytest.raises(WebSocketDisconnect) as ended, asked.client.websocket_connect("/v1/recommend"):
+        pass
+    assert ended.value.code == 1008
+    assert asked.client.get("/v1/ready", headers={"content-length": "9" * 19}).status_code == 401
 
 
 def test_a_revoked_token_is_refused_and_the_others_are_not(raypipe: Run, ready: str) -> None:

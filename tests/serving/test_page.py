@@ -20,6 +20,10 @@ from tests.serving.spoken import SHORT
 from tests.serving.test_watch import changed
 
 ROWS = "[...document.querySelectorAll('#list tr')].map(row => row.cells[1].textContent)"
+BESIDE = (
+    "[...document.querySelectorAll('#releases > div')].map(list => [...list.querySelectorAll('li')].map("
+    "entry => entry.firstChild.textContent.trim()))"
+)
 WHOLE = "document.querySelectorAll('#why .growing, #readings .growing').length === 0"
 
 
@@ -70,7 +74,14 @@ def test_a_person_looks_at_a_user_and_asks_why(site: tuple[str, Asked], tmp_path
             assert user["summaries"]["hierarchical"] in await page.run(
                 "document.querySelector('#summaries').textContent"
             )
-            assert await page.run("document.querySelectorAll('#releases li').length") == len(user["recommended"])
+            # Beside it the order of what reads the items, and the list of the night.
+            await page.until("document.querySelectorAll('#releases .growing').length === 0")
+            told = asked.post(
+                "rerank", {"user_id": "u7", "items": [item["item_id"] for item in wanted["items"]]}
+            ).json()
+            lists = [[item["title"] for item in items] for items in (told["items"], user["recommended"])]
+            assert await page.run(BESIDE) == lists
+            assert lists[0] != await page.run(ROWS)
 
             # By keyboard alone: the button has the focus and is pressed.
             await page.run("document.querySelector('#list button').focus()")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -21,7 +19,7 @@ import pytest
 
 from raypipe.storage.releases import Releases
 from raypipe.storage.store import Store
-from tests.conftest import Run, unavailable
+from tests.conftest import Run
 from tests.ground import one_paragraph
 from tests.made import LENGTH, add_events, compute, publish
 from tests.pipeline.small_logs import newest
@@ -60,7 +58,7 @@ def test_the_language_model_answers_alone_and_in_company_with_the_same_words(run
     answers = burst(running, bodies, "explain")
     assert [status for status, _ in answers] == [200] * len(bodies)
     assert [answer for _, answer in answers] == wanted
-    for route in ("interpret", "residual", "oracle"):
+    for route in ("interpret", "residual", "oracle", "rerank"):
         assert running.ask(route, {"history": ["i3", "i4"]}) == (
             200,
             direct.post(route, {"history": ["i3", "i4"]}).json(),
@@ -158,65 +156,6 @@ def test_a_port_that_is_taken_is_told_before_anything_starts(running: Running) -
     ended = subprocess.run([*command, "--port", str(running.ports[0])], capture_output=True, text=True, timeout=300)
     assert ended.returncode == 2
     assert f"cannot listen on 127.0.0.1:{running.ports[0]}" in one_paragraph(ended.stderr)
-
-
-@pytest.fixture
-def outside() -> Iterator[tuple[str, str]]:
-    """A network namespace that is joined to this one: its name, and this machine's address there."""
-    if shutil.which("ip") is None or os.geteuid():
-        unavailable("another network namespace needs root and iproute2")
-    name, network = f"rpout{os.getpid()}", f"10.202.{os.getpid() % 250}"
-    if subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode:
-        # Nobody can be asked to give a container this right.
-        pytest.skip("network namespaces cannot be made here")
-    near, far = f"rpn{os.getpid()}", f"rpf{os.getpid()}"
-    commands = [
-        f"link add {near} type veth peer name {far} netns {name}",
-        f"addr add {network}.1/24 dev {near}",
-        f"link set {near} up",
-        f"-n {name} addr add {network}.2/24 dev {far}",
-        f"-n {name} link set {far} up",
-    ]
-    try:
-        for command in commands:
-            subprocess.run(["ip", *command.split()], check=True)
-        yield name, f"{network}.1"
-    finally:
-        subprocess.run(["ip", "netns", "del", name], check=True)
-
-
-REACH = """
-import http.client, json, socket, sys, urllib.error, urllib.request
-found = {}
-for port in json.loads(sys.argv[2]):
-    try:
-        socket.create_connection((sys.argv[1], port), 2).close()
-        found[port] = 0
-        found[port] = urllib.request.urlopen(f"http://{sys.argv[1]}:{port}/v1/release", timeout=5).status
-    except urllib.error.HTTPError as error:
-        found[port] = error.code
-    except (OSError, http.client.HTTPException):
-        continue
-print(json.dumps(found))
-"""
-
-
-def test_from_another_machine_replicas_ask_for_a_token_and_the_api_is_not_there(
-    running: Running, outside: tuple[str, str]
-) -> None:
-    """Replicas have to be reached by HAProxys of other nodes, and so from anywhere that no firewall shuts out."""
-    namespace, address = outside
-    family = [psutil.Process(running.process.pid), *psutil.Process(running.process.pid).children(recursive=True)]
-    pids = {process.pid for process in family}
-    listening = {
-        found.laddr.port for found in psutil.net_connections("tcp") if found.status == "LISTEN" and found.pid in pids
-    }
-    assert set(running.ports) <= listening
-    words = ["ip", "netns", "exec", namespace, sys.executable, "-c", REACH, address, json.dumps(sorted(listening))]
-    reached = json.loads(subprocess.run(words, check=True, capture_output=True, text=True, timeout=300).stdout)
-    assert str(running.ports[0]) not in reached, "it was told to listen on 127.0.0.1"
-    replicas = {port: status for port, status in reached.items() if 30_000 <= int(port) < 31_000}
-    assert set(replicas.values()) <= {401}
 
 
 def test_a_stopped_service_answers_what_it_has_and_leaves_nothing_behind(running: Running) -> None:

@@ -21,7 +21,7 @@ from tests.made import LENGTH, MODEL, make_ready
 from tests.pipeline.small_logs import CHAIN_ITEMS, CHAIN_LENGTH, CHAIN_USERS, newest
 from tests.serving.asked import Asked
 
-TOLD = ("explain", "interpret", "residual", "oracle", "summary")
+TOLD = ("explain", "interpret", "residual", "oracle", "summary", "rerank")
 
 
 @pytest.fixture(scope="module")

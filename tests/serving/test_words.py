@@ -125,6 +125,7 @@ def test_adapters_are_chosen_by_name_and_answer_by_themselves(asked: Asked) -> N
         "recexplainer-h": "recexplainer",
         "recexplainer-i": "recexplainer",
         "recinterpreter": "recinterpreter",
+        "trsr": "trsr",
     }
     for route, name in (("explain", "recinterpreter"), ("interpret", "recexplainer-h"), ("explain", "nothing")):
         refused = asked.post(route, {"user_id": "u2", "adapter": name})
@@ -264,7 +265,7 @@ def test_two_language_models_are_kept_and_each_once(speaking: str, tmp_path: Pat
     assert champion is not None
     language = Language(ServiceConfig(workspace=speaking, language=SHORT))
     keys = keys_of(champion)
-    assert len(keys) == 4
+    assert len(keys) == 5
     engines = [language.load(key) for key in keys]
     assert [language.load(key) for key in keys] == [language.ready(key) for key in keys] == engines
     others = []
@@ -277,6 +278,6 @@ def test_two_language_models_are_kept_and_each_once(speaking: str, tmp_path: Pat
     language.load(others[0])
     language.load(keys[0])
     language.load(others[1])
-    assert [language.ready(key) is not None for key in (*keys, *others)] == [True] * 4 + [False, True]
+    assert [language.ready(key) is not None for key in (*keys, *others)] == [True] * 5 + [False, True]
     language.load(others[0])
-    assert [language.ready(key) for key in keys] == [None] * 4
+    assert [language.ready(key) for key in keys] == [None] * 5

@@ -93,6 +93,8 @@ async function show(event) {
     }
     showList(list, standing.explains);
     showOthers(user, told, list);
+    const rankers = Object.entries(standing.adapters).filter(([, system]) => system === "trsr" && list.basis === "model" && standing.lm);
+    for (const [ranker] of rankers) showReranked(ranker, list);
     for (const id of ["why", "readings"]) $(id).replaceChildren();
     $("why").append(made("p", "Ask why beside a recommendation.", "quiet"));
     if (!user && standing.lm) await summarise();
@@ -217,20 +219,39 @@ function showOthers(user, told, list) {
   }
   seen[list.served.release] = list.items;
   sessionStorage.setItem(key, JSON.stringify(seen));
-  const places = new Map(list.items.map((item, place) => [item.item_id, place + 1]));
   const shown = columns.map(([name, items]) => {
     const column = made("div");
-    const entries = made("ol");
-    for (const item of items) {
-      const place = places.get(item.item_id);
-      const entry = made("li", `${item.title || item.item_id} `);
-      entry.append(made("span", place ? `now ${place}.` : "not any more", "quiet"));
-      entries.append(entry);
-    }
-    column.append(made("h3", name), entries);
+    column.append(made("h3", name), compared(items, list, "now"));
     return column;
   });
   $("releases").replaceChildren(...(shown.length ? shown : [made("p", "None yet: lists of another release are kept here when one is served.", "quiet")]));
+}
+
+function compared(items, list, when) {
+  const places = new Map(list.items.map((item, place) => [item.item_id, place + 1]));
+  const entries = made("ol");
+  for (const item of items) {
+    const place = places.get(item.item_id);
+    const entry = made("li", `${item.title || item.item_id} `);
+    entry.append(made("span", place ? `${when} ${place}.` : "not any more", "quiet"));
+    entries.append(entry);
+  }
+  return entries;
+}
+
+async function showReranked(ranker, list) {
+  const column = made("div");
+  const waiting = made("p", "", "growing");
+  column.append(made("h3", `In the order of ${ranker}`), waiting);
+  $("releases").querySelector(":scope > p")?.remove();
+  $("releases").prepend(column);
+  try {
+    const told = await ask("rerank", { ...who, items: list.items.map((item) => item.item_id), adapter: ranker });
+    waiting.replaceWith(compared(told.items, list, "before"));
+  } catch (problem) {
+    waiting.textContent = problem.message;
+    waiting.className = "quiet";
+  }
 }
 
 $("token").value = sessionStorage.getItem("token") ?? "";
