@@ -13,6 +13,8 @@ from raypipe.errors import UsageError
 # Read when Ray is first imported. With 0 this machine is 127.0.0.1 to Ray, and its processes, which else listen on every
 # address, are reached from here alone.
 _LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+# A process a training that looks for nodes about to be taken away; a cluster of one machine goes with its only one.
+_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 # A private cluster claims at least this many, so that training with two workers never waits for a second core.
 _MIN_CPUS = 2
 
@@ -38,6 +40,7 @@ class ClusterConfig(Config):
         """Connect once per process; raises UsageError where the cluster cannot be reached."""
         if self.is_private:
             os.environ.setdefault(_LOOPBACK, "0")
+            os.environ.setdefault(_WATCHER, "0")
         os.environ.setdefault("RAY_DEDUP_LOGS", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
