@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SEEDS ?= 50
+# Tests that kill processes, serve under load or run whole clusters: two at a time would disturb each other.
+ALONE := tests/chaos tests/integration tests/serving
 
 .PHONY: install demo test test-all lint bench chaos clean
 
@@ -23,7 +25,8 @@ demo: install
 	$(BIN)/raypipe nightly --config jobs/nightly-demo.yaml
 
 test: install
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(addprefix --ignore ,$(ALONE))
+	$(BIN)/python -m pytest -m "not slow" $(ALONE)
 
 test-all: lint test
 	$(BIN)/python -m pytest -m slow

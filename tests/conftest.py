@@ -1,7 +1,7 @@
 """What every test may use: a Ray of two workers, an S3 server, workspaces on both kinds of store, and the command line.
 
 A test that needs a server skips with the reason where it cannot be started, except under CI, where it fails.
-`make test` runs two processes of pytest side by side, each with a Ray of its own; a file's tests stay together.
+`make test` runs two processes of pytest side by side, each with a Ray of its own, but for what kills or is timed.
 """
 
 from __future__ import annotations
@@ -32,15 +32,6 @@ from tests.redis_server import RedisServer
 
 BUCKET = "raypipe-tests"
 _START_S = 40.0
-# Two services at a time would look for ports in the same range of Ray Serve's.
-_SERVING = ("tests/serving/", "tests/chaos/test_serving.py")
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        file = item.nodeid.split("::")[0]
-        item.add_marker(pytest.mark.xdist_group("serving" if file.startswith(_SERVING) else file))
 
 
 def unavailable(reason: str) -> None:
