@@ -6,8 +6,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SEEDS ?= 50
-# Tests that kill processes, serve under load or run whole clusters: two at a time would disturb each other.
-ALONE := tests/chaos tests/integration tests/serving
+# Tests that kill processes, serve, run whole clusters or watch the golden tables: two at a time would disturb each other.
+ALONE := tests/benchmarks tests/chaos tests/integration tests/serving
 
 .PHONY: install demo test test-all lint bench chaos clean
 
