@@ -6,6 +6,8 @@ What the client itself costs is measured with `AtOnce`, a server that answers ev
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 import subprocess
 import sys
 import time
@@ -13,11 +15,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
-import aiohttp
 import numpy as np
 
 _GIVEN_UP_S = 30.0
+_LENGTH = re.compile(rb"(?i)content-length: *([0-9]+)")
 
 
 @dataclass(frozen=True)
@@ -65,38 +68,127 @@ def send(url: str, secret: str, bodies: Sequence[dict[str, Any]], rate: float, s
 
 
 async def _send(url: str, secret: str, bodies: Sequence[dict[str, Any]], rate: float, seconds: float) -> Sent:
-    found = Sent()
-    headers = {"Authorization": f"Bearer {secret}"}
-    wait = aiohttp.ClientTimeout(total=_GIVEN_UP_S)
-    async with aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(limit=0), timeout=wait) as session:
+    place = urlsplit(url)
+    head = f"POST {place.path} HTTP/1.1\r\nHost: {place.netloc}\r\nAuthorization: Bearer {secret}\r\n"
+    head += "Content-Type: application/json\r\nContent-Length: "
+    told = [json.dumps(body).encode() for body in bodies]
+    requests = [f"{head}{len(body)}\r\n\r\n".encode() + body for body in told]
+    client = _Client(str(place.hostname), int(place.port or 80))
+    started = time.monotonic()
+    for number in range(int(rate * seconds)):
+        due = started + number / rate
+        if (left := due - time.monotonic()) > 0:
+            await asyncio.sleep(left)
+        client.ask(_Request(requests[number % len(requests)], due))
+    await client.ended()
+    return client.found
 
-        async def one(body: dict[str, Any], due: float) -> None:
-            found.begun_late_s.append(time.monotonic() - due)
-            try:
-                async with session.post(url, json=body) as answer:
-                    await answer.read()
-                    status = answer.status
-            except (aiohttp.ClientError, TimeoutError) as error:
-                status = 0
-                found.reasons[type(error).__name__] += 1
-            found.statuses[status] += 1
-            if status == 200:
-                found.waits_s.append(time.monotonic() - due)
-            elif status in {429, 503}:
-                found.refused_s.append(time.monotonic() - due)
 
-        started = time.monotonic()
-        sent = set()
-        for number in range(int(rate * seconds)):
-            due = started + number / rate
-            if (left := due - time.monotonic()) > 0:
-                await asyncio.sleep(left)
-            task = asyncio.create_task(one(bodies[number % len(bodies)], due))
-            sent.add(task)
-            task.add_done_callback(sent.discard)
-        while sent:
-            await asyncio.wait(set(sent))
-    return found
+@dataclass
+class _Request:
+    data: bytes
+    due: float
+    tries: int = 0
+    is_over: bool = False
+
+
+class _Client:
+    """As many connections as there are requests at a time, kept for those that come later.
+
+    No library's: on a machine that the service shares, a request should cost its client little.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self.host, self.port, self.found = host, port, Sent()
+        self.idle: list[_Connection] = []
+        self._open = 0
+        self._loop = asyncio.get_running_loop()
+        self._all_over = asyncio.Event()
+        self._connecting: set[asyncio.Task[None]] = set()
+
+    def ask(self, request: _Request) -> None:
+        if not request.tries:
+            self._open += 1
+            self._all_over.clear()
+            self.found.begun_late_s.append(time.monotonic() - request.due)
+            self._loop.call_later(_GIVEN_UP_S, self.over, request, 0, "TimeoutError")
+        request.tries += 1
+        # One that answered is used at once; of a second try the connection is a new one.
+        if self.idle and request.tries == 1:
+            self.idle.pop().send(request)
+        else:
+            task = asyncio.ensure_future(self._connect(request))
+            self._connecting.add(task)
+            task.add_done_callback(self._connecting.discard)
+
+    async def _connect(self, request: _Request) -> None:
+        try:
+            _, connection = await self._loop.create_connection(lambda: _Connection(self), self.host, self.port)
+        except OSError as error:
+            self.over(request, 0, type(error).__name__)
+        else:
+            connection.send(request)
+
+    def over(self, request: _Request, status: int, reason: str = "") -> None:
+        if request.is_over:
+            return
+        request.is_over = True
+        seconds = time.monotonic() - request.due
+        self.found.statuses[status] += 1
+        if status == 200:
+            self.found.waits_s.append(seconds)
+        elif status in {429, 503}:
+            self.found.refused_s.append(seconds)
+        elif not status:
+            self.found.reasons[reason] += 1
+        self._open -= 1
+        if not self._open:
+            self._all_over.set()
+
+    async def ended(self) -> None:
+        await self._all_over.wait()
+        for connection in self.idle:
+            connection.transport.close()
+
+
+class _Connection(asyncio.Protocol):
+    def __init__(self, client: _Client) -> None:
+        self.client, self.data = client, b""
+        self.transport: asyncio.Transport
+        self.request: _Request | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def send(self, request: _Request) -> None:
+        self.request, self.data = request, b""
+        self.transport.write(request.data)
+
+    def data_received(self, data: bytes) -> None:
+        self.data += data
+        head, found, body = self.data.partition(b"\r\n\r\n")
+        length = _LENGTH.search(head)
+        if not found or self.request is None or (length is not None and len(body) < int(length[1])):
+            return
+        request, self.request = self.request, None
+        self.client.over(request, int(head[9:12]) if length is not None else 0, "no length")
+        if length is None or b"connection: close" in head.lower():
+            self.transport.close()
+        else:
+            self.client.idle.append(self)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self in self.client.idle:
+            self.client.idle.remove(self)
+        request, self.request = self.request, None
+        if request is None or request.is_over:
+            return
+        # A server may close a connection in the moment it is used again, before it has read of it.
+        if not self.data and request.tries == 1:
+            self.client.ask(request)
+        else:
+            self.client.over(request, 0, type(error).__name__ if error is not None else "closed")
 
 
 _AT_ONCE = """

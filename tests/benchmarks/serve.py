@@ -6,14 +6,14 @@ limits. Requests are sent when they are due, whatever became of those before (an
 is carried where 99 % of its requests are answered with 200 and 99 % of these within `LATE_S`.
 
 Figures: `requests_per_s` (the highest rate ours carries) and `rate_vs_bare`; `p99_vs_bare`, at 70 % of that rate, the median of
-the rounds' ratios, and `p99_ms`; `client_p99_ms`, what the client alone takes at the highest rate that is compared, of a server
-that answers at once. Past saturation, at `PAST` times that rate, `answered_past`, the least rate that is still answered,
+the rounds' ratios, and `p99_ms`. Past saturation, at `PAST` times that rate, `answered_past`, the least rate that is still answered,
 `shed`, the largest share that got 429 or 503, and `refused_p99_ms`, until that was told; `errors`, whatever got neither an
-answer nor 429 or 503, over the whole run.
+answer nor 429 or 503, over the whole run; `client_p99_ms`, what the client alone takes at the highest of these rates, of a
+server that answers at once.
 
 Then 70 % is held for `--hold` seconds: `memory_growth_mib` of the replica and HAProxy from its second tenth to its last, which
-for ten minutes is from minute 2 to minute 10, and `whole_growth_mib`, Ray's own processes among them. `--steady RATE` does
-this alone.
+for ten minutes is from minute 2 to minute 10, and `whole_growth_mib`, Ray's own processes among them. `--steady RATE` takes
+that for the 70 %, and searches and compares nothing.
 """
 
 from __future__ import annotations
@@ -85,11 +85,11 @@ def main() -> None:
     parser.add_argument("--first", type=float, default=50.0, help="requests a second to begin with")
     parser.add_argument("--growth", type=float, default=1.25, help="from one rate to the next")
     parser.add_argument("--rounds", type=int, default=5, help="of the comparison at 70 %%")
-    parser.add_argument("--past", type=float, default=20.0, help="seconds of each rate past saturation")
+    parser.add_argument("--past", type=float, default=20.0, help="seconds of each rate past saturation; 0 for none")
     parser.add_argument(
         "--hold", type=float, default=600.0, help="seconds at 70 %% while memory is watched; 0 for none"
     )
-    parser.add_argument("--steady", type=float, help="watch memory alone, at so many requests a second")
+    parser.add_argument("--steady", type=float, help="the 70 %%, in requests a second, if it is known")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -124,15 +124,19 @@ def measured(given: argparse.Namespace, running: Running, bare: Bare) -> dict[st
         carried = saturation(given, {"ours": ours, "bare": other})
         rate = 0.7 * carried["ours"]
         rounds = [(ours(rate), other(rate)) for _ in range(given.rounds)]
-        with AtOnce() as url:
-            alone = told("client", max(carried.values()), send(url, "", bodies, max(carried.values()), given.seconds))
-        past = [ours(factor * carried["ours"], given.past) for factor in PAST]
         figures = {
             "requests_per_s": round(carried["ours"], 1),
             "bare_requests_per_s": round(carried["bare"], 1),
             "rate_vs_bare": round(carried["ours"] / carried["bare"], 3),
             "p99_ms": round(1000 * statistics.median(mine.p99_s for mine, _ in rounds), 2),
             "p99_vs_bare": round(statistics.median(mine.p99_s / its.p99_s for mine, its in rounds), 3),
+        }
+    if given.past:
+        most = max(PAST) * rate / 0.7
+        with AtOnce() as url:
+            alone = told("client", most, send(url, "", bodies, most, given.seconds))
+        past = [ours(factor * rate / 0.7, given.past) for factor in PAST]
+        figures |= {
             "client_p99_ms": round(1000 * alone.p99_s, 2),
             "answered_past": round(min(sent.statuses[200] for sent in past) / given.past, 1),
             "shed": round(max(sent.share(429, 503) for sent in past), 4),

@@ -20,7 +20,7 @@ import pytest
 from raypipe.serving.config import ReplicaOptions
 from raypipe.serving.haproxy import BINARY, HEAD_S, closed_haproxy
 from tests.conftest import unavailable
-from tests.serving.running import Running, start, stop
+from tests.serving.running import Running, start, stop, until
 
 REACH = """
 import http.client, json, socket, sys, urllib.error, urllib.request
@@ -97,7 +97,9 @@ def test_from_another_machine_nothing_is_there_but_the_api_where_it_was_let_in(
 ) -> None:
     running = start(speaking, tmp_path, "--host", host)
     try:
+        # What a look misses of processes that come and go, the next one sees.
         ports = listening(running)
+        until(lambda: set(running.ports) <= ports or ports.update(listening(running)))
         # HAProxy, a replica, the store of objects and what Ray's processes call each other by.
         assert set(running.ports) <= ports
         assert len(ports) > 10
