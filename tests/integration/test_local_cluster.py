@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.chaos, pytest.mark.timeout(3600)]
 SHARED = Path(__file__).parents[3] / "shared/data"
 DATE, BUCKETS = "2026-01-05", 16
 # Every so many-th user of MovieLens 1M.
-EVERY = 4
+EVERY = 1
 ALL = {"head": 0, "worker1": CPUS, "worker2": CPUS}
 
 
@@ -200,7 +200,11 @@ def test_a_night_with_the_built_in_language_model_on_three_nodes(local: Local, t
     words += ("--lm.work_folder", tmp_path / "work", "--lm.trainer.storage", tmp_path, "--lm.trainer.steps", "300")
     result = local.submit(*words)
     assert result["status"] == "ok"
-    assert result["metrics"]["summarize.computed"] == 943
+    # A model of a tenth of the usual steps goes round in circles for some users, who are rejected and counted.
+    metrics = result["metrics"]
+    assert metrics["summarize.computed"] + metrics["summarize.rejected"] == 943
+    assert metrics["summarize.rejected"] <= 20
+    assert metrics["summarize.attribute_precision"] >= 0.7  # another user's summary has .59
     summaries = Workspace(uri).tables["summaries"]
-    assert summaries.rows(summaries.version()) == 943
+    assert summaries.rows(summaries.version()) == metrics["summarize.computed"]
     print(f"MovieLens 100K with the built-in language model: {result['seconds']} s")
