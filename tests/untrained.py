@@ -11,12 +11,15 @@ import torch
 from raypipe.language.adapters import AdapterCard, build_adapter, save_adapter
 from raypipe.language.backbone import load_backbone
 from raypipe.language.checkpoint import checkpoint_hash
+from raypipe.language.prefixes import PREFIX
 from raypipe.pipeline.sequences import catalogue_of, read_histories
 from raypipe.recommenders.checkpoint import Card, catalogue_card, save_recommender
 from raypipe.recommenders.config import RecommenderConfig
 from raypipe.storage.models import Model, Models
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.candidate_facts import Facts
+from raypipe.systems.lancer import NAME as LANCER
+from raypipe.systems.lancer import LancerConfig
 from raypipe.systems.recexplainer import ExplainerConfig
 from raypipe.systems.recinterpreter import InterpreterConfig
 from raypipe.systems.trsr import NAME as TRSR
@@ -47,6 +50,27 @@ def store_untrained_adapter(
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(Path(folder), card, weights)
         return Models(store).add(system.name, Path(folder), f"untrained {name}", lineage)
+
+
+def store_untrained_writer(uri: str, config: LancerConfig, lm: Path) -> Model:
+    """A LANCER of the language model in the folder `lm` all of whose weights were changed at random."""
+    hidden = load_backbone(str(lm), device="cpu").model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+    card = AdapterCard(config.adapter, {PREFIX: hidden} if config.reasoning else {}, checkpoint_hash(lm), "")
+    model = build_adapter(load_backbone(str(lm), device="cpu"), card)
+    torch.manual_seed(0)
+    weights = {
+        name: one.detach() + 0.1 * torch.randn_like(one) for name, one in model.named_parameters() if one.requires_grad
+    }
+    lineage = {
+        "system": LANCER,
+        "options": config.model_dump(mode="json"),
+        "lm": card.lm,
+        "lm_model": "",
+        "lm_path": str(lm),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(Path(folder), card, weights)
+        return Models(Workspace(uri).store).add(LANCER, Path(folder), "untrained", lineage)
 
 
 def store_untrained_ranker(uri: str, config: TrsrConfig, lm: Path) -> Model:

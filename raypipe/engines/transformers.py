@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -48,35 +48,37 @@ if TYPE_CHECKING:
 class TransformersEngine:
     """Answers prompts with a model of transformers; implements `Engine`. With an adapter it reads vectors too.
 
-    A `backbone` that is loaded already is taken as it is.
+    A `backbone` that is loaded already is taken as it is. `adapted` is what the adapter has made of it, None without one.
     """
 
     def __init__(self, config: EngineConfig, backbone: Backbone | None = None) -> None:
         if config.threads:
             torch.set_num_threads(config.threads)
         self._config = config
-        self._backbone = backbone or load_backbone(config.lm, config.dtype, config.device)
+        self.backbone = backbone or load_backbone(config.lm, config.dtype, config.device)
         self._batch_tokens = config.batch_tokens
-        self.context = min(config.context or self._backbone.context, self._backbone.context)
-        self._adapter = self._adapted = None
+        self.context = min(config.context or self.backbone.context, self.backbone.context)
+        self._adapter = self.adapted = None
         if config.adapter:
             folder = Path(config.adapter)
             self._adapter = read_card(folder)
-            self._adapted = load_adapter(folder, self._backbone, checkpoint_hash(resolve_checkpoint(config.lm)))
+            self.adapted = load_adapter(folder, self.backbone, checkpoint_hash(resolve_checkpoint(config.lm)))
         self.capabilities = config.capabilities
         self._trie: tuple[Choices, AnswerTrie] | None = None
 
     def beside(self, adapter: Path) -> TransformersEngine:
-        """An engine with the adapter over the same weights, which are in memory once; what this one answers stays the same.
+        """An engine with the adapter over the same weights, which are in memory once but for those that the adapter changes;
+        what this one answers stays the same.
 
         Raises UsageError as `EngineConfig.build` does.
         """
-        own = read_card(adapter).config.embeddings
+        card = read_card(adapter).config
+        own: Literal["nothing", "embeddings", "everything"] = "embeddings" if card.embeddings else "nothing"
         config = self._config.model_copy(update={"adapter": str(adapter)})
-        return TransformersEngine(config, self._backbone.twin(own_embeddings=own))
+        return TransformersEngine(config, self.backbone.twin("everything" if card.full else own))
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        return self._backbone.count_tokens(texts)
+        return self.backbone.count_tokens(texts)
 
     def generate(
         self, prompts: Sequence[Prompt], decoding: Decoding, choices: Choices | None = None
@@ -86,11 +88,11 @@ class TransformersEngine:
         yield from refused
         fitting, rows, soft = self._longest_first(encoded)
         if decoding.beams > 1:
-            for number, found in search(self._backbone, rows, decoding, self._batch_tokens, soft, trie):
+            for number, found in search(self.backbone, rows, decoding, self._batch_tokens, soft, trie):
                 yield self._searched(fitting[number], len(rows[number]), found, choices)
             return
         seeds = self._seeds(prompts, fitting, decoding)
-        for answer in decode(self._backbone, rows, decoding, seeds, self._batch_tokens, soft, trie):
+        for answer in decode(self.backbone, rows, decoding, seeds, self._batch_tokens, soft, trie):
             assert isinstance(answer, Answer)
             text = self._text(answer.tokens, answer.chosen, choices)
             yield self._outcome(fitting[answer.prompt], len(rows[answer.prompt]), answer, text)
@@ -102,8 +104,8 @@ class TransformersEngine:
         yield from refused
         fitting, rows, soft = self._longest_first(encoded)
         seeds = self._seeds(prompts, fitting, decoding)
-        for answer in decode(self._backbone, rows, decoding, seeds, self._batch_tokens, soft, growing=True):
-            index, (text,) = fitting[answer.prompt], self._backbone.decode([answer.tokens])
+        for answer in decode(self.backbone, rows, decoding, seeds, self._batch_tokens, soft, growing=True):
+            index, (text,) = fitting[answer.prompt], self.backbone.decode([answer.tokens])
             if isinstance(answer, Growing):
                 # A character of several tokens shows once it is whole.
                 yield Piece(index, text.rstrip("\ufffd"))
@@ -113,7 +115,7 @@ class TransformersEngine:
     def score(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> Iterator[Scores]:
         if len(answers) != len(prompts) or not all(answers):
             raise ValueError("Every prompt needs answers to score.")
-        tokens = [answer_tokens(self._backbone, mine) for mine in answers]
+        tokens = [answer_tokens(self.backbone, mine) for mine in answers]
         told = zip(chain.from_iterable(answers), chain.from_iterable(tokens), strict=True)
         if not all(text and ids for text, ids in told):
             raise ValueError("An answer that is to be scored holds a token.")
@@ -122,17 +124,17 @@ class TransformersEngine:
             yield Scores(outcome.index, tokens_in=outcome.tokens_in, error=outcome.error)
         fitting, rows, soft = self._longest_first(encoded)
         asked = [tokens[index] for index in fitting]
-        for number, logprobs in score(self._backbone, rows, asked, self._batch_tokens, soft):
+        for number, logprobs in score(self.backbone, rows, asked, self._batch_tokens, soft):
             yield Scores(fitting[number], tuple(logprobs), len(rows[number]))
 
     def _encoded(self, prompts: Sequence[Prompt], room: Sequence[int]) -> tuple[dict[int, Encoded], list[Outcome]]:
-        return encode_prompts(self._backbone, prompts, room, self.context, self._adapter)
+        return encode_prompts(self.backbone, prompts, room, self.context, self._adapter)
 
     def _longest_first(self, encoded: Mapping[int, Encoded]) -> tuple[list[int], list[list[int]], _Soft | None]:
         """Indices and token ids of prompts, and their vectors; if memory does not suffice, that shows at once."""
         fitting = sorted(encoded, key=lambda index: (-len(encoded[index].ids), index))
         rows = [encoded[index] for index in fitting]
-        adapted = self._adapted
+        adapted = self.adapted
         reads = adapted is not None and (adapted.prefix is not None or any(row.soft for row in rows))
         soft = _Soft(adapted, rows) if adapted is not None and reads and rows else None
         return fitting, [row.ids for row in rows], soft
@@ -140,7 +142,7 @@ class TransformersEngine:
     def _trie_of(self, choices: Choices, decoding: Decoding) -> AnswerTrie:
         """That of the last call, where the choices are the same."""
         if self._trie is None or self._trie[0] != choices:
-            trie = AnswerTrie(self._backbone, self._backbone.ends, choices.texts, choices.separator, choices.most)
+            trie = AnswerTrie(self.backbone, self.backbone.ends, choices.texts, choices.separator, choices.most)
             self._trie = choices, trie
         longest = self._trie[1].longest
         if longest > decoding.max_new_tokens:
@@ -165,7 +167,7 @@ class TransformersEngine:
         return Outcome(index, text, tokens_in, len(answer.tokens), reason, chosen=answer.chosen)
 
     def _text(self, tokens: Sequence[int], chosen: Sequence[int], choices: Choices | None) -> str:
-        return self._backbone.decode([tokens])[0] if choices is None else choices.text(chosen)
+        return self.backbone.decode([tokens])[0] if choices is None else choices.text(chosen)
 
 
 class _Soft:

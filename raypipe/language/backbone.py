@@ -100,16 +100,18 @@ class Backbone(PromptTokenizer):
     context: int
     ends: tuple[int, ...]
 
-    def twin(self, own_embeddings: bool = False) -> Backbone:
+    def twin(self, own: Literal["nothing", "embeddings", "everything"] = "nothing") -> Backbone:
         """The same weights in modules of their own: what is put into the twin's, such as LoRA, this one does not have.
 
-        With `own_embeddings` it has copies of the embedding table and of the head, which may then be changed.
+        What is its `own` are copies, which may then be changed: of the embedding table and of the head, or of every weight.
         """
-        kept: list[Any] = [*self.model.parameters(), *self.model.buffers()]
-        if own_embeddings:
+        kept: list[Any] = [*self.model.buffers()]
+        if own == "embeddings":
             model: Any = self.model
             apart = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
-            kept = [tensor for tensor in kept if not any(tensor is other for other in apart)]
+            kept += [weight for weight in model.parameters() if not any(weight is other for other in apart)]
+        elif own == "nothing":
+            kept += self.model.parameters()
         return replace(self, model=deepcopy(self.model, {id(tensor): tensor for tensor in kept}))
 
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raypipe.engines.engine import EngineConfig
 from raypipe.errors import UsageError
 from raypipe.language.adapters import AdapterCard, build_adapter
 from raypipe.language.backbone import load_backbone
@@ -27,6 +26,7 @@ from raypipe.language.prefixes import PREFIX
 from raypipe.pipeline.evaluate import table
 from raypipe.pipeline.held_out import Cut, are_held_out
 from raypipe.pipeline.job import model_result
+from raypipe.pipeline.lancer_lists import load_writer
 from raypipe.pipeline.loaded import chosen_lm
 from raypipe.pipeline.sequences import catalogue_of, histories_hash, pinned_versions, read_histories
 from raypipe.recommenders.evaluation import HeldOut, ranks_of_floor
@@ -217,8 +217,9 @@ def _measure(
     config: AlignConfig, options: LancerConfig, inputs: _Inputs, asked: Asked, adapter: Path
 ) -> dict[str, float]:
     """Figures of the model, of the same model asked otherwise, and of the floors; the table of them is told."""
-    engine = EngineConfig(lm=str(inputs.lm), adapter=str(adapter)).build()
-    found = measured(options, inputs.catalogue, asked, engine, inputs.lm, adapter, config.answer_tokens, _tell)
+    found = measured(
+        asked, load_writer(options, inputs.catalogue, str(inputs.lm), adapter, config.answer_tokens), _tell
+    )
     training, items = asked.held.training, asked.held.items
     floors: dict[str, Floor] = {
         "popularity": Popularity(training, items),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raypipe.engines.engine import Engine, EngineConfig
+from raypipe.engines.engine import EngineConfig
+from raypipe.engines.transformers import TransformersEngine
 from raypipe.errors import UsageError
 from raypipe.language.checkpoint import checkpoint_hash, resolve_checkpoint
 from raypipe.language.instructions import Catalogue
@@ -21,7 +22,7 @@ from raypipe.runtime.job import ModelCache
 from raypipe.storage.models import Model, Models, find_model
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.lancer import LancerConfig
-from raypipe.systems.lancer_figures import ListWriter, build_lancer
+from raypipe.systems.lancer_lists import ListWriter, build_writer
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,6 @@ class Writer:
     """A loaded model; implements `Reader`."""
 
     lists: ListWriter
-    engine: Engine
-    answer_tokens: int
 
     @property
     def items(self) -> int:
@@ -44,6 +43,14 @@ class Writer:
     @property
     def table(self) -> Tensor:
         return self.lists.grounding.table
+
+
+def load_writer(
+    options: LancerConfig, catalogue: Catalogue, lm: str, adapter: Path, answer_tokens: int, device: str = "auto"
+) -> ListWriter:
+    """Of the language model and the adapter in these folders."""
+    base = TransformersEngine(EngineConfig(lm=lm, device=device))
+    return build_writer(options, catalogue, base, base.beside(adapter), answer_tokens)
 
 
 @dataclass(frozen=True)
@@ -62,9 +69,7 @@ class LoadsWriter:
     def __call__(self, folder: Path, device: str) -> Writer:
         stored, models = self.lm_model, Models(self.workspace.store)
         lm = resolve_checkpoint(self.lm) if stored is None else models.fetch(stored, self.cache)
-        engine = EngineConfig(lm=str(lm), adapter=str(folder), device=device).build()
-        room = engine.context - self.answer_tokens
-        return Writer(build_lancer(self.options, self.catalogue, lm, folder, room), engine, self.answer_tokens)
+        return Writer(load_writer(self.options, self.catalogue, str(lm), folder, self.answer_tokens, device))
 
 
 def writer_of(
@@ -99,10 +104,7 @@ class WrittenLists:
     def warm(self, model: Writer, known: Histories, places: NDArray[np.int64], seeds: NDArray[np.int64]) -> pa.Table:
         mine = known.take(known.starts[places], known.lengths[places])
         histories = [items.tolist() for items in np.split(mine.items, mine.ends[:-1])]
-        lancer = model.lists.lancer
-        config = lancer.config.model_copy(update={"filter_seen": self.filter_seen})
-        writer = replace(model.lists, lancer=replace(lancer, config=config))
-        written = writer.lists(model.engine, histories, histories, model.answer_tokens)
+        written = model.lists.lists(histories, filter_seen=self.filter_seen)
         items = np.zeros((len(places), self.k), np.int32)
         scores = np.full((len(places), self.k), -np.inf, np.float32)
         for row, (found, logprobs) in enumerate(zip(written.items, written.logprobs, strict=True)):

@@ -24,6 +24,10 @@ from raypipe.serving.queries import (
     InterpretQuery,
     Named,
     NamedAnswers,
+    Next,
+    NextAnswers,
+    NextBatch,
+    NextQuery,
     OracleBatch,
     OracleQuery,
     RerankAnswers,
@@ -101,6 +105,16 @@ def add_words(app: FastAPI, backend: Backend, limits: LimitOptions) -> None:
 
     @app.post("/v1/rerank/batch", response_model=RerankAnswers, responses=_UNTOLD)
     async def rerank_batch(batch: RerankBatch) -> dict[str, list[Any]]:
+        """Many at a time, all of one release and night."""
+        return await _tell_all(backend, limits, batch.queries)
+
+    @app.post("/v1/next", response_model=Next, responses=_UNTOLD)
+    async def next_items(query: NextQuery) -> Telling:
+        """What is chosen next, as a language model writes it, taken for items of the catalogue."""
+        return await _tell(backend, limits, query)
+
+    @app.post("/v1/next/batch", response_model=NextAnswers, responses=_UNTOLD)
+    async def next_items_batch(batch: NextBatch) -> dict[str, list[Any]]:
         """Many at a time, all of one release and night."""
         return await _tell_all(backend, limits, batch.queries)
 

@@ -81,6 +81,8 @@ class LanguageOptions(Config):
         None, "whose summaries of a user are shown to what ranks, as `rerank --summaries`; null for none"
     )
 
+    answer_tokens: int = shaping(96, "most tokens of an item's line that is written, as of `recommend`", ge=1)
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.ongoing < 2 * self.batching.size:

@@ -20,6 +20,7 @@ from raypipe.engines.transformers import TransformersEngine
 from raypipe.errors import UsageError
 from raypipe.language.adapters import read_card
 from raypipe.language.prompt import Prompt, Vectors
+from raypipe.serving.catalogue import Catalogue
 from raypipe.serving.config import OF_RELEASE, ServiceConfig
 from raypipe.serving.readers import lm_of
 from raypipe.serving.served import UnfitError
@@ -28,6 +29,9 @@ from raypipe.storage.models import Models, find_model
 from raypipe.storage.releases import Release
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.explanations import NO, YES, Asked, Explanation, explain
+from raypipe.systems.lancer import NAME as LANCER
+from raypipe.systems.lancer import LancerConfig
+from raypipe.systems.lancer_lists import ListWriter, build_writer
 from raypipe.systems.paradigms import build_summarizer
 from raypipe.systems.summaries import Block, UserSummary
 from raypipe.systems.trsr import likelihoods
@@ -35,24 +39,27 @@ from raypipe.systems.trsr import likelihoods
 ECHO = "echo"
 ADAPTERS = 8
 """Most that are kept beside one language model."""
-_KEPT = 2  # language models: that of the release, and that of the one which takes its place
+_KEPT = 2  # language models, and catalogues that one adapter writes of: that in force, and that which takes its place
 _PROBE_TOKENS = 2
 
 
 @dataclass(frozen=True)
 class Key:
-    """Which weights answer: a language model as a release names it, and beside it an adapter NAME/HASH, or none."""
+    """Which weights answer: a language model as a release names it, and beside it an adapter NAME/HASH, or none; of one that
+    writes items, the version of the catalogue that it writes of."""
 
     lm: str
     adapter: str = ""
+    catalogue: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.adapter}@{self.lm}"
+        return f"{'' if self.catalogue is None else self.catalogue}:{self.adapter}@{self.lm}"
 
     @classmethod
     def parse(cls, text: str) -> Key:
-        adapter, _, lm = text.partition("@")
-        return cls(lm, adapter)
+        before, _, lm = text.partition("@")
+        catalogue, _, adapter = before.partition(":")
+        return cls(lm, adapter, int(catalogue) if catalogue else None)
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,23 @@ class Likelihoods:
     yes: NDArray[np.float64] | None
 
 
-Task = Explain | Write | Summarise | Rank
+@dataclass(frozen=True)
+class Continue:
+    """To write what is chosen after a history, item indices in time order; with `filter_seen` nothing of it."""
+
+    history: Sequence[int]
+    filter_seen: bool
+
+
+@dataclass(frozen=True)
+class Continued:
+    """Items, the best first, and the log-probability of each one's line."""
+
+    items: Sequence[int]
+    logprobs: Sequence[float]
+
+
+Task = Explain | Write | Summarise | Rank | Continue
 
 
 @dataclass(frozen=True)
@@ -103,7 +126,7 @@ class Failed:
     message: str
 
 
-Result = Explanation | Outcome | UserSummary | Likelihoods | Failed
+Result = Explanation | Outcome | UserSummary | Likelihoods | Continued | Failed
 
 
 @dataclass(frozen=True)
@@ -116,11 +139,19 @@ class Job:
 
 
 @dataclass(frozen=True)
-class _Base:
-    """A language model, and the engines over its weights by adapter."""
+class Voice:
+    """What answers: an engine, and over it what writes items, where its adapter was trained to."""
 
     engine: Engine
-    beside: dict[str, Engine]
+    writer: ListWriter | None = None
+
+
+@dataclass(frozen=True)
+class _Base:
+    """A language model, and the voices over its weights by adapter and catalogue."""
+
+    voice: Voice
+    beside: dict[tuple[str, int | None], Voice]
 
 
 class Language:
@@ -133,33 +164,57 @@ class Language:
         self._bases: dict[str, _Base] = {}
         self._loading = Lock()
 
-    def ready(self, key: Key) -> Engine | None:
-        """The engine of these weights if they are in memory; waits for no loading."""
+    def ready(self, key: Key) -> Voice | None:
+        """What answers with these weights if they are in memory; waits for no loading."""
         base = self._bases.get(key.lm)
         if base is None:
             return None
-        return base.beside.get(key.adapter) if key.adapter else base.engine
+        return base.beside.get((key.adapter, key.catalogue)) if key.adapter else base.voice
 
-    def load(self, key: Key) -> Engine:
-        """The engine of these weights; those of the language model are shared by all of its adapters.
+    def load(self, key: Key) -> Voice:
+        """What answers with these weights; those of the language model are shared by all of its adapters.
 
         Raises UsageError for what is missing, damaged or does not belong together.
         """
         with self._loading:
-            base = self._bases.pop(key.lm, None) or _Base(self._base(key.lm), {})
+            base = self._bases.pop(key.lm, None) or _Base(Voice(self._base(key.lm)), {})
             self._bases[key.lm] = base
             while len(self._bases) > _KEPT:
                 self._bases.pop(next(iter(self._bases)))
             if not key.adapter:
-                return base.engine
-            if key.adapter not in base.beside:
-                base.beside[key.adapter] = self._beside(base.engine, key)
+                return base.voice
+            wanted = key.adapter, key.catalogue
+            if wanted not in base.beside:
+                base.beside[wanted] = self._beside(base, key)
+                for older in [one for one in base.beside if one[0] == key.adapter][:-_KEPT]:
+                    base.beside.pop(older)
                 while len(base.beside) > ADAPTERS:
                     base.beside.pop(next(iter(base.beside)))
-            return base.beside[key.adapter]
+            return base.beside[wanted]
 
-    def prove(self, key: Key, engine: Engine) -> None:
-        """Raises UnfitError where the engine gives no answer, or one that is no number."""
+    def keys(self, release: Release, catalogue: int) -> list[Key]:
+        """All weights of a release that may be asked, of a catalogue of this version."""
+        if not release.lm:
+            return []
+        found = [Key(release.lm)]
+        for name, content in release.adapters.items():
+            adapter = f"{name}/{content}"
+            writes = find_model(self._models, adapter).lineage.get("system") == LANCER
+            found.append(Key(release.lm, adapter, catalogue if writes else None))
+        return found
+
+    def prove(self, key: Key, voice: Voice) -> None:
+        """Raises UnfitError where there is no answer, or one that is no number."""
+        if voice.writer is not None:
+            written = voice.writer.lists([[1]])
+            fit = not written.refused and all(map(math.isfinite, written.logprobs[0]))
+        else:
+            fit = self._reads(key, voice.engine)
+        if not fit:
+            name = f"adapter {key.adapter[:40]}" if key.adapter else f"language model {key.lm[:40]}"
+            raise UnfitError(f"The {name} does not answer.", "Train or align it again, and release that.")
+
+    def _reads(self, key: Key, engine: Engine) -> bool:
         prompt = Prompt.of("Is this read?")
         if key.adapter:
             widths = read_card(self._models.fetch(find_model(self._models, key.adapter), Path(self.config.model_cache)))
@@ -171,15 +226,11 @@ class Language:
             prompt = Prompt.of("Is this read: ", *soft, "?")
         if engine.capabilities.logprobs:
             (scores,) = engine.score([prompt], [(YES, NO)])
-            fit = scores.error is None and all(map(math.isfinite, scores.logprobs))
-        else:
-            (outcome,) = engine.generate([prompt], Decoding(max_new_tokens=_PROBE_TOKENS))
-            fit = outcome.error is None
-        if not fit:
-            name = f"adapter {key.adapter[:40]}" if key.adapter else f"language model {key.lm[:40]}"
-            raise UnfitError(f"The {name} does not answer.", "Train or align it again, and release that.")
+            return scores.error is None and all(map(math.isfinite, scores.logprobs))
+        (outcome,) = engine.generate([prompt], Decoding(max_new_tokens=_PROBE_TOKENS))
+        return outcome.error is None
 
-    def answer(self, engine: Engine, jobs: Sequence[Job]) -> list[Result]:
+    def answer(self, voice: Voice, jobs: Sequence[Job]) -> list[Result]:
         """In their order; one that nobody waits for any more is not begun."""
         now = time.time()
         found: list[Result] = [Failed("deadline", "Nobody waited any more.")] * len(jobs)
@@ -189,22 +240,31 @@ class Language:
             (Write, self._write),
             (Summarise, self._summarise),
             (Rank, self._rank),
+            (Continue, self._continue),
         )
         for kind, ask in kinds:
             mine = [at for at in due if isinstance(jobs[at].task, kind)]
             if mine:
-                for at, result in zip(mine, ask(engine, [jobs[at] for at in mine]), strict=True):
+                for at, result in zip(mine, ask(voice, [jobs[at] for at in mine]), strict=True):
                     found[at] = result
         return found
 
-    def _beside(self, base: Engine, key: Key) -> Engine:
-        if not isinstance(base, TransformersEngine):
+    def _beside(self, base: _Base, key: Key) -> Voice:
+        reader = base.voice.engine
+        if not isinstance(reader, TransformersEngine):
             raise UsageError(
                 f"The adapter {key.adapter[:40]} cannot be read beside {key.lm}.",
                 "Serve it with --language.engine.engine transformers.",
             )
         adapter = find_model(self._models, key.adapter)
-        return base.beside(self._models.fetch_unharmed(adapter, Path(self.config.model_cache)))
+        same = [voice.engine for (name, _), voice in base.beside.items() if name == key.adapter]
+        engine = same[0] if same else reader.beside(self._models.fetch_unharmed(adapter, Path(self.config.model_cache)))
+        if key.catalogue is None:
+            return Voice(engine)
+        assert isinstance(engine, TransformersEngine)
+        spoken = Catalogue.of(self.workspace.tables["items"].read(key.catalogue)).spoken
+        options = LancerConfig.model_validate(adapter.lineage["options"])
+        return Voice(engine, build_writer(options, spoken, reader, engine, self.config.language.answer_tokens))
 
     def _base(self, lm: str) -> Engine:
         engine = self.config.language.engine
@@ -214,7 +274,7 @@ class Language:
             return engine.model_copy(update={"engine": ECHO}).build()
         return engine.model_copy(update={"lm": lm_of(self._models, lm, Path(self.config.model_cache))}).build()
 
-    def _explain(self, engine: Engine, jobs: Sequence[Job]) -> Sequence[Result]:
+    def _explain(self, voice: Voice, jobs: Sequence[Job]) -> Sequence[Result]:
         options = self.config.language
 
         def listen(at: int, so_far: Explanation) -> None:
@@ -224,34 +284,38 @@ class Language:
 
         asked = [job.task.asked for job in jobs if isinstance(job.task, Explain)]
         heard = any(job.listen is not None for job in jobs)
-        return explain(engine, asked, options.explanation, options.checks, listen if heard else None)
+        return explain(voice.engine, asked, options.explanation, options.checks, listen if heard else None)
 
-    def _write(self, engine: Engine, jobs: Sequence[Job]) -> Sequence[Result]:
+    def _write(self, voice: Voice, jobs: Sequence[Job]) -> Sequence[Result]:
         tasks = [job.task for job in jobs if isinstance(job.task, Write)]
         found: list[Result] = [Failed("internal", "No answer.")] * len(tasks)
         for choices in dict.fromkeys(task.choices for task in tasks):
             mine = [at for at, task in enumerate(tasks) if task.choices == choices]
             prompts = [tasks[at].prompt for at in mine]
-            for outcome in engine.generate(prompts, self.config.language.reading, choices):
+            for outcome in voice.engine.generate(prompts, self.config.language.reading, choices):
                 found[mine[outcome.index]] = outcome
         return found
 
-    def _summarise(self, engine: Engine, jobs: Sequence[Job]) -> Sequence[Result]:
+    def _summarise(self, voice: Voice, jobs: Sequence[Job]) -> Sequence[Result]:
         blocks = {str(at): job.task.blocks for at, job in enumerate(jobs) if isinstance(job.task, Summarise)}
-        summarizer = build_summarizer(engine, self.config.language.summaries, "")
+        summarizer = build_summarizer(voice.engine, self.config.language.summaries, "")
         return summarizer.summarize(blocks, {})
 
-    def _rank(self, engine: Engine, jobs: Sequence[Job]) -> Sequence[Result]:
+    def _rank(self, voice: Voice, jobs: Sequence[Job]) -> Sequence[Result]:
         tasks = [job.task for job in jobs if isinstance(job.task, Rank)]
         prompts = [prompt for task in tasks for prompt in task.prompts]
         answers = [task.answers for task in tasks for _ in task.prompts]
-        yes, _ = likelihoods(engine, prompts, answers)
+        yes, _ = likelihoods(voice.engine, prompts, answers)
         ends = np.cumsum([len(task.prompts) for task in tasks])
         return [Likelihoods(None if np.isnan(mine).any() else mine) for mine in np.split(yes, ends[:-1])]
 
-
-def keys_of(release: Release) -> list[Key]:
-    """All weights of a release that may be asked."""
-    if not release.lm:
-        return []
-    return [Key(release.lm), *(Key(release.lm, f"{name}/{content}") for name, content in release.adapters.items())]
+    def _continue(self, voice: Voice, jobs: Sequence[Job]) -> Sequence[Result]:
+        tasks = [job.task for job in jobs if isinstance(job.task, Continue)]
+        found: list[Result] = [Failed("internal", "No answer.")] * len(tasks)
+        assert voice.writer is not None, "asked by the key of what writes items"
+        for filter_seen in {task.filter_seen for task in tasks}:
+            mine = [at for at, task in enumerate(tasks) if task.filter_seen == filter_seen]
+            written = voice.writer.lists([tasks[at].history for at in mine], filter_seen=filter_seen)
+            for at, items, logprobs in zip(mine, written.items, written.logprobs, strict=True):
+                found[at] = Continued(items, logprobs)
+        return found

@@ -81,6 +81,12 @@ class RerankQuery(Who):
     adapter: str | None = Field(None, max_length=200, description="of the release, by name; unset: its first")
 
 
+class NextQuery(RecommendQuery):
+    """The items that a language model writes as those chosen next, under the conditions of a recommendation."""
+
+    adapter: str | None = Field(None, max_length=200, description="of the release, by name; unset: its first")
+
+
 class Item(BaseModel):
     item_id: str
     title: str
@@ -170,6 +176,18 @@ class Reranked(Told):
     items: list[Likely]
 
 
+class Line(BaseModel):
+    item_id: str
+    title: str
+    score: float = Field(description="log-probability of what was written and taken for the item")
+
+
+class Next(Told):
+    """Best first; no more than the language model writes lines."""
+
+    items: list[Line]
+
+
 class User(BaseModel):
     """A user as the night left them; `history` newest last, the last of `events`; `recommended` is the night's own list."""
 
@@ -232,6 +250,10 @@ class RerankBatch(_Query):
     queries: list[RerankQuery] = Field(min_length=1)
 
 
+class NextBatch(_Query):
+    queries: list[NextQuery] = Field(min_length=1)
+
+
 class RecommendAnswers(BaseModel):
     """In the order of the queries; a query that cannot be answered has its problem in the place of an answer."""
 
@@ -256,6 +278,10 @@ class NamedAnswers(BaseModel):
 
 class RerankAnswers(BaseModel):
     answers: list[Reranked | Problem]
+
+
+class NextAnswers(BaseModel):
+    answers: list[Next | Problem]
 
 
 class SummaryAnswers(BaseModel):

@@ -18,11 +18,12 @@ from raypipe.serving.config import OF_RELEASE, ServiceConfig
 from raypipe.storage.models import Model, Models, find_model
 from raypipe.storage.releases import Release
 from raypipe.systems.candidate_facts import Facts
+from raypipe.systems.lancer import LancerConfig
 from raypipe.systems.recexplainer import ExplainerConfig, RecExplainer
 from raypipe.systems.recinterpreter import InterpreterConfig, RecInterpreter
 from raypipe.systems.trsr import Past, Trsr, TrsrConfig
 
-EXPLAINER, INTERPRETER, RANKER = "recexplainer", "recinterpreter", "trsr"
+EXPLAINER, INTERPRETER, RANKER, WRITER = "recexplainer", "recinterpreter", "trsr", "lancer"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Reader:
     """An adapter of a release, NAME/HASH, and the system it was trained by."""
 
     adapter: str
-    system: RecExplainer | RecInterpreter | Ranker
+    system: RecExplainer | RecInterpreter | Ranker | LancerConfig
 
     @property
     def name(self) -> str:
@@ -60,6 +61,8 @@ class Reader:
     def kind(self) -> str:
         if isinstance(self.system, Ranker):
             return RANKER
+        if isinstance(self.system, LancerConfig):
+            return WRITER
         return EXPLAINER if isinstance(self.system, RecExplainer) else INTERPRETER
 
 
@@ -73,7 +76,7 @@ def read_readers(models: Models, release: Release, config: ServiceConfig, catalo
         model = find_model(models, f"{name}/{content}")
         folder = models.fetch_unharmed(model, cache)
         card = read_card(folder)
-        # What ranks is told all in words, and belongs to no recommender.
+        # What ranks and what writes items is told all in words, and belongs to no recommender.
         if card.recommender not in {"", release.recommender}:
             raise UsageError(
                 f"The adapter {name} was trained beside {card.recommender}, and the release has {release.recommender}.",
@@ -95,13 +98,15 @@ def of_kind(readers: Mapping[str, Reader], kind: str) -> Sequence[Reader]:
     return [reader for reader in readers.values() if reader.kind == kind]
 
 
-def _system(model: Model) -> RecExplainer | RecInterpreter | None:
+def _system(model: Model) -> RecExplainer | RecInterpreter | LancerConfig | None:
     """None for another system."""
     options = model.lineage.get("options")
     if model.lineage.get("system") == EXPLAINER:
         return ExplainerConfig.model_validate(options).build()
     if model.lineage.get("system") == INTERPRETER:
         return InterpreterConfig.model_validate(options).build()
+    if model.lineage.get("system") == WRITER:
+        return LancerConfig.model_validate(options)
     return None
 
 

@@ -159,7 +159,7 @@ class Replica:
         return Condition(ok=True)
 
 
-def _unproven(release: str) -> None:
+def _unproven(release: str, catalogue: int) -> None:
     """Without a language model there is none to prove."""
 
 

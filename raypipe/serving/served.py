@@ -45,8 +45,8 @@ class Target:
 @dataclass(frozen=True)
 class Served:
     """See the module. `table` [items + 1, width] are the recommender's item states; `states_fit`: the night's states are this
-    recommender's, and need not be computed again; `lm` is the release's language model, `readers` its adapters by name;
-    `some_users` of the night, for who wants to look around."""
+    recommender's, and need not be computed again; `catalogue_version` is that of the items table; `lm` is the release's language
+    model, `readers` its adapters by name; `some_users` of the night, for who wants to look around."""
 
     target: Target
     recommender_name: str
@@ -56,6 +56,7 @@ class Served:
     popular: Sequence[int]
     states_fit: bool
     since: float
+    catalogue_version: int
     lm: str = ""
     readers: Mapping[str, Reader] = field(default_factory=dict)
     some_users: Sequence[str] = ()
@@ -115,6 +116,7 @@ def load(config: ServiceConfig, target: Target) -> Served:
         card.popular,
         night is not None and night.release.get("recommender") == release.recommender,
         time.time(),
+        version,
         release.lm,
         read_readers(models, release, config, catalogue.spoken),
         _some_users(workspace, night) if night is not None else (),

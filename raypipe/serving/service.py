@@ -97,9 +97,9 @@ class Service:
                 scores.append((at, query, person))
                 continue
             try:
-                lists.append((at, person, self._wanted(served, query)))
-            except UnknownValueError as problem:
-                found[at] = RefusedQueryError("no_such_value", str(problem))
+                lists.append((at, person, self.wanted(served, query)))
+            except RefusedQueryError as problem:
+                found[at] = problem
         # Asking the model for nothing costs as much as a small answer.
         asked = [(person.known, wanted) for _, person, wanted in lists]
         for (at, person, wanted), ranked in zip(lists, served.recommend(asked) if asked else (), strict=True):
@@ -179,9 +179,13 @@ class Service:
         known = Known(record.items, record.seed, record.state if served.states_fit else None, key)
         return Person(known, True, 0, record.summaries or {})
 
-    def _wanted(self, served: Served, query: RecommendQuery) -> Wanted:
+    def wanted(self, served: Served, query: RecommendQuery) -> Wanted:
+        """The list that is asked for; raises RefusedQueryError for an attribute's value that no item has."""
         only = tuple(sorted(query.only.items()))
-        served.catalogue.allowed(only, served.recommender.items)
+        try:
+            served.catalogue.allowed(only, served.recommender.items)
+        except UnknownValueError as problem:
+            raise RefusedQueryError("no_such_value", str(problem)) from None
         filter_seen = self.config.filter_seen if query.filter_seen is None else query.filter_seen
         return Wanted(query.count, only, served.catalogue.indices(query.deny) if query.deny else None, filter_seen)
 

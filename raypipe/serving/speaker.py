@@ -19,12 +19,11 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from raypipe.engines.engine import Engine
 from raypipe.errors import RaypipeError
 from raypipe.serving.config import ServiceConfig
 from raypipe.serving.conversation import SoFar
 from raypipe.serving.doors import shut_inner_door
-from raypipe.serving.language import ADAPTERS, Failed, Job, Key, Language, Result, Task, keys_of
+from raypipe.serving.language import ADAPTERS, Failed, Job, Key, Language, Result, Task, Voice
 from raypipe.serving.served import UnfitError
 from raypipe.storage.releases import Releases
 from raypipe.systems.explanations import Explanation
@@ -53,9 +52,9 @@ class Speaker:
         # A process that is started under load has its weights before it is asked for the first time.
         releases = Releases(self.language.workspace.store)
         release = releases.named("served") or releases.named("champion")
-        for key in keys_of(release)[:1] if release is not None else ():
+        if release is not None and release.lm:
             try:
-                self.language.load(key)
+                self.language.load(Key(release.lm))
             except RaypipeError as error:
                 _LOG.error("%s", error)
 
@@ -78,13 +77,13 @@ class Speaker:
         finally:
             whole.cancel()
 
-    async def prove(self, release: str) -> str:
-        """Load all weights of a release and ask them; the reason why it is unfit, or nothing."""
+    async def prove(self, release: str, catalogue: int) -> str:
+        """Load all weights of a release, for a catalogue of this version, and ask them; the reason why it is unfit, or nothing."""
         found = Releases(self.language.workspace.store).get(release)
         try:
-            for key in keys_of(found):
-                engine = await self._load(str(key))
-                await _aside(self._answers, partial(self.language.prove, key, engine))
+            for key in self.language.keys(found, catalogue):
+                voice = await self._load(str(key))
+                await _aside(self._answers, partial(self.language.prove, key, voice))
         except RaypipeError as error:
             # Without adapters the language model is asked for nothing but summaries of given histories.
             return str(error) if found.adapters else ""
@@ -95,11 +94,11 @@ class Speaker:
         key = serve.get_multiplexed_model_id()
         try:
             await self._told(key)
-            engine = self.language.ready(Key.parse(key)) or await self._load(key)
+            voice = self.language.ready(Key.parse(key)) or await self._load(key)
         except RaypipeError as error:
             _LOG.error("%s", error)
             return [_LOADED] * len(jobs)
-        return await _aside(self._answers, partial(self.language.answer, engine, jobs))
+        return await _aside(self._answers, partial(self.language.answer, voice, jobs))
 
     @serve.multiplexed(max_num_models_per_replica=ADAPTERS)
     async def _told(self, key: str) -> str:
@@ -108,7 +107,7 @@ class Speaker:
         await self._load(key)
         return key
 
-    async def _load(self, key: str) -> Engine:
+    async def _load(self, key: str) -> Voice:
         return await _aside(self._loads, partial(self.language.load, Key.parse(key)))
 
 
@@ -149,9 +148,9 @@ class Remote:
                 return
         yield _GONE
 
-    def prove(self, release: str) -> None:
+    def prove(self, release: str, catalogue: int) -> None:
         """Raises UnfitError where a release's language model or an adapter does not answer. Not for an event loop."""
-        reason = self._handle.prove.remote(release).result(timeout_s=_PROOF_S)
+        reason = self._handle.prove.remote(release, catalogue).result(timeout_s=_PROOF_S)
         if reason:
             raise UnfitError(reason, "The release before stays.")
 

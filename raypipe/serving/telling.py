@@ -6,7 +6,7 @@ Prompts are made here, where the recommender is; they go to the language model a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,14 +16,29 @@ from raypipe.language.prompt import Prompt
 from raypipe.metrics.recovery import titles_in
 from raypipe.recommenders.windows import Histories
 from raypipe.serving.config import ServiceConfig
-from raypipe.serving.language import Explain, Failed, Key, Likelihoods, Rank, Result, Summarise, Task, Write
+from raypipe.serving.language import (
+    Continue,
+    Continued,
+    Explain,
+    Failed,
+    Key,
+    Likelihoods,
+    Rank,
+    Result,
+    Summarise,
+    Task,
+    Write,
+)
 from raypipe.serving.queries import (
     Explained,
     ExplainQuery,
     Interpreted,
     InterpretQuery,
     Likely,
+    Line,
     Named,
+    Next,
+    NextQuery,
     OracleQuery,
     Reranked,
     RerankQuery,
@@ -31,7 +46,7 @@ from raypipe.serving.queries import (
     Summaries,
     SummaryQuery,
 )
-from raypipe.serving.readers import EXPLAINER, INTERPRETER, RANKER, Ranker, Reader, of_kind
+from raypipe.serving.readers import EXPLAINER, INTERPRETER, RANKER, WRITER, Ranker, Reader, of_kind
 from raypipe.serving.recommending import Wanted, known_histories, state_of
 from raypipe.serving.served import Served
 from raypipe.serving.service import Person, RefusedQueryError, Service, origin, shown_items
@@ -51,9 +66,9 @@ from raypipe.systems.source import Source
 from raypipe.systems.summaries import UserSummary, blocks_of
 from raypipe.systems.trsr import PastSummaries, best_first
 
-TellQuery = ExplainQuery | InterpretQuery | ResidualQuery | OracleQuery | SummaryQuery | RerankQuery
-Telling = Explained | Interpreted | Named | Summaries | Reranked
-R = TypeVar("R", Explanation, Outcome, UserSummary, Likelihoods)
+TellQuery = ExplainQuery | InterpretQuery | ResidualQuery | OracleQuery | SummaryQuery | RerankQuery | NextQuery
+Telling = Explained | Interpreted | Named | Summaries | Reranked | Next
+R = TypeVar("R", Explanation, Outcome, UserSummary, Likelihoods, Continued)
 
 
 @dataclass(frozen=True)
@@ -94,6 +109,8 @@ class Teller:
             return self._explanation(served, query, person)
         if isinstance(query, RerankQuery):
             return self._ranking(served, query, person)
+        if isinstance(query, NextQuery):
+            return self._continuation(served, query, person)
         return self._reading(served, query, person)
 
     def _summary(self, served: Served, query: SummaryQuery, person: Person) -> Question | Telling:
@@ -189,6 +206,29 @@ class Teller:
             return Reranked(items=found, **_facts(served, person, reader))
 
         return Question(key, Rank(prompts, tuple(trsr.answers)), answer)
+
+    def _continuation(self, served: Served, query: NextQuery, person: Person) -> Question:
+        reader = _chosen(served, query.adapter, WRITER)
+        key = replace(self._key(served, reader), catalogue=served.catalogue_version)
+        history = person.known.items.tolist()
+        if not history:
+            raise RefusedQueryError("nothing_known", "The history has no item of the catalogue.")
+        wanted = self.service.wanted(served, query)
+        ids, titles = served.catalogue.ids, served.catalogue.titles
+        allowed = served.catalogue.allowed(wanted.only, len(ids)).copy()
+        if wanted.deny is not None:
+            allowed[wanted.deny] = False
+
+        def answer(result: Result) -> Next:
+            written = _given(result, Continued)
+            pairs = [pair for pair in zip(written.items, written.logprobs, strict=True) if allowed[pair[0]]]
+            found = [
+                Line(item_id=ids[item - 1], title=titles[item - 1], score=score)
+                for item, score in pairs[: wanted.count]
+            ]
+            return Next(items=found, **_facts(served, person, reader))
+
+        return Question(key, Continue(history, wanted.filter_seen), answer)
 
     def _reading(self, served: Served, query: InterpretQuery | ResidualQuery | OracleQuery, person: Person) -> Question:
         reader = _chosen(served, query.adapter, INTERPRETER, isinstance(query, OracleQuery))

@@ -30,11 +30,13 @@ class Watch:
 
     A request keeps what it began with. A release that cannot be loaded or fails its check is refused, with the reason, until
     another one is in force, and what was served before stays; a workspace or a store that does not answer changes nothing.
-    `prove` raises UnfitError for a release whose language model does not answer; without it this looks, and marks nothing as
-    served.
+    `prove` raises UnfitError for a release whose language model does not answer of a catalogue in that version; without it this
+    looks, and marks nothing as served.
     """
 
-    def __init__(self, config: ServiceConfig, store: OnlineStore, prove: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, config: ServiceConfig, store: OnlineStore, prove: Callable[[str, int], None] | None = None
+    ) -> None:
         self.config, self.store, self.prove = config, store, prove
         self.workspace = Workspace(config.workspace)
         self.refused: dict[str, str] = {}
@@ -87,7 +89,7 @@ class Watch:
         try:
             served = self._loaded(target)
             if self.prove is not None and target.release != self.served.target.release:
-                self.prove(target.release)
+                self.prove(target.release, served.catalogue_version)
         except (UsageError, UnfitError) as error:
             self.refused[target.release] = str(error)
             _LOG.error("%s", error)

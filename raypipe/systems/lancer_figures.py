@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from raypipe.engines.engine import Engine
-from raypipe.language.adapters import load_adapter
-from raypipe.language.backbone import load_backbone
-from raypipe.language.checkpoint import checkpoint_hash
-from raypipe.language.grounding import Grounding
-from raypipe.language.instructions import Catalogue
 from raypipe.metrics.ranking import Mean, hit_rate, ndcg
 from raypipe.recommenders.evaluation import HeldOut
-from raypipe.systems.lancer import NAME, Frame, Lancer, LancerConfig, grounding_figures, lists_of, ranks_of_lists
-from raypipe.systems.lancer_reading import read_items
+from raypipe.systems.lancer import NAME, Frame, LancerConfig, grounding_figures, ranks_of_lists
+from raypipe.systems.lancer_lists import Lists, ListWriter
 
 CONTROL = "shuffled items"
 """The reasoning prompt is made of the items of the next user."""
 _CUTOFFS = (5, 10)
 _LENGTHS = (10, 20, 50, 100, 200)
-_USERS_AT_ONCE = 128
 _TOLD_EVERY_S = 10.0
 
 
@@ -42,103 +34,20 @@ class Asked:
         return [mine.tolist() for mine in np.split(prefixes.items, prefixes.ends[:-1])]
 
 
-def measured(
-    config: LancerConfig,
-    catalogue: Catalogue,
-    asked: Asked,
-    engine: Engine,
-    lm: Path,
-    adapter: Path,
-    most_tokens: int,
-    tell: Callable[[str, int, int], None],
-) -> dict[str, dict[str, Mean]]:
+def measured(asked: Asked, writer: ListWriter, tell: Callable[[str, int, int], None]) -> dict[str, dict[str, Mean]]:
     """Figures of the model as it is, under `NAME`, in other frames (`perturbed 1`), and with another user's reasoning prompt."""
-    reader = build_lancer(config, catalogue, lm, adapter, engine.context - most_tokens)
-    histories = asked.histories()
+    config, histories = writer.lancer.config, asked.histories()
     found: dict[str, dict[str, Mean]] = {}
     frames: dict[str, Frame | None] = {NAME: None}
     frames |= {f"perturbed {number}": frame for number, frame in enumerate(config.prompts.perturbed, 1)}
     for name, frame in frames.items():
-        lists = reader.lists(engine, histories, histories, most_tokens, frame, _progress(tell, name))
+        lists = writer.lists(histories, frame=frame, tell=_progress(tell, name))
         found[name] = _figures(lists, asked, config, whole=name == NAME)
     if config.reasoning:
         others = [*histories[1:], *histories[:1]]
-        lists = reader.lists(engine, histories, others, most_tokens, None, _progress(tell, CONTROL))
+        lists = writer.lists(histories, others, tell=_progress(tell, CONTROL))
         found[CONTROL] = _figures(lists, asked, config, whole=False)
     return found
-
-
-@dataclass(frozen=True)
-class Lists:
-    """Items of each user, best first, the log-probability of the first line that was taken for each, and how all of the answers
-    were grounded."""
-
-    items: list[list[int]]
-    logprobs: list[list[float]]
-    exact: list[NDArray[np.bool_]]
-    margins: list[NDArray[np.float32]]
-    refused: float
-    tokens: float
-
-
-@dataclass(frozen=True)
-class ListWriter:
-    """Histories in, lists of items out."""
-
-    lancer: Lancer
-    grounding: Grounding
-
-    def lists(
-        self,
-        engine: Engine,
-        histories: Sequence[Sequence[int]],
-        read: Sequence[Sequence[int]],
-        most_tokens: int,
-        frame: Frame | None = None,
-        tell: Callable[[int, int], None] | None = None,
-    ) -> Lists:
-        """Of the users of these histories, and of what `read` has for their reasoning prompts; `most_tokens` of a line."""
-        config = self.lancer.config
-        found = Lists([], [], [], [], 0.0, 0.0)
-        refused = tokens = 0.0
-        for start in range(0, len(histories), _USERS_AT_ONCE):
-            part = slice(start, start + _USERS_AT_ONCE)
-            prompts = self.lancer.prompts(histories[part], read[part], frame)
-            answers, told = self.lancer.answers(engine, prompts, most_tokens)
-            grounded = self.grounding.ground([beam.text for mine in answers for beam in mine])
-            ends = np.cumsum([len(mine) for mine in answers])[:-1]
-            items = np.split(grounded.nearest + 1, ends)
-            for mine, beams in zip(
-                lists_of(items, histories[part], filter_seen=config.filter_seen), answers, strict=True
-            ):
-                found.items.append(list(mine))
-                found.logprobs.append([beams[place].logprob for place in mine.values()])
-            found.exact.extend(np.split(grounded.exact, ends))
-            found.margins.extend(np.split(grounded.margin, ends))
-            refused, tokens = refused + told["refused"], tokens + told["tokens_asked"]
-            if tell is not None:
-                tell(min(part.stop, len(histories)), len(histories))
-        return replace(found, refused=refused, tokens=tokens)
-
-
-def build_lancer(config: LancerConfig, catalogue: Catalogue, lm: Path, adapter: Path, room: int) -> ListWriter:
-    """What asks and grounds, of a stored adapter beside its language model; prompts may take `room` tokens.
-
-    The catalogue need not be the one it was trained on: it is read anew.
-    """
-    reader = load_backbone(str(lm))
-    backbone = load_backbone(str(lm))
-    adapted = load_adapter(adapter, backbone, checkpoint_hash(lm))
-    vectors = None
-    if config.reasoning:
-        contents = [
-            ids[: config.content_tokens]
-            for ids, _ in reader.encode_pieces([[text] for text in config.contents(catalogue)])
-        ]
-        vectors = read_items(reader.model, adapted.prefix, contents, config.representation, reader.ends[0])
-    lines = config.lines(catalogue)
-    lancer = Lancer(config, lines, vectors, reader, room - config.room)
-    return ListWriter(lancer, Grounding(backbone, lines))
 
 
 def rank_figures(

@@ -47,7 +47,7 @@ def answers(
 def ending_often(lm: str, **settings: object) -> TransformersEngine:
     """An engine in which every tenth token ends an answer, as likely as all of them together."""
     found = engine(lm, **settings)
-    found._backbone = replace(found._backbone, ends=tuple(range(0, 290, 10)))
+    found.backbone = replace(found.backbone, ends=tuple(range(0, 290, 10)))
     return found
 
 
@@ -150,14 +150,14 @@ def test_a_prompt_is_read_once_for_all_beams_and_rows_stay_within_their_bound(
 ) -> None:
     built = engine(random_lm, batch_tokens=1200)
     read: list[tuple[int, int, int]] = []
-    forward = built._backbone.model.forward
+    forward = built.backbone.model.forward
 
     def watched(**given: torch.Tensor) -> object:
         rows, tokens = given["input_ids"].shape
         read.append((rows, tokens, given["position_ids"].max().item()))
         return forward(**given)
 
-    monkeypatch.setattr(built._backbone.model, "forward", watched)
+    monkeypatch.setattr(built.backbone.model, "forward", watched)
     found = answers(built, PROMPTS, Decoding(beams=5, max_new_tokens=20))
     assert sum(rows for rows, tokens, _ in read if tokens > 1) == len(PROMPTS)
     assert max(rows * (last + 1) for rows, tokens, last in read if tokens == 1) <= 1200

@@ -97,7 +97,7 @@ def test_texts_that_do_not_fit_into_an_answer_are_refused_before_work_starts(ran
 def test_any_end_mark_ends_a_choice(random_lm: str) -> None:
     built = engine(random_lm)
     others = tuple(range(100, 130))
-    built._backbone = replace(built._backbone, ends=(0, *others))
+    built.backbone = replace(built.backbone, ends=(0, *others))
     plain = Plain(random_lm)
     (ids,) = plain.backbone.encode([PROMPTS[0].text])
     (answer,) = answer_tokens(plain.backbone, ["A"])

@@ -60,16 +60,16 @@ def test_a_prompt_is_read_once_and_answers_of_one_token_cost_nothing_more(
 ) -> None:
     built = engine(stories)
     read: list[int] = []
-    forward = built._backbone.model.forward
+    forward = built.backbone.model.forward
 
     def watched(**given: torch.Tensor) -> object:
         read.append(given["input_ids"].shape[1])
         return forward(**given)
 
-    monkeypatch.setattr(built._backbone.model, "forward", watched)
+    monkeypatch.setattr(built.backbone.model, "forward", watched)
     words = [f" {word}" for word in ("time", "girl", "was", "she", "yes", "no")]
     prompt = Prompt.of("Once upon a")
-    short = [word for word in (word.strip() for word in words) if len(answer_tokens(built._backbone, [word])[0]) == 1]
+    short = [word for word in (word.strip() for word in words) if len(answer_tokens(built.backbone, [word])[0]) == 1]
     (one,) = scores(built, [prompt], [short or ["a"]])
     assert len(read) == (1 if short else 2)
     read.clear()
@@ -96,7 +96,7 @@ def test_questions_that_begin_alike_have_the_scores_they_have_alone(
 def test_what_the_questions_about_one_user_share_is_read_once(stories: str, monkeypatch: pytest.MonkeyPatch) -> None:
     built = engine(stories)
     read: list[int] = []
-    forward = built._backbone.model.forward
+    forward = built.backbone.model.forward
 
     def watched(**given: torch.Tensor) -> object:
         read.append(given["input_ids"].numel())
@@ -104,8 +104,8 @@ def test_what_the_questions_about_one_user_share_is_read_once(stories: str, monk
 
     users = [f"{name} had a red ball and liked to play in the park with it" for name in ("Lily", "Tom", "The dog")]
     asked = [Prompt.of(f"{user} and {end}") for user in users for end in ("a", "b", "c", "d", "e")]
-    lengths = [len(ids) for ids in built._backbone.encode([prompt.text for prompt in asked])]
-    monkeypatch.setattr(built._backbone.model, "forward", watched)
+    lengths = [len(ids) for ids in built.backbone.encode([prompt.text for prompt in asked])]
+    monkeypatch.setattr(built.backbone.model, "forward", watched)
     scores(built, asked, [["yes"]] * len(asked))
     assert sum(read) <= sum(lengths[::5]) + 3 * len(asked) < sum(lengths) / 2
 
@@ -123,7 +123,7 @@ def test_a_prompt_that_does_not_fit_is_an_error_in_its_row_only(random_lm: str) 
 
 def test_the_context_holds_the_prompt_and_its_longest_answer(random_lm: str) -> None:
     built = engine(random_lm)
-    (room,) = (len(ids) for ids in answer_tokens(built._backbone, ["Lily was a girl"]))
+    (room,) = (len(ids) for ids in answer_tokens(built.backbone, ["Lily was a girl"]))
     (known,) = scores(built, PROMPTS[:1], [["A"]])
     exact, narrow = (engine(random_lm, context=known.tokens_in + room - less) for less in (0, 1))
     assert scores(exact, PROMPTS[:1], [["A", "Lily was a girl"]])[0].error is None

@@ -70,7 +70,7 @@ def test_what_all_prompts_begin_with_is_read_once(stories, monkeypatch):
 
     def counting(lm: str) -> list[Outcome]:
         built = engine(lm)
-        model = built._backbone.model
+        model = built.backbone.model
         forward = model.forward
         monkeypatch.setattr(
             model, "forward", lambda **given: read.append(given["input_ids"].numel()) or forward(**given)
@@ -155,7 +155,7 @@ def test_identity_follows_the_weights_and_not_the_place(random_lm, random_checkp
 def ending_often(lm: str, **settings):
     """An engine whose answers end at about every tenth token, so that rows come and go at all times."""
     found = engine(lm, **settings)
-    found._backbone = replace(found._backbone, ends=tuple(range(0, 400, 10)))
+    found.backbone = replace(found.backbone, ends=tuple(range(0, 400, 10)))
     return found
 
 

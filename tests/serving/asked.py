@@ -11,7 +11,7 @@ from raypipe.serving.api import build_api
 from raypipe.serving.config import ServiceConfig
 from raypipe.serving.conversation import Conversation, Event, SoFar
 from raypipe.serving.guard import Guard
-from raypipe.serving.language import Job, Key, Language, Result, Task, keys_of
+from raypipe.serving.language import Job, Key, Language, Result, Task
 from raypipe.serving.queries import Condition, ExplainQuery, Standing, User, Users
 from raypipe.serving.service import Answer, Query, RefusedQueryError, Service
 from raypipe.serving.telling import Teller, Telling, TellQuery
@@ -51,8 +51,8 @@ class Speaking:
             yield so_far
         yield result
 
-    def prove(self, release: str) -> None:
-        for key in keys_of(Releases(self.language.workspace.store).get(release)):
+    def prove(self, release: str, catalogue: int) -> None:
+        for key in self.language.keys(Releases(self.language.workspace.store).get(release), catalogue):
             self.language.prove(key, self.language.load(key))
 
 

@@ -11,6 +11,7 @@ from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_toke
 from raypipe.storage.models import Models, find_model
 from raypipe.storage.releases import Release, Releases
 from raypipe.storage.store import Store
+from raypipe.systems.lancer import LancerConfig, LancerPrompts
 from raypipe.systems.recexplainer import ExplainerConfig
 from raypipe.systems.recinterpreter import InterpreterConfig
 from raypipe.systems.trsr import TrsrConfig
@@ -18,14 +19,26 @@ from tests.made import MODEL, publish
 from tests.pipeline.conftest import asked_templates
 from tests.pipeline.ranked_logs import TERSE
 from tests.pipeline.small_logs import CHAIN_ITEMS
-from tests.untrained import store_untrained_adapter, store_untrained_ranker
+from tests.untrained import store_untrained_adapter, store_untrained_ranker, store_untrained_writer
 
 EXPLAINERS = (ExplainerConfig(), ExplainerConfig(variant="I"))
 INTERPRETER = InterpreterConfig(after="item")
 RANKER = TrsrConfig(prompt=TERSE, facts=True)
+WRITER = LancerConfig(
+    reads=3,
+    shown=4,
+    virtual_tokens=3,
+    beams=6,
+    text_characters=0,
+    constrained=True,
+    prompts=LancerPrompts(line="{title}"),
+)
 TOKENS = 12
 """Of an answer: random weights never end one."""
+LINE = 8
+"""Tokens of a line that is written."""
 SHORT = {
+    "answer_tokens": LINE,
     "explanation": {"max_new_tokens": TOKENS},
     "reading": {"max_new_tokens": TOKENS},
     "checks": {"retries": 0, "most_characters": 100_000},
@@ -51,6 +64,8 @@ def give_words(uri: str, folder: Path) -> Release:
         adapters[made.name] = made.hash
     ranker = store_untrained_ranker(uri, RANKER, folder)
     adapters[ranker.name] = ranker.hash
+    writer = store_untrained_writer(uri, WRITER, folder)
+    adapters[writer.name] = writer.hash
     release = releases.add(Release(champion.recommender, lm.hash, adapters, champion.catalogue))
     releases.point("champion", release)
     publish(uri, "2026-01-05")

@@ -18,7 +18,7 @@ from raypipe.metrics.recovery import titles_in
 from raypipe.recommenders.checkpoint import load_recommender
 from raypipe.recommenders.sequences import Sequences
 from raypipe.serving.config import ServiceConfig
-from raypipe.serving.language import Key, Language, keys_of
+from raypipe.serving.language import Key, Language
 from raypipe.storage.models import Models
 from raypipe.storage.releases import Releases
 from raypipe.storage.store import Store
@@ -126,6 +126,7 @@ def test_adapters_are_chosen_by_name_and_answer_by_themselves(asked: Asked) -> N
         "recexplainer-i": "recexplainer",
         "recinterpreter": "recinterpreter",
         "trsr": "trsr",
+        "lancer": "lancer",
     }
     for route, name in (("explain", "recinterpreter"), ("interpret", "recexplainer-h"), ("explain", "nothing")):
         refused = asked.post(route, {"user_id": "u2", "adapter": name})
@@ -264,8 +265,8 @@ def test_two_language_models_are_kept_and_each_once(speaking: str, tmp_path: Pat
     champion = Releases(store).named("champion")
     assert champion is not None
     language = Language(ServiceConfig(workspace=speaking, language=SHORT))
-    keys = keys_of(champion)
-    assert len(keys) == 5
+    keys = language.keys(champion, champion.catalogue)
+    assert len(keys) == 6
     engines = [language.load(key) for key in keys]
     assert [language.load(key) for key in keys] == [language.ready(key) for key in keys] == engines
     others = []
@@ -278,6 +279,6 @@ def test_two_language_models_are_kept_and_each_once(speaking: str, tmp_path: Pat
     language.load(others[0])
     language.load(keys[0])
     language.load(others[1])
-    assert [language.ready(key) is not None for key in (*keys, *others)] == [True] * 5 + [False, True]
+    assert [language.ready(key) is not None for key in (*keys, *others)] == [True] * 6 + [False, True]
     language.load(others[0])
-    assert [language.ready(key) for key in keys] == [None] * 5
+    assert [language.ready(key) for key in keys] == [None] * 6

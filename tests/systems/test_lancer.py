@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from raypipe.engines.engine import Choices, Decoding, EngineConfig
+from raypipe.engines.engine import Choices, Decoding
 from raypipe.errors import UsageError
 from raypipe.language.adapters import AdapterCard
 from raypipe.language.backbone import load_backbone
@@ -22,6 +22,7 @@ from raypipe.language.checkpoint import checkpoint_hash
 from raypipe.language.instructions import Catalogue
 from raypipe.language.prefixes import PREFIX
 from raypipe.language.prompt import Text, Vectors
+from raypipe.pipeline.lancer_lists import load_writer
 from raypipe.recommenders.evaluation import HeldOut
 from raypipe.recommenders.recommender import weights_hash
 from raypipe.recommenders.windows import Histories
@@ -35,7 +36,8 @@ from raypipe.systems.lancer import (
     ranks_of_lists,
 )
 from raypipe.systems.lancer_exercises import FIRST, Exercises, Told, prepare_lancer
-from raypipe.systems.lancer_figures import CONTROL, Asked, build_lancer, measured, rank_figures
+from raypipe.systems.lancer_figures import CONTROL, Asked, measured, rank_figures
+from raypipe.systems.lancer_lists import ListWriter
 from raypipe.systems.lancer_training import LancerLm, LancerTask, store_vectors
 
 ITEMS, USERS, EVENTS = 12, 60, 10
@@ -131,14 +133,14 @@ class Prepared:
     def adapter(self) -> Path:
         return self.folder / "adapter"
 
+    def writer(self, answer_tokens: int) -> ListWriter:
+        return load_writer(self.config, self.catalogue, str(self.lm), self.adapter, answer_tokens, "cpu")
+
     def figures(self) -> dict[str, float]:
         """Asked for everybody's last event."""
-        engine = EngineConfig(lm=str(self.lm), adapter=str(self.adapter), device="cpu").build()
         held = HeldOut.of(histories(), 1, ITEMS)
         asked = Asked(held, np.zeros(USERS, bool))
-        told = measured(
-            self.config, self.catalogue, asked, engine, self.lm, self.adapter, 8, lambda name, done, of: None
-        )
+        told = measured(asked, self.writer(8), lambda name, done, of: None)
         return {
             figure if name == NAME else f"{name}: {figure}": mean.value
             for name, figures in told.items()
@@ -174,7 +176,7 @@ def test_a_line_holds_attributes_and_title_and_a_content_the_text_too() -> None:
 def test_a_question_shows_the_last_items_and_holds_the_vectors_of_the_last_read(lm: Path, tmp_path: Path) -> None:
     world = prepared(lm, tmp_path, shown=2, reads=3, second_stage="frozen")
     world.trained(0)
-    writer = build_lancer(world.config, world.catalogue, lm, world.adapter, 100).lancer
+    writer = world.writer(28).lancer
     (prompt,) = writer.prompts([[1, 2, 3, 4]], [[1, 2, 3, 4]])
     vectors, *words = prompt.segments
     assert [segment.text for segment in words if isinstance(segment, Text)] == [
@@ -362,10 +364,10 @@ def test_validation_is_the_probability_that_an_engine_gives_the_event_behind_tra
     assert count == USERS
     parts = [task.validate(model, rank, 2) for rank in (0, 1)]
     assert sum(part for part, _ in parts) == pytest.approx(total, rel=1e-5)
-    writer = build_lancer(world.config, world.catalogue, lm, world.adapter, 120).lancer
+    written = world.writer(8)
+    writer, engine = written.lancer, written.engine
     known = histories().without_last(2)
     before = [known.items[known.starts[row] : known.ends[row]].tolist() for row in range(USERS)]
-    engine = EngineConfig(lm=str(lm), adapter=str(world.adapter), device="cpu").build()
     targets = histories().items[histories().ends - 2].tolist()
     told = 0.0
     every = Decoding(max_new_tokens=24, beams=ITEMS)

@@ -1,4 +1,9 @@
 "use strict";
+// Systems whose lists stand beside the recommender's: what heads them, and what is asked.
+const BESIDE = {
+  trsr: { heading: "In the order of", route: "rerank", wanted: (list) => ({ items: list.items.map((item) => item.item_id) }) },
+  lancer: { heading: "Written by", route: "next", wanted: (list) => ({ count: list.items.length }), missing: "not there" },
+};
 const $ = (id) => document.getElementById(id);
 const COUNT = 10;
 let who = null; // what requests say of who asks
@@ -93,8 +98,8 @@ async function show(event) {
     }
     showList(list, standing.explains);
     showOthers(user, told, list);
-    const rankers = Object.entries(standing.adapters).filter(([, system]) => system === "trsr" && list.basis === "model" && standing.lm);
-    for (const [ranker] of rankers) showReranked(ranker, list);
+    const beside = Object.entries(standing.adapters).filter(([, system]) => BESIDE[system] && list.basis === "model" && standing.lm);
+    for (const [adapter, system] of beside) showBeside(adapter, BESIDE[system], list);
     for (const id of ["why", "readings"]) $(id).replaceChildren();
     $("why").append(made("p", "Ask why beside a recommendation.", "quiet"));
     if (!user && standing.lm) await summarise();
@@ -221,33 +226,33 @@ function showOthers(user, told, list) {
   sessionStorage.setItem(key, JSON.stringify(seen));
   const shown = columns.map(([name, items]) => {
     const column = made("div");
-    column.append(made("h3", name), compared(items, list, "now"));
+    column.append(made("h3", name), compared(items, list, "now", "not any more"));
     return column;
   });
   $("releases").replaceChildren(...(shown.length ? shown : [made("p", "None yet: lists of another release are kept here when one is served.", "quiet")]));
 }
 
-function compared(items, list, when) {
+function compared(items, list, when, missing) {
   const places = new Map(list.items.map((item, place) => [item.item_id, place + 1]));
   const entries = made("ol");
   for (const item of items) {
     const place = places.get(item.item_id);
     const entry = made("li", `${item.title || item.item_id} `);
-    entry.append(made("span", place ? `${when} ${place}.` : "not any more", "quiet"));
+    entry.append(made("span", place ? `${when} ${place}.` : missing, "quiet"));
     entries.append(entry);
   }
   return entries;
 }
 
-async function showReranked(ranker, list) {
+async function showBeside(adapter, { heading, route, wanted, missing }, list) {
   const column = made("div");
   const waiting = made("p", "", "growing");
-  column.append(made("h3", `In the order of ${ranker}`), waiting);
+  column.append(made("h3", `${heading} ${adapter}`), waiting);
   $("releases").querySelector(":scope > p")?.remove();
   $("releases").prepend(column);
   try {
-    const told = await ask("rerank", { ...who, items: list.items.map((item) => item.item_id), adapter: ranker });
-    waiting.replaceWith(compared(told.items, list, "before"));
+    const told = await ask(route, { ...who, ...wanted(list), adapter });
+    waiting.replaceWith(compared(told.items, list, "there", missing));
   } catch (problem) {
     waiting.textContent = problem.message;
     waiting.className = "quiet";

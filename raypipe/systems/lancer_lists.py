@@ -1,0 +1,99 @@
+"""Lists that LANCER writes: histories in, items of the catalogue out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raypipe.engines.transformers import TransformersEngine
+from raypipe.language.grounding import Grounding
+from raypipe.language.instructions import Catalogue
+from raypipe.systems.lancer import Frame, Lancer, LancerConfig, lists_of
+from raypipe.systems.lancer_reading import read_items
+
+_USERS_AT_ONCE = 128
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Items of each user, best first, the log-probability of the first line that was taken for each, and how all of the answers
+    were grounded."""
+
+    items: list[list[int]]
+    logprobs: list[list[float]]
+    exact: list[NDArray[np.bool_]]
+    margins: list[NDArray[np.float32]]
+    refused: float
+    tokens: float
+
+
+@dataclass(frozen=True)
+class ListWriter:
+    """Asks `engine` and grounds what it writes, lines of at most `answer_tokens`."""
+
+    lancer: Lancer
+    grounding: Grounding
+    engine: TransformersEngine
+    answer_tokens: int
+
+    def lists(
+        self,
+        histories: Sequence[Sequence[int]],
+        read: Sequence[Sequence[int]] | None = None,
+        frame: Frame | None = None,
+        *,
+        filter_seen: bool | None = None,
+        tell: Callable[[int, int], None] | None = None,
+    ) -> Lists:
+        """Of the users of these histories, item indices in time order, of at least one item.
+
+        Their reasoning prompts are made of what `read` has, unset of the same; `filter_seen` unset is the configuration's.
+        """
+        filter_seen = self.lancer.config.filter_seen if filter_seen is None else filter_seen
+        read = histories if read is None else read
+        found = Lists([], [], [], [], 0.0, 0.0)
+        refused = tokens = 0.0
+        for start in range(0, len(histories), _USERS_AT_ONCE):
+            part = slice(start, start + _USERS_AT_ONCE)
+            prompts = self.lancer.prompts(histories[part], read[part], frame)
+            answers, told = self.lancer.answers(self.engine, prompts, self.answer_tokens)
+            grounded = self.grounding.ground([beam.text for mine in answers for beam in mine])
+            ends = np.cumsum([len(mine) for mine in answers])[:-1]
+            items = np.split(grounded.nearest + 1, ends)
+            for mine, beams in zip(lists_of(items, histories[part], filter_seen=filter_seen), answers, strict=True):
+                found.items.append(list(mine))
+                found.logprobs.append([beams[place].logprob for place in mine.values()])
+            found.exact.extend(np.split(grounded.exact, ends))
+            found.margins.extend(np.split(grounded.margin, ends))
+            refused, tokens = refused + told["refused"], tokens + told["tokens_asked"]
+            if tell is not None:
+                tell(min(part.stop, len(histories)), len(histories))
+        return replace(found, refused=refused, tokens=tokens)
+
+
+def build_writer(
+    config: LancerConfig,
+    catalogue: Catalogue,
+    base: TransformersEngine,
+    engine: TransformersEngine,
+    answer_tokens: int,
+) -> ListWriter:
+    """Of a stored adapter, which `engine` has; `base` is the same language model without it, and reads the items.
+
+    The catalogue need not be the one it was trained on: it is read anew.
+    """
+    adapted, reader = engine.adapted, base.backbone
+    assert adapted is not None, "what writes items has an adapter"
+    vectors = None
+    if config.reasoning:
+        contents = [
+            ids[: config.content_tokens]
+            for ids, _ in reader.encode_pieces([[text] for text in config.contents(catalogue)])
+        ]
+        vectors = read_items(reader.model, adapted.prefix, contents, config.representation, reader.ends[0])
+    lines = config.lines(catalogue)
+    lancer = Lancer(config, lines, vectors, reader, engine.context - answer_tokens - config.room)
+    return ListWriter(lancer, Grounding(engine.backbone, lines), engine, answer_tokens)

@@ -1,0 +1,91 @@
+"""What a release's language model writes as chosen next: the lists of batch, for whoever asks."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conftest import Run
+from tests.pipeline.small_logs import newest
+from tests.serving.asked import Asked
+from tests.serving.spoken import LINE, SHORT, WRITER
+from tests.serving.test_words import history_of
+
+
+@pytest.fixture(scope="module")
+def asked(spoken: str) -> Asked:
+    return Asked(spoken, language=SHORT)
+
+
+def listed(answer: dict[str, Any]) -> list[str]:
+    return [item["item_id"] for item in answer["items"]]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_batch_and_online_write_the_same_lists(raypipe: Run, asked: Asked) -> None:
+    """G7, in float32: of everybody, by user and by history, alone and together."""
+    uri = asked.config.workspace
+    words = ("--model", "lancer", "--length", WRITER.beams, "--answer_tokens", LINE)
+    ended = raypipe("recommend", "--workspace", uri, *words)
+    assert ended.code == 0, ended.stderr
+    rows = [row for row in newest(uri, "recommendations").to_pylist() if row["variant"] == "recommend-lancer"]
+    assert len(rows) > 30
+    asks = [{"user_id": row["user_id"], "count": WRITER.beams} for row in rows]
+    together = asked.post("next/batch", {"queries": asks}).json()["answers"]
+    for answer, row in zip(together, rows, strict=True):
+        assert listed(answer) == [f"i{item}" for item in row["items"] if item]
+        scores = [score for score in row["scores"] if np.isfinite(score)]
+        assert [item["score"] for item in answer["items"]] == pytest.approx(scores, rel=1e-5)
+    best = {round(answer["items"][0]["score"], 3) for answer in together}
+    assert len(best) > 10, "how likely a line is hangs on who is asked about"
+    for row, whole in list(zip(rows, together, strict=True))[:5]:
+        for who in ({"user_id": row["user_id"]}, {"history": history_of(uri, row["user_id"])}):
+            alone = asked.post("next", {**who, "count": WRITER.beams}).json()
+            assert listed(alone) == listed(whole)
+            assert (alone["adapter"], alone["known"]) == ("lancer", "user_id" in who)
+            assert re.fullmatch(r"Title \d+", alone["items"][0]["title"])
+
+
+def test_what_may_not_be_in_a_list_is_not(asked: Asked) -> None:
+    history = ["i3", "i9", "gone"]
+    plain = asked.post("next", {"history": history, "filter_seen": False}).json()
+    assert (plain["unknown_items"], len(listed(plain)) > 1) == (1, True)
+    assert (
+        listed(asked.post("next", {"history": history, "count": 1, "filter_seen": False}).json()) == listed(plain)[:1]
+    )
+    unseen = asked.post("next", {"history": history}).json()
+    assert listed(unseen) == [item for item in listed(plain) if item not in history]
+    denied = asked.post("next", {"history": history, "deny": listed(unseen)[:1]}).json()
+    assert listed(denied) == listed(unseen)[1:]
+    catalogue = newest(asked.config.workspace, "items").to_pylist()
+    (name, (value, *_)) = dict(catalogue[0]["attributes"]).popitem()
+    of_value = {row["item_id"] for row in catalogue if value in dict(row["attributes"]).get(name, ())}
+    only = asked.post("next", {"history": history, "only": {name: value}}).json()
+    assert listed(only) == [item for item in listed(unseen) if item in of_value]
+
+
+def test_what_cannot_be_continued_is_told(asked: Asked, ready: str) -> None:
+    cases = [
+        ({"user_id": "stranger"}, 404, "no_such_user"),
+        ({"history": []}, 422, "nothing_known"),
+        ({"history": ["unheard of"]}, 422, "nothing_known"),
+        ({"history": ["i1"], "only": {"genre": "Unheard of"}}, 422, "no_such_value"),
+        ({"history": ["i1"], "count": 0}, 422, "invalid"),
+        ({"history": ["i1"], "count": 501}, 413, "too_much"),
+        ({"history": ["i1"], "adapter": "trsr"}, 409, "no_adapter"),
+    ]
+    for body, status, code in cases:
+        answer = asked.post("next", body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (status, code), body
+    assert Asked(ready).post("next", {"history": ["i1"]}).json()["error"]["code"] == "no_adapter"
+
+
+def test_the_language_model_beside_it_keeps_its_words(asked: Asked, spoken: str) -> None:
+    """A LANCER changes all weights of its copy, and of nobody else's."""
+    question = {"history": ["i3", "i9", "i4", "i5", "i6", "i7"]}
+    before = Asked(spoken, "fresh", language=SHORT).post("summary", question).json()["summaries"]
+    asked.post("next", question)
+    assert asked.post("summary", question).json()["summaries"] == before
