@@ -80,7 +80,9 @@ def test_a_person_looks_at_a_user_and_asks_why(site: tuple[str, Asked], tmp_path
                 "rerank", {"user_id": "u7", "items": [item["item_id"] for item in wanted["items"]]}
             ).json()
             written = asked.post("next", {"user_id": "u7", "count": 10}).json()
-            lists = [[item["title"] for item in items] for items in (told["items"], written["items"], user["recommended"])]
+            lists = [
+                [item["title"] for item in items] for items in (told["items"], written["items"], user["recommended"])
+            ]
             shown = await page.run(BESIDE)
             assert sorted(shown[:2]) == sorted(lists[:2])
             assert shown[2] == lists[2]
