@@ -131,6 +131,7 @@ class EncodeBucket:
             "cold": cold,
         }
         counts = Counts(len(state.users), len(work) - len(failed) - cold, len(failed), skipped)
+        context.journal([])
         staged = self._stage(state, made, failed, context) if state.is_touched else {}
         schemas = {task.output: schema_hash(task.workspace.tables[task.output].spec.schema)}
         usage = Usage(0, 0, 0, time.monotonic() - started)

@@ -121,6 +121,7 @@ class ExplainBucket:
         counts = Counts(due.pairs, len(results) - len(failed), len(failed), skipped)
         staged: dict[str, Sequence[StagedFile]] = {}
         if results or due.kept.num_rows < state.before.num_rows:
+            context.journal([])
             staged = self._stage(state, due.kept, due.work, results, context)
         usage = _used(results.values()) + Usage(seconds=time.monotonic() - started)
         facts = {

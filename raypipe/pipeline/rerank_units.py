@@ -122,6 +122,7 @@ class RerankBucket:
         counts = Counts(len(state.users), len(ranked) - len(failed), len(failed), skipped)
         staged: dict[str, Sequence[StagedFile]] = {}
         if ranked or kept.num_rows < state.before.num_rows:
+            context.journal([])
             staged = self._stage(state, kept, work, ranked, context)
         calls = sum(len(mine.items) for mine in ranked.values())
         usage = Usage(calls, sum(mine.tokens for mine in ranked.values()), 0, time.monotonic() - started)

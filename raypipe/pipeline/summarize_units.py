@@ -95,6 +95,7 @@ class SummarizeBucket:
         counts = Counts(len(state.users), len(results) - len(failed) - unfinished, len(failed), skipped)
         staged: dict[str, Sequence[StagedFile]] = {}
         if results or state.has_strangers:
+            context.journal([])
             staged = self._stage(state, work, results, context)
         usage = _used(results.values()) + Usage(seconds=time.monotonic() - started)
         schemas = {"summaries": schema_hash(SUMMARIES.schema), "block_summaries": schema_hash(BLOCK_SUMMARIES.schema)}

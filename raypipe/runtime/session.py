@@ -18,7 +18,7 @@ from raypipe.runtime.cluster import ClusterConfig
 from raypipe.runtime.progress import about, note, say
 from raypipe.runtime.units import UnitWork, run_units
 from raypipe.storage.fingerprint import fingerprint, schema_hash
-from raypipe.storage.ledger import Publish, Receipt, Run, Unit
+from raypipe.storage.ledger import WHOLE, Publish, Receipt, Run, Unit
 from raypipe.storage.locks import LEASE_S, Lock, hold
 from raypipe.storage.tables import Table
 from raypipe.storage.workspace import Workspace
@@ -41,7 +41,7 @@ class Session:
         return {name: self.workspace.tables[name].version() for name in tables}
 
     def is_current(self, recipe: str, pins: Mapping[str, int]) -> bool:
-        """Whether the newest run of this recipe read these very versions, left nothing undone, and its output stands."""
+        """Whether the newest run over everything is of this recipe, read these very versions, left nothing undone, and its output stands."""
         last = self.workspace.ledger(self.job).newest()
         result = last.result() if last is not None else None
         if last is None or result is None or result["status"] not in {"ok", "nothing_to_do"}:
@@ -51,7 +51,6 @@ class Session:
         expected = {**manifest["pins"], **manifest["base"], **after}
         return (
             manifest["recipe"] == recipe
-            and manifest["scope"] == "all"
             and not any(result["metrics"].get(left) for left in ("capped", "unfinished"))
             and self.versions(*expected) == expected
             and set(pins) <= set(expected)
@@ -72,7 +71,8 @@ class Session:
             say(f"{self.job}: resuming run {key[:12]}")
             return run
         for other in list(ledger.open_runs(scope)):
-            other.abandon(f"run {key} took its place")
+            if other.publish_intent() is None:
+                other.abandon(f"run {key} took its place")
         published = max(self.workspace.tables[table].published_number(f"{table}:{self.job}") for table in base)
         manifest = {"recipe": recipe, "pins": dict(pins), "base": dict(base), "scope": scope, "facts": dict(facts)}
         return ledger.start(key, {**manifest, "created": time.time()}, at_least=published + 1)
@@ -163,14 +163,16 @@ def open_session(
 def recover(workspace: Workspace, job: str, held: set[str]) -> None:
     """Complete every publish that a killed run began, of any job, so that no job reads half of it."""
     for name in workspace.store.folders("ledger"):
-        run = workspace.ledger(name).newest()
-        if run is None or run.result() is not None or (intent := run.publish_intent()) is None:
-            continue
-        tables = {part.table for part in intent[0]} - held - {"rejects"}
-        with hold(workspace.store, sorted(tables), f"{job} (completing {name})"):
-            if run.result() is None:
-                say(f"{name}: completing the publish of run {run.run_key[:12]}, which was interrupted")
-                complete(workspace, run)
+        for run in list(workspace.ledger(name).publishing()):
+            intent = run.publish_intent()
+            assert intent is not None, "an intent stays as it was written"
+            tables = {part.table for part in intent[0]} - held - {"rejects"}
+            # A canary's tables are its own.
+            locks = sorted(tables) if run.manifest["scope"] == WHOLE else []
+            with hold(workspace.store, locks, f"{job} (completing {name})"):
+                if run.result() is None:
+                    say(f"{name}: completing the publish of run {run.run_key[:12]}, which was interrupted")
+                    complete(workspace, run)
 
 
 def complete(workspace: Workspace, run: Run) -> dict[str, Any]:
@@ -207,6 +209,6 @@ def complete(workspace: Workspace, run: Run) -> dict[str, Any]:
 def output_table(workspace: Workspace, name: str, scope: str, run_key: str) -> Table:
     """The table a run writes: the workspace's own, or for a canary one below `canary/<run_key>` that nobody reads."""
     table = workspace.tables[name]
-    if scope == "all":
+    if scope == WHOLE:
         return table
     return Table(workspace.store, table.spec, folder=f"canary/{run_key}/{name}")

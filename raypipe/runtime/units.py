@@ -45,7 +45,7 @@ class UnitContext:
         self.deaths = run.deaths(unit) if attempt > 1 else {}
 
     def journal(self, rows: Sequence[str]) -> None:
-        """Name the rows that are about to run, so that a death finds them."""
+        """Name the rows that are about to run, so that a death finds them; none where what follows is no row's doing."""
         self.run.journal(self.unit, rows)
         _end_after(self.stall_s)
 

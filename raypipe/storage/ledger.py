@@ -25,6 +25,8 @@ from raypipe.storage.fingerprint import canonical_json
 from raypipe.storage.store import Store
 from raypipe.storage.tables import StagedFile
 
+# The scope of a run over everything; a canary's is the hash of its users.
+WHOLE = "all"
 # A row that killed its process this often, alone and on a healthy node, is rejected.
 MAX_DEATHS = 3
 
@@ -168,12 +170,15 @@ class Run:
         """Mark that `worker` starts on `unit`; returns the attempt's number, from 1."""
         folder = f"{self.folder}/attempts/{unit.name}"
         attempt = 1 + len(self.store.list(folder))
+        if attempt > 1:
+            # What an earlier attempt left there has no part in this one's death.
+            self.journal(unit, [])
         while not self.store.create(f"{folder}/{attempt:04d}.json", canonical_json(dict(worker)).encode()):
             attempt += 1
         return attempt
 
     def journal(self, unit: Unit, rows: Sequence[str]) -> None:
-        """Write down the rows of the micro-batch that is about to run."""
+        """Write down the rows of the micro-batch that is about to run; none where what follows is no row's doing."""
         self._put(f"journal/{unit.name}.json", list(rows))
 
     def record_death(self, unit: Unit) -> None:
@@ -262,25 +267,39 @@ class Ledger:
         return {int(path.rsplit("/", 1)[1].split(".")[0]): key for path, key in zip(paths, found, strict=True)}
 
     def newest(self) -> Run | None:
-        """The newest run that wrote its manifest, open or not."""
-        for _, run_key in sorted(self.numbers().items(), reverse=True):
-            run = self.run(run_key)
-            if self.store.exists(f"{run.folder}/manifest.json"):
-                return run
-        return None
+        """The newest run over everything that wrote its manifest, open or not."""
+        return next((run for run, scope in self._newest_first() if scope == WHOLE), None)
 
     def open_runs(self, scope: str) -> Iterator[Run]:
         """The unfinished runs of a scope, newest first.
 
         Only those after its newest finished one are looked at: that one gave up all that were open before it.
         """
-        for _, run_key in sorted(self.numbers().items(), reverse=True):
-            run = self.run(run_key)
-            if not self.store.exists(f"{run.folder}/manifest.json") or run.manifest["scope"] != scope:
+        for run, found in self._newest_first():
+            if found != scope:
                 continue
             if run.result() is not None:
                 return
             yield run
+
+    def publishing(self) -> Iterator[Run]:
+        """The unfinished runs of any scope that began to publish.
+
+        Only those after the newest finished one over everything are looked at: that one completed all before it.
+        """
+        for run, scope in self._newest_first():
+            if run.result() is None:
+                if run.publish_intent() is not None:
+                    yield run
+            elif scope == WHOLE:
+                return
+
+    def _newest_first(self) -> Iterator[tuple[Run, str]]:
+        """Runs that wrote their manifest, and their scopes."""
+        for _, run_key in sorted(self.numbers().items(), reverse=True):
+            run = self.run(run_key)
+            if self.store.exists(f"{run.folder}/manifest.json"):
+                yield run, run.manifest["scope"]
 
     def drop(self, number: int, run_key: str) -> None:
         """Delete a finished run; its number goes last, so that a deletion that was killed is done again."""

@@ -100,6 +100,20 @@ def test_a_death_without_a_journal_is_counted_under_no_name(run: Run) -> None:
     assert run.deaths(UNIT) == {"": 2}
 
 
+def test_what_an_earlier_attempt_was_doing_has_no_part_in_a_later_death(run: Run) -> None:
+    run.begin_attempt(UNIT, {"pid": 1})
+    run.journal(UNIT, ["a"])
+    run.record_death(UNIT)
+    for _ in range(2):
+        run.begin_attempt(UNIT, {"pid": 2})
+        run.record_death(UNIT)
+    assert run.deaths(UNIT) == {"a": 1, "": 2}
+    run.journal(UNIT, ["b"])
+    run.journal(UNIT, [])
+    run.record_death(UNIT)
+    assert run.deaths(UNIT) == {"a": 1, "": 3}
+
+
 def test_a_plan_tells_the_units_of_every_phase(run: Run) -> None:
     run.plan("split", [Unit("split", 0)])
     run.plan("bucket", [Unit("bucket", index) for index in range(4)])

@@ -1,0 +1,74 @@
+"""What a session finds and leaves in a workspace, without a cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from raypipe.runtime.cluster import ClusterConfig
+from raypipe.runtime.session import Session, recover
+from raypipe.storage.ledger import Publish, Run
+from raypipe.storage.schemas import BLOCK_SUMMARIES, SUMMARIES
+from raypipe.storage.workspace import Workspace
+
+TABLES = ("block_summaries", "summaries")
+DONE = {"status": "ok", "tables": {}, "metrics": {}}
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    workspace = Workspace(str(tmp_path / "workspace"))
+    workspace.decide("time", 4)
+    return workspace
+
+
+def session_of(workspace: Workspace) -> Session:
+    return Session(workspace, "summarize", ClusterConfig(), [])
+
+
+def run_of(session: Session, scope: str = "all") -> Run:
+    return session.run("recipe", session.versions("histories"), session.versions(*TABLES), scope, {})
+
+
+def half_published(workspace: Workspace, run: Run) -> None:
+    """The run is killed between the commits of its two tables."""
+    values: dict[str, str | int] = {"variant": "v", "bucket": 0}
+    parts = []
+    for name, spec in zip(TABLES, (BLOCK_SUMMARIES, SUMMARIES), strict=True):
+        staged = workspace.tables[name].stage(spec.columns.empty_table(), run.run_key, values)
+        parts.append(Publish(name, "overwrite", [staged], [values]))
+    run.intend_publish(parts, DONE)
+    first = parts[0]
+    workspace.tables[first.table].publish(
+        first.files,
+        mode="overwrite",
+        app=f"{first.table}:summarize",
+        number=run.number,
+        replaces=first.replaces,
+    )
+
+
+def test_a_half_published_run_is_completed_although_a_canary_began_after_it(workspace: Workspace) -> None:
+    session = session_of(workspace)
+    whole = run_of(session)
+    canary = run_of(session, "canary")
+    canary.finish(DONE)
+    half_published(workspace, whole)
+    assert session.versions(*TABLES) == {"block_summaries": 0, "summaries": -1}
+    recover(workspace, "extract", set())
+    assert session.versions(*TABLES) == {"block_summaries": 0, "summaries": 0}
+    assert whole.result() is not None
+    assert workspace.open_runs() == []
+    # The same job goes on, and another canary changes nothing.
+    assert run_of(session).run_key != whole.run_key
+
+
+def test_a_canary_does_not_hide_that_nothing_changed(workspace: Workspace) -> None:
+    session = session_of(workspace)
+    run_of(session).finish(DONE)
+    pins = session.versions("histories")
+    assert session.is_current("recipe", pins)
+    run_of(session, "canary").finish(DONE)
+    assert session.is_current("recipe", pins)
+    assert not session.is_current("another recipe", pins)
