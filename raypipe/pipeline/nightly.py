@@ -14,7 +14,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -75,14 +75,34 @@ def run_nightly(config: NightlyConfig) -> JobResult:
 
     Raises UsageError for dates that make no sense together.
     """
-    results = [_run_night(config, date) for date in _dates(config)]
-    if len(results) == 1:
+    dates = _dates(config)
+    results = [_run_night(config, date) for date in _left(config, dates)]
+    if config.until is None:
         return results[0]
     status = next((name for name in ("refused", "ok") if any(r.status == name for r in results)), "nothing_to_do")
-    cost: Counter[str] = Counter()
+    cost: Counter[str] = Counter({"calls": 0})
     for result in results:
         cost.update(result.cost)
-    return replace(results[-1], status=status, cost=dict(cost), metrics={**results[-1].metrics, "nights": len(results)})
+    last = results[-1] if results else JobResult(JOB, status)
+    return replace(last, status=status, cost=dict(cost), metrics={**last.metrics, "nights": len(dates)})
+
+
+def _left(config: NightlyConfig, dates: Sequence[str]) -> list[str]:
+    """The dates without a published night, and the last of them, which may be done again.
+
+    What a later date brought is in the tables by now, and would be in an earlier night. Raises UsageError where that is the
+    only night asked for.
+    """
+    published = Nights(config.open_workspace().store).dates()
+    done = [date for date in dates if date in published and date < max(dates[-1], published[-1])]
+    if done and config.until is None:
+        raise UsageError(
+            f"The night of {done[0]} is published, and so is that of {published[-1]}, whose events the tables hold by now.",
+            f"Run the night of a later date; `raypipe night --restore {done[0]}` puts that one back in force as it was.",
+        )
+    if done:
+        say(f"{JOB}: {len(done)} of {len(dates)} nights were published before")
+    return [date for date in dates if date not in done]
 
 
 def _dates(config: NightlyConfig) -> list[str]:

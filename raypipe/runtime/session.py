@@ -41,7 +41,8 @@ class Session:
         return {name: self.workspace.tables[name].version() for name in tables}
 
     def is_current(self, recipe: str, pins: Mapping[str, int]) -> bool:
-        """Whether the newest run over everything is of this recipe, read these very versions, left nothing undone, and its output stands."""
+        """Whether the newest run over everything is of this recipe, read these very versions and left nothing undone, and its
+        output stands."""
         last = self.workspace.ledger(self.job).newest()
         result = last.result() if last is not None else None
         if last is None or result is None or result["status"] not in {"ok", "nothing_to_do"}:

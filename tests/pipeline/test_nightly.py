@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from raypipe.errors import RaypipeError
+from raypipe.pipeline import nightly
+from raypipe.pipeline.summarize import SummarizeConfig, run_summarize
+from raypipe.runtime.job import JobResult
 from raypipe.storage.nights import Nights
 from raypipe.storage.store import Store
 from raypipe.storage.workspace import Workspace
@@ -98,6 +101,43 @@ def test_a_backfill_is_a_night_for_each_date_and_goes_on_where_it_stopped(
     assert newest(uri, "summaries")["summary"].equals(newest(whole, "summaries")["summary"])
     again = raypipe(*backfill)
     assert (again.status, again.result["cost"]["calls"]) == ("nothing_to_do", 0)
+
+
+def test_a_backfill_that_was_killed_leaves_earlier_nights_as_they_were(
+    raypipe: Run, tmp_path: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is killed when the second night's events are in, and its summaries are not."""
+    uri = str(tmp_path / "workspace")
+    catalogue = write_catalogue(files / "items.csv", SMALL_ITEMS)
+    words = ("nightly", "--workspace", uri, "--summarize.engine.engine", "echo", "--ingest.catalogue.path", catalogue)
+    words += ("--ingest.log.columns.time", "time", "--ingest.log.path", files / "log-{date}.csv")
+    backfill = (*words, "--date", "2026-01-30", "--until", "2026-02-01")
+    third = len(SMALL_LOG) // 3
+    for day, date in enumerate(("2026-01-30", "2026-01-31", "2026-02-01")):
+        write_log(files / f"log-{date}.csv", SMALL_LOG[day * third : (day + 1) * third if day < 2 else None])
+    steps = []
+
+    def summarize(config: SummarizeConfig) -> JobResult:
+        steps.append(config)
+        if len(steps) == 2:
+            raise RaypipeError("The machine went down.", "Submit it again.")
+        return run_summarize(config)
+
+    monkeypatch.setattr(nightly, "run_summarize", summarize)
+    assert raypipe(*backfill).code == 1
+    nights = Nights(Store(uri))
+    first = nights.get("2026-01-30")
+    assert (nights.dates(), Workspace(uri).tables["histories"].version()) == (["2026-01-30"], 1)
+    ended = raypipe(*backfill)
+    assert (ended.code, ended.status, ended.metrics["nights"]) == (0, "ok", 3)
+    assert nights.get("2026-01-30") == first
+    found = [nights.get(date) for date in nights.dates()]
+    assert [night.tables["histories"] for night in found if night is not None] == [0, 1, 2]
+    again = raypipe(*words, "--date", "2026-01-31")
+    assert (again.code, again.status) == (2, "failed")
+    assert "The night of 2026-01-31 is published, and so is that of 2026-02-01" in again.stderr
+    assert nights.get("2026-01-31") == found[1]
+    assert raypipe(*words[:-1], files / "log-2026-02-01.csv", "--date", "2026-02-01").status == "nothing_to_do"
 
 
 @pytest.mark.parametrize(
