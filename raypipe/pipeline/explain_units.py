@@ -92,6 +92,7 @@ class ExplainBucket:
         items = task.workspace.tables["items"].read(task.versions["items"]).sort_by("index")
         self.titles = distinct_titles(items["title"].to_pylist(), items["item_id"].to_pylist())
         self.vocabulary = Vocabulary(self.titles)
+        self.contents = items["content_hash"].combine_chunks()
 
     @cached_property
     def recommender(self) -> Recommender:
@@ -158,7 +159,7 @@ class ExplainBucket:
         return Due(pairs.num_rows, kept, free.filter(pa.array(warm)), skipped)
 
     def _pairs(self, state: UserRows) -> pa.Table:
-        """user_id, item_index, place among the bucket's users, and change_key, which is of the history and the item."""
+        """user_id, item_index, place among the bucket's users, and change_key, which is of the history and of the item's words."""
         task = self.task
         if task.pairs is not None:
             pairs = task.pairs
@@ -172,9 +173,9 @@ class ExplainBucket:
         pairs = pairs.append_column("place", place).filter(
             pc.and_(pc.is_valid(place), pc.greater(pairs["item_index"], 0))
         )
-        keys = pc.binary_join_element_wise(
-            state.change_keys.take(pairs["place"]), pc.cast(pairs["item_index"], pa.string()), "-"
-        )
+        content = self.contents.take(pc.subtract(pairs["item_index"], 1))
+        index = pc.cast(pairs["item_index"], pa.string())
+        keys = pc.binary_join_element_wise(state.change_keys.take(pairs["place"]), index, content, "-")
         return pairs.append_column("change_key", keys).sort_by([("user_id", "ascending"), ("item_index", "ascending")])
 
     def _explain(self, state: UserRows, work: pa.Table, context: UnitContext) -> dict[int, Explanation]:

@@ -26,7 +26,7 @@ from raypipe.recommenders.windows import Histories
 from raypipe.runtime.job import ModelCache
 from raypipe.runtime.progress import say
 from raypipe.storage.hashing import stable_hash
-from raypipe.storage.models import Models, find_model
+from raypipe.storage.models import Model, Models, find_model
 from raypipe.storage.tables import ABSENT
 from raypipe.storage.workspace import Workspace
 from raypipe.systems import explanations
@@ -94,7 +94,7 @@ def sample_explanations(workspace: Workspace, cache: ModelCache, variant: str, c
         )
     columns = ["user_id", "item_index", "decision", "text"]
     chosen, histories = choose_users(workspace, files, versions["histories"], count, "explanations", columns)
-    adapter = find_model(Models(workspace.store), variant.removeprefix("explain-").removesuffix("-pairs"))
+    adapter = _who_explained(workspace, variant)
     loaded = Loaded.of(cache, workspace, read_card(cache.fetch(workspace, adapter)).recommender)
     titles = distinct_titles(loaded.items["title"].to_pylist(), loaded.items["item_id"].to_pylist())
     values = [tuple(sorted(item_values(dict(pairs)))) for pairs in loaded.items["attributes"].to_pylist()]
@@ -116,6 +116,17 @@ def sample_explanations(workspace: Workspace, cache: ModelCache, variant: str, c
     told = _coherence(loaded, prefixes, explained, chosen["text"].to_pylist(), users)
     apart = _distinctions(workspace, versions["explanations"], variant, chosen)
     return Sample(users, cases, rule, {**told, **apart})
+
+
+def _who_explained(workspace: Workspace, variant: str) -> Model:
+    """The adapter that wrote what is published: that of the newest run, where the ledger has one, else the newest of its name."""
+    name = variant.removeprefix("explain-").removesuffix("-pairs")
+    for run in workspace.ledger("explain").finished():
+        facts = run.manifest["facts"]
+        if facts["variant"] == variant:
+            name = f"{name}/{facts['model']}"
+            break
+    return find_model(Models(workspace.store), name)
 
 
 def _prefixes(users: pa.Array, histories: Mapping[str, Sequence[int]]) -> Histories:

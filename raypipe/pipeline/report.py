@@ -125,10 +125,10 @@ def _judged(workspace: Workspace, dataset: str) -> list[Figure]:
 
 def _summarised(workspace: Workspace, dataset: str) -> list[Figure]:
     """What the newest finished run of each kind of summaries found of those it wrote."""
-    ledger, found = workspace.ledger("summarize"), {}
-    for _, key in sorted(ledger.numbers().items()):
-        run = ledger.run(key)
-        if (result := run.result()) is None or result["status"] != "ok" or run.manifest["scope"] != "all":
+    found: dict[str, list[Figure]] = {}
+    for run in reversed(list(workspace.ledger("summarize").finished())):
+        result = run.result()
+        if result is None or result["status"] != "ok":
             continue
         facts = run.manifest["facts"]
         model = f"{facts['variant']} by {facts['engine']}"

@@ -36,7 +36,7 @@ from raypipe.systems.summaries import SummariesConfig
 from raypipe.systems.trsr import NAME, TrsrConfig
 
 JOB = "rerank"
-STEP_VERSION = 1
+STEP_VERSION = 2
 
 
 class RerankOptions(CapOptions, ModelCache):
@@ -93,7 +93,7 @@ class _Ranker:
                 f"The model {model.name} was trained beside another language model than {config.engine.lm}.",
                 "Name that one with --engine.lm, or train another with `raypipe align --system trsr`.",
             )
-        options = TrsrConfig.model_validate(model.lineage["options"])
+        options = TrsrConfig.model_validate(model.lineage["options"]).undisturbed()
         recipe = fingerprint(
             {
                 "step": STEP_VERSION,

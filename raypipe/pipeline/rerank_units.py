@@ -89,9 +89,17 @@ class RerankBucket:
         return self.task.engine.model_copy(update=folders).build()
 
     @cached_property
+    def _items(self) -> pa.Table:
+        return self.task.workspace.tables["items"].read(self.task.versions["items"]).sort_by("index")
+
+    @cached_property
     def catalogue(self) -> Catalogue:
-        items = self.task.workspace.tables["items"].read(self.task.versions["items"]).sort_by("index")
-        return catalogue_of(items)
+        return catalogue_of(self._items)
+
+    @cached_property
+    def contents(self) -> pa.Array:
+        """A hash of each item's words."""
+        return self._items["content_hash"].combine_chunks()
 
     @cached_property
     def facts(self) -> Facts | None:
@@ -135,11 +143,12 @@ class RerankBucket:
 
     def _rows(self, state: UserRows) -> pa.Table:
         """user_id, items, summary, place among the bucket's users, and change_key, of users with a list; the key is of the
-        history, the list and the summary."""
+        history, the list, the words of its items, and the summary."""
         task, tables = self.task, self.task.workspace.tables
         lists = tables[TABLE].read(
             task.lists_version, ["user_id", "items", "change_key"], variant=task.lists, bucket=state.bucket
         )
+        lists = lists.set_column(1, "items", without_padding(lists["items"].combine_chunks()))
         places = pc.index_in(lists["user_id"], value_set=state.users)
         lists = lists.append_column("place", places)
         lists = lists.filter(pc.and_(pc.is_valid(places), pc.greater(pc.list_value_length(lists["items"]), 0)))
@@ -151,7 +160,10 @@ class RerankBucket:
             )
             at = pc.index_in(lists["user_id"], value_set=told["user_id"].combine_chunks())
             summary, summary_key = told["summary"].take(at), pc.fill_null(told["change_key"].take(at), "")
-        shown = pc.binary_join_element_wise(lists["change_key"], summary_key, "-")
+        listed = lists["items"].combine_chunks()
+        words = self.contents.take(pc.subtract(listed.flatten(), 1))
+        words = pc.binary_join(pa.ListArray.from_arrays(_offsets(pc.list_value_length(listed)), words), "")
+        shown = pc.binary_join_element_wise(lists["change_key"], summary_key, words, "-")
         hashes = [f"{value:016x}" for value in stable_hash(pa.array(shown.to_pylist(), pa.string())).tolist()]
         keys = pc.binary_join_element_wise(state.change_keys.take(lists["place"]), pa.array(hashes, pa.string()), "-")
         return pa.table(
@@ -256,6 +268,20 @@ class RerankBucket:
 
     def _fetch(self, model: Model) -> Path:
         return Models(self.task.workspace.store).fetch(model, self.task.model_cache)
+
+
+def without_padding(lists: pa.ListArray) -> pa.ListArray:
+    """The lists without the item 0 that fills those that are short."""
+    items = lists.flatten()
+    there = pc.greater(items, 0)
+    owners = pc.list_parent_indices(lists).filter(there)
+    lengths = np.bincount(owners.to_numpy(), minlength=len(lists))
+    return pa.ListArray.from_arrays(_offsets(pa.array(lengths)), items.filter(there))
+
+
+def _offsets(lengths: pa.Array) -> pa.Array:
+    """Where each of lists of these lengths begins in what they hold together, and where the last one ends."""
+    return pa.array(np.concatenate([[0], np.cumsum(lengths.to_numpy())]).astype(np.int32))
 
 
 def _batches(lengths: NDArray[np.integer], suspects: Sequence[bool], size: int) -> Iterator[NDArray[np.int64]]:

@@ -116,7 +116,7 @@ def _ranker(
     """None for a system that answers no requests."""
     if model.lineage.get("system") != RANKER:
         return None
-    engine, options = config.language.engine, TrsrConfig.model_validate(model.lineage["options"])
+    engine, options = config.language.engine, TrsrConfig.model_validate(model.lineage["options"]).undisturbed()
     lm = engine.lm if engine.lm != OF_RELEASE else lm_of(models, release.lm, Path(config.model_cache))
     ranker = Ranker(options, folder, lm, engine.context, catalogue)
     if config.language.replicas:

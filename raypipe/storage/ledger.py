@@ -270,6 +270,13 @@ class Ledger:
         """The newest run over everything that wrote its manifest, open or not."""
         return next((run for run, scope in self._newest_first() if scope == WHOLE), None)
 
+    def finished(self) -> Iterator[Run]:
+        """The runs over everything that ended and were not given up, newest first."""
+        for run, scope in self._newest_first():
+            result = run.result()
+            if scope == WHOLE and result is not None and result["status"] != "abandoned":
+                yield run
+
     def open_runs(self, scope: str) -> Iterator[Run]:
         """The unfinished runs of a scope, newest first.
 

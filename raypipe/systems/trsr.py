@@ -112,6 +112,10 @@ class TrsrConfig(Config):
             raise ValueError("missing and noise are shares of the same users")
         return self
 
+    def undisturbed(self) -> TrsrConfig:
+        """The same without an ablation's disturbance: nobody is shown what was written of somebody else."""
+        return self.model_copy(update={"missing": 0.0, "noise": 0.0})
+
     def lines(self, catalogue: Catalogue) -> list[str]:
         """What is shown of each item."""
         return catalogue.lines(SummaryPrompts(attributes=self.attributes, text_characters=self.text_characters))

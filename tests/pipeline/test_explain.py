@@ -18,6 +18,7 @@ from raypipe.storage.workspace import Workspace
 from tests.conftest import Run
 from tests.engines.chat_server import ChatServer
 from tests.ground import one_paragraph
+from tests.made import retitle
 from tests.pipeline.small_logs import CHAIN_ITEMS, EXPLAINER, START, newest, write_catalogue, write_log
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -96,6 +97,14 @@ def test_a_night_explains_what_is_new_alone(raypipe: Run, explaining: str, files
         pair: row for pair, row in before.items() if pair[0] != "u1"
     }
     assert len(after) == 120
+
+    # An item has another title: why it is recommended is told anew.
+    item = next(index for _, index in sorted(after))
+    retitle(explaining, item, "Another title")
+    renamed = raypipe("explain", "--workspace", explaining, *SHORT, "--max_reject_rate", "1")
+    told = sum(index == item for _, index in after)
+    assert renamed.metrics["computed"] + renamed.metrics["rejected"] == told
+    assert renamed.metrics["unchanged"] == 120 - told < 120
 
 
 def test_a_nights_explanations_are_planned_incremental_and_in_its_manifest(

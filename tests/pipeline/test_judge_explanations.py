@@ -15,6 +15,7 @@ from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_toke
 from raypipe.recommenders.config import RecommenderConfig
 from raypipe.recommenders.sequences import Sequences
 from raypipe.storage.hashing import stable_hash
+from raypipe.storage.models import Models
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.recexplainer import ExplainerConfig
 from tests.conftest import Run
@@ -95,6 +96,28 @@ def test_words_that_follow_the_score_are_coherent_and_another_habit_is_told(
     assert f"{MINE}-pairs explains 4 of the 25 pairs judged" in ended.stderr
     (path,) = [entry.path for entry in Workspace(ingested).store.list("judgements")]
     assert json.loads(Workspace(ingested).store.read(path))["metrics"] == figures
+
+
+def test_explanations_are_judged_by_who_wrote_them(
+    raypipe: Run, ingested: str, scored: dict[str, float], tmp_path: Path
+) -> None:
+    """And not by a newer adapter of the same name, beside another recommender."""
+    write(ingested, MINE, words_of(scored, 0))
+    ledger, models = Workspace(ingested).ledger("explain"), Models(Workspace(ingested).store)
+    writer = models.newest("recexplainer-h")
+    assert writer is not None
+    manifest = {"recipe": "r", "pins": {}, "base": {}, "scope": "all"}
+    run = ledger.start("e" * 32, {**manifest, "facts": {"variant": MINE, "model": writer.hash}})
+    run.finish({"status": "ok", "metrics": {}, "tables": {}})
+    before = raypipe(*JUDGE, ingested).metrics
+    other = RECOMMENDER.model_copy(update={"width": 12, "hidden": 12})
+    recommender = store_untrained(ingested, other)
+    store_untrained_adapter(ingested, ExplainerConfig(variant="H"), recommender, other.width, tmp_path / "lm")
+    assert models.newest("recexplainer-h") != writer
+    after = raypipe(*JUDGE, ingested).metrics
+    assert {name: after[name] for name in before} == before
+    run.store.delete_folder(run.folder)
+    assert raypipe(*JUDGE, ingested).metrics["coherence.mse"] != before["coherence.mse"]
 
 
 def test_shuffled_words_tell_no_score_and_few_users_are_not_judged_for_it(

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from raypipe.engines.engine import EngineConfig
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
 from raypipe.language.prompt import Prompt
+from raypipe.pipeline.rerank_units import without_padding
 from raypipe.recommenders.windows import Histories
 from raypipe.storage.models import Models, find_model
 from raypipe.storage.store import Store
@@ -17,7 +19,7 @@ from raypipe.systems.candidate_facts import FORM, Facts
 from raypipe.systems.trsr import TrsrConfig
 from tests.conftest import Run
 from tests.ground import one_paragraph
-from tests.made import LENGTH, make_ready
+from tests.made import LENGTH, make_ready, retitle
 from tests.pipeline.ranked_logs import TERSE
 from tests.pipeline.small_logs import CHAIN_ITEMS, CHAIN_USERS, GENRES, START, newest, write_log
 from tests.untrained import store_untrained_ranker
@@ -107,8 +109,20 @@ def test_lists_are_put_in_order_by_what_the_language_model_finds_likely(raypipe:
     assert (again.metrics["computed"], again.metrics["unchanged"]) == (1, CHAIN_USERS - 1)
     others = {user: row for user, row in lists(listed, "rerank-sasrec").items() if user != "u3"}
     assert others == {user: row for user, row in after.items() if user != "u3"}
+    # An item has another title: whoever has it in the list is asked about anew.
+    retitle(listed, 9, "Another title")
+    renamed = raypipe(*words)
+    holders = [user for user, row in before.items() if 9 in row["items"]]
+    assert 0 < renamed.metrics["computed"] == len(holders) < CHAIN_USERS
+    assert renamed.metrics["unchanged"] == CHAIN_USERS - len(holders)
     canary = raypipe(*words, "--sample", 2)
     assert (canary.status, canary.metrics["users"]) == ("ok", 2)
+
+
+def test_what_fills_a_short_list_is_no_item() -> None:
+    lists = pa.array([[3, 0, 0], [], [0], [1, 2, 0]], pa.list_(pa.int32()))
+    assert without_padding(lists).to_pylist() == [[3], [], [], [1, 2]]
+    assert without_padding(lists.slice(2)).to_pylist() == [[], [1, 2]]
 
 
 def test_what_cannot_rank_is_refused_before_work_starts(raypipe: Run, listed: str) -> None:
