@@ -62,6 +62,7 @@ def store_untrained_writer(uri: str, config: LancerConfig, lm: Path) -> Model:
         name: one.detach() + 0.1 * torch.randn_like(one) for name, one in model.named_parameters() if one.requires_grad
     }
     lineage = {
+        "job": "align",
         "system": LANCER,
         "options": config.model_dump(mode="json"),
         "lm": card.lm,
@@ -90,5 +91,5 @@ def store_untrained_ranker(uri: str, config: TrsrConfig, lm: Path) -> Model:
                 histories, np.zeros(len(histories), bool), catalogue_of(table.read(table.version()).sort_by("index"))
             )
             Facts.of(histories, past.vectors, past.neighbours, config.history).save(Path(folder))
-        lineage = {"system": TRSR, "options": config.model_dump(mode="json")}
+        lineage = {"job": "align", "system": TRSR, "options": config.model_dump(mode="json")}
         return Models(workspace.store).add(TRSR, Path(folder), "untrained", lineage)
