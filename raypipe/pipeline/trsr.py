@@ -207,6 +207,7 @@ def _measured_anew(
     """A stored model asked with what is given here: other summaries, fewer items, summaries that are missing or wrong."""
     if adapter.lineage.get("system") != NAME:
         raise UsageError(f"The model {adapter.name} is none of this system.", "Name one made by `align --system trsr`.")
+    Cut(config.hold_out, 0.0).check_events(adapter)
     given = config.trsr.model_dump(include=_ASKED_ANEW & config.trsr.model_fields_set)
     options = TrsrConfig.model_validate({**adapter.lineage["options"], **given})
     metrics, _ = measure(config, options, inputs, config.fetch(workspace, adapter))
