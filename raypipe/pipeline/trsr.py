@@ -66,7 +66,7 @@ def run_trsr(config: AlignConfig) -> JobResult:
             "config": config.shaping_values(),
             "trsr": config.trsr.shaping_values(),
             "lm": inputs.lm_hash,
-            "recommender": f"{inputs.loaded.model.name}/{inputs.loaded.model.hash}",
+            "recommender": inputs.recommender,
             "histories": histories_hash(workspace, versions["histories"]),
             "catalogue": fingerprint({"lines": config.trsr.lines(inputs.past.catalogue)}),
             "summaries": fingerprint(
@@ -177,6 +177,8 @@ def _train(config: AlignConfig, workspace: Workspace, inputs: Asked, recipe: str
         "config": config.shaping_values(),
         "training": trained.curve(),
         "lm": inputs.lm_hash,
+        "recommender": inputs.recommender,
+        "summaries": config.summaries,
         "candidates": inputs.sets_key,
         "metrics": metrics,
     }
