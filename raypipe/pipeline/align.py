@@ -55,7 +55,7 @@ from raypipe.systems.system import System
 from raypipe.systems.trsr import TrsrConfig
 
 JOB = "align"
-STEP_VERSION = 2
+STEP_VERSION = 3
 _ASKED_ANEW = {"constrained", "judges", "rubric"}
 """Options of a system that say how it is measured, and may be other ones for a stored adapter."""
 
@@ -140,6 +140,10 @@ class _Inputs:
     def measure(self, config: AlignConfig, system: System, adapter: Path) -> dict[str, float]:
         engine = EngineConfig(lm=str(self.lm), adapter=str(adapter)).build()
         told = system.measured(self.source, engine, config.asked, config.answer_tokens)
+        refused = {name.removeprefix("refused "): n for name, n in told.items() if name.startswith("refused ") and n}
+        if refused:
+            counts = ", ".join(f"{n:,.0f} of {exercise}" for exercise, n in refused.items())
+            say(f"{JOB}: questions that could not be asked count as answers that say nothing: {counts}")
         if config.beside:
             backbone = load_backbone(str(self.lm), device="cpu")
             adapted = AdaptedLm(backbone, load_adapter(adapter, backbone, self.lm_hash), read_card(adapter))
