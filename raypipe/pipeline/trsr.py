@@ -43,7 +43,7 @@ from raypipe.systems.trsr_training import RankingTask, prepare_validation
 if TYPE_CHECKING:
     from raypipe.pipeline.align import AlignConfig
 
-STEP_VERSION = 1
+STEP_VERSION = 2
 _ASKED_ANEW = {"recent", "history", "missing", "noise", "controls"}
 """Options that say how a stored one is asked."""
 
