@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from raypipe.engines.engine import Choices, Decoding, EngineConfig
 from raypipe.errors import UsageError
 from raypipe.language.adapters import AdapterCard, build_adapter
 from raypipe.language.backbone import load_backbone
@@ -125,7 +126,25 @@ def _read(config: AlignConfig, workspace: Workspace, versions: dict[str, int]) -
     for model in trained:
         cut.check_events(model)
     lm_model = "" if own is None else f"{own.name}/{own.hash}"
-    return _Inputs(*_known(workspace, versions, cut, trained), lm, checkpoint_hash(lm), lm_model)
+    inputs = _Inputs(*_known(workspace, versions, cut, trained), lm, checkpoint_hash(lm), lm_model)
+    check_lines(config.lancer, inputs.catalogue, lm, config.answer_tokens)
+    return inputs
+
+
+def check_lines(options: LancerConfig, catalogue: Catalogue, lm: Path, answer_tokens: int) -> None:
+    """Raises UsageError where answers are held to lines of which two are the same, or one is longer than an answer."""
+    if not options.constrained:
+        return
+    first: dict[str, int] = {}
+    for item, line in enumerate(options.lines(catalogue)):
+        if (other := first.setdefault(line, item)) != item:
+            raise UsageError(
+                f"The items {catalogue.titles[other]!r} and {catalogue.titles[item]!r} are both written {line!r}, so that answers "
+                "held to the lines could not tell them apart.",
+                "Write them otherwise with --lancer.prompts.line, or leave out --lancer.constrained.",
+            )
+    engine = EngineConfig(lm=str(lm), device="cpu").build()
+    list(engine.generate([], Decoding(max_new_tokens=answer_tokens), Choices(tuple(first))))
 
 
 def _known(
@@ -266,6 +285,7 @@ def _measured_anew(
     lm = _language_model(config, home, adapter)
     inputs = _Inputs(*_known(workspace, versions, cut, trained), lm, adapter.lineage["lm"], named_lm)
     options = _asked_anew(config.lancer, adapter.lineage["options"])
+    check_lines(options, inputs.catalogue, lm, config.answer_tokens)
     metrics = _measure(
         config, options, inputs, inputs.asked(config.hold_out, config.asked), config.fetch(home, adapter)
     )

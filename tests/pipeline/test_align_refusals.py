@@ -1,4 +1,4 @@
-"""Stored adapters that are asked anew, without a training before it: who may be asked, about whom, and what is told of it."""
+"""`align` without a training: what is refused before one, and stored adapters that are asked anew, about whom."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from raypipe.errors import UsageError
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
+from raypipe.language.instructions import Catalogue
 from raypipe.pipeline import lancer
 from raypipe.pipeline.held_out import are_held_out
 from raypipe.pipeline.sequences import pinned_versions, read_histories
@@ -94,6 +96,22 @@ def test_unseen_users_are_those_whom_no_training_has_seen(
     # The floors learn from everybody whom the model learnt from.
     assert len(told[0].held.training) == int((~held_out(ready, of_adapter)).sum())
     assert ("Recall@5 unseen users" in ended.metrics) == (least > 0)
+
+
+def test_lines_that_answers_cannot_be_held_to_are_refused_before_training(
+    raypipe: Run, ready: str, lm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lancer, "prepare_lancer", lambda *_: pytest.fail("a training is prepared"))
+    words = ("align", "--workspace", ready, "--system", "lancer", "--lancer.constrained", "--answer_tokens", "1")
+    long = raypipe(*words)
+    assert (long.code, "The longest text takes" in one_paragraph(long.stderr)) == (2, True)
+    stored = store_untrained_writer(ready, WRITER, lm, hold_out=1)
+    anew = raypipe(*words, "--adapter", f"lancer/{stored.hash}", "--lm", lm)
+    assert (anew.code, "The longest text takes" in one_paragraph(anew.stderr)) == (2, True)
+    alike = Catalogue(["b : c", "c"], [{"of": ["a"]}, {"of": ["a : b"]}])
+    with pytest.raises(UsageError, match="'b : c' and 'c' are both written 'a : b : c'"):
+        lancer.check_lines(LancerConfig(constrained=True), alike, lm, 64)
+    lancer.check_lines(LancerConfig(), alike, lm, 64)
 
 
 def held_out(uri: str, share: float) -> NDArray[np.bool_]:
