@@ -52,8 +52,8 @@ def store_untrained_adapter(
         return Models(store).add(system.name, Path(folder), f"untrained {name}", lineage)
 
 
-def store_untrained_writer(uri: str, config: LancerConfig, lm: Path) -> Model:
-    """A LANCER of the language model in the folder `lm` all of whose weights were changed at random."""
+def store_untrained_writer(uri: str, config: LancerConfig, lm: Path, **told: object) -> Model:
+    """A LANCER of the language model in the folder `lm` all of whose weights were changed at random; `told` is lineage."""
     hidden = load_backbone(str(lm), device="cpu").model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
     card = AdapterCard(config.adapter, {PREFIX: hidden} if config.reasoning else {}, checkpoint_hash(lm), "")
     model = build_adapter(load_backbone(str(lm), device="cpu"), card)
@@ -62,20 +62,22 @@ def store_untrained_writer(uri: str, config: LancerConfig, lm: Path) -> Model:
         name: one.detach() + 0.1 * torch.randn_like(one) for name, one in model.named_parameters() if one.requires_grad
     }
     lineage = {
+        "job": "align",
         "system": LANCER,
         "options": config.model_dump(mode="json"),
         "lm": card.lm,
         "lm_model": "",
         "lm_path": str(lm),
+        **told,
     }
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(Path(folder), card, weights)
         return Models(Workspace(uri).store).add(LANCER, Path(folder), "untrained", lineage)
 
 
-def store_untrained_ranker(uri: str, config: TrsrConfig, lm: Path) -> Model:
+def store_untrained_ranker(uri: str, config: TrsrConfig, lm: Path, **told: object) -> Model:
     """An LLM-TRSR of the language model in the folder `lm` whose updates are random, with the counts of all histories if it is
-    shown any."""
+    shown any; `told` is lineage."""
     workspace = Workspace(uri)
     card = AdapterCard(config.adapter, {}, checkpoint_hash(lm), "")
     model = build_adapter(load_backbone(str(lm), device="cpu"), card)
@@ -90,5 +92,5 @@ def store_untrained_ranker(uri: str, config: TrsrConfig, lm: Path) -> Model:
                 histories, np.zeros(len(histories), bool), catalogue_of(table.read(table.version()).sort_by("index"))
             )
             Facts.of(histories, past.vectors, past.neighbours, config.history).save(Path(folder))
-        lineage = {"system": TRSR, "options": config.model_dump(mode="json")}
+        lineage = {"job": "align", "system": TRSR, "options": config.model_dump(mode="json"), **told}
         return Models(workspace.store).add(TRSR, Path(folder), "untrained", lineage)

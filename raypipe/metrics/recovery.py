@@ -7,8 +7,16 @@ from collections.abc import Collection, Sequence
 
 
 def titles_in(answer: str, known: Collection[str], separator: str = "; ") -> list[str]:
-    """The pieces of an answer, in order; a known title that holds the separator itself is one piece."""
-    pieces = [piece.strip() for piece in answer.strip().removesuffix(".").split(separator)]
+    """The pieces of an answer, in order; a known title that holds the separator itself is one piece, and a full stop at the end
+    is none of the last title's unless a title is known with it."""
+    found = _pieces(answer.strip(), known, separator)
+    if found and found[-1] not in known and found[-1].endswith("."):
+        return _pieces(answer.strip().removesuffix("."), known, separator)
+    return found
+
+
+def _pieces(answer: str, known: Collection[str], separator: str) -> list[str]:
+    pieces = [piece.strip() for piece in answer.split(separator)]
     longest = max((title.count(separator) for title in known), default=0) + 1
     found: list[str] = []
     at = 0

@@ -55,7 +55,7 @@ from raypipe.systems.system import System
 from raypipe.systems.trsr import TrsrConfig
 
 JOB = "align"
-STEP_VERSION = 2
+STEP_VERSION = 3
 _ASKED_ANEW = {"constrained", "judges", "rubric"}
 """Options of a system that say how it is measured, and may be other ones for a stored adapter."""
 
@@ -111,7 +111,8 @@ class AlignOptions(TrainingOptions, ModelCache):
     answer_tokens: int = shaping(256, "most tokens of an answer when it is measured", ge=1)
 
     def chosen(self) -> InterpreterConfig | ExplainerConfig:
-        """The configuration of the system; the other's has no part in what comes out."""
+        """The configuration of the system that reads states; the other's has no part in what comes out."""
+        assert self.system in ("recinterpreter", "recexplainer"), f"{self.system} has a job of its own"
         return self.recinterpreter if self.system == "recinterpreter" else self.recexplainer
 
 
@@ -139,6 +140,10 @@ class _Inputs:
     def measure(self, config: AlignConfig, system: System, adapter: Path) -> dict[str, float]:
         engine = EngineConfig(lm=str(self.lm), adapter=str(adapter)).build()
         told = system.measured(self.source, engine, config.asked, config.answer_tokens)
+        refused = {name.removeprefix("refused "): n for name, n in told.items() if name.startswith("refused ") and n}
+        if refused:
+            counts = ", ".join(f"{n:,.0f} of {exercise}" for exercise, n in refused.items())
+            say(f"{JOB}: questions that could not be asked count as answers that say nothing: {counts}")
         if config.beside:
             backbone = load_backbone(str(self.lm), device="cpu")
             adapted = AdaptedLm(backbone, load_adapter(adapter, backbone, self.lm_hash), read_card(adapter))
@@ -167,7 +172,7 @@ def _joined(config: AlignConfig) -> JobResult:
     workspace.require_info()
     tracking = config.open_tracking(workspace)
     versions = pinned_versions(workspace)
-    stored = find_model(Models(workspace.store), config.adapter) if config.adapter is not None else None
+    stored = _stored_adapter(config, workspace, config.adapter) if config.adapter is not None else None
     inputs = _read(config, workspace, versions["histories"], stored)
     if stored is not None:
         return _transferred(config, workspace, inputs, stored, started)
@@ -198,6 +203,19 @@ def _joined(config: AlignConfig) -> JobResult:
     params = {"model": model.hash, "recommender": inputs.recommender, "lm": inputs.lm_hash[:12]}
     tracking.log_run(JOB, recipe, params, model.lineage["metrics"])
     return model_result(JOB, model, "ok", model.lineage["metrics"], started)
+
+
+def _stored_adapter(config: AlignConfig, workspace: Workspace, named: str) -> Model:
+    """Raises UsageError for a model that is no adapter, or one of another system than is asked for."""
+    adapter = find_model(Models(workspace.store), named)
+    if adapter.lineage.get("job") != JOB:
+        raise UsageError(f"The model {adapter.name} is no adapter.", "Name one made by `raypipe align`.")
+    if (system := adapter.lineage["system"]) != config.system:
+        raise UsageError(
+            f"The adapter {adapter.name} is one of {system}, and one of {config.system} is asked for.",
+            f"Add --system {system}.",
+        )
+    return adapter
 
 
 def _read(config: AlignConfig, workspace: Workspace, version: int, adapter: Model | None) -> _Inputs:
@@ -312,6 +330,10 @@ def _train(
         "seed": config.trainer.seed,
         "system": config.system,
         "options": config.chosen().model_dump(mode="json"),
+        "lm": inputs.lm_hash,
+        "recommender": inputs.recommender,
+        "summaries": config.summaries,
+        "replay": config.replay,
         "config": config.shaping_values(),
         "metrics": metrics,
         "training": trained.curve(),
@@ -325,8 +347,6 @@ def _transferred(
     config: AlignConfig, workspace: Workspace, inputs: _Inputs, adapter: Model, started: float
 ) -> JobResult:
     """What a stored adapter tells of this recommender's states, which need not be the one it was trained beside."""
-    if adapter.lineage.get("job") != JOB:
-        raise UsageError(f"The model {adapter.name} is no adapter.", "Name one made by `raypipe align`.")
     folder = config.fetch(workspace, adapter)
     widths, width = set(read_card(folder).widths.values()), inputs.source.recommender.width
     if widths - {width}:
@@ -334,7 +354,7 @@ def _transferred(
             f"The adapter {adapter.name} reads vectors of {widths.pop()}, and {inputs.recommender}'s are of {width}.",
             "Name a recommender of the adapter's width with --model.",
         )
-    name = adapter.lineage["system"]
+    name = config.system
     given: Config = getattr(config, name)
     anew = given.model_dump(include=_ASKED_ANEW & given.model_fields_set)
     try:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, get_args
 
 from raypipe.config import Config
+from raypipe.pipeline.held_out import Cut
 from raypipe.recommenders.config import ModelName
 from raypipe.runtime.job import JobResult
 from raypipe.storage.evaluations import Evaluation, Evaluations, Measured
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from raypipe.pipeline.align import AlignConfig
 
 _READS_STATES = {"recinterpreter", "recexplainer"}
+# Of a lineage: what was joined, which no option of the system says.
+_JOINED = ("lm", "recommender", "summaries", "replay")
 # What answers the same questions by itself, and not beside a model.
 _ALONE = {"popularity", "transitions", "boosted trees", "boosted trees on facts", *get_args(ModelName)}
 # Means over everybody who was asked, of values from 0 to 1.
@@ -31,28 +35,44 @@ def record(config: AlignConfig, result: JobResult) -> None:
     workspace = config.open_workspace()
     ((name, content),) = result.models.items()
     home = Workspace(config.adapter_workspace) if config.adapter_workspace is not None else workspace
+    away = home.uri != workspace.uri
     lineage = find_model(Models(home.store), f"{name}/{content}").lineage
     given: Config = getattr(config, config.system)
+    asked: dict[str, Any] = {"asked": config.asked, "answer_tokens": config.answer_tokens}
+    recommender = ""
+    if config.system in _READS_STATES or config.system == "trsr":
+        beside = find_model(Models(workspace.store), config.model)
+        recommender, asked["recommender"] = beside.name, f"{beside.name}/{beside.hash}"
+    if config.system == "trsr":
+        asked["summaries"] = config.summaries
+    settings = {**lineage.get("config", {}), **{name: lineage[name] for name in _JOINED if name in lineage}}
     anew: dict[str, Any] = {}
     if config.adapter is not None:
+        if config.system in _READS_STATES and "recommender" in lineage:
+            settings["trained_beside"] = lineage["recommender"]
+        settings |= asked
         anew = {"measured_anew": True, **given.model_dump(mode="json", include=given.model_fields_set)}
-    if home.uri != workspace.uri:
+    if away:
         anew["trained_in"] = home.uri.rstrip("/").rsplit("/", 1)[-1]
     options = {**lineage.get("options", {}), **anew}
-    recommender = find_model(Models(workspace.store), config.model) if config.system in _READS_STATES else None
+    share = config.held_out_share
+    if config.system in ("trsr", "lancer") and not away:
+        # They ask everybody: who was held out, was when they were trained.
+        share = float(lineage.get("held_out_share", 0.0))
+    cut = Cut(config.hold_out, share)
     Evaluations(workspace.store).put(
         Evaluation(
             job="align",
             name=name,
             hash=content,
-            recommender=recommender.name if recommender else "",
-            protocol=_protocol(config, options, result.metrics),
+            recommender=recommender if config.system in _READS_STATES else "",
+            protocol=_protocol(config, options, cut, result.metrics),
             seed=int(lineage.get("seed", 0)),
             figures=_figures(name, result.metrics),
-            settings={**lineage.get("config", {}), **options},
+            settings={**settings, **options},
             training=lineage.get("training", {}),
         ),
-        {**anew, "recommender": recommender and recommender.hash},
+        {**asked, **asdict(cut), "beside": config.beside, "against": getattr(given, "against", None), **options},
     )
 
 
@@ -82,12 +102,16 @@ def _half_width(share: float, asked: int) -> float | None:
     return round(1.96 * math.sqrt(variance / asked), 6) if asked and variance > 0 else None
 
 
-def _protocol(config: AlignConfig, options: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+def _protocol(config: AlignConfig, options: Mapping[str, Any], cut: Cut, metrics: Mapping[str, Any]) -> str:
+    """All that the floors beside the model hang on, too."""
     if config.system == "lancer":
         seen = "filtered" if options.get("filter_seen") else "kept"
-        return f"leave-one-out, whole catalogue, seen items {seen}, {metrics['asked']:.0f} users asked"
+        return f"leave-one-out, whole catalogue, seen items {seen}, {cut.words}, {metrics['asked']:.0f} users asked"
     if config.system == "trsr":
-        return f"leave-one-out, {options['candidates']['negatives'] + 1} candidates, {metrics['asked']:.0f} users asked"
+        drawn = config.trsr.candidates
+        candidates = f"{drawn.negatives + 1} candidates{f' of draw {drawn.seed}' if drawn.seed else ''}"
+        shown = f"last {options['history']} events shown"
+        return f"leave-one-out, {candidates}, {shown}, {cut.words}, {metrics['asked']:.0f} users asked"
     last = "last event" if config.hold_out == 1 else f"last {config.hold_out} events"
     asked = "held out from every training" if metrics.get("unseen_by_all", 1) else "who may have been trained on"
-    return f"before everybody's {last}, users {asked}"
+    return f"before everybody's {last}, users {asked} ({100 * cut.held_out_share:g}%)"

@@ -10,6 +10,7 @@ from raypipe.errors import UsageError
 from raypipe.metrics.published import published
 from raypipe.metrics.ranking import Mean
 from raypipe.pipeline.attribute_cards import SHARE, attribute_shares, write_attribute_cards
+from raypipe.pipeline.held_out import Cut
 from raypipe.pipeline.job import cost_of
 from raypipe.pipeline.loaded import Loaded
 from raypipe.pipeline.sequences import pinned_versions, read_histories
@@ -55,7 +56,7 @@ def run_evaluate(config: EvaluateConfig) -> JobResult:
             **attribute_shares(config, workspace, loaded, held, **options),
         },
     }
-    _record(workspace, model, rows, config.filter_seen)
+    record(workspace, model, rows, config.filter_seen)
     known = published(len(held.training), held.events, model.name)
     protocol = {**model.lineage["protocol"], "seen items": "filtered" if config.filter_seen else "kept"}
     if known is not None:
@@ -79,7 +80,7 @@ def run_evaluate(config: EvaluateConfig) -> JobResult:
     return JobResult(JOB, "ok", run_key, models={model.name: model.hash}, metrics=metrics, cost=cost)
 
 
-def _record(workspace: Workspace, model: Model, rows: dict[str, dict[str, Mean]], filter_seen: bool) -> None:
+def record(workspace: Workspace, model: Model, rows: dict[str, dict[str, Mean]], filter_seen: bool) -> None:
     """What `report` reads."""
     figures = {
         row: {
@@ -91,13 +92,14 @@ def _record(workspace: Workspace, model: Model, rows: dict[str, dict[str, Mean]]
     }
     seen = "filtered" if filter_seen else "kept"
     lineage = model.lineage
+    cut = Cut(int(lineage["hold_out"]), float(lineage.get("held_out_share", 0.0)))
     Evaluations(workspace.store).put(
         Evaluation(
             job=JOB,
             name=model.name,
             hash=model.hash,
             recommender="",
-            protocol=f"leave-one-out, whole catalogue, seen items {seen}",
+            protocol=f"leave-one-out, whole catalogue, seen items {seen}, {cut.words}",
             seed=int(lineage.get("seed", 0)),
             figures=figures,
             switches=lineage["protocol"],

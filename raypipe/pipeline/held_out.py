@@ -31,6 +31,13 @@ class Cut:
     hold_out: int
     held_out_share: float
 
+    @property
+    def words(self) -> str:
+        """For the protocol of figures: what counts and trainings were left, and so whose figures can be compared."""
+        last = "last event" if self.hold_out == 1 else f"last {self.hold_out} events"
+        seen = f"trained before everybody's {last}" if self.hold_out else "trained on all events"
+        return f"{seen} without {100 * self.held_out_share:g}% of the users" if self.held_out_share else seen
+
     def check(self, model: Model) -> None:
         """Raises UsageError where the model may have seen more."""
         self.check_events(model)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from raypipe.engines.engine import Choices, Decoding, EngineConfig
 from raypipe.errors import UsageError
 from raypipe.language.adapters import AdapterCard, build_adapter
 from raypipe.language.backbone import load_backbone
@@ -47,18 +48,20 @@ from raypipe.systems.lancer_training import LancerTask, store_vectors
 if TYPE_CHECKING:
     from raypipe.pipeline.align import AlignConfig
 
-STEP_VERSION = 1
+STEP_VERSION = 2
 _ASKED_ANEW = {"constrained", "beams", "filter_seen", "cold_events", "shown", "prompts"}
 """Options that say how a stored one is asked; of the prompts only what it is perturbed by."""
 
 
 @dataclass(frozen=True)
 class _Inputs:
-    """Everybody's whole histories, of whom `held_out` bool [users] are never trained on, and what the language model is."""
+    """Everybody's whole histories, of whom `held_out` bool [users] are not trained on here, and `unseen` bool [users] were not
+    when the language model and a stored adapter were made either; and what the language model is."""
 
     catalogue: Catalogue
     histories: Histories
     held_out: NDArray[np.bool_]
+    unseen: NDArray[np.bool_]
     lm: Path
     lm_hash: str
     lm_model: str
@@ -75,7 +78,7 @@ class _Inputs:
         training = _without(held.training, self.held_out)
         everybody = np.flatnonzero(self.histories.lengths > hold_out)
         part = replace(held, training=training, prefixes=prefixes, targets=held.targets[rows])
-        return Asked(part, self.held_out[everybody[rows]])
+        return Asked(part, self.unseen[everybody[rows]])
 
 
 def run_lancer(config: AlignConfig) -> JobResult:
@@ -119,20 +122,40 @@ def run_lancer(config: AlignConfig) -> JobResult:
 
 def _read(config: AlignConfig, workspace: Workspace, versions: dict[str, int]) -> _Inputs:
     lm, own = chosen_lm(config, workspace, config.lm)
-    if own is not None:
-        Cut(config.hold_out, config.held_out_share).check_events(own)
+    cut, trained = Cut(config.hold_out, config.held_out_share), [] if own is None else [own]
+    for model in trained:
+        cut.check_events(model)
     lm_model = "" if own is None else f"{own.name}/{own.hash}"
-    return _Inputs(*_known(config, workspace, versions), lm, checkpoint_hash(lm), lm_model)
+    inputs = _Inputs(*_known(workspace, versions, cut, trained), lm, checkpoint_hash(lm), lm_model)
+    check_lines(config.lancer, inputs.catalogue, lm, config.answer_tokens)
+    return inputs
+
+
+def check_lines(options: LancerConfig, catalogue: Catalogue, lm: Path, answer_tokens: int) -> None:
+    """Raises UsageError where answers are held to lines of which two are the same, or one is longer than an answer."""
+    if not options.constrained:
+        return
+    first: dict[str, int] = {}
+    for item, line in enumerate(options.lines(catalogue)):
+        if (other := first.setdefault(line, item)) != item:
+            raise UsageError(
+                f"The items {catalogue.titles[other]!r} and {catalogue.titles[item]!r} are both written {line!r}, so that answers "
+                "held to the lines could not tell them apart.",
+                "Write them otherwise with --lancer.prompts.line, or leave out --lancer.constrained.",
+            )
+    engine = EngineConfig(lm=str(lm), device="cpu").build()
+    list(engine.generate([], Decoding(max_new_tokens=answer_tokens), Choices(tuple(first))))
 
 
 def _known(
-    config: AlignConfig, workspace: Workspace, versions: dict[str, int]
-) -> tuple[Catalogue, Histories, NDArray[np.bool_]]:
-    """The catalogue in words, everybody's histories, and who is held out."""
+    workspace: Workspace, versions: dict[str, int], cut: Cut, trained: Sequence[Model]
+) -> tuple[Catalogue, Histories, NDArray[np.bool_], NDArray[np.bool_]]:
+    """The catalogue in words, everybody's histories, who is held out by the cut, and who was when all of `trained` were."""
     items = workspace.tables["items"].read(versions["items"]).sort_by("index")
     catalogue = catalogue_of(items)
     users, histories = read_histories(workspace, versions["histories"])
-    return catalogue, histories, are_held_out(users, config.held_out_share)
+    held_out, unseen = (are_held_out(users, share) for share in (cut.held_out_share, cut.least_share(trained)))
+    return catalogue, histories, held_out, unseen
 
 
 def _without(histories: Histories, left_out: NDArray[np.bool_]) -> Histories:
@@ -252,11 +275,17 @@ def _measured_anew(
         raise UsageError(
             f"The model {adapter.name} is none of this system.", "Name one made by `align --system lancer`."
         )
+    cut, trained = Cut(config.hold_out, config.held_out_share), list[Model]()
+    named_lm = adapter.lineage["lm_model"]
     if home.store.uri == workspace.store.uri:
-        Cut(config.hold_out, 0.0).check_events(adapter)
+        # Who is held out was decided when it was trained, and floors learn from all the others, as it did.
+        cut = replace(cut, held_out_share=float(adapter.lineage.get("held_out_share", 0.0)))
+        cut.check_events(adapter)
+        trained = [adapter, *([find_model(Models(home.store), named_lm)] if named_lm else [])]
     lm = _language_model(config, home, adapter)
-    inputs = _Inputs(*_known(config, workspace, versions), lm, adapter.lineage["lm"], adapter.lineage["lm_model"])
+    inputs = _Inputs(*_known(workspace, versions, cut, trained), lm, adapter.lineage["lm"], named_lm)
     options = _asked_anew(config.lancer, adapter.lineage["options"])
+    check_lines(options, inputs.catalogue, lm, config.answer_tokens)
     metrics = _measure(
         config, options, inputs, inputs.asked(config.hold_out, config.asked), config.fetch(home, adapter)
     )

@@ -15,6 +15,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from raypipe.errors import UsageError
 from raypipe.storage.evaluations import Evaluation, Measured
+from raypipe.storage.fingerprint import fingerprint
 
 FLOORS = ("chance", "constant", "random", "popularity", "transitions")
 _NAMES = {
@@ -31,7 +32,7 @@ _NAMES = {
     "guided": "Guided",
 }
 _SHOWN_SETTINGS = 4
-_HASH = re.compile(r"\b[0-9a-f]{32}\b")
+_HASH = re.compile(r"\b[0-9a-f]{32}([0-9a-f]{32})?\b")
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def figures_of(evaluations: Sequence[Evaluation], dataset: str) -> list[Figure]:
                 figure = Figure(
                     dataset,
                     evaluation.protocol,
-                    ", ".join([label, *beside]) if own else proper(scorer),
+                    ", ".join([label, *beside]) if own else _alone(scorer, evaluation, evaluations),
                     proper(evaluation.recommender),
                     metric,
                     number.value,
@@ -150,6 +151,14 @@ def figures_of(evaluations: Sequence[Evaluation], dataset: str) -> list[Figure]:
                 )
                 newest[(figure.protocol, *figure.row, metric, figure.seed)] = figure
     return list(newest.values())
+
+
+def _alone(scorer: str, evaluation: Evaluation, evaluations: Sequence[Evaluation]) -> str:
+    """What ranks beside a model by itself; a recommender with its hash, where there are several of its name."""
+    name, slash, _ = str(evaluation.settings.get("recommender")).partition("/")
+    stored = {str(one.settings.get("recommender")) for one in evaluations}
+    several = slash and name == scorer and len([one for one in stored if one.startswith(f"{name}/")]) > 1
+    return f"{proper(scorer)} ({_short(evaluation.settings['recommender'])})" if several else proper(scorer)
 
 
 def _costs(evaluation: Evaluation) -> dict[str, Measured]:
@@ -174,20 +183,27 @@ def labels(evaluations: Sequence[Evaluation]) -> list[str]:
         ]
         names = sorted({name for theirs in others for name in theirs})
         apart = [name for name in names if len({theirs.get(name) for theirs in others}) > 1]
-        told = [f"{name} {_short(mine[name])}" for name in apart if name in mine]
-        more = f" and {len(told) - _SHOWN_SETTINGS} more" if len(told) > _SHOWN_SETTINGS else ""
-        differences = "; ".join(told[:_SHOWN_SETTINGS]) + more
+        differences = _differences(mine, apart)
+        if any(theirs != mine and _differences(theirs, apart) == differences for theirs in others):
+            # What is cut short reads alike, and rows that read alike would take each other's place.
+            differences = f"{differences}; settings {fingerprint(mine)[:8]}"
         found.append(f"{proper(evaluation.name)} ({differences})" if differences else proper(evaluation.name))
     return found
 
 
+def _differences(settings: Mapping[str, str], names: Sequence[str]) -> str:
+    told = [f"{name} {_short(settings[name])}" for name in names if name in settings]
+    more = f" and {len(told) - _SHOWN_SETTINGS} more" if len(told) > _SHOWN_SETTINGS else ""
+    return "; ".join(told[:_SHOWN_SETTINGS]) + more
+
+
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted names of values, but for the seed's."""
+    """Dotted names of values, but for the seed's of the training."""
     found: dict[str, str] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
             found |= _flat(value, f"{prefix}{name}.")
-        elif name != "seed":
+        elif prefix + name != "trainer.seed":
             found[prefix + name] = json.dumps(value, ensure_ascii=False).strip('"')
     return found
 

@@ -21,6 +21,7 @@ from raypipe.language.instructions import Catalogue
 from raypipe.pipeline.rejects import WORKER_DIED, blocked_users, rejected_users
 from raypipe.pipeline.sequences import catalogue_of
 from raypipe.pipeline.user_rows import UserRows, identities
+from raypipe.recommenders.windows import Histories
 from raypipe.runtime.budget import Budget
 from raypipe.runtime.session import output_table
 from raypipe.runtime.units import UnitContext
@@ -208,7 +209,12 @@ class RerankBucket:
         """That knows the bucket's histories, and the summaries of those there is work for."""
         told = zip(work["place"].to_pylist(), work["summary"].to_pylist(), strict=True)
         summaries = PastSummaries({row: [(0, text)] for row, text in told if text is not None})
-        past = Past(state.histories, np.zeros(len(state.users), bool), self.catalogue, summaries)
+        return self._of_nobody.of(state.histories, summaries)
+
+    @cached_property
+    def _of_nobody(self) -> Trsr:
+        """What is made of the catalogue, a token count of every line among it, is made once for all buckets."""
+        past = Past(Histories(np.zeros(0, np.int32), np.zeros(0, np.int64)), np.zeros(0, bool), self.catalogue)
         return Trsr(self.task.options, past, self._tokenizer, self.engine.context, self.facts)
 
     def _ordered(self, trsr: Trsr, work: pa.Table) -> list[_Ranked]:

@@ -43,7 +43,7 @@ from raypipe.systems.trsr_training import RankingTask, prepare_validation
 if TYPE_CHECKING:
     from raypipe.pipeline.align import AlignConfig
 
-STEP_VERSION = 1
+STEP_VERSION = 2
 _ASKED_ANEW = {"recent", "history", "missing", "noise", "controls"}
 """Options that say how a stored one is asked."""
 
@@ -66,7 +66,7 @@ def run_trsr(config: AlignConfig) -> JobResult:
             "config": config.shaping_values(),
             "trsr": config.trsr.shaping_values(),
             "lm": inputs.lm_hash,
-            "recommender": f"{inputs.loaded.model.name}/{inputs.loaded.model.hash}",
+            "recommender": inputs.recommender,
             "histories": histories_hash(workspace, versions["histories"]),
             "catalogue": fingerprint({"lines": config.trsr.lines(inputs.past.catalogue)}),
             "summaries": fingerprint(
@@ -177,6 +177,8 @@ def _train(config: AlignConfig, workspace: Workspace, inputs: Asked, recipe: str
         "config": config.shaping_values(),
         "training": trained.curve(),
         "lm": inputs.lm_hash,
+        "recommender": inputs.recommender,
+        "summaries": config.summaries,
         "candidates": inputs.sets_key,
         "metrics": metrics,
     }
@@ -207,6 +209,7 @@ def _measured_anew(
     """A stored model asked with what is given here: other summaries, fewer items, summaries that are missing or wrong."""
     if adapter.lineage.get("system") != NAME:
         raise UsageError(f"The model {adapter.name} is none of this system.", "Name one made by `align --system trsr`.")
+    Cut(config.hold_out, 0.0).check_events(adapter)
     given = config.trsr.model_dump(include=_ASKED_ANEW & config.trsr.model_fields_set)
     options = TrsrConfig.model_validate({**adapter.lineage["options"], **given})
     metrics, _ = measure(config, options, inputs, config.fetch(workspace, adapter))

@@ -56,6 +56,11 @@ class Asked:
     sets_key: str
     rows: NDArray[np.int64]
 
+    @property
+    def recommender(self) -> str:
+        """NAME/HASH of the one that ranks the same candidates."""
+        return f"{self.loaded.model.name}/{self.loaded.model.hash}"
+
     def prefixes(self, most: int) -> Histories:
         """The last events before the cut, as many at most, of those who are asked."""
         histories = self.past.histories

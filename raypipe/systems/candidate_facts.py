@@ -109,20 +109,16 @@ class Facts:
         return np.concatenate(parts)
 
     def _values(self, prefixes: Histories, candidates: NDArray[np.int32]) -> NDArray[np.float32]:
-        rows = np.arange(len(candidates))[:, None]
-
-        def at(table: csr_array) -> NDArray[Any]:
-            return table.toarray()[rows, candidates]
-
+        rows = np.broadcast_to(np.arange(len(candidates))[:, None], candidates.shape)
         last, whole = (chosen_by(prefixes, self.vectors.shape[0], window) for window in (1, None))
         lengths = np.maximum(prefixes.lengths, 1)[:, None]
         found = [
             self.popularity[candidates],
-            at(whole),
-            *(at(mine @ self.neighbours @ self.together @ self.neighbours.T) for mine in (last, whole)),
-            at((last @ self.vectors) @ self.vectors.T),
-            at((whole @ self.vectors) @ self.vectors.T) / lengths,
-            at(whole @ self.together @ self.together),
+            whole[rows, candidates].toarray(),
+            *(_products(mine @ self.neighbours @ self.together, self.neighbours, candidates) for mine in (last, whole)),
+            _products(last @ self.vectors, self.vectors, candidates),
+            _products(whole @ self.vectors, self.vectors, candidates) / lengths,
+            _products(whole @ self.together, self.together, candidates),  # which is symmetric
         ]
         return np.stack(found, 2).astype(np.float32)
 
@@ -138,6 +134,14 @@ class Facts:
         values = self.values(after, rng.integers(1, items + 1, (_SAMPLE, _SAMPLE)).astype(np.int32))
         positive = (values[:, :, fact][values[:, :, fact] > 0] for fact in range(len(NAMES)))
         return tuple(np.quantile(mine, _PLACES) if len(mine) else np.zeros(0) for mine in positive)
+
+
+def _products(left: csr_array, right: csr_array, candidates: NDArray[np.int32]) -> NDArray[np.float32]:
+    """Of each row of `left` [n, m] those with the rows of `right` [items + 1, m] of its candidates int32 [n, k] alone: [n, k]."""
+    found = np.zeros(candidates.shape, np.float32)
+    for row, mine in enumerate(candidates):
+        found[row] = right[mine] @ left[[row]].toarray()[0].astype(np.float64)
+    return found
 
 
 def chosen_by(histories: Histories, width: int, window: int | None = None) -> csr_array:

@@ -36,16 +36,16 @@ class Asked:
 
 def measured(asked: Asked, writer: ListWriter, tell: Callable[[str, int, int], None]) -> dict[str, dict[str, Mean]]:
     """Figures of the model as it is, under `NAME`, in other frames (`perturbed 1`), and with another user's reasoning prompt."""
-    config, histories = writer.lancer.config, asked.histories()
+    config, histories, targets = writer.lancer.config, asked.histories(), asked.held.targets.tolist()
     found: dict[str, dict[str, Mean]] = {}
     frames: dict[str, Frame | None] = {NAME: None}
     frames |= {f"perturbed {number}": frame for number, frame in enumerate(config.prompts.perturbed, 1)}
     for name, frame in frames.items():
-        lists = writer.lists(histories, frame=frame, tell=_progress(tell, name))
+        lists = writer.lists(histories, frame=frame, targets=targets, tell=_progress(tell, name))
         found[name] = _figures(lists, asked, config, whole=name == NAME)
     if config.reasoning:
         others = [*histories[1:], *histories[:1]]
-        lists = writer.lists(histories, others, tell=_progress(tell, CONTROL))
+        lists = writer.lists(histories, others, targets=targets, tell=_progress(tell, CONTROL))
         found[CONTROL] = _figures(lists, asked, config, whole=False)
     return found
 
@@ -75,10 +75,10 @@ def rank_figures(
 
 
 def _figures(lists: Lists, asked: Asked, config: LancerConfig, *, whole: bool) -> dict[str, Mean]:
-    candidates = np.full(len(lists.items), asked.held.items)
+    candidates, targets = np.full(len(lists.items), asked.held.items), asked.held.targets.tolist()
     if config.filter_seen:
-        candidates = candidates - [len(set(mine)) for mine in asked.histories()]
-    targets = asked.held.targets.tolist()
+        pairs = zip(asked.histories(), targets, strict=True)
+        candidates = candidates - [len(set(mine) - {target}) for mine, target in pairs]
     figures = rank_figures(*ranks_of_lists(lists.items, targets, candidates.tolist()), asked, config)
     if not whole:
         return {name: figures[name] for name in figures if name.split("@")[-1] in {str(k) for k in _CUTOFFS}}

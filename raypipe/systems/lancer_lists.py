@@ -46,11 +46,13 @@ class ListWriter:
         frame: Frame | None = None,
         *,
         filter_seen: bool | None = None,
+        targets: Sequence[int] | None = None,
         tell: Callable[[int, int], None] | None = None,
     ) -> Lists:
         """Of the users of these histories, item indices in time order, of at least one item.
 
         Their reasoning prompts are made of what `read` has, unset of the same; `filter_seen` unset is the configuration's.
+        `targets`, an item of each user, stay in the lists, seen or not: a list that may not hold them cannot be measured.
         """
         filter_seen = self.lancer.config.filter_seen if filter_seen is None else filter_seen
         read = histories if read is None else read
@@ -63,7 +65,11 @@ class ListWriter:
             grounded = self.grounding.ground([beam.text for mine in answers for beam in mine])
             ends = np.cumsum([len(mine) for mine in answers])[:-1]
             items = np.split(grounded.nearest + 1, ends)
-            for mine, beams in zip(lists_of(items, histories[part], filter_seen=filter_seen), answers, strict=True):
+            seen = histories[part]
+            if targets is not None:
+                pairs = zip(seen, targets[part], strict=True)
+                seen = [[item for item in mine if item != target] for mine, target in pairs]
+            for mine, beams in zip(lists_of(items, seen, filter_seen=filter_seen), answers, strict=True):
                 found.items.append(list(mine))
                 found.logprobs.append([beams[place].logprob for place in mine.values()])
             found.exact.extend(np.split(grounded.exact, ends))

@@ -151,7 +151,11 @@ class RecExplainer:
         return [Choices(tuple(source.titles), SEPARATOR, most) for most in (1, CANDIDATES)]
 
     def measured(self, source: Source, engine: Engine, asked: int, most_tokens: int) -> dict[str, float]:
-        """How far the model predicts what the recommender says of held-out users; beside it, asked as somebody else."""
+        """How far the model predicts what the recommender says of held-out users; beside it, asked as somebody else.
+
+        `refused` of a task is how many of its questions could not be asked, as where they are longer than the context: they count
+        as answers that say nothing.
+        """
         rows = self._asked(source, asked)
         taught = teach(source, rows, source.histories.lengths[rows], np.random.default_rng(0))
         found: dict[str, float] = {"asked": len(rows)}
@@ -186,7 +190,7 @@ class RecExplainer:
                 found[f"{name}: {figure}"] = round(mean.value, 4)
         in_context = ExplainerConfig(variant="B", titles=self.config.titles, prompts=self.config.prompts).build()
         for figure, value in in_context.measured(source, bare, asked, most_tokens).items():
-            if figure.startswith("T"):
+            if figure.startswith(("T", "refused")):
                 found[f"in-context LM: {figure}"] = value
         return found
 
@@ -219,41 +223,47 @@ class RecExplainer:
         most_tokens: int,
     ) -> dict[str, float]:
         one, five = self.choices(source) or (None, None)
-        lists = [
-            [text.strip() for text in texts] for texts in _texts(engine, questions.next_item, most_tokens, one, _BEAMS)
-        ]
-        ranked = [titles_in(texts[0], source.known) for texts in _texts(engine, questions.ranking, most_tokens, five)]
+        refused: dict[str, int] = {}
+        answers, refused["T1"] = _texts(engine, questions.next_item, most_tokens, one, _BEAMS)
+        lists = [[text.strip() for text in texts] for texts in answers]
+        answers, refused["T2"] = _texts(engine, questions.ranking, most_tokens, five)
+        ranked = [titles_in(texts[0], source.known) for texts in answers]
         favourites = source.titles_of(taught.favourites.tolist())
         orders = [
             source.titles_of(mine[order].tolist()) for mine, order in zip(taught.candidates, taught.orders, strict=True)
         ]
-        liked, disliked = _likelihoods(engine, questions.liked), _likelihoods(engine, questions.disliked)
-        yes, no = np.concatenate([liked, disliked]).T
+        likelihoods, refused["T3"] = _likelihoods(engine, [*questions.liked, *questions.disliked])
+        yes, no = likelihoods.T
         figures = {
             **retrieval_figures(lists, favourites, source.known),
             **ranking_figures(ranked, orders),
-            "T3 accuracy": Mean.of(decisions(yes, no, np.arange(len(yes)) < len(liked))),
+            "T3 accuracy": Mean.of(decisions(yes, no, np.arange(len(yes)) < len(questions.liked))),
         }
         if self.config.variant != "B":
             histories = [source.titles_of(source.before_cut(row)[-self.config.titles :]) for row in rows.tolist()]
-            told = [titles_in(texts[0], source.known) for texts in _texts(engine, questions.history, most_tokens)]
+            answers, refused["T6"] = _texts(engine, questions.history, most_tokens)
+            told = [titles_in(texts[0], source.known) for texts in answers]
             figures |= reconstruction_figures(told, histories, source.known)
-        return {name: mean.value for name, mean in figures.items()}
+        counts = {f"refused {task}": float(count) for task, count in refused.items()}
+        return {name: mean.value for name, mean in figures.items()} | counts
 
 
 def _texts(
     engine: Engine, prompts: Sequence[Prompt], most_tokens: int, choices: Choices | None = None, beams: int = 1
-) -> list[list[str]]:
-    """Of each prompt what the engine answers, best first; one empty text where it cannot."""
-    texts = [[""]] * len(prompts)
+) -> tuple[list[list[str]], int]:
+    """Of each prompt what the engine answers, best first, one empty text where it cannot; and how often it cannot."""
+    texts, refused = [[""]] * len(prompts), 0
     for outcome in engine.generate(prompts, Decoding(max_new_tokens=most_tokens, beams=beams), choices):
         texts[outcome.index] = [beam.text for beam in outcome.beams] or [outcome.text]
-    return texts
+        refused += outcome.error is not None
+    return texts, refused
 
 
-def _likelihoods(engine: Engine, prompts: Sequence[Prompt]) -> NDArray[np.float64]:
-    """Logarithms of how likely yes and no are, [prompts, 2]; an engine that has no answer thinks both alike likely."""
-    found = np.zeros((len(prompts), 2))
+def _likelihoods(engine: Engine, prompts: Sequence[Prompt]) -> tuple[NDArray[np.float64], int]:
+    """Logarithms of how likely yes and no are, [prompts, 2], both alike where the engine has no answer; and how often it has
+    none."""
+    found, refused = np.zeros((len(prompts), 2)), 0
     for scores in engine.score(prompts, [(YES, NO)] * len(prompts)):
         found[scores.index] = scores.logprobs or (0.0, 0.0)
-    return found
+        refused += scores.error is not None
+    return found, refused

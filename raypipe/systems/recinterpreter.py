@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import model_validator
 
 from raypipe.config import Config, free, shaping
-from raypipe.engines.engine import Choices, Decoding, Engine, EngineConfig
+from raypipe.engines.engine import Choices, Decoding, Engine, EngineConfig, Outcome
 from raypipe.errors import UsageError
 from raypipe.language.adapters import AdapterConfig, LoraOptions
 from raypipe.language.projectors import ProjectorConfig
@@ -191,8 +191,9 @@ class RecInterpreter:
     def measured(self, source: Source, engine: Engine, asked: int, most_tokens: int) -> dict[str, float]:
         """After the last event of held-out users; a control's figures have its name before theirs.
 
-        "shuffled states": everybody is asked with the next one's; "no states": with the words alone. Raises UsageError for
-        judges who cannot be asked.
+        "shuffled states": everybody is asked with the next one's; "no states": with the words alone. `refused` of an exercise is
+        how many of its questions could not be asked: they count as answers that say nothing. Raises UsageError for judges who
+        cannot be asked.
         """
         self._check_judges()
         rows = source.rows(held_out=True, least=2, most=asked, rng=np.random.default_rng(0))
@@ -208,12 +209,16 @@ class RecInterpreter:
         for control in ("", *CONTROLS):
             prompts = self.questions(readings, told, control)
             count = len(readings)
-            answers = [
-                *_answers(engine, prompts[:count], decoding, several),
-                *_answers(engine, prompts[count:], decoding, one),
+            outcomes = [
+                *_outcomes(engine, prompts[:count], decoding, several),
+                *_outcomes(engine, prompts[count:], decoding, one),
             ]
+            answers = [outcome.text for outcome in outcomes]
             prefix = f"{control}: " if control else ""
             figures = self.figures(answers, readings, told, source.known)
+            for number, exercise in enumerate(("recovery", "residual", "oracle") if told else ("recovery", "residual")):
+                mine = outcomes[number * count : (number + 1) * count]
+                figures[f"refused {exercise}"] = sum(outcome.error is not None for outcome in mine)
             named = [title_in(answer, source.known) for answer in answers[2 * count :]]
             figures |= preferences(judges, named, {"random": random, "nearest": nearest}, histories, source.known)
             found |= {prefix + name: round(value, 4) for name, value in figures.items()}
@@ -353,11 +358,12 @@ def title_in(answer: str, known: Collection[str]) -> str:
     return answer if answer in known else answer.removesuffix(".")
 
 
-def _answers(engine: Engine, prompts: Sequence[Prompt], decoding: Decoding, choices: Choices | None) -> list[str]:
-    answers = [""] * len(prompts)
+def _outcomes(engine: Engine, prompts: Sequence[Prompt], decoding: Decoding, choices: Choices | None) -> list[Outcome]:
+    """In the order of the prompts."""
+    outcomes = [Outcome(index) for index in range(len(prompts))]
     for outcome in engine.generate(prompts, decoding, choices):
-        answers[outcome.index] = outcome.text
-    return answers
+        outcomes[outcome.index] = outcome
+    return outcomes
 
 
 @torch.no_grad()

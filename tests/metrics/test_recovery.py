@@ -9,7 +9,7 @@ import pytest
 
 from raypipe.metrics.recovery import recovered, recovered_places, rouge_l, titles_in, valid_ratio
 
-KNOWN = {"Alien", "Aliens", "Face; Off", "One; Two; Three", "M*A*S*H"}
+KNOWN = {"Alien", "Aliens", "Face; Off", "One; Two; Three", "M*A*S*H", "Mr. Jr.", "Vol.; I.", "Dune", "Dune."}
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,14 @@ KNOWN = {"Alien", "Aliens", "Face; Off", "One; Two; Three", "M*A*S*H"}
         ("One; Two; Three; Face", ["One; Two; Three", "Face"]),
         ("One; Two", ["One", "Two"]),
         ("M*A*S*H; ; Alien", ["M*A*S*H", "Alien"]),
+        ("Alien; Mr. Jr.", ["Alien", "Mr. Jr."]),
+        ("Mr. Jr.; Alien.", ["Mr. Jr.", "Alien"]),
+        ("Alien; Mr. Jr..", ["Alien", "Mr. Jr."]),
+        ("Alien; Vol.; I.", ["Alien", "Vol.; I."]),
+        ("Face; Off.", ["Face; Off"]),
+        ("Dune; Dune.", ["Dune", "Dune."]),
+        ("Alien; unheard of.", ["Alien", "unheard of"]),
+        ("Alien; .", ["Alien"]),
         ("", []),
     ],
 )

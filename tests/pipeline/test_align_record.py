@@ -6,16 +6,24 @@ from pathlib import Path
 
 import pytest
 
+from raypipe.metrics.ranking import Mean
 from raypipe.pipeline.align import AlignConfig
 from raypipe.pipeline.align_record import record
+from raypipe.pipeline.evaluate import record as record_recommender
 from raypipe.pipeline.report_drawings import plots_of
-from raypipe.pipeline.report_figures import figures_of
+from raypipe.pipeline.report_figures import figures_of, labels
 from raypipe.pipeline.report_tables import tables_of
 from raypipe.runtime.job import JobResult
-from raypipe.storage.evaluations import Evaluations
+from raypipe.storage.evaluations import Evaluation, Evaluations, Measured
 from raypipe.storage.models import Model, Models
 from raypipe.storage.store import Store
+from raypipe.storage.workspace import Workspace
+from raypipe.systems.trsr import TrsrConfig
 
+TRSR = TrsrConfig().model_dump(mode="json")
+TRSR_PROTOCOL = (
+    "leave-one-out, 21 candidates, last 25 events shown, trained before everybody's last event, {} users asked"
+)
 METRICS = {"asked": 20, "Recall@5": 0.3, "perturbed: Recall@5": 0.2, "popularity: Recall@5": 0.1, "none": None}
 
 
@@ -24,9 +32,9 @@ def home(tmp_path: Path) -> str:
     return str(tmp_path / "home")
 
 
-def stored(uri: str, folder: Path, name: str, **lineage: object) -> Model:
+def stored(uri: str, folder: Path, name: str, weights: object = "", **lineage: object) -> Model:
     folder.mkdir(exist_ok=True)
-    (folder / "weights.json").write_text(name)
+    (folder / "weights.json").write_text(f"{folder.name} {weights}")
     return Models(Store(uri)).add(name, folder, "recipe", lineage)
 
 
@@ -41,7 +49,8 @@ def test_floors_are_rows_of_their_own_and_what_stands_beside_a_model_is_named_af
     figures = {(one.model, one.metric): one for one in figures_of(Evaluations(Store(home)).all(), "shop")}
     assert figures["LANCER", "Recall@5"].value == 0.3
     assert (
-        figures["LANCER", "Recall@5"].protocol == "leave-one-out, whole catalogue, seen items filtered, 20 users asked"
+        figures["LANCER", "Recall@5"].protocol
+        == "leave-one-out, whole catalogue, seen items filtered, trained before everybody's last event, 20 users asked"
     )
     assert figures["LANCER, perturbed", "Recall@5"].seed == 2
     assert figures["popularity", "Recall@5"].value == 0.1
@@ -53,14 +62,15 @@ def test_floors_are_rows_of_their_own_and_what_stands_beside_a_model_is_named_af
 
 
 def test_what_ranks_candidates_without_a_language_model_has_rows_of_its_own(home: str, tmp_path: Path) -> None:
-    model = stored(home, tmp_path / "m", "trsr", options={"candidates": {"negatives": 20}})
+    model = stored(home, tmp_path / "m", "trsr", options=TRSR)
     metrics = {"asked": 50, "Recall@3": 0.6, "no summaries: Recall@3": 0.5, "boosted trees on facts: Recall@3": 0.7}
     metrics |= {"gru4rec: Recall@3": 0.4, "above 123: Recall@3": 0.1, "above 123: Recall@3 low": 0.02}
     metrics |= {"Recall@3 after 3 to 9 events": 0.5, "Recall@3 after 10 to 24 events": 0.7}
-    config = AlignConfig(workspace=home, system="trsr", model="gru4rec/0")
+    beside = stored(home, tmp_path / "g", "gru4rec")
+    config = AlignConfig(workspace=home, system="trsr", model=f"gru4rec/{beside.hash}")
     record(config, JobResult("align", "ok", models={"trsr": model.hash}, metrics=metrics))
     figures = figures_of(Evaluations(Store(home)).all(), "shop")
-    assert {one.protocol for one in figures} == {"leave-one-out, 21 candidates, 50 users asked"}
+    assert {one.protocol for one in figures} == {TRSR_PROTOCOL.format(50)}
     ranking, compared = tables_of("shop", [one for one in figures if one.metric != "asked"])[:2]
     kinds = {row.model: row.kind for row in ranking.rows}
     assert kinds == {
@@ -93,12 +103,12 @@ def test_an_adapter_is_told_beside_the_recommender_whose_states_it_reads(home: s
         metrics = {"recovery": 0.2, "shuffled states: recovery": 0.01, "unseen_by_all": unseen}
         record(config, JobResult("align", "ok", models={"recinterpreter": adapter.hash}, metrics=metrics))
         (one,) = Evaluations(Store(home)).all()
-        assert (one.recommender, one.protocol) == ("gru4rec", f"before everybody's last event, users {told}")
+        assert (one.recommender, one.protocol) == ("gru4rec", f"before everybody's last event, users {told} (10%)")
         assert one.figures["recinterpreter, shuffled states"]["recovery"].value == 0.01
 
 
 def test_what_ranks_the_same_candidates_by_itself_is_a_row_of_its_own(home: str, tmp_path: Path) -> None:
-    model = stored(home, tmp_path / "m", "trsr", options={"candidates": {"negatives": 20}})
+    model = stored(home, tmp_path / "m", "trsr", options=TRSR)
     metrics = {
         "asked": 20,
         "Recall@3": 0.5,
@@ -106,6 +116,7 @@ def test_what_ranks_the_same_candidates_by_itself_is_a_row_of_its_own(home: str,
         "boosted trees: Recall@3": 0.3,
         "sasrec: MRR@3": 0.2,
     }
+    stored(home, tmp_path / "s", "sasrec")
     record(
         AlignConfig(workspace=home, system="trsr"),
         JobResult("align", "ok", models={"trsr": model.hash}, metrics=metrics),
@@ -116,4 +127,84 @@ def test_what_ranks_the_same_candidates_by_itself_is_a_row_of_its_own(home: str,
     assert figures["boosted trees", "Recall@3"] == 0.3
     assert figures["SASRec", "MRR@3"] == 0.2
     (told,) = {one.protocol for one in figures_of(Evaluations(Store(home)).all(), "shop")}
-    assert told == "leave-one-out, 21 candidates, 20 users asked"
+    assert told == TRSR_PROTOCOL.format(20)
+
+
+def test_models_that_differ_in_what_was_joined_are_rows_of_their_own(home: str, tmp_path: Path) -> None:
+    """Neither the summaries nor the language model are options of the system."""
+    one, other = (stored(home, tmp_path / name, "sasrec").hash for name in ("one", "other"))
+    joined = [(None, "a" * 64, one), ("hierarchical", "a" * 64, one), ("recurrent", "a" * 64, one)]
+    joined += [("recurrent", "b" * 64, one), ("recurrent", "b" * 64, other)]
+    for number, (summaries, lm, recommender) in enumerate(joined):
+        given = {"lm": lm, "recommender": f"sasrec/{recommender}", "summaries": summaries, "held_out_share": 0.1}
+        model = stored(home, tmp_path / f"m{number}", "trsr", number, options=TRSR, config={}, **given)
+        asked = {"workspace": home, "system": "trsr", "summaries": summaries, "model": f"sasrec/{recommender}"}
+        metrics = {"asked": 9, "Recall@3": number / 10, "sasrec: Recall@3": 0.5 if recommender == one else 0.6}
+        record(
+            AlignConfig.model_validate(asked), JobResult("align", "ok", models={"trsr": model.hash}, metrics=metrics)
+        )
+    figures = [one for one in figures_of(Evaluations(Store(home)).all(), "shop") if one.metric == "Recall@3"]
+    ours = {figure.model: figure.value for figure in figures if figure.model.startswith("LLM-TRSR")}
+    assert sorted(ours.values()) == [0, 0.1, 0.2, 0.3, 0.4]
+    assert ours[f"LLM-TRSR (lm bbbbbbbb; recommender sasrec/{one[:8]}; summaries recurrent)"] == 0.3
+    beside = {figure.model: figure.value for figure in figures if figure.model.startswith("SASRec")}
+    assert beside == {f"SASRec (sasrec/{one[:8]})": 0.5, f"SASRec (sasrec/{other[:8]})": 0.6}
+
+
+def test_floors_of_different_cuts_are_told_apart(home: str, tmp_path: Path) -> None:
+    """They are counted on what the models beside them were trained on."""
+    cuts = [(1, 0.0), (2, 0.0), (2, 0.1)]
+    for hold_out, share in cuts:
+        value = round(hold_out / 10 + share, 1)
+        lineage = {"hold_out": hold_out, "held_out_share": share, "protocol": {}, "options": {}}
+        model = stored(home, tmp_path / f"m{value}", "lancer", value, **lineage)
+        config = AlignConfig(workspace=home, system="lancer", hold_out=hold_out, held_out_share=share)
+        metrics = {"asked": 9, "popularity: Recall@5": value}
+        record(config, JobResult("align", "ok", models={"lancer": model.hash}, metrics=metrics))
+        rows = {"popularity": {"Recall@5": Mean(value, 0.0)}}
+        record_recommender(Workspace(home), Model("sasrec", f"{value}", "", lineage), rows, True)
+    figures = [one for one in figures_of(Evaluations(Store(home)).all(), "shop") if one.model == "popularity"]
+    assert len({figure.protocol for figure in figures}) == len(figures) == 6
+    assert sorted(figure.value for figure in figures) == [0.1, 0.1, 0.2, 0.2, 0.3, 0.3]
+    last = "leave-one-out, whole catalogue, seen items filtered, trained before everybody's last 2 events without 10% of the users"
+    assert last in {figure.protocol for figure in figures}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"summaries": "recurrent"},
+        {"hold_out": 2},
+        {"asked": 7},
+        {"answer_tokens": 9},
+        {"model": "gru4rec"},
+        {"trsr": {"recent": 0}},
+        {"trsr": {"candidates": {"seed": 1}}},
+    ],
+)
+def test_a_stored_model_asked_otherwise_has_a_record_of_its_own(
+    home: str, tmp_path: Path, other: dict[str, object]
+) -> None:
+    for name in ("sasrec", "gru4rec"):
+        stored(home, tmp_path / name, name)
+    model = stored(home, tmp_path / "m", "trsr", options=TRSR, config={}, summaries="hierarchical", hold_out=2)
+    for number, more in enumerate(({}, other)):
+        metrics = {"asked": 5, "Recall@3": number / 10}
+        given = {"workspace": home, "system": "trsr", "adapter": "trsr", **more}
+        record(
+            AlignConfig.model_validate(given), JobResult("align", "ok", models={"trsr": model.hash}, metrics=metrics)
+        )
+    figures = [one for one in figures_of(Evaluations(Store(home)).all(), "shop") if one.metric == "Recall@3"]
+    assert sorted(figure.value for figure in figures) == [0, 0.1]
+
+
+def test_settings_that_are_not_shown_tell_models_apart_too() -> None:
+    def of(**settings: object) -> Evaluation:
+        return Evaluation("align", "trsr", "a", "", "p", 0, {"trsr": {"Recall@3": Measured(0.5)}}, settings=settings)
+
+    five = dict.fromkeys("abcde", 1)
+    made = [of(**five), of(**dict.fromkeys("abcde", 2)), of(**{**five, "e": 3}), of(**five)]
+    told = labels(made)
+    assert (len(set(told)), told[0]) == (3, told[3])
+    assert told[1] == "LLM-TRSR (a 2; b 2; c 2; d 2 and 1 more)"
+    assert told[0].startswith("LLM-TRSR (a 1; b 1; c 1; d 1 and 1 more; settings ")

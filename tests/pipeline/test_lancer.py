@@ -67,8 +67,8 @@ def copy_of(folder: Path, to: Path, **lineage: object) -> str:
 
 @pytest.fixture
 def chains(chains_once: Path, tmp_path: Path) -> str:
-    """Whose language model has seen nobody's last two events."""
-    return copy_of(chains_once, tmp_path, hold_out=2)
+    """Whose language model has seen nobody's last two events, and a tenth of the users not at all."""
+    return copy_of(chains_once, tmp_path, hold_out=2, held_out_share=0.1)
 
 
 def following(item: str) -> str:

@@ -9,6 +9,8 @@ import pytest
 
 from raypipe.language.alignment import prepare_alignment
 from raypipe.pipeline import trsr
+from raypipe.storage.evaluations import Evaluations
+from raypipe.storage.store import Store
 from tests.conftest import Run
 from tests.ground import one_paragraph
 from tests.pipeline.ranked_logs import ALIGN_TRSR, LAST, RANKED_USERS
@@ -64,6 +66,9 @@ def test_everybody_s_candidates_are_ranked_by_all_and_models_are_compared_user_b
     shown = raypipe(*words, "--trsr.facts", "--summaries", "recurrent", "--trsr.against", named)
     assert (shown.code, shown.status) == (0, "ok"), shown.stderr
     assert shown.metrics["summary_calls"] > 0
+    told = {one.settings["summaries"]: one.settings for one in Evaluations(Store(ranked)).all()}
+    assert set(told) == {None, "recurrent"}
+    assert {one["recommender"].partition("/")[0] for one in told.values()} == {"sasrec"}
     assert {"no summaries: Recall@3", "shuffled summaries: Recall@3"} <= set(shown.metrics)
     assert shown.metrics["popularity: MRR@3"] == metrics["popularity: MRR@3"]
     apart = f"above {named.removeprefix('trsr/')[:12]}: Recall@3"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from raypipe.recommenders.windows import Histories
-from raypipe.systems.candidate_facts import FORM, NAMES, Facts, text_neighbours, text_vectors
+from raypipe.systems.candidate_facts import FORM, NAMES, Facts, chosen_by, text_neighbours, text_vectors
 
 ITEMS, USERS, HISTORY = 30, 50, 4
 WORDS = ["red", "blue", "green", "square", "round", "flat"]
@@ -73,6 +73,27 @@ def test_values_are_those_of_plain_loops() -> None:
         for column in range(4):
             expected = by_loops(base, history, int(candidates[row, column]))
             np.testing.assert_allclose(values[row, column], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [0, 1, 600])
+def test_values_are_those_of_whole_products_over_all_items(count: int) -> None:
+    base, rng = histories(), np.random.default_rng(3)
+    rows = rng.integers(0, USERS, count)
+    prefixes = base.take(base.starts[rows], base.lengths[rows])
+    candidates = rng.integers(1, ITEMS + 1, (count, 5)).astype(np.int32)
+    mine = facts(base)
+    whole = chosen_by(prefixes, ITEMS + 1, HISTORY).toarray().astype(float)
+    last = chosen_by(prefixes, ITEMS + 1, 1).toarray().astype(float)
+    together, near, vectors = (one.toarray().astype(float) for one in (mine.together, mine.neighbours, mine.vectors))
+    smooth, alike = near @ together @ near.T, vectors @ vectors.T
+    lengths = np.minimum(prefixes.lengths, HISTORY)[:, None]
+    tables = [whole, last @ smooth, whole @ smooth, last @ alike, whole @ alike / lengths, whole @ together @ together]
+    values = mine.values(prefixes, candidates)
+    assert values.shape == (count, 5, len(NAMES))
+    for fact, table in enumerate(tables, 1):
+        np.testing.assert_allclose(
+            values[:, :, fact], table[np.arange(count)[:, None], candidates], rtol=1e-5, atol=1e-6
+        )
 
 
 def test_numbers_go_from_nothing_to_nine_in_the_order_of_what_they_tell() -> None:

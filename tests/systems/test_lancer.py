@@ -387,6 +387,17 @@ def test_lists_hold_each_item_once_in_order_and_a_target_that_is_not_there_stand
     assert (above.tolist(), same.tolist()) == ([1, 2, 0], [1, 8, 10])
 
 
+def test_what_is_chosen_again_is_a_candidate_of_the_model_as_of_the_floors(lm: Path, tmp_path: Path) -> None:
+    """Everybody chose all that they ever will: of seen items the target alone is in the lists."""
+    world = prepared(lm, tmp_path, filter_seen=True, constrained=True, beams=ITEMS)
+    world.trained(0)
+    figures = world.figures()
+    assert figures["listed"] == ITEMS - 4 + 1
+    assert figures["Recall@10"] == 1
+    unmeasured = world.writer(8).lists([[1, 2, 3, 4]]).items
+    assert set(unmeasured[0]) == set(range(5, ITEMS + 1))
+
+
 def test_figures_tell_short_histories_cold_items_and_unseen_users_apart() -> None:
     told = Histories(np.array([1, 2, 3, *range(1, 13), 4, 1], np.int32), np.array([3, 16, 17]))
     held = HeldOut.of(told, 1, ITEMS)

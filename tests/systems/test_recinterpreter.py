@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from raypipe.engines.engine import Outcome, OutcomeError
 from raypipe.language.prompt import Vectors
 from raypipe.systems.recinterpreter import (
     InterpreterConfig,
@@ -102,6 +103,22 @@ def test_decoding_among_titles_asks_for_one_or_for_as_many_as_a_history_shows(so
     }
 
 
+class Refusing:
+    """An engine without an adapter."""
+
+    def generate(self, prompts, decoding, choices=None):
+        for index, prompt in enumerate(prompts):
+            error = OutcomeError("unsupported_prompt", "It reads text only.") if prompt.has_vectors else None
+            yield Outcome(index, error=error)
+
+
+def test_questions_that_cannot_be_asked_are_counted_by_exercise(source: Source) -> None:
+    figures = RecInterpreter(InterpreterConfig(after="item")).measured(source, Refusing(), 100, 8)
+    for exercise in ("recovery", "residual", "oracle"):
+        assert figures[f"refused {exercise}"] == figures[f"shuffled states: refused {exercise}"] == figures["asked"]
+        assert figures[f"no states: refused {exercise}"] == 0
+
+
 class Silent:
     """An engine that answers nothing and remembers what it was asked."""
 
@@ -125,8 +142,6 @@ def test_the_oracle_is_what_the_recommender_would_have_next_and_its_title_the_ne
         """Answers the oracle's questions with the title of the item nearest to the vector it is shown last."""
 
         def generate(self, prompts, decoding, choices=None):
-            from raypipe.engines.engine import Outcome
-
             told.append([])
             for index, prompt in enumerate(prompts):
                 vectors = [segment for segment in prompt.segments if isinstance(segment, Vectors)]
