@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from decimal import Decimal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -84,6 +85,21 @@ def test_every_format_gives_the_same_items(tmp_path, write_text):
     assert expected[0]["attributes"] == {"genres": ["Comedy", "Drama"]}
     for name in ("delta", "items.jsonl", "items.csv.gz"):
         assert read(tmp_path / name) == (expected, []), name
+
+
+def test_decimal_ids_keep_every_digit(tmp_path):
+    ids = pa.array([Decimal(1234567890123456789), Decimal(1234567890123456790)], pa.decimal128(38, 0))
+    year = pa.array([Decimal(1995), None], pa.decimal128(38, 0))
+    (tmp_path / "parts").mkdir()
+    pq.write_table(pa.table({"item_id": ids, "title": ["A", "B"], "year": year}), tmp_path / "parts" / "a.parquet")
+    pq.write_table(pa.table({"item_id": [7], "title": ["C"], "year": [2001]}), tmp_path / "parts" / "b.parquet")
+    items, rejects = read(tmp_path / "parts", CatalogueColumns(year="year"))
+    assert [(item["item_id"], item["year"]) for item in items] == [
+        ("1234567890123456789", 1995),
+        ("1234567890123456790", None),
+        ("7", 2001),
+    ]
+    assert rejects == []
 
 
 def test_each_reject_has_its_reason_and_the_first_good_row_stays(write_text):
