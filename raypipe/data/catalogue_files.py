@@ -106,7 +106,7 @@ def _read_delimited(part: Part, quoted_newlines: bool) -> RawRows:
     ((start, _, _), *_) = part.ranges or [(part.length, 0, 0)]
     with explained(part.file.uri):
         try:
-            blocks = list(record_blocks(part.file.uri, start, UNKNOWN_END, quoted_newlines))
+            blocks = list(record_blocks(part.file.uri, start, UNKNOWN_END, dialect.breaking))
         except UsageError:
             # A quote that is never closed makes one endless record; lines still end.
             blocks = list(record_blocks(part.file.uri, start, UNKNOWN_END))

@@ -84,6 +84,23 @@ def test_an_unclosed_quote_costs_one_line(write_text, read_log):
     assert json.loads(log.rejects[0]["row"]) == {"line": '"b,i,6'}
 
 
+def test_a_quote_in_the_middle_of_a_field_is_text_where_quotes_may_hold_line_breaks(write_text, read_log):
+    lines = [f'u{n},i{n},{n},"a ""fine""\nnote"' if n % 2 else f"u{n},i{n},{n},plain" for n in range(1000)]
+    lines[10] = 'u10,i10,10,24" tv'
+    path = write_text("log.csv", csv(*lines, header="user_id,item_id,t,note"))
+    log = read_log(path, TIME, quoted_newlines=True)
+    assert (log.rows_in, len(log.events), log.rejects) == (1000, 1000, [])
+
+
+@pytest.mark.parametrize("broken", ['u10,i10,10,"24 tv', '"u10,i10,10,tv'])
+def test_every_line_that_an_unclosed_quote_swallows_is_counted(write_text, read_log, broken):
+    lines = [f"u{n},i{n},{n},plain" for n in range(1000)]
+    lines[10] = broken
+    log = read_log(write_text("log.csv", csv(*lines, header="user_id,item_id,t,note")), TIME, quoted_newlines=True)
+    assert (log.rows_in, len(log.events), log.reasons()) == (1000, 10, {"malformed_row": 990})
+    assert [json.loads(bad["row"])["line"] for bad in log.rejects] == lines[10:]
+
+
 def test_a_malformed_line_that_is_not_utf8_costs_only_itself(write_text, read_log):
     log = read_log(write_text("log.csv", csv("a,i,5", b"\xff\xfe", "c,i,7")), TIME)
     assert [e["user_id"] for e in log.events] == ["a", "c"]
