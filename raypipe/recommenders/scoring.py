@@ -10,7 +10,8 @@ from torch import Tensor
 
 from raypipe.recommenders.sequences import Sequences
 
-_BLOCK_SCORES = 2**22
+BLOCK_SCORES = 2**22
+"""Held at a time, whatever the catalogue."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,8 @@ def _within(targets: Tensor, rows: slice) -> Tensor:
 
 
 def _blocks(items: int, batch: int) -> list[slice]:
-    """Slices of the table's rows 1…items that make at most `_BLOCK_SCORES` scores each."""
-    size = max(1, _BLOCK_SCORES // max(1, batch))
+    """Slices of the table's rows 1…items that make at most `BLOCK_SCORES` scores each."""
+    size = max(1, BLOCK_SCORES // max(1, batch))
     return [slice(at, min(at + size, items + 1)) for at in range(1, items + 1, size)]
 
 

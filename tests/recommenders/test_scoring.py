@@ -18,7 +18,7 @@ BATCH, ITEMS, WIDTH = 9, 53, 4
 
 @pytest.fixture(params=[1, 100, 10**6], ids=lambda size: f"blocks of {size}")
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "_BLOCK_SCORES", request.param)
+    monkeypatch.setattr(scoring, "BLOCK_SCORES", request.param)
 
 
 def small_integers(rows: int, seed: int) -> Tensor:
