@@ -138,6 +138,22 @@ def test_a_broken_json_line_keeps_its_neighbours(write_text, read_log):
     assert log.rows_in == 10
 
 
+@pytest.mark.parametrize("beside", [b'{"user_id": "c", "item_id": "i", "t": 7}', b"{"])
+def test_an_integer_of_thousands_of_digits_is_judged_where_it_stands(write_text, read_log, beside):
+    digits = b"1" * 5000
+    lines = [
+        b'{"user_id": "a", "item_id": "i", "t": 5}',
+        b'{"user_id": "b", "item_id": "i", "t": ' + digits + b"}",
+        b'{"user_id": ' + digits + b', "item_id": "i", "t": 6}',
+        b'{"user_id": "d", "item_id": "i", "t": 8, "unused": ' + digits + b"}",
+        beside,
+    ]
+    log = read_log(write_text("log.jsonl", b"\n".join([*lines, b""])), TIME)
+    assert [e["user_id"] for e in log.events if e["user_id"] != "c"] == ["a", "d"]
+    assert by_reason(log)[:2] == [("bad_time", "41"), ("id_too_long", str(41 + 40 + 5000))]
+    assert log.rows_in == 5
+
+
 def test_parquet_columns_are_checked_value_by_value(tmp_path, read_log):
     users = pa.array([b"ok", b"\xff", None, b"", b"fine"]).view(pa.string())
     table = pa.table({"user_id": users, "item_id": [1.0, 2.0, 3.0, 4.0, float("nan")], "t": [1.5, 1.0, 1.0, 1.0, 1.0]})
