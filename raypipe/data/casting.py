@@ -7,6 +7,7 @@ give a value the same result, so what stands beside it in a block never matters.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from decimal import Decimal
 
 import numpy as np
 import pyarrow as pa
@@ -78,7 +79,7 @@ def value_type(type_: pa.DataType) -> pa.DataType:
 
 
 def flat(column: pa.ChunkedArray) -> pa.Array:
-    """One array of plain values: dictionaries, decimals and views resolved, which few functions of Arrow take."""
+    """One array of plain values: dictionaries and views resolved, which few functions of Arrow take."""
     array = column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):  # an empty column keeps its chunks
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
@@ -86,13 +87,11 @@ def flat(column: pa.ChunkedArray) -> pa.Array:
         array = array.dictionary_decode()
     if kinds.is_string_view(array.type) or kinds.is_binary_view(array.type):
         array = array.cast(pa.binary())
-    if kinds.is_decimal(array.type):
-        array = array.cast(pa.float64())
     return array
 
 
 def to_ids(values: pa.Array) -> Checked:
-    """Ids as text: strings as they are, whole numbers without ".0"; null, empty and NaN are missing."""
+    """Ids as text: strings as they are, numbers exactly and whole ones without ".0"; null, empty and NaN are missing."""
     if kinds.is_floating(values.type):
         text, bad_text = _float_ids(values), np.zeros(len(values), bool)
     else:
@@ -103,6 +102,8 @@ def to_ids(values: pa.Array) -> Checked:
 
 def to_text(values: pa.Array) -> tuple[pa.Array, np.ndarray]:
     """Values as strings, and a mask # [rows] of those that are not UTF-8 (null among the strings)."""
+    if kinds.is_decimal(values.type):
+        return _decimal_text(values), np.zeros(len(values), bool)
     if not is_text(values.type):
         return values.cast(pa.string()), np.zeros(len(values), bool)
     raw = values.cast(pa.binary())
@@ -128,6 +129,8 @@ def to_numbers(values: pa.Array) -> Numbers:
         return Numbers(integers, np.zeros(rows), np.ones(rows, bool), missing)
     if kinds.is_floating(values.type):
         return _only_floats(values)
+    if kinds.is_decimal(values.type):
+        return _numbers_of_decimals(values)
     if not is_text(values.type):
         return Numbers(np.zeros(rows, np.int64), np.zeros(rows), np.zeros(rows, bool), np.ones(rows, bool))
     return _numbers_of_text(to_text(values)[0])
@@ -171,6 +174,30 @@ def _float_ids(values: pa.Array) -> pa.Array:
         return integers
     others = pc.if_else(pa.array(finite), values.cast(pa.string()), None)
     return pc.if_else(pa.array(whole), integers, others)
+
+
+def _decimal_text(values: pa.Array) -> pa.Array:
+    """Decimals digit by digit, without the zeros that only their scale asks for."""
+    text = values.cast(pa.string())
+    if values.type.scale > 0:
+        text = pc.replace_substring_regex(text, r"\.?0+$", "")
+    scientific = pc.fill_null(pc.match_substring(text, "E"), False)  # Arrow's for zero and very small numbers
+    if not pc.any(scientific).as_py():
+        return text
+    written = [format(value.normalize(), "f") for value in values.filter(scientific).to_pylist()]
+    return pc.replace_with_mask(text, scientific, pa.array(written, pa.string()))
+
+
+def _numbers_of_decimals(values: pa.Array) -> Numbers:
+    floats = _only_floats(values)
+    if values.type.scale > 0:
+        return floats
+    whole = values.is_valid()
+    if values.type.precision > _WHOLE_DIGITS:
+        low, high = (pa.scalar(Decimal(limit), pa.decimal128(19, 0)) for limit in (-(2**63), 2**63 - 1))
+        whole = pc.fill_null(pc.and_(pc.greater_equal(values, low), pc.less_equal(values, high)), False)
+    integers = pc.if_else(whole, values, None).cast(pa.int64()).fill_null(0).to_numpy(zero_copy_only=False)
+    return Numbers(integers, floats.floats, _mask(whole), floats.missing)
 
 
 def _only_floats(values: pa.Array) -> Numbers:

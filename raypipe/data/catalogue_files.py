@@ -66,7 +66,7 @@ def _gather(pieces: list[tuple[FoundFile, RawRows]]) -> ItemRows:
 
 
 def _without_bad_text(rows: RawRows) -> RawRows:
-    """Text columns as strings; rows with a value that is not UTF-8 become rejects."""
+    """Text columns as strings; rows with a value that is not UTF-8 become rejects. Lists of lists or of records are no words."""
     columns: dict[str, pa.Array] = {}
     bad = np.zeros(rows.table.num_rows, bool)
     for name in rows.table.column_names:
@@ -75,6 +75,8 @@ def _without_bad_text(rows: RawRows) -> RawRows:
             column, wrong = to_text(column)
             bad |= wrong
         elif pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+            if pa.types.is_nested(column.type.value_type):
+                continue
             column = column.cast(pa.list_(pa.string()))
         columns[name] = column
     if not bad.any():
@@ -106,7 +108,7 @@ def _read_delimited(part: Part, quoted_newlines: bool) -> RawRows:
     ((start, _, _), *_) = part.ranges or [(part.length, 0, 0)]
     with explained(part.file.uri):
         try:
-            blocks = list(record_blocks(part.file.uri, start, UNKNOWN_END, quoted_newlines))
+            blocks = list(record_blocks(part.file.uri, start, UNKNOWN_END, dialect.breaking))
         except UsageError:
             # A quote that is never closed makes one endless record; lines still end.
             blocks = list(record_blocks(part.file.uri, start, UNKNOWN_END))

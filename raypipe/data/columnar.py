@@ -100,14 +100,19 @@ def delta_files(path: str) -> list[ColumnarFile]:
 def read_row_groups(
     uri: str, columns: list[str], constants: dict[str, str | None], groups: range, row: int, batch_rows: int
 ) -> Iterator[RawRows]:
-    """`columns` of the row groups `groups`, whose first row is number `row` of the file, by batches."""
+    """`columns` of the row groups `groups`, whose first row is number `row` of the file, by batches.
+
+    Of columns of one name the first, as in CSV.
+    """
     with explained(uri), open_file(uri) as source:
         file = pq.ParquetFile(source, buffer_size=_BUFFER_BYTES, pre_buffer=False)
         present = [name for name in columns if name in file.schema_arrow.names]
         for batch in file.iter_batches(batch_rows, row_groups=list(groups), columns=present, use_threads=False):
             table = pa.table(
                 {
-                    name: batch.column(name) if name in present else _constant(constants[name], batch.num_rows)
+                    name: batch.column(batch.schema.names.index(name))
+                    if name in present
+                    else _constant(constants[name], batch.num_rows)
                     for name in columns
                 }
             )

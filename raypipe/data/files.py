@@ -169,9 +169,18 @@ def _find_on_s3(uri: str) -> list[FoundFile]:
     for batch in obstore.list(store, prefix=root or None):
         for meta in batch:
             name = meta["path"].removeprefix(root).lstrip("/")
-            if not _hidden(name) and (not wild or fnmatch.fnmatchcase(meta["path"], key)):
+            if not _hidden(name) and (not wild or _matches(meta["path"].split("/"), key.split("/"))):
                 found.append(_on_s3(bucket, meta, name))
     return found
+
+
+def _matches(parts: Sequence[str], patterns: Sequence[str]) -> bool:
+    """Whether a path fits a glob, folder by folder, as on this machine: `**` alone stands for any number of them."""
+    if not parts or not patterns:
+        return not parts and all(pattern == "**" for pattern in patterns)
+    if patterns[0] == "**":
+        return _matches(parts, patterns[1:]) or _matches(parts[1:], patterns)
+    return fnmatch.fnmatchcase(parts[0], patterns[0]) and _matches(parts[1:], patterns[1:])
 
 
 def _on_s3(bucket: str, meta: Any, name: str) -> FoundFile:

@@ -104,7 +104,7 @@ def _parse_each(block: bytes, at: int, starts: np.ndarray, ends: np.ndarray, nam
 def parse_object(line: bytes) -> dict[str, Any] | Reject:
     """The object of a line, or why there is none; the reject's place and row are the caller's to fill."""
     try:
-        row = json.loads(line.decode())
+        row = _loaded(line.decode())
     except UnicodeDecodeError:
         return Reject(0, "bad_text", "the line is not valid UTF-8", "")
     except (json.JSONDecodeError, RecursionError) as error:
@@ -112,3 +112,20 @@ def parse_object(line: bytes) -> dict[str, Any] | Reject:
     if not isinstance(row, dict):
         return Reject(0, "malformed_row", "the line is not a JSON object", "")
     return row
+
+
+def _loaded(text: str) -> Any:
+    """Integers with more digits than Python reads are text, and judged as text wherever they stand."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:
+        return json.loads(text, parse_int=_whole)
+
+
+def _whole(digits: str) -> int | str:
+    try:
+        return int(digits)
+    except ValueError:
+        return digits

@@ -1,8 +1,8 @@
 """Byte ranges of text files as blocks of whole records.
 
 A range [start, end) owns the records that *start* in it, so ranges that tile a file read every record once, wherever
-their borders fall. A record is a line; with `quoted_newlines` it goes on while a double quote is open, which only a
-reader that starts at the file's first record can tell.
+their borders fall. A record is a line; where the `delimiter` of quoted fields is given it goes on while such a field is
+open, which only a reader that starts at the file's first record can tell.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class RawRows:
 
 
 def record_blocks(
-    uri: str, start: int, end: int, quoted_newlines: bool = False, block_bytes: int = BLOCK_BYTES
+    uri: str, start: int, end: int, delimiter: str | None = None, block_bytes: int = BLOCK_BYTES
 ) -> Iterator[tuple[int, bytes]]:
     """The records that start in [start, end) as (byte of the block in the decompressed file, block).
 
@@ -58,12 +58,12 @@ def record_blocks(
                 if block:
                     yield at, _without_bom(block, at)
                 return
-            if at + len(block) >= end and not quoted_newlines:
+            if at + len(block) >= end and delimiter is None:
                 stop = block.find(b"\n", end - 1 - at) + 1
                 if stop:
                     yield at, _without_bom(block[:stop], at)
                     return
-            cut = _last_record_end(block, quoted_newlines)
+            cut = _last_record_end(block, delimiter)
             if cut:
                 yield at, _without_bom(block[:cut], at)
                 at, block = at + cut, block[cut:]
@@ -74,13 +74,12 @@ def record_blocks(
                 )
 
 
-def record_starts(block: bytes, quoted_newlines: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def record_starts(block: bytes, delimiter: str | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Where the records of `block` start and end: two int64 arrays # [records]; blank lines are none."""
     data = np.frombuffer(block, np.uint8)
     ends = np.flatnonzero(data == _NEWLINE) + 1
-    if quoted_newlines:
-        quotes = np.flatnonzero(data == _QUOTE)
-        ends = ends[np.searchsorted(quotes, ends) % 2 == 0]
+    if delimiter is not None:
+        ends = ends[~_quoted(data, ends, delimiter)]
     if not ends.size or ends[-1] != data.size:
         ends = np.append(ends, data.size)
     starts = np.concatenate([[0], ends[:-1]])
@@ -114,13 +113,30 @@ def _skip_to_record(stream: pa.NativeFile, start: int, compressed: bool) -> int:
     return at
 
 
-def _last_record_end(block: bytes, quoted_newlines: bool) -> int:
-    if not quoted_newlines:
+def _last_record_end(block: bytes, delimiter: str | None) -> int:
+    if delimiter is None:
         return block.rfind(b"\n") + 1
     data = np.frombuffer(block, np.uint8)
     ends = np.flatnonzero(data == _NEWLINE) + 1
-    closed = ends[np.searchsorted(np.flatnonzero(data == _QUOTE), ends) % 2 == 0]
+    closed = ends[~_quoted(data, ends, delimiter)]
     return int(closed[-1]) if closed.size else 0
+
+
+def _quoted(data: np.ndarray, places: np.ndarray, delimiter: str) -> np.ndarray:
+    """Which of `places` stand in a quoted field of `data`, which starts with a record: bool # [places].
+
+    A quote opens a field at its start alone; a doubled one in it is text. Of quotes in a row only an odd number changes
+    anything: it opens or closes where a field could start, and elsewhere closes what is open.
+    """
+    quotes = np.flatnonzero(data == _QUOTE)
+    rows = np.flatnonzero(np.diff(quotes, prepend=-2) != 1)
+    odd = np.diff(np.append(rows, quotes.size)) % 2 == 1
+    begins = quotes[rows[odd]]
+    before = data[begins - 1]
+    turns = (begins == 0) | (before == ord(delimiter)) | (before == _NEWLINE)
+    turned = np.cumsum(turns)
+    open_ = (turned - np.maximum.accumulate(np.where(turns, 0, turned))) % 2 == 1
+    return np.append(False, open_)[np.searchsorted(begins, places)]
 
 
 def _without_bom(block: bytes, at: int) -> bytes:

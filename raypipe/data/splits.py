@@ -68,9 +68,9 @@ def read_rows(split: LogSplit, block_bytes: int = BLOCK_BYTES, batch_rows: int =
         groups = range(split.start, split.end)
         yield from read_row_groups(split.uri, columns, split.constants or {}, groups, split.position, batch_rows)
         return
-    quoted_newlines = split.dialect is not None and split.dialect.quoted_newlines
+    delimiter = split.dialect.breaking if split.dialect is not None else None
     with explained(split.uri):
-        for at, block in record_blocks(split.uri, split.start, split.end, quoted_newlines, block_bytes):
+        for at, block in record_blocks(split.uri, split.start, split.end, delimiter, block_bytes):
             if split.reader == "jsonl":
                 assert split.types is not None
                 yield parse_json_lines(block, at, split.types)

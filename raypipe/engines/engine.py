@@ -158,10 +158,11 @@ class Beam:
 class Outcome:
     """The answer to prompt number `index` of the call, or the error in its place.
 
-    `calls` is how often the model was asked, `tokens_in` counts the prompt as it reads it (chat wrapping included) and
-    `tokens_out` what it generated, without the end mark, over all of them. `finish_reason` is "stop" when the model ended
-    the answer, "length" when the limit did. An answer held to given texts names them in `chosen`; a list that the limit cut
-    keeps those that are whole. After a search `beams` are what it found, best first, and all else is the best one's.
+    `calls` is how often the model was asked (over HTTP, the requests sent), `tokens_in` counts the prompt as it reads it
+    (chat wrapping included) and `tokens_out` what it generated, without the end mark, over all of them. `finish_reason` is
+    "stop" when the model ended the answer, "length" when the limit did. An answer held to given texts names them in
+    `chosen`; a list that the limit cut keeps those that are whole. After a search `beams` are what it found, best first, and
+    all else is the best one's.
     """
 
     index: int
@@ -297,6 +298,11 @@ class EngineConfig(Config):
     def model_name(self) -> str:
         """What a report calls the model; empty for echo."""
         return {"openai": self.http.model, "echo": ""}.get(self.engine, self.lm)
+
+    @property
+    def most_calls(self) -> int:
+        """The most `Outcome.calls` of one prompt: over HTTP its attempts, and those at the probe that follows their failure."""
+        return 2 * self.http.attempts if self.engine == "openai" else 1
 
     @property
     def capabilities(self) -> Capabilities:

@@ -1,10 +1,10 @@
 """Prompts over HTTP to any endpoint with the chat completions API of OpenAI: vLLM, llama.cpp, a gateway, a provider.
 
 Many requests are in flight at once. What may pass (429, 5xx, a timeout, a broken connection, an answer that is none) is
-tried again after a growing, jittered pause, or the one the server asks for. What will not pass concerns one prompt (any
-other 4xx: an error in its place) or all of them (a wrong key, a wrong address: `EngineDownError`). A prompt whose attempts
-are used up is blamed only if the endpoint still answers a word of our own; where it does not, it is down, and
-`EngineDownError` ends the work: an outage rejects nobody.
+tried again after a growing, jittered pause, or the one the server asks for. What will not pass and concerns all prompts (a
+wrong key or address, an empty account, a redirection, which is never followed) is an `EngineDownError`. A prompt that is
+refused by any other 4xx, or whose attempts are used up, is blamed only if the endpoint still answers a word of our own;
+where it does not, `EngineDownError` ends the work: an outage, or an option that the model does not take, rejects nobody.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import queue
 import random
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import aiohttp
@@ -44,12 +45,23 @@ _QUOTED = 300
 _PROBE = "Answer with one word: yes."
 
 
-class _PassingError(Exception):
-    """An attempt failed in a way that may pass."""
+class _FailedError(Exception):
+    """An attempt failed, in a way that may pass unless the request was `refused`."""
 
     def __init__(self, kind: ErrorKind, message: str, pause_s: float | None = None) -> None:
         super().__init__(message)
         self.kind, self.message, self.pause_s = kind, message, pause_s
+        self.calls = 1
+
+
+@dataclass
+class _Asking:
+    """One call of `generate`; `answers_us` once a request of our own was answered."""
+
+    session: aiohttp.ClientSession
+    decoding: Decoding
+    answers_us: bool = False
+    probing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class HttpEngine:
@@ -81,88 +93,124 @@ class HttpEngine:
         raise lacking("log-probabilities")
 
     async def _all(self, prompts: Sequence[Prompt], decoding: Decoding, found: Callable[[Outcome], None]) -> None:
-        key = os.environ.get(self.config.key_variable, "")
+        key = os.environ.get(self.config.key_variable, "").strip()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         timeout = aiohttp.ClientTimeout(total=self.config.timeout_s)
         connector = aiohttp.TCPConnector(limit=self.config.concurrency)
         todo = iter(enumerate(prompts))
 
-        async def work(session: aiohttp.ClientSession) -> None:
+        async def work(asking: _Asking) -> None:
             for index, prompt in todo:
-                found(await self._answer(session, index, prompt, decoding))
+                found(await self._answer(asking, index, prompt))
 
         async with (
             aiohttp.ClientSession(headers=headers, timeout=timeout, connector=connector) as session,
             asyncio.TaskGroup() as group,
         ):
+            asking = _Asking(session, decoding)
             for _ in range(min(self.config.concurrency, len(prompts))):
-                group.create_task(work(session))
+                group.create_task(work(asking))
 
-    async def _answer(self, session: aiohttp.ClientSession, index: int, prompt: Prompt, decoding: Decoding) -> Outcome:
+    async def _answer(self, asking: _Asking, index: int, prompt: Prompt) -> Outcome:
         if prompt.has_vectors:
             return Outcome(index, error=OutcomeError("unsupported_prompt", "An HTTP endpoint reads text only."))
+        decoding = asking.decoding
         tokens = self.count_tokens([prompt.text])[0]
         if tokens + decoding.max_new_tokens > self.context:
             message = f"{tokens} tokens and {decoding.max_new_tokens} of answer exceed the context of {self.context}."
             return Outcome(index, tokens_in=tokens, error=OutcomeError("prompt_too_long", message))
-        body = {
-            "model": self.config.model,
-            "messages": [{"role": "user", "content": prompt.text}],
-            "max_tokens": decoding.max_new_tokens,
-            "temperature": decoding.temperature,
-            "seed": prompt_seed(decoding.seed, prompt.text) >> 32,  # 31 bits: what every server takes
-        }
+        seed = prompt_seed(decoding.seed, prompt.text) >> 32  # 31 bits: what every server takes
         try:
-            return await self._attempts(session, index, body)
-        except _PassingError as problem:
+            return await self._attempts(asking, index, prompt.text, seed)
+        except _FailedError as problem:
+            spent = await self._probe(asking, problem.kind == "refused", seed)
+            error = OutcomeError(problem.kind, problem.message)
+            return replace(spent, index=index, text="", error=error, calls=problem.calls + spent.calls)
+
+    async def _probe(self, asking: _Asking, refused: bool, seed: int) -> Outcome:
+        """What it takes to learn that the endpoint answers at all. Raises EngineDownError where it does not.
+
+        Whether it refuses everybody is asked once: such a thing does not pass. An outage may begin at any time.
+        """
+        async with asking.probing if refused else contextlib.nullcontext():
+            if refused and asking.answers_us:
+                return Outcome(0, calls=0)
             try:
-                await self._attempts(session, index, {**body, "messages": [{"role": "user", "content": _PROBE}]})
-            except _PassingError as outage:
+                outcome = await self._attempts(asking, 0, _PROBE, seed)
+            except _FailedError as problem:
+                if problem.kind == "refused":
+                    raise self._down(problem.message) from None
                 raise EngineDownError(
-                    f"{self.config.url} answers nothing: {outage.message}",
+                    f"{self.config.url} answers nothing: {problem.message}",
                     "Check the endpoint and submit the job again; it goes on where it stopped.",
                 ) from None
-            return Outcome(index, error=OutcomeError(problem.kind, problem.message))
+            asking.answers_us = True
+            return outcome
 
-    async def _attempts(self, session: aiohttp.ClientSession, index: int, body: dict[str, Any]) -> Outcome:
-        """Raises the problem of the last attempt."""
+    def _down(self, said: str) -> EngineDownError:
+        return EngineDownError(
+            f"{self.config.url} refuses every request: {said}",
+            f"Check http.url, http.model, the key in {self.config.key_variable} and its account, and that the model takes "
+            "max_tokens, temperature and seed.",
+        )
+
+    async def _attempts(self, asking: _Asking, index: int, text: str, seed: int) -> Outcome:
+        """Raises the problem of the last attempt; either way with how many there were."""
         # Jitter that the prompt decides, so that reruns pause alike.
-        jitter = random.Random(body["seed"])
+        jitter = random.Random(seed)
         pause = _FIRST_PAUSE_S
         for attempt in range(1, self.config.attempts + 1):
             try:
-                return await self._attempt(session, index, body)
-            except _PassingError as problem:
-                if attempt == self.config.attempts:
+                return replace(await self._attempt(asking, index, text, seed), calls=attempt)
+            except _FailedError as problem:
+                problem.calls = attempt
+                if attempt == self.config.attempts or problem.kind == "refused":
                     raise
                 asked = problem.pause_s if problem.pause_s is not None else pause * (0.5 + jitter.random())
                 await asyncio.sleep(min(asked, _LONGEST_PAUSE_S))
                 pause *= 2
         raise AssertionError("the last attempt returns or raises")
 
-    async def _attempt(self, session: aiohttp.ClientSession, index: int, body: dict[str, Any]) -> Outcome:
+    async def _attempt(self, asking: _Asking, index: int, text: str, seed: int) -> Outcome:
+        address, raw = f"{self.config.url.rstrip('/')}/chat/completions", b""
+        body = {
+            "model": self.config.model,
+            "messages": [{"role": "user", "content": text}],
+            "max_tokens": asking.decoding.max_new_tokens,
+            "temperature": asking.decoding.temperature,
+            "seed": seed,
+        }
         try:
-            async with session.post(f"{self.config.url.rstrip('/')}/chat/completions", json=body) as response:
-                status, pause = response.status, _pause(response.headers.get("Retry-After"))
-                raw = b""
+            # A redirection would carry the prompt to a host that `consent` was never asked about.
+            async with asking.session.post(address, json=body, allow_redirects=False) as response:
+                status, headers = response.status, response.headers
                 async for chunk in response.content.iter_any():
                     raw += chunk
                     if len(raw) > _MOST_BYTES:
-                        raise _PassingError("bad_response", f"The answer has more than {_MOST_BYTES} bytes.")
+                        raise _FailedError("bad_response", f"The answer has more than {_MOST_BYTES} bytes.")
         except TimeoutError:
-            raise _PassingError("timeout", f"No answer within {self.config.timeout_s:.0f} s.") from None
+            raise _FailedError("timeout", f"No answer within {self.config.timeout_s:.0f} s.") from None
         except aiohttp.ClientError as error:
-            raise _PassingError("server_error", f"The connection failed: {error!r}.") from None
-        text = raw.decode("utf-8", "replace")
+            raise _FailedError("server_error", f"The connection failed: {error!r}.") from None
+        answer = raw.decode("utf-8", "replace")
         if status == 200:
-            return _outcome(index, text)
-        said = f"HTTP {status}: {' '.join(text.split())[:_QUOTED]}"
-        if status in {401, 403, 404}:
-            remedy = f"Check http.url, http.model and the key in {self.config.key_variable}."
-            raise EngineDownError(f"{self.config.url} refuses every request: {said}", remedy)
+            return self._counted(_outcome(index, answer), text)
+        said = f"HTTP {status}: {' '.join(answer.split())[:_QUOTED]}"
+        if 300 <= status < 400:
+            place = headers.get("Location", "nowhere")
+            remedy = "If that is the endpoint, set http.url to it, up to /v1, and http.consent if prompts may go there."
+            raise EngineDownError(f"{self.config.url} redirects every request to {place} (HTTP {status}).", remedy)
+        if status in {401, 402, 403, 404, 405}:
+            raise self._down(said)
         if status in {408, 409, 425, 429} or status >= 500:
-            raise _PassingError("server_error", said, pause)
-        return Outcome(index, error=OutcomeError("refused", said))
+            raise _FailedError("server_error", said, _pause(headers.get("Retry-After")))
+        raise _FailedError("refused", said)
+
+    def _counted(self, outcome: Outcome, text: str) -> Outcome:
+        """With tokens of our own count where the endpoint tells none: caps have to hold all the same."""
+        tokens_in = outcome.tokens_in or self.count_tokens([text])[0]
+        tokens_out = outcome.tokens_out or (self.count_tokens([outcome.text])[0] if outcome.text else 0)
+        return replace(outcome, tokens_in=tokens_in, tokens_out=tokens_out)
 
 
 def _outcome(index: int, text: str) -> Outcome:
@@ -173,13 +221,16 @@ def _outcome(index: int, text: str) -> Outcome:
         written, reason = choice["message"]["content"], choice.get("finish_reason")
         usage = told.get("usage") or {}
         tokens_in, tokens_out = (int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens"))
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise _PassingError("bad_response", f"The answer is no chat completion ({error!r}): {text[:_QUOTED]}") from None
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        raise _FailedError("bad_response", f"The answer is no chat completion ({error!r}): {text[:_QUOTED]}") from None
     if not isinstance(written, str | None) or min(tokens_in, tokens_out) < 0:
-        raise _PassingError("bad_response", f"The answer is no chat completion: {text[:_QUOTED]}")
+        raise _FailedError("bad_response", f"The answer is no chat completion: {text[:_QUOTED]}")
     if reason == "content_filter":
-        return Outcome(index, error=OutcomeError("refused", "The endpoint's content filter stopped the answer."))
-    return Outcome(index, written or "", tokens_in, tokens_out, "length" if reason == "length" else "stop")
+        error = OutcomeError("refused", "The endpoint's content filter stopped the answer.")
+        return Outcome(index, "", tokens_in, tokens_out, error=error)
+    # JSON spells half of a surrogate pair, where the limit cut an emoji, and UTF-8 does not.
+    written = (written or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return Outcome(index, written, tokens_in, tokens_out, "length" if reason == "length" else "stop")
 
 
 def _pause(header: str | None) -> float | None:

@@ -54,12 +54,17 @@ def _checked(folder: Path, ref: str) -> Path:
 
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     offline_remedy = "Check the network, or download it elsewhere and name its folder."
     try:
         return Path(snapshot_download(name, allow_patterns=list(_CONTENT)))
-    except RepositoryNotFoundError as error:
+    except (RepositoryNotFoundError, HFValidationError) as error:
         remedy = "Check the name; a gated model also needs HF_TOKEN."
         raise UsageError(f"There is no folder and no hub model {name!r}.", remedy) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:

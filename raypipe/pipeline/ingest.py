@@ -29,7 +29,7 @@ from raypipe.storage.hashing import digest_lanes
 from raypipe.storage.ledger import Counts, Publish, Receipt, Run, Unit, Usage
 from raypipe.storage.workspace import Workspace, WorkspaceInfo, choose_buckets
 
-STEP_VERSION = 1
+STEP_VERSION = 2
 _WRITES = ("items", "histories", "logs")
 
 

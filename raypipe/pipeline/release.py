@@ -6,6 +6,7 @@ share of the champion's figure and to beat popularity; the first release has pop
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 
 from raypipe.config import Config, free, shaping
@@ -161,6 +162,11 @@ def _judged(config: ReleaseConfig, workspace: Workspace, candidate: str, champio
 
 def _check(gate: GateConfig, named: str, metrics: dict[str, float]) -> None:
     found = {name.split(".")[0]: value for name, value in metrics.items()}
+    if not math.isfinite(found["candidate"]):
+        raise RefusedError(
+            f"{named} has a {gate.metric} of {found['candidate']}, which is no number.",
+            "Train it again, or choose another --gate.metric; `raypipe evaluate` shows what it has.",
+        )
     least = found.get("champion", 0.0) * gate.least_share
     if found["candidate"] < least:
         raise RefusedError(

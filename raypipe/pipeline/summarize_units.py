@@ -141,7 +141,7 @@ class SummarizeBucket:
         return results
 
     def _most(self, calls: int) -> Usage:
-        return Usage(calls, *self.summarizer.most_tokens(calls))
+        return Usage(calls * self.task.engine.most_calls, *self.summarizer.most_tokens(calls))
 
     def _leaves_a_call(self) -> bool:
         """Whether the caps leave room for anything at all."""

@@ -48,7 +48,10 @@ class Bert4Rec(Recommender):
         hidden[sequences.ends - 1] = True
         owners = None if sequences.owners is None else sequences.owners[hidden]
         states = self.personal(self.head(self._states(sequences, hidden)[hidden]), owners)
-        return self.next_item_loss(states, sequences.items[hidden], {**batch, "count": hidden.sum()})
+        batch = {**batch, "count": hidden.sum()}
+        if self.loss_config.kind == "bce":  # one negative for each position
+            batch["negatives"] = batch["negatives"][hidden]
+        return self.next_item_loss(states, sequences.items[hidden], batch)
 
     def _states(self, sequences: Sequences, hidden: Tensor) -> Tensor:
         vectors = torch.where(hidden[:, None], self.mask, self.vectors(sequences.items)) * self.width**0.5

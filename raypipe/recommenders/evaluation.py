@@ -13,7 +13,7 @@ from raypipe.metrics.ranking import Mean, hit_rate, ranking_metrics
 from raypipe.recommenders.floors import Floor
 from raypipe.recommenders.ranking import batches_by_length, sequences_of, target_ranks, top_lists
 from raypipe.recommenders.recommender import Recommender
-from raypipe.recommenders.scoring import Filters, ranks_among
+from raypipe.recommenders.scoring import BLOCK_SCORES, Filters, ranks_among
 from raypipe.recommenders.windows import Histories
 
 _CUTOFF = 10
@@ -51,7 +51,9 @@ def ranks_of_floor(floor: Floor, held: HeldOut, *, filter_seen: bool) -> tuple[N
     """As `target_ranks`, for a scorer without states."""
     above = np.empty(len(held.targets), np.int64)
     same = np.empty_like(above)
-    for rows in batches_by_length(held.prefixes, max_length=200):
+    size = max(1, BLOCK_SCORES // (held.items + 1))
+    batches = batches_by_length(held.prefixes, max_length=200)
+    for rows in (batch[at : at + size] for batch in batches for at in range(0, len(batch), size)):
         prefixes = held.prefixes.take(held.prefixes.starts[rows], held.prefixes.lengths[rows])
         scores = torch.from_numpy(floor.scores(prefixes))
         seen = sequences_of(held.prefixes, rows) if filter_seen else None
@@ -80,7 +82,7 @@ def evaluate_model(model: Recommender, held: HeldOut, *, filter_seen: bool = Tru
     counts = held.training.counts(held.items)
     cold = counts[held.targets] < _COLD_EVENTS
     metrics[f"HR@{_CUTOFF} cold items"] = Mean.of(hits[cold])
-    lists = top_lists(model, held.prefixes, _CUTOFF, filter_seen=filter_seen)
+    lists = top_lists(model, held.prefixes, min(_CUTOFF, model.items), filter_seen=filter_seen)
     vectors = model.item_states().detach().cpu().numpy()
     exact = {
         f"coverage@{_CUTOFF}": coverage(lists, held.items),

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from raypipe.recommenders.sequences import Sequences
 
-_BLOCK_SCORES = 2**22
+BLOCK_SCORES = 2**22
+"""Held at a time, whatever the catalogue."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ def top_k(queries: Tensor, table: Tensor, k: int, filters: Filters = EVERYTHING)
 def ranks(queries: Tensor, table: Tensor, targets: Tensor, filters: Filters = EVERYTHING) -> tuple[Tensor, Tensor]:
     """How many items score above each user's target and how many the same, the target included: int64 [batch] each.
 
-    The target is a candidate even where a filter would take it out.
+    The target is a candidate even where a filter would take it out. One whose score is NaN ranks below every item; of other
+    items such a score is the lowest there is.
     """
     blocks = _blocks(len(table) - 1, len(queries))
     if len(blocks) == 1:
@@ -65,7 +67,7 @@ def ranks(queries: Tensor, table: Tensor, targets: Tensor, filters: Filters = EV
     for rows in blocks:
         more = _counted(queries @ table[rows].T, rows, targets, own, filters)
         above, same = above + more[0], same + more[1]
-    return above, same
+    return _last_where_nan(own, len(table) - 1, above, same)
 
 
 def ranks_among(scores: Tensor, targets: Tensor, filters: Filters = EVERYTHING) -> tuple[Tensor, Tensor]:
@@ -73,7 +75,13 @@ def ranks_among(scores: Tensor, targets: Tensor, filters: Filters = EVERYTHING) 
     own = scores.gather(1, targets[:, None])[:, 0].float()
     rows = slice(1, scores.shape[1])
     above, same = _counted(scores[:, rows].clone(), rows, targets, own, filters)
-    return above, same + 1
+    return _last_where_nan(own, scores.shape[1] - 1, above, same + 1)
+
+
+def _last_where_nan(own: Tensor, items: int, above: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
+    """No score compares with NaN, which would leave such a target alone on the first place."""
+    unknown = own.isnan()
+    return above.masked_fill(unknown, items), same.masked_fill(unknown, 1)
 
 
 def _counted(scores: Tensor, rows: slice, targets: Tensor, own: Tensor, filters: Filters) -> tuple[Tensor, Tensor]:
@@ -89,8 +97,8 @@ def _within(targets: Tensor, rows: slice) -> Tensor:
 
 
 def _blocks(items: int, batch: int) -> list[slice]:
-    """Slices of the table's rows 1…items that make at most `_BLOCK_SCORES` scores each."""
-    size = max(1, _BLOCK_SCORES // max(1, batch))
+    """Slices of the table's rows 1…items that make at most `BLOCK_SCORES` scores each."""
+    size = max(1, BLOCK_SCORES // max(1, batch))
     return [slice(at, min(at + size, items + 1)) for at in range(1, items + 1, size)]
 
 

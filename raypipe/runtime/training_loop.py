@@ -109,7 +109,8 @@ class _Worker:
                 total = torch.tensor(self.task.validate(module, self.rank, self.world), device=self.engine.device)
             dist.all_reduce(total)
             metric = (total[0] / total[1]).item()
-            if metric > max((value for _, value in self.validations), default=-math.inf):
+            # One that is no number is no best, and is none to be beaten either.
+            if math.isfinite(metric) and metric > max(self._validated(), default=-math.inf):
                 self.best = dict(self._weights())
         module.train()
         self.validations.append((step, metric))
@@ -126,8 +127,12 @@ class _Worker:
         return nullcontext() if self.average is None else self.average.in_place()
 
     def _out_of_patience(self) -> bool:
-        values = [value for _, value in self.validations]
+        values = self._validated()
         return bool(values) and len(values) - 1 - values.index(max(values)) >= self.config.patience
+
+    def _validated(self) -> list[float]:
+        """The metric of every validation, −∞ where it is no number."""
+        return [value if math.isfinite(value) else -math.inf for _, value in self.validations]
 
     def _diverged(self) -> str:
         """What to tell of the first step whose loss is no number; empty where there is none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from decimal import Decimal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -86,6 +87,44 @@ def test_every_format_gives_the_same_items(tmp_path, write_text):
         assert read(tmp_path / name) == (expected, []), name
 
 
+def test_decimal_ids_keep_every_digit(tmp_path):
+    ids = pa.array([Decimal(1234567890123456789), Decimal(1234567890123456790)], pa.decimal128(38, 0))
+    year = pa.array([Decimal(1995), None], pa.decimal128(38, 0))
+    (tmp_path / "parts").mkdir()
+    pq.write_table(pa.table({"item_id": ids, "title": ["A", "B"], "year": year}), tmp_path / "parts" / "a.parquet")
+    pq.write_table(pa.table({"item_id": [7], "title": ["C"], "year": [2001]}), tmp_path / "parts" / "b.parquet")
+    items, rejects = read(tmp_path / "parts", CatalogueColumns(year="year"))
+    assert [(item["item_id"], item["year"]) for item in items] == [
+        ("1234567890123456789", 1995),
+        ("1234567890123456790", None),
+        ("7", 2001),
+    ]
+    assert rejects == []
+
+
+def test_columns_that_are_no_words_are_passed_over(tmp_path):
+    columns = {
+        "images": pa.array([[{"url": "x"}], []]),
+        "nested": pa.array([[["a"]], []], pa.list_(pa.list_(pa.string()))),
+        "maker": pa.array([{"name": "x"}, None]),
+        "extra": pa.array([[("a", 1)], []], pa.map_(pa.string(), pa.int64())),
+        "kinds": pa.array([["a", "b"], []]),
+    }
+    pq.write_table(pa.table({"item_id": ["1", "2"], "title": ["One", "Two"], **columns}), tmp_path / "items.parquet")
+    items, rejects = read(tmp_path / "items.parquet")
+    assert [item["attributes"] for item in items] == [{"kinds": ["a", "b"]}, {}]
+    assert rejects == []
+
+
+def test_of_columns_of_one_name_the_first_is_read(tmp_path, write_text):
+    arrays = [pa.array([value]) for value in ("1", "One", "x", "y")]
+    pq.write_table(pa.Table.from_arrays(arrays, names=["item_id", "title", "g", "g"]), tmp_path / "items.parquet")
+    write_text("items.csv", "item_id,title,g,g\n1,One,x,y\n")
+    for name in ("items.parquet", "items.csv"):
+        (item,), _ = read(tmp_path / name)
+        assert (item["title"], item["attributes"]) == ("One", {"g": ["x"]})
+
+
 def test_each_reject_has_its_reason_and_the_first_good_row_stays(write_text):
     long = "x" * 1025
     lines = ["1,", "1,First", "1,Second", ",No id", f"{long},Long", "2,a,b", "3,\xe9", "4,Good"]
@@ -110,9 +149,10 @@ def test_broken_json_items_cost_only_themselves(write_text):
         '{"item_id": 2',
         '{"item_id": "3", "title": "\\ud800"}',
         '{"item_id": 4}',
+        '{"item_id": "5", "title": "Five", "price": ' + "1" * 5000 + "}",
     ]
     items, rejects = read(write_text("items.jsonl", "\n".join(lines)))
-    assert [item["item_id"] for item in items] == ["1"]
+    assert [item["item_id"] for item in items] == ["1", "5"]
     assert sorted(bad["reason"] for bad in rejects) == ["bad_text", "malformed_row", "missing_title"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,26 @@ def test_numeric_ids_become_their_text(tmp_path, read_log):
         (str(2**62), "2.5", 2000),
         ("-3", "10", 3000),
     ]
+
+
+def test_decimal_ids_keep_every_digit(tmp_path, read_log):
+    path = tmp_path / "log.parquet"
+    users = [Decimal(1234567890123456789), Decimal(1234567890123456790), Decimal(0), Decimal(10**20)]
+    items = [Decimal("100"), Decimal("2.50"), Decimal(0), Decimal("0.000000001")]
+    columns = {
+        "user_id": pa.array(users, pa.decimal128(38, 0)),
+        "item_id": pa.array(items, pa.decimal128(38, 10)),
+        "t": pa.array([Decimal(time) for time in (9007199254740993, -1, 10**20, 4)], pa.decimal128(38, 0)),
+    }
+    pq.write_table(pa.table(columns), path)
+    log = read_log(path, LogColumns(order="t"))
+    assert [(e["user_id"], e["item_id"], e["time"]) for e in log.events] == [
+        ("1234567890123456789", "100", 9007199254740993),
+        ("1234567890123456790", "2.5", -1),
+        ("100000000000000000000", "0.000000001", 4),
+    ]
+    assert log.reasons() == {"bad_order": 1}
+    assert json.loads(log.rejects[0]["row"])["t"] == "100000000000000000000"
 
 
 def test_json_ids_may_change_between_numbers_and_strings(write_text, read_log):

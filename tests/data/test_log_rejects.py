@@ -84,6 +84,23 @@ def test_an_unclosed_quote_costs_one_line(write_text, read_log):
     assert json.loads(log.rejects[0]["row"]) == {"line": '"b,i,6'}
 
 
+def test_a_quote_in_the_middle_of_a_field_is_text_where_quotes_may_hold_line_breaks(write_text, read_log):
+    lines = [f'u{n},i{n},{n},"a ""fine""\nnote"' if n % 2 else f"u{n},i{n},{n},plain" for n in range(1000)]
+    lines[10] = 'u10,i10,10,24" tv'
+    path = write_text("log.csv", csv(*lines, header="user_id,item_id,t,note"))
+    log = read_log(path, TIME, quoted_newlines=True)
+    assert (log.rows_in, len(log.events), log.rejects) == (1000, 1000, [])
+
+
+@pytest.mark.parametrize("broken", ['u10,i10,10,"24 tv', '"u10,i10,10,tv'])
+def test_every_line_that_an_unclosed_quote_swallows_is_counted(write_text, read_log, broken):
+    lines = [f"u{n},i{n},{n},plain" for n in range(1000)]
+    lines[10] = broken
+    log = read_log(write_text("log.csv", csv(*lines, header="user_id,item_id,t,note")), TIME, quoted_newlines=True)
+    assert (log.rows_in, len(log.events), log.reasons()) == (1000, 10, {"malformed_row": 990})
+    assert [json.loads(bad["row"])["line"] for bad in log.rejects] == lines[10:]
+
+
 def test_a_malformed_line_that_is_not_utf8_costs_only_itself(write_text, read_log):
     log = read_log(write_text("log.csv", csv("a,i,5", b"\xff\xfe", "c,i,7")), TIME)
     assert [e["user_id"] for e in log.events] == ["a", "c"]
@@ -119,6 +136,22 @@ def test_a_broken_json_line_keeps_its_neighbours(write_text, read_log):
         "bad_time",
     ]
     assert log.rows_in == 10
+
+
+@pytest.mark.parametrize("beside", [b'{"user_id": "c", "item_id": "i", "t": 7}', b"{"])
+def test_an_integer_of_thousands_of_digits_is_judged_where_it_stands(write_text, read_log, beside):
+    digits = b"1" * 5000
+    lines = [
+        b'{"user_id": "a", "item_id": "i", "t": 5}',
+        b'{"user_id": "b", "item_id": "i", "t": ' + digits + b"}",
+        b'{"user_id": ' + digits + b', "item_id": "i", "t": 6}',
+        b'{"user_id": "d", "item_id": "i", "t": 8, "unused": ' + digits + b"}",
+        beside,
+    ]
+    log = read_log(write_text("log.jsonl", b"\n".join([*lines, b""])), TIME)
+    assert [e["user_id"] for e in log.events if e["user_id"] != "c"] == ["a", "d"]
+    assert by_reason(log)[:2] == [("bad_time", "41"), ("id_too_long", str(41 + 40 + 5000))]
+    assert log.rows_in == 5
 
 
 def test_parquet_columns_are_checked_value_by_value(tmp_path, read_log):

@@ -18,6 +18,7 @@ import pytest
 from deltalake import write_deltalake
 
 from raypipe.data.catalogue import CatalogueConfig, read_catalogue
+from raypipe.data.files import find_files
 from raypipe.data.log import LogColumns, LogConfig, open_log
 from raypipe.errors import UsageError
 
@@ -87,6 +88,20 @@ def test_a_prefix_and_a_glob_on_s3_name_parts(bucket, read_log):
     times = [1000 * (1_500_000_000 + n) for n in range(300)]
     assert [e["time"] for e in read_log(f"s3://{bucket.name}/many", TIME).events] == times
     assert [e["time"] for e in read_log(f"s3://{bucket.name}/many/part-*.gz", TIME).events] == times[100:]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["*.csv", "many/*.csv", "many/part-*", "*/part-?.csv", "many/**/part-*", "**/*.csv", "many/*/*.csv", "**"],
+)
+def test_a_glob_takes_the_same_files_on_s3_as_here(bucket, tmp_path, pattern):
+    for name in ("many/part-0.csv", "many/part-1.csv", "many/old/part-2.csv", "many/old/er/part-3.csv", "top.csv"):
+        bucket.put_object(Key=f"globbed/{name}", Body=b"x")
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    there = [file.name for file in find_files(f"s3://{bucket.name}/globbed/{pattern}")]
+    assert there == [file.name for file in find_files(str(tmp_path / pattern))]
+    assert ("old/part-2.csv" in there) == (pattern in {"many/**/part-*", "many/*/*.csv"})
 
 
 def test_parquet_and_delta_on_s3_are_read(bucket, read_log, tmp_path):

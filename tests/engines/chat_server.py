@@ -2,10 +2,11 @@
 
 A prompt holds `[words]` for what happens to it, `[500 2]` for the first two requests of it only:
 
-    500, 429, 400, 401    that status; 429 asks for a pause of 0.2 s
+    500, 429, 400, …      that status; 429 asks for a pause of 0.2 s, 307 for the address `elsewhere`
     stall                 no answer for a minute
     cut                   the connection is closed in the middle of the answer
     html, empty, negative, endless    a 200 that is no completion
+    surrogate             a completion that ends in the middle of an emoji
     silent, filter        a completion without a word; one that the content filter stopped
 """
 
@@ -29,7 +30,8 @@ _ORDER = re.compile(r"\[([a-z0-9]+)(?: (\d+))?\]")
 
 class ChatServer:
     """Serves in a thread. `requests` are the bodies in order, `most` how many were in flight at once; after `down_after`
-    requests it answers none. `answer`, where given, writes the answers instead of the echo."""
+    requests it answers none. `answer`, where given, writes the answers instead of the echo; `to_all` is what happens to
+    every prompt. Without `usage` it tells no tokens."""
 
     def __init__(self, key: str = "", answer: Callable[[str], str] | None = None) -> None:
         self.key = key
@@ -37,6 +39,8 @@ class ChatServer:
         self.requests: list[dict[str, Any]] = []
         self.most = self._now = 0
         self.down_after: int | None = None  # requests
+        self.to_all = self.elsewhere = ""
+        self.usage = True
         self._seen: collections.Counter[str] = collections.Counter()
 
     def __enter__(self) -> ChatServer:
@@ -83,10 +87,10 @@ class ChatServer:
     async def _obey(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         prompt = body["messages"][0]["content"]
         self._seen[prompt] += 1
-        order = _ORDER.search(prompt)
+        order = _ORDER.search(self.to_all or prompt)
         word = order[1] if order and self._seen[prompt] <= int(order[2] or 10**9) else ""
         if word.isdigit():
-            headers = {"Retry-After": "0.2"} if word == "429" else {}
+            headers = {"429": {"Retry-After": "0.2"}, "307": {"Location": self.elsewhere}}.get(word, {})
             return web.Response(status=int(word), text=f"told to answer {word}", headers=headers)
         if word == "stall":
             await asyncio.sleep(60)
@@ -106,8 +110,10 @@ class ChatServer:
         await asyncio.sleep(0.005)
         (outcome,) = EchoEngine().generate([Prompt.of(prompt)], Decoding(max_new_tokens=body["max_tokens"]))
         text = None if word == "silent" else self.answer(prompt) if self.answer else outcome.text
+        if word == "surrogate":
+            text = f"{text} \ud83d"
         reason = "content_filter" if word == "filter" else outcome.finish_reason
         tokens = -5 if word == "negative" else outcome.tokens_in
         usage = {"prompt_tokens": tokens, "completion_tokens": outcome.tokens_out}
         choice = {"index": 0, "finish_reason": reason, "message": {"role": "assistant", "content": text}}
-        return web.json_response({"choices": [choice], "usage": usage})
+        return web.json_response({"choices": [choice], **({"usage": usage} if self.usage else {})})

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
 
@@ -42,6 +42,18 @@ def sliding_lm(tmp_path_factory: pytest.TempPathFactory) -> str:
     )  # fmt: skip
     torch.manual_seed(0)
     MistralForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def learned_positions_lm(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model with an embedding of each position, of which it has 64."""
+    folder = tmp_path_factory.mktemp("positions")
+    words = "Once upon a time there was little girl named Lily who liked to play with her red ball and cat in park"
+    save_untrained(folder, BuiltinLmConfig(size="tiny", context=64), train_tokenizer([words] * 3, [], [], 300), 0)
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=400, n_positions=64, n_embd=32, n_layer=2, n_head=2, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(folder)
     return str(folder)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 from pydantic import ValidationError
 
+from raypipe.engines.checks import AnswerChecks
 from raypipe.engines.engine import Decoding, EngineConfig, EngineDownError, Outcome
 from raypipe.language.prompt import Prompt
 from tests.engines.chat_server import ChatServer
@@ -51,7 +52,7 @@ def test_what_may_pass_is_tried_again(server: ChatServer, trouble: str) -> None:
     (outcome,) = answers(server, [f"a [{trouble}]"])
     assert outcome.error is None
     assert outcome.finish_reason == "stop"
-    assert len(server.requests) == int(trouble.split()[1]) + 1
+    assert outcome.calls == len(server.requests) == int(trouble.split()[1]) + 1
 
 
 def test_a_server_that_asks_for_a_pause_gets_it(server: ChatServer) -> None:
@@ -82,11 +83,52 @@ def test_one_bad_prompt_is_an_error_in_its_row_only(server: ChatServer, trouble:
     assert told in found[1]
     tries = 1 if kind == "refused" else 3
     assert server.prompts.count(f"bad [{trouble}]") == tries
+    assert (before.calls, bad.calls, after.calls) == (1, len(server.requests) - 2, 1)
 
 
 def test_a_bad_prompt_alone_is_still_to_blame(server: ChatServer) -> None:
     (bad,) = answers(server, ["bad [500]"])
     assert error_of(bad)[0] == "server_error"
+
+
+@pytest.mark.parametrize("status", ["400", "402", "405", "422"])
+def test_an_endpoint_that_refuses_everybody_blames_no_prompt(server: ChatServer, status: str) -> None:
+    server.to_all = f"[{status}]"
+    with pytest.raises(EngineDownError, match=f"refuses every request: HTTP {status}"):
+        answers(server, [f"prompt {n}" for n in range(20)], concurrency=3)
+    assert len(server.requests) <= 6
+
+
+def test_whether_everybody_is_refused_is_asked_once(server: ChatServer) -> None:
+    found = answers(server, [f"bad [400] {n}" for n in range(20)])
+    assert {error_of(outcome)[0] for outcome in found} == {"refused"}
+    assert sum(outcome.calls for outcome in found) == len(server.requests) == 21
+
+
+def test_a_redirection_is_not_followed(server: ChatServer) -> None:
+    with ChatServer() as other:
+        server.to_all, server.elsewhere = "[307]", f"{other.url}/chat/completions"
+        with pytest.raises(EngineDownError, match="redirects every request to http") as caught:
+            answers(server, ["what a user did"])
+        assert other.url in str(caught.value)
+        assert "set http.url" in caught.value.remedy
+        assert other.requests == []
+
+
+def test_half_an_emoji_is_a_sign_that_is_no_text(server: ChatServer) -> None:
+    (outcome,) = answers(server, ["a [surrogate]"])
+    assert outcome.text.endswith(" \ufffd")
+    assert outcome.text.encode()
+    problem = AnswerChecks().problem(outcome, Prompt.of("a"))
+    assert problem is not None
+    assert problem.kind == "malformed"
+
+
+def test_tokens_are_counted_where_the_endpoint_tells_none(server: ChatServer) -> None:
+    server.usage = False
+    (outcome,) = answers(server, ["four words of prompt"])
+    assert outcome.tokens_in == -(-len("four words of prompt") // 2)
+    assert outcome.tokens_out == -(-len(outcome.text.encode()) // 2) > 0
 
 
 def test_silence_is_an_answer_without_text(server: ChatServer) -> None:
@@ -111,7 +153,7 @@ def test_a_wrong_key_ends_the_work_and_a_right_one_is_never_told(monkeypatch: py
             answers(server, ["a", "b"])
         assert "OPENAI_API_KEY" in caught.value.remedy
         assert "wrong" not in str(caught.value)
-        monkeypatch.setenv("OPENAI_API_KEY", "s3cret")
+        monkeypatch.setenv("OPENAI_API_KEY", "s3cret\n")
         assert answers(server, ["a"])[0].error is None
 
 

@@ -152,10 +152,10 @@ def test_identity_follows_the_weights_and_not_the_place(random_lm, random_checkp
     assert EngineConfig(lm=random_lm, dtype="bfloat16").identity() != identity
 
 
-def ending_often(lm: str, **settings):
+def ending_often(lm: str, every: int = 10, **settings):
     """An engine whose answers end at about every tenth token, so that rows come and go at all times."""
     found = engine(lm, **settings)
-    found.backbone = replace(found.backbone, ends=tuple(range(0, 400, 10)))
+    found.backbone = replace(found.backbone, ends=tuple(range(0, 400, every)))
     return found
 
 
@@ -198,3 +198,18 @@ def test_a_model_whose_cache_slides_answers_as_alone(sliding_lm):
     alone = engine(sliding_lm)
     singles = [next(alone.generate([prompt], decoding)).text for prompt in prompts]
     assert [outcome.text for outcome in answers(sliding_lm, prompts, decoding, batch_tokens=300)] == singles
+
+
+def test_rows_that_have_ended_take_no_position_that_the_model_does_not_have(learned_positions_lm):
+    words = STORY.split()[:14]
+    prompts = [Prompt.of(" ".join(["Once", *random.Random(seed).sample(words, 14)])) for seed in range(40)]
+    alone = ending_often(learned_positions_lm, 30)
+    (length,) = {len(ids) for ids in alone.backbone.encode([prompt.text for prompt in prompts])}
+    decoding = Decoding(max_new_tokens=64 - length, temperature=1.0)
+    assert decoding.max_new_tokens >= 20
+    singles = [next(alone.generate([prompt], decoding)) for prompt in prompts]
+    assert len({outcome.tokens_out for outcome in singles}) > 4
+    batched = ending_often(learned_positions_lm, 30, batch_tokens=4 * 64).generate(prompts, decoding)
+    assert {outcome.index: outcome.text for outcome in batched} == {
+        number: outcome.text for number, outcome in enumerate(singles)
+    }

@@ -53,6 +53,12 @@ def test_a_missing_folder_is_said_to_be_missing(ref):
         load_backbone(ref)
 
 
+@pytest.mark.parametrize("ref", ["my models/x y", "models/a--b", "models/"])
+def test_what_cannot_be_a_hub_name_is_said_to_be_missing(ref):
+    with pytest.raises(UsageError, match="There is no folder and no hub model"):
+        resolve_checkpoint(ref)
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r"no config\.json"):
         load_backbone(str(tmp_path))

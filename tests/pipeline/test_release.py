@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 from safetensors.numpy import load_file, save_file
 
+from raypipe.errors import RefusedError
+from raypipe.pipeline.release import GateConfig, _check
 from raypipe.storage.models import Models
 from raypipe.storage.releases import Releases
 from raypipe.storage.store import Store
@@ -67,6 +72,16 @@ def test_a_model_that_does_not_beat_popularity_is_no_first_release(raypipe: Run,
     assert refused.code == 3
     assert "has not learnt" in one_paragraph(refused.stderr)
     assert champion(trained) is None
+
+
+def test_a_figure_that_is_no_number_passes_no_gate() -> None:
+    gate = GateConfig()
+    good = {"candidate.NDCG@10": 0.3, "champion.NDCG@10": 0.2, "popularity.NDCG@10": 0.1}
+    _check(gate, "sasrec/new", good)
+    for value in (math.nan, math.inf):
+        with pytest.raises(RefusedError, match="which is no number"):
+            _check(gate, "sasrec/new", {**good, "candidate.NDCG@10": value})
+    _check(gate, "sasrec/new", {**good, "champion.NDCG@10": math.nan})
 
 
 def test_the_release_in_force_is_judged_on_a_catalogue_that_grew(raypipe: Run, trained: str, files) -> None:

@@ -46,7 +46,23 @@ def test_a_prompt_the_endpoint_refuses_rejects_its_user_alone(raypipe: Run, uri:
     assert (reject["key"], reject["reason"]) == ("unlucky", "refused")
     assert "HTTP 400: told to answer 400" in reject["message"]
     usage = ended.result["cost"]
-    assert (usage["calls"], usage["tokens_in"] > 0) == (21, True)
+    assert (usage["calls"], usage["tokens_in"] > 0) == (len(server.requests), True)
+    assert usage["calls"] == 22  # one more than users: whether the endpoint refuses everybody
+
+
+@pytest.mark.parametrize(("cap", "value"), [("--max_tokens", 17_000), ("--max_calls", 16)])
+def test_caps_hold_where_the_endpoint_tells_no_tokens_and_fails(
+    raypipe: Run, uri: str, server: ChatServer, cap: str, value: int
+) -> None:
+    server.usage, server.to_all = False, "[500 1]"
+    ended = raypipe(*words(uri, server), cap, value)
+    assert ended.code == 0, ended.stderr
+    cost = ended.result["cost"]
+    assert cost["calls"] == len(server.requests)
+    spent = cost["calls"] if cap == "--max_calls" else cost["tokens_in"] + cost["tokens_out"]
+    assert spent <= value
+    assert ended.metrics["computed"] > 0
+    assert ended.metrics["capped"] > 0
 
 
 def test_an_outage_rejects_nobody_and_the_next_run_goes_on(raypipe: Run, uri: str, server: ChatServer) -> None:

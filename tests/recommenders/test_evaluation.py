@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from raypipe.recommenders import evaluation
 from raypipe.recommenders.config import RecommenderConfig
 from raypipe.recommenders.evaluation import HeldOut, evaluate_floor, evaluate_model, ranks_of_floor
 from raypipe.recommenders.floors import Popularity, Transitions
@@ -74,6 +75,33 @@ def test_a_floor_without_an_opinion_is_at_chance(lists: list[list[int]]) -> None
     above, same = ranks_of_floor(Constant(), held, filter_seen=False)
     assert (above.tolist(), same.tolist()) == ([0] * 5, [ITEMS] * 5)
     assert evaluate_floor(Constant(), held, filter_seen=False)["HR@5"].value == pytest.approx(5 / ITEMS)
+
+
+def test_a_floor_is_asked_for_so_many_scores_at_a_time(lists: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Watched(Transitions):
+        most = 0
+
+        def scores(self, prefixes: Histories) -> np.ndarray:
+            found = super().scores(prefixes)
+            Watched.most = max(Watched.most, found.size)
+            return found
+
+    held = HeldOut.of(of(lists * 40), 2, ITEMS)
+    floor = Watched(held.training, ITEMS)
+    whole = ranks_of_floor(floor, held, filter_seen=True)
+    assert Watched.most > 1000
+    Watched.most = 0
+    monkeypatch.setattr(evaluation, "BLOCK_SCORES", 1000)
+    pieces = ranks_of_floor(floor, held, filter_seen=True)
+    assert 500 < Watched.most <= 1000
+    assert [found.tolist() for found in pieces] == [found.tolist() for found in whole]
+
+
+def test_lists_of_a_catalogue_of_fewer_than_ten_items_hold_all_of_it() -> None:
+    model = RecommenderConfig(width=8, hidden=8, max_length=10).build(6).eval()
+    held = HeldOut.of(of([[1, 2, 3], [4, 5, 6, 1], [2, 2, 2]]), 1, 6)
+    metrics = evaluate_model(model, held, filter_seen=False)
+    assert (metrics["coverage@10"].value, metrics["HR@10"].value) == (1.0, 1.0)
 
 
 def test_what_a_model_never_saw_is_left_out_and_never_hit(model: Recommender) -> None:

@@ -15,6 +15,7 @@ from raypipe.recommenders.attention import rotated
 from raypipe.recommenders.checkpoint import Card, load_recommender, save_recommender
 from raypipe.recommenders.config import RecommenderConfig
 from raypipe.recommenders.dreamrec import DreamRec, DreamRecOptions, noise_schedule
+from raypipe.recommenders.losses import bce_loss
 from raypipe.recommenders.noise import seeded_normal
 from raypipe.recommenders.recommender import Recommender, freeze, weights_hash
 from raypipe.recommenders.sequences import Sequences
@@ -55,6 +56,19 @@ def test_no_state_moves_when_the_future_is_edited(name: str) -> None:
     # And a state within a longer sequence is the state of the prefix by itself.
     prefix = model.encode(Sequences.of([history[:7]]))
     torch.testing.assert_close(before[6:7], prefix, rtol=1e-5, atol=1e-5)
+
+
+def test_bert4rec_has_a_negative_for_each_masked_item() -> None:
+    batch = {"items": torch.arange(1, 13), "lengths": torch.tensor([5, 7]), "negatives": torch.arange(12, 0, -1)}
+    for masked in (1.0, 0.4):
+        model = config("bert4rec", masked=masked, loss={"kind": "bce"}).build(ITEMS).eval()
+        torch.manual_seed(1)
+        hidden = torch.rand(12) < masked
+        hidden[[4, 11]] = True
+        states = model.head(model._states(Sequences.of_batch(batch), hidden)[hidden])
+        expected = bce_loss(states, model.item_states(), batch["items"][hidden], batch["negatives"][hidden])
+        torch.manual_seed(1)
+        torch.testing.assert_close(model.loss(batch), expected / hidden.sum())
 
 
 def test_bert4rec_has_no_states_of_positions() -> None:

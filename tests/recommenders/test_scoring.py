@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from raypipe.metrics.ranking import ndcg
 from raypipe.recommenders import scoring
 from raypipe.recommenders.scoring import Filters, ranks, top_k
 from raypipe.recommenders.sequences import Sequences
@@ -17,7 +18,7 @@ BATCH, ITEMS, WIDTH = 9, 53, 4
 
 @pytest.fixture(params=[1, 100, 10**6], ids=lambda size: f"blocks of {size}")
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "_BLOCK_SCORES", request.param)
+    monkeypatch.setattr(scoring, "BLOCK_SCORES", request.param)
 
 
 def small_integers(rows: int, seed: int) -> Tensor:
@@ -80,6 +81,25 @@ def test_ranks_count_what_is_above_and_what_is_equal(block: None, chosen: Filter
         others = [full[row, item].item() for item in range(1, ITEMS + 1) if item != target]
         assert above[row] == sum(score > own for score in others)
         assert same[row] == 1 + sum(score == own for score in others)
+
+
+def test_a_score_that_is_no_number_is_the_worst(block: None) -> None:
+    queries, table = small_integers(BATCH, 1), small_integers(ITEMS + 1, 2)
+    targets = torch.arange(1, BATCH + 1)
+    expected = [values.clone() for values in ranks(queries, table, targets)]
+    queries[4] = math.nan
+    expected[0][4], expected[1][4] = ITEMS, 1
+    above, same = ranks(queries, table, targets)
+    assert (above.tolist(), same.tolist()) == (expected[0].tolist(), expected[1].tolist())
+    assert ndcg(above.numpy()[[4]], same.numpy()[[4]], 10).tolist() == [0.0]
+    lost = table.clone()
+    lost[50] = math.nan
+    without = torch.ones(ITEMS + 1, dtype=torch.bool)
+    without[50] = False
+    for found, known in zip(
+        ranks(queries, lost, targets), ranks(queries, table, targets, Filters(without)), strict=True
+    ):
+        assert found.tolist() == known.tolist()
 
 
 def test_minus_zero_is_zero() -> None:
