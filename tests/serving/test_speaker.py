@@ -83,6 +83,17 @@ def test_a_question_whose_process_dies_is_asked_again() -> None:
     assert processes.asked == [{"multiplexed_model_id": "recexplainer-h/1@lm"}]
 
 
+def test_a_key_is_read_as_it_was_written() -> None:
+    keys = {
+        "@lm": Key("lm"),
+        "recexplainer-h/1@lm": KEY,
+        "7:lancer/2@org/lm:v1": Key("org/lm:v1", "lancer/2", 7),
+        "0:lancer/2@lm": Key("lm", "lancer/2", 0),
+        "a:b/2@lm": Key("lm", "a:b/2"),
+    }
+    assert {str(key): Key.parse(str(key)) for key in keys.values()} == keys
+
+
 def test_who_is_full_late_or_gone_says_so() -> None:
     assert ask(raising(BackPressureError(1, 1))).code == "busy"
     assert ask(raising(DeploymentUnavailableError(None))).code == "not_ready"
