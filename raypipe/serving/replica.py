@@ -72,7 +72,7 @@ class Replica:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         api = build_api(self, self.config.limits)
-        return Guard(api, lambda: self.watch.tokens, self.config.limits, self.metrics)
+        return Guard(api, api.state.words, lambda: self.watch.tokens, self.config.limits, self.metrics)
 
     async def answer(self, query: Query) -> Answer:
         answer = await self._batch(query)
