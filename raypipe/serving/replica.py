@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from raypipe.serving.api import build_api
+from raypipe.serving.batcher import Batcher
 from raypipe.serving.config import ServiceConfig
 from raypipe.serving.conversation import Conversation, Event
 from raypipe.serving.doors import shut_inner_door
@@ -65,9 +65,7 @@ class Replica:
         self._health = (0.0, Condition(ok=True))
         self._asking = asyncio.Lock()
         self._batch_s = 0.0
-        batch = self._batch
-        batch.set_max_batch_size(config.batching.size)
-        batch.set_batch_wait_timeout_s(config.batching.wait_ms / 1000)
+        self.batcher = Batcher(self._batch, config.batching)
         self.watch.start()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -75,7 +73,7 @@ class Replica:
         return Guard(api, api.state.words, lambda: self.watch.tokens, self.config.limits, self.metrics)
 
     async def answer(self, query: Query) -> Answer:
-        answer = await self._batch(query)
+        answer = await self.batcher.ask(query)
         if isinstance(answer, RefusedQueryError):
             raise answer
         return answer
@@ -122,8 +120,7 @@ class Replica:
         if not condition.ok:
             raise RuntimeError(condition.reason)
 
-    @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.002, max_concurrent_batches=1)
-    async def _batch(self, queries: list[Query]) -> list[Answer | RefusedQueryError]:
+    async def _batch(self, key: str, queries: list[Query]) -> list[Answer | RefusedQueryError]:
         self.metrics.batch(len(queries))
 
         def answer() -> list[Answer | RefusedQueryError]:

@@ -20,6 +20,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from raypipe.errors import RaypipeError
+from raypipe.serving.batcher import Batcher
 from raypipe.serving.config import ServiceConfig
 from raypipe.serving.conversation import SoFar
 from raypipe.serving.doors import shut_inner_door
@@ -45,10 +46,7 @@ class Speaker:
         shut_inner_door()
         self.language = Language(config)
         self._answers, self._loads = ThreadPoolExecutor(1, "answers"), ThreadPoolExecutor(1, "loads")
-        self._ready: tuple[str, str] = ("", "")
-        batch, batching = self._batch, config.language.batching
-        batch.set_max_batch_size(batching.size)
-        batch.set_batch_wait_timeout_s(batching.wait_ms / 1000)
+        self.batcher = Batcher(self._batch, config.language.batching)
         # A process that is started under load has its weights before it is asked for the first time.
         releases = Releases(self.language.workspace.store)
         release = releases.named("served") or releases.named("champion")
@@ -59,7 +57,7 @@ class Speaker:
                 _LOG.error("%s", error)
 
     async def ask(self, task: Task, until: float) -> Result:
-        return await self._batch(Job(task, until))
+        return await self.batcher.ask(Job(task, until), serve.get_multiplexed_model_id())
 
     async def stream(self, task: Task, until: float) -> AsyncIterator[SoFar | Result]:
         heard: asyncio.Queue[SoFar | None] = asyncio.Queue()
@@ -68,7 +66,7 @@ class Speaker:
         def listen(so_far: Explanation) -> None:
             loop.call_soon_threadsafe(heard.put_nowait, SoFar(so_far.decision, so_far.text))
 
-        whole = asyncio.ensure_future(self._batch(Job(task, until, listen)))
+        whole = asyncio.ensure_future(self.batcher.ask(Job(task, until, listen), serve.get_multiplexed_model_id()))
         whole.add_done_callback(lambda _: heard.put_nowait(None))
         try:
             while (so_far := await heard.get()) is not None:
@@ -89,9 +87,7 @@ class Speaker:
             return str(error) if found.adapters else ""
         return ""
 
-    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.005, max_concurrent_batches=1)
-    async def _batch(self, jobs: list[Job]) -> list[Result]:
-        key = serve.get_multiplexed_model_id()
+    async def _batch(self, key: str, jobs: list[Job]) -> list[Result]:
         try:
             await self._told(key)
             voice = self.language.ready(Key.parse(key)) or await self._load(key)
