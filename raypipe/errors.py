@@ -28,6 +28,10 @@ class UsageError(RaypipeError):
     exit_code = 2
 
 
+class AccessError(UsageError):
+    """A place or a file that may not be read or written: what lies there may be whole, and be read later."""
+
+
 class RefusedError(RaypipeError):
     """A quality gate said no; what was good before stays in force. Exit code 3."""
 

@@ -58,6 +58,18 @@ def add_events(uri: str, events: Sequence[Event]) -> None:
     _write_histories(Workspace(uri), [*chain_events(), *events])
 
 
+def add_item(uri: str, title: str) -> None:
+    """As if a catalogue had brought one more, and no job had run since."""
+    workspace = Workspace(uri)
+    table = workspace.tables["items"]
+    rows = table.read(table.version()).to_pylist()
+    item = f"i{len(rows) + 1}"
+    rows.append(
+        {**rows[-1], "item_id": item, "index": len(rows) + 1, "title": title, "content_hash": content_digest(item)}
+    )
+    _publish(workspace, "items", [({}, pa.Table.from_pylist(rows, table.spec.columns))])
+
+
 def compute(uri: str) -> None:
     """States, lists and summaries of everybody, by the release in force."""
     workspace = Workspace(uri)

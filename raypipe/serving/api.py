@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Path, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from raypipe import __version__
@@ -54,7 +55,7 @@ UserPath = Annotated[str, Path(min_length=1, max_length=512)]
 
 
 def build_api(backend: Backend, limits: LimitOptions) -> FastAPI:
-    """The routes alone; `Guard` goes around them."""
+    """The routes alone; `Guard` goes around them. `state.words` are the paths that ask the language model."""
     app = FastAPI(
         title="raypipe",
         version=__version__,
@@ -98,7 +99,9 @@ def build_api(backend: Backend, limits: LimitOptions) -> FastAPI:
         """A user as the night left them."""
         return await backend.user(user_id)
 
+    others = len(app.routes)
     add_words(app, backend, limits)
+    app.state.words = frozenset(route.path for route in app.routes[others:] if isinstance(route, APIRoute))
     add_page(app)
 
     @app.get("/v1/release")

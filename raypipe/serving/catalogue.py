@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from raypipe.errors import UsageError
+from raypipe.errors import AccessError
 from raypipe.language import instructions
 from raypipe.language.summary_prompts import SummaryPrompts
 from raypipe.language.titles import distinct_titles
@@ -92,10 +92,10 @@ class Catalogue:
 
 
 def read_denied(path: str | None) -> frozenset[str]:
-    """The item ids of a deny list, a line each; raises UsageError where it cannot be read."""
+    """The item ids of a deny list, a line each; raises AccessError where it cannot be read."""
     if path is None:
         return frozenset()
     try:
         return frozenset(Path(path).read_text(encoding="utf-8").split("\n")) - {""}
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"The deny list {path} cannot be read: {error}.", "Write one item id a line.") from None
+        raise AccessError(f"The deny list {path} cannot be read: {error}.", "Write one item id a line.") from None

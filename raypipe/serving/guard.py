@@ -13,7 +13,7 @@ import math
 import re
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
 from starlette.exceptions import HTTPException
@@ -27,8 +27,6 @@ AUDIT = logging.getLogger("raypipe.audit")
 _LOG = logging.getLogger("raypipe.serving")
 OPEN = frozenset({"/v1/health", *PAGE})
 """Routes that ask for no token: the page that one is typed into holds no data."""
-WORDS = ("/v1/explain", "/v1/interpret", "/v1/residual", "/v1/oracle", "/v1/summary", "/v1/rerank")
-"""Beginnings of routes that ask the language model."""
 _GRACE_S = 2.0  # What asks the language model gives up by itself first, and says so.
 _TOO_LARGE = "A request has at most {:,} bytes."
 _SIZE = re.compile(r"[0-9]{1,18}")
@@ -59,12 +57,18 @@ class RateLimits:
 
 
 class Guard:
-    """ASGI middleware; `tokens` gives the valid tokens by hash at any moment."""
+    """ASGI middleware; `tokens` gives the valid tokens by hash at any moment, `words` are the paths that ask the language
+    model."""
 
     def __init__(
-        self, app: ASGIApp, tokens: Callable[[], Mapping[str, Token]], limits: LimitOptions, meter: Meter
+        self,
+        app: ASGIApp,
+        words: Collection[str],
+        tokens: Callable[[], Mapping[str, Token]],
+        limits: LimitOptions,
+        meter: Meter,
     ) -> None:
-        self.app, self.tokens, self.limits, self.meter = app, tokens, limits, meter
+        self.app, self.words, self.tokens, self.limits, self.meter = app, words, tokens, limits, meter
         self.rates = RateLimits()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -82,7 +86,7 @@ class Guard:
         scope.setdefault("state", {})["request_id"] = request_id
         status = 0
         wait_s = self.limits.deadline_s
-        if scope["path"].startswith(WORDS):
+        if scope["path"] in self.words:
             wait_s = self.limits.words_s + _GRACE_S
 
         async def tell(message: Message) -> None:

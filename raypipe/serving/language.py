@@ -53,13 +53,14 @@ class Key:
     catalogue: int | None = None
 
     def __str__(self) -> str:
-        return f"{'' if self.catalogue is None else self.catalogue}:{self.adapter}@{self.lm}"
+        return f"{'' if self.catalogue is None else f'{self.catalogue}:'}{self.adapter}@{self.lm}"
 
     @classmethod
     def parse(cls, text: str) -> Key:
         before, _, lm = text.partition("@")
-        catalogue, _, adapter = before.partition(":")
-        return cls(lm, adapter, int(catalogue) if catalogue else None)
+        catalogue, colon, adapter = before.partition(":")
+        # An adapter is NAME/HASH: what has a colon behind digits alone is none.
+        return cls(lm, adapter, int(catalogue)) if colon and catalogue.isdecimal() else cls(lm, before)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ class ServingMetrics:
         self._batch = Histogram("raypipe_serving_batch", "Queries of a batch.", [1, 2, 4, 8, 16, 32, 64, 128])
         self._since = Gauge("raypipe_serving_since", "Unix time since when this is served.", ("release", "night"))
         self._refused = Gauge(
-            "raypipe_serving_refused", "Releases in force that are not served because they are unfit."
+            "raypipe_serving_refused", "Releases and nights in force that are not served because they are unfit."
         )
 
     def request(self, route: str, status: int, seconds: float) -> None:

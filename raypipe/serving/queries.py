@@ -289,7 +289,8 @@ class SummaryAnswers(BaseModel):
 
 
 class Standing(BaseModel):
-    """What is served, since when (Unix seconds), and what was refused, with the reason. `adapters`: name → system."""
+    """What is served, since when (Unix seconds), and why a release, or as `night DATE` a night, was refused. `adapters`:
+    name → system."""
 
     release: str
     recommender: str

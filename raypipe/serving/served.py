@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raypipe.errors import RaypipeError, UsageError
+from raypipe.errors import AccessError, RaypipeError, UsageError
 from raypipe.recommenders.checkpoint import check_catalogue, load_recommender
 from raypipe.recommenders.recommender import Recommender, freeze
 from raypipe.serving.catalogue import Catalogue, read_denied
@@ -31,6 +31,12 @@ _SOME_USERS = 20
 
 class UnfitError(RaypipeError):
     """A release that was loaded and does not answer as one should: it is not put in the place of the one that does."""
+
+
+def is_lasting(error: Exception) -> bool:
+    """Whether a release that could not be loaded for this is unfit: damaged, of parts that do not belong together, or without
+    answers. What else fails, a store or a network, may not fail the next time."""
+    return isinstance(error, UsageError | UnfitError) and not isinstance(error, AccessError)
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,17 @@ from functools import partial
 from typing import TypeVar
 
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from raypipe.errors import RaypipeError
+from raypipe.serving.batcher import Batcher
 from raypipe.serving.config import ServiceConfig
 from raypipe.serving.conversation import SoFar
 from raypipe.serving.doors import shut_inner_door
 from raypipe.serving.language import ADAPTERS, Failed, Job, Key, Language, Result, Task, Voice
-from raypipe.serving.served import UnfitError
+from raypipe.serving.served import UnfitError, is_lasting
 from raypipe.storage.releases import Releases
 from raypipe.systems.explanations import Explanation
 
@@ -33,6 +34,7 @@ _LOG = logging.getLogger("raypipe.serving")
 _TRIES = 3
 _PROOF_S = 600.0
 _LOADED = Failed("not_ready", "The language model of the release cannot be loaded.")
+_ASKED = Failed("not_ready", "The language model of the release cannot be asked.")
 _BUSY = Failed("busy", "More is asked of the language model than it can answer: ask again later.")
 _LATE = Failed("deadline", "The language model did not answer in time: ask again later.")
 _GONE = Failed("not_ready", "The language model is being started: ask again later.")
@@ -45,10 +47,7 @@ class Speaker:
         shut_inner_door()
         self.language = Language(config)
         self._answers, self._loads = ThreadPoolExecutor(1, "answers"), ThreadPoolExecutor(1, "loads")
-        self._ready: tuple[str, str] = ("", "")
-        batch, batching = self._batch, config.language.batching
-        batch.set_max_batch_size(batching.size)
-        batch.set_batch_wait_timeout_s(batching.wait_ms / 1000)
+        self.batcher = Batcher(self._batch, config.language.batching)
         # A process that is started under load has its weights before it is asked for the first time.
         releases = Releases(self.language.workspace.store)
         release = releases.named("served") or releases.named("champion")
@@ -59,7 +58,7 @@ class Speaker:
                 _LOG.error("%s", error)
 
     async def ask(self, task: Task, until: float) -> Result:
-        return await self._batch(Job(task, until))
+        return await self._answer(Job(task, until), serve.get_multiplexed_model_id())
 
     async def stream(self, task: Task, until: float) -> AsyncIterator[SoFar | Result]:
         heard: asyncio.Queue[SoFar | None] = asyncio.Queue()
@@ -68,7 +67,7 @@ class Speaker:
         def listen(so_far: Explanation) -> None:
             loop.call_soon_threadsafe(heard.put_nowait, SoFar(so_far.decision, so_far.text))
 
-        whole = asyncio.ensure_future(self._batch(Job(task, until, listen)))
+        whole = asyncio.ensure_future(self._answer(Job(task, until, listen), serve.get_multiplexed_model_id()))
         whole.add_done_callback(lambda _: heard.put_nowait(None))
         try:
             while (so_far := await heard.get()) is not None:
@@ -78,7 +77,10 @@ class Speaker:
             whole.cancel()
 
     async def prove(self, release: str, catalogue: int) -> str:
-        """Load all weights of a release, for a catalogue of this version, and ask them; the reason why it is unfit, or nothing."""
+        """Load all weights of a release, for a catalogue of this version, and ask them; the reason why it is unfit, or nothing.
+
+        Raises RaypipeError for what may pass.
+        """
         found = Releases(self.language.workspace.store).get(release)
         try:
             for key in self.language.keys(found, catalogue):
@@ -86,25 +88,35 @@ class Speaker:
                 await _aside(self._answers, partial(self.language.prove, key, voice))
         except RaypipeError as error:
             # Without adapters the language model is asked for nothing but summaries of given histories.
-            return str(error) if found.adapters else ""
+            if not found.adapters:
+                return ""
+            if is_lasting(error):
+                return str(error)
+            raise
         return ""
 
-    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.005, max_concurrent_batches=1)
-    async def _batch(self, jobs: list[Job]) -> list[Result]:
-        key = serve.get_multiplexed_model_id()
+    async def _answer(self, job: Job, key: str) -> Result:
         try:
-            await self._told(key)
+            # Loading may take minutes: others are answered meanwhile.
             voice = self.language.ready(Key.parse(key)) or await self._load(key)
         except RaypipeError as error:
             _LOG.error("%s", error)
-            return [_LOADED] * len(jobs)
-        return await _aside(self._answers, partial(self.language.answer, voice, jobs))
+            return _LOADED
+        await self._told(key)
+        return await self.batcher.ask((voice, job), key)
+
+    async def _batch(self, key: str, asked: list[tuple[Voice, Job]]) -> list[Result]:
+        voice, jobs = asked[0][0], [job for _, job in asked]
+        try:
+            return await _aside(self._answers, partial(self.language.answer, voice, jobs))
+        except RaypipeError as error:
+            _LOG.error("%s: %s", key, error)
+            return [_ASKED] * len(jobs)
 
     @serve.multiplexed(max_num_models_per_replica=ADAPTERS)
     async def _told(self, key: str) -> str:
         """Lets Ray Serve know that this process has these weights; which are kept is for `Language` to say, as adapters share
         theirs."""
-        await self._load(key)
         return key
 
     async def _load(self, key: str) -> Voice:
@@ -149,10 +161,17 @@ class Remote:
         yield _GONE
 
     def prove(self, release: str, catalogue: int) -> None:
-        """Raises UnfitError where a release's language model or an adapter does not answer. Not for an event loop."""
-        reason = self._handle.prove.remote(release, catalogue).result(timeout_s=_PROOF_S)
+        """Raises UnfitError where a release's language model or an adapter does not answer, and RaypipeError where that could not
+        be found out. Not for an event loop."""
+        try:
+            reason = self._handle.prove.remote(release, catalogue).result(timeout_s=_PROOF_S)
+        except (RayError, TimeoutError, BackPressureError, DeploymentUnavailableError) as error:
+            told = str(error).strip().splitlines()[-1:]  # of another process, the last line is the error
+            raise RaypipeError(
+                f"The language model could not be proven: {type(error).__name__} {' '.join(told)}"
+            ) from error
         if reason:
-            raise UnfitError(reason, "The release before stays.")
+            raise UnfitError(reason, "What was served before stays.")
 
 
 def _failure(error: Exception) -> Failed:

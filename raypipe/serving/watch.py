@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from raypipe.errors import UsageError
+from raypipe.errors import RaypipeError, UsageError
 from raypipe.serving.config import ServiceConfig
 from raypipe.serving.queries import Standing
 from raypipe.serving.recommending import Known, Wanted
-from raypipe.serving.served import Served, Target, UnfitError, check, find_target, load
+from raypipe.serving.served import Served, Target, UnfitError, check, find_target, is_lasting, load
 from raypipe.storage.nights import Nights
 from raypipe.storage.online import OnlineStore
 from raypipe.storage.releases import Releases
@@ -23,13 +24,15 @@ from raypipe.storage.workspace import Workspace
 
 _LOG = logging.getLogger("raypipe.serving")
 _RECORDED = 128
+_MOST_WAIT_S = 60.0  # until what could not be loaded is tried again
 
 
 class Watch:
     """Looks at the workspace every `watch_s`, and holds what is served at the moment.
 
-    A request keeps what it began with. A release that cannot be loaded or fails its check is refused, with the reason, until
-    another one is in force, and what was served before stays; a workspace or a store that does not answer changes nothing.
+    A request keeps what it began with. A release that is damaged or fails its check is refused, with the reason, until another
+    one is in force, and so is a night of whose catalogue the release does not answer; what was served before stays. A workspace or
+    a store that does not answer changes nothing, and is tried again: at the next look, and then ever more rarely.
     `prove` raises UnfitError for a release whose language model does not answer of a catalogue in that version; without it this
     looks, and marks nothing as served.
     """
@@ -39,7 +42,8 @@ class Watch:
     ) -> None:
         self.config, self.store, self.prove = config, store, prove
         self.workspace = Workspace(config.workspace)
-        self.refused: dict[str, str] = {}
+        self._unfit: dict[Target, str] = {}
+        self._put_off: dict[Target, tuple[int, float]] = {}  # how often it failed, and until when it is left alone
         self.night_in_force: str | None = None
         self.tokens: Mapping[str, Token] = Tokens(self.workspace.store).valid()
         self._recorded: deque[tuple[Known, Wanted]] = deque(maxlen=_RECORDED)
@@ -62,12 +66,22 @@ class Watch:
         night = Nights(self.workspace.store).current()
         self.night_in_force = night.date if night is not None else None
         target = find_target(self.workspace, self.store, self.served.target)
-        # Once another release is in force, this one may come back mended.
-        self.refused = {name: reason for name, reason in self.refused.items() if name == target.release}
-        if target.release in self.refused:
-            target = replace(target, release=self.served.target.release)
-        if target != self.served.target:
-            self._switch(target)
+        # A release that is not served keeps no night from being served.
+        wanted = (target, replace(target, release=self.served.target.release))
+        # Once another one is in force, this one may come back mended.
+        self._unfit = {one: reason for one, reason in self._unfit.items() if one in wanted}
+        self._put_off = {one: put_off for one, put_off in self._put_off.items() if one in wanted}
+        for one in wanted:
+            if one == self.served.target or self._switch(one):
+                return
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Why it is not served, by release, or as `night DATE` of the release that is."""
+        mine = self.served.target.release
+        return {
+            f"night {one.night}" if one.release == mine else one.release: reason for one, reason in self._unfit.items()
+        }
 
     def standing(self) -> Standing:
         """What is served, and what was refused."""
@@ -84,16 +98,20 @@ class Watch:
             refused=self.refused,
         )
 
-    def _switch(self, target: Target) -> None:
+    def _switch(self, target: Target) -> bool:
+        """Whether the target is served now."""
+        _, until = self._put_off.get(target, (0, -math.inf))
+        if target in self._unfit or time.monotonic() < until:
+            return False
         started = time.monotonic()
         try:
             served = self._loaded(target)
-            if self.prove is not None and target.release != self.served.target.release:
+            proven = self.served.target.release, self.served.catalogue_version
+            if self.prove is not None and (target.release, served.catalogue_version) != proven:
                 self.prove(target.release, served.catalogue_version)
-        except (UsageError, UnfitError) as error:
-            self.refused[target.release] = str(error)
-            _LOG.error("%s", error)
-            return
+        except Exception as error:
+            self._leave(target, error)
+            return False
         self._mark(served)
         self.served = served
         _LOG.info(
@@ -101,6 +119,24 @@ class Watch:
             target.release[:12],
             target.night,
             time.monotonic() - started,
+        )
+        return True
+
+    def _leave(self, target: Target, error: Exception) -> None:
+        """It is not served: for good, or until it is tried again."""
+        if is_lasting(error):
+            self._unfit[target] = str(error)
+            _LOG.error("%s", error)
+            return
+        failed, _ = self._put_off.get(target, (0, 0.0))
+        wait_s = min(_MOST_WAIT_S, self.config.watch_s * 2**failed) if failed else 0.0
+        self._put_off[target] = failed + 1, time.monotonic() + wait_s
+        _LOG.warning(
+            "release %s and night %s cannot be loaded, and are tried again: %s",
+            target.release[:12],
+            target.night,
+            error,
+            exc_info=not isinstance(error, RaypipeError | OSError),
         )
 
     def _first(self) -> Served:
@@ -114,11 +150,10 @@ class Watch:
                 return self._loaded(before)
         try:
             served = self._loaded(target)
-        except (UsageError, UnfitError) as error:
+        except (RaypipeError, OSError) as error:
             if before is None:
                 raise
-            self.refused[target.release] = str(error)
-            _LOG.error("%s", error)
+            self._leave(target, error)
             return self._loaded(before)
         self._mark(served)
         return served

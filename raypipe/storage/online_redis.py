@@ -28,6 +28,11 @@ from raypipe.storage.online import OnlineStoreDownError
 _USERS_A_COMMAND = 500
 _CONNECT_S = 2.0
 _ANSWER_S = 5.0
+# In a request, where everybody else of its batch waits too.
+_READER_CONNECT_S = 0.3
+_READER_ANSWER_S = 0.5
+_LONG_S = 0.1  # a failed try that took longer is not made again by the next request,
+_REST_S = 2.0  # for this long
 _POLL_S = 0.1
 
 
@@ -41,16 +46,12 @@ class RedisStore:
         self.host = urlsplit(url).hostname  # the rest may hold a password
         self.prefix = prefix
         try:
-            self._redis: Any = redis.Redis.from_url(
-                url,
-                socket_connect_timeout=_CONNECT_S,
-                socket_timeout=_ANSWER_S,
-                # Once more, for a connection that the server closed meanwhile; the client's own default waits for seconds.
-                retry=Retry(NoBackoff(), 1),
-            )
+            self._redis = _client(url, _CONNECT_S, _ANSWER_S)
+            self._reader = _client(url, _READER_CONNECT_S, _READER_ANSWER_S)
         except ValueError as error:
             raise UsageError(f"The online store's address is none: {error}.", "Write redis://HOST:PORT/DB.") from None
         self._buckets: dict[str, int] = {}
+        self._rests_until = 0.0
 
     def begin(self, version: str, buckets: int) -> set[int]:
         with _told(self.host):
@@ -93,9 +94,9 @@ class RedisStore:
             self._redis.zrem(f"{self.prefix}:begun", version)
 
     def get(self, version: str, users: Sequence[str]) -> list[bytes | None]:
-        with _told(self.host):
+        with self._in_time(), _told(self.host):
             if version not in self._buckets:
-                self._buckets[version] = int(self._redis.get(f"{self.prefix}:{version}:buckets") or 0)
+                self._buckets[version] = int(self._reader.get(f"{self.prefix}:{version}:buckets") or 0)
             if not (buckets := self._buckets[version]):
                 self._buckets.pop(version)
                 raise self._gone()
@@ -104,7 +105,7 @@ class RedisStore:
             for at, bucket in enumerate(homes):
                 asked.setdefault(bucket, []).append(at)
             # In the same round trip: a server that came back empty knows nobody, which is no answer.
-            pipeline = self._redis.pipeline(transaction=False)
+            pipeline = self._reader.pipeline(transaction=False)
             pipeline.hexists(f"{self.prefix}:complete", version)
             for bucket, places in asked.items():
                 pipeline.hmget(self._key(version, bucket), [users[at] for at in places])
@@ -156,6 +157,22 @@ class RedisStore:
 
     def close(self) -> None:
         self._redis.close()
+        self._reader.close()
+
+    @contextlib.contextmanager
+    def _in_time(self) -> Iterator[None]:
+        """A server that hangs costs one request its time, and not each of them."""
+        started = time.monotonic()
+        if started < self._rests_until:
+            raise OnlineStoreDownError(
+                f"The Redis on {self.host} did not answer a moment ago.", "Check that it runs, and is not swapping."
+            )
+        try:
+            yield
+        except OnlineStoreDownError:
+            if time.monotonic() - started > _LONG_S:
+                self._rests_until = time.monotonic() + _REST_S
+            raise
 
     def _key(self, version: str, bucket: int) -> str:
         return f"{self.prefix}:{version}:{bucket}"
@@ -165,6 +182,12 @@ class RedisStore:
             f"The Redis on {self.host} does not hold the night in force.",
             "Run `raypipe online`; a Redis without persistence forgets everything when it restarts.",
         )
+
+
+def _client(url: str, connect_s: float, answer_s: float) -> Any:
+    # Once more, for a connection that the server closed meanwhile; the client's own default waits for seconds.
+    retry = Retry(NoBackoff(), 1, (redis.ConnectionError,))
+    return redis.Redis.from_url(url, socket_connect_timeout=connect_s, socket_timeout=answer_s, retry=retry)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ import pyarrow as pa
 from obstore.exceptions import AlreadyExistsError
 from obstore.store import LocalStore, S3Store
 
-from raypipe.errors import RaypipeError, UsageError
+from raypipe.errors import AccessError, RaypipeError, UsageError
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def _plain_errors(uri: str, writing: bool = False) -> Iterator[None]:
                 "Nothing published is harmed. Free some space and submit the same command again: it goes on where it stopped.",
             ) from error
         if isinstance(error, PermissionError) or "os error 13" in text or "os error 30" in text:
-            raise UsageError(
+            raise AccessError(
                 f"No permission to use {uri}: {_first_line(text)}",
                 "Give this user read and write permission there, or name another workspace.",
             ) from error

@@ -112,7 +112,7 @@ class Asked:
         self.secret = Tokens(Store(uri)).make(token, 1000, 1000)
         self.backend.watch.look()
         self.api = build_api(self.backend, self.config.limits)
-        self.guard = Guard(self.api, self.tokens, self.config.limits, self.meter)
+        self.guard = Guard(self.api, self.api.state.words, self.tokens, self.config.limits, self.meter)
         self.client = TestClient(self.guard, raise_server_exceptions=False)
 
     def tokens(self) -> Mapping[str, Token]:

@@ -6,15 +6,18 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 
+from raypipe.serving.api_words import add_words
 from raypipe.serving.config import LimitOptions
 from raypipe.serving.guard import OPEN, Guard, RateLimits
 from raypipe.storage.store import Store
@@ -175,7 +178,9 @@ def test_one_audit_line_a_request_without_personal_text(asked: Asked, caplog: py
     assert asked.meter.requests[-1] == ("none", 401)
 
 
-async def _exchange(app: Callable, limits: LimitOptions) -> tuple[int, dict[str, str], bytes]:
+async def _exchange(
+    app: Callable, limits: LimitOptions, path: str = "/x", words: Collection[str] = ()
+) -> tuple[int, dict[str, str], bytes]:
     sent: list[dict] = []
 
     async def receive() -> dict:
@@ -186,8 +191,8 @@ async def _exchange(app: Callable, limits: LimitOptions) -> tuple[int, dict[str,
 
     secret = "s"
     tokens = {hash_of(secret): Token("t", hash_of(secret), 1, 1, 0.0)}
-    scope = {"type": "http", "path": "/x", "method": "GET", "headers": [(b"authorization", b"Bearer s")]}
-    await Guard(app, lambda: tokens, limits, Counted())(scope, receive, send)
+    scope = {"type": "http", "path": path, "method": "GET", "headers": [(b"authorization", b"Bearer s")]}
+    await Guard(app, words, lambda: tokens, limits, Counted())(scope, receive, send)
     headers = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
     return sent[0]["status"], headers, b"".join(message.get("body", b"") for message in sent[1:])
 
@@ -199,6 +204,21 @@ def test_a_request_past_its_deadline_is_given_up_clearly() -> None:
     status, headers, body = asyncio.run(_exchange(never, LimitOptions(deadline_s=0.05)))
     assert (status, headers["retry-after"]) == (503, "1")
     assert json.loads(body)["error"]["code"] == "deadline"
+
+
+def test_every_route_that_asks_the_language_model_has_the_time_that_words_take(asked: Asked) -> None:
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.2)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    added = FastAPI(openapi_url=None)
+    add_words(added, asked.backend, asked.config.limits)
+    routes = {route.path for route in added.routes if isinstance(route, APIRoute)}
+    assert {"/v1/next", "/v1/next/batch", "/v1/explain/stream", "/v1/summary"} <= routes
+    limits, words = LimitOptions(deadline_s=0.02, words_s=60), asked.api.state.words
+    for path in (*sorted(routes), "/v1/recommend", "/v1/explanations"):
+        status, _, _ = asyncio.run(_exchange(slow, limits, path, words))
+        assert status == (200 if path in routes else 503), path
 
 
 TEXT = st.text(max_size=40)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import Run
+from tests.made import add_item, publish
 from tests.pipeline.small_logs import newest
 from tests.serving.asked import Asked
 from tests.serving.spoken import LINE, SHORT, WRITER
@@ -81,6 +82,35 @@ def test_what_cannot_be_continued_is_told(asked: Asked, ready: str) -> None:
         answer = asked.post("next", body)
         assert (answer.status_code, answer.json()["error"]["code"]) == (status, code), body
     assert Asked(ready).post("next", {"history": ["i1"]}).json()["error"]["code"] == "no_adapter"
+
+
+def test_a_night_with_a_title_that_cannot_be_written_is_refused_and_the_night_before_answers(
+    raypipe: Run, speaking: str
+) -> None:
+    asked = Asked(speaking, language=SHORT)
+
+    def night(date: str, title: str) -> Any:
+        add_item(speaking, title)
+        publish(speaking, date)
+        assert raypipe("online", "--workspace", speaking).code == 0
+        asked.backend.watch.look()
+        return asked.get("release").json()
+
+    told = night("2026-01-06", "Title 99")
+    assert (told["night"], told["refused"]) == ("2026-01-06", {})
+    question = {"history": ["i3", "i9"], "count": WRITER.beams}
+    before = asked.post("next", question).json()
+    assert len(listed(before)) > 1
+
+    told = night("2026-01-07", " ".join(["Endless"] * 100))
+    assert (told["night"], told["night_in_force"]) == ("2026-01-06", "2026-01-07")
+    assert list(told["refused"]) == ["night 2026-01-07"]
+    assert "The longest text takes" in told["refused"]["night 2026-01-07"]
+    assert asked.post("next", question).json() == before
+
+    assert raypipe("night", "--workspace", speaking, "--restore", "2026-01-06").code == 0
+    asked.backend.watch.look()
+    assert asked.get("release").json()["refused"] == {}
 
 
 def test_the_language_model_beside_it_keeps_its_words(asked: Asked, spoken: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,14 @@ from raypipe.recommenders.guided import GuidedOptions
 from raypipe.recommenders.sequences import Sequences
 from raypipe.storage.models import Models
 from raypipe.storage.nights import Nights
+from raypipe.storage.online import open_online_store
 from raypipe.storage.store import Store
 from tests.conftest import Run
 from tests.made import LENGTH, MODEL, make_ready
 from tests.pipeline.small_logs import CHAIN_ITEMS, CHAIN_LENGTH, CHAIN_USERS, newest
 from tests.serving.asked import Asked
 
-TOLD = ("explain", "interpret", "residual", "oracle", "summary", "rerank")
+TOLD = ("explain", "interpret", "residual", "oracle", "summary", "rerank", "next")
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +199,20 @@ def test_without_its_store_the_service_answers_histories_and_says_so_of_users(re
     queries = [{"user_id": "u1"}, {"history": ["i3"]}]
     mixed = asked.post("recommend/batch", {"queries": queries}).json()["answers"]
     assert (mixed[0]["code"], mixed[1]["basis"]) == ("store_down", "model")
+
+
+def test_a_store_that_hangs_does_not_keep_histories_waiting(ready: str) -> None:
+    pytest.importorskip("redis")
+    asked = Asked(ready)
+    history = {"history": ["i3", "i4"]}
+    wanted = asked.post("recommend", history).json()
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(100)
+        url = f"redis://127.0.0.1:{silent.getsockname()[1]}/0"
+        asked.backend.service.store = open_online_store(url, Store(ready))
+        for most_s in (1.0, 0.3):
+            started = time.monotonic()
+            unknown, known = asked.post("recommend/batch", {"queries": [{"user_id": "u1"}, history]}).json()["answers"]
+            assert time.monotonic() - started < most_s
+            assert (unknown["code"], known) == ("store_down", wanted)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from raypipe.errors import UsageError
+from raypipe.errors import RaypipeError, UsageError
 from raypipe.serving.config import ServiceConfig
 from raypipe.serving.serve import ServeConfig, run_serve
 from raypipe.serving.served import UnfitError
-from raypipe.storage.models import Models
+from raypipe.storage.models import Model, Models
 from raypipe.storage.releases import Release, Releases
 from raypipe.storage.store import Store
 from tests.conftest import Run
@@ -118,6 +119,66 @@ def test_a_poisoned_model_is_refused(ready: str, tmp_path: Path) -> None:
         assert told["release"] == old
         assert release.hash in told["refused"]
     assert asked.post("recommend", {"user_id": "u1"}).status_code == 200
+
+
+def test_a_store_that_fails_once_costs_a_release_one_look(
+    ready: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Asked(ready)
+    old = asked.get("release").json()["release"]
+    new = changed(ready, tmp_path / "new", 0.5)
+    with monkeypatch.context() as broken:
+
+        def fail(models: Models, model: Model, cache: Path) -> Path:
+            raise RaypipeError("The object store under s3://somewhere failed: 503 Slow Down", "Submit again.")
+
+        broken.setattr(Models, "fetch_unharmed", fail)
+        asked.backend.watch.look()
+    told = asked.get("release").json()
+    assert (told["release"], told["refused"]) == (old, {})
+    asked.backend.watch.look()
+    assert asked.get("release").json()["release"] == new.hash
+
+
+def test_what_keeps_failing_is_tried_ever_more_rarely_and_refuses_neither_release_nor_night(
+    raypipe: Run, ready: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deny = tmp_path / "deny.txt"
+    deny.write_text("i1\n")
+    asked = Asked(ready, deny=str(deny), watch_s=50)
+    watch, now = asked.backend.watch, time.monotonic()
+    loads: list[str] = []
+    loaded = watch._loaded
+    monkeypatch.setattr(watch, "_loaded", lambda target: loads.append(target.night) or loaded(target))
+    monkeypatch.setattr("raypipe.serving.watch.time.monotonic", lambda: now)
+    deny.unlink()
+    add_events(ready, [("new", "i5", START + 1000)])
+    publish(ready, "2026-01-06")
+    assert raypipe("online", "--workspace", ready).code == 0
+    for at_s in (0, 10, 20, 69, 71, 129, 132):
+        monkeypatch.setattr("raypipe.serving.watch.time.monotonic", lambda at_s=at_s: now + at_s)
+        watch.look()
+    # At once again after the first failure, and then after a minute at most.
+    assert loads == ["2026-01-06"] * 4
+    told = asked.get("release").json()
+    assert (told["night"], told["refused"]) == ("2026-01-05", {})
+    deny.write_text("i1\n")
+    monkeypatch.setattr("raypipe.serving.watch.time.monotonic", lambda: now + 200)
+    watch.look()
+    assert asked.get("release").json()["night"] == "2026-01-06"
+
+
+def test_a_release_that_is_refused_keeps_no_night_from_being_served(raypipe: Run, ready: str, tmp_path: Path) -> None:
+    asked = Asked(ready)
+    old = asked.get("release").json()["release"]
+    bad = changed(ready, tmp_path / "bad", np.nan)
+    asked.backend.watch.look()
+    add_events(ready, [("new", "i5", START + 1000)])
+    publish(ready, "2026-01-06")
+    assert raypipe("online", "--workspace", ready).code == 0
+    asked.backend.watch.look()
+    told = asked.get("release").json()
+    assert (told["release"], told["night"], list(told["refused"])) == (old, "2026-01-06", [bad.hash])
 
 
 def test_a_night_is_seen_once_it_is_loaded_and_going_back_takes_one_command(raypipe: Run, ready: str) -> None:

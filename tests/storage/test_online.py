@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import time
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +124,37 @@ def test_a_redis_that_is_away_or_came_back_empty_is_no_answer_about_anybody(tmp_
         assert store.get("v1", ["u1"]) == [b"u1"]
     finally:
         server.stop()
+
+
+def test_a_redis_that_hangs_costs_one_request_its_time_and_the_next_ones_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that accepts and says nothing, and a host that takes no connection."""
+    pytest.importorskip("redis")
+    with socket.socket() as silent, socket.socket() as full, contextlib.ExitStack() as kept:
+        for server, backlog in ((silent, 100), (full, 0)):
+            server.bind(("127.0.0.1", 0))
+            server.listen(backlog)
+        for _ in range(4):
+            filler = kept.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(full.getsockname())
+        time.sleep(0.2)
+        for server in (silent, full):
+            store = open_online_store(f"redis://127.0.0.1:{server.getsockname()[1]}/0", Store(str(tmp_path)))
+            took = []
+            for told in ("TimeoutError", "did not answer a moment ago"):
+                started = time.monotonic()
+                with pytest.raises(OnlineStoreDownError, match=told):
+                    store.get("v1", ["u1"])
+                took.append(time.monotonic() - started)
+            assert took[0] < 1
+            assert took[1] < 0.1
+            now = time.monotonic()
+            with monkeypatch.context() as later:
+                later.setattr("raypipe.storage.online_redis.time.monotonic", lambda now=now: now + 3)
+                with pytest.raises(OnlineStoreDownError, match="TimeoutError"):
+                    store.get("v1", ["u1"])
 
 
 def test_a_redis_that_forgets_under_pressure_is_refused(redis_server: RedisServer, tmp_path: Path) -> None:
