@@ -39,6 +39,7 @@ from raypipe.storage.ledger import Counts, Publish, Receipt, Run, Unit, Usage
 from raypipe.storage.locks import hold
 from raypipe.storage.nights import Night, Nights
 from raypipe.storage.online import ADDRESS, EMBEDDED, open_online_store
+from raypipe.storage.releases import Releases
 from raypipe.storage.retention import versions_to_keep
 from raypipe.storage.schemas import REJECTS
 from raypipe.storage.tables import ABSENT
@@ -199,6 +200,7 @@ def _sweep(workspace: Workspace, config: ForgetConfig, users: Sequence[str]) -> 
     store = workspace.store
     nights = Nights(store)
     kept: list[Night] = [night for date in nights.dates() if (night := nights.get(date)) is not None]
+    releases = Releases(store).all()
     for date in nights.dates():
         forget_in_cards(store, date, users)
     forget_in_judgements(store, users)
@@ -216,7 +218,7 @@ def _sweep(workspace: Workspace, config: ForgetConfig, users: Sequence[str]) -> 
     files = []
     with hold(store, ["rejects"], JOB, config.lock_lease_s):
         for name, table in workspace.tables.items():
-            files += remove_unneeded(table, versions_to_keep(kept, name), grace_hours=0)
+            files += remove_unneeded(table, versions_to_keep(kept, releases, name), grace_hours=0)
     return {"files_removed": len(files), "bytes_freed": sum(file.size for file in files)}
 
 

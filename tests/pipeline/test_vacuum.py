@@ -171,3 +171,33 @@ def test_models_go_that_no_kept_release_night_or_model_names(raypipe: Run, summa
     assert not store.list(f"models/{unnamed}")
     # What was measured is still told, and users are no longer shown.
     assert [entry.path for entry in store.list("evaluations")] == [f"{evaluations}/1.json"]
+
+
+def test_what_the_service_starts_with_stays(raypipe: Run, summarised: str) -> None:
+    workspace = Workspace(summarised)
+    releases, items = Releases(workspace.store), workspace.tables["items"]
+    versions = [items.version()]
+    before = items.read(versions[0])
+    for number in (1, 2):
+        staged = items.stage(before.slice(number).select(items.spec.columns.names), f"catalogue-{number}")
+        versions.append(items.publish([staged], mode="overwrite", app="by-hand", number=number))
+    served, unnamed, champion = (
+        releases.add(Release(f"sasrec/{number:032x}", catalogue=version)) for number, version in enumerate(versions)
+    )
+    for number, release in enumerate((served, unnamed, champion)):
+        os.utime(workspace.store.local_path(f"releases/{release.hash}.json"), (time.time() - 100 + number,) * 2)
+    releases.point("served", served)
+    releases.point("champion", champion)
+    releases.point("candidate", unnamed)
+    releases.remove(unnamed.hash)
+    assert raypipe("vacuum", "--workspace", summarised, "--keep_releases", 1, *SOON).code == 0
+    assert (releases.named("served"), releases.named("candidate"), releases.named("champion")) == (
+        served,
+        None,
+        champion,
+    )
+    after = Workspace(summarised).tables["items"]
+    assert after.read(versions[0]) == before
+    assert after.read(versions[2]) == before.slice(2)
+    with pytest.raises(FileNotFoundError):
+        after.read(versions[1])
