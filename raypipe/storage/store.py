@@ -84,6 +84,13 @@ class Store:
         except FileNotFoundError:
             return None
 
+    def download(self, path: str, target: Path) -> None:
+        """The object as a file, piece by piece; raises FileNotFoundError where there is none."""
+        with _plain_errors(self.uri), target.open("wb") as file:
+            self._refuse_absent_folder()
+            for piece in obstore.get(self._objects, path).stream():
+                file.write(piece)
+
     def exists(self, path: str) -> bool:
         return self.size(path) is not None
 
