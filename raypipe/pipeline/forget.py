@@ -28,7 +28,7 @@ from raypipe.pipeline.forget_units import ForgetBucket
 from raypipe.pipeline.job import cost_of
 from raypipe.pipeline.online import OnlineConfig, run_online
 from raypipe.pipeline.rebucket import BUCKETED
-from raypipe.pipeline.vacuum import remove_unneeded
+from raypipe.pipeline.vacuum import remove_unfinished, remove_unneeded
 from raypipe.runtime.job import JobConfig, JobResult
 from raypipe.runtime.progress import say
 from raypipe.runtime.session import Session, open_session, refuse_open_runs
@@ -215,6 +215,7 @@ def _sweep(workspace: Workspace, config: ForgetConfig, users: Sequence[str]) -> 
         for run_key in set(ledger.numbers().values()):
             if (run := ledger.run(run_key)).result() is not None:
                 run.trim()
+    remove_unfinished(workspace)
     files = []
     with hold(store, ["rejects"], JOB, config.lock_lease_s):
         for name, table in workspace.tables.items():

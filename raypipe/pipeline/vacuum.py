@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from raypipe.config import free
@@ -62,6 +63,7 @@ def run_vacuum(config: VacuumConfig) -> JobResult:
             **_releases_and_models(workspace, config, tracking),
             "runs": _runs(workspace, config),
             "folders": _folders(workspace, config),
+            "unfinished": len(remove_unfinished(workspace, config.dry_run)),
         }
         with hold(workspace.store, ["rejects"], JOB, config.lock_lease_s):
             compacted = 0 if config.dry_run else sum(_compact(table, config) for table in workspace.tables.values())
@@ -134,6 +136,14 @@ def _folders(workspace: Workspace, config: VacuumConfig) -> int:
     for folder in old if not config.dry_run else ():
         store.delete_folder(folder)
     return len(old)
+
+
+def remove_unfinished(workspace: Workspace, dry_run: bool = False) -> list[Path]:
+    """Delete what killed writers left half written; the caller knows that nobody writes. Returns the files."""
+    files = workspace.store.unfinished()
+    for path in files if not dry_run else ():
+        path.unlink(missing_ok=True)
+    return files
 
 
 def _compact(table: Table, config: VacuumConfig) -> int:

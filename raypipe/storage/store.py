@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
@@ -23,6 +24,8 @@ from obstore.exceptions import AlreadyExistsError
 from obstore.store import LocalStore, S3Store
 
 from raypipe.errors import RaypipeError, UsageError
+
+_UNFINISHED = re.compile(r".+#\d+")
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,12 @@ class Store:
             shutil.rmtree(self.local_path(prefix), ignore_errors=True)
         else:
             self.delete(entry.path for entry in self.list(prefix))
+
+    def unfinished(self) -> list[Path]:
+        """Files `NAME#N` of a local store, which no listing shows: NAME half written, or left so by a writer that was killed."""
+        if not self.is_local:
+            return []
+        return sorted(path for path in self.local_path().rglob("*#*") if _UNFINISHED.fullmatch(path.name))
 
     def open_input(self, path: str) -> pa.NativeFile:
         """A seekable file over the object, for Arrow's readers."""

@@ -129,8 +129,14 @@ def test_runs_canaries_and_spills_that_are_over_go(raypipe: Run, summarised: str
         store.put(f"{folder}/file", b"x")
         if folder.endswith("old"):
             os.utime(store.local_path(f"{folder}/file"), (time.time() - 10 * 86_400,) * 2)
+    half, whole = (store.local_path(f"tables/summaries/{name}") for name in ("part.parquet#12", "part#12.txt"))
+    for path in (half, whole):
+        path.write_bytes(b"x")
+    assert raypipe("vacuum", "--workspace", summarised, "--dry_run").metrics["unfinished_removed"] == 1
+    assert half.exists()
     ended = raypipe("vacuum", "--workspace", summarised, "--keep_runs", 2)
     assert (ended.metrics["runs_removed"], ended.metrics["folders_removed"]) == (3, 3)
+    assert (ended.metrics["unfinished_removed"], half.exists(), whole.exists()) == (1, False, True)
     assert sorted(workspace.ledger("example").numbers()) == [4, 5]
     assert store.folders("canary") == ["new"]
     assert store.folders("staging") == ["sasrec-new"]
