@@ -38,12 +38,18 @@ class Entry:
 
 
 class Store:
-    """The objects below `uri`. Picklable: a worker opens its own connection at first use."""
+    """The objects below `uri`. Picklable: a worker opens its own connection at first use.
+
+    Raises UsageError for a URI of another kind.
+    """
 
     def __init__(self, uri: str) -> None:
-        bucket = uri.removeprefix("s3://")
-        is_s3 = bucket != uri
-        self.uri = f"s3://{bucket.rstrip('/')}" if is_s3 else str(Path(uri.removeprefix("file://")).absolute())
+        scheme, _, rest = uri.rpartition("://")
+        if scheme not in {"", "file", "s3"}:
+            raise UsageError(
+                f"raypipe cannot keep anything under {uri}.", "Name a folder, or write s3://BUCKET/PREFIX."
+            )
+        self.uri = f"s3://{rest.rstrip('/')}" if scheme == "s3" else str(Path(rest).absolute())
 
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
         return Store, (self.uri,)
@@ -137,6 +143,10 @@ class Store:
 
     def delete(self, paths: Iterable[str]) -> None:
         """Delete the objects; one that is not there is no error."""
+        if not self.is_local:
+            with _plain_errors(self.uri):
+                obstore.delete(self._objects, list(paths))  # a request for a thousand
+            return
         for path in paths:
             with contextlib.suppress(FileNotFoundError), _plain_errors(self.uri):
                 obstore.delete(self._objects, path)

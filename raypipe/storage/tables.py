@@ -12,6 +12,7 @@ import json
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -154,8 +155,11 @@ class Table:
 
     def check_staged(self, staged: Iterable[StagedFile]) -> None:
         """Raise RaypipeError where a staged file is missing or cut short."""
-        for file in staged:
-            if self.store.size(f"{self.folder}/{file.path}") != file.size:
+        files = list(staged)
+        with ThreadPoolExecutor(16) as readers:
+            sizes = list(readers.map(lambda file: self.store.size(f"{self.folder}/{file.path}"), files))
+        for file, size in zip(files, sizes, strict=True):
+            if size != file.size:
                 raise RaypipeError(
                     f"The staged file {file.path} of table {self.spec.name} is missing or not {file.size} bytes long.",
                     "Something outside raypipe changed it. Nothing of this table was published; look up the run with "
