@@ -42,10 +42,11 @@ def unavailable(reason: str) -> None:
 
 
 class S3Server(NamedTuple):
-    """A running S3 server: its URL, or why there is none."""
+    """A running S3 server: its URL, or why there is none; its log has a line for each request."""
 
     url: str
     problem: str
+    log: Path
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +75,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
             for name, value in settings.items():
                 patch.setenv(name, value)
             problem = _make_bucket(url)
-        yield S3Server(url, problem)
+        yield S3Server(url, problem, log)
     finally:
         patch.undo()
         process.kill()

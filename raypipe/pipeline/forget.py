@@ -28,7 +28,7 @@ from raypipe.pipeline.forget_units import ForgetBucket
 from raypipe.pipeline.job import cost_of
 from raypipe.pipeline.online import OnlineConfig, run_online
 from raypipe.pipeline.rebucket import BUCKETED
-from raypipe.pipeline.vacuum import remove_unneeded
+from raypipe.pipeline.vacuum import remove_unfinished, remove_unneeded
 from raypipe.runtime.job import JobConfig, JobResult
 from raypipe.runtime.progress import say
 from raypipe.runtime.session import Session, open_session, refuse_open_runs
@@ -39,6 +39,7 @@ from raypipe.storage.ledger import Counts, Publish, Receipt, Run, Unit, Usage
 from raypipe.storage.locks import hold
 from raypipe.storage.nights import Night, Nights
 from raypipe.storage.online import ADDRESS, EMBEDDED, open_online_store
+from raypipe.storage.releases import Releases
 from raypipe.storage.retention import versions_to_keep
 from raypipe.storage.schemas import REJECTS
 from raypipe.storage.tables import ABSENT
@@ -199,6 +200,7 @@ def _sweep(workspace: Workspace, config: ForgetConfig, users: Sequence[str]) -> 
     store = workspace.store
     nights = Nights(store)
     kept: list[Night] = [night for date in nights.dates() if (night := nights.get(date)) is not None]
+    releases = Releases(store).all()
     for date in nights.dates():
         forget_in_cards(store, date, users)
     forget_in_judgements(store, users)
@@ -213,10 +215,11 @@ def _sweep(workspace: Workspace, config: ForgetConfig, users: Sequence[str]) -> 
         for run_key in set(ledger.numbers().values()):
             if (run := ledger.run(run_key)).result() is not None:
                 run.trim()
+    remove_unfinished(workspace)
     files = []
     with hold(store, ["rejects"], JOB, config.lock_lease_s):
         for name, table in workspace.tables.items():
-            files += remove_unneeded(table, versions_to_keep(kept, name), grace_hours=0)
+            files += remove_unneeded(table, versions_to_keep(kept, releases, name), grace_hours=0)
     return {"files_removed": len(files), "bytes_freed": sum(file.size for file in files)}
 
 

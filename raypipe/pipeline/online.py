@@ -95,13 +95,13 @@ def run_online(config: OnlineConfig) -> JobResult:
 
 
 def _load(store: OnlineStore, workspace: Workspace, night: Night, version: str) -> None:
-    buckets = workspace.require_info().buckets
+    night_rows = NightRows.of(workspace, night)
+    buckets = night_rows.buckets()
     done = store.begin(version, buckets)
     progress = Progress(JOB, buckets, "users")
     progress.resume(len(done))
     if done:
         say(f"{JOB}: {len(done)} of {buckets} buckets were loaded before")
-    night_rows = NightRows.of(workspace, night)
     for bucket in range(buckets):
         if bucket in done:
             continue
@@ -146,6 +146,15 @@ class NightRows:
         # Summaries before a cut are of less than is known, and for evaluations alone.
         paradigms = tuple(name.removeprefix(_SUMMARIES) for name in variants if "-cut" not in name)
         return cls(workspace, night, recommender, paradigms)
+
+    def buckets(self) -> int:
+        """How many buckets the night's users are in: a power of two.
+
+        The workspace may have been split since. A user's bucket is the hash's last bits; where the upper half of the buckets
+        has nobody, one bit less says the same.
+        """
+        files = self.workspace.tables["histories"].files(self.night.tables["histories"])
+        return 1 << max((int(file.partition["bucket"]) for file in files), default=0).bit_length()
 
     def counts(self) -> dict[str, Any]:
         """How many users there are, and of how many there are states, lists and summaries."""

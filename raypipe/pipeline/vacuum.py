@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from raypipe.config import free
@@ -21,7 +22,7 @@ from raypipe.storage.ledger import Usage
 from raypipe.storage.locks import hold
 from raypipe.storage.models import Models
 from raypipe.storage.nights import Nights
-from raypipe.storage.releases import Releases
+from raypipe.storage.releases import Release, Releases
 from raypipe.storage.retention import models_to_drop, nights_to_keep, releases_to_keep, runs_to_drop, versions_to_keep
 from raypipe.storage.schemas import TABLES
 from raypipe.storage.tables import StagedFile, Table
@@ -62,6 +63,7 @@ def run_vacuum(config: VacuumConfig) -> JobResult:
             **_releases_and_models(workspace, config, tracking),
             "runs": _runs(workspace, config),
             "folders": _folders(workspace, config),
+            "unfinished": len(remove_unfinished(workspace, config.dry_run)),
         }
         with hold(workspace.store, ["rejects"], JOB, config.lock_lease_s):
             compacted = 0 if config.dry_run else sum(_compact(table, config) for table in workspace.tables.values())
@@ -90,12 +92,9 @@ def _nights(workspace: Workspace, config: VacuumConfig) -> int:
 
 def _releases_and_models(workspace: Workspace, config: VacuumConfig, tracking: Tracking) -> dict[str, int]:
     releases, models = Releases(workspace.store), Models(workspace.store)
-    nights = nights_to_keep(Nights(workspace.store), config.keep_nights)
-    kept = releases_to_keep(releases, nights, config.keep_releases)
-    old = [name for name in releases.hashes() if name not in kept]
-    unnamed = models_to_drop(
-        models, [releases.get(name) for name in releases.hashes() if name in kept], config.keep_models
-    )
+    kept = _kept_releases(workspace, config)
+    old = sorted(set(releases.hashes()) - {release.hash for release in kept})
+    unnamed = models_to_drop(models, kept, config.keep_models)
     if not config.dry_run:
         for name in old:
             releases.remove(name)
@@ -104,6 +103,13 @@ def _releases_and_models(workspace: Workspace, config: VacuumConfig, tracking: T
             models.remove(model)
             workspace.store.delete([Evaluations(workspace.store).page(model.hash)])
     return {"releases": len(old), "models": len(unnamed)}
+
+
+def _kept_releases(workspace: Workspace, config: VacuumConfig) -> list[Release]:
+    releases = Releases(workspace.store)
+    nights = nights_to_keep(Nights(workspace.store), config.keep_nights)
+    kept = releases_to_keep(releases, nights, config.keep_releases)
+    return [release for release in releases.all() if release.hash in kept]
 
 
 def _runs(workspace: Workspace, config: VacuumConfig) -> int:
@@ -132,6 +138,14 @@ def _folders(workspace: Workspace, config: VacuumConfig) -> int:
     return len(old)
 
 
+def remove_unfinished(workspace: Workspace, dry_run: bool = False) -> list[Path]:
+    """Delete what killed writers left half written; the caller knows that nobody writes. Returns the files."""
+    files = workspace.store.unfinished()
+    for path in files if not dry_run else ():
+        path.unlink(missing_ok=True)
+    return files
+
+
 def _compact(table: Table, config: VacuumConfig) -> int:
     """Partitions whose many files became one: what is appended to run by run."""
     app = f"{table.spec.name}:{JOB}"
@@ -148,12 +162,11 @@ def _compact(table: Table, config: VacuumConfig) -> int:
 
 def _files(workspace: Workspace, config: VacuumConfig) -> list[StagedFile]:
     nights = nights_to_keep(Nights(workspace.store), config.keep_nights)
+    releases = _kept_releases(workspace, config)
     return [
         file
-        for table in workspace.tables.values()
-        for file in remove_unneeded(
-            table, versions_to_keep(nights, table.spec.name), config.grace_hours, config.dry_run
-        )
+        for name, table in workspace.tables.items()
+        for file in remove_unneeded(table, versions_to_keep(nights, releases, name), config.grace_hours, config.dry_run)
     ]
 
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from raypipe.storage.store import Store
 _ALLOWED = {".safetensors", ".json", ".txt", ".jinja", ".model", ".md"}
 _CARD = "model.json"
 _SMALL = 1 << 20
+_CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -89,17 +93,31 @@ class Models:
         return folder
 
     def fetch(self, model: Model, cache: Path) -> Path:
-        """The checkpoint as a local folder, downloaded into `cache` when it lies on an object store."""
+        """The checkpoint as a local folder, downloaded into `cache` when it lies on an object store.
+
+        Several processes may share a cache: the folder is there whole or not at all, and its files never change.
+        """
         if self.store.is_local:
             return self.store.local_path(f"{model.folder}/checkpoint")
         target = cache / model.name / model.hash
         if not (target / _CARD).exists():
-            entries = sorted(self.store.list(model.folder), key=lambda entry: entry.path.endswith(_CARD))
-            for entry in entries:
-                path = target / entry.path.removeprefix(f"{model.folder}/")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(self.store.read(entry.path))
+            shutil.rmtree(target, ignore_errors=True)  # what something else left of one
+            self._download(model, target)
         return target / "checkpoint"
+
+    def _download(self, model: Model, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as beside:
+            whole = Path(beside, model.hash)
+            for entry in self.store.list(model.folder):
+                path = whole / entry.path.removeprefix(f"{model.folder}/")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.store.download(entry.path, path)
+            try:
+                whole.rename(target)
+            except OSError:
+                if not (target / _CARD).exists():  # else another process was first
+                    raise
 
 
 def find_model(models: Models, named: str, fits: Callable[[Model], bool] = lambda model: True) -> Model:
@@ -129,5 +147,7 @@ def _content_hash(folder: Path, paths: Sequence[Path]) -> str:
     state = hashlib.sha256()
     for path in paths:
         state.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
-        state.update(path.read_bytes())
+        with path.open("rb") as file:
+            for chunk in iter(partial(file.read, _CHUNK), b""):
+                state.update(chunk)
     return state.hexdigest()[:32]

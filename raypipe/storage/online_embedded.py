@@ -56,7 +56,10 @@ class EmbeddedStore:
             try:
                 row = db.execute("SELECT facts FROM facts").fetchone()
             except sqlite3.OperationalError as error:
-                if "no such table" in str(error):  # begun this moment
+                is_begun = "no such table" in str(error)
+                # Whoever wrote was killed; the next to write rolls that back.
+                is_left = error.sqlite_errorcode == sqlite3.SQLITE_READONLY_ROLLBACK
+                if is_begun or is_left:
                     return None
                 raise
         return None if row is None else dict(json.loads(row[0]))

@@ -70,9 +70,15 @@ class Releases:
     def was_judged(self, recommender: str) -> bool:
         return self.store.get(_verdict(recommender)) is not None
 
+    def all(self) -> list[Release]:
+        """Oldest first."""
+        return [self.get(name) for name in self.hashes()]
+
     def named(self, alias: Alias) -> Release | None:
+        """The release an alias points to; None where it points to none, or to one that is gone."""
         data = self.store.get(f"releases/aliases/{alias}.json")
-        return None if data is None else self.get(json.loads(data)["release"])
+        found = None if data is None else self.store.get(f"releases/{json.loads(data)['release']}.json")
+        return None if found is None else Release(**json.loads(found))
 
     def point(self, alias: Alias, release: Release) -> None:
         """Move an alias; readers see the old release or the new one."""

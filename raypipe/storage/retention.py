@@ -1,17 +1,19 @@
 """What may go: nights, releases, models and runs that nothing kept refers to any more. Selecting deletes nothing.
 
-A release is kept while a kept night names it, a model while a kept release or a kept model names it.
+A release is kept while a kept night or an alias names it, a model while a kept release or a kept model names it.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import get_args
 
 from raypipe.storage.ledger import Ledger
 from raypipe.storage.models import Model, Models
 from raypipe.storage.nights import Night, Nights
-from raypipe.storage.releases import Release, Releases
+from raypipe.storage.releases import Alias, Release, Releases
+from raypipe.storage.schemas import ITEMS
 
 _NAMED = re.compile(r"[\w.-]+/[0-9a-f]{32}")
 
@@ -24,16 +26,17 @@ def nights_to_keep(nights: Nights, newest: int) -> list[Night]:
     return [night for date in dates if date in kept and (night := nights.get(date)) is not None]
 
 
-def versions_to_keep(nights: Iterable[Night], table: str) -> set[int]:
-    """The versions of a table that nights read."""
-    return {int(night.tables[table]) for night in nights if table in night.tables}
+def versions_to_keep(nights: Iterable[Night], releases: Iterable[Release], table: str) -> set[int]:
+    """The versions of a table that nights read, and of the items those that releases are served with."""
+    of_nights = {int(night.tables[table]) for night in nights if table in night.tables}
+    return of_nights | ({release.catalogue for release in releases} if table == ITEMS.name else set())
 
 
 def releases_to_keep(releases: Releases, nights: Iterable[Night], newest: int) -> set[str]:
     """Hashes of the newest releases, of those with an alias, and of those that nights were computed with."""
     found = set(releases.hashes()[-newest:])
     found |= {str(night.release["release"]) for night in nights if "release" in night.release}
-    for alias in ("champion", "candidate"):
+    for alias in get_args(Alias):
         if (release := releases.named(alias)) is not None:
             found.add(release.hash)
     return found

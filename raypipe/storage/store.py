@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
@@ -24,6 +25,8 @@ from obstore.store import LocalStore, S3Store
 
 from raypipe.errors import AccessError, RaypipeError, UsageError
 
+_UNFINISHED = re.compile(r".+#\d+")
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -35,12 +38,18 @@ class Entry:
 
 
 class Store:
-    """The objects below `uri`. Picklable: a worker opens its own connection at first use."""
+    """The objects below `uri`. Picklable: a worker opens its own connection at first use.
+
+    Raises UsageError for a URI of another kind.
+    """
 
     def __init__(self, uri: str) -> None:
-        bucket = uri.removeprefix("s3://")
-        is_s3 = bucket != uri
-        self.uri = f"s3://{bucket.rstrip('/')}" if is_s3 else str(Path(uri.removeprefix("file://")).absolute())
+        scheme, _, rest = uri.rpartition("://")
+        if scheme not in {"", "file", "s3"}:
+            raise UsageError(
+                f"raypipe cannot keep anything under {uri}.", "Name a folder, or write s3://BUCKET/PREFIX."
+            )
+        self.uri = f"s3://{rest.rstrip('/')}" if scheme == "s3" else str(Path(rest).absolute())
 
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
         return Store, (self.uri,)
@@ -83,6 +92,13 @@ class Store:
             return self.read(path)
         except FileNotFoundError:
             return None
+
+    def download(self, path: str, target: Path) -> None:
+        """The object as a file, piece by piece; raises FileNotFoundError where there is none."""
+        with _plain_errors(self.uri), target.open("wb") as file:
+            self._refuse_absent_folder()
+            for piece in obstore.get(self._objects, path).stream():
+                file.write(piece)
 
     def exists(self, path: str) -> bool:
         return self.size(path) is not None
@@ -127,6 +143,10 @@ class Store:
 
     def delete(self, paths: Iterable[str]) -> None:
         """Delete the objects; one that is not there is no error."""
+        if not self.is_local:
+            with _plain_errors(self.uri):
+                obstore.delete(self._objects, list(paths))  # a request for a thousand
+            return
         for path in paths:
             with contextlib.suppress(FileNotFoundError), _plain_errors(self.uri):
                 obstore.delete(self._objects, path)
@@ -137,6 +157,12 @@ class Store:
             shutil.rmtree(self.local_path(prefix), ignore_errors=True)
         else:
             self.delete(entry.path for entry in self.list(prefix))
+
+    def unfinished(self) -> list[Path]:
+        """Files `NAME#N` of a local store, which no listing shows: NAME half written, or left so by a writer that was killed."""
+        if not self.is_local:
+            return []
+        return sorted(path for path in self.local_path().rglob("*#*") if _UNFINISHED.fullmatch(path.name))
 
     def open_input(self, path: str) -> pa.NativeFile:
         """A seekable file over the object, for Arrow's readers."""

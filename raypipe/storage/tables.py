@@ -12,12 +12,13 @@ import json
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from deltalake import CommitProperties, DeltaTable, Schema, Transaction
+from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Schema, Transaction
 from deltalake.exceptions import DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, create_table_with_add_actions
 
@@ -27,6 +28,8 @@ from raypipe.storage.store import Store
 
 ABSENT = -1
 _ROW_GROUP = 8192
+# Delta would forget versions after 30 days; how long a night is kept is `vacuum`'s to say.
+_AFTER_COMMIT = PostCommitHookProperties(cleanup_expired_logs=False)
 _SAFE = re.compile(r"[A-Za-z0-9._-]+")
 
 
@@ -133,7 +136,9 @@ class Table:
             before = time.time() - 3600 * grace_hours
             old = (entry for entry in entries if entry.modified <= before)
             return [StagedFile(entry.path.removeprefix(f"{self.folder}/"), entry.size, 0) for entry in old]
-        versions = sorted({*keep, int(newest.version())} - {ABSENT})
+        # Versions that a log lost are nobody's any more.
+        kept = {version for version in set(keep) - {ABSENT} if self._open(version) is not None}
+        versions = sorted({*kept, int(newest.version())})
         # A dry run commits nothing: a new version of equal rows would be news to everybody who compares versions.
         paths = newest.vacuum(
             grace_hours, dry_run=True, enforce_retention_duration=False, full=True, keep_versions=versions
@@ -154,8 +159,11 @@ class Table:
 
     def check_staged(self, staged: Iterable[StagedFile]) -> None:
         """Raise RaypipeError where a staged file is missing or cut short."""
-        for file in staged:
-            if self.store.size(f"{self.folder}/{file.path}") != file.size:
+        files = list(staged)
+        with ThreadPoolExecutor(16) as readers:
+            sizes = list(readers.map(lambda file: self.store.size(f"{self.folder}/{file.path}"), files))
+        for file, size in zip(files, sizes, strict=True):
+            if size != file.size:
                 raise RaypipeError(
                     f"The staged file {file.path} of table {self.spec.name} is missing or not {file.size} bytes long.",
                     "Something outside raypipe changed it. Nothing of this table was published; look up the run with "
@@ -207,8 +215,10 @@ class Table:
                     partition_by=partition_by,
                     storage_options=storage_options(self.store),
                     commit_properties=properties,
+                    post_commithook_properties=_AFTER_COMMIT,
                 )
             else:
+                self._add_columns(newest)
                 newest.create_write_transaction(
                     [*adds],
                     mode,
@@ -216,6 +226,7 @@ class Table:
                     partition_by=partition_by,
                     partition_filters=_filters(replaces) if mode == "overwrite" else None,
                     commit_properties=properties,
+                    post_commithook_properties=_AFTER_COMMIT,
                 )
         except DeltaError as error:
             raise RaypipeError(
@@ -223,6 +234,12 @@ class Table:
                 "Nothing of this table was published; submit again.",
             ) from error
         return self.version()
+
+    def _add_columns(self, newest: DeltaTable) -> None:
+        """Name in the log what the schema has gained, in a commit of its own: an append cannot."""
+        known = {column.name for column in newest.schema().fields}
+        if gained := [column for column in Schema.from_arrow(self.spec.schema).fields if column.name not in known]:
+            newest.alter.add_columns(gained, post_commithook_properties=_AFTER_COMMIT)
 
     def _open(self, version: int | None = None) -> DeltaTable | None:
         if self.store.is_local and not self.store.local_path(f"{self.folder}/_delta_log").exists():
@@ -252,11 +269,15 @@ class Table:
 
     def _read_file(self, file: StagedFile, schema: pa.Schema, in_file: list[str]) -> pa.Table:
         with self.store.open_input(f"{self.folder}/{file.path}") as source:
-            rows = pq.read_table(source, columns=in_file, use_threads=False)
+            parquet = pq.ParquetFile(source, pre_buffer=True)
+            there = set(parquet.schema_arrow.names)
+            rows = parquet.read([name for name in in_file if name in there], use_threads=False)
         for name in schema.names:
             if name in self.spec.partition_by:
                 value = pa.scalar(file.partition[name]).cast(schema.field(name).type)
                 rows = rows.append_column(name, pa.repeat(value, rows.num_rows))
+            elif name not in there:  # the column is younger than the file
+                rows = rows.append_column(name, pa.nulls(rows.num_rows, schema.field(name).type))
         return rows.select(schema.names).cast(schema)
 
 

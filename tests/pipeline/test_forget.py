@@ -77,6 +77,9 @@ def test_a_forgotten_user_is_nowhere_and_stays_away(raypipe: Run, two_nights: st
     drawn.parent.mkdir(parents=True)
     drawn.write_text("User 1")
     record.write_text("{}")
+    # What a writer left who was killed in the middle.
+    for folder in ("tables/histories/bucket=0", "ledger/summarize", "nights"):
+        (Path(two_nights) / folder / "part.parquet#1").write_bytes(b"PAR1" + USER.encode())
     ended = raypipe("forget", "--workspace", two_nights, "--user", USER, *AT_ONCE)
     assert (ended.code, ended.status) == (0, "ok"), ended.stderr
     assert (ended.metrics["tombstones_added"], ended.metrics["nights_removed"]) == (1, 1)

@@ -16,6 +16,7 @@ from tests.conftest import Run
 from tests.ground import one_paragraph
 from tests.made import add_events, make_ready, publish
 from tests.pipeline.small_logs import CHAIN_USERS, START, Event, newest
+from tests.redis_server import RedisServer
 
 
 @pytest.fixture
@@ -72,6 +73,17 @@ def test_redis_holds_what_the_embedded_store_holds(raypipe: Run, uri: str, night
     assert loaded.code == 0, loaded.stderr
     assert 200 < loaded.metrics["bytes_per_user"] < 2000
     embedded, redis = records(uri, night), records(uri, night, redis_server.url)
+    assert {user: record.pack() for user, record in embedded.items()} == {u: r.pack() for u, r in redis.items()}
+
+
+def test_a_night_of_before_the_buckets_were_split_is_loaded_whole(
+    raypipe: Run, uri: str, night: Night, redis_server: RedisServer, ray_cluster: None
+) -> None:
+    assert raypipe("online", "--workspace", uri).code == 0
+    assert raypipe("rebucket", "--workspace", uri, "--buckets", 16).status == "ok"
+    assert raypipe("online", "--workspace", uri, "--store", redis_server.url).metrics["users"] == CHAIN_USERS
+    embedded, redis = records(uri, night), records(uri, night, redis_server.url)
+    assert len(embedded) == CHAIN_USERS
     assert {user: record.pack() for user, record in embedded.items()} == {u: r.pack() for u, r in redis.items()}
 
 

@@ -129,8 +129,14 @@ def test_runs_canaries_and_spills_that_are_over_go(raypipe: Run, summarised: str
         store.put(f"{folder}/file", b"x")
         if folder.endswith("old"):
             os.utime(store.local_path(f"{folder}/file"), (time.time() - 10 * 86_400,) * 2)
+    half, whole = (store.local_path(f"tables/summaries/{name}") for name in ("part.parquet#12", "part#12.txt"))
+    for path in (half, whole):
+        path.write_bytes(b"x")
+    assert raypipe("vacuum", "--workspace", summarised, "--dry_run").metrics["unfinished_removed"] == 1
+    assert half.exists()
     ended = raypipe("vacuum", "--workspace", summarised, "--keep_runs", 2)
     assert (ended.metrics["runs_removed"], ended.metrics["folders_removed"]) == (3, 3)
+    assert (ended.metrics["unfinished_removed"], half.exists(), whole.exists()) == (1, False, True)
     assert sorted(workspace.ledger("example").numbers()) == [4, 5]
     assert store.folders("canary") == ["new"]
     assert store.folders("staging") == ["sasrec-new"]
@@ -171,3 +177,33 @@ def test_models_go_that_no_kept_release_night_or_model_names(raypipe: Run, summa
     assert not store.list(f"models/{unnamed}")
     # What was measured is still told, and users are no longer shown.
     assert [entry.path for entry in store.list("evaluations")] == [f"{evaluations}/1.json"]
+
+
+def test_what_the_service_starts_with_stays(raypipe: Run, summarised: str) -> None:
+    workspace = Workspace(summarised)
+    releases, items = Releases(workspace.store), workspace.tables["items"]
+    versions = [items.version()]
+    before = items.read(versions[0])
+    for number in (1, 2):
+        staged = items.stage(before.slice(number).select(items.spec.columns.names), f"catalogue-{number}")
+        versions.append(items.publish([staged], mode="overwrite", app="by-hand", number=number))
+    served, unnamed, champion = (
+        releases.add(Release(f"sasrec/{number:032x}", catalogue=version)) for number, version in enumerate(versions)
+    )
+    for number, release in enumerate((served, unnamed, champion)):
+        os.utime(workspace.store.local_path(f"releases/{release.hash}.json"), (time.time() - 100 + number,) * 2)
+    releases.point("served", served)
+    releases.point("champion", champion)
+    releases.point("candidate", unnamed)
+    releases.remove(unnamed.hash)
+    assert raypipe("vacuum", "--workspace", summarised, "--keep_releases", 1, *SOON).code == 0
+    assert (releases.named("served"), releases.named("candidate"), releases.named("champion")) == (
+        served,
+        None,
+        champion,
+    )
+    after = Workspace(summarised).tables["items"]
+    assert after.read(versions[0]) == before
+    assert after.read(versions[2]) == before.slice(2)
+    with pytest.raises(FileNotFoundError):
+        after.read(versions[1])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -74,9 +76,36 @@ def test_a_download_that_broke_off_is_not_taken_for_the_model(s3_uri: str, tmp_p
     models = Models(Store(s3_uri))
     model = models.add("lm", checkpoint(tmp_path / "a"), "recipe", {})
     folder = models.fetch(model, tmp_path / "cache")
-    (folder.parent / "model.json").unlink()  # written last
+    (folder.parent / "model.json").unlink()
     (folder / "model.safetensors").write_bytes(b"half")
     assert (models.fetch(model, tmp_path / "cache") / "model.safetensors").read_bytes() == b"\x00\x01"
+
+
+def test_who_comes_second_leaves_the_files_alone_that_the_first_reads(s3_uri: str, tmp_path: Path) -> None:
+    begun, goes_on = threading.Event(), threading.Event()
+
+    class SlowStore(Store):
+        def download(self, path: str, target: Path) -> None:
+            begun.set()
+            assert goes_on.wait(60)
+            super().download(path, target)
+
+    def files() -> dict[str, tuple[int, int, int]]:
+        stats = {str(path): path.stat() for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+        return {path: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
+
+    models = Models(Store(s3_uri))
+    model = models.add("lm", checkpoint(tmp_path / "a"), "recipe", {})
+    with ThreadPoolExecutor(1) as second:
+        late = second.submit(Models(SlowStore(s3_uri)).fetch, model, tmp_path / "cache")
+        assert begun.wait(60)
+        folder = models.fetch(model, tmp_path / "cache")
+        before = files()
+        goes_on.set()
+        assert late.result() == folder
+    assert files() == before
+    assert len(before) == 4
+    assert [path.name for path in (tmp_path / "cache" / "lm").iterdir()] == [model.hash]
 
 
 def test_a_model_without_its_card_was_never_finished(models: Models, tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -79,6 +82,41 @@ def test_an_interrupted_load_goes_on_where_it_stopped(store: OnlineStore) -> Non
     load(store, "v1", USERS)
     expected = {user: user.encode() for user in USERS} | dict.fromkeys(parts[2], b"first")
     assert dict(zip(USERS, store.get("v1", USERS), strict=True)) == expected
+
+
+_KILLED_AT_THE_LAST_ROW = """
+import os, signal, sys
+from pathlib import Path
+from raypipe.storage.online_embedded import EmbeddedStore
+
+class Records(list):
+    def __iter__(self):
+        yield from super().__iter__()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+rows = int(sys.argv[2])
+store = EmbeddedStore(Path(sys.argv[1]))
+store.begin("v1", 2)
+store.write("v1", 0, ["u0"], [b"whole"])
+store.write("v1", 1, [f"u{n}" for n in range(1, rows)], Records([b"half" * 1000] * (rows - 1)))
+"""
+
+
+# So many rows are more than SQLite keeps in memory: they are in the file before they are committed.
+@pytest.mark.parametrize("rows", [5, 3000])
+def test_a_load_that_was_killed_between_two_rows_is_no_version_yet_and_can_be_finished(
+    rows: int, tmp_path: Path
+) -> None:
+    killed = subprocess.run([sys.executable, "-c", _KILLED_AT_THE_LAST_ROW, str(tmp_path), str(rows)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / "v1.sqlite-journal").exists()
+    store = EmbeddedStore(tmp_path)
+    assert store.facts("v1") is None
+    assert store.begin("v1", 2) == {0}
+    store.write("v1", 1, ["u1"], [b"again"])
+    store.complete("v1", {"users": 2})
+    assert store.facts("v1") == {"users": 2}
+    assert store.get("v1", ["u0", "u1", "u2"]) == [b"whole", b"again", None]
 
 
 def test_versions_lie_side_by_side_and_a_dropped_one_is_gone(store: OnlineStore) -> None:

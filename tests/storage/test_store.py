@@ -11,6 +11,7 @@ import pytest
 
 from raypipe.errors import RaypipeError, UsageError
 from raypipe.storage.store import Store
+from tests.conftest import S3Server
 
 
 @pytest.fixture
@@ -67,6 +68,24 @@ def test_delete_folder_removes_all_below_and_nothing_beside(store: Store) -> Non
         store.put(name, b"-")
     store.delete_folder("staging/x")
     assert [entry.path for entry in store.list("staging")] == ["staging/xx/3"]
+
+
+def test_many_objects_are_deleted_a_thousand_a_request(s3_server: S3Server, s3_uri: str) -> None:
+    store, paths = Store(s3_uri), [f"many/{number:04d}" for number in range(2500)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda path: store.put(path, b"-"), paths))
+    before = len(s3_server.log.read_text())
+    store.delete_folder("many")
+    store.delete([])
+    requests = s3_server.log.read_text()[before:]
+    assert (requests.count('"POST '), requests.count('"DELETE ')) == (3, 0)
+    assert store.list("many") == []
+
+
+@pytest.mark.parametrize("uri", ["gs://bucket/ws", "s3a://bucket/ws", "S3://bucket/ws"])
+def test_what_is_neither_a_folder_nor_on_s3_is_refused(uri: str) -> None:
+    with pytest.raises(UsageError, match=f"cannot keep anything under {uri}.*write s3://BUCKET/PREFIX"):
+        Store(uri)
 
 
 def test_parquet_is_read_through_a_seekable_file(store: Store) -> None:

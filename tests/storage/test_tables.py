@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
 import pyarrow as pa
 import pytest
+from deltalake import DeltaTable, Schema
 
 from raypipe.errors import RaypipeError
 from raypipe.storage.schemas import HISTORIES, LOGS, SUMMARIES, TABLES
 from raypipe.storage.store import Store
-from raypipe.storage.tables import ABSENT, StagedFile, Table
+from raypipe.storage.tables import ABSENT, StagedFile, Table, storage_options
 
 APP = "tombstones:test"
 
@@ -163,6 +169,49 @@ def test_a_second_writer_who_raced_is_refused(tombstones: Table, monkeypatch) ->
         publish(tombstones, [mine], 2, "overwrite")
     fresh = Table(tombstones.store, tombstones.spec)
     assert fresh.read(fresh.version())["digest"].to_pylist() == ["theirs"]
+
+
+@pytest.mark.parametrize("mode", ["append", "overwrite"])
+def test_a_column_more_is_null_in_older_files_and_named_from_the_next_publish_on(store: Store, mode: str) -> None:
+    def one(*words: str) -> pa.Table:
+        nulls = {name: pa.nulls(len(words), kind) for name, kind in zip(full.names, full.types, strict=True)}
+        return pa.table({**nulls, "user_id": list(words), "carry": list(words)})
+
+    full = SUMMARIES.columns
+    older = replace(SUMMARIES, columns=full.remove(full.get_field_index("carry")))
+    before, place = Table(store, older), {"variant": "v", "bucket": 1}
+    publish(before, [before.stage(one("a"), "one", place)], 1, mode, replaces=[place])
+    after, other = Table(store, SUMMARIES), {"variant": "v", "bucket": 2}
+    assert after.read(0) == before.read(0).cast(older.schema).append_column("carry", pa.nulls(1, pa.string())).select(
+        SUMMARIES.schema.names
+    )
+    assert after.read(0, ["carry", "bucket"]).to_pylist() == [{"carry": None, "bucket": 1}]
+    version = publish(after, [after.stage(one("b"), "two", other)], 2, mode, replaces=[other])
+    found = after.read(version, ["user_id", "carry"]).to_pylist()
+    assert sorted(found, key=str) == [{"user_id": "a", "carry": None}, {"user_id": "b", "carry": "b"}]
+    named = DeltaTable(after.uri, storage_options=storage_options(store)).schema().fields
+    assert {column.name for column in named} == set(SUMMARIES.schema.names)
+    assert publish(after, [after.stage(one("c"), "three", other)], 3, mode, replaces=[other]) == version + 1
+
+
+def test_a_version_of_months_ago_is_read_as_before(tmp_path: Path) -> None:
+    folder = tmp_path / "tables/tombstones"
+    folder.mkdir(parents=True)
+    options = {"delta.checkpointInterval": "5"}
+    DeltaTable.create(str(folder), Schema.from_arrow(TABLES["tombstones"].schema), configuration=options)
+    table = Table(Store(str(tmp_path)), TABLES["tombstones"])
+    for number in range(1, 14):
+        publish(table, [table.stage(rows(f"{number}"), f"file-{number}")], number, "overwrite")
+        for path in (folder / "_delta_log").glob("0*"):
+            days = 100 * (number - int(path.name.split(".")[0]))
+            os.utime(path, (time.time() - 86_400 * days,) * 2)
+    assert len(list((folder / "_delta_log").glob("*.checkpoint.parquet"))) == 2
+    fresh = Table(table.store, table.spec)
+    assert [fresh.read(version)["digest"].to_pylist() for version in (1, 7, 13)] == [["1"], ["7"], ["13"]]
+    # What another program cut off is no reason to keep nothing tidy.
+    for path in (folder / "_delta_log").glob("0000000000000000000[0-8].*"):
+        path.unlink()
+    assert {file.path for file in fresh.unneeded([3, 11])} == {f"file-{n}.parquet" for n in range(1, 13) if n != 11}
 
 
 def test_rows_that_do_not_fit_the_schema_are_never_staged(tombstones: Table) -> None:
