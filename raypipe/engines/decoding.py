@@ -202,9 +202,8 @@ class _Batch:
         self.answers[writing, self.taken[writing]] = chosen[goes_on]
         self.taken[writing] += 1
         self.newest[rows] = chosen
-        self.position[writing] += (
-            1  # A row that has ended is still read, and a model may have no more positions than its context.
-        )
+        # A row that has ended is still read, and a model may have no more positions than its context.
+        self.position[writing] += 1
         done = self.live[rows] & (stops | (self.taken[rows] >= self.most))
         if done.any():
             ended = rows[done]
