@@ -46,7 +46,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 # Each goes into fingerprints and is raised whenever the same prompt would get another answer.
-VERSIONS = {"echo": 1, "transformers": 1, "vllm": 1, "openai": 1}
+VERSIONS = {"echo": 1, "transformers": 2, "vllm": 2, "openai": 1}
 DEFAULT_CONTEXT = 8192
 _BYTES_PER_TOKEN = 2  # cautious: tokenizers make 3 to 5 of most scripts' text
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}

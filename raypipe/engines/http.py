@@ -226,8 +226,8 @@ def _outcome(index: int, text: str) -> Outcome:
     if not isinstance(written, str | None) or min(tokens_in, tokens_out) < 0:
         raise _FailedError("bad_response", f"The answer is no chat completion: {text[:_QUOTED]}")
     if reason == "content_filter":
-        error = OutcomeError("refused", "The endpoint's content filter stopped the answer.")
-        return Outcome(index, "", tokens_in, tokens_out, error=error)
+        stopped = OutcomeError("refused", "The endpoint's content filter stopped the answer.")
+        return Outcome(index, "", tokens_in, tokens_out, error=stopped)
     # JSON spells half of a surrogate pair, where the limit cut an emoji, and UTF-8 does not.
     written = (written or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return Outcome(index, written, tokens_in, tokens_out, "length" if reason == "length" else "stop")

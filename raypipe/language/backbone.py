@@ -33,9 +33,7 @@ class PromptTokenizer:
             return []
         if self.tokenizer.chat_template is None:
             return self.tokenizer(list(texts))["input_ids"]
-        turns = [self._as_user_turn(text) for text in texts]
-        # The template has written the special tokens, as text.
-        return self.tokenizer(turns, add_special_tokens=False)["input_ids"]
+        return [ids for ids, _ in self.encode_pieces([[text] for text in texts])]
 
     def encode_pieces(self, prompts: Sequence[Sequence[str | int]]) -> list[tuple[list[int], list[int]]]:
         """Token ids of prompts in pieces, each tokenised by itself; a number stands for so many places, of id 0.
@@ -43,21 +41,19 @@ class PromptTokenizer:
         Also where each such run of places begins.
         """
         before, after = self._frame
-        start = self.tokenizer(before, add_special_tokens=self.tokenizer.chat_template is None)["input_ids"]
-        whole = [[*pieces, after] for pieces in prompts]
         # All at once: one call a piece took most of the time that preparing a training took.
-        texts = list(dict.fromkeys(piece for pieces in whole for piece in pieces if isinstance(piece, str)))
-        known = dict(zip(texts, self.tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True))
+        texts = list(dict.fromkeys(piece for pieces in prompts for piece in pieces if isinstance(piece, str)))
+        known = dict(zip(texts, self._within(texts), strict=True))
         found = []
-        for pieces in whole:
-            ids, starts = [*start], []
+        for pieces in prompts:
+            ids, starts = [*before], []
             for piece in pieces:
                 if isinstance(piece, int):
                     starts.append(len(ids))
                     ids += [0] * piece
                 else:
                     ids += known[piece]
-            found.append((ids, starts))
+            found.append((ids + after, starts))
         return found
 
     def continued(self, prompt: str, text: str) -> list[int]:
@@ -69,21 +65,34 @@ class PromptTokenizer:
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens each text takes inside a prompt, without chat wrapping and special tokens."""
-        if not texts:
-            return []
-        return [len(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+        return [len(ids) for ids in self._within(texts)]
 
     def decode(self, answers: Sequence[Sequence[int]]) -> list[str]:
         """The text of each answer, special tokens left out and outer whitespace stripped."""
         return [text.strip() for text in self.tokenizer.batch_decode(list(answers), skip_special_tokens=True)]
 
+    def _within(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts within a prompt. In a chat a mark among a user's or a catalogue's words is words: it ends no turn."""
+        if not texts:
+            return []
+        chat = {} if self.tokenizer.chat_template is None else {"split_special_tokens": True}
+        return self.tokenizer(list(texts), add_special_tokens=False, **chat)["input_ids"]
+
     @cached_property
-    def _frame(self) -> tuple[str, str]:
-        """What stands before and after a prompt where the tokenizer has a chat template."""
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """What stands before and after a prompt: the user's turn where there is a chat template. Raises UsageError for one that
+        does not write what the user says once."""
         if self.tokenizer.chat_template is None:
-            return "", ""
+            return self.tokenizer("")["input_ids"], []
         mark = "\u241f"
-        before, after = self._as_user_turn(mark).split(mark)
+        parts = self._as_user_turn(mark).split(mark)
+        if len(parts) != 2:
+            raise UsageError(
+                f"The tokenizer's chat template writes what the user says {len(parts) - 1} times.",
+                "Name a checkpoint whose template writes it once.",
+            )
+        # The template has written the special tokens, as text.
+        before, after = (self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
         return before, after
 
     def _as_user_turn(self, text: str) -> str:

@@ -46,7 +46,7 @@ from raypipe.systems.source import drawn_places
 if TYPE_CHECKING:
     from raypipe.pipeline.align import AlignConfig
 
-STEP_VERSION = 1
+STEP_VERSION = 2
 _SHOWN_EVERY_S = 10.0
 _BATCH_TOKENS = 4096  # of one pass, padding and answers included
 _OF_TRAINING = ("trainer", "users", "positions")  # options that mean nothing where nothing is trained

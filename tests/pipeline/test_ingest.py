@@ -68,7 +68,7 @@ def test_two_nights_of_logs_equal_the_plain_reference_and_the_same_log_again_is_
         tuesday.metrics["events_added"]
         == sum(map(len, expected_histories(first, second).values())) - monday.metrics["events_added"]
     )
-    logs = newest(workspace_uri, "logs").to_pylist()
+    logs = newest(workspace_uri, "logs").sort_by("ingest").to_pylist()
     assert [row["rows_in"] for row in logs] == [len(first), len(second)]
     assert [row["rows_ok"] for row in logs] == [monday.metrics["events_added"], tuesday.metrics["events_added"]]
     assert Workspace(workspace_uri).store.list("staging") == []
