@@ -35,12 +35,12 @@ class RecommenderConfig(Config):
     )
     heads: int = shaping(1, "attention heads", ge=1)
     hidden: int = shaping(256, "width of feed-forward layers, and of gru4rec's state", ge=1)
-    dropout: float = shaping(0.2, ge=0, lt=1)
+    dropout: float = shaping(0.2, ge=0, le=0.99)
     attention_dropout: float = shaping(
         0.0,
         "of attention weights; above 0 the kernels that hold no [length, length] matrix are left on CPU",
         ge=0,
-        lt=1,
+        le=0.99,
     )
     masked: float = shaping(0.2, "share of items bert4rec masks", gt=0, le=1)
     caser: CaserOptions = shaping(CaserOptions)
