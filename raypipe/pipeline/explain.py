@@ -199,7 +199,7 @@ def run_explain(config: ExplainConfig) -> JobResult:
         limits = config.limits()
         if limits.any:
             config.cluster.connect()
-        budget = Budget(limits, _usage(run.receipts("users").values()))
+        budget = Budget(limits, run.spent("users"))
         watch = partial(check_reject_rate, config.max_reject_rate)
         receipts = session.phase(run, units, partial(ExplainBucket, task, budget), JOB, watch)
         parts = bucket_parts(receipts.values(), variant, (TABLE,))

@@ -150,7 +150,7 @@ def run_rerank(config: RerankConfig) -> JobResult:
         limits = config.limits()
         if limits.any:
             config.cluster.connect()
-        budget = Budget(limits, _usage(run.receipts("users").values()))
+        budget = Budget(limits, run.spent("users"))
         units = [Unit("users", index) for index in range(session.info.buckets)]
         watch = partial(check_reject_rate, config.max_reject_rate)
         receipts = session.phase(run, units, partial(RerankBucket, task, budget), JOB, watch)

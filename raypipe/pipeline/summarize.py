@@ -135,7 +135,7 @@ def _run_units(
     limits = config.limits()
     if limits.any:
         config.cluster.connect()
-    budget = Budget(limits, _usage(run.receipts("users").values()))
+    budget = Budget(limits, run.spent("users"))
     watch = partial(check_reject_rate, config.max_reject_rate)
     return session.phase(run, units, partial(SummarizeBucket, task, budget), JOB, watch)
 
