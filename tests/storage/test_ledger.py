@@ -100,6 +100,12 @@ def test_a_death_without_a_journal_is_counted_under_no_name(run: Run) -> None:
     assert run.deaths(UNIT) == {"": 2}
 
 
+def test_a_plan_tells_the_units_of_every_phase(run: Run) -> None:
+    run.plan("split", [Unit("split", 0)])
+    run.plan("bucket", [Unit("bucket", index) for index in range(4)])
+    assert run.planned() == {"split": 1, "bucket": 4}
+
+
 def test_what_was_spent_counts_once_whether_an_attempt_ended_or_not(run: Run) -> None:
     other = Unit("bucket", 4)
     run.record_usage(UNIT, 1, Usage(1, 10, 1))
@@ -112,12 +118,6 @@ def test_what_was_spent_counts_once_whether_an_attempt_ended_or_not(run: Run) ->
     assert run.spent("bucket") == Usage(116, 1060 + 30, 109, 0.5)
     assert run.spent("split") == Usage(10_000)
     assert run.spent("users") == Usage()
-
-
-def test_a_plan_tells_the_units_of_every_phase(run: Run) -> None:
-    run.plan("split", [Unit("split", 0)])
-    run.plan("bucket", [Unit("bucket", index) for index in range(4)])
-    assert run.planned() == {"split": 1, "bucket": 4}
 
 
 def test_run_numbers_only_grow(ledger: Ledger) -> None:
