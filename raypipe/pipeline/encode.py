@@ -64,7 +64,7 @@ def run_encoding(
     config: EncodeConfig, workspace: Workspace, model: Model, encoding: Encoding, started: float
 ) -> JobResult:
     """Compute what changed and publish it; a canary's rows go to a place of their own."""
-    info = workspace.require_info()
+    workspace.require_info()
     tracking = config.open_tracking(workspace)
     canary = config.canary_users(workspace)
     writes = encoding.writes if canary is None else ()
@@ -91,7 +91,7 @@ def run_encoding(
             Path(config.model_cache),
             config.device,
         )
-        units = [Unit("users", index) for index in range(info.buckets)]
+        units = [Unit("users", index) for index in range(session.info.buckets)]
         receipts = session.phase(run, units, partial(EncodeBucket, task), encoding.job)
         counts = sum((receipt.counts for receipt in receipts.values()), Counts())
         parts = bucket_parts(receipts.values(), encoding.variant, (encoding.output,))

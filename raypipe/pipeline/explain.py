@@ -176,7 +176,7 @@ def run_explain(config: ExplainConfig) -> JobResult:
     started = time.monotonic()
     workspace = config.open_workspace()
     tracking = config.open_tracking(workspace)
-    info = workspace.require_info()
+    workspace.require_info()
     explainer = Explainer.of(config, workspace)
     pairs = read_pairs(config, workspace, explainer)
     canary = config.canary_users(workspace)
@@ -195,11 +195,11 @@ def run_explain(config: ExplainConfig) -> JobResult:
         facts = {"variant": variant, "model": explainer.adapter.hash, "engine": config.engine.engine}
         run = session.run(run_recipe, inputs, base, scope, facts)
         task = explainer.task(config, workspace, {**inputs, **base}, pairs, scope, canary)
-        units = [Unit("users", index) for index in range(info.buckets)]
+        units = [Unit("users", index) for index in range(session.info.buckets)]
         limits = config.limits()
         if limits.any:
             config.cluster.connect()
-        budget = Budget(limits, _usage(run.receipts("users").values()))
+        budget = Budget(limits, run.spent("users"))
         watch = partial(check_reject_rate, config.max_reject_rate)
         receipts = session.phase(run, units, partial(ExplainBucket, task, budget), JOB, watch)
         parts = bucket_parts(receipts.values(), variant, (TABLE,))

@@ -200,7 +200,8 @@ class ExplainBucket:
             context.journal([names[at] for at in batch])
             asked = self.asked(state, work.take(pa.array(batch)))
             done = explain(self.engine, asked, self.task.decoding, self.task.checks)
-            self.budget.give_back(most, _used(done))
+            self.budget.give_back(most, used := _used(done))
+            context.spent(used)
             results |= dict(zip(batch.tolist(), done, strict=True))
         return results
 

@@ -65,7 +65,7 @@ def run_forget(config: ForgetConfig) -> JobResult:
     started = time.monotonic()
     users = _users(config)
     workspace = config.open_workspace()
-    info = workspace.require_info()
+    workspace.require_info()
     # Trainings keep histories in their folders until they end.
     locks = [*_WRITES, "nights", *workspace.training_locks()]
     with open_session(workspace, JOB, locks, config.cluster, config.lock_lease_s) as session:
@@ -75,7 +75,7 @@ def run_forget(config: ForgetConfig) -> JobResult:
         _check_night_in_force(workspace, base, users)
         recipe = fingerprint({"step": STEP_VERSION, "users": sorted(digest(user) for user in users)})
         run = session.run(recipe, {}, base, "all", {"users": len(users)})
-        places = _buckets(users, info.buckets)
+        places = _buckets(users, session.info.buckets)
         units = [Unit("bucket", bucket) for bucket in sorted(places)]
         receipts = session.phase(run, units, partial(ForgetBucket, workspace, base, places), JOB)
         result = _publish(session, run, users, base, list(receipts.values()), started)

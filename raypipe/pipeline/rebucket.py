@@ -44,25 +44,26 @@ def run_rebucket(config: RebucketConfig) -> JobResult:
     """Split every bucket; see the module. Raises UsageError for a number that cannot be, and while a run is open."""
     started = time.monotonic()
     workspace = config.open_workspace()
-    info = workspace.require_info()
+    workspace.require_info()
     histories = workspace.tables["histories"]
-    buckets = config.buckets or max(info.buckets, choose_buckets(histories.rows(histories.version())))
-    _check(buckets, info.buckets)
-    if buckets == info.buckets:
-        say(f"{JOB}: there are {buckets} buckets, which is right")
-        return JobResult(JOB, "nothing_to_do", metrics={"buckets": buckets})
     with open_session(workspace, JOB, BUCKETED, config.cluster, config.lock_lease_s) as session:
+        present = session.info.buckets
+        buckets = config.buckets or max(present, choose_buckets(histories.rows(histories.version())))
+        _check(buckets, present)
+        if buckets == present:
+            say(f"{JOB}: there are {buckets} buckets, which is right")
+            return JobResult(JOB, "nothing_to_do", metrics={"buckets": buckets})
         refuse_open_runs(workspace, JOB)
         base = session.versions(*BUCKETED)
         recipe = fingerprint({"step": STEP_VERSION, "buckets": buckets})
         run = session.run(recipe, {}, base, "all", {"buckets": buckets})
-        units = [Unit("bucket", index) for index in range(info.buckets)]
-        work = partial(SplitBucket, workspace, base, info.buckets, buckets)
+        units = [Unit("bucket", index) for index in range(present)]
+        work = partial(SplitBucket, workspace, base, present, buckets)
         receipts = list(session.phase(run, units, work, JOB).values())
         parts = _parts(workspace, base, receipts)
         rows = {part.table: {"rows": sum(file.rows for file in part.files), "rejected": 0} for part in parts}
         metrics = {
-            "buckets_before": info.buckets,
+            "buckets_before": present,
             "buckets": buckets,
             "bytes_written": sum(file.size for part in parts for file in part.files),
         }

@@ -115,7 +115,7 @@ def run_rerank(config: RerankConfig) -> JobResult:
     started = time.monotonic()
     workspace = config.open_workspace()
     tracking = config.open_tracking(workspace)
-    info = workspace.require_info()
+    workspace.require_info()
     ranker = _Ranker.of(config, workspace)
     canary = config.canary_users(workspace)
     recommender = config.model.partition("/")[0]
@@ -150,8 +150,8 @@ def run_rerank(config: RerankConfig) -> JobResult:
         limits = config.limits()
         if limits.any:
             config.cluster.connect()
-        budget = Budget(limits, _usage(run.receipts("users").values()))
-        units = [Unit("users", index) for index in range(info.buckets)]
+        budget = Budget(limits, run.spent("users"))
+        units = [Unit("users", index) for index in range(session.info.buckets)]
         watch = partial(check_reject_rate, config.max_reject_rate)
         receipts = session.phase(run, units, partial(RerankBucket, task, budget), JOB, watch)
         parts = bucket_parts(receipts.values(), variant, (TABLE,))

@@ -201,7 +201,8 @@ class RerankBucket:
             context.journal([names[at] for at in batch])
             trsr = trsr or self._recommender(state, work)
             done = self._ordered(trsr, work.take(pa.array(batch)))
-            self.budget.give_back(most, Usage(calls, sum(mine.tokens for mine in done)))
+            self.budget.give_back(most, used := Usage(calls, sum(mine.tokens for mine in done)))
+            context.spent(used)
             ranked |= dict(zip(batch.tolist(), done, strict=True))
         return ranked
 

@@ -73,7 +73,7 @@ def run_summarize(config: SummarizeConfig) -> JobResult:
     started = time.monotonic()
     workspace = config.open_workspace()
     tracking = config.open_tracking(workspace)
-    info = workspace.require_info()
+    workspace.require_info()
     model = config.resolve_model(workspace)
     recipes = config.recipes(workspace, model)
     canary = config.canary_users(workspace)
@@ -107,7 +107,7 @@ def run_summarize(config: SummarizeConfig) -> JobResult:
             config.micro_batch_users,
             Path(config.model_cache),
         )
-        units = [Unit("users", index) for index in range(info.buckets)]
+        units = [Unit("users", index) for index in range(session.info.buckets)]
         receipts = _run_units(config, session, run, units, task)
         result = _publish(config, session, run, receipts, scope, started)
     if result.status == "ok":
@@ -135,7 +135,7 @@ def _run_units(
     limits = config.limits()
     if limits.any:
         config.cluster.connect()
-    budget = Budget(limits, _usage(run.receipts("users").values()))
+    budget = Budget(limits, run.spent("users"))
     watch = partial(check_reject_rate, config.max_reject_rate)
     return session.phase(run, units, partial(SummarizeBucket, task, budget), JOB, watch)
 

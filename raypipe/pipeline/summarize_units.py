@@ -136,7 +136,8 @@ class SummarizeBucket:
                 continue
             context.journal(batch)
             done = self.summarizer.summarize(blocks, known)
-            self.budget.give_back(most, _used(done))
+            self.budget.give_back(most, used := _used(done))
+            context.spent(used)
             results.update((result.user_id, result) for result in done)
         return results
 

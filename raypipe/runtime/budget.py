@@ -38,7 +38,7 @@ class Limits:
 
 
 class Budget:
-    """What is left of the limits; `spent` is what earlier attempts of the run already used. Picklable."""
+    """What is left of the limits; `spent` is what earlier attempts of the run already used (`Run.spent`). Picklable."""
 
     def __init__(self, limits: Limits, spent: Usage) -> None:
         self.limits = limits

@@ -11,6 +11,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from raypipe.errors import RaypipeError, UsageError
@@ -21,7 +22,7 @@ from raypipe.storage.fingerprint import fingerprint, schema_hash
 from raypipe.storage.ledger import WHOLE, Publish, Receipt, Run, Unit
 from raypipe.storage.locks import LEASE_S, Lock, hold
 from raypipe.storage.tables import Table
-from raypipe.storage.workspace import Workspace
+from raypipe.storage.workspace import Workspace, WorkspaceInfo
 
 # Rejects are shared by all jobs and written for a moment at the end: wait for the other job's moment.
 _REJECTS_WAIT_S = 60.0
@@ -35,6 +36,11 @@ class Session:
         self.job = job
         self.cluster = cluster
         self._locks = locks
+
+    @cached_property
+    def info(self) -> WorkspaceInfo:
+        """The workspace's, which nobody changes while its locks are held; raises UsageError for an empty one."""
+        return self.workspace.require_info()
 
     def versions(self, *tables: str) -> dict[str, int]:
         """The newest versions of tables, to pin."""

@@ -26,7 +26,7 @@ from raypipe.runtime.cluster import ClusterConfig
 from raypipe.runtime.memory import WorkingMemory
 from raypipe.runtime.metrics import WorkMetrics
 from raypipe.runtime.progress import Progress, about, say, speak
-from raypipe.storage.ledger import MAX_DEATHS, Receipt, Run, Unit
+from raypipe.storage.ledger import MAX_DEATHS, Receipt, Run, Unit, Usage
 
 # Ray gives a node that does not answer 5 chances, 3 s apart; seen on 2 cores: 11 s.
 _NODE_VERDICT_S = 30.0
@@ -43,11 +43,17 @@ class UnitContext:
         self.attempt = attempt
         self.stall_s = stall_s
         self.deaths = run.deaths(unit) if attempt > 1 else {}
+        self._spent = Usage()
 
     def journal(self, rows: Sequence[str]) -> None:
         """Name the rows that are about to run, so that a death finds them; none where what follows is no row's doing."""
         self.run.journal(self.unit, rows)
         _end_after(self.stall_s)
+
+    def spent(self, usage: Usage) -> None:
+        """What the micro-batch in the journal took: it counts against caps even if this attempt never ends."""
+        self._spent = self._spent + usage
+        self.run.record_usage(self.unit, self.attempt, self._spent)
 
     def file_name(self) -> str:
         """A name for staged files that no other attempt uses."""

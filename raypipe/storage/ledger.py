@@ -7,6 +7,7 @@
     ledger/<job>/<run_key>/attempts/<unit>/  one marker an attempt, before its first row
     ledger/<job>/<run_key>/deaths/<unit>.json  suspect rows, after the driver saw the unit's process die
     ledger/<job>/<run_key>/journal/<unit>    the rows of the micro-batch in flight
+    ledger/<job>/<run_key>/usage/<unit>/     what each attempt has spent, rewritten after each micro-batch
     ledger/<job>/<run_key>/publish.json      everything the publish will commit; from here on it only rolls forward
     ledger/<job>/<run_key>/done.json         last
 
@@ -181,6 +182,21 @@ class Run:
         """Write down the rows of the micro-batch that is about to run; none where what follows is no row's doing."""
         self._put(f"journal/{unit.name}.json", list(rows))
 
+    def record_usage(self, unit: Unit, attempt: int, usage: Usage) -> None:
+        """Write down what an attempt has spent so far, for caps to count even if it never ends."""
+        self._put(f"usage/{unit.name}/{attempt:04d}.json", asdict(usage))
+
+    def spent(self, kind: str) -> Usage:
+        """What all attempts at the units of a phase have spent, but for micro-batches in flight."""
+        receipts = {(receipt.unit.name, receipt.attempt): receipt.usage for receipt in self.receipts(kind).values()}
+        prefix = f"{self.folder}/usage/"
+        found = dict(receipts)
+        for entry in self.store.list(prefix):
+            unit, attempt = entry.path.removeprefix(prefix).removesuffix(".json").split("/")
+            if unit.startswith(f"{kind}-") and (unit, int(attempt)) not in receipts:
+                found[unit, int(attempt)] = Usage(**json.loads(self.store.read(entry.path)))
+        return sum(found.values(), Usage())
+
     def record_death(self, unit: Unit) -> None:
         """The driver saw the process working on `unit` die on a healthy node: what its journal holds is suspect."""
         # Without a journal there is no row to suspect; such deaths are counted under the empty name.
@@ -225,7 +241,7 @@ class Run:
     def trim(self) -> None:
         """Of a finished run, keep what it set out to do and how it ended: the units' rows are nobody's business now."""
         assert self.result() is not None, f"run {self.run_key} is open"
-        for name in ("units", "attempts", "deaths", "journal", "plan"):
+        for name in ("units", "attempts", "deaths", "journal", "usage", "plan"):
             self.store.delete_folder(f"{self.folder}/{name}")
 
     def finish(self, result: Mapping[str, Any]) -> None:

@@ -132,6 +132,12 @@ class Store:
             found = obstore.list_with_delimiter(self._objects, prefix)["common_prefixes"]
         return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in found)
 
+    def unfinished(self) -> list[Path]:
+        """Files `NAME#N` of a local store, which no listing shows: NAME half written, or left so by a writer that was killed."""
+        if not self.is_local:
+            return []
+        return sorted(path for path in self.local_path().rglob("*#*") if _UNFINISHED.fullmatch(path.name))
+
     def list(self, prefix: str) -> list[Entry]:
         """Every object below `prefix` (a folder), in path order."""
         with _plain_errors(self.uri):
@@ -157,12 +163,6 @@ class Store:
             shutil.rmtree(self.local_path(prefix), ignore_errors=True)
         else:
             self.delete(entry.path for entry in self.list(prefix))
-
-    def unfinished(self) -> list[Path]:
-        """Files `NAME#N` of a local store, which no listing shows: NAME half written, or left so by a writer that was killed."""
-        if not self.is_local:
-            return []
-        return sorted(path for path in self.local_path().rglob("*#*") if _UNFINISHED.fullmatch(path.name))
 
     def open_input(self, path: str) -> pa.NativeFile:
         """A seekable file over the object, for Arrow's readers."""

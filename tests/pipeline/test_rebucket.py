@@ -9,10 +9,21 @@ import numpy as np
 import pytest
 
 from raypipe.storage.hashing import stable_hash
+from raypipe.storage.locks import hold
 from raypipe.storage.tables import Table
 from raypipe.storage.workspace import Workspace
 from tests.conftest import Run
-from tests.pipeline.small_logs import DAY, SMALL_LOG, START, expected_histories, histories_of, newest, write_log
+from tests.made import make_ready, publish
+from tests.pipeline.small_logs import (
+    CHAIN_USERS,
+    DAY,
+    SMALL_LOG,
+    START,
+    expected_histories,
+    histories_of,
+    newest,
+    write_log,
+)
 
 BUCKETED = ("histories", "block_summaries", "summaries")
 
@@ -76,6 +87,34 @@ def test_splitting_that_was_killed_is_completed_before_anybody_reads(
     assert_in_place(summarised, 8)
     assert raypipe("summarize", "--workspace", summarised, "--engine.engine", "echo").code == 0
     assert raypipe("rebucket", "--workspace", summarised, "--buckets", 8).status == "nothing_to_do"
+
+
+@pytest.mark.parametrize("words", [("extract",), ("forget", "--user", "u3")])
+def test_a_job_that_waited_for_a_split_goes_by_the_new_buckets(
+    raypipe: Run, ray_cluster: None, tmp_path: Path, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, waits = str(tmp_path / "workspace"), [True]
+    make_ready(uri)
+
+    def hold_after_the_split(*args: Any, **kwargs: Any) -> Any:
+        if waits:
+            waits.clear()
+            assert raypipe("rebucket", "--workspace", uri, "--buckets", 8).status == "ok"
+            publish(uri, "2026-01-06")
+        return hold(*args, **kwargs)
+
+    monkeypatch.setattr("raypipe.runtime.session.hold", hold_after_the_split)
+    ended = raypipe(*words, "--workspace", uri)
+    assert (ended.code, ended.status) == (0, "ok"), ended.stderr
+    if words[0] == "extract":
+        run = Workspace(uri).ledger("extract").newest()
+        assert run is not None
+        assert run.planned() == {"users": 8}
+        states = newest(uri, "hidden_states")
+        assert states["bucket"].to_pylist() == (stable_hash(states["user_id"].combine_chunks()) % np.uint64(8)).tolist()
+    users = sorted(newest(uri, "histories")["user_id"].to_pylist())
+    expected = {f"u{n}" for n in range(CHAIN_USERS)} - {*words[2:]}
+    assert users == sorted(expected)
 
 
 def test_a_split_that_was_killed_in_its_units_resumes(

@@ -78,6 +78,20 @@ def test_an_outage_rejects_nobody_and_the_next_run_goes_on(raypipe: Run, uri: st
     assert (again.metrics["computed"], again.metrics["rejected"]) == (20, 1)
 
 
+def test_calls_of_a_unit_that_never_ended_count_against_the_cap(raypipe: Run, uri: str, server: ChatServer) -> None:
+    capped = (*words(uri, server), "--micro_batch_users", 1, "--max_calls", 10)
+    server.down_after = 6  # within a bucket: they have 2, 5, 7 and 7 users
+    assert raypipe(*capped).code == 1
+    (asked, server.down_after) = (len(server.requests), None)
+    again = raypipe(*capped)
+    assert again.code == 0, again.stderr
+    answered = 6 + len(server.requests) - asked
+    # A user may take two calls, which nine leave no room for.
+    assert answered == 9
+    # What the unit had when it ended was asked for again.
+    assert again.metrics["capped"] > 21 - answered
+
+
 def test_prompts_go_to_no_other_host_without_consent(raypipe: Run, uri: str, server: ChatServer) -> None:
     ended = raypipe(*words(uri, server), "--engine.http.url", "http://10.1.2.3:8000/v1")
     assert ended.code == 2

@@ -120,6 +120,20 @@ def test_a_plan_tells_the_units_of_every_phase(run: Run) -> None:
     assert run.planned() == {"split": 1, "bucket": 4}
 
 
+def test_what_was_spent_counts_once_whether_an_attempt_ended_or_not(run: Run) -> None:
+    other = Unit("bucket", 4)
+    run.record_usage(UNIT, 1, Usage(1, 10, 1))
+    run.record_usage(UNIT, 1, Usage(3, 30, 3))  # killed
+    run.record_usage(UNIT, 2, Usage(5, 50, 5))
+    run.commit(Receipt(UNIT, Counts(), Usage(6, 60, 6, 0.5), attempt=2))
+    run.record_usage(other, 1, Usage(100, 1000, 100))
+    run.commit(Receipt(Unit("bucket", 5), Counts(), Usage(7)))
+    run.record_usage(Unit("split", 0), 1, Usage(10_000))
+    assert run.spent("bucket") == Usage(116, 1060 + 30, 109, 0.5)
+    assert run.spent("split") == Usage(10_000)
+    assert run.spent("users") == Usage()
+
+
 def test_run_numbers_only_grow(ledger: Ledger) -> None:
     numbers = []
     for key in ("a", "b", "a", "c"):
