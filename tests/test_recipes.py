@@ -10,6 +10,7 @@ import pytest
 from raypipe.cli.options import parse_config
 from raypipe.pipeline.align import AlignConfig
 from raypipe.pipeline.train import TrainConfig
+from raypipe.runtime.trainer import TrainerConfig
 
 FOLDER = Path(__file__).parents[1] / "jobs/train"
 ALIGNMENTS = FOLDER.parent / "align"
@@ -50,6 +51,24 @@ def test_every_system_has_a_recipe_for_two_domains() -> None:
     assert {f"{system}-{data}.yaml" for system, data in product(systems, domains)} <= {
         path.name for path in ALIGNMENTS.iterdir()
     }
+
+
+@pytest.mark.parametrize(
+    ("system", "published"),
+    [
+        ("recinterpreter", {"epochs": 100, "batch_size": 16, "lr": 1e-3, "weight_decay": 1e-6, "validate_every": None}),
+        ("recexplainer", {"epochs": 10, "batch_size": 64, "lr": 1e-4, "weight_decay": 1e-6, "validate_every": None}),
+        ("guided", {"epochs": 10, "batch_size": 16, "lr": 1e-3, "weight_decay": 1e-6, "validate_every": None}),
+        ("trsr", {"epochs": 5, "batch_size": 16, "lr": 1e-4, "weight_decay": 1e-6, "validate_every": 1}),
+        ("lancer", {"epochs": 20, "batch_size": 16, "lr": 2e-4, "weight_decay": 0, "validate_every": None}),
+    ],
+)
+def test_a_system_is_trained_as_published_where_nothing_else_is_said(system: str, published: dict[str, object]) -> None:
+    words = ["--system", system]
+    assert parse_config("align", AlignConfig, words).trainer == TrainerConfig.model_validate(published)
+    assert AlignConfig.model_validate({"system": system}).trainer == TrainerConfig.model_validate(published)
+    given = parse_config("align", AlignConfig, [*words, "--trainer.lr", "0.5", "--trainer.seed", "3"]).trainer
+    assert given == TrainerConfig.model_validate({**published, "lr": 0.5, "seed": 3})
 
 
 @pytest.mark.parametrize("data", ["ml-100k", "amazon-industrial"])

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
-from raypipe.config import Config, free, shaping
+from raypipe.config import Config, free, merge, shaping
 from raypipe.engines.engine import Decoding, EngineConfig
 from raypipe.errors import UsageError
 from raypipe.language.adapters import AdapterCard, build_adapter, load_adapter, read_card
@@ -44,6 +45,7 @@ from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.locks import hold
 from raypipe.storage.models import Model, Models, find_model
 from raypipe.storage.workspace import Workspace
+from raypipe.systems import lancer, recexplainer, recinterpreter, trsr
 from raypipe.systems.guided import GuidedConfig
 from raypipe.systems.lancer import LancerConfig
 from raypipe.systems.projection import AdaptedLm
@@ -56,6 +58,12 @@ from raypipe.systems.trsr import TrsrConfig
 
 JOB = "align"
 STEP_VERSION = 3
+_TRAINING: dict[str, Mapping[str, object]] = {
+    "recinterpreter": recinterpreter.TRAINING,
+    "recexplainer": recexplainer.TRAINING,
+    "trsr": trsr.TRAINING,
+    "lancer": lancer.TRAINING,
+}
 _ASKED_ANEW = {"constrained", "judges", "rubric"}
 """Options of a system that say how it is measured, and may be other ones for a stored adapter."""
 
@@ -87,7 +95,7 @@ class AlignOptions(TrainingOptions, ModelCache):
     lancer: LancerConfig = free(LancerConfig, "a language model that writes the next item")
     trainer: TrainerConfig = shaping(
         lambda: TrainerConfig(epochs=10, batch_size=16, lr=1e-3, weight_decay=1e-6),
-        "training under Ray Train and DeepSpeed",
+        "training under Ray Train and DeepSpeed; what is not given is as published for the system, where it is",
     )
     replay: str | None = free(
         None,
@@ -109,6 +117,15 @@ class AlignOptions(TrainingOptions, ModelCache):
     asked: int = shaping(1_000, "most held-out users that are asked about", ge=1)
     beside: bool = free(False, "when it is measured, what probes of vectors and baselines tell is measured too")
     answer_tokens: int = shaping(256, "most tokens of an answer when it is measured", ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _trained_as_published(cls, values: Any) -> Any:
+        """Under what is given lies what the system's paper says, and under that the default."""
+        if not isinstance(values, Mapping) or not isinstance(values.get("trainer", {}), Mapping):
+            return values
+        system = str(values.get("system", cls.model_fields["system"].default))
+        return {**values, "trainer": merge(_TRAINING.get(system, {}), values.get("trainer", {}))}
 
     def chosen(self) -> InterpreterConfig | ExplainerConfig:
         """The configuration of the system that reads states; the other's has no part in what comes out."""

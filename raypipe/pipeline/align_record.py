@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _READS_STATES = {"recinterpreter", "recexplainer"}
 # Of a lineage: what was joined, which no option of the system says.
-_JOINED = ("lm", "recommender", "summaries", "replay")
+_JOINED = ("lm", "recommender", "summaries", "replay", "tuned")
 # What answers the same questions by itself, and not beside a model.
 _ALONE = {"popularity", "transitions", "boosted trees", "boosted trees on facts", *get_args(ModelName)}
 # Means over everybody who was asked, of values from 0 to 1.

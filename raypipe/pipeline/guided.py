@@ -197,6 +197,7 @@ def _scored(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: 
         "options": rating.config.model_dump(mode="json"),
         "attributes": [one.model_dump() for one in rating.attributes],
         "lm": inputs.lm_hash,
+        "tuned": inputs.adapter and f"{inputs.adapter.name}/{inputs.adapter.hash}",
         "config": config.shaping_values(),
         "metrics": metrics,
         "training": curve,

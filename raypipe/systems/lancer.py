@@ -35,6 +35,9 @@ from raypipe.language.summary_prompts import SummaryPrompts
 NAME = "lancer"
 """Under which its models are stored."""
 
+TRAINING = {"epochs": 20, "batch_size": 16, "lr": 2e-4, "weight_decay": 0.0}
+"""Of the second stage, as published, where Adam decays no weights; the first stage has its own number of epochs."""
+
 _ATTRIBUTES, _TITLE = "{attributes}", "{title}"
 
 

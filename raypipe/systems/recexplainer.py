@@ -56,6 +56,8 @@ from raypipe.systems.teacher import CANDIDATES, Taught, teach, teachable
 
 Variant = Literal["B", "I", "H"]
 CONTROL = "shuffled users"
+TRAINING = {"epochs": 10, "batch_size": 64, "lr": 1e-4}
+"""As published, but for the warm-up, which there is a tenth of all steps: set `--trainer.warmup_steps` to that."""
 _ALL: tuple[Task, ...] = ("T1", "T2", "T3", "T4", "T5", "T6", "T6b")
 _ASKED: dict[Variant, Form] = {"B": "text", "I": "vectors", "H": "both"}
 _BEAMS = 5

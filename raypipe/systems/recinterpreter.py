@@ -35,6 +35,8 @@ from raypipe.systems.source import Source, drawn_places
 
 SOURCE = "state"
 SEPARATOR = "; "
+TRAINING = {"epochs": 100, "batch_size": 16, "lr": 1e-3, "weight_decay": 1e-6}
+"""As its code has it; the paper says nothing of it."""
 _USERS_AT_ONCE = 256
 CONTROLS = ("shuffled states", "no states")
 NEAREST = "nearest item"

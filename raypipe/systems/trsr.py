@@ -42,6 +42,8 @@ from raypipe.systems.boosted_trees import TreesConfig
 from raypipe.systems.candidate_facts import FORM, Facts, text_neighbours, text_vectors
 
 NAME = "trsr"
+TRAINING = {"epochs": 5, "lr": 1e-4, "validate_every": 1}
+"""As published: the best of the epochs by validation is kept."""
 YES, NO = "yes", "no"
 NOTHING = "NULL"
 """Stands where there is no summary, or no last item is shown."""

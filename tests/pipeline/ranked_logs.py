@@ -15,6 +15,7 @@ RANKED_TRAINING = (
 ALIGN_TRSR = (
     *("--system", "trsr", "--trsr.prompt", TERSE, "--positions", "2", "--trainer.batch_size", "16"),
     *("--trainer.steps", "12", "--trainer.lr", "0.01", "--trainer.warmup_steps", "2", "--trainer.device", "cpu"),
+    *("--trainer.validate_every", "null"),
 )
 
 

@@ -151,6 +151,17 @@ def test_models_that_differ_in_what_was_joined_are_rows_of_their_own(home: str, 
     assert beside == {f"SASRec (sasrec/{one[:8]})": 0.5, f"SASRec (sasrec/{other[:8]})": 0.6}
 
 
+def test_scores_by_language_models_that_were_tuned_elsewhere_are_told_by_which(home: str, tmp_path: Path) -> None:
+    for value, tuned in ((0.1, None), (0.2, f"guided/{'a' * 32}"), (0.3, f"guided/{'b' * 32}")):
+        model = stored(home, tmp_path / f"m{value}", "guided", value, options={}, tuned=tuned)
+        config = AlignConfig(workspace=home, system="guided", adapter=tuned)
+        metrics = {"asked": 9, "HR@10": value}
+        record(config, JobResult("align", "ok", models={"guided": model.hash}, metrics=metrics))
+    figures = [one for one in figures_of(Evaluations(Store(home)).all(), "shop") if one.metric == "HR@10"]
+    assert sorted(figure.value for figure in figures) == [0.1, 0.2, 0.3]
+    assert any("tuned guided/aaaaaaaa" in figure.model for figure in figures)
+
+
 def test_floors_of_different_cuts_are_told_apart(home: str, tmp_path: Path) -> None:
     """They are counted on what the models beside them were trained on."""
     cuts = [(1, 0.0), (2, 0.0), (2, 0.1)]
