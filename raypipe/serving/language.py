@@ -37,9 +37,9 @@ from raypipe.systems.summaries import Block, UserSummary
 from raypipe.systems.trsr import likelihoods
 
 ECHO = "echo"
-ADAPTERS = 8
-"""Most that are kept beside one language model."""
-_KEPT = 2  # language models, and catalogues that one adapter writes of: that in force, and that which takes its place
+_KEPT = (
+    2  # language models, and voices of an adapter's name: of the release in force, and of the one before or after it
+)
 _PROBE_TOKENS = 2
 
 
@@ -54,6 +54,11 @@ class Key:
 
     def __str__(self) -> str:
         return f"{'' if self.catalogue is None else f'{self.catalogue}:'}{self.adapter}@{self.lm}"
+
+    @property
+    def name(self) -> str:
+        """The adapter's."""
+        return self.adapter.partition("/")[0]
 
     @classmethod
     def parse(cls, text: str) -> Key:
@@ -147,30 +152,27 @@ class Voice:
     writer: ListWriter | None = None
 
 
-@dataclass(frozen=True)
-class _Base:
-    """A language model, and the voices over its weights by adapter and catalogue."""
-
-    voice: Voice
-    beside: dict[tuple[str, int | None], Voice]
-
-
 class Language:
-    """Loads engines and lets them answer. Loading may go on in one thread while another one answers."""
+    """Loads engines and lets them answer. Loading may go on in one thread while another one answers.
+
+    Of language models, and of the adapters of one name, each of which may be a whole copy of its language model, the two that
+    were used last are kept.
+    """
 
     def __init__(self, config: ServiceConfig) -> None:
         self.config = config
         self.workspace = Workspace(config.workspace)
         self._models = Models(self.workspace.store)
-        self._bases: dict[str, _Base] = {}
+        self._voices: dict[Key, Voice] = {}
+        self._used: dict[Key, float] = {}
         self._loading = Lock()
 
     def ready(self, key: Key) -> Voice | None:
         """What answers with these weights if they are in memory; waits for no loading."""
-        base = self._bases.get(key.lm)
-        if base is None:
-            return None
-        return base.beside.get((key.adapter, key.catalogue)) if key.adapter else base.voice
+        voice = self._voices.get(key)
+        if voice is not None:
+            self._used[key] = time.monotonic()
+        return voice
 
     def load(self, key: Key) -> Voice:
         """What answers with these weights; those of the language model are shared by all of its adapters.
@@ -178,20 +180,26 @@ class Language:
         Raises UsageError for what is missing, damaged or does not belong together.
         """
         with self._loading:
-            base = self._bases.pop(key.lm, None) or _Base(Voice(self._base(key.lm)), {})
-            self._bases[key.lm] = base
-            while len(self._bases) > _KEPT:
-                self._bases.pop(next(iter(self._bases)))
-            if not key.adapter:
-                return base.voice
-            wanted = key.adapter, key.catalogue
-            if wanted not in base.beside:
-                base.beside[wanted] = self._beside(base, key)
-                for older in [one for one in base.beside if one[0] == key.adapter][:-_KEPT]:
-                    base.beside.pop(older)
-                while len(base.beside) > ADAPTERS:
-                    base.beside.pop(next(iter(base.beside)))
-            return base.beside[wanted]
+            for wanted in dict.fromkeys((Key(key.lm), key)):
+                if wanted not in self._voices:
+                    self._make_room(wanted)
+                    made = self._beside(wanted) if wanted.adapter else Voice(self._base(wanted.lm))
+                    self._voices[wanted] = made
+                self._used[wanted] = time.monotonic()
+            return self._voices[key]
+
+    def _make_room(self, key: Key) -> None:
+        """Before it is loaded, let go of all but the last used of what it may take the place of."""
+        if key.adapter:
+            rivals = {one: str(one) for one in self._voices if (one.lm, one.name) == (key.lm, key.name)}
+        else:
+            rivals = {one: one.lm for one in self._voices}
+        newest = sorted(rivals, key=self._used.__getitem__, reverse=True)
+        kept = list(dict.fromkeys(rivals[one] for one in newest))[: _KEPT - 1]
+        for one in newest:
+            if rivals[one] not in kept:
+                self._voices.pop(one)
+                self._used.pop(one)
 
     def keys(self, release: Release, catalogue: int) -> list[Key]:
         """All weights of a release that may be asked, of a catalogue of this version."""
@@ -250,15 +258,15 @@ class Language:
                     found[at] = result
         return found
 
-    def _beside(self, base: _Base, key: Key) -> Voice:
-        reader = base.voice.engine
+    def _beside(self, key: Key) -> Voice:
+        reader = self._voices[Key(key.lm)].engine
         if not isinstance(reader, TransformersEngine):
             raise UsageError(
                 f"The adapter {key.adapter[:40]} cannot be read beside {key.lm}.",
                 "Serve it with --language.engine.engine transformers.",
             )
         adapter = find_model(self._models, key.adapter)
-        same = [voice.engine for (name, _), voice in base.beside.items() if name == key.adapter]
+        same = [voice.engine for one, voice in self._voices.items() if (one.lm, one.adapter) == (key.lm, key.adapter)]
         engine = same[0] if same else reader.beside(self._models.fetch_unharmed(adapter, Path(self.config.model_cache)))
         if key.catalogue is None:
             return Voice(engine)

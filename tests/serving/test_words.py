@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -258,6 +260,36 @@ def test_an_adapter_that_is_not_as_stored_or_does_not_answer_is_refused(speaking
     asked.backend.watch.look()
     assert "payload.py cannot be part of a model" in asked.get("release").json()["refused"][poisoned.hash]
     assert asked.post("explain", {"user_id": "u1"}).status_code == 200
+
+
+def test_two_adapters_of_a_name_are_kept_those_that_were_used_last(speaking: str, tmp_path: Path) -> None:
+    """Each is a whole copy of the language model."""
+    models = Models(Store(speaking))
+    first = models.newest("lancer")
+    assert first is not None
+    stored = [first]
+    for number in range(2):
+        folder = tmp_path / str(number)
+        shutil.copytree(models.store.local_path(f"{first.folder}/checkpoint"), folder)
+        weights = load_file(folder / "adapter.safetensors")
+        save_file({name: value * (1.5 + number) for name, value in weights.items()}, folder / "adapter.safetensors")
+        stored.append(models.add("lancer", folder, f"changed {number}", first.lineage))
+    champion = Releases(Store(speaking)).named("champion")
+    assert champion is not None
+    language = Language(ServiceConfig(workspace=speaking, language=SHORT))
+    a, b, c = (Key(champion.lm, f"lancer/{model.hash}", champion.catalogue) for model in stored)
+    gone = weakref.ref(language.load(a).engine)
+    language.load(b)
+    language.load(Key(champion.lm, f"recexplainer-h/{champion.adapters['recexplainer-h']}"))
+    assert language.ready(a) is not None
+    language.load(c)
+    assert [language.ready(key) is not None for key in (a, b, c)] == [True, False, True]
+    assert language.ready(a) is not None
+    language.load(b)
+    language.load(c)
+    assert [language.ready(key) is not None for key in (a, b, c)] == [False, True, True]
+    gc.collect()
+    assert gone() is None
 
 
 def test_two_language_models_are_kept_and_each_once(speaking: str, tmp_path: Path) -> None:
