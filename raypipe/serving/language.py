@@ -30,8 +30,7 @@ from raypipe.storage.releases import Release
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.explanations import NO, YES, Asked, Explanation, explain
 from raypipe.systems.lancer import NAME as LANCER
-from raypipe.systems.lancer import LancerConfig
-from raypipe.systems.lancer_lists import ListWriter, build_writer
+from raypipe.systems.lancer_lists import ListWriter, build_writer, stored_config
 from raypipe.systems.paradigms import build_summarizer
 from raypipe.systems.summaries import Block, UserSummary
 from raypipe.systems.trsr import likelihoods
@@ -132,6 +131,7 @@ class Failed:
     message: str
 
 
+UNREAD = Failed("too_much", "This does not fit what the language model reads at once.")
 Result = Explanation | Outcome | UserSummary | Likelihoods | Continued | Failed
 
 
@@ -272,7 +272,7 @@ class Language:
             return Voice(engine)
         assert isinstance(engine, TransformersEngine)
         spoken = Catalogue.of(self.workspace.tables["items"].read(key.catalogue)).spoken
-        options = LancerConfig.model_validate(adapter.lineage["options"])
+        options = stored_config(adapter.name, adapter.lineage)
         return Voice(engine, build_writer(options, spoken, reader, engine, self.config.language.answer_tokens))
 
     def _base(self, lm: str) -> Engine:
@@ -325,6 +325,6 @@ class Language:
         for filter_seen in {task.filter_seen for task in tasks}:
             mine = [at for at, task in enumerate(tasks) if task.filter_seen == filter_seen]
             written = voice.writer.lists([tasks[at].history for at in mine], filter_seen=filter_seen)
-            for at, items, logprobs in zip(mine, written.items, written.logprobs, strict=True):
-                found[at] = Continued(items, logprobs)
+            for at, items, logprobs, unread in zip(mine, written.items, written.logprobs, written.unread, strict=True):
+                found[at] = UNREAD if unread else Continued(items, logprobs)
         return found

@@ -17,6 +17,7 @@ from raypipe.metrics.recovery import titles_in
 from raypipe.recommenders.windows import Histories
 from raypipe.serving.config import ServiceConfig
 from raypipe.serving.language import (
+    UNREAD,
     Continue,
     Continued,
     Explain,
@@ -334,5 +335,5 @@ def _nothing_known() -> RefusedQueryError:
 
 def _no_answer(reason: str) -> RefusedQueryError:
     if reason == "prompt_too_long":
-        return RefusedQueryError("too_much", "This does not fit what the language model reads at once.")
+        return RefusedQueryError(UNREAD.code, UNREAD.message)
     return RefusedQueryError("no_answer", f"The language model found no words that pass the checks: {reason}.")
