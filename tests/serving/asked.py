@@ -23,14 +23,14 @@ from raypipe.storage.tokens import Token, Tokens
 
 
 class Counted:
-    """Requests by route and status."""
+    """Requests by route, status and code."""
 
     def __init__(self) -> None:
-        self.requests: list[tuple[str, int]] = []
+        self.requests: list[tuple[str, int, str]] = []
 
-    def request(self, route: str, status: int, seconds: float) -> None:
+    def request(self, route: str, status: int, code: str, seconds: float) -> None:
         assert seconds >= 0
-        self.requests.append((route, status))
+        self.requests.append((route, status, code))
 
 
 class Speaking:
