@@ -58,7 +58,10 @@ class Replica:
         self.service = Service(config, self.store, lambda: self.watch.served, self.watch.record)
         teller = Teller(config, self.service)
         self.conversation = Conversation(
-            speaking, config.limits.words_s, lambda queries: self._aside(lambda: teller.ask(queries))
+            speaking,
+            config.limits.words_s,
+            config.language.at_once,
+            lambda queries: self._aside(lambda: teller.ask(queries)),
         )
         self.metrics = ServingMetrics()
         self.threads = ThreadPoolExecutor(_THREADS, "answers")

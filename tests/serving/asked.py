@@ -63,7 +63,7 @@ class Direct:
         speaking = Speaking(config)
         self.watch = Watch(config, open_online_store(config.store, Store(config.workspace)), speaking.prove)
         self.service = Service(config, self.watch.store, lambda: self.watch.served, self.watch.record)
-        self.conversation = Conversation(speaking, config.limits.words_s, self.questions)
+        self.conversation = Conversation(speaking, config.limits.words_s, config.language.at_once, self.questions)
 
     async def answer(self, query: Query) -> Answer:
         (answer,) = self.service.answer([query])
