@@ -6,6 +6,8 @@ import gc
 import json
 import shutil
 import weakref
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from raypipe.engines.engine import Decoding, EngineConfig
+from raypipe.engines.engine import Choices, Decoding, EngineConfig
 from raypipe.language.prompt import Vectors
+from raypipe.language.trie import AnswerTrie
 from raypipe.metrics.recovery import titles_in
 from raypipe.recommenders.checkpoint import load_recommender
 from raypipe.recommenders.sequences import Sequences
@@ -174,6 +177,37 @@ def test_states_are_read_as_the_engine_of_batch_reads_them(asked: Asked) -> None
     assert together[1]["code"] == "no_such_user"
     assert asked.post("oracle/batch", {"queries": [asks]}).json()["answers"] == [oracle]
     assert asked.post("interpret/batch", {"queries": [asks]}).json()["answers"] == [answer]
+
+
+def test_what_hangs_on_the_release_alone_is_made_once(speaking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Item states, what answers are held to, and its tries, of a list and of one title, however often they are asked for."""
+    model = Models(Store(speaking)).newest("recinterpreter")
+    assert model is not None
+    card = Store(speaking).local_path(f"{model.folder}/model.json")
+    told = json.loads(card.read_text())
+    told["lineage"]["options"]["constrained"] = True
+    card.write_text(json.dumps(told))
+    made: Counter[str] = Counter()
+
+    def counted(name: str, make: Callable[..., Any]) -> Callable[..., Any]:
+        def one(*args: Any, **kwargs: Any) -> Any:
+            made[name] += 1
+            return make(*args, **kwargs)
+
+        return one
+
+    asked = Asked(speaking, language=SHORT)
+    recommender = asked.backend.watch.served.recommender
+    monkeypatch.setattr("raypipe.engines.transformers.AnswerTrie", counted("tries", AnswerTrie))
+    monkeypatch.setattr("raypipe.systems.recinterpreter.Choices", counted("choices", Choices))
+    monkeypatch.setattr(type(recommender), "item_states", counted("item states", type(recommender).item_states))
+    answers = [
+        [asked.post(route, {"history": ["i3", "i4", f"i{n}"]}).json() for route in ("interpret", "residual", "oracle")]
+        for n in (5, 9, 5)
+    ]
+    assert answers[0] == answers[2] != answers[1]
+    assert all(mine["titles"] and residual["title"] for mine, residual, _ in answers)
+    assert made == {"tries": 2, "choices": 2}
 
 
 def test_what_cannot_be_put_into_words_is_told(asked: Asked) -> None:
