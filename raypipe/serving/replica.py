@@ -17,6 +17,7 @@ import torch
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
+from raypipe.runtime.memory import keep_heap_small
 from raypipe.serving.api import build_api
 from raypipe.serving.batcher import Batcher
 from raypipe.serving.config import ServiceConfig
@@ -49,6 +50,7 @@ class Replica:
 
     def __init__(self, config: ServiceConfig, language: DeploymentHandle | None = None) -> None:
         shut_inner_door()
+        keep_heap_small()
         self.config = config
         torch.set_num_threads(config.replicas.threads)
         _log_audit(config.audit)
