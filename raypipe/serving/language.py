@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ from raypipe.language.adapters import read_card
 from raypipe.language.prompt import Prompt, Vectors
 from raypipe.serving.catalogue import Catalogue
 from raypipe.serving.config import OF_RELEASE, ServiceConfig
-from raypipe.serving.readers import lm_of
+from raypipe.serving.readers import INTERPRETER, lm_of
 from raypipe.serving.served import UnfitError
 from raypipe.serving.service import Code
 from raypipe.storage.models import Models, find_model
@@ -32,6 +33,7 @@ from raypipe.systems.explanations import NO, YES, Asked, Explanation, explain
 from raypipe.systems.lancer import NAME as LANCER
 from raypipe.systems.lancer_lists import ListWriter, build_writer, stored_config
 from raypipe.systems.paradigms import build_summarizer
+from raypipe.systems.recinterpreter import SEPARATOR, InterpreterConfig
 from raypipe.systems.summaries import Block, UserSummary
 from raypipe.systems.trsr import likelihoods
 
@@ -45,7 +47,7 @@ _PROBE_TOKENS = 2
 @dataclass(frozen=True)
 class Key:
     """Which weights answer: a language model as a release names it, and beside it an adapter NAME/HASH, or none; of one that
-    writes items, the version of the catalogue that it writes of."""
+    writes items or is held to their titles, the version of the catalogue."""
 
     lm: str
     adapter: str = ""
@@ -76,10 +78,10 @@ class Explain:
 
 @dataclass(frozen=True)
 class Write:
-    """To answer a prompt, if given with one of the choices."""
+    """To answer a prompt, where the adapter is held to titles with at most so many of them."""
 
     prompt: Prompt
-    choices: Choices | None = None
+    titles: int = 1
 
 
 @dataclass(frozen=True)
@@ -146,10 +148,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Voice:
-    """What answers: an engine, and over it what writes items, where its adapter was trained to."""
+    """What answers: an engine, and over it what writes items, where its adapter was trained to; by their most titles the choices
+    that answers are held to, if they are."""
 
     engine: Engine
     writer: ListWriter | None = None
+    choices: Mapping[int, Choices] = field(default_factory=dict)
 
 
 class Language:
@@ -208,8 +212,9 @@ class Language:
         found = [Key(release.lm)]
         for name, content in release.adapters.items():
             adapter = f"{name}/{content}"
-            writes = find_model(self._models, adapter).lineage.get("system") == LANCER
-            found.append(Key(release.lm, adapter, catalogue if writes else None))
+            lineage = find_model(self._models, adapter).lineage
+            held = lineage.get("system") == LANCER or _titles(lineage)
+            found.append(Key(release.lm, adapter, catalogue if held else None))
         return found
 
     def prove(self, key: Key, voice: Voice) -> None:
@@ -218,13 +223,13 @@ class Language:
             written = voice.writer.lists([[1]])
             fit = not written.refused and all(map(math.isfinite, written.logprobs[0]))
         else:
-            fit = self._reads(key, voice.engine)
+            fit = self._reads(key, voice)
         if not fit:
             name = f"adapter {key.adapter[:40]}" if key.adapter else f"language model {key.lm[:40]}"
             raise UnfitError(f"The {name} does not answer.", "Train or align it again, and release that.")
 
-    def _reads(self, key: Key, engine: Engine) -> bool:
-        prompt = Prompt.of("Is this read?")
+    def _reads(self, key: Key, voice: Voice) -> bool:
+        engine, prompt = voice.engine, Prompt.of("Is this read?")
         if key.adapter:
             widths = read_card(self._models.fetch(find_model(self._models, key.adapter), Path(self.config.model_cache)))
             rng = np.random.default_rng(0)
@@ -233,6 +238,10 @@ class Language:
                 for source, width in sorted(widths.widths.items())
             ]
             prompt = Prompt.of("Is this read: ", *soft, "?")
+        for choices in voice.choices.values():
+            (outcome,) = engine.generate([prompt], self.config.language.reading, choices)
+            if outcome.error is not None:
+                return False
         if engine.capabilities.logprobs:
             (scores,) = engine.score([prompt], [(YES, NO)])
             return scores.error is None and all(map(math.isfinite, scores.logprobs))
@@ -272,6 +281,9 @@ class Language:
             return Voice(engine)
         assert isinstance(engine, TransformersEngine)
         spoken = Catalogue.of(self.workspace.tables["items"].read(key.catalogue)).spoken
+        if several := _titles(adapter.lineage):
+            texts = tuple(spoken.titles)
+            return Voice(engine, choices={most: Choices(texts, SEPARATOR, most) for most in (several, 1)})
         options = stored_config(adapter.name, adapter.lineage)
         return Voice(engine, build_writer(options, spoken, reader, engine, self.config.language.answer_tokens))
 
@@ -298,10 +310,10 @@ class Language:
     def _write(self, voice: Voice, jobs: Sequence[Job]) -> Sequence[Result]:
         tasks = [job.task for job in jobs if isinstance(job.task, Write)]
         found: list[Result] = [Failed("internal", "No answer.")] * len(tasks)
-        for choices in dict.fromkeys(task.choices for task in tasks):
-            mine = [at for at, task in enumerate(tasks) if task.choices == choices]
+        for titles in dict.fromkeys(task.titles for task in tasks):
+            mine = [at for at, task in enumerate(tasks) if task.titles == titles]
             prompts = [tasks[at].prompt for at in mine]
-            for outcome in voice.engine.generate(prompts, self.config.language.reading, choices):
+            for outcome in voice.engine.generate(prompts, self.config.language.reading, voice.choices.get(titles)):
                 found[mine[outcome.index]] = outcome
         return found
 
@@ -328,3 +340,11 @@ class Language:
             for at, items, logprobs, unread in zip(mine, written.items, written.logprobs, written.unread, strict=True):
                 found[at] = UNREAD if unread else Continued(items, logprobs)
         return found
+
+
+def _titles(lineage: Mapping[str, Any]) -> int:
+    """Most titles of an answer, where an adapter that reads states is held to them; else 0."""
+    if lineage.get("system") != INTERPRETER:
+        return 0
+    options = InterpreterConfig.model_validate(lineage["options"])
+    return options.titles if options.constrained else 0

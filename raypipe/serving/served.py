@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raypipe.engines.engine import Choices
 from raypipe.errors import AccessError, RaypipeError, UsageError
 from raypipe.recommenders.checkpoint import check_catalogue, load_recommender
 from raypipe.recommenders.recommender import Recommender, freeze
@@ -26,7 +25,6 @@ from raypipe.storage.nights import Night, Nights
 from raypipe.storage.online import OnlineStore, version_of
 from raypipe.storage.releases import Releases
 from raypipe.storage.workspace import Workspace
-from raypipe.systems.recinterpreter import RecInterpreter
 from raypipe.systems.source import Source
 
 _PROBES = 8
@@ -81,15 +79,6 @@ class Served:
         """What systems read, of nobody yet."""
         nobody = Histories(np.zeros(0, np.int32), np.zeros(0, np.int64))
         return Source(self.recommender, nobody, np.zeros(0, bool), self.catalogue.spoken, computed=self.item_states)
-
-    @cached_property
-    def choices(self) -> Mapping[str, Sequence[Choices]]:
-        """What the answers of adapters are held to that read states, by name; nothing where they are free."""
-        return {
-            name: reader.system.choices(self.source)
-            for name, reader in self.readers.items()
-            if isinstance(reader.system, RecInterpreter)
-        }
 
     def score(self, asked: Sequence[tuple[Known, NDArray[np.int32]]]) -> list[NDArray[np.float32] | None]:
         return score(self.recommender, self.table, asked)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from raypipe.engines.engine import Choices, Outcome
+from raypipe.engines.engine import Outcome
 from raypipe.language.prompt import Prompt
 from raypipe.metrics.recovery import titles_in
 from raypipe.recommenders.windows import Histories
@@ -240,17 +240,17 @@ class Teller:
             raise _nothing_known()
         source = replace(served.source, histories=histories, held_out=np.zeros(1, bool))
         (reading,) = system.readings(source, np.array([0]), np.array([length]))
-        several, one = served.choices[reader.name] or (None, None)
+        titles = system.config.titles
         if isinstance(query, InterpretQuery):
             prompt = recovery_prompt(system.prompts.recovery.test[0], reading)
-            return self._question(served, person, reader, prompt, several, _interpreted(served.source.known, reading))
+            return self._question(served, person, reader, prompt, titles, _interpreted(served.source.known, reading))
         template = system.prompts.residual.test[0]
         if isinstance(query, ResidualQuery):
             prompt = residual_prompt(template, reading)
-            return self._question(served, person, reader, prompt, one, _named(served.source.known, reading.title))
+            return self._question(served, person, reader, prompt, 1, _named(served.source.known, reading.title))
         (oracle,) = oracles_of(source, [reading])
         prompt = oracle_prompt(template, reading, oracle)
-        return self._question(served, person, reader, prompt, one, _named(served.source.known, oracle.title))
+        return self._question(served, person, reader, prompt, 1, _named(served.source.known, oracle.title))
 
     def _question(
         self,
@@ -258,7 +258,7 @@ class Teller:
         person: Person,
         reader: Reader,
         prompt: Prompt,
-        choices: Choices | None,
+        titles: int,
         build: Callable[[str, dict[str, Any]], Telling],
     ) -> Question:
         def answer(result: Result) -> Telling:
@@ -267,7 +267,11 @@ class Teller:
                 raise _no_answer(outcome.error.kind)
             return build(outcome.text.strip(), _facts(served, person, reader))
 
-        return Question(self._key(served, reader), Write(prompt, choices), answer)
+        assert isinstance(reader.system, RecInterpreter)
+        key = self._key(served, reader)
+        if reader.system.config.constrained:
+            key = replace(key, catalogue=served.catalogue_version)
+        return Question(key, Write(prompt, titles), answer)
 
     def _key(self, served: Served, reader: Reader | None = None) -> Key:
         if not self.config.language.replicas:

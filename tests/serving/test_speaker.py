@@ -12,7 +12,7 @@ import pytest
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from raypipe.engines.engine import Choices, Outcome
+from raypipe.engines.engine import Outcome
 from raypipe.errors import AccessError, RaypipeError, UsageError
 from raypipe.language.prompt import Prompt
 from raypipe.serving.config import LanguageOptions, LimitOptions, ServiceConfig
@@ -161,8 +161,10 @@ def test_an_engine_that_refuses_a_whole_batch_is_no_error_of_ours(
     alone: Alone, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, keys = keys_of(alone)
-    job = Job(Write(Prompt.of("?"), Choices((" ".join(["endless"] * 100),))), time.time() + 60)
-    found = asyncio.run(alone._answer(job, str(keys["recinterpreter"])))
+    alone.language.config = ServiceConfig(
+        workspace=alone.language.config.workspace, language={**SHORT, "answer_tokens": 1}
+    )
+    found = asyncio.run(alone._answer(Job(Continue([3, 4], False), time.time() + 60), str(keys["lancer"])))
     assert found == Failed("not_ready", "The language model of the release cannot be asked.")
     assert "The longest text takes" in caplog.text
 

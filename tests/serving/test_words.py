@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
+import pickle
 import shutil
 import weakref
 from collections import Counter
@@ -17,6 +19,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from raypipe.engines.engine import Choices, Decoding, EngineConfig
+from raypipe.errors import UsageError
 from raypipe.language.prompt import Vectors
 from raypipe.language.trie import AnswerTrie
 from raypipe.metrics.recovery import titles_in
@@ -24,11 +27,14 @@ from raypipe.recommenders.checkpoint import load_recommender
 from raypipe.recommenders.sequences import Sequences
 from raypipe.serving.config import ServiceConfig
 from raypipe.serving.language import Key, Language
+from raypipe.serving.queries import InterpretQuery
 from raypipe.storage.models import Models
 from raypipe.storage.releases import Releases
 from raypipe.storage.store import Store
+from raypipe.storage.workspace import Workspace
 from raypipe.systems.recinterpreter import Reading, recovery_prompt
 from tests.conftest import Run
+from tests.made import add_item
 from tests.pipeline.small_logs import CHAIN_ITEMS, newest
 from tests.serving.asked import Asked
 from tests.serving.spoken import SHORT, TOKENS
@@ -199,7 +205,7 @@ def test_what_hangs_on_the_release_alone_is_made_once(speaking: str, monkeypatch
     asked = Asked(speaking, language=SHORT)
     recommender = asked.backend.watch.served.recommender
     monkeypatch.setattr("raypipe.engines.transformers.AnswerTrie", counted("tries", AnswerTrie))
-    monkeypatch.setattr("raypipe.systems.recinterpreter.Choices", counted("choices", Choices))
+    monkeypatch.setattr("raypipe.serving.language.Choices", counted("choices", Choices))
     monkeypatch.setattr(type(recommender), "item_states", counted("item states", type(recommender).item_states))
     answers = [
         [asked.post(route, {"history": ["i3", "i4", f"i{n}"]}).json() for route in ("interpret", "residual", "oracle")]
@@ -208,6 +214,18 @@ def test_what_hangs_on_the_release_alone_is_made_once(speaking: str, monkeypatch
     assert answers[0] == answers[2] != answers[1]
     assert all(mine["titles"] and residual["title"] for mine, residual, _ in answers)
     assert made == {"tries": 2, "choices": 2}
+    # A question names the catalogue, and does not carry it.
+    (question,) = asyncio.run(asked.backend.questions([InterpretQuery(history=["i3", "i4"])]))
+    assert question.key.catalogue == asked.backend.watch.served.catalogue_version
+    assert b"Title 7" not in pickle.dumps((question.key, question.task))
+
+    # It is part of the proof, so that a title that cannot be written is found before anybody asks.
+    language = Language(asked.config)
+    language.prove(question.key, language.load(question.key))
+    add_item(speaking, " ".join(["Endless"] * 100))
+    newer = replace(question.key, catalogue=Workspace(speaking).tables["items"].version())
+    with pytest.raises(UsageError, match="The longest text takes"):
+        language.prove(newer, language.load(newer))
 
 
 def test_what_cannot_be_put_into_words_is_told(asked: Asked) -> None:
