@@ -44,6 +44,8 @@ from raypipe.language.trie import AnswerTrie, answer_tokens
 if TYPE_CHECKING:
     from raypipe.engines.engine import EngineConfig
 
+_TRIES_KEPT = 2  # systems ask for one text, and for a list; what writes items, of a catalogue and of the one before
+
 
 class TransformersEngine:
     """Answers prompts with a model of transformers; implements `Engine`. With an adapter it reads vectors too.
@@ -64,7 +66,7 @@ class TransformersEngine:
             self._adapter = read_card(folder)
             self.adapted = load_adapter(folder, self.backbone, checkpoint_hash(resolve_checkpoint(config.lm)))
         self.capabilities = config.capabilities
-        self._trie: tuple[Choices, AnswerTrie] | None = None
+        self._tries: list[tuple[Choices, AnswerTrie]] = []
 
     def beside(self, adapter: Path) -> TransformersEngine:
         """An engine with the adapter over the same weights, which are in memory once but for those that the adapter changes;
@@ -140,17 +142,19 @@ class TransformersEngine:
         return fitting, [row.ids for row in rows], soft
 
     def _trie_of(self, choices: Choices, decoding: Decoding) -> AnswerTrie:
-        """That of the last call, where the choices are the same."""
-        if self._trie is None or self._trie[0] != choices:
+        """That of an earlier call, where the choices are among the last that were asked for."""
+        trie = next((trie for held, trie in self._tries if held == choices), None)
+        if trie is None:
             trie = AnswerTrie(self.backbone, self.backbone.ends, choices.texts, choices.separator, choices.most)
-            self._trie = choices, trie
-        longest = self._trie[1].longest
+        others = [(held, other) for held, other in self._tries if other is not trie]
+        self._tries = [(choices, trie), *others][:_TRIES_KEPT]
+        longest = trie.longest
         if longest > decoding.max_new_tokens:
             raise UsageError(
                 f"The longest text takes {longest} tokens, its end included, and max_new_tokens is {decoding.max_new_tokens}.",
                 f"Set it to {longest} or more, or leave out what is so long.",
             )
-        return self._trie[1]
+        return trie
 
     def _searched(self, index: int, tokens_in: int, found: Sequence[Hypothesis], choices: Choices | None) -> Outcome:
         beams = tuple(Beam(self._text(beam.tokens, beam.chosen, choices), beam.logprob, beam.chosen) for beam in found)

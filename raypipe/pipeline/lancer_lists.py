@@ -22,7 +22,7 @@ from raypipe.runtime.job import ModelCache
 from raypipe.storage.models import Model, Models, find_model
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.lancer import LancerConfig
-from raypipe.systems.lancer_lists import ListWriter, build_writer
+from raypipe.systems.lancer_lists import ListWriter, build_writer, stored_config
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def writer_of(
 ) -> LoadsWriter:
     """Of the stored `model` and the catalogue `items`. Raises UsageError where its language model is not there any more."""
     catalogue = catalogue_of(items)
-    options = LancerConfig.model_validate(model.lineage["options"])
+    options = stored_config(model.name, model.lineage)
     named, path = model.lineage["lm_model"], model.lineage["lm_path"]
     lm_model = find_model(Models(workspace.store), named) if named else None
     lm = config.fetch(workspace, lm_model) if lm_model is not None else resolve_checkpoint(path)

@@ -160,4 +160,5 @@ async def _failed_inside(request: Request, error: Exception) -> JSONResponse:
 def _failed(
     request: Request, status: int, code: str, message: str, headers: dict[str, str] | None = None
 ) -> JSONResponse:
+    request.state.code = code  # for `Guard`, which counts it
     return JSONResponse(failure(request.state.request_id, code, message), status, headers)

@@ -83,6 +83,11 @@ class LanguageOptions(Config):
 
     answer_tokens: int = shaping(96, "most tokens of an item's line that is written, as of `recommend`", ge=1)
 
+    @property
+    def at_once(self) -> int:
+        """Questions of one request that are asked at a time: of every process a batch, and the next one."""
+        return max(1, 2 * self.batching.size * self.replicas)
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.ongoing < 2 * self.batching.size:

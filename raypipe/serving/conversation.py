@@ -37,15 +37,17 @@ class Speaking(Protocol):
 
 class Conversation:
     """`make` turns queries into questions as `Teller.ask` does, in a place where that holds up nobody; without `speaking`
-    it makes none."""
+    it makes none. Of one request's questions at most `at_once` are asked at a time: many at once would leave no room for
+    anybody's, their own included."""
 
     def __init__(
         self,
         speaking: Speaking | None,
         wait_s: float,
+        at_once: int,
         make: Callable[[Sequence[TellQuery]], Awaitable[list[Question | Telling | RefusedQueryError]]],
     ) -> None:
-        self.speaking, self.wait_s, self.make = speaking, wait_s, make
+        self.speaking, self.wait_s, self.at_once, self.make = speaking, wait_s, at_once, make
 
     async def tell(self, query: TellQuery) -> Telling:
         """Raises RefusedQueryError for what gets no answer."""
@@ -58,7 +60,8 @@ class Conversation:
         """In their order, all of one release and night."""
         until = time.time() + self.wait_s
         questions = await self.make(queries)
-        return await asyncio.gather(*(self._told(question, until) for question in questions))
+        room = asyncio.Semaphore(self.at_once)
+        return await asyncio.gather(*(self._told(question, until, room) for question in questions))
 
     async def stream(self, query: ExplainQuery) -> AsyncIterator[Event]:
         """Events: `decision`, `text` (a piece), `again` (what was written is no answer, and is begun anew), and at the end
@@ -71,13 +74,15 @@ class Conversation:
         return self._events(question, until)
 
     async def _told(
-        self, question: Question | Telling | RefusedQueryError, until: float
+        self, question: Question | Telling | RefusedQueryError, until: float, room: asyncio.Semaphore
     ) -> Telling | RefusedQueryError:
         if not isinstance(question, Question):
             return question
         assert self.speaking is not None
         try:
-            return question.answer(await self.speaking.ask(question.key, question.task, until))
+            async with room:
+                result = await self.speaking.ask(question.key, question.task, until)
+            return question.answer(result)
         except RefusedQueryError as problem:
             return problem
 

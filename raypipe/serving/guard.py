@@ -34,9 +34,9 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class Meter(Protocol):
-    """Where requests are counted."""
+    """Where requests are counted; `code` is that of a failure, else `none`."""
 
-    def request(self, route: str, status: int, seconds: float) -> None: ...
+    def request(self, route: str, status: int, code: str, seconds: float) -> None: ...
 
 
 class RateLimits:
@@ -83,7 +83,8 @@ class Guard:
         started = time.monotonic()
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         request_id = _request_id(headers)
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
         status = 0
         wait_s = self.limits.deadline_s
         if scope["path"] in self.words:
@@ -101,17 +102,20 @@ class Guard:
             token = self._token(headers)
             refusal = self._refusal(scope, headers, token)
             if refusal is not None:
+                state["code"] = refusal[1]
                 await _refuse(tell, request_id, *refusal)
                 return
             async with asyncio.timeout(wait_s):
                 await self.app(scope, _counted(receive, self.limits.body_bytes), tell)
         except TimeoutError:
+            state.setdefault("code", "deadline")
             if not status:
                 message = f"No answer within {wait_s:g} s: ask again later."
                 await _refuse(tell, request_id, 503, "deadline", message, 1)
         except Exception:
             # The traceback is for the log alone.
             _LOG.exception("request %s failed", request_id)
+            state["code"] = "internal"
             if not status:
                 await _refuse(
                     tell, request_id, 500, "internal", "The service failed; the request id names it in the log."
@@ -119,7 +123,7 @@ class Guard:
         finally:
             seconds = time.monotonic() - started
             route = getattr(scope.get("route"), "path", "none")
-            self.meter.request(route, status, seconds)
+            self.meter.request(route, status, state.get("code", "none"), seconds)
             line = {
                 "time": round(time.time(), 3),
                 "request_id": request_id,

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ from raypipe.language.adapters import read_card
 from raypipe.language.prompt import Prompt, Vectors
 from raypipe.serving.catalogue import Catalogue
 from raypipe.serving.config import OF_RELEASE, ServiceConfig
-from raypipe.serving.readers import lm_of
+from raypipe.serving.readers import INTERPRETER, lm_of
 from raypipe.serving.served import UnfitError
 from raypipe.serving.service import Code
 from raypipe.storage.models import Models, find_model
@@ -30,23 +31,23 @@ from raypipe.storage.releases import Release
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.explanations import NO, YES, Asked, Explanation, explain
 from raypipe.systems.lancer import NAME as LANCER
-from raypipe.systems.lancer import LancerConfig
-from raypipe.systems.lancer_lists import ListWriter, build_writer
+from raypipe.systems.lancer_lists import ListWriter, build_writer, stored_config
 from raypipe.systems.paradigms import build_summarizer
+from raypipe.systems.recinterpreter import SEPARATOR, InterpreterConfig
 from raypipe.systems.summaries import Block, UserSummary
 from raypipe.systems.trsr import likelihoods
 
 ECHO = "echo"
-ADAPTERS = 8
-"""Most that are kept beside one language model."""
-_KEPT = 2  # language models, and catalogues that one adapter writes of: that in force, and that which takes its place
+_KEPT = (
+    2  # language models, and voices of an adapter's name: of the release in force, and of the one before or after it
+)
 _PROBE_TOKENS = 2
 
 
 @dataclass(frozen=True)
 class Key:
     """Which weights answer: a language model as a release names it, and beside it an adapter NAME/HASH, or none; of one that
-    writes items, the version of the catalogue that it writes of."""
+    writes items or is held to their titles, the version of the catalogue."""
 
     lm: str
     adapter: str = ""
@@ -54,6 +55,11 @@ class Key:
 
     def __str__(self) -> str:
         return f"{'' if self.catalogue is None else f'{self.catalogue}:'}{self.adapter}@{self.lm}"
+
+    @property
+    def name(self) -> str:
+        """The adapter's."""
+        return self.adapter.partition("/")[0]
 
     @classmethod
     def parse(cls, text: str) -> Key:
@@ -72,10 +78,10 @@ class Explain:
 
 @dataclass(frozen=True)
 class Write:
-    """To answer a prompt, if given with one of the choices."""
+    """To answer a prompt, where the adapter is held to titles with at most so many of them."""
 
     prompt: Prompt
-    choices: Choices | None = None
+    titles: int = 1
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,7 @@ class Failed:
     message: str
 
 
+UNREAD = Failed("too_much", "This does not fit what the language model reads at once.")
 Result = Explanation | Outcome | UserSummary | Likelihoods | Continued | Failed
 
 
@@ -141,36 +148,35 @@ class Job:
 
 @dataclass(frozen=True)
 class Voice:
-    """What answers: an engine, and over it what writes items, where its adapter was trained to."""
+    """What answers: an engine, and over it what writes items, where its adapter was trained to; by their most titles the choices
+    that answers are held to, if they are."""
 
     engine: Engine
     writer: ListWriter | None = None
-
-
-@dataclass(frozen=True)
-class _Base:
-    """A language model, and the voices over its weights by adapter and catalogue."""
-
-    voice: Voice
-    beside: dict[tuple[str, int | None], Voice]
+    choices: Mapping[int, Choices] = field(default_factory=dict)
 
 
 class Language:
-    """Loads engines and lets them answer. Loading may go on in one thread while another one answers."""
+    """Loads engines and lets them answer. Loading may go on in one thread while another one answers.
+
+    Of language models, and of the adapters of one name, each of which may be a whole copy of its language model, the two that
+    were used last are kept.
+    """
 
     def __init__(self, config: ServiceConfig) -> None:
         self.config = config
         self.workspace = Workspace(config.workspace)
         self._models = Models(self.workspace.store)
-        self._bases: dict[str, _Base] = {}
+        self._voices: dict[Key, Voice] = {}
+        self._used: dict[Key, float] = {}
         self._loading = Lock()
 
     def ready(self, key: Key) -> Voice | None:
         """What answers with these weights if they are in memory; waits for no loading."""
-        base = self._bases.get(key.lm)
-        if base is None:
-            return None
-        return base.beside.get((key.adapter, key.catalogue)) if key.adapter else base.voice
+        voice = self._voices.get(key)
+        if voice is not None:
+            self._used[key] = time.monotonic()
+        return voice
 
     def load(self, key: Key) -> Voice:
         """What answers with these weights; those of the language model are shared by all of its adapters.
@@ -178,20 +184,26 @@ class Language:
         Raises UsageError for what is missing, damaged or does not belong together.
         """
         with self._loading:
-            base = self._bases.pop(key.lm, None) or _Base(Voice(self._base(key.lm)), {})
-            self._bases[key.lm] = base
-            while len(self._bases) > _KEPT:
-                self._bases.pop(next(iter(self._bases)))
-            if not key.adapter:
-                return base.voice
-            wanted = key.adapter, key.catalogue
-            if wanted not in base.beside:
-                base.beside[wanted] = self._beside(base, key)
-                for older in [one for one in base.beside if one[0] == key.adapter][:-_KEPT]:
-                    base.beside.pop(older)
-                while len(base.beside) > ADAPTERS:
-                    base.beside.pop(next(iter(base.beside)))
-            return base.beside[wanted]
+            for wanted in dict.fromkeys((Key(key.lm), key)):
+                if wanted not in self._voices:
+                    self._make_room(wanted)
+                    made = self._beside(wanted) if wanted.adapter else Voice(self._base(wanted.lm))
+                    self._voices[wanted] = made
+                self._used[wanted] = time.monotonic()
+            return self._voices[key]
+
+    def _make_room(self, key: Key) -> None:
+        """Before it is loaded, let go of all but the last used of what it may take the place of."""
+        if key.adapter:
+            rivals = {one: str(one) for one in self._voices if (one.lm, one.name) == (key.lm, key.name)}
+        else:
+            rivals = {one: one.lm for one in self._voices}
+        newest = sorted(rivals, key=self._used.__getitem__, reverse=True)
+        kept = list(dict.fromkeys(rivals[one] for one in newest))[: _KEPT - 1]
+        for one in newest:
+            if rivals[one] not in kept:
+                self._voices.pop(one)
+                self._used.pop(one)
 
     def keys(self, release: Release, catalogue: int) -> list[Key]:
         """All weights of a release that may be asked, of a catalogue of this version."""
@@ -200,8 +212,9 @@ class Language:
         found = [Key(release.lm)]
         for name, content in release.adapters.items():
             adapter = f"{name}/{content}"
-            writes = find_model(self._models, adapter).lineage.get("system") == LANCER
-            found.append(Key(release.lm, adapter, catalogue if writes else None))
+            lineage = find_model(self._models, adapter).lineage
+            held = lineage.get("system") == LANCER or _titles(lineage)
+            found.append(Key(release.lm, adapter, catalogue if held else None))
         return found
 
     def prove(self, key: Key, voice: Voice) -> None:
@@ -210,13 +223,13 @@ class Language:
             written = voice.writer.lists([[1]])
             fit = not written.refused and all(map(math.isfinite, written.logprobs[0]))
         else:
-            fit = self._reads(key, voice.engine)
+            fit = self._reads(key, voice)
         if not fit:
             name = f"adapter {key.adapter[:40]}" if key.adapter else f"language model {key.lm[:40]}"
             raise UnfitError(f"The {name} does not answer.", "Train or align it again, and release that.")
 
-    def _reads(self, key: Key, engine: Engine) -> bool:
-        prompt = Prompt.of("Is this read?")
+    def _reads(self, key: Key, voice: Voice) -> bool:
+        engine, prompt = voice.engine, Prompt.of("Is this read?")
         if key.adapter:
             widths = read_card(self._models.fetch(find_model(self._models, key.adapter), Path(self.config.model_cache)))
             rng = np.random.default_rng(0)
@@ -225,6 +238,10 @@ class Language:
                 for source, width in sorted(widths.widths.items())
             ]
             prompt = Prompt.of("Is this read: ", *soft, "?")
+        for choices in voice.choices.values():
+            (outcome,) = engine.generate([prompt], self.config.language.reading, choices)
+            if outcome.error is not None:
+                return False
         if engine.capabilities.logprobs:
             (scores,) = engine.score([prompt], [(YES, NO)])
             return scores.error is None and all(map(math.isfinite, scores.logprobs))
@@ -250,21 +267,24 @@ class Language:
                     found[at] = result
         return found
 
-    def _beside(self, base: _Base, key: Key) -> Voice:
-        reader = base.voice.engine
+    def _beside(self, key: Key) -> Voice:
+        reader = self._voices[Key(key.lm)].engine
         if not isinstance(reader, TransformersEngine):
             raise UsageError(
                 f"The adapter {key.adapter[:40]} cannot be read beside {key.lm}.",
                 "Serve it with --language.engine.engine transformers.",
             )
         adapter = find_model(self._models, key.adapter)
-        same = [voice.engine for (name, _), voice in base.beside.items() if name == key.adapter]
+        same = [voice.engine for one, voice in self._voices.items() if (one.lm, one.adapter) == (key.lm, key.adapter)]
         engine = same[0] if same else reader.beside(self._models.fetch_unharmed(adapter, Path(self.config.model_cache)))
         if key.catalogue is None:
             return Voice(engine)
         assert isinstance(engine, TransformersEngine)
         spoken = Catalogue.of(self.workspace.tables["items"].read(key.catalogue)).spoken
-        options = LancerConfig.model_validate(adapter.lineage["options"])
+        if several := _titles(adapter.lineage):
+            texts = tuple(spoken.titles)
+            return Voice(engine, choices={most: Choices(texts, SEPARATOR, most) for most in (several, 1)})
+        options = stored_config(adapter.name, adapter.lineage)
         return Voice(engine, build_writer(options, spoken, reader, engine, self.config.language.answer_tokens))
 
     def _base(self, lm: str) -> Engine:
@@ -290,10 +310,10 @@ class Language:
     def _write(self, voice: Voice, jobs: Sequence[Job]) -> Sequence[Result]:
         tasks = [job.task for job in jobs if isinstance(job.task, Write)]
         found: list[Result] = [Failed("internal", "No answer.")] * len(tasks)
-        for choices in dict.fromkeys(task.choices for task in tasks):
-            mine = [at for at, task in enumerate(tasks) if task.choices == choices]
+        for titles in dict.fromkeys(task.titles for task in tasks):
+            mine = [at for at, task in enumerate(tasks) if task.titles == titles]
             prompts = [tasks[at].prompt for at in mine]
-            for outcome in voice.engine.generate(prompts, self.config.language.reading, choices):
+            for outcome in voice.engine.generate(prompts, self.config.language.reading, voice.choices.get(titles)):
                 found[mine[outcome.index]] = outcome
         return found
 
@@ -317,6 +337,14 @@ class Language:
         for filter_seen in {task.filter_seen for task in tasks}:
             mine = [at for at, task in enumerate(tasks) if task.filter_seen == filter_seen]
             written = voice.writer.lists([tasks[at].history for at in mine], filter_seen=filter_seen)
-            for at, items, logprobs in zip(mine, written.items, written.logprobs, strict=True):
-                found[at] = Continued(items, logprobs)
+            for at, items, logprobs, unread in zip(mine, written.items, written.logprobs, written.unread, strict=True):
+                found[at] = UNREAD if unread else Continued(items, logprobs)
         return found
+
+
+def _titles(lineage: Mapping[str, Any]) -> int:
+    """Most titles of an answer, where an adapter that reads states is held to them; else 0."""
+    if lineage.get("system") != INTERPRETER:
+        return 0
+    options = InterpreterConfig.model_validate(lineage["options"])
+    return options.titles if options.constrained else 0

@@ -10,7 +10,9 @@ class ServingMetrics:
         from ray.util.metrics import Counter, Gauge, Histogram
 
         bounds = [0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
-        self._requests = Counter("raypipe_serving_requests", "Requests, by route and status.", ("route", "status"))
+        self._requests = Counter(
+            "raypipe_serving_requests", "Requests, by route, status and code of failure.", ("route", "status", "code")
+        )
         self._seconds = Histogram("raypipe_serving_seconds", "From a request's head to its answer.", bounds, ("route",))
         self._batch = Histogram("raypipe_serving_batch", "Queries of a batch.", [1, 2, 4, 8, 16, 32, 64, 128])
         self._since = Gauge("raypipe_serving_since", "Unix time since when this is served.", ("release", "night"))
@@ -18,8 +20,8 @@ class ServingMetrics:
             "raypipe_serving_refused", "Releases and nights in force that are not served because they are unfit."
         )
 
-    def request(self, route: str, status: int, seconds: float) -> None:
-        self._requests.inc(1, {"route": route, "status": str(status)})
+    def request(self, route: str, status: int, code: str, seconds: float) -> None:
+        self._requests.inc(1, {"route": route, "status": str(status), "code": code})
         self._seconds.observe(seconds, {"route": route})
 
     def batch(self, queries: int) -> None:

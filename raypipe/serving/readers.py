@@ -19,6 +19,7 @@ from raypipe.storage.models import Model, Models, find_model
 from raypipe.storage.releases import Release
 from raypipe.systems.candidate_facts import Facts
 from raypipe.systems.lancer import LancerConfig
+from raypipe.systems.lancer_lists import stored_config
 from raypipe.systems.recexplainer import ExplainerConfig, RecExplainer
 from raypipe.systems.recinterpreter import InterpreterConfig, RecInterpreter
 from raypipe.systems.trsr import Past, Trsr, TrsrConfig
@@ -106,7 +107,7 @@ def _system(model: Model) -> RecExplainer | RecInterpreter | LancerConfig | None
     if model.lineage.get("system") == INTERPRETER:
         return InterpreterConfig.model_validate(options).build()
     if model.lineage.get("system") == WRITER:
-        return LancerConfig.model_validate(options)
+        return stored_config(model.name, model.lineage)
     return None
 
 

@@ -17,6 +17,7 @@ import torch
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
+from raypipe.runtime.memory import keep_heap_small
 from raypipe.serving.api import build_api
 from raypipe.serving.batcher import Batcher
 from raypipe.serving.config import ServiceConfig
@@ -49,6 +50,7 @@ class Replica:
 
     def __init__(self, config: ServiceConfig, language: DeploymentHandle | None = None) -> None:
         shut_inner_door()
+        keep_heap_small()
         self.config = config
         torch.set_num_threads(config.replicas.threads)
         _log_audit(config.audit)
@@ -58,7 +60,10 @@ class Replica:
         self.service = Service(config, self.store, lambda: self.watch.served, self.watch.record)
         teller = Teller(config, self.service)
         self.conversation = Conversation(
-            speaking, config.limits.words_s, lambda queries: self._aside(lambda: teller.ask(queries))
+            speaking,
+            config.limits.words_s,
+            config.language.at_once,
+            lambda queries: self._aside(lambda: teller.ask(queries)),
         )
         self.metrics = ServingMetrics()
         self.threads = ThreadPoolExecutor(_THREADS, "answers")

@@ -15,6 +15,7 @@ from torch import Tensor
 from raypipe.errors import AccessError, RaypipeError, UsageError
 from raypipe.recommenders.checkpoint import check_catalogue, load_recommender
 from raypipe.recommenders.recommender import Recommender, freeze
+from raypipe.recommenders.windows import Histories
 from raypipe.serving.catalogue import Catalogue, read_denied
 from raypipe.serving.config import ServiceConfig
 from raypipe.serving.readers import Reader, read_readers
@@ -24,6 +25,7 @@ from raypipe.storage.nights import Night, Nights
 from raypipe.storage.online import OnlineStore, version_of
 from raypipe.storage.releases import Releases
 from raypipe.storage.workspace import Workspace
+from raypipe.systems.source import Source
 
 _PROBES = 8
 _SOME_USERS = 20
@@ -71,6 +73,12 @@ class Served:
     def item_states(self) -> NDArray[np.float32]:
         """float32 [items + 1, width]: the table as language models are shown it."""
         return self.table.detach().float().numpy()
+
+    @cached_property
+    def source(self) -> Source:
+        """What systems read, of nobody yet."""
+        nobody = Histories(np.zeros(0, np.int32), np.zeros(0, np.int64))
+        return Source(self.recommender, nobody, np.zeros(0, bool), self.catalogue.spoken, computed=self.item_states)
 
     def score(self, asked: Sequence[tuple[Known, NDArray[np.int32]]]) -> list[NDArray[np.float32] | None]:
         return score(self.recommender, self.table, asked)

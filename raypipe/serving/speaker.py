@@ -24,7 +24,7 @@ from raypipe.serving.batcher import Batcher
 from raypipe.serving.config import ServiceConfig
 from raypipe.serving.conversation import SoFar
 from raypipe.serving.doors import shut_inner_door
-from raypipe.serving.language import ADAPTERS, Failed, Job, Key, Language, Result, Task, Voice
+from raypipe.serving.language import Failed, Job, Key, Language, Result, Task, Voice
 from raypipe.serving.served import UnfitError, is_lasting
 from raypipe.storage.releases import Releases
 from raypipe.systems.explanations import Explanation
@@ -32,6 +32,7 @@ from raypipe.systems.explanations import Explanation
 T = TypeVar("T")
 _LOG = logging.getLogger("raypipe.serving")
 _TRIES = 3
+_TOLD = 32  # keys of which Ray Serve is told that this process has them; more than a release and the one before have
 _PROOF_S = 600.0
 _LOADED = Failed("not_ready", "The language model of the release cannot be loaded.")
 _ASKED = Failed("not_ready", "The language model of the release cannot be asked.")
@@ -113,7 +114,7 @@ class Speaker:
             _LOG.error("%s: %s", key, error)
             return [_ASKED] * len(jobs)
 
-    @serve.multiplexed(max_num_models_per_replica=ADAPTERS)
+    @serve.multiplexed(max_num_models_per_replica=_TOLD)
     async def _told(self, key: str) -> str:
         """Lets Ray Serve know that this process has these weights; which are kept is for `Language` to say, as adapters share
         theirs."""

@@ -5,18 +5,19 @@ Prompts are made here, where the recommender is; they go to the language model a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
 
-from raypipe.engines.engine import Choices, Outcome
+from raypipe.engines.engine import Outcome
 from raypipe.language.prompt import Prompt
 from raypipe.metrics.recovery import titles_in
 from raypipe.recommenders.windows import Histories
 from raypipe.serving.config import ServiceConfig
 from raypipe.serving.language import (
+    UNREAD,
     Continue,
     Continued,
     Explain,
@@ -62,7 +63,6 @@ from raypipe.systems.recinterpreter import (
     residual_prompt,
     title_in,
 )
-from raypipe.systems.source import Source
 from raypipe.systems.summaries import UserSummary, blocks_of
 from raypipe.systems.trsr import PastSummaries, best_first
 
@@ -238,19 +238,19 @@ class Teller:
         length = int(histories.lengths[0])
         if length < (2 if isinstance(query, ResidualQuery) else 1):
             raise _nothing_known()
-        source = _source(served, histories)
+        source = replace(served.source, histories=histories, held_out=np.zeros(1, bool))
         (reading,) = system.readings(source, np.array([0]), np.array([length]))
-        several, one = system.choices(source) or (None, None)
+        titles = system.config.titles
         if isinstance(query, InterpretQuery):
             prompt = recovery_prompt(system.prompts.recovery.test[0], reading)
-            return self._question(served, person, reader, prompt, several, _interpreted(source, reading))
+            return self._question(served, person, reader, prompt, titles, _interpreted(served.source.known, reading))
         template = system.prompts.residual.test[0]
         if isinstance(query, ResidualQuery):
             prompt = residual_prompt(template, reading)
-            return self._question(served, person, reader, prompt, one, _named(source, reading.title))
+            return self._question(served, person, reader, prompt, 1, _named(served.source.known, reading.title))
         (oracle,) = oracles_of(source, [reading])
         prompt = oracle_prompt(template, reading, oracle)
-        return self._question(served, person, reader, prompt, one, _named(source, oracle.title))
+        return self._question(served, person, reader, prompt, 1, _named(served.source.known, oracle.title))
 
     def _question(
         self,
@@ -258,7 +258,7 @@ class Teller:
         person: Person,
         reader: Reader,
         prompt: Prompt,
-        choices: Choices | None,
+        titles: int,
         build: Callable[[str, dict[str, Any]], Telling],
     ) -> Question:
         def answer(result: Result) -> Telling:
@@ -267,7 +267,11 @@ class Teller:
                 raise _no_answer(outcome.error.kind)
             return build(outcome.text.strip(), _facts(served, person, reader))
 
-        return Question(self._key(served, reader), Write(prompt, choices), answer)
+        assert isinstance(reader.system, RecInterpreter)
+        key = self._key(served, reader)
+        if reader.system.config.constrained:
+            key = replace(key, catalogue=served.catalogue_version)
+        return Question(key, Write(prompt, titles), answer)
 
     def _key(self, served: Served, reader: Reader | None = None) -> Key:
         if not self.config.language.replicas:
@@ -277,24 +281,19 @@ class Teller:
         return Key(served.lm, reader.adapter if reader is not None else "")
 
 
-def _interpreted(source: Source, reading: Reading) -> Callable[[str, dict[str, Any]], Telling]:
+def _interpreted(known: Collection[str], reading: Reading) -> Callable[[str, dict[str, Any]], Telling]:
     def build(text: str, facts: dict[str, Any]) -> Interpreted:
-        return Interpreted(titles=titles_in(text, source.known, SEPARATOR), history=reading.history, text=text, **facts)
+        return Interpreted(titles=titles_in(text, known, SEPARATOR), history=reading.history, text=text, **facts)
 
     return build
 
 
-def _named(source: Source, expected: str) -> Callable[[str, dict[str, Any]], Telling]:
+def _named(known: Collection[str], expected: str) -> Callable[[str, dict[str, Any]], Telling]:
     def build(text: str, facts: dict[str, Any]) -> Named:
-        title = title_in(text, source.known)
-        return Named(title=title if title in source.known else None, expected=expected, text=text, **facts)
+        title = title_in(text, known)
+        return Named(title=title if title in known else None, expected=expected, text=text, **facts)
 
     return build
-
-
-def _source(served: Served, histories: Histories) -> Source:
-    nobody = np.zeros(len(histories.lengths), bool)
-    return Source(served.recommender, histories, nobody, served.catalogue.spoken, computed=served.item_states)
 
 
 def _chosen(served: Served, named: str | None, kind: str, oracle: bool = False) -> Reader:
@@ -334,5 +333,5 @@ def _nothing_known() -> RefusedQueryError:
 
 def _no_answer(reason: str) -> RefusedQueryError:
     if reason == "prompt_too_long":
-        return RefusedQueryError("too_much", "This does not fit what the language model reads at once.")
+        return RefusedQueryError(UNREAD.code, UNREAD.message)
     return RefusedQueryError("no_answer", f"The language model found no words that pass the checks: {reason}.")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from raypipe.errors import RaypipeError, UsageError
+from raypipe.runtime.memory import return_memory
 from raypipe.serving.config import ServiceConfig
 from raypipe.serving.queries import Standing
 from raypipe.serving.recommending import Known, Wanted
@@ -25,6 +26,7 @@ from raypipe.storage.workspace import Workspace
 _LOG = logging.getLogger("raypipe.serving")
 _RECORDED = 128
 _MOST_WAIT_S = 60.0  # until what could not be loaded is tried again
+_MEMORY_S = 60.0  # between two times that what requests freed is given back
 
 
 class Watch:
@@ -46,6 +48,7 @@ class Watch:
         self._put_off: dict[Target, tuple[int, float]] = {}  # how often it failed, and until when it is left alone
         self.night_in_force: str | None = None
         self.tokens: Mapping[str, Token] = Tokens(self.workspace.store).valid()
+        self._gave_back = time.monotonic()
         self._recorded: deque[tuple[Known, Wanted]] = deque(maxlen=_RECORDED)
         self._stop = threading.Event()
         self.served = self._first()
@@ -114,6 +117,7 @@ class Watch:
             return False
         self._mark(served)
         self.served = served
+        self._give_back()
         _LOG.info(
             "release %s and night %s are served after %.1f s",
             target.release[:12],
@@ -175,3 +179,9 @@ class Watch:
                 self.look()
             except Exception as error:  # the next look may see more
                 _LOG.warning("what is in force cannot be seen: %s", error)
+            if time.monotonic() - self._gave_back >= _MEMORY_S:
+                self._give_back()
+
+    def _give_back(self) -> None:
+        return_memory()
+        self._gave_back = time.monotonic()

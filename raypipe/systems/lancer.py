@@ -13,7 +13,6 @@ writer reads the knowledge prompt itself; items read one another), several items
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -105,7 +104,9 @@ class LancerConfig(Config):
     lora: LoraOptions | None = shaping(None, "updates of the writer; unset: all of its weights are trained")
     text_characters: int = shaping(200, "characters of an item's text in its content", ge=0)
     content_tokens: int = shaping(32, "most tokens of a content", ge=2)
-    beams: int = shaping(10, "lines that are written for each user", ge=1)
+    beams: int = shaping(
+        10, "lines that are searched for each user; of one alone no search tells the probability", ge=2
+    )
     constrained: bool = shaping(False, "lines are held to the catalogue's; the published figures do without")
     filter_seen: bool = shaping(True, "what a user has seen is left out of the list")
     cold_events: int = shaping(5, "a user of fewer events than this is cold, and an item too", ge=1)
@@ -210,9 +211,7 @@ class Lancer:
         for outcome in engine.generate(prompts, decoding, self.choices()):
             told["refused"] += outcome.error is not None
             told["tokens_asked"] += outcome.tokens_in
-            # What is not searched for has no probability that was told.
-            alone = [] if outcome.error else [Beam(outcome.text, math.nan)]
-            found[outcome.index] = list(outcome.beams) or alone
+            found[outcome.index] = list(outcome.beams)
         return found, told
 
     @cached_property

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from raypipe.engines.transformers import TransformersEngine
+from raypipe.errors import UsageError
 from raypipe.language.grounding import Grounding
 from raypipe.language.instructions import Catalogue
 from raypipe.systems.lancer import Frame, Lancer, LancerConfig, lists_of
@@ -28,6 +30,11 @@ class Lists:
     margins: list[NDArray[np.float32]]
     refused: float
     tokens: float
+
+    @property
+    def unread(self) -> list[bool]:
+        """Whose prompt could not be read, so that nothing was written."""
+        return [not len(mine) for mine in self.exact]
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,14 @@ class ListWriter:
             if tell is not None:
                 tell(min(part.stop, len(histories)), len(histories))
         return replace(found, refused=refused, tokens=tokens)
+
+
+def stored_config(name: str, lineage: Mapping[str, Any]) -> LancerConfig:
+    """Of a stored adapter; raises UsageError where it was trained with options that are none any more."""
+    try:
+        return LancerConfig.model_validate(lineage["options"])
+    except ValueError as error:
+        raise UsageError(f"The adapter {name} cannot be asked: {error}", "Align it again.") from None
 
 
 def build_writer(

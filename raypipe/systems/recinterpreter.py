@@ -374,7 +374,7 @@ def oracles_of(source: Source, readings: Sequence[Reading]) -> list[Oracle]:
     model = source.recommender
     states = torch.from_numpy(np.concatenate([reading.after.values[-1:] for reading in readings]))
     queries = model.queries(states.to(model.table.device))
-    nearest, _ = top_k(queries, model.item_states(), 1)
+    nearest, _ = top_k(queries, torch.from_numpy(source.item_states).to(queries.device), 1)
     titles = source.titles_of(nearest[:, 0].tolist())
     vectors = queries.float().cpu().numpy()
     return [Oracle(Vectors(vector[None], SOURCE), title) for vector, title in zip(vectors, titles, strict=True)]

@@ -34,3 +34,28 @@ def test_a_worker_takes_its_pages_once_and_gives_back_what_it_no_longer_needs():
     assert later < first / 20
     assert full > 280e6
     assert rest < full / 4
+
+
+SMALL = """
+from raypipe.runtime.memory import _resident_bytes, keep_heap_small
+
+taken = keep_heap_small()
+for size in (8 << 20, 31 << 20):  # what is freed would raise the threshold to its size
+    held = bytes(size)
+    del held
+at_rest = _resident_bytes()
+blocks = [b"x" * (2 << 20) for _ in range(50)][::2]  # a gap behind each
+full = _resident_bytes()
+del blocks
+print(int(taken), full - at_rest, _resident_bytes() - at_rest)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the heap of glibc")
+def test_a_heap_that_is_kept_small_keeps_no_large_block_that_was_freed():
+    said = subprocess.run([sys.executable, "-c", SMALL], check=True, capture_output=True, text=True).stdout
+    taken, full, rest = map(int, said.split())
+    assert taken == 1, "mallopt took both thresholds"
+    # Half of the blocks have gone back already, and then all.
+    assert 45e6 < full < 65e6
+    assert rest < 5e6

@@ -23,14 +23,14 @@ from raypipe.storage.tokens import Token, Tokens
 
 
 class Counted:
-    """Requests by route and status."""
+    """Requests by route, status and code."""
 
     def __init__(self) -> None:
-        self.requests: list[tuple[str, int]] = []
+        self.requests: list[tuple[str, int, str]] = []
 
-    def request(self, route: str, status: int, seconds: float) -> None:
+    def request(self, route: str, status: int, code: str, seconds: float) -> None:
         assert seconds >= 0
-        self.requests.append((route, status))
+        self.requests.append((route, status, code))
 
 
 class Speaking:
@@ -63,7 +63,7 @@ class Direct:
         speaking = Speaking(config)
         self.watch = Watch(config, open_online_store(config.store, Store(config.workspace)), speaking.prove)
         self.service = Service(config, self.watch.store, lambda: self.watch.served, self.watch.record)
-        self.conversation = Conversation(speaking, config.limits.words_s, self.questions)
+        self.conversation = Conversation(speaking, config.limits.words_s, config.language.at_once, self.questions)
 
     async def answer(self, query: Query) -> Answer:
         (answer,) = self.service.answer([query])

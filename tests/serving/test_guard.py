@@ -20,6 +20,7 @@ from starlette.websockets import WebSocketDisconnect
 from raypipe.serving.api_words import add_words
 from raypipe.serving.config import LimitOptions
 from raypipe.serving.guard import OPEN, Guard, RateLimits
+from raypipe.storage.online import OnlineStoreDownError
 from raypipe.storage.store import Store
 from raypipe.storage.tokens import Token, Tokens, hash_of
 from tests.conftest import Run
@@ -175,7 +176,40 @@ def test_one_audit_line_a_request_without_personal_text(asked: Asked, caplog: py
     ]
     assert all(re.fullmatch("[0-9a-f]{32}", line["request_id"]) for line in lines)
     assert not re.search("u7|i1|private", json.dumps([{**line, "request_id": ""} for line in lines]))
-    assert asked.meter.requests[-1] == ("none", 401)
+    assert asked.meter.requests[-1] == ("none", 401, "unauthorised")
+
+
+def test_requests_are_counted_by_what_became_of_them(ready: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Asked(ready, limits={"deadline_s": 0.2, "body_bytes": 20_000})
+
+    def fail(version: str, users: object) -> None:
+        raise OnlineStoreDownError("It is gone.")
+
+    async def hang(query: object) -> None:
+        await asyncio.sleep(60)
+
+    async def break_down(query: object) -> None:
+        raise RuntimeError
+
+    asked.get("release")
+    asked.get("users/nobody")
+    asked.post("recommend", {"user_id": ["u1"]})
+    asked.post("recommend", {"history": ["i" * 300] * 100})
+    with monkeypatch.context() as broken:
+        broken.setattr(asked.backend.service.store, "get", fail)
+        asked.post("recommend", {"user_id": "u1"})
+    for answer in (hang, break_down):
+        monkeypatch.setattr(asked.backend, "answer", answer)
+        asked.post("recommend", {"user_id": "u1"})
+    assert asked.meter.requests == [
+        ("/v1/release", 200, "none"),
+        ("/v1/users/{user_id:path}", 404, "no_such_user"),
+        ("/v1/recommend", 422, "invalid"),
+        ("none", 413, "too_large"),
+        ("/v1/recommend", 503, "store_down"),
+        ("/v1/recommend", 503, "deadline"),
+        ("/v1/recommend", 500, "internal"),
+    ]
 
 
 async def _exchange(

@@ -81,6 +81,9 @@ def test_what_cannot_be_continued_is_told(asked: Asked, ready: str) -> None:
     for body, status, code in cases:
         answer = asked.post("next", body)
         assert (answer.status_code, answer.json()["error"]["code"]) == (status, code), body
+    crowded = Asked(asked.config.workspace, "crowded", language={**SHORT, "answer_tokens": 500})
+    refused = crowded.post("next", {"history": ["i1", "i2"]})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (413, "too_much")
     assert Asked(ready).post("next", {"history": ["i1"]}).json()["error"]["code"] == "no_adapter"
 
 

@@ -12,12 +12,12 @@ import pytest
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from raypipe.engines.engine import Choices, Outcome
+from raypipe.engines.engine import Outcome
 from raypipe.errors import AccessError, RaypipeError, UsageError
 from raypipe.language.prompt import Prompt
-from raypipe.serving.config import ServiceConfig
+from raypipe.serving.config import LanguageOptions, LimitOptions, ServiceConfig
 from raypipe.serving.conversation import Conversation, SoFar
-from raypipe.serving.language import Continue, Continued, Failed, Job, Key, Result, Voice, Write
+from raypipe.serving.language import Continue, Continued, Failed, Job, Key, Result, Task, Voice, Write
 from raypipe.serving.queries import ExplainQuery, Summaries
 from raypipe.serving.served import UnfitError, is_lasting
 from raypipe.serving.service import RefusedQueryError
@@ -161,8 +161,10 @@ def test_an_engine_that_refuses_a_whole_batch_is_no_error_of_ours(
     alone: Alone, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, keys = keys_of(alone)
-    job = Job(Write(Prompt.of("?"), Choices((" ".join(["endless"] * 100),))), time.time() + 60)
-    found = asyncio.run(alone._answer(job, str(keys["recinterpreter"])))
+    alone.language.config = ServiceConfig(
+        workspace=alone.language.config.workspace, language={**SHORT, "answer_tokens": 1}
+    )
+    found = asyncio.run(alone._answer(Job(Continue([3, 4], False), time.time() + 60), str(keys["lancer"])))
     assert found == Failed("not_ready", "The language model of the release cannot be asked.")
     assert "The longest text takes" in caplog.text
 
@@ -227,7 +229,7 @@ def test_a_sentence_that_dies_in_the_middle_is_begun_anew() -> None:
         async def make(queries: Any) -> list[Any]:
             return [Question(KEY, TASK, lambda result: TOLD)]
 
-        conversation = Conversation(speaking, 30.0, make)
+        conversation = Conversation(speaking, 30.0, 1, make)
         return [event async for event in await conversation.stream(ExplainQuery(user_id="u1"))]
 
     assert asyncio.run(events()) == [
@@ -251,7 +253,43 @@ def test_a_stream_ends_with_the_reason_where_it_cannot_go_on() -> None:
             return [Question(KEY, TASK, answer)]
 
         speaking = Remote(Processes(telling(SoFar("no", "be"), BackPressureError(1, 1))))  # type: ignore[arg-type]
-        conversation = Conversation(speaking, 30.0, refuse)
+        conversation = Conversation(speaking, 30.0, 1, refuse)
         return [event async for event in await conversation.stream(ExplainQuery(user_id="u1"))]
 
     assert [name for name, _ in asyncio.run(events())] == ["decision", "text", "error"]
+
+
+def test_the_questions_of_a_large_batch_leave_room_for_themselves() -> None:
+    options = LanguageOptions()
+    asked: list[int] = []
+
+    class Full:
+        """Takes as much as the deployment: what its processes work on, and what waits for one."""
+
+        async def ask(self, key: Key, task: Task, until: float) -> Result:
+            asked.append(asked[-1] + 1 if asked else 1)
+            try:
+                if asked[-1] > options.replicas * options.ongoing + options.queued:
+                    return Failed("busy", "More is asked than it can answer.")
+                await asyncio.sleep(0.01)
+                return Outcome(0, "words")
+            finally:
+                asked.append(asked[-1] - 1)
+
+        def stream(self, key: Key, task: Task, until: float) -> AsyncIterator[SoFar | Result]:
+            raise NotImplementedError
+
+    def answer(result: Result) -> Summaries:
+        if isinstance(result, Failed):
+            raise RefusedQueryError(result.code, result.message)
+        return TOLD
+
+    async def make(queries: Any) -> list[Any]:
+        return [Question(KEY, TASK, answer) for _ in queries]
+
+    most = LimitOptions().queries
+    conversation = Conversation(Full(), 30.0, options.at_once, make)
+    found = asyncio.run(conversation.tell_all([ExplainQuery(user_id="u1")] * most))
+    assert found == [TOLD] * most
+    # Two batches of each process: one is computed while the next one waits.
+    assert max(asked) == 2 * options.batching.size == 64

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,16 @@ from raypipe.errors import RaypipeError, UsageError
 from raypipe.serving.config import ServiceConfig
 from raypipe.serving.serve import ServeConfig, run_serve
 from raypipe.serving.served import UnfitError
+from raypipe.serving.watch import Watch
 from raypipe.storage.models import Model, Models
+from raypipe.storage.online import open_online_store
 from raypipe.storage.releases import Release, Releases
 from raypipe.storage.store import Store
 from tests.conftest import Run
 from tests.made import add_events, publish
 from tests.pipeline.small_logs import START
 from tests.serving.asked import Asked, Direct
+from tests.serving.running import until
 
 
 def changed(uri: str, folder: Path, change: float) -> Release:
@@ -202,6 +206,23 @@ def test_a_night_is_seen_once_it_is_loaded_and_going_back_takes_one_command(rayp
     assert asked.get("release").json()["night"] == "2026-01-05"
     assert asked.get("users/new").status_code == 404
     assert asked.post("recommend", {"user_id": "u1"}).json()["served"]["night"] == "2026-01-05"
+
+
+def test_memory_is_given_back_after_a_switch_and_once_a_minute(
+    ready: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[float] = []
+    monkeypatch.setattr("raypipe.serving.watch.return_memory", lambda: given.append(time.monotonic()))
+    watch = Watch(ServiceConfig(workspace=ready, watch_s=0.01), open_online_store(None, Store(ready)))
+    changed(ready, tmp_path / "new", 0.5)
+    watch.look()
+    watch.look()
+    assert len(given) == 1
+    monkeypatch.setattr("raypipe.serving.watch._MEMORY_S", 0.3)
+    watch.start()
+    until(lambda: len(given) > 3)
+    watch.stop()
+    assert min(later - sooner for sooner, later in pairwise(given)) >= 0.29
 
 
 def test_a_workspace_without_a_release_is_told_before_anything_is_served(ready: str) -> None:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
+import pickle
 import shutil
+import weakref
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,18 +18,23 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from raypipe.engines.engine import Decoding, EngineConfig
+from raypipe.engines.engine import Choices, Decoding, EngineConfig
+from raypipe.errors import UsageError
 from raypipe.language.prompt import Vectors
+from raypipe.language.trie import AnswerTrie
 from raypipe.metrics.recovery import titles_in
 from raypipe.recommenders.checkpoint import load_recommender
 from raypipe.recommenders.sequences import Sequences
 from raypipe.serving.config import ServiceConfig
 from raypipe.serving.language import Key, Language
+from raypipe.serving.queries import InterpretQuery
 from raypipe.storage.models import Models
 from raypipe.storage.releases import Releases
 from raypipe.storage.store import Store
+from raypipe.storage.workspace import Workspace
 from raypipe.systems.recinterpreter import Reading, recovery_prompt
 from tests.conftest import Run
+from tests.made import add_item
 from tests.pipeline.small_logs import CHAIN_ITEMS, newest
 from tests.serving.asked import Asked
 from tests.serving.spoken import SHORT, TOKENS
@@ -174,6 +185,49 @@ def test_states_are_read_as_the_engine_of_batch_reads_them(asked: Asked) -> None
     assert asked.post("interpret/batch", {"queries": [asks]}).json()["answers"] == [answer]
 
 
+def test_what_hangs_on_the_release_alone_is_made_once(speaking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Item states, what answers are held to, and its tries, of a list and of one title, however often they are asked for."""
+    model = Models(Store(speaking)).newest("recinterpreter")
+    assert model is not None
+    card = Store(speaking).local_path(f"{model.folder}/model.json")
+    told = json.loads(card.read_text())
+    told["lineage"]["options"]["constrained"] = True
+    card.write_text(json.dumps(told))
+    made: Counter[str] = Counter()
+
+    def counted(name: str, make: Callable[..., Any]) -> Callable[..., Any]:
+        def one(*args: Any, **kwargs: Any) -> Any:
+            made[name] += 1
+            return make(*args, **kwargs)
+
+        return one
+
+    asked = Asked(speaking, language=SHORT)
+    recommender = asked.backend.watch.served.recommender
+    monkeypatch.setattr("raypipe.engines.transformers.AnswerTrie", counted("tries", AnswerTrie))
+    monkeypatch.setattr("raypipe.serving.language.Choices", counted("choices", Choices))
+    monkeypatch.setattr(type(recommender), "item_states", counted("item states", type(recommender).item_states))
+    answers = [
+        [asked.post(route, {"history": ["i3", "i4", f"i{n}"]}).json() for route in ("interpret", "residual", "oracle")]
+        for n in (5, 9, 5)
+    ]
+    assert answers[0] == answers[2] != answers[1]
+    assert all(mine["titles"] and residual["title"] for mine, residual, _ in answers)
+    assert made == {"tries": 2, "choices": 2}
+    # A question names the catalogue, and does not carry it.
+    (question,) = asyncio.run(asked.backend.questions([InterpretQuery(history=["i3", "i4"])]))
+    assert question.key.catalogue == asked.backend.watch.served.catalogue_version
+    assert b"Title 7" not in pickle.dumps((question.key, question.task))
+
+    # It is part of the proof, so that a title that cannot be written is found before anybody asks.
+    language = Language(asked.config)
+    language.prove(question.key, language.load(question.key))
+    add_item(speaking, " ".join(["Endless"] * 100))
+    newer = replace(question.key, catalogue=Workspace(speaking).tables["items"].version())
+    with pytest.raises(UsageError, match="The longest text takes"):
+        language.prove(newer, language.load(newer))
+
+
 def test_what_cannot_be_put_into_words_is_told(asked: Asked) -> None:
     cases = [
         ("explain", {"user_id": "stranger"}, 404, "no_such_user"),
@@ -258,6 +312,36 @@ def test_an_adapter_that_is_not_as_stored_or_does_not_answer_is_refused(speaking
     asked.backend.watch.look()
     assert "payload.py cannot be part of a model" in asked.get("release").json()["refused"][poisoned.hash]
     assert asked.post("explain", {"user_id": "u1"}).status_code == 200
+
+
+def test_two_adapters_of_a_name_are_kept_those_that_were_used_last(speaking: str, tmp_path: Path) -> None:
+    """Each is a whole copy of the language model."""
+    models = Models(Store(speaking))
+    first = models.newest("lancer")
+    assert first is not None
+    stored = [first]
+    for number in range(2):
+        folder = tmp_path / str(number)
+        shutil.copytree(models.store.local_path(f"{first.folder}/checkpoint"), folder)
+        weights = load_file(folder / "adapter.safetensors")
+        save_file({name: value * (1.5 + number) for name, value in weights.items()}, folder / "adapter.safetensors")
+        stored.append(models.add("lancer", folder, f"changed {number}", first.lineage))
+    champion = Releases(Store(speaking)).named("champion")
+    assert champion is not None
+    language = Language(ServiceConfig(workspace=speaking, language=SHORT))
+    a, b, c = (Key(champion.lm, f"lancer/{model.hash}", champion.catalogue) for model in stored)
+    gone = weakref.ref(language.load(a).engine)
+    language.load(b)
+    language.load(Key(champion.lm, f"recexplainer-h/{champion.adapters['recexplainer-h']}"))
+    assert language.ready(a) is not None
+    language.load(c)
+    assert [language.ready(key) is not None for key in (a, b, c)] == [True, False, True]
+    assert language.ready(a) is not None
+    language.load(b)
+    language.load(c)
+    assert [language.ready(key) is not None for key in (a, b, c)] == [False, True, True]
+    gc.collect()
+    assert gone() is None
 
 
 def test_two_language_models_are_kept_and_each_once(speaking: str, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from raypipe.systems.lancer import (
 )
 from raypipe.systems.lancer_exercises import FIRST, Exercises, Told, prepare_lancer
 from raypipe.systems.lancer_figures import CONTROL, Asked, measured, rank_figures
-from raypipe.systems.lancer_lists import ListWriter
+from raypipe.systems.lancer_lists import ListWriter, stored_config
 from raypipe.systems.lancer_training import LancerLm, LancerTask, store_vectors
 
 ITEMS, USERS, EVENTS = 12, 60, 10
@@ -169,6 +169,11 @@ def test_a_line_holds_attributes_and_title_and_a_content_the_text_too() -> None:
     assert config_of().lines(told) == ["Alien", "Dune {title}"]
     with pytest.raises(ValidationError, match="needs"):
         LancerPrompts(line="{attributes}")
+    # A single beam is no search, and its line would have no probability.
+    with pytest.raises(ValidationError, match="greater than or equal to 2"):
+        LancerConfig(beams=1)
+    with pytest.raises(UsageError, match="The adapter lancer cannot be asked"):
+        stored_config("lancer", {"options": {"beams": 1}})
     with pytest.raises(ValidationError, match="set first_epochs to 0"):
         LancerConfig(knowledge=False, first_stage="items")
 
