@@ -26,6 +26,7 @@ from raypipe.storage.workspace import Workspace
 _LOG = logging.getLogger("raypipe.serving")
 _RECORDED = 128
 _MOST_WAIT_S = 60.0  # until what could not be loaded is tried again
+_DOUBLINGS = 10
 _MEMORY_S = 60.0  # between two times that what requests freed is given back
 
 
@@ -70,7 +71,7 @@ class Watch:
         self.night_in_force = night.date if night is not None else None
         target = find_target(self.workspace, self.store, self.served.target)
         # A release that is not served keeps no night from being served.
-        wanted = (target, replace(target, release=self.served.target.release))
+        wanted = dict.fromkeys((target, replace(target, release=self.served.target.release)))
         # Once another one is in force, this one may come back mended.
         self._unfit = {one: reason for one, reason in self._unfit.items() if one in wanted}
         self._put_off = {one: put_off for one, put_off in self._put_off.items() if one in wanted}
@@ -112,10 +113,10 @@ class Watch:
             proven = self.served.target.release, self.served.catalogue_version
             if self.prove is not None and (target.release, served.catalogue_version) != proven:
                 self.prove(target.release, served.catalogue_version)
+            self._mark(served)
         except Exception as error:
             self._leave(target, error)
             return False
-        self._mark(served)
         self.served = served
         self._give_back()
         _LOG.info(
@@ -129,11 +130,11 @@ class Watch:
     def _leave(self, target: Target, error: Exception) -> None:
         """It is not served: for good, or until it is tried again."""
         if is_lasting(error):
-            self._unfit[target] = str(error)
+            self._unfit = {**self._unfit, target: str(error)}  # somebody may be reading it
             _LOG.error("%s", error)
             return
         failed, _ = self._put_off.get(target, (0, 0.0))
-        wait_s = min(_MOST_WAIT_S, self.config.watch_s * 2**failed) if failed else 0.0
+        wait_s = min(_MOST_WAIT_S, self.config.watch_s * 2 ** min(failed, _DOUBLINGS)) if failed else 0.0
         self._put_off[target] = failed + 1, time.monotonic() + wait_s
         _LOG.warning(
             "release %s and night %s cannot be loaded, and are tried again: %s",

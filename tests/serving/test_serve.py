@@ -58,7 +58,7 @@ def test_the_language_model_answers_alone_and_in_company_with_the_same_words(run
     answers = burst(running, bodies, "explain")
     assert [status for status, _ in answers] == [200] * len(bodies)
     assert [answer for _, answer in answers] == wanted
-    for route in ("interpret", "residual", "oracle", "rerank"):
+    for route in ("interpret", "residual", "oracle", "rerank", "next"):
         assert running.ask(route, {"history": ["i3", "i4"]}) == (
             200,
             direct.post(route, {"history": ["i3", "i4"]}).json(),

@@ -151,9 +151,9 @@ def test_what_keeps_failing_is_tried_ever_more_rarely_and_refuses_neither_releas
     deny.write_text("i1\n")
     asked = Asked(ready, deny=str(deny), watch_s=50)
     watch, now = asked.backend.watch, time.monotonic()
-    loads: list[str] = []
+    loads: list[float] = []
     loaded = watch._loaded
-    monkeypatch.setattr(watch, "_loaded", lambda target: loads.append(target.night) or loaded(target))
+    monkeypatch.setattr(watch, "_loaded", lambda target: loads.append(time.monotonic() - now) or loaded(target))
     monkeypatch.setattr("raypipe.serving.watch.time.monotonic", lambda: now)
     deny.unlink()
     add_events(ready, [("new", "i5", START + 1000)])
@@ -163,7 +163,7 @@ def test_what_keeps_failing_is_tried_ever_more_rarely_and_refuses_neither_releas
         monkeypatch.setattr("raypipe.serving.watch.time.monotonic", lambda at_s=at_s: now + at_s)
         watch.look()
     # At once again after the first failure, and then after a minute at most.
-    assert loads == ["2026-01-06"] * 4
+    assert loads == pytest.approx([0, 10, 71, 132])
     told = asked.get("release").json()
     assert (told["night"], told["refused"]) == ("2026-01-05", {})
     deny.write_text("i1\n")
