@@ -20,7 +20,7 @@ from raypipe.runtime.job import JobResult, ModelCache
 from raypipe.runtime.progress import say
 from raypipe.runtime.session import Session, bucket_parts, open_session, output_table
 from raypipe.storage.fingerprint import fingerprint
-from raypipe.storage.ledger import Counts, Publish, Run, Unit, Usage
+from raypipe.storage.ledger import WHOLE, Counts, Publish, Run, Unit, Usage
 from raypipe.storage.models import Model
 from raypipe.storage.tables import ABSENT
 from raypipe.storage.workspace import Workspace
@@ -71,8 +71,8 @@ def run_encoding(
     with open_session(workspace, encoding.job, writes, config.cluster, config.lock_lease_s) as session:
         inputs = session.versions("histories", "items", "rejects")
         base = session.versions(*encoding.writes) if canary is None else dict.fromkeys(encoding.writes, ABSENT)
-        scope = "all" if canary is None else fingerprint({"users": canary})
-        if scope == "all" and session.is_current(encoding.recipe, inputs):
+        scope = WHOLE if canary is None else fingerprint({"users": canary})
+        if scope == WHOLE and session.is_current(encoding.recipe, inputs):
             return JobResult(encoding.job, "nothing_to_do", cost=cost_of(Usage(), time.monotonic() - started))
         facts = {"variant": encoding.variant, "model": model.hash}
         run = session.run(encoding.recipe, inputs, base, scope, facts)
@@ -142,6 +142,6 @@ def _finish(
         cost=cost_of(Usage(), seconds),
     )
     published = session.publish(run, parts, asdict(result))
-    if run.manifest["scope"] != "all":
+    if run.manifest["scope"] != WHOLE:
         say(f"{encoding.job}: the canary's tables are below {session.workspace.uri}/canary/{run.run_key}")
     return JobResult.from_dict(published)

@@ -31,7 +31,7 @@ from raypipe.runtime.job import JobResult, ModelCache
 from raypipe.runtime.progress import say
 from raypipe.runtime.session import bucket_parts, open_session
 from raypipe.storage.fingerprint import fingerprint
-from raypipe.storage.ledger import Counts, Publish, Receipt, Unit, Usage
+from raypipe.storage.ledger import WHOLE, Counts, Publish, Receipt, Unit, Usage
 from raypipe.storage.models import Model, Models, find_model
 from raypipe.storage.releases import Release
 from raypipe.storage.tables import ABSENT
@@ -141,7 +141,7 @@ class Explainer:
         workspace: Workspace,
         versions: dict[str, int],
         pairs: pa.Table | None,
-        scope: str = "all",
+        scope: str = WHOLE,
         users: Sequence[str] | None = None,
     ) -> ExplainTask:
         """The work of all units, over the tables' `versions`."""
@@ -189,8 +189,8 @@ def run_explain(config: ExplainConfig) -> JobResult:
         inputs = session.versions(*input_tables(config))
         check_recommended(inputs)
         base = session.versions(TABLE) if canary is None else {TABLE: ABSENT}
-        scope = "all" if canary is None else fingerprint({"users": canary})
-        if scope == "all" and session.is_current(run_recipe, inputs):
+        scope = WHOLE if canary is None else fingerprint({"users": canary})
+        if scope == WHOLE and session.is_current(run_recipe, inputs):
             return JobResult(JOB, "nothing_to_do", cost=cost_of(Usage(), time.monotonic() - started))
         facts = {"variant": variant, "model": explainer.adapter.hash, "engine": config.engine.engine}
         run = session.run(run_recipe, inputs, base, scope, facts)

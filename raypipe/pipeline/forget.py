@@ -35,7 +35,7 @@ from raypipe.runtime.session import Session, open_session, refuse_open_runs
 from raypipe.storage.evaluations import Evaluations
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.hashing import stable_hash
-from raypipe.storage.ledger import Counts, Publish, Receipt, Run, Unit, Usage
+from raypipe.storage.ledger import WHOLE, Counts, Publish, Receipt, Run, Unit, Usage
 from raypipe.storage.locks import hold
 from raypipe.storage.nights import Night, Nights
 from raypipe.storage.online import ADDRESS, EMBEDDED, open_online_store
@@ -74,7 +74,7 @@ def run_forget(config: ForgetConfig) -> JobResult:
         base = session.versions(*_WRITES, "rejects")
         _check_night_in_force(workspace, base, users)
         recipe = fingerprint({"step": STEP_VERSION, "users": sorted(digest(user) for user in users)})
-        run = session.run(recipe, {}, base, "all", {"users": len(users)})
+        run = session.run(recipe, {}, base, WHOLE, {"users": len(users)})
         places = _buckets(users, session.info.buckets)
         units = [Unit("bucket", bucket) for bucket in sorted(places)]
         receipts = session.phase(run, units, partial(ForgetBucket, workspace, base, places), JOB)

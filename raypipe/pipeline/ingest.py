@@ -26,7 +26,7 @@ from raypipe.runtime.progress import say
 from raypipe.runtime.session import Session, open_session
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.hashing import digest_lanes
-from raypipe.storage.ledger import Counts, Publish, Receipt, Run, Unit, Usage
+from raypipe.storage.ledger import WHOLE, Counts, Publish, Receipt, Run, Unit, Usage
 from raypipe.storage.workspace import Workspace, WorkspaceInfo, choose_buckets
 
 STEP_VERSION = 2
@@ -97,7 +97,7 @@ def _ingest(
         }
     )
     pins = session.versions("tombstones")
-    run = session.run(recipe, pins, base, "all", {"log": log.uri if log else None, "kind": log.kind if log else None})
+    run = session.run(recipe, pins, base, WHOLE, {"log": log.uri if log else None, "kind": log.kind if log else None})
     workspace.store.put(
         f"{run.staging}/items.arrow",
         item_table_bytes(items.rows["item_id"].combine_chunks(), digest_lanes(items.rows["content_hash"])),

@@ -24,7 +24,7 @@ from raypipe.runtime.session import open_session, refuse_open_runs
 from raypipe.runtime.units import UnitContext
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.hashing import stable_hash
-from raypipe.storage.ledger import Counts, Publish, Receipt, Unit, Usage
+from raypipe.storage.ledger import WHOLE, Counts, Publish, Receipt, Unit, Usage
 from raypipe.storage.schemas import TABLES
 from raypipe.storage.tables import ABSENT, StagedFile
 from raypipe.storage.workspace import Workspace, choose_buckets
@@ -56,7 +56,7 @@ def run_rebucket(config: RebucketConfig) -> JobResult:
         refuse_open_runs(workspace, JOB)
         base = session.versions(*BUCKETED)
         recipe = fingerprint({"step": STEP_VERSION, "buckets": buckets})
-        run = session.run(recipe, {}, base, "all", {"buckets": buckets})
+        run = session.run(recipe, {}, base, WHOLE, {"buckets": buckets})
         units = [Unit("bucket", index) for index in range(present)]
         work = partial(SplitBucket, workspace, base, present, buckets)
         receipts = list(session.phase(run, units, work, JOB).values())

@@ -28,7 +28,7 @@ from raypipe.runtime.job import JobResult, ModelCache
 from raypipe.runtime.progress import say
 from raypipe.runtime.session import bucket_parts, open_session
 from raypipe.storage.fingerprint import fingerprint
-from raypipe.storage.ledger import Counts, Publish, Receipt, Unit, Usage
+from raypipe.storage.ledger import WHOLE, Counts, Publish, Receipt, Unit, Usage
 from raypipe.storage.models import Model, Models, find_model
 from raypipe.storage.tables import ABSENT
 from raypipe.storage.workspace import Workspace
@@ -127,7 +127,7 @@ def run_rerank(config: RerankConfig) -> JobResult:
         base = {TABLE: inputs[TABLE] if canary is None else ABSENT}
         task = RerankTask(
             workspace=workspace,
-            scope="all" if canary is None else fingerprint({"users": canary}),
+            scope=WHOLE if canary is None else fingerprint({"users": canary}),
             variant=variant,
             recipe=ranker.recipe,
             versions={**inputs, **base},
@@ -143,7 +143,7 @@ def run_rerank(config: RerankConfig) -> JobResult:
             model_cache=Path(config.model_cache),
         )
         _check_written(task)
-        if task.scope == "all" and session.is_current(ranker.recipe, inputs):
+        if task.scope == WHOLE and session.is_current(ranker.recipe, inputs):
             return JobResult(JOB, "nothing_to_do", cost=cost_of(Usage(), time.monotonic() - started))
         facts = {"variant": variant, "model": ranker.model.hash, "engine": config.engine.engine}
         run = session.run(ranker.recipe, inputs, base, task.scope, facts)

@@ -28,7 +28,7 @@ from raypipe.runtime.job import JobResult, ModelCache
 from raypipe.runtime.progress import say
 from raypipe.runtime.session import Session, bucket_parts, open_session
 from raypipe.storage.fingerprint import fingerprint
-from raypipe.storage.ledger import Counts, Receipt, Run, Unit, Usage
+from raypipe.storage.ledger import WHOLE, Counts, Receipt, Run, Unit, Usage
 from raypipe.storage.models import Model
 from raypipe.storage.tables import ABSENT
 from raypipe.storage.workspace import Workspace
@@ -81,8 +81,8 @@ def run_summarize(config: SummarizeConfig) -> JobResult:
     with open_session(workspace, JOB, writes, config.cluster, config.lock_lease_s) as session:
         pins = pin(session, canary)
         recipe = fingerprint({"variant": recipes.variant, "block": recipes.block, "merge": recipes.merge})
-        scope = "all" if canary is None else fingerprint({"users": canary})
-        if scope == "all" and session.is_current(recipe, pins.inputs()):
+        scope = WHOLE if canary is None else fingerprint({"users": canary})
+        if scope == WHOLE and session.is_current(recipe, pins.inputs()):
             return JobResult(JOB, "nothing_to_do", cost=cost_of(Usage(), time.monotonic() - started))
         run = session.run(
             recipe,
@@ -165,7 +165,7 @@ def _publish(
     status = "ok" if parts else "nothing_to_do"
     result = JobResult(JOB, status, run.run_key, tables, metrics=metrics, cost=cost)
     published = session.publish(run, parts, asdict(result))
-    if scope != "all":
+    if scope != WHOLE:
         say(f"{JOB}: the canary's tables are below {session.workspace.uri}/canary/{run.run_key}")
     return JobResult.from_dict(published)
 
