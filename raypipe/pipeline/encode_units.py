@@ -131,8 +131,10 @@ class EncodeBucket:
             "cold": cold,
         }
         counts = Counts(len(state.users), len(work) - len(failed) - cold, len(failed), skipped)
-        context.journal([])
-        staged = self._stage(state, made, failed, context) if state.is_touched else {}
+        staged: dict[str, Sequence] = {}
+        if state.is_touched:
+            context.journal([])
+            staged = self._stage(state, made, failed, context)
         schemas = {task.output: schema_hash(task.workspace.tables[task.output].spec.schema)}
         usage = Usage(0, 0, 0, time.monotonic() - started)
         return Receipt(unit, counts, usage, staged, schemas, {}, context.attempt)
