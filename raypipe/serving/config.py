@@ -80,7 +80,6 @@ class LanguageOptions(Config):
     ranking: Literal["hierarchical", "recurrent"] | None = shaping(
         None, "whose summaries of a user are shown to what ranks, as `rerank --summaries`; null for none"
     )
-
     answer_tokens: int = shaping(96, "most tokens of an item's line that is written, as of `recommend`", ge=1)
 
     @property

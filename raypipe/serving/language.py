@@ -38,9 +38,8 @@ from raypipe.systems.summaries import Block, UserSummary
 from raypipe.systems.trsr import likelihoods
 
 ECHO = "echo"
-_KEPT = (
-    2  # language models, and voices of an adapter's name: of the release in force, and of the one before or after it
-)
+# Language models, and voices of an adapter's name: of the release in force, and of the one before or after it.
+_KEPT = 2
 _PROBE_TOKENS = 2
 
 
