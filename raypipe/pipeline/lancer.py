@@ -27,7 +27,6 @@ from raypipe.language.prefixes import PREFIX
 from raypipe.pipeline.evaluate import table
 from raypipe.pipeline.held_out import Cut, are_held_out
 from raypipe.pipeline.job import model_result
-from raypipe.pipeline.lancer_lists import load_writer
 from raypipe.pipeline.loaded import chosen_lm
 from raypipe.pipeline.sequences import catalogue_of, histories_hash, pinned_versions, read_histories
 from raypipe.recommenders.evaluation import HeldOut, ranks_of_floor
@@ -43,6 +42,7 @@ from raypipe.storage.workspace import Workspace
 from raypipe.systems.lancer import NAME, LancerConfig
 from raypipe.systems.lancer_exercises import FIRST, Told, prepare_lancer
 from raypipe.systems.lancer_figures import Asked, measured, rank_figures
+from raypipe.systems.lancer_lists import load_writer
 from raypipe.systems.lancer_training import LancerTask, store_vectors
 
 if TYPE_CHECKING:

@@ -10,8 +10,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raypipe.engines.engine import EngineConfig
-from raypipe.engines.transformers import TransformersEngine
 from raypipe.errors import UsageError
 from raypipe.language.checkpoint import checkpoint_hash, resolve_checkpoint
 from raypipe.language.instructions import Catalogue
@@ -22,7 +20,7 @@ from raypipe.runtime.job import ModelCache
 from raypipe.storage.models import Model, Models, find_model
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.lancer import LancerConfig
-from raypipe.systems.lancer_lists import ListWriter, build_writer, stored_config
+from raypipe.systems.lancer_lists import ListWriter, load_writer, stored_config
 
 
 @dataclass(frozen=True)
@@ -43,14 +41,6 @@ class Writer:
     @property
     def table(self) -> Tensor:
         return self.lists.grounding.table
-
-
-def load_writer(
-    options: LancerConfig, catalogue: Catalogue, lm: str, adapter: Path, answer_tokens: int, device: str = "auto"
-) -> ListWriter:
-    """Of the language model and the adapter in these folders."""
-    base = TransformersEngine(EngineConfig(lm=lm, device=device))
-    return build_writer(options, catalogue, base, base.beside(adapter), answer_tokens)
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from raypipe.engines.engine import EngineConfig
 from raypipe.engines.transformers import TransformersEngine
 from raypipe.errors import UsageError
 from raypipe.language.grounding import Grounding
@@ -118,3 +120,11 @@ def build_writer(
     lines = config.lines(catalogue)
     lancer = Lancer(config, lines, vectors, reader, engine.context - answer_tokens - config.room)
     return ListWriter(lancer, Grounding(engine.backbone, lines), engine, answer_tokens)
+
+
+def load_writer(
+    options: LancerConfig, catalogue: Catalogue, lm: str, adapter: Path, answer_tokens: int, device: str = "auto"
+) -> ListWriter:
+    """Of the language model and the adapter in these folders."""
+    base = TransformersEngine(EngineConfig(lm=lm, device=device))
+    return build_writer(options, catalogue, base, base.beside(adapter), answer_tokens)
