@@ -74,14 +74,22 @@ def test_a_night_runs_is_nothing_to_do_again_and_can_be_put_back(raypipe: Run, t
     assert raypipe("status", "--workspace", uri).metrics["night"] == "2026-01-05"
 
 
+BACKFILL = ("--date", "2026-01-30", "--until", "2026-02-01")
+
+
+def nightly_words(uri: str, files: Path) -> tuple[str | Path, ...]:
+    """Nights of a log for each date, the path last."""
+    catalogue = write_catalogue(files / "items.csv", SMALL_ITEMS)
+    words = ("nightly", "--workspace", uri, "--summarize.engine.engine", "echo", "--ingest.catalogue.path", catalogue)
+    return (*words, "--ingest.log.columns.time", "time", "--ingest.log.path", files / "log-{date}.csv")
+
+
 def test_a_backfill_is_a_night_for_each_date_and_goes_on_where_it_stopped(
     raypipe: Run, tmp_path: Path, files: Path
 ) -> None:
     uri = str(tmp_path / "workspace")
-    catalogue = write_catalogue(files / "items.csv", SMALL_ITEMS)
-    words = ("nightly", "--workspace", uri, "--summarize.engine.engine", "echo", "--ingest.catalogue.path", catalogue)
-    words += ("--ingest.log.columns.time", "time", "--ingest.log.path", files / "log-{date}.csv")
-    backfill = (*words, "--date", "2026-01-30", "--until", "2026-02-01")
+    words = nightly_words(uri, files)
+    backfill = (*words, *BACKFILL)
     third = len(SMALL_LOG) // 3
     write_log(files / "log-2026-01-30.csv", SMALL_LOG[:third])
     write_log(files / "log-2026-01-31.csv", SMALL_LOG[third : 2 * third])
@@ -108,10 +116,8 @@ def test_a_backfill_that_was_killed_leaves_earlier_nights_as_they_were(
 ) -> None:
     """It is killed when the second night's events are in, and its summaries are not."""
     uri = str(tmp_path / "workspace")
-    catalogue = write_catalogue(files / "items.csv", SMALL_ITEMS)
-    words = ("nightly", "--workspace", uri, "--summarize.engine.engine", "echo", "--ingest.catalogue.path", catalogue)
-    words += ("--ingest.log.columns.time", "time", "--ingest.log.path", files / "log-{date}.csv")
-    backfill = (*words, "--date", "2026-01-30", "--until", "2026-02-01")
+    words = nightly_words(uri, files)
+    backfill = (*words, *BACKFILL)
     third = len(SMALL_LOG) // 3
     for day, date in enumerate(("2026-01-30", "2026-01-31", "2026-02-01")):
         write_log(files / f"log-{date}.csv", SMALL_LOG[day * third : (day + 1) * third if day < 2 else None])
