@@ -139,8 +139,7 @@ class _Batch:
         parts = [prefill.read(part) for part in prefill.parts(numbers)]
         self.start = self.stop = max(part.read.shape[1] for part in parts)
         caches = [part.cache for part in parts]
-        everyone = torch.arange(0, device=self.device)
-        self.cache = caches[0] if len(caches) == 1 else joined(None, everyone, 0, caches, self.start, self.start)
+        self.cache = caches[0] if len(caches) == 1 else joined(caches, self.start)
         pad = torch.nn.functional.pad
         self.mask = torch.cat([pad(part.read.long(), (self.start - part.read.shape[1], 0)) for part in parts])
         self.position = self.mask.sum(1) - 1

@@ -1,4 +1,4 @@
-"""Keys and values of what a model has read, in buffers whose rows can be joined, copied and dropped.
+"""Keys and values of what a model has read, in buffers whose rows can be joined, copied and moved.
 
 Caches of models that slide or share layers stay those of transformers, whose rows can be copied and dropped alone.
 """
@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -27,16 +28,15 @@ def is_plain(cache: DynamicCache | None) -> bool:
     return cache is not None and all(isinstance(layer, _BufferedLayer) for layer in cache.layers)
 
 
-def joined(
-    old: DynamicCache | None, kept: Tensor, first: int, new: Sequence[DynamicCache], columns: int, capacity: int
-) -> DynamicCache:
-    """Rows `kept` of `old` from column `first`, then all of `new`, all ending at `columns`, with room up to `capacity`."""
-    caches = [*([old] if old is not None else []), *new]
+def joined(caches: Sequence[DynamicCache], columns: int) -> DynamicCache:
+    """The rows of plain caches, one cache after the other, all ending at `columns`."""
     found = DynamicCache()
     found.layers = []
     for layers in zip(*(cache.layers for cache in caches), strict=True):
-        taken = ([getattr(layer, name) for layer in layers] for name in ("keys", "values"))
-        keys, values = (_placed(parts, None if old is None else kept, first, columns, capacity) for parts in taken)
+        keys, values = (
+            torch.cat([pad(getattr(layer, name), (0, 0, columns - layer.keys.shape[2], 0)) for layer in layers])
+            for name in ("keys", "values")
+        )
         found.layers.append(_BufferedLayer.holding(keys, values, columns))
     return found
 
@@ -44,7 +44,7 @@ def joined(
 def copied(cache: DynamicCache, rows: Tensor, columns: int, capacity: int) -> DynamicCache:
     """These rows of a cache of so many columns, some of them more than once, with room up to `capacity`."""
     if is_plain(cache):
-        return joined(cache, rows, 0, [], columns, capacity)
+        return Room().copied(cache, rows, columns, capacity)
     found = copy.deepcopy(cache)
     found.batch_select_indices(rows)
     return found
@@ -87,6 +87,60 @@ class Room:
         return found
 
 
+class Slots(DynamicCache):
+    """Keys and values of a batch whose rows come and go in place: they are the first of `rows` rows of buffers, and all end at
+    one column."""
+
+    def __init__(self, like: DynamicCache, rows: int, columns: int) -> None:
+        super().__init__()
+        self.layers = [_SlotLayer(layer, rows, columns) for layer in like.layers]
+
+    def show(self, rows: int, first: int, stop: int) -> None:
+        """What the model reads next: so many rows, from column `first` to before `stop`."""
+        for layer in self.layers:
+            layer.show(rows, first, stop)
+
+    def move(self, rows: Tensor, to: Tensor) -> None:
+        """Rows take the places of others."""
+        for layer in self.layers:
+            for part in (layer.keys, layer.values):
+                part[to] = part[rows]
+
+    def put(self, cache: DynamicCache, row: int, stop: int) -> None:
+        """The rows of a plain cache, from row `row`, ending before column `stop`.
+
+        Zeros where they have no token: what is masked must still be finite. Columns to come are written before they are read:
+        clearing them too took a twelfth of the time of decoding (measured).
+        """
+        new = (part for layer in cache.layers for part in (layer.keys, layer.values))
+        for part, mine in zip(self._parts(), new, strict=True):
+            rows, start = part[row : row + len(mine)], stop - mine.shape[2]
+            rows[:, :, :start] = 0
+            rows[:, :, start:stop] = mine
+
+    def _parts(self) -> Iterator[Tensor]:
+        return (part for layer in self.layers for part in layer.buffers)
+
+
+class _SlotLayer(DynamicLayer):
+    def __init__(self, like: DynamicLayer, rows: int, columns: int) -> None:
+        super().__init__()
+        held: Any = (like.keys, like.values)
+        self.lazy_initialization(*held)
+        self.buffers = tuple(part.new_empty(rows, part.shape[1], columns, part.shape[3]) for part in held)
+
+    def show(self, rows: int, first: int, stop: int) -> None:
+        self._shown, self._first, self._stop = rows, first, stop
+        self.keys, self.values = (part[:rows, :, first:stop] for part in self.buffers)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        stop = self._stop + key_states.shape[2]
+        for part, states in zip(self.buffers, (key_states, value_states), strict=True):
+            part[: self._shown, :, self._stop : stop] = states
+        self.show(self._shown, self._first, stop)
+        return self.keys, self.values
+
+
 class _BufferedLayer(DynamicLayer):
     """Keys and values [rows, heads, positions, width] in a buffer allocated once: appending copies one position only.
 
@@ -122,29 +176,3 @@ class _BufferedLayer(DynamicLayer):
         layer._keys, layer._values, layer._length = keys, values, length
         layer.keys, layer.values = keys[:, :, :length], values[:, :, :length]
         return layer
-
-
-def _placed(parts: Sequence[Tensor], kept: Tensor | None, first: int, columns: int, capacity: int) -> Tensor:
-    """Keys or values of several batches, one after the other, each ending at `columns` of one buffer; of the first batch the
-    rows `kept` from column `first`, unless all of it is taken.
-
-    Zeros where a row has no token: what is masked must still be finite. Columns to come are written before they are read:
-    clearing them too took a twelfth of the time of decoding (measured).
-    """
-    _, heads, _, width = parts[0].shape
-    rows = [len(part) for part in parts]
-    if kept is not None:
-        rows[0] = len(kept)
-    buffer = parts[0].new_empty(sum(rows), heads, capacity, width)
-    row = 0
-    for number, (part, count) in enumerate(zip(parts, rows, strict=True)):
-        chosen = kept if number == 0 else None
-        start = columns - part.shape[2] + (0 if chosen is None else first)
-        mine = buffer[row : row + count]
-        mine[:, :, :start] = 0
-        if chosen is None:
-            mine[:, :, start:columns] = part
-        else:
-            torch.index_select(part[:, :, first:], 0, chosen, out=mine[:, :, start:columns])
-        row += count
-    return buffer

@@ -1,8 +1,8 @@
 """A decoding loop of our own for models of transformers: rows that have ended make room for prompts that wait.
 
 All rows of a batch share their columns: a row's prompt ends where the batch stands when it joins, so that one mask and one
-buffer of keys and values serve rows of any age. When enough rows have ended, the batch is built anew of those that have
-not and of as many waiting prompts as its tokens hold; columns that no row needs any more are left behind.
+buffer of keys and values serve rows of any age. As rows end, others move into their places and waiting prompts take those
+that are left. Where the columns of the buffer end, what is still needed of them is copied to the beginning of another.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from raypipe.engines.caches import is_plain, joined
+from raypipe.engines.caches import Slots, is_plain
 from raypipe.engines.constraint import constrained, one_end
 from raypipe.engines.engine import Decoding
-from raypipe.engines.prefill import Prefill, SoftRows
+from raypipe.engines.prefill import Prefill, Read, SoftRows
 from raypipe.language.backbone import Backbone
 from raypipe.language.trie import AnswerTrie, Walk
 
-# Building a batch anew copies its cache and reads new prompts at once: it waits until this share of its rows has ended.
-_ENDED_SHARE = 0.5
+# Rows that have ended are read on until they are this share of all: prompts are best read several at once.
+_ENDED_SHARE = 0.125
+# Caches that are no plain buffers are copied whole where rows leave.
+_ENDED_SHARE_COPIED = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +67,14 @@ def decode(
     what is read of them; where answers are held to given ones, `trie` says to which.
     """
     waiting = deque(range(len(prompts)))
-    batch = _Batch(backbone, decoding, Prefill(backbone, prompts, soft), trie)
+    batch = _Batch(backbone, decoding, batch_tokens, Prefill(backbone, prompts, soft), trie)
     while waiting or len(batch.prompts):
-        if batch.ended_share >= _ENDED_SHARE:
-            batch.keep_live()
-            joining: list[int] = []
-            while waiting and batch.holds(
-                len(joining) + 1, len(prompts[joining[0] if joining else waiting[0]]), batch_tokens
-            ):
-                joining.append(waiting.popleft())
-            if joining:
-                batch.join(joining, [seeds[row] for row in joining] if seeds else [])
-        else:
+        longest = len(prompts[waiting[0]]) if waiting else 0
+        batch.make_room(len(waiting), longest)
+        joining = [waiting.popleft() for _ in range(batch.seats(len(waiting), longest))]
+        if joining:
+            batch.join(joining, [seeds[row] for row in joining] if seeds else [])
+        elif len(batch.prompts):
             batch.step()
         yield from batch.take_answers()
         if growing:
@@ -84,20 +82,24 @@ def decode(
 
 
 class _Batch:
-    """Rows being answered; columns of the cache up to `stop` are filled, and every row's newest token is yet to be read.
+    """Rows being answered, `most_rows` when others may join; columns of the cache up to `stop` are filled, and every row's newest
+    token is yet to be read.
 
     Per row: `prompts` its number, `live` whether it goes on, `taken` answer tokens so far, `answers` [rows, most] these
-    tokens, `newest` the last of them, `position` where in its text that stands, `mask` [rows, capacity] 1 where a column
-    holds one of its tokens, `draws` [rows, most] where it samples. A row's shared start and what follows it may lie apart.
+    tokens, `newest` the last of them, `position` where in its text that stands, `draws` [rows, most] where it samples.
+    `mask` [places, columns] is 1 where a column holds a token of the row in that place. No row needs a column before
+    `first`. A row's shared start and what follows it may lie apart.
     """
 
-    def __init__(self, backbone: Backbone, decoding: Decoding, prefill: Prefill, trie: AnswerTrie | None) -> None:
+    def __init__(
+        self, backbone: Backbone, decoding: Decoding, batch_tokens: int, prefill: Prefill, trie: AnswerTrie | None
+    ) -> None:
         self.prefill, self.trie = prefill, trie
         self.model, self.device = backbone.model, backbone.device
-        self.most, self.temperature = decoding.max_new_tokens, decoding.temperature
+        self.most, self.temperature, self.batch_tokens = decoding.max_new_tokens, decoding.temperature, batch_tokens
         self.ends = torch.tensor(backbone.ends, device=self.device)
         self.cache: DynamicCache | None = None
-        self.stop = 0
+        self.first = self.stop = self.most_rows = 0
         self.prompts = self.taken = self.newest = self.position = torch.zeros(0, dtype=torch.long, device=self.device)
         self.live = self.prompts.bool()
         self.answers, self.mask = self.prompts.view(0, self.most), self.prompts.view(0, 0)
@@ -105,50 +107,86 @@ class _Batch:
         self._walks: dict[int, Walk] = {}  # by number of the prompt
         self._done: list[Answer] = []
 
-    @property
-    def ended_share(self) -> float:
-        return 1 - int(self.live.sum()) / len(self.live) if len(self.live) else 1.0
+    def make_room(self, waiting: int, longest: int) -> None:
+        """Let go of rows that have ended, where they are many, and of columns, where none is left, with room for those of the
+        waiting prompts, the longest of so many tokens, that the batch may then hold."""
+        live = int(self.live.sum())
+        in_place = isinstance(self.cache, Slots)
+        full = in_place and self.stop == self.mask.shape[1]
+        share = _ENDED_SHARE if in_place else _ENDED_SHARE_COPIED
+        if full or len(self.live) - live >= max(1, share * len(self.live)):
+            self._keep_live()
+        if full and live:
+            columns = max(self.stop - self.first, longest)
+            self.most_rows = self._rows_of(columns)
+            self._settle(max(live, min(live + waiting, self.most_rows)), columns)
 
-    def holds(self, joining: int, longest: int, batch_tokens: int) -> bool:
-        """Whether so many rows more, the longest of so many tokens, leave the batch within its bound."""
-        rows = len(self.prompts) + joining
-        if len(self.prompts) and not is_plain(self.cache):
-            return False  # Caches that are no plain buffers cannot take rows of another age.
-        return rows == 1 or rows * (max(self.stop, longest) + self.most) <= batch_tokens
+    def seats(self, waiting: int, longest: int) -> int:
+        """How many of the waiting prompts, the longest of so many tokens, may join."""
+        if not len(self.prompts):
+            self.most_rows = self._rows_of(longest)
+        elif not isinstance(self.cache, Slots):
+            return 0  # Caches that are no plain buffers cannot take rows of another age.
+        return max(0, min(waiting, self.most_rows - len(self.prompts)))
 
-    def keep_live(self) -> None:
-        """Drop the rows that have ended, and the columns that none of the others needs."""
-        kept = self.live.nonzero().squeeze(1)
-        if not len(kept):
-            self.cache, self.stop = None, 0
-        elif is_plain(self.cache):
-            first = int(self.mask[kept].argmax(1).min())
-            columns = self.stop - first
-            self.cache = joined(self.cache, kept, first, [], columns, columns + self.most)
-            self.mask = torch.nn.functional.pad(self.mask[:, first : self.stop], (0, self.most))
-            self.stop = columns
-        elif self.cache is not None:
+    def _rows_of(self, columns: int) -> int:
+        """How many rows of so many tokens and an answer a batch may hold."""
+        return max(1, self.batch_tokens // (columns + self.most))
+
+    def _keep_live(self) -> None:
+        """Rows from the end take the places of those that have ended."""
+        live = self.live.nonzero().squeeze(1)
+        ended = (~self.live[: len(live)]).nonzero().squeeze(1)
+        movers = live[len(live) - len(ended) :]
+        kept = torch.arange(len(live), device=self.device)
+        kept[ended] = movers
+        if isinstance(self.cache, Slots):
+            self.cache.move(movers, ended)
+        elif self.cache is not None and len(kept):
             self.cache.batch_select_indices(kept)
-        for name in ("prompts", "live", "taken", "answers", "newest", "position", "mask"):
+        self.mask[ended] = self.mask[movers]
+        for name in ("prompts", "live", "taken", "answers", "newest", "position"):
             setattr(self, name, getattr(self, name)[kept])
         if len(self.draws):
             self.draws = self.draws[kept]
+        self._show()
+
+    def _show(self) -> None:
+        """Leave behind the columns that no row needs any more."""
+        if isinstance(self.cache, Slots) and (rows := len(self.prompts)):
+            self.first = int(self.mask[:rows, : self.stop].argmax(1).min())
+            self.cache.show(rows, self.first, self.stop)
+
+    def _settle(self, places: int, columns: int) -> None:
+        """Move to buffers of so many places, where all rows end at column `columns`."""
+        rows, needed = len(self.prompts), self.stop - self.first
+        room = self.most if places == 1 else max(1, min(self.most, self.batch_tokens // places - columns))
+        assert self.cache is not None
+        old, self.cache = self.cache, Slots(self.cache, places, columns + room)
+        if rows:
+            self.cache.put(old, 0, columns)
+        mask = self.mask.new_zeros(places, columns + room)
+        mask[:rows, columns - needed : columns] = self.mask[:rows, self.first : self.stop]
+        self.mask, self.stop = mask, columns
+        self._show()
 
     def join(self, numbers: Sequence[int], seeds: Sequence[int]) -> None:
         """Read new prompts and choose the first token of each."""
         parts = [self.prefill.read(part) for part in self.prefill.parts(numbers)]
-        columns = max(self.stop, *(part.read.shape[1] for part in parts))
-        if is_plain(parts[0].cache):
-            everyone = torch.arange(len(self.prompts), device=self.device)
-            caches = [part.cache for part in parts]
-            self.cache = joined(self.cache, everyone, 0, caches, columns, columns + self.most)
-        else:
-            self.cache = parts[0].cache
-        pad = torch.nn.functional.pad
-        masks = [self.mask[:, : self.stop], *(part.read.long() for part in parts)]
-        self.mask = torch.cat([pad(mask, (columns - mask.shape[1], self.most)) for mask in masks if len(mask)])
-        self.stop = columns
         before, rows = len(self.prompts), len(numbers)
+        columns = max(part.read.shape[1] for part in parts)
+        if not before:
+            self._begin(parts, rows, columns)
+        elif columns > self.stop:
+            self._settle(len(self.mask), columns)
+        row = before
+        for part in parts:
+            there = self.mask[row : row + len(part.read)]
+            there[:] = 0
+            there[:, self.stop - part.read.shape[1] : self.stop] = part.read
+            if isinstance(self.cache, Slots):
+                self.cache.put(part.cache, row, self.stop)
+            row += len(part.read)
         zeros = torch.zeros(rows, dtype=torch.long, device=self.device)
         self.prompts = torch.cat([self.prompts, torch.tensor(list(numbers), device=self.device)])
         self.live = torch.cat([self.live, zeros == 0])
@@ -159,23 +197,33 @@ class _Batch:
             self.draws = torch.cat([self.draws, _draws(seeds, self.most).to(self.device)])
         if self.trie is not None:
             self._walks.update(dict.fromkeys(numbers, self.trie.start))
+        self._show()
         self._choose(
             torch.cat([part.logits for part in parts]), torch.arange(before, before + rows, device=self.device)
         )
 
+    def _begin(self, parts: Sequence[Read], rows: int, columns: int) -> None:
+        """A batch of nobody else."""
+        self.first, self.stop, self.cache = 0, 0, parts[0].cache
+        if is_plain(self.cache):
+            self._settle(rows, columns)
+        else:
+            self.mask, self.stop = self.mask.new_zeros(rows, columns + self.most), columns
+
     def step(self) -> None:
         """Every row reads its newest token and chooses the next."""
-        self.mask[:, self.stop] = 1
+        rows = len(self.prompts)
+        self.mask[:rows, self.stop] = 1
         self.stop += 1
         logits = self.model(
             input_ids=self.newest[:, None],
-            attention_mask=self.mask[:, : self.stop],
+            attention_mask=self.mask[:rows, self.first : self.stop],
             position_ids=self.position[:, None],
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        self._choose(logits, torch.arange(len(self.prompts), device=self.device))
+        self._choose(logits, torch.arange(rows, device=self.device))
 
     def take_answers(self) -> list[Answer]:
         done, self._done = self._done, []

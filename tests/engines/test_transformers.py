@@ -179,18 +179,19 @@ def test_prompts_that_join_a_batch_are_answered_as_alone(random_lm, batch_tokens
 
 
 def test_a_batch_never_holds_more_tokens_than_it_may(random_lm, monkeypatch):
-    held = []
+    held, live = [], []
     step = decoding_loop._Batch.step
 
     def watched(batch):
         held.append(batch.mask.numel())
+        live.append(int(batch.live.sum()))
         step(batch)
 
     monkeypatch.setattr(decoding_loop._Batch, "step", watched)
     prompts = mixed_prompts(40)
-    list(ending_often(random_lm, batch_tokens=600).generate(prompts, Decoding(max_new_tokens=30)))
-    assert max(held) <= 600
-    assert np.mean(held) > 350, "room that rows leave is filled again"
+    list(ending_often(random_lm, batch_tokens=2000).generate(prompts, Decoding(max_new_tokens=30, temperature=1.0)))
+    assert max(held) <= 2000
+    assert np.mean(live) > 6, "room that rows leave is filled again: without that 4.7"
 
 
 def test_a_model_whose_cache_slides_answers_as_alone(sliding_lm):
