@@ -16,6 +16,9 @@ import aiohttp
 from raypipe.errors import RaypipeError, UsageError
 
 _POLL_S = 2.0
+# A node that is lost closes no connection: how its jobs are is asked while they print nothing, too.
+_ASKED_S = 10.0
+_LAST_WORDS_S = 5.0
 # A head that comes back, with its jobs from Redis, takes about a minute.
 _AWAY_S = 300.0
 _BIGGEST = 3
@@ -107,15 +110,27 @@ class JobServer:
                 if fresh:
                     show(fresh)
 
+        async def until_ended() -> None:
+            tailing = asyncio.create_task(tail())
+            try:
+                while not (await asyncio.wait({tailing}, timeout=_ASKED_S))[0]:
+                    info = await asyncio.to_thread(self._client.get_job_info, submission_id)
+                    if info.status.is_terminal():
+                        await asyncio.wait({tailing}, timeout=_LAST_WORDS_S)
+                        return
+                await tailing
+            finally:
+                tailing.cancel()
+
         answered = time.monotonic()
         while True:
             try:
-                asyncio.run(tail())
+                asyncio.run(until_ended())
                 info = self._client.get_job_info(submission_id)
                 answered = time.monotonic()
                 if info.status.is_terminal():
-                    logs = self._client.get_job_logs(submission_id)
-                    return Ended(str(info.status.value), info.driver_exit_code, info.message or "", logs)
+                    status, message = str(info.status.value), info.message or ""
+                    return Ended(status, info.driver_exit_code, message, self._logs(submission_id, status))
             except (RuntimeError, ConnectionError, aiohttp.ClientError) as error:
                 if time.monotonic() - answered > _AWAY_S:
                     raise RaypipeError(
@@ -123,6 +138,15 @@ class JobServer:
                         f"The job {submission_id} may still run: look at it with `ray job status {submission_id}`.",
                     ) from error
             time.sleep(_POLL_S)
+
+    def _logs(self, submission_id: str, status: str) -> str:
+        """All that a job printed that has ended: nothing where it failed and the node that has it is gone."""
+        try:
+            return self._client.get_job_logs(submission_id)
+        except (RuntimeError, ConnectionError):
+            if status == "SUCCEEDED":
+                raise
+            return ""
 
 
 def check_upload(folder: Path, excludes: list[str]) -> int:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from raypipe.recommenders.config import RecommenderConfig
 from raypipe.storage.releases import Releases
 from raypipe.storage.store import Store
 from tests.integration.job_server import ROOT, JobServer
+from tests.integration.silent_proxy import silent_proxy
 from tests.pipeline.small_logs import START, write_catalogue, write_log
 from tests.untrained import store_untrained
 
@@ -110,6 +112,17 @@ def test_a_job_that_fails_says_how_to_resume_and_is_the_next_attempt_then(
     resumed = submit(server, *words)
     assert (resumed.code, resumed.result["status"]) == (0, "ok"), resumed.stderr
     assert resumed.facts["attempt"] == 2
+
+
+def test_a_job_whose_logs_fall_silent_is_followed_to_its_end(
+    server: JobServer, data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    with silent_proxy(host, int(port)) as (silent, silenced):
+        ended = submit(replace(server, url=f"http://127.0.0.1:{silent}"), *ingest(tmp_path / "workspace", *data))
+    assert len(silenced) == 1
+    assert (ended.code, ended.result["status"]) == (0, "ok"), ended.stderr
+    assert ended.facts["result"]["status"] == "ok"
 
 
 def test_a_refused_release_ends_with_exit_code_3(server: JobServer, first: Submitted, workspace: Path) -> None:
