@@ -140,9 +140,11 @@ class _Batch:
         movers = live[len(live) - len(ended) :]
         kept = torch.arange(len(live), device=self.device)
         kept[ended] = movers
-        if isinstance(self.cache, Slots):
+        if not len(kept):
+            self.cache = None
+        elif isinstance(self.cache, Slots):
             self.cache.move(movers, ended)
-        elif self.cache is not None and len(kept):
+        elif self.cache is not None:
             self.cache.batch_select_indices(kept)
         self.mask[ended] = self.mask[movers]
         for name in ("prompts", "live", "taken", "answers", "newest", "position"):
@@ -161,10 +163,10 @@ class _Batch:
         """Move to buffers of so many places, where all rows end at column `columns`."""
         rows, needed = len(self.prompts), self.stop - self.first
         room = self.most if places == 1 else max(1, min(self.most, self.batch_tokens // places - columns))
-        assert self.cache is not None
-        old, self.cache = self.cache, Slots(self.cache, places, columns + room)
-        if rows:
-            self.cache.put(old, 0, columns)
+        if isinstance(self.cache, Slots):
+            self.cache.settle(places, columns + room, columns)
+        elif self.cache is not None:
+            self.cache = Slots(self.cache, places, columns + room)
         mask = self.mask.new_zeros(places, columns + room)
         mask[:rows, columns - needed : columns] = self.mask[:rows, self.first : self.stop]
         self.mask, self.stop = mask, columns
