@@ -6,10 +6,12 @@ the checkpoint, written last, carries the lineage (data versions, seeds, protoco
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,6 +26,8 @@ _ALLOWED = {".safetensors", ".json", ".txt", ".jinja", ".model", ".md"}
 _CARD = "model.json"
 _SMALL = 1 << 20
 _CHUNK = 1 << 24
+_BESIDE = ".download-"
+_LEFT_S = 86_400.0  # a download that has gone on for a day was killed
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,11 @@ class Models:
 
     def _download(self, model: Model, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as beside:
+        for left in target.parent.glob(f"{_BESIDE}*"):
+            with contextlib.suppress(OSError):  # another process was first
+                if time.time() - left.stat().st_mtime > _LEFT_S:
+                    shutil.rmtree(left)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=_BESIDE) as beside:
             whole = Path(beside, model.hash)
             for entry in self.store.list(model.folder):
                 path = whole / entry.path.removeprefix(f"{model.folder}/")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -79,6 +80,18 @@ def test_a_download_that_broke_off_is_not_taken_for_the_model(s3_uri: str, tmp_p
     (folder.parent / "model.json").unlink()
     (folder / "model.safetensors").write_bytes(b"half")
     assert (models.fetch(model, tmp_path / "cache") / "model.safetensors").read_bytes() == b"\x00\x01"
+
+
+def test_what_a_killed_download_left_a_day_ago_is_gone_with_the_next(s3_uri: str, tmp_path: Path) -> None:
+    models = Models(Store(s3_uri))
+    model = models.add("lm", checkpoint(tmp_path / "a"), "recipe", {})
+    old, young = (tmp_path / "cache/lm" / name for name in (".download-old", ".download-young"))
+    for folder in (old, young):
+        (folder / "x").mkdir(parents=True)
+    day_ago = time.time() - 90_000
+    os.utime(old, (day_ago, day_ago))
+    models.fetch(model, tmp_path / "cache")
+    assert (old.exists(), young.exists()) == (False, True)
 
 
 def test_who_comes_second_leaves_the_files_alone_that_the_first_reads(s3_uri: str, tmp_path: Path) -> None:
