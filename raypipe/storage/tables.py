@@ -229,11 +229,20 @@ class Table:
                     post_commithook_properties=_AFTER_COMMIT,
                 )
         except DeltaError as error:
-            raise RaypipeError(
-                f"Another writer changed table {self.spec.name} during this publish ({error}).",
-                "Nothing of this table was published; submit again.",
-            ) from error
+            # The answer to a commit may be lost: asked again, the store says that there is one already.
+            if not self._has_committed(staged, app, number):
+                raise RaypipeError(
+                    f"Another writer changed table {self.spec.name} during this publish ({error}).",
+                    "Nothing of this table was published; submit again.",
+                ) from error
         return self.version()
+
+    def _has_committed(self, staged: Sequence[StagedFile], app: str, number: int) -> bool:
+        """Whether the newest version is of this transaction and holds these very files."""
+        version = self.version()
+        if version == ABSENT or self.published_number(app) != number:
+            return False
+        return {file.path for file in staged} <= {file.path for file in self._all_files(version)}
 
     def _add_columns(self, newest: DeltaTable) -> None:
         """Name in the log what the schema has gained, in a commit of its own: an append cannot."""

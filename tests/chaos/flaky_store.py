@@ -26,7 +26,7 @@ class FlakyStore:
 
             def _pass_on(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                failure = store.next_failure()
+                failure = store.next_failure(self.command, self.path)
                 if failure == "before":
                     return self._answer(503, [], _ERROR)
                 connection = http.client.HTTPConnection(store.upstream, timeout=60)
@@ -60,7 +60,7 @@ class FlakyStore:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
-    def next_failure(self) -> str:
+    def next_failure(self, command: str, path: str) -> str:
         """How this request fails: "before" it is passed on, "after", or not at all."""
         with self._lock:
             self.requests += 1
@@ -80,3 +80,19 @@ class FlakyStore:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+class LosesAnswers(FlakyStore):
+    """Takes every commit of a Delta table and loses its answer, once each."""
+
+    def __init__(self, upstream: str) -> None:
+        super().__init__(upstream)
+        self._lost: set[str] = set()
+
+    def next_failure(self, command: str, path: str) -> str:
+        place = path.split("?")[0]
+        if command != "PUT" or "/_delta_log/" not in place or place in self._lost:
+            return ""
+        self._lost.add(place)
+        self.failures += 1
+        return "after"

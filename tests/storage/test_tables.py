@@ -15,6 +15,8 @@ from raypipe.errors import RaypipeError
 from raypipe.storage.schemas import HISTORIES, LOGS, SUMMARIES, TABLES
 from raypipe.storage.store import Store
 from raypipe.storage.tables import ABSENT, StagedFile, Table, storage_options
+from tests.chaos.flaky_store import LosesAnswers
+from tests.conftest import S3Server
 
 APP = "tombstones:test"
 
@@ -145,6 +147,21 @@ def test_a_harmed_staged_file_refuses_the_whole_publish(tombstones: Table, harm:
         publish(tombstones, [good, bad], 2)
     assert tombstones.version() == 0
     assert tombstones.read(0)["digest"].to_pylist() == ["a"]
+
+
+def test_a_commit_whose_answer_is_lost_is_taken_for_what_it_is(
+    s3_server: S3Server, s3_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LosesAnswers(s3_server.url) as flaky:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", flaky.url)
+        table = Table(Store(s3_uri), TABLES["tombstones"])
+        assert publish(table, [table.stage(rows("a"), "a")], 1) == 0
+        assert publish(table, [table.stage(rows("b"), "b")], 2) == 1
+        assert flaky.failures >= 2
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.url)
+    found = Table(Store(s3_uri), TABLES["tombstones"])
+    assert sorted(found.read(1)["digest"].to_pylist()) == ["a", "b"]
+    assert found.published_number(APP) == 2
 
 
 def test_a_second_writer_who_raced_is_refused(tombstones: Table, monkeypatch) -> None:
