@@ -108,8 +108,8 @@ class _Batch:
         self._done: list[Answer] = []
 
     def make_room(self, waiting: int, longest: int) -> None:
-        """Let go of rows that have ended, where they are many, and of columns, where none is left, with room for those of the
-        waiting prompts, the longest of so many tokens, that the batch may then hold."""
+        """Drop the rows that have ended where they are many; where all columns are filled, settle in other buffers, with places
+        for as many of the waiting prompts, the longest of so many tokens, as the batch may hold."""
         live = int(self.live.sum())
         in_place = isinstance(self.cache, Slots)
         full = in_place and self.stop == self.mask.shape[1]

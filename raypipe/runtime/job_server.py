@@ -16,9 +16,9 @@ import aiohttp
 from raypipe.errors import RaypipeError, UsageError
 
 _POLL_S = 2.0
-# A node that is lost closes no connection: how its jobs are is asked while they print nothing, too.
+# A node that is lost closes no connection, so a job's status is asked for while its log is followed.
 _ASKED_S = 10.0
-_LAST_WORDS_S = 5.0
+_LAST_WORDS_S = 5.0  # for what is left of the log of a job that has ended
 # A head that comes back, with its jobs from Redis, takes about a minute.
 _AWAY_S = 300.0
 _BIGGEST = 3
@@ -130,7 +130,9 @@ class JobServer:
                 answered = time.monotonic()
                 if info.status.is_terminal():
                     status, message = str(info.status.value), info.message or ""
-                    return Ended(status, info.driver_exit_code, message, self._logs(submission_id, status))
+                    return Ended(
+                        status, info.driver_exit_code, message, self._logs(submission_id, info.driver_exit_code)
+                    )
             except (RuntimeError, ConnectionError, aiohttp.ClientError) as error:
                 if time.monotonic() - answered > _AWAY_S:
                     raise RaypipeError(
@@ -139,12 +141,12 @@ class JobServer:
                     ) from error
             time.sleep(_POLL_S)
 
-    def _logs(self, submission_id: str, status: str) -> str:
-        """All that a job printed that has ended: nothing where it failed and the node that has it is gone."""
+    def _logs(self, submission_id: str, exit_code: int | None) -> str:
+        """All that an ended job printed; nothing where its driver was lost without an exit code, and its node's files too."""
         try:
             return self._client.get_job_logs(submission_id)
         except (RuntimeError, ConnectionError):
-            if status == "SUCCEEDED":
+            if exit_code is not None:
                 raise
             return ""
 

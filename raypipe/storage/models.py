@@ -26,8 +26,8 @@ _ALLOWED = {".safetensors", ".json", ".txt", ".jinja", ".model", ".md"}
 _CARD = "model.json"
 _SMALL = 1 << 20
 _CHUNK = 1 << 24
-_BESIDE = ".download-"
-_LEFT_S = 86_400.0  # a download that has gone on for a day was killed
+_DOWNLOAD = ".download-"
+_KILLED_S = 86_400.0  # a download that has gone on for a day was killed
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,11 @@ class Models:
 
     def _download(self, model: Model, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for left in target.parent.glob(f"{_BESIDE}*"):
+        for left in target.parent.glob(f"{_DOWNLOAD}*"):
             with contextlib.suppress(OSError):  # another process was first
-                if time.time() - left.stat().st_mtime > _LEFT_S:
+                if time.time() - left.stat().st_mtime > _KILLED_S:
                     shutil.rmtree(left)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=_BESIDE) as beside:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=_DOWNLOAD) as beside:
             whole = Path(beside, model.hash)
             for entry in self.store.list(model.folder):
                 path = whole / entry.path.removeprefix(f"{model.folder}/")

@@ -16,10 +16,7 @@ from raypipe.language.instructions import Catalogue
 from raypipe.language.prefixes import PREFIX
 from raypipe.recommenders.evaluation import HeldOut
 from raypipe.recommenders.windows import Histories
-from raypipe.systems.lancer import (
-    NAME,
-    LancerConfig,
-)
+from raypipe.systems.lancer import NAME, LancerConfig
 from raypipe.systems.lancer_exercises import Told, prepare_lancer
 from raypipe.systems.lancer_figures import Asked, measured
 from raypipe.systems.lancer_lists import ListWriter, load_writer
