@@ -60,7 +60,7 @@ def write_more(uri: str) -> Path:
 
 
 def test_duckdb_reads_the_night_and_not_what_came_after(asked: Callable[[str], list[tuple[Any, ...]]]) -> None:
-    assert asked("SELECT len(items) FROM histories WHERE user_id = 'Mnemosyne <7f3a>'") == [(len(HERS),)]
+    assert asked("SELECT len(items) FROM histories WHERE user_id = 'Mnemosyne <zeugma>'") == [(len(HERS),)]
     assert asked("SELECT count(*) FROM histories") == [(USERS - 1,)]
     assert asked("SELECT count(*) FROM histories WHERE user_id = 'late'") == [(0,)]
 

@@ -17,7 +17,7 @@ from raypipe.storage.workspace import Workspace
 from tests.pipeline.small_logs import DAY, SMALL_ITEMS, SMALL_LOG, START, write_catalogue, write_log
 from tests.untrained import store_untrained
 
-USER = "Mnemosyne <7f3a>"
+USER = "Mnemosyne <zeugma>"
 """One user, whose id no other text has by chance."""
 HERS = [(USER, f"i{n % SMALL_ITEMS + 1}", START + n * DAY) for n in range(17)]
 USERS = 26
