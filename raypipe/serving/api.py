@@ -14,6 +14,7 @@ from raypipe import __version__
 from raypipe.serving.api_words import add_words
 from raypipe.serving.backend import FAILURES, Backend, answers_of, check_queries, check_query
 from raypipe.serving.config import LimitOptions
+from raypipe.serving.description import SCHEMA, add_description
 from raypipe.serving.guard import failure
 from raypipe.serving.page import add_page
 from raypipe.serving.queries import (
@@ -60,7 +61,8 @@ def build_api(backend: Backend, limits: LimitOptions) -> FastAPI:
         title="raypipe",
         version=__version__,
         description="Recommendations of a release, for the users of a night or for any history.",
-        docs_url="/docs",
+        openapi_url=SCHEMA,
+        docs_url=None,
         redoc_url=None,
         responses=FAILURES,
     )
@@ -119,6 +121,7 @@ def build_api(backend: Backend, limits: LimitOptions) -> FastAPI:
         """Whether requests by user id can be answered too."""
         return _condition(await backend.readiness())
 
+    add_description(app, without_token="/v1/health")
     app.add_exception_handler(RefusedQueryError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)

@@ -19,14 +19,14 @@ from typing import Any, Protocol
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from raypipe.serving import description, page
 from raypipe.serving.config import LimitOptions
-from raypipe.serving.page import FILES as PAGE
 from raypipe.storage.tokens import Token, hash_of
 
 AUDIT = logging.getLogger("raypipe.audit")
 _LOG = logging.getLogger("raypipe.serving")
-OPEN = frozenset({"/v1/health", *PAGE})
-"""Routes that ask for no token: the page that one is typed into holds no data."""
+OPEN = frozenset({"/v1/health", *page.FILES, description.ADDRESS, description.SCHEMA, *description.FILES})
+"""Routes that ask for no token: the pages that one is typed into hold no data."""
 _GRACE_S = 2.0  # What asks the language model gives up by itself first, and says so.
 _TOO_LARGE = "A request has at most {:,} bytes."
 _SIZE = re.compile(r"[0-9]{1,18}")

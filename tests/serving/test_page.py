@@ -120,6 +120,36 @@ def test_a_person_looks_at_a_user_and_asks_why(site: tuple[str, Asked], tmp_path
     asyncio.run(look())
 
 
+def test_a_person_reads_the_description_and_tries_a_route(site: tuple[str, Asked], tmp_path: Path) -> None:
+    url, asked = site
+    sent = "document.querySelector('#operations-default-release_v1_release_get .live-responses-table')"
+
+    async def look() -> None:
+        async with browser(tmp_path) as page:
+            await page.go(f"{url}docs")
+            await page.until("document.querySelectorAll('.opblock').length > 15")
+            await page.run("document.querySelector('.auth-wrapper .authorize').click()")
+            await page.until("document.querySelector('.auth-container input') !== null")
+            await page.fill(".auth-container input", asked.secret)
+            await page.run("document.querySelector('.auth-btn-wrapper .authorize').click()")
+            await page.until("document.querySelector('.auth-wrapper .authorize.locked') !== null")
+            await page.run("document.querySelector('.auth-btn-wrapper .btn-done').click()")
+            await page.run("document.querySelector('#operations-default-release_v1_release_get button').click()")
+            for button in (".try-out__btn", ".execute"):
+                await page.until(f"document.querySelector('{button}') !== null")
+                await page.run(f"document.querySelector('{button}').click()")
+            await page.until(f"{sent} !== null && {sent}.innerText.includes('200')")
+            assert asked.get("release").json()["night"] in await page.run(f"{sent}.innerText")
+            assert page.said == []
+            hosts = await page.run("performance.getEntriesByType('resource').map(entry => new URL(entry.name).origin)")
+            assert set(hosts) == {url.rstrip("/")}
+            # What needs no token shows no lock.
+            locks = "[...document.querySelectorAll('.opblock')].filter(e => !e.querySelector('.authorization__btn'))"
+            assert await page.run(f"{locks}.map(e => e.id)") == ["operations-default-health_v1_health_get"]
+
+    asyncio.run(look())
+
+
 def test_lists_of_the_release_before_stay_to_be_compared(site: tuple[str, Asked], tmp_path: Path) -> None:
     url, asked = site
 

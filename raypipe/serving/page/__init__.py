@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from importlib.resources import files
 
 from fastapi import FastAPI
@@ -22,12 +21,14 @@ frame-ancestors 'none'; form-action 'none'"
 def add_page(app: FastAPI) -> None:
     """The page's files, which are no part of the API's description."""
     for path, (name, kind) in FILES.items():
-        app.add_api_route(path, _sender(files(__package__).joinpath(name).read_bytes(), kind), include_in_schema=False)
+        send_file(app, path, files(__package__).joinpath(name).read_bytes(), kind, _POLICY)
 
 
-def _sender(content: bytes, kind: str) -> Callable[[], Awaitable[Response]]:
+def send_file(app: FastAPI, path: str, content: bytes, kind: str, policy: str) -> None:
+    """A route that sends the content; `policy` says what a browser may load from it."""
+    headers = {"content-security-policy": policy, "referrer-policy": "no-referrer"}
+
     async def send() -> Response:
-        headers = {"content-security-policy": _POLICY, "referrer-policy": "no-referrer"}
         return Response(content, media_type=f"{kind}; charset=utf-8", headers=headers)
 
-    return send
+    app.add_api_route(path, send, include_in_schema=False)
