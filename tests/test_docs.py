@@ -1,27 +1,68 @@
-"""The runbook, the architecture and CONTRIBUTING name commands, files, layers and alerts that there are."""
+"""Pages, recipes and messages name commands, options, files, layers and alerts that there are."""
 
 from __future__ import annotations
 
 import re
 import shlex
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import yaml
 
 from raypipe.cli.main import JOBS, config_type
 from raypipe.cli.options import parse_config
+from raypipe.config import Config
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / name for name in ("cluster/RUNBOOK.md", "cluster/README.md", "raypipe/README.md", "CONTRIBUTING.md")]
+PAGES = [
+    ROOT / name
+    for name in ("cluster/RUNBOOK.md", "cluster/README.md", "raypipe/README.md", "CONTRIBUTING.md", "README.md")
+]
 RUNBOOK = PAGES[0].read_text()
+RECIPES = sorted((ROOT / "jobs").rglob("*.yaml"))
 COMMANDS = [
     line.strip()
     for block in re.findall(r"```bash\n(.*?)```", RUNBOOK, re.DOTALL)
     for line in block.splitlines()
     if line.strip().startswith("raypipe ")
 ]
+
+
+def options(config: type[Config], before: str = "") -> Iterator[str]:
+    """Names of all options, those of nested configs with dots."""
+    for name, field in config.model_fields.items():
+        yield before + name
+        for nested in configs_in(field.annotation):
+            yield from options(nested, f"{before}{name}.")
+
+
+def configs_in(annotation: Any) -> Iterator[type[Config]]:
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        yield annotation
+    for part in get_args(annotation):
+        yield from configs_in(part)
+
+
+def test_options_of_a_section_that_are_named_anywhere_are_some_jobs() -> None:
+    known = {name for job in JOBS for name in options(config_type(job))}
+    named = set()
+    for path in [*PAGES, *RECIPES, *(ROOT / "raypipe").rglob("*.py")]:
+        named |= set(re.findall(r"(?<![\w-])--([a-z]\w*\.[\w.]*\w)", path.read_text()))
+    assert len(named) > 50
+    assert {name for name in named if name not in known and name.removeprefix("no-") not in known} == {"section.key"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_command_of_a_recipe_is_one_that_its_job_takes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    commands = re.findall(r"^#.*?\b(raypipe [a-z]+ --.*)$", path.read_text(), re.MULTILINE)
+    assert commands or path.stem == "nightly-demo"  # which `make demo` runs
+    for command in commands:
+        _, job, *words = shlex.split(command)
+        parse_config(job, config_type(job), words)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -154,5 +154,5 @@ def _inject_lora(lm: torch.nn.Module, options: LoraOptions) -> None:
         )
         raise UsageError(
             f"The language model has none of the matrices that LoRA is to change, {', '.join(options.targets)}.",
-            f"Choose among {', '.join(names)} with --adapter.lora.targets.",
+            f"Choose among {', '.join(names)} with `lora.targets` of the system.",
         ) from error

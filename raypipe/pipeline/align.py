@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -66,6 +66,13 @@ _TRAINING: dict[str, Mapping[str, object]] = {
 }
 _ASKED_ANEW = {"constrained", "judges", "rubric"}
 """Options of a system that say how it is measured, and may be other ones for a stored adapter."""
+_ONLY_FOR = {
+    "adapter_workspace": ("lancer",),
+    "replay": ("recexplainer",),
+    "summaries": ("recexplainer", "trsr"),
+    "beside": ("recinterpreter", "recexplainer", "trsr"),
+}
+"""Systems that read an option; to the others it would say nothing."""
 
 
 class AlignOptions(TrainingOptions, ModelCache):
@@ -126,6 +133,15 @@ class AlignOptions(TrainingOptions, ModelCache):
             return values
         system = str(values.get("system", cls.model_fields["system"].default))
         return {**values, "trainer": merge(_TRAINING.get(system, {}), values.get("trainer", {}))}
+
+    @model_validator(mode="after")
+    def _options_are_read(self) -> Self:
+        for option, systems in _ONLY_FOR.items():
+            if self.system not in systems and getattr(self, option) not in (None, False):
+                raise ValueError(f"{option} says nothing to {self.system}: it is for {' and '.join(systems)}")
+        if self.adapter_workspace is not None and self.adapter is None:
+            raise ValueError("adapter_workspace is where a stored adapter is: name it with adapter")
+        return self
 
     def chosen(self) -> InterpreterConfig | ExplainerConfig:
         """The configuration of the system that reads states; the other's has no part in what comes out."""
@@ -332,10 +348,7 @@ def _train(
     config.cluster.connect()
     trained = fit(AlignmentTask(folder / "data"), config.trainer, name, folder / "checkpoint")
     metrics = {
-        "loss_first": float(np.mean(trained.losses[:10])),
-        "loss_last": float(np.mean(trained.losses[-10:])),
-        "steps": trained.steps,
-        "train_seconds": round(trained.seconds, 1),
+        **trained.figures(),
         **counts,
         **inputs.measure(config, system, trained.folder),
     }

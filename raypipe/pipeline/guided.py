@@ -237,10 +237,7 @@ def _tuned(
     config.cluster.connect()
     trained = fit(TuningTask(folder / "data"), config.trainer, name, folder / "checkpoint")
     metrics = {
-        "loss_first": float(np.mean(trained.losses[:10])),
-        "loss_last": float(np.mean(trained.losses[-10:])),
-        "steps": trained.steps,
-        "train_seconds": round(trained.seconds, 1),
+        **trained.figures(),
         **counts,
     }
     return metrics, trained.curve()

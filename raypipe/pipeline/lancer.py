@@ -171,10 +171,7 @@ def _train(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: s
     asked = inputs.asked(config.hold_out, config.asked)
     counts, trained = _trained(config, inputs, folder, name)
     metrics = {
-        "loss_first": float(np.mean(trained.losses[:10])),
-        "loss_last": float(np.mean(trained.losses[-10:])),
-        "steps": trained.steps,
-        "train_seconds": round(trained.seconds, 1),
+        **trained.figures(),
         **counts,
     }
     if trained.validations:
@@ -228,8 +225,7 @@ def _trained(config: AlignConfig, inputs: _Inputs, folder: Path, name: str) -> t
             LancerTask(data, "first", config.positions, config.asked), trainer, f"{name}-first", folder / "first"
         )
         shutil.copyfile(first.folder / FIRST, data / FIRST)
-        counts |= {"first_loss_first": float(np.mean(first.losses[:10]))}
-        counts |= {"first_loss_last": float(np.mean(first.losses[-10:])), "first_seconds": round(first.seconds, 1)}
+        counts |= {f"first_{name}": value for name, value in first.figures().items()}
     if lancer.reads_once:
         store_vectors(data)
     task = LancerTask(data, "second", config.positions, config.asked)

@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow as pa
 
 from raypipe.config import shaping
-from raypipe.errors import UsageError
 from raypipe.language.instructions import Catalogue, histories_before_cut
 from raypipe.language.pretraining import LmDataConfig, LmTask, prepare_lm
 from raypipe.pipeline.held_out import are_held_out
 from raypipe.pipeline.job import TrainingOptions, model_result
+from raypipe.pipeline.sequences import pinned_versions
 from raypipe.runtime.job import JobConfig, JobResult
 from raypipe.runtime.progress import say
 from raypipe.runtime.trainer import TrainerConfig, fit
@@ -24,7 +24,6 @@ from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.hashing import stable_hash
 from raypipe.storage.locks import hold
 from raypipe.storage.models import Model, Models
-from raypipe.storage.tables import ABSENT
 from raypipe.storage.workspace import Workspace
 
 JOB = "lm"
@@ -53,11 +52,7 @@ def run_lm(config: LmConfig) -> JobResult:
     tracking = config.open_tracking(workspace)
     workspace.require_info()
     with hold(workspace.store, [f"models-{MODEL}"], JOB, config.lock_lease_s):
-        versions = {name: workspace.tables[name].version() for name in ("items", "histories")}
-        if ABSENT in versions.values():
-            raise UsageError(
-                f"The workspace {workspace.uri} has no histories to learn from.", "Run `raypipe ingest` first."
-            )
+        versions = pinned_versions(workspace)
         items = workspace.tables["items"].read(versions["items"]).sort_by("index")
         histories = training_histories(workspace, versions["histories"], config.histories, config.held_out_share)
         recipe = fingerprint(
@@ -103,10 +98,7 @@ def _train(
     }
     model = Models(workspace.store).add(MODEL, trained.folder, recipe, lineage)
     metrics = {
-        "loss_first": float(np.mean(trained.losses[:10])),
-        "loss_last": float(np.mean(trained.losses[-10:])),
-        "steps": trained.steps,
-        "train_seconds": round(trained.seconds, 1),
+        **trained.figures(),
         **counts,
     }
     workspace.store.delete_folder(f"staging/lm-{recipe}")

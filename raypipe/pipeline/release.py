@@ -38,7 +38,10 @@ class GateConfig(Config):
 class ReleaseConfig(JobConfig, ModelCache):
     """Configuration of `release`."""
 
-    recommender: str | None = free(None, "NAME, for its newest, or NAME/HASH: judge it and put it in force")
+    recommender: str | None = free(
+        None,
+        "NAME, for its newest, or NAME/HASH: judge it and put it in force; unset: that in force, with what is given below",
+    )
     lm: str | None = free(None, "the release's language model, a hash, hub name or builtin; unset: that in force")
     adapters: tuple[str, ...] | None = free(
         None,
@@ -53,22 +56,29 @@ def run_release(config: ReleaseConfig) -> JobResult:
     workspace = config.open_workspace()
     workspace.require_info()
     releases = Releases(workspace.store)
+    parts = [name for name in ("recommender", "lm", "adapters") if getattr(config, name) is not None]
     if config.restore is not None:
-        if config.recommender is not None:
-            raise UsageError("Both --recommender and --restore are given.", "Use --restore HASH alone.")
+        if parts:
+            raise UsageError(f"Both --{parts[0]} and --restore are given.", "Use --restore HASH alone.")
         with hold(workspace.store, ["releases"], JOB, config.lock_lease_s):
             release = releases.get(config.restore)
             releases.point("champion", release)
         say(f"Release {release.hash[:12]} is in force: {release.recommender}")
         return JobResult(JOB, "ok", metrics=asdict(release))
-    if config.recommender is None:
-        champion = releases.named("champion")
+    champion = releases.named("champion")
+    if not parts:
         for name in releases.hashes():
             mark = "   in force" if champion is not None and name == champion.hash else ""
             say(f"{name[:12]}  {releases.get(name).recommender}{mark}")
         return JobResult(JOB, "ok", metrics={"champion": champion.hash if champion is not None else None})
+    recommender = config.recommender or (champion.recommender if champion is not None else None)
+    if recommender is None:
+        raise UsageError(
+            f"--{parts[0]} alone changes the release in force, and there is none.",
+            "Name its recommender with --recommender.",
+        )
     lm = find_builtin_lm(workspace, "--lm").hash if config.lm == BUILTIN else config.lm
-    metrics = promote(config, workspace, config.recommender, lm)
+    metrics = promote(config, workspace, recommender, lm)
     champion = releases.named("champion")
     assert champion is not None
     return JobResult(JOB, "ok", models={"recommender": champion.recommender}, metrics=metrics)

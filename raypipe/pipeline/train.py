@@ -173,8 +173,7 @@ def _train(
     facts: dict[str, float] = {
         "users": int(np.count_nonzero(seen.lengths)),
         "events": len(seen.items),
-        "steps": trained.steps,
-        "loss_last": float(np.mean(trained.losses[-10:])),
+        **trained.figures(),
         "validations": len(trained.validations),
         "validation_ndcg": round(max((value for _, value in trained.validations), default=float("nan")), 6),
     }

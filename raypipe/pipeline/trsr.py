@@ -153,10 +153,7 @@ def _train(config: AlignConfig, workspace: Workspace, inputs: Asked, recipe: str
     trained = fit(RankingTask(folder / "data"), config.trainer, name, folder / "checkpoint")
     measured, ranks = measure(config, config.trsr, inputs, trained.folder)
     metrics = {
-        "loss_first": float(np.mean(trained.losses[:10])),
-        "loss_last": float(np.mean(trained.losses[-10:])),
-        "steps": trained.steps,
-        "train_seconds": round(trained.seconds, 1),
+        **trained.figures(),
         **counts,
         **inputs.past.summaries.cost,
         **measured,

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 MODEL = "model"
 """The folder of a checkpoint that holds what the task saved."""
 _CURVE_POINTS = 100
+_END_STEPS = 10
 
 
 class TrainingTask(Protocol):
@@ -125,6 +126,12 @@ class TrainingResult:
     @property
     def steps(self) -> int:
         return len(self.losses)
+
+    def figures(self) -> dict[str, float]:
+        """What a job tells of the training: mean loss of its first and of its last steps, their number, and the seconds."""
+        ends = {"loss_first": self.losses[:_END_STEPS], "loss_last": self.losses[-_END_STEPS:]}
+        means = {name: float(np.mean(losses)) for name, losses in ends.items()}
+        return {**means, "steps": self.steps, "train_seconds": round(self.seconds, 1)}
 
     def curve(self) -> dict[str, Any]:
         """What a plot of the training wants, small enough to be kept with the model: `seconds`, `steps`, `losses` as (step,

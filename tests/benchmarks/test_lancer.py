@@ -16,7 +16,7 @@ from tests.benchmarks.recommenders import ROOT
 METRICS = {
     "asked": 943,
     "loss_last": 1.0,
-    "first_seconds": 3.0,
+    "first_train_seconds": 3.0,
     "validation_step": 7,
     "tokens_asked": 9,
     "Recall@5": 0.12,

@@ -48,6 +48,28 @@ def ready(tmp_path: Path, lm: Path) -> str:
     return uri
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (
+            ("--system", "lancer", "--beside"),
+            "beside says nothing to lancer: it is for recinterpreter and recexplainer and",
+        ),
+        (("--system", "guided", "--summaries", "recurrent"), "summaries says nothing to guided"),
+        (("--replay", "talk.jsonl"), "replay says nothing to recinterpreter: it is for recexplainer"),
+        (
+            ("--system", "trsr", "--adapter", "trsr", "--adapter_workspace", "other"),
+            "adapter_workspace says nothing to trsr",
+        ),
+        (("--system", "lancer", "--adapter_workspace", "other"), "name it with adapter"),
+    ],
+)
+def test_an_option_that_would_say_nothing_is_refused(raypipe: Run, given: tuple[str, ...], told: str) -> None:
+    ended = raypipe("align", "--workspace", "nowhere", *given)
+    assert (ended.code, ended.status) == (2, "failed")
+    assert told in one_paragraph(ended.stderr)
+
+
 def test_an_adapter_of_another_system_than_is_asked_for_is_refused(raypipe: Run, ready: str, lm: Path) -> None:
     store_untrained_ranker(ready, RANKER, lm)
     ended = raypipe("align", "--workspace", ready, "--adapter", "trsr", "--asked", "2")

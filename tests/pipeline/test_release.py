@@ -65,6 +65,11 @@ def test_the_better_model_is_put_in_force_the_worse_refused_and_the_old_one_rest
     old = next(name for name in releases.hashes() if releases.get(name).recommender == good)
     assert raypipe("release", "--workspace", trained, "--restore", old[:8]).code == 0
     assert champion(trained) == good
+    # What else is named changes the release in force.
+    assert raypipe("release", "--workspace", trained, "--lm", "hub/another").code == 0
+    changed = releases.named("champion")
+    assert changed is not None
+    assert (changed.recommender, changed.lm) == (good, "hub/another")
 
 
 def test_a_model_that_does_not_beat_popularity_is_no_first_release(raypipe: Run, trained: str, tmp_path) -> None:
@@ -103,6 +108,8 @@ def test_what_is_not_there_cannot_be_released(raypipe: Run, trained: str) -> Non
         ("--recommender", "gru4rec"): "No model gru4rec is stored",
         ("--restore", "abc"): "0 releases start with 'abc'",
         ("--restore", "abc", "--recommender", "sasrec"): "Both --recommender and --restore are given",
+        ("--restore", "abc", "--lm", "builtin"): "Both --lm and --restore are given",
+        ("--adapters", '["recexplainer-h"]'): "--adapters alone changes the release in force, and there is none",
         ("--recommender", "sasrec", "--gate.metric", "Luck@10"): "There is no metric Luck@10",
     }
     for options, told in cases.items():
