@@ -36,8 +36,17 @@ class CandidateSets:
     def ranks(self, scores: NDArray[np.floating]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """How many candidates score above the chosen one, and how many the same, itself included: int64 [n] each, from scores
         [n, candidates]."""
-        mine = scores[np.arange(len(self)), self.places][:, None]
-        return (scores > mine).sum(1), (scores == mine).sum(1)
+        return ranks_at(scores, self.places)
+
+
+def ranks_at(scores: NDArray[np.floating], places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Of scores [n, candidates] how many are above the one in the column `places` [n], and how many the same, itself included.
+
+    What is no number is below all that are, and the same as its like.
+    """
+    known = np.where(np.isnan(scores), -np.inf, scores)
+    own = known[np.arange(len(places)), places][:, None]
+    return (known > own).sum(1), (known == own).sum(1)
 
 
 def history_seeds(users: U64, history_lanes: U64, seed: int) -> U64:

@@ -6,7 +6,6 @@ not held out, and asked about those who are: beside it the same questions withou
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import ValidationError, model_validator
 
-from raypipe.config import Config, free, merge, shaping
+from raypipe.config import free, merge, shaping
 from raypipe.engines.engine import Decoding, EngineConfig
 from raypipe.errors import UsageError
 from raypipe.language.adapters import AdapterCard, build_adapter, load_adapter, read_card
@@ -26,15 +25,15 @@ from raypipe.language.alignment import AlignmentTask, prepare_alignment
 from raypipe.language.backbone import load_backbone
 from raypipe.language.checkpoint import checkpoint_hash
 from raypipe.language.instructions import Catalogue
-from raypipe.language.prompt import Prompt
-from raypipe.language.soft_prompts import SoftExample
 from raypipe.language.titles import distinct_titles
 from raypipe.pipeline.align_record import record
+from raypipe.pipeline.asked_anew import asked_anew, tell_stored
 from raypipe.pipeline.guided import run_guided
-from raypipe.pipeline.held_out import are_held_out
+from raypipe.pipeline.held_out import Cut, are_held_out
 from raypipe.pipeline.job import TrainingOptions, model_result
 from raypipe.pipeline.lancer import run_lancer
 from raypipe.pipeline.loaded import BUILTIN, Loaded, chosen_lm
+from raypipe.pipeline.replay import read_replay
 from raypipe.pipeline.sequences import histories_hash, pinned_versions, read_histories
 from raypipe.pipeline.trsr import run_trsr
 from raypipe.recommenders.recommender import freeze, weights_hash
@@ -64,8 +63,7 @@ _TRAINING: dict[str, Mapping[str, object]] = {
     "trsr": trsr.TRAINING,
     "lancer": lancer.TRAINING,
 }
-_ASKED_ANEW = {"constrained", "judges", "rubric"}
-"""Options of a system that say how it is measured, and may be other ones for a stored adapter."""
+_ASKED_AT_LEAST = 2
 _ONLY_FOR = {
     "adapter_workspace": ("lancer",),
     "replay": ("recexplainer",),
@@ -139,6 +137,8 @@ class AlignOptions(TrainingOptions, ModelCache):
         for option, systems in _ONLY_FOR.items():
             if self.system not in systems and getattr(self, option) not in (None, False):
                 raise ValueError(f"{option} says nothing to {self.system}: it is for {' and '.join(systems)}")
+        if self.system in ("recinterpreter", "recexplainer", "guided") and self.trainer.validate_every is not None:
+            raise ValueError(f"{self.system} has nothing to be validated on: leave out trainer.validate_every")
         if self.adapter_workspace is not None and self.adapter is None:
             raise ValueError("adapter_workspace is where a stored adapter is: name it with adapter")
         return self
@@ -228,6 +228,7 @@ def _joined(config: AlignConfig) -> JobResult:
     inputs.check_room(system, config.answer_tokens)
     with hold(workspace.store, [f"models-{system.name}"], JOB, config.lock_lease_s):
         if (model := Models(workspace.store).newest(system.name, recipe)) is not None:
+            tell_stored(model)
             return model_result(JOB, model, "nothing_to_do", model.lineage["metrics"], started)
         before = weights_hash(inputs.source.recommender)
         model = _train(config, workspace, inputs, system, recipe, versions)
@@ -257,6 +258,8 @@ def _read(config: AlignConfig, workspace: Workspace, version: int, adapter: Mode
     parts = [loaded.model] if adapter is None else [loaded.model, adapter]
     lm, own = chosen_lm(config, workspace, config.lm)
     parts += [] if own is None else [own]
+    for part in parts:
+        Cut(config.hold_out, 0.0).check_events(part)
     saw = [part.name for part in parts if part.lineage.get("held_out_share", 0.0) < config.held_out_share]
     if saw:
         say(
@@ -267,17 +270,19 @@ def _read(config: AlignConfig, workspace: Workspace, version: int, adapter: Mode
     histories = histories.without_last(config.hold_out).within(loaded.recommender.items)
     held_out = are_held_out(users, config.held_out_share)
     long_enough = histories.lengths > 1
-    if not (held_out & long_enough).any() or not (~held_out & long_enough).any():
+    asked = min(int((held_out & long_enough).sum()), config.asked)
+    if asked < _ASKED_AT_LEAST or not (~held_out & long_enough).any():
         raise UsageError(
-            f"Of {len(users):,} users {int(held_out.sum()):,} are held out, and one side has no history of two events.",
-            "Ingest more users, or change --held_out_share.",
+            f"Of {len(users):,} users {int(held_out.sum()):,} are held out, and of those with two events {asked:,} are asked about. "
+            f"Controls ask with another's state: it takes {_ASKED_AT_LEAST} of them, and somebody to learn from.",
+            "Ingest more users, or change --held_out_share or --asked.",
         )
     titles = distinct_titles(loaded.items["title"].to_pylist(), loaded.items["item_id"].to_pylist())
     attributes = [dict(pairs) for pairs in loaded.items["attributes"].to_pylist()]
     # Of items that came after the recommender's training there are no vectors.
     known = loaded.recommender.items
     catalogue = Catalogue(titles[:known], attributes[:known])
-    replay = _read_replay(config.replay) if config.replay is not None else []
+    replay = read_replay(config.replay) if config.replay is not None else []
     summaries = _read_summaries(config, workspace, users) if config.summaries is not None else {}
     source = Source(loaded.recommender, histories, held_out, catalogue, summaries, replay)
     return _Inputs(f"{loaded.model.name}/{loaded.model.hash}", lm, checkpoint_hash(lm), source, not saw)
@@ -298,24 +303,6 @@ def _read_summaries(config: AlignConfig, workspace: Workspace, users: pa.Array) 
     return {
         row: text for row, text in zip(place.to_pylist(), rows["summary"].to_pylist(), strict=True) if row is not None
     }
-
-
-def _read_replay(path: str) -> list[SoftExample]:
-    """Raises UsageError where the file cannot be read, with the first line that is wrong."""
-    examples: list[SoftExample] = []
-    try:
-        with Path(path).open(encoding="utf-8") as lines:
-            for line in lines:
-                row = json.loads(line)
-                examples.append(SoftExample(Prompt.of(str(row["prompt"])), str(row["answer"])))
-    except OSError as error:
-        raise UsageError(f"The exercises {path} cannot be read: {error}.", "Check --replay.") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"Line {len(examples) + 1} of {path} is no exercise: {error!r}.",
-            'Write one {"prompt": …, "answer": …} a line.',
-        ) from None
-    return examples
 
 
 def _train(
@@ -385,10 +372,9 @@ def _transferred(
             "Name a recommender of the adapter's width with --model.",
         )
     name = config.system
-    given: Config = getattr(config, name)
-    anew = given.model_dump(include=_ASKED_ANEW & given.model_fields_set)
+    anew = asked_anew(name, getattr(config, name), adapter.lineage["options"])
     try:
-        options = AlignOptions.model_validate({"system": name, name: {**adapter.lineage["options"], **anew}})
+        options = AlignOptions.model_validate({"system": name, name: anew})
     except ValidationError as error:
         told = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise UsageError(

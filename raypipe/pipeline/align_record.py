@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, get_args
 
 from raypipe.config import Config
+from raypipe.pipeline.asked_anew import asked_anew
 from raypipe.pipeline.held_out import Cut
 from raypipe.recommenders.config import ModelName
 from raypipe.runtime.job import JobResult
@@ -51,7 +52,11 @@ def record(config: AlignConfig, result: JobResult) -> None:
         if config.system in _READS_STATES and "recommender" in lineage:
             settings["trained_beside"] = lineage["recommender"]
         settings |= asked
-        anew = {"measured_anew": True, **given.model_dump(mode="json", include=given.model_fields_set)}
+        anew = {"measured_anew": True}
+        if config.system == "guided":
+            anew |= given.model_dump(mode="json", include=given.model_fields_set)
+        else:
+            anew |= asked_anew(config.system, given, lineage.get("options", {}))
     if away:
         anew["trained_in"] = home.uri.rstrip("/").rsplit("/", 1)[-1]
     options = {**lineage.get("options", {}), **anew}
@@ -83,7 +88,7 @@ def _figures(name: str, metrics: Mapping[str, Any]) -> dict[str, dict[str, Measu
     asked = int(metrics.get("asked", 0))
     for metric, value in metrics.items():
         *beside, figure = metric.split(": ")
-        if value is not None:
+        if value is not None and math.isfinite(value):
             if beside and beside[0] in _ALONE:
                 scorer = beside[0]
             elif beside and beside[0].startswith("above "):
@@ -108,8 +113,9 @@ def _protocol(config: AlignConfig, options: Mapping[str, Any], cut: Cut, metrics
         seen = "filtered" if options.get("filter_seen") else "kept"
         return f"leave-one-out, whole catalogue, seen items {seen}, {cut.words}, {metrics['asked']:.0f} users asked"
     if config.system == "trsr":
-        drawn = config.trsr.candidates
-        candidates = f"{drawn.negatives + 1} candidates{f' of draw {drawn.seed}' if drawn.seed else ''}"
+        drawn = options["candidates"]
+        seed = f" of draw {drawn['seed']}" if drawn["seed"] else ""
+        candidates = f"{drawn['negatives'] + 1} candidates{seed}"
         shown = f"last {options['history']} events shown"
         return f"leave-one-out, {candidates}, {shown}, {cut.words}, {metrics['asked']:.0f} users asked"
     last = "last event" if config.hold_out == 1 else f"last {config.hold_out} events"

@@ -23,6 +23,7 @@ from raypipe.language.adapters import AdapterCard, build_adapter, load_adapter
 from raypipe.language.backbone import load_backbone
 from raypipe.language.checkpoint import checkpoint_hash
 from raypipe.language.prompt import Prompt
+from raypipe.pipeline.asked_anew import tell_stored
 from raypipe.pipeline.held_out import Cut, are_held_out
 from raypipe.pipeline.job import model_result
 from raypipe.pipeline.loaded import chosen_lm
@@ -105,6 +106,7 @@ def run_guided(config: AlignConfig) -> JobResult:
     )
     with hold(workspace.store, [f"models-{NAME}"], NAME, config.lock_lease_s):
         if (model := Models(workspace.store).newest(NAME, recipe)) is not None:
+            tell_stored(model)
             return model_result("align", model, "nothing_to_do", model.lineage["metrics"], started)
         model = _scored(config, workspace, inputs, recipe, versions)
         tracking.register(model)
@@ -185,7 +187,8 @@ def _scored(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: 
     )
     save_scores(out, scores)
     metrics |= {"items": len(items), "users": len(users), **reader.told()}
-    metrics["spread"] = round(float(np.nanstd(items, axis=0).mean()), 4)
+    read = items[:, ~np.isnan(items).all(0)]  # An attribute may have been named in no answer.
+    metrics["spread"] = round(float(np.nanstd(read, axis=0).mean()), 4) if read.size else 0.0
     metrics["unseen_by_all"] = int(inputs.unseen == config.held_out_share)
     metrics |= _measured(config, inputs, questions, reader, scores)
     lineage = {

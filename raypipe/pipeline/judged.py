@@ -70,7 +70,9 @@ def sample_summaries(workspace: Workspace, summaries: SummariesConfig, count: in
     cases: list[Case] = []
     rule: list[int | None] = []
     for user, summary in zip(users, texts, strict=True):
-        window = histories[user][summaries.window_start(len(histories[user])) :]
+        # What the summary is of: events that it leaves out tell nothing of how good it is.
+        known = histories[user][: len(histories[user]) - summaries.hold_out]
+        window = known[summaries.window_start(len(known)) :]
         cases.append(dict(zip(SUMMARY_PIECES, ("\n".join(map(catalogue.line, window)), summary), strict=True)))
         counts = value_counts(catalogue.values[index] for index in window)
         rule.append(rule_rating(vocabulary.named(summary), counts))

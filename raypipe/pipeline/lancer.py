@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from raypipe.language.backbone import load_backbone
 from raypipe.language.checkpoint import checkpoint_hash, resolve_checkpoint
 from raypipe.language.instructions import Catalogue
 from raypipe.language.prefixes import PREFIX
+from raypipe.pipeline.asked_anew import asked_anew, tell_stored
 from raypipe.pipeline.evaluate import table
 from raypipe.pipeline.held_out import Cut, are_held_out
 from raypipe.pipeline.job import model_result
@@ -48,9 +49,7 @@ from raypipe.systems.lancer_training import LancerTask, store_vectors
 if TYPE_CHECKING:
     from raypipe.pipeline.align import AlignConfig
 
-STEP_VERSION = 2
-_ASKED_ANEW = {"constrained", "beams", "filter_seen", "cold_events", "shown", "prompts"}
-"""Options that say how a stored one is asked; of the prompts only what it is perturbed by."""
+STEP_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class _Inputs:
             )
         rows = np.sort(np.random.default_rng(0).permutation(len(held.targets))[:most])
         prefixes = held.prefixes.take(held.prefixes.starts[rows], held.prefixes.lengths[rows])
-        training = _without(held.training, self.held_out)
+        training = held.training.of(~self.held_out)
         everybody = np.flatnonzero(self.histories.lengths > hold_out)
         part = replace(held, training=training, prefixes=prefixes, targets=held.targets[rows])
         return Asked(part, self.unseen[everybody[rows]])
@@ -113,6 +112,7 @@ def run_lancer(config: AlignConfig) -> JobResult:
     models = Models(workspace.store)
     with hold(workspace.store, [f"models-{NAME}"], NAME, config.lock_lease_s):
         if (model := models.newest(NAME, recipe)) is not None:
+            tell_stored(model)
             return model_result("align", model, "nothing_to_do", model.lineage["metrics"], started)
         model = _train(config, workspace, inputs, recipe, versions)
         tracking.register(model)
@@ -158,12 +158,6 @@ def _known(
     return catalogue, histories, held_out, unseen
 
 
-def _without(histories: Histories, left_out: NDArray[np.bool_]) -> Histories:
-    """The histories of the others."""
-    rows = np.flatnonzero(~left_out)
-    return histories.take(histories.starts[rows], histories.lengths[rows])
-
-
 def _train(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: str, versions: dict[str, int]) -> Model:
     """Train, measure, and only then store: who finds the model finds its figures in the lineage."""
     name = f"{NAME}-{recipe}"
@@ -202,7 +196,7 @@ def _trained(config: AlignConfig, inputs: _Inputs, folder: Path, name: str) -> t
     """Both stages; the second's checkpoint is what is stored."""
     lancer = config.lancer
     validated = int(config.trainer.validate_every is not None)
-    seen = _without(inputs.histories.without_last(config.hold_out - validated), inputs.held_out)
+    seen = inputs.histories.without_last(config.hold_out - validated).of(~inputs.held_out)
     chosen = np.sort(np.random.default_rng(config.trainer.seed).permutation(len(seen))[: config.users])
     seen = seen.take(seen.starts[chosen], seen.lengths[chosen])
     backbone = load_backbone(str(inputs.lm), device="cpu")
@@ -280,7 +274,7 @@ def _measured_anew(
         trained = [adapter, *([find_model(Models(home.store), named_lm)] if named_lm else [])]
     lm = _language_model(config, home, adapter)
     inputs = _Inputs(*_known(workspace, versions, cut, trained), lm, adapter.lineage["lm"], named_lm)
-    options = _asked_anew(config.lancer, adapter.lineage["options"])
+    options = LancerConfig.model_validate(asked_anew(NAME, config.lancer, adapter.lineage["options"]))
     check_lines(options, inputs.catalogue, lm, config.answer_tokens)
     metrics = _measure(
         config, options, inputs, inputs.asked(config.hold_out, config.asked), config.fetch(home, adapter)
@@ -299,10 +293,3 @@ def _language_model(config: AlignConfig, home: Workspace, adapter: Model) -> Pat
             "Name that one with --lm.",
         )
     return lm
-
-
-def _asked_anew(given: LancerConfig, stored: Mapping[str, Any]) -> LancerConfig:
-    anew = given.model_dump(mode="json", include=_ASKED_ANEW & given.model_fields_set)
-    if "prompts" in anew:
-        anew["prompts"] = {**stored["prompts"], "perturbed": anew["prompts"]["perturbed"]}
-    return LancerConfig.model_validate({**stored, **anew})

@@ -66,6 +66,7 @@ def past_summaries(
             )
         if cut == needed[0]:
             cost = {f"summary_{name}": int(pc.sum(rows[name]).as_py() or 0) for name in _COLUMNS[3:]}
+            cost["summary_users"] = rows.num_rows
             if paradigm == "recurrent":
                 _add_blocks(workspace, _variant(paradigm, cut), block_items, users, fresh, texts)
     return PastSummaries({row: sorted(mine.items()) for row, mine in texts.items()}, cost)

@@ -199,14 +199,14 @@ class RerankBucket:
                 batches.extendleft([batch[half:], batch[:half]])
                 continue
             context.journal([names[at] for at in batch])
-            trsr = trsr or self._recommender(state, work)
+            trsr = trsr or self._ranker(state, work)
             done = self._ordered(trsr, work.take(pa.array(batch)))
             self.budget.give_back(most, used := Usage(calls, sum(mine.tokens for mine in done)))
             context.spent(used)
             ranked |= dict(zip(batch.tolist(), done, strict=True))
         return ranked
 
-    def _recommender(self, state: UserRows, work: pa.Table) -> Trsr:
+    def _ranker(self, state: UserRows, work: pa.Table) -> Trsr:
         """That knows the bucket's histories, and the summaries of those there is work for."""
         told = zip(work["place"].to_pylist(), work["summary"].to_pylist(), strict=True)
         summaries = PastSummaries({row: [(0, text)] for row, text in told if text is not None})

@@ -21,13 +21,14 @@ from raypipe.language.adapters import AdapterCard, build_adapter
 from raypipe.language.alignment import prepare_alignment
 from raypipe.language.backbone import load_backbone
 from raypipe.language.checkpoint import checkpoint_hash
+from raypipe.pipeline.asked_anew import asked_anew, tell_stored
 from raypipe.pipeline.candidates import stored_candidates
 from raypipe.pipeline.held_out import Cut, are_held_out
 from raypipe.pipeline.job import model_result
 from raypipe.pipeline.loaded import Loaded, chosen_lm
 from raypipe.pipeline.past_summaries import past_summaries
 from raypipe.pipeline.sequences import catalogue_of, histories_hash, pinned_versions, read_histories
-from raypipe.pipeline.trsr_measures import Asked, compared, measure, recommender_of, save_ranks
+from raypipe.pipeline.trsr_measures import Asked, check_comparable, compared, measure, ranker_of, save_ranks
 from raypipe.recommenders.recommender import freeze
 from raypipe.runtime.job import JobResult
 from raypipe.runtime.progress import say
@@ -43,9 +44,7 @@ from raypipe.systems.trsr_training import RankingTask, prepare_validation
 if TYPE_CHECKING:
     from raypipe.pipeline.align import AlignConfig
 
-STEP_VERSION = 2
-_ASKED_ANEW = {"recent", "history", "missing", "noise", "controls"}
-"""Options that say how a stored one is asked."""
+STEP_VERSION = 3
 
 
 def run_trsr(config: AlignConfig) -> JobResult:
@@ -56,10 +55,12 @@ def run_trsr(config: AlignConfig) -> JobResult:
     tracking = config.open_tracking(workspace)
     versions = pinned_versions(workspace)
     models = Models(workspace.store)
+    if config.adapter is not None:
+        return _measured_anew(config, workspace, versions, find_model(models, config.adapter), started)
     against = None if config.trsr.against is None else find_model(models, config.trsr.against)
     inputs = _read(config, workspace, versions)
-    if config.adapter is not None:
-        return _measured_anew(config, workspace, inputs, find_model(models, config.adapter), started)
+    if against is not None:
+        check_comparable(against, inputs.sets_key)
     recipe = fingerprint(
         {
             "step": STEP_VERSION,
@@ -78,6 +79,8 @@ def run_trsr(config: AlignConfig) -> JobResult:
         status = "nothing_to_do"
         if (model := models.newest(NAME, recipe)) is None:
             status, model = "ok", _train(config, workspace, inputs, recipe, versions)
+        else:
+            tell_stored(model)
         tracking.register(model)
     metrics = dict(model.lineage["metrics"])
     if against is not None:
@@ -130,7 +133,7 @@ def _train(config: AlignConfig, workspace: Workspace, inputs: Asked, recipe: str
     folder = config.training_folder(workspace, name)
     card = AdapterCard(config.trsr.adapter, {}, inputs.lm_hash, "")
     backbone = load_backbone(str(inputs.lm), device="cpu")
-    trsr = recommender_of(config.trsr, inputs, backbone)
+    trsr = ranker_of(config.trsr, inputs, backbone)
     build_adapter(backbone, card)  # what cannot be built is told here, and not by a worker
     rng = np.random.default_rng(config.trainer.seed)
     if _left(config):
@@ -201,13 +204,13 @@ def _prepare_validation(config: AlignConfig, inputs: Asked, trsr: Trsr, folder: 
 
 
 def _measured_anew(
-    config: AlignConfig, workspace: Workspace, inputs: Asked, adapter: Model, started: float
+    config: AlignConfig, workspace: Workspace, versions: dict[str, int], adapter: Model, started: float
 ) -> JobResult:
     """A stored model asked with what is given here: other summaries, fewer items, summaries that are missing or wrong."""
     if adapter.lineage.get("system") != NAME:
         raise UsageError(f"The model {adapter.name} is none of this system.", "Name one made by `align --system trsr`.")
     Cut(config.hold_out, 0.0).check_events(adapter)
-    given = config.trsr.model_dump(include=_ASKED_ANEW & config.trsr.model_fields_set)
-    options = TrsrConfig.model_validate({**adapter.lineage["options"], **given})
+    options = TrsrConfig.model_validate(asked_anew(NAME, config.trsr, adapter.lineage["options"]))
+    inputs = _read(config.model_copy(update={NAME: options}), workspace, versions)
     metrics, _ = measure(config, options, inputs, config.fetch(workspace, adapter))
     return model_result("align", adapter, "ok", metrics, started)

@@ -68,7 +68,7 @@ class Asked:
         return histories.take(histories.ends[self.rows] - kept, kept)
 
 
-def recommender_of(options: TrsrConfig, inputs: Asked, backbone: Backbone) -> Trsr:
+def ranker_of(options: TrsrConfig, inputs: Asked, backbone: Backbone) -> Trsr:
     try:
         return Trsr(options, inputs.past, backbone, backbone.context)
     except ValueError as error:
@@ -78,7 +78,7 @@ def recommender_of(options: TrsrConfig, inputs: Asked, backbone: Backbone) -> Tr
 def measure(config: AlignConfig, options: TrsrConfig, inputs: Asked, adapter: Path) -> tuple[dict[str, float], Ranks]:
     """Figures and ranks of the model, of the model asked as its controls say, and of what ranks without it."""
     engine = EngineConfig(lm=str(inputs.lm), adapter=str(adapter)).build()
-    trsr = recommender_of(options, inputs, load_backbone(str(inputs.lm), device="cpu"))
+    trsr = ranker_of(options, inputs, load_backbone(str(inputs.lm), device="cpu"))
     controls: tuple[Control, ...] = options.controls if inputs.past.summaries.texts else ()
     sets, ranks = inputs.sets, Ranks()
     metrics: dict[str, float] = {"asked": len(sets)}
@@ -127,11 +127,11 @@ def _others(config: AlignConfig, options: TrsrConfig, inputs: Asked) -> dict[str
         return found
 
     def trees(features: Callable[[Histories], Features]) -> NDArray[np.floating]:
-        return options.trees.fit(past.histories, items, features).scores(prefixes, candidates)
+        return options.trees.fit(past.learnable, items, features).scores(prefixes, candidates)
 
     others: dict[str, Callable[[], NDArray[np.floating]]] = {
-        "popularity": lambda: of_floor(Popularity(past.histories, items)),
-        "transitions": lambda: of_floor(Transitions(past.histories, items)),
+        "popularity": lambda: of_floor(Popularity(past.learnable, items)),
+        "transitions": lambda: of_floor(Transitions(past.learnable, items)),
         inputs.loaded.model.name: lambda: candidate_scores(inputs.loaded.recommender, prefixes, candidates),
     }
     if not config.beside:
@@ -155,13 +155,17 @@ def save_ranks(folder: Path, keys: NDArray[np.int64], ranks: Ranks) -> None:
     save_file(arrays, folder / _RANKS)
 
 
-def compared(config: AlignConfig, workspace: Workspace, model: Model, other: Model) -> dict[str, float]:
-    """How far a model ranks the same candidates better than another one, with 95 % intervals over users."""
-    if other.lineage.get("candidates") != model.lineage["candidates"]:
+def check_comparable(other: Model, sets_key: str) -> None:
+    """Raises UsageError for a model that ranked other candidates than those of the key."""
+    if other.lineage.get("candidates") != sets_key:
         raise UsageError(
-            f"{other.name}/{other.hash} ranked other candidates than {model.name}/{model.hash}.",
+            f"{other.name}/{other.hash} ranked other candidates than these.",
             "Compare models of one cut and one --trsr.candidates.",
         )
+
+
+def compared(config: AlignConfig, workspace: Workspace, model: Model, other: Model) -> dict[str, float]:
+    """How far a model ranks the same candidates better than another one, with 95 % intervals over users."""
     sides = []
     for one in (model, other):
         told = load_file(config.fetch(workspace, one) / _RANKS)

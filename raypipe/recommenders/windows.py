@@ -50,6 +50,11 @@ class Histories:
             users = users[np.searchsorted(self.ends, starts, side="right").clip(max=len(users) - 1)]
         return Histories(self.items[stretches(starts, lengths)], lengths.cumsum(), users)
 
+    def of(self, chosen: NDArray[np.bool_]) -> Histories:
+        """Those of the chosen users, bool [users]."""
+        rows = np.flatnonzero(chosen)
+        return self.take(self.starts[rows], self.lengths[rows])
+
     def within(self, items: int) -> Histories:
         """Every history without events of items beyond the first `items`; one may become empty."""
         inside = self.items <= items

@@ -25,7 +25,7 @@ import numpy as np
 from pydantic import model_validator
 
 from raypipe.config import Config, free, shaping
-from raypipe.errors import RaypipeError
+from raypipe.errors import RaypipeError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -155,6 +155,8 @@ def fit(task: TrainingTask, config: TrainerConfig, run: str, out: Path) -> Train
     loss is no number any more, and ray.train.v2.api.exceptions.TrainingFailedError when more than `max_failures` workers
     failed.
     """
+    if config.validate_every is not None and not isinstance(task, ValidatedTask):
+        raise UsageError("This training has nothing to be validated on.", "Leave out --trainer.validate_every.")
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer

@@ -127,7 +127,7 @@ class LancerTask:
         reader = None
         if self.config.reasoning and not self._read_once:
             reader = load_backbone(self.exercises.lm, device="cpu").model.requires_grad_(False).eval()
-        elif self.config.reasoning and self.config.knowledge:
+        if self.config.second_stage == "frozen" and self.config.knowledge:
             # What items were represented by may not move any more; their keys and values neither.
             assert adapted.prefix is not None
             adapted.prefix.knowledge.requires_grad_(False)

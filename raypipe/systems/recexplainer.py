@@ -123,11 +123,12 @@ class RecExplainer:
         return (_ASKED[self.config.variant],)
 
     def examples(self, source: Source, users: int, positions: int, rng: np.random.Generator) -> Iterator[SoftExample]:
-        """Raises UsageError where no held-out user could be asked: that shows before anything is trained."""
-        if not len(self._asked(source, len(source.held_out))):
+        """Raises UsageError where fewer than two held-out users could be asked, one for the other's control: that shows before
+        anything is trained."""
+        if (asked := len(self._asked(source, 2))) < 2:
             raise UsageError(
-                f"Every held-out user has seen nearly all of the catalogue's {source.recommender.items:,} items, and nothing is "
-                "left to ask about.",
+                f"All but {asked} of the held-out users have seen nearly all of the catalogue's {source.recommender.items:,} "
+                "items, and nothing is left to ask about.",
                 "Align on a larger catalogue.",
             )
         exercises = Exercises(source, self.forms, self.config.titles, self.config.prompts, rng)
@@ -139,8 +140,8 @@ class RecExplainer:
 
     def _asked(self, source: Source, most: int) -> NDArray[np.int64]:
         """At most so many held-out users, the same ones whatever else is drawn."""
-        rows = source.rows(held_out=True, least=2, most=most, rng=np.random.default_rng(0))
-        return rows[teachable(source, source.histories.lengths[rows])]
+        rows = source.rows(held_out=True, least=2, most=len(source.held_out), rng=np.random.default_rng(0))
+        return rows[teachable(source, source.histories.lengths[rows])][:most]
 
     def shown(self, titles: Sequence[str], vectors: NDArray[np.float32]) -> Shown:
         """How users and items stand in questions; item titles by index − 1, item vectors [items + 1, width]."""

@@ -133,7 +133,7 @@ class PastSummaries:
 
     texts: Mapping[int, Sequence[tuple[int, str]]] = field(default_factory=dict)
     cost: Mapping[str, int] = field(default_factory=dict)
-    """Calls and tokens of those that the asked are shown."""
+    """Calls and tokens of all that were written of everybody's events before the cut, and of how many users."""
 
     def at(self, row: int, events: int) -> str | None:
         """The newest one that is of the first `events` events or of fewer."""
@@ -152,6 +152,11 @@ class Past:
     summaries: PastSummaries = PastSummaries()
 
     @cached_property
+    def learnable(self) -> Histories:
+        """Of those whom trainings and counts may see."""
+        return self.histories.of(~self.held_out)
+
+    @cached_property
     def vectors(self) -> csr_array:
         """Of what is said of every item, as of `text_vectors`."""
         return text_vectors(self.catalogue.lines(SummaryPrompts(text_characters=_MOST_CHARACTERS)))
@@ -162,7 +167,7 @@ class Past:
 
 
 class Trsr:
-    """The prompts of a recommender on one language model: what it learns, and what it is asked.
+    """The prompts of a ranker on one language model: what it learns, and what it is asked.
 
     `tokenizer` is that model's and `context` the most tokens it reads; `facts` are those of all that is known, where they are
     not to be counted in `past`. Raises ValueError where its tokenizer cannot tell yes and no apart after a prompt.
@@ -195,7 +200,8 @@ class Trsr:
         keys = np.arange(len(past.histories)) if past.histories.users is None else past.histories.users
         self.past = past
         self._fates = mix(keys.view(np.uint64) ^ _DISTURBED)
-        self._summarised = np.array(sorted(past.summaries.texts), np.int64)
+        # Whose summaries are put as somebody else's.
+        self._summarised = np.array([row for row in sorted(past.summaries.texts) if not past.held_out[row]], np.int64)
 
     def examples(self, users: int, positions: int, left: int, rng: np.random.Generator) -> Iterator[SoftExample]:
         """Yes to each of the last `positions` items of at most so many histories that are not held out, and no to items drawn
@@ -272,9 +278,9 @@ class Trsr:
         return Scored(part, np.where(refused[:, None], 0, found), tokens.reshape(users, -1).sum(1), refused)
 
     def facts(self, back: int = 0) -> Facts:
-        """By the counts of all but everybody's last `back` events."""
+        """By the counts of all but the last `back` events of those who are not held out."""
         if back not in self._facts:
-            base, past = self.past.histories.without_last(back), self.past
+            base, past = self.past.learnable.without_last(back), self.past
             # One at a time: what is learnt goes back event by event.
             self._facts = {back: Facts.of(base, past.vectors, past.neighbours, self.config.history)}
         return self._facts[back]

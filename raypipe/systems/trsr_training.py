@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from raypipe.data.candidates import ranks_at
 from raypipe.engines.scoring import score
 from raypipe.language.alignment import AlignmentTask
 from raypipe.language.backbone import PromptTokenizer
@@ -68,8 +69,7 @@ class RankingTask(AlignmentTask):
         for number, logprobs in score(backbone, prompts, [answers] * len(prompts), _BATCH_TOKENS):
             scores[number] = logprobs[0] - logprobs[1]
         table = scores.reshape(-1, count)
-        chosen = table[np.arange(len(mine)), places[mine]][:, None]
-        metrics = candidate_metrics((table > chosen).sum(1), (table == chosen).sum(1))
+        metrics = candidate_metrics(*ranks_at(table, places[mine]))
         return float(sum(values.sum() for name, values in metrics.items() if name.startswith("Recall"))), float(
             len(mine)
         )

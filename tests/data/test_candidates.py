@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from raypipe.data.candidates import CandidateSets, candidate_sets, draw_unseen, history_seeds
+from raypipe.data.candidates import CandidateSets, candidate_sets, draw_unseen, history_seeds, ranks_at
 from raypipe.storage.hashing import mix
 
 ITEMS, USERS = 60, 400
@@ -69,3 +69,11 @@ def test_who_left_too_few_items_unseen_has_no_set() -> None:
     assert set(items[1].tolist()) <= {2, 3, 5, 6}
     sets, _ = candidate_sets(np.arange(2), np.array([3, 4], np.uint64), seen[[3, 6]], seen, lengths, 6, 3)
     assert sets.keys.tolist() == [1]
+
+
+def test_what_is_no_number_is_below_all_that_are() -> None:
+    nan, places = np.nan, np.array([0, 1, 1, 0])
+    scores = np.array([[nan, 0.1, -np.inf], [nan, 0.1, nan], [nan, nan, nan], [0.3, 0.3, nan]])
+    above, same = ranks_at(scores, places)
+    assert above.tolist() == [1, 0, 0, 0]
+    assert same.tolist() == [2, 1, 3, 2]

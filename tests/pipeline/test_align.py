@@ -124,7 +124,7 @@ def test_an_oracle_is_judged_by_the_rule_and_by_whoever_is_asked(raypipe: Run, w
 def test_what_cannot_be_joined_is_told_before_work_starts(raypipe: Run, with_lm: str) -> None:
     nobody = raypipe("align", "--workspace", with_lm, "--held_out_share", "0.0001")
     assert (nobody.code, nobody.status) == (2, "failed")
-    assert "are held out, and one side has no history of two events" in nobody.stderr
+    assert "are held out, and of those with two events" in nobody.stderr
     unknown = raypipe("align", "--workspace", with_lm, "--model", "gru4rec")
     assert "No model gru4rec is stored" in unknown.stderr
     summaries = raypipe("align", "--workspace", with_lm, *EXPLAINER, "--summaries", "recurrent")

@@ -24,7 +24,14 @@ TRSR = TrsrConfig().model_dump(mode="json")
 TRSR_PROTOCOL = (
     "leave-one-out, 21 candidates, last 25 events shown, trained before everybody's last event, {} users asked"
 )
-METRICS = {"asked": 20, "Recall@5": 0.3, "perturbed: Recall@5": 0.2, "popularity: Recall@5": 0.1, "none": None}
+METRICS = {
+    "asked": 20,
+    "spread": float("nan"),
+    "Recall@5": 0.3,
+    "perturbed: Recall@5": 0.2,
+    "popularity: Recall@5": 0.1,
+    "none": None,
+}
 
 
 @pytest.fixture
@@ -91,8 +98,11 @@ def test_a_model_of_another_workspace_is_told_from_one_of_this(home: str, tmp_pa
     given = {"workspace": here, "system": "lancer", "adapter": "lancer", "adapter_workspace": home}
     record(AlignConfig.model_validate(given), result)
     record(AlignConfig.model_validate({**given, "lancer": {"beams": 5}}), result)
+    # How many items it reads is what it learnt, and no question of how it is asked.
+    record(AlignConfig.model_validate({**given, "lancer": {"beams": 6, "reads": 20}}), result)
     told = [one.settings for one in Evaluations(Store(here)).all()]
-    assert {(one["trained_in"], one["beams"]) for one in told} == {("home", 10), ("home", 5)}
+    assert {(one["trained_in"], one["beams"]) for one in told} == {("home", 10), ("home", 5), ("home", 6)}
+    assert not any("reads" in one for one in told)
 
 
 def test_an_adapter_is_told_beside_the_recommender_whose_states_it_reads(home: str, tmp_path: Path) -> None:

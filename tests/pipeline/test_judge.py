@@ -6,7 +6,10 @@ import json
 
 import pytest
 
+from raypipe.pipeline.judged import sample_summaries
 from raypipe.storage.store import Store
+from raypipe.storage.workspace import Workspace
+from raypipe.systems.summaries import SummariesConfig
 from tests.conftest import Run
 from tests.engines.chat_server import ChatServer
 
@@ -34,6 +37,16 @@ def test_an_endpoint_and_the_rule_rate_the_same_users(raypipe: Run, summarised: 
     assert ended.metrics["rule.mean"] == 0
     assert all("Below is what one person chose" in prompt and "Summary: " in prompt for prompt in asked)
     assert report["judges"]["endpoint"]["http"]["model"] == "m"
+
+
+def test_events_that_a_summary_leaves_out_are_not_shown_to_who_judges_it(raypipe: Run, summarised: str) -> None:
+    left_out = ("--engine.engine", "echo", "--summaries.hold_out", "1")
+    assert raypipe("summarize", "--workspace", summarised, *left_out).code == 0
+    whole, cut = (sample_summaries(Workspace(summarised), SummariesConfig(hold_out=events), 100) for events in (0, 1))
+    shown = {user: case["items"].splitlines() for user, case in zip(whole.users, whole.cases, strict=True)}
+    assert len(cut.users) > 10
+    for user, case in zip(cut.users, cut.cases, strict=True):
+        assert case["items"].splitlines() == shown[user][:-1]
 
 
 def test_a_workspace_without_summaries_says_what_to_run(raypipe: Run, ingested: str) -> None:

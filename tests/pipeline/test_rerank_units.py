@@ -63,7 +63,7 @@ def test_the_catalogue_is_counted_in_tokens_once_for_all_buckets(
     for bucket in (0, 1):
         state = UserRows(workspace, bucket, "recommendations", task.variant, task.recipe, versions["histories"], -1)
         work = worker._rows(state)
-        trsr = worker._recommender(state, work)
+        trsr = worker._ranker(state, work)
         rows = work["place"].to_numpy()
         ((prompt, *_), *_) = trsr.prompts(
             rows, 0, np.array(work["items"].to_pylist(), np.int32), trsr.summaries(rows, 0)

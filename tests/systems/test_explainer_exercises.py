@@ -170,7 +170,7 @@ def test_questions_use_the_tests_templates_and_a_control_asks_as_somebody_else(s
 def test_a_catalogue_that_everybody_has_seen_is_told_before_training(source: Source) -> None:
     seen = Histories(np.tile(np.arange(1, 37, dtype=np.int32), len(LENGTHS)), 36 * np.arange(1, len(LENGTHS) + 1))
     full = replace(source, histories=seen)
-    with pytest.raises(UsageError, match="has seen nearly all of the catalogue's 40 items"):
+    with pytest.raises(UsageError, match="have seen nearly all of the catalogue's 40 items"):
         list(ExplainerConfig().build().examples(full, 10, 10, np.random.default_rng(0)))
     # Of users who have seen all of it nothing is asked, and the others' exercises stay.
     late = made(full, ["T1"])

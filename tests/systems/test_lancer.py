@@ -264,6 +264,23 @@ def test_a_frozen_knowledge_prompt_moves_in_no_step_and_a_trained_one_does(lm: P
     assert moved == {"frozen": False, "trained": True}
 
 
+@pytest.mark.parametrize(
+    ("options", "moves"),
+    [
+        ({"reasoning": False, "second_stage": "frozen"}, False),
+        ({"reasoning": False}, True),
+        ({"representation": "padding"}, True),
+        ({"representation": "padding", "second_stage": "frozen"}, False),
+    ],
+)
+def test_the_second_stage_trains_the_knowledge_prompt_where_it_is_said_to(
+    lm: Path, tmp_path: Path, options: dict, moves: bool
+) -> None:
+    model = prepared(lm, tmp_path, **options).task().build()
+    assert model.adapted.prefix is not None
+    assert {weight.requires_grad for weight in model.adapted.prefix.knowledge.parameters()} == {moves}
+
+
 def test_the_embedding_of_padding_tells_no_items_apart(lm: Path, tmp_path: Path) -> None:
     world = prepared(lm, tmp_path, representation="padding")
     vectors = np.load(world.folder / "vectors.npy")[1:]

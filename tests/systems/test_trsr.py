@@ -184,6 +184,23 @@ def test_summaries_go_missing_and_astray_for_as_many_users_as_asked(backbone: Ba
     assert system.summaries(rows, back, "shuffled summaries") == [*own[1:], own[0]]
 
 
+def test_who_is_held_out_is_in_no_count_and_lends_no_summary(backbone: Backbone) -> None:
+    """Their items and what was written of them are nobody else's."""
+    whole, mine = histories(), np.arange(USERS) % 4 == 3
+    items = np.where(np.repeat(mine, EVENTS), ITEMS + 1, whole.items).astype(np.int32)
+    known = Past(
+        Histories(items, whole.ends, whole.users),
+        mine,
+        Catalogue([*titles(), "Unmistakable"], [{}] * (ITEMS + 1)),
+        PastSummaries({row: [(7, "theirs" if mine[row] else "ours")] for row in range(USERS)}),
+    )
+    assert known.learnable.counts(ITEMS + 1)[-1] == 0
+    assert len(known.learnable) == (~mine).sum()
+    system = trsr(backbone, known, facts=True, noise=1.0)
+    assert system.facts().popularity[ITEMS + 1] == 0
+    assert set(system.summaries(np.flatnonzero(~mine), EVENTS - 7)) == {"ours"}
+
+
 class Unsure:
     """Finds yes as likely as no."""
 
