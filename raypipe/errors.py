@@ -22,6 +22,10 @@ class RaypipeError(Exception):
         return type(self), (self.problem, self.remedy)
 
 
+class UnavailableError(RaypipeError):
+    """What is needed is in use, or out of reach for now: the same command is to be tried again. Exit code 1."""
+
+
 class UsageError(RaypipeError):
     """Wrong input, configuration or workspace, found before work starts. Exit code 2."""
 

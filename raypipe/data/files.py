@@ -23,7 +23,7 @@ import pyarrow as pa
 from obstore.store import S3Store
 from pyarrow import fs
 
-from raypipe.errors import UsageError
+from raypipe.errors import UnavailableError, UsageError
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _WILDCARD = re.compile(r"[*?\[]")
@@ -107,7 +107,8 @@ def check_endpoint() -> str:
 
 @contextmanager
 def explained(place: str) -> Iterator[None]:
-    """Turns what goes wrong while `place` is found or read into a UsageError that says what to do."""
+    """Turns what goes wrong while `place` is found or read into an error that says what to do: UsageError, or where an object
+    store does not answer UnavailableError."""
     try:
         yield
     except FileNotFoundError as error:
@@ -116,7 +117,11 @@ def explained(place: str) -> Iterator[None]:
         raise UsageError(
             f"{place} may not be read by this user: {_in_short(error)}.", "Give the account read access to it."
         ) from error
-    except (pa.ArrowException, OSError, EOFError, obstore.exceptions.BaseError) as error:
+    except obstore.exceptions.BaseError as error:
+        raise UnavailableError(
+            f"{place} cannot be read: {_in_short(error)}.", "Check that the store is reachable, then submit again."
+        ) from error
+    except (pa.ArrowException, OSError, EOFError) as error:
         raise UsageError(
             f"{place} cannot be read: {_in_short(error)}.",
             "Check that the file is whole and of the format the config names, and that the store is reachable.",

@@ -25,7 +25,7 @@ from raypipe.language.adapters import read_card
 from raypipe.pipeline.explain_units import FIGURES, TABLE, ExplainBucket, ExplainTask
 from raypipe.pipeline.job import BatchConfig, CapOptions, cost_of
 from raypipe.pipeline.loaded import BUILTIN, Loaded, is_builtin, lm_beside
-from raypipe.pipeline.rejects import check_reject_rate
+from raypipe.pipeline.rejects import RejectGate
 from raypipe.runtime.budget import Budget
 from raypipe.runtime.job import JobResult, ModelCache
 from raypipe.runtime.progress import say
@@ -200,8 +200,9 @@ def run_explain(config: ExplainConfig) -> JobResult:
         if limits.any:
             config.cluster.connect()
         budget = Budget(limits, run.spent("users"))
-        watch = partial(check_reject_rate, config.max_reject_rate)
-        receipts = session.phase(run, units, partial(ExplainBucket, task, budget), JOB, watch)
+        receipts = session.phase(
+            run, units, partial(ExplainBucket, task, budget), JOB, RejectGate(config.max_reject_rate)
+        )
         parts = bucket_parts(receipts.values(), variant, (TABLE,))
         result = _result(config, run.run_key, receipts.values(), parts, started)
         published = JobResult.from_dict(session.publish(run, parts, asdict(result)))

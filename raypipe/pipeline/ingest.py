@@ -93,6 +93,8 @@ def _ingest(
             "step": STEP_VERSION,
             "config": config.shaping_values(),
             "log": log.checksum if log else None,
+            # Receipts are found by the number of a split: those of other splits are of other rows.
+            "splits": [[split.name, split.start, split.end] for split in log.splits] if log else None,
             "items": fingerprint({"hashes": items.rows["content_hash"].to_pylist()}),
         }
     )

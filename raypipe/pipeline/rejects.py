@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -61,18 +62,39 @@ def blocked_users(workspace: Workspace, version: int, table: str, variant: str) 
     return set(zip(chosen["key"].to_pylist(), chosen["change_key"].to_pylist(), strict=True))
 
 
-def check_reject_rate(most: float, receipts: Mapping[Unit, Receipt]) -> None:
-    """Raises RaypipeError where more than that share of the rows read was rejected; a handful proves nothing.
+@dataclass(frozen=True)
+class RejectGate:
+    """Implements `Gate`: at most so large a share of the rows read may be rejected."""
 
-    Receipts tell in their fact `reasons` why, reason → message.
-    """
-    counts = sum((receipt.counts for receipt in receipts.values()), Counts())
-    read = counts.ok + counts.rejected
-    if counts.rejected < _FEW_REJECTS or counts.rejected <= most * read:
-        return
-    reasons = dict(pair for receipt in receipts.values() for pair in receipt.facts["reasons"].items())
-    told = " ".join(f"{reason}: {message}" for reason, message in sorted(reasons.items()))
-    raise RaypipeError(
-        f"{counts.rejected:,} of the first {read:,} rows were rejected, more than max_reject_rate {most:.0%}. {told}",
-        "Mend the model, the prompts or the endpoint and submit again; or go on as it is with a higher --max_reject_rate.",
-    )
+    most: float
+
+    def check(self, receipts: Mapping[Unit, Receipt]) -> None:
+        """Receipts tell in their fact `reasons` why, reason → message."""
+        counts = _total(receipts.values())
+        if not self._is_too_much(counts):
+            return
+        reasons = dict(pair for receipt in receipts.values() for pair in receipt.facts["reasons"].items())
+        told = " ".join(f"{reason}: {message}" for reason, message in sorted(reasons.items()))
+        read = counts.ok + counts.rejected
+        raise RaypipeError(
+            f"{counts.rejected:,} of the first {read:,} rows were rejected, more than max_reject_rate {self.most:.0%}. {told}",
+            "Mend the model, the prompts or the endpoint and submit again: what was rejected is tried once more. Or go on as it is "
+            "with a higher --max_reject_rate.",
+        )
+
+    def undone(self, receipts: Mapping[Unit, Receipt]) -> list[Unit]:
+        """Where a submission was stopped here, the units that were too much by themselves; none once more is allowed."""
+        if not self._is_too_much(_total(receipts.values())):
+            return []
+        return [unit for unit, receipt in receipts.items() if self._is_above(receipt.counts)]
+
+    def _is_too_much(self, counts: Counts) -> bool:
+        """A handful proves nothing."""
+        return counts.rejected >= _FEW_REJECTS and self._is_above(counts)
+
+    def _is_above(self, counts: Counts) -> bool:
+        return counts.rejected > self.most * (counts.ok + counts.rejected)
+
+
+def _total(receipts: Iterable[Receipt]) -> Counts:
+    return sum((receipt.counts for receipt in receipts), Counts())

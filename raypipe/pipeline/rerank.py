@@ -21,7 +21,7 @@ from raypipe.errors import UsageError
 from raypipe.language.adapters import read_card
 from raypipe.pipeline.job import BatchConfig, CapOptions, cost_of
 from raypipe.pipeline.loaded import BUILTIN, is_builtin, lm_beside
-from raypipe.pipeline.rejects import check_reject_rate
+from raypipe.pipeline.rejects import RejectGate
 from raypipe.pipeline.rerank_units import TABLE, RerankBucket, RerankTask
 from raypipe.runtime.budget import Budget
 from raypipe.runtime.job import JobResult, ModelCache
@@ -152,8 +152,9 @@ def run_rerank(config: RerankConfig) -> JobResult:
             config.cluster.connect()
         budget = Budget(limits, run.spent("users"))
         units = [Unit("users", index) for index in range(session.info.buckets)]
-        watch = partial(check_reject_rate, config.max_reject_rate)
-        receipts = session.phase(run, units, partial(RerankBucket, task, budget), JOB, watch)
+        receipts = session.phase(
+            run, units, partial(RerankBucket, task, budget), JOB, RejectGate(config.max_reject_rate)
+        )
         parts = bucket_parts(receipts.values(), variant, (TABLE,))
         result = _result(config, run.run_key, receipts.values(), parts, started)
         published = JobResult.from_dict(session.publish(run, parts, asdict(result)))

@@ -19,7 +19,7 @@ from raypipe.config import free, shaping
 from raypipe.engines.engine import EngineConfig
 from raypipe.pipeline.job import BatchConfig, CapOptions, cost_of
 from raypipe.pipeline.loaded import BUILTIN, find_builtin_lm
-from raypipe.pipeline.rejects import check_reject_rate
+from raypipe.pipeline.rejects import RejectGate
 from raypipe.pipeline.summarize_units import SummarizeBucket, SummaryTask
 from raypipe.pipeline.summary_quality import QUALITY
 from raypipe.pipeline.summary_state import Pins, Recipes
@@ -136,8 +136,7 @@ def _run_units(
     if limits.any:
         config.cluster.connect()
     budget = Budget(limits, run.spent("users"))
-    watch = partial(check_reject_rate, config.max_reject_rate)
-    return session.phase(run, units, partial(SummarizeBucket, task, budget), JOB, watch)
+    return session.phase(run, units, partial(SummarizeBucket, task, budget), JOB, RejectGate(config.max_reject_rate))
 
 
 def _publish(

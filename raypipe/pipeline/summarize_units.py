@@ -94,7 +94,7 @@ class SummarizeBucket:
         }
         counts = Counts(len(state.users), len(results) - len(failed) - unfinished, len(failed), skipped)
         staged: dict[str, Sequence[StagedFile]] = {}
-        if results or state.has_strangers:
+        if results or state.has_leftovers:
             context.journal([])
             staged = self._stage(state, work, results, context)
         usage = _used(results.values()) + Usage(seconds=time.monotonic() - started)
@@ -211,8 +211,8 @@ class SummarizeBucket:
         place = state.place_before
         kept_users = np.flatnonzero((place >= 0) & ~np.isin(np.arange(len(place)), users.to_numpy()))
         kept = state.before.take(pa.array(place[kept_users]))
-        of_recipe = [state.is_of_recipe(key) for key in kept["change_key"].to_pylist()]
-        return pa.concat_tables([kept.filter(pa.array(of_recipe, pa.bool_())), fresh]).sort_by("user_id")
+        kept = kept.filter(state.are_of_recipe(kept["change_key"]))
+        return pa.concat_tables([kept, fresh]).sort_by("user_id")
 
     def _carries(
         self, state: BucketState, users: pa.Array, results: Sequence[UserSummary]
@@ -239,7 +239,8 @@ class SummarizeBucket:
         """Users left with an older summary of the same recipe."""
         missing = [user for name, user in work.items() if name not in results or results[name].reason]
         before = [state.place_before[user] for user in missing if state.place_before[user] >= 0]
-        return sum(state.is_of_recipe(state.before["change_key"][int(place)].as_py()) for place in before)
+        keys = state.before["change_key"].take(pa.array(before, pa.int64()))
+        return int(pc.sum(state.are_of_recipe(keys)).as_py() or 0)
 
 
 def _used(results: Collection[UserSummary]) -> Usage:

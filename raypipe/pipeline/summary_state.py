@@ -146,9 +146,10 @@ class BucketState:
         return changed[np.argsort(-new, kind="stable")]
 
     @cached_property
-    def has_strangers(self) -> bool:
-        """Whether summaries were published of users who have no history any more."""
-        return int((self.place_before >= 0).sum()) < self.before.num_rows
+    def has_leftovers(self) -> bool:
+        """Whether summaries were published of users who have no history any more, or by another recipe."""
+        strangers = int((self.place_before >= 0).sum()) < self.before.num_rows
+        return strangers or not pc.all(self.are_of_recipe(self.before["change_key"])).as_py()
 
     @cached_property
     def written_before(self) -> pa.Table:
@@ -196,9 +197,9 @@ class BucketState:
         starts = self.blocks.start[self.blocks.bounds[users]]
         return self.histories.take(starts, self.histories.ends[users] - starts)
 
-    def is_of_recipe(self, change_key: str) -> bool:
-        """Whether a published row was made by the present recipe, if maybe of an older history."""
-        return change_key[:RECIPE_DIGITS] == self.recipes.merge[:RECIPE_DIGITS]
+    def are_of_recipe(self, change_keys: pa.ChunkedArray) -> pa.ChunkedArray:
+        """Which published rows were made by the present recipe, if maybe of an older history: bool [rows]."""
+        return pc.starts_with(change_keys, self.recipes.merge[:RECIPE_DIGITS])
 
 
 def _pieces(values: list[T], lengths: NDArray[np.int64]) -> list[list[T]]:

@@ -8,7 +8,7 @@ import signal
 import threading
 
 from raypipe.config import Config, free
-from raypipe.errors import UsageError
+from raypipe.errors import UnavailableError, UsageError
 
 # Read when Ray is first imported. With 0 this machine is 127.0.0.1 to Ray, and its processes, which else listen on every
 # address, are reached from here alone.
@@ -37,7 +37,7 @@ class ClusterConfig(Config):
         return not (self.address or os.environ.get("RAY_ADDRESS"))
 
     def connect(self) -> None:
-        """Connect once per process; raises UsageError where the cluster cannot be reached."""
+        """Connect once per process; raises UnavailableError where nothing answers, UsageError where it will not have us."""
         if self.is_private:
             os.environ.setdefault(_LOOPBACK, "0")
             os.environ.setdefault(_WATCHER, "0")
@@ -64,7 +64,8 @@ class ClusterConfig(Config):
                     object_store_memory=200 * 2**20,
                 )
         except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
-            raise UsageError(
+            passing = isinstance(error, ConnectionError | TimeoutError)
+            raise (UnavailableError if passing else UsageError)(
                 f"Ray could not be reached at {address or 'this machine'}: {str(error).splitlines()[0]}",
                 "Check `ray status`, RAY_ADDRESS and RAY_AUTH_TOKEN, or leave --cluster.address out to run on this machine.",
             ) from error

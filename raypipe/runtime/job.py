@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from raypipe.config import Config, free
 from raypipe.runtime.cluster import ClusterConfig
-from raypipe.runtime.progress import LogFormat
+from raypipe.runtime.progress import LogFormat, say
 from raypipe.storage.models import Model, Models
 from raypipe.storage.tracking import Tracking
 from raypipe.storage.workspace import Workspace
@@ -33,7 +33,7 @@ class JobConfig(Config):
         return Workspace(self.workspace)
 
     def open_tracking(self, workspace: Workspace) -> Tracking:
-        return Tracking(workspace.store, self.tracking)
+        return Tracking(workspace.store, self.tracking, say)
 
 
 class ModelCache(Config):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 
 import aiohttp
 
-from raypipe.errors import RaypipeError, UsageError
+from raypipe.errors import RaypipeError, UnavailableError, UsageError
 
 _POLL_S = 2.0
 # A node that is lost closes no connection, so a job's status is asked for while its log is followed.
@@ -22,6 +23,7 @@ _LAST_WORDS_S = 5.0  # for what is left of the log of a job that has ended
 # A head that comes back, with its jobs from Redis, takes about a minute.
 _AWAY_S = 300.0
 _BIGGEST = 3
+_SERVER_ERROR = re.compile(r"status code 5\d\d")
 _CHATTY = (
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
@@ -51,7 +53,8 @@ class Ended:
 
 
 class JobServer:
-    """The Jobs API at `address` (http://HOST:8265). Raises UsageError where it does not let us in."""
+    """The Jobs API at `address` (http://HOST:8265). Raises UsageError where it does not let us in, UnavailableError where it does
+    not answer."""
 
     def __init__(self, address: str) -> None:
         from ray.job_submission import JobSubmissionClient
@@ -192,8 +195,11 @@ def _reached(address: str) -> Iterator[None]:
 
     try:
         yield
-    except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
-        raise UsageError(
+    except (AuthenticationError, OSError, RuntimeError, ValueError) as error:
+        # Ray's client raises what requests does, and of an answer of the server its number alone tells.
+        away = isinstance(error, OSError) and "Client Error" not in str(error)
+        passing = away or _SERVER_ERROR.search(str(error)) is not None
+        raise (UnavailableError if passing else UsageError)(
             f"The job server at {address} does not do it: {_first_line(error)}",
             "Check --address, and where the cluster asks for a token, RAY_AUTH_MODE=token with RAY_AUTH_TOKEN or "
             "RAY_AUTH_TOKEN_PATH.",

@@ -17,7 +17,7 @@ from typing import Any
 from raypipe.errors import RaypipeError, UsageError
 from raypipe.runtime.cluster import ClusterConfig
 from raypipe.runtime.progress import about, note, say
-from raypipe.runtime.units import UnitWork, run_units
+from raypipe.runtime.units import Gate, UnitWork, run_units
 from raypipe.storage.fingerprint import fingerprint, schema_hash
 from raypipe.storage.ledger import WHOLE, Publish, Receipt, Run, Unit
 from raypipe.storage.locks import LEASE_S, Lock, hold
@@ -90,13 +90,13 @@ class Session:
         units: Sequence[Unit],
         build: Callable[[], UnitWork],
         what: str,
-        watch: Callable[[Mapping[Unit, Receipt]], None] = lambda receipts: None,
+        gate: Gate | None = None,
     ) -> dict[Unit, Receipt]:
         """Run the units that are left on the cluster; see `run_units`.
 
         Raises RaypipeError where receipts of an older raypipe staged files of another schema.
         """
-        receipts = run_units(run, units, build, self.cluster, what, watch=watch)
+        receipts = run_units(run, units, build, self.cluster, what, gate)
         for receipt in receipts.values():
             for table, staged_as in receipt.schemas.items():
                 if staged_as != schema_hash(self.workspace.tables[table].spec.schema):

@@ -12,6 +12,7 @@ import faulthandler
 import gc
 import logging
 import os
+import re
 import socket
 import sys
 import time
@@ -30,6 +31,7 @@ from raypipe.storage.ledger import MAX_DEATHS, Receipt, Run, Unit, Usage
 
 # Ray gives a node that does not answer 5 chances, 3 s apart; seen on 2 cores: 11 s.
 _NODE_VERDICT_S = 30.0
+_KILLED = re.compile(r"Actor\(([0-9a-f]+)\)[^\n]*actual memory used=([0-9.]+)GB")
 # Ray Data takes about 0.1 s from one task's end to the next one's start (measured), as long as a small unit takes to run.
 _TASKS_PER_WORKER = 8
 
@@ -66,19 +68,30 @@ class UnitWork(Protocol):
     def run(self, unit: Unit, context: UnitContext) -> Receipt: ...
 
 
+class Gate(Protocol):
+    """What the receipts of a phase have to keep to."""
+
+    def check(self, receipts: Mapping[Unit, Receipt]) -> None:
+        """Of all receipts after each new one; raises RaypipeError to end the phase there."""
+        ...
+
+    def undone(self, receipts: Mapping[Unit, Receipt]) -> list[Unit]:
+        """Of what an earlier submission left, the units that are worked on once more."""
+        ...
+
+
 def run_units(
     run: Run,
     units: Sequence[Unit],
     build: Callable[[], UnitWork],
     cluster: ClusterConfig,
     what: str,
-    amount: Callable[[Receipt], int] = lambda receipt: receipt.counts.rows_in,
-    watch: Callable[[Mapping[Unit, Receipt]], None] = lambda receipts: None,
+    gate: Gate | None = None,
 ) -> dict[Unit, Receipt]:
     """Run every unit that has no receipt yet and return all receipts of the phase.
 
-    `watch` sees the receipts after each new one, and may raise to end the phase there.
-    Raises RaypipeError where a unit failed, with what the worker said; the finished ones keep their receipts.
+    Raises RaypipeError where a unit failed, with what the worker said, where workers die again and again, and what `gate`
+    raises; the finished units keep their receipts.
     """
     if not units:
         return {}
@@ -86,10 +99,14 @@ def run_units(
     run.plan(kind, units)
     done = run.receipts(kind)
     progress = Progress(what, len(units), "rows")
-    progress.resume(len(done))
     if done:
         say(f"{what}: {len(done)} of {len(units)} units were done before")
-        watch(done)
+        if gate is not None and (undone := gate.undone(done)):
+            say(f"{what}: too much was rejected in {len(undone)} of them, which start again")
+            run.undo(undone)
+            done = {unit: receipt for unit, receipt in done.items() if unit not in undone}
+    progress.resume(len(done))
+    unexplained = 0
     while todo := [unit for unit in units if unit not in done]:
         cluster.connect()
         death = None
@@ -100,8 +117,10 @@ def run_units(
             for receipt in execution:
                 done[receipt.unit] = receipt
                 metrics.units_left(len(units) - len(done))
-                progress.step(amount(receipt))
-                watch(done)
+                progress.step(receipt.counts.rows_in)
+                unexplained = 0
+                if gate is not None:
+                    gate.check(done)
         except _worker_deaths() as error:
             death = _Death.of(error)
         except RaypipeError:
@@ -111,7 +130,9 @@ def run_units(
         if death is not None:
             _release_workers()
             done = run.receipts(kind)
-            _account_for_death(run, [unit for unit in todo if unit not in done], death)
+            if not _account_for_death(run, [unit for unit in todo if unit not in done], death):
+                unexplained += 1
+                _check_explained(unexplained, death)
     return {unit: done[unit] for unit in units}
 
 
@@ -256,36 +277,48 @@ def _worker_deaths() -> tuple[type[BaseException], ...]:
 class _Death:
     """What Ray told of a dead worker, without the exception, whose traceback holds on to the execution it ended."""
 
-    actor: str
+    actors: Sequence[str]
     preempted: bool
     unavailable: bool
+    reason: str
 
     @classmethod
     def of(cls, error: BaseException) -> _Death:
         from ray.exceptions import ActorUnavailableError
 
         return cls(
-            actor=str(getattr(error, "actor_id", "") or ""),
+            actors=[str(actor)] if (actor := getattr(error, "actor_id", None)) else _killed_for_memory(str(error)),
             preempted=bool(getattr(error, "preempted", False)),
             unavailable=isinstance(error, ActorUnavailableError),
+            reason=(str(error).strip().splitlines() or [""])[0][:300],
         )
 
 
-def _account_for_death(run: Run, left: Sequence[Unit], death: _Death) -> None:
-    """Make the journal of the dead worker's unit suspect; raise where one unit kills every worker it is given."""
-    for unit, _, worker in run.attempt_markers(left):
-        if worker["actor"] != death.actor:
-            continue
+def _killed_for_memory(told: str) -> list[str]:
+    """Actors that Ray's memory monitor killed, of which its message alone tells: it takes several at once, and the one that held
+    most is to blame."""
+    found = [(float(memory), actor) for actor, memory in _KILLED.findall(told)]
+    return [actor for _, actor in sorted(found, reverse=True)]
+
+
+def _account_for_death(run: Run, left: Sequence[Unit], death: _Death) -> bool:
+    """Make the journal of the dead worker's unit suspect; raise where one unit kills every worker it is given.
+
+    False where no unit was being worked on by who died.
+    """
+    markers = {worker["actor"]: (unit, worker) for unit, _, worker in run.attempt_markers(left)}
+    for unit, worker in (markers[actor] for actor in death.actors if actor in markers):
         if death.preempted or _lost_node(worker["node"], death):
             say(f"Node {worker['node'][:8]} was lost while it worked on {unit.name}; the unit starts again.")
-            return
+            return True
         run.record_death(unit)
         say(
             f"A worker died while it worked on {unit.name} (process {worker['pid']} on {worker['host']}); trying again."
         )
         _check_bounded(run, unit)
-        return
+        return True
     say("A worker died between two units; the units that are left start again.")
+    return False
 
 
 def _lost_node(node: str, death: _Death) -> bool:
@@ -302,6 +335,14 @@ def _lost_node(node: str, death: _Death) -> bool:
             return False
         time.sleep(0.5)
     return True
+
+
+def _check_explained(deaths: int, death: _Death) -> None:
+    if deaths >= MAX_DEATHS:
+        raise RaypipeError(
+            f"{deaths} workers in a row died before a unit was done, and it cannot be told of what: {death.reason}",
+            "Look at the nodes' memory and at Ray's logs; finished units are kept and the run resumes when you submit it again.",
+        )
 
 
 def _check_bounded(run: Run, unit: Unit) -> None:

@@ -167,6 +167,10 @@ class Run:
             found = [Receipt.from_json(data) for data in readers.map(self.store.read, paths)]
         return {receipt.unit: receipt for receipt in sorted(found, key=lambda receipt: receipt.unit)}
 
+    def undo(self, units: Iterable[Unit]) -> None:
+        """The units are no longer done; what they staged is waste."""
+        self.store.delete(f"{self.folder}/units/{unit.name}.json" for unit in units)
+
     def begin_attempt(self, unit: Unit, worker: Mapping[str, Any]) -> int:
         """Mark that `worker` starts on `unit`; returns the attempt's number, from 1."""
         folder = f"{self.folder}/attempts/{unit.name}"

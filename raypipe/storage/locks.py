@@ -23,7 +23,7 @@ from typing import IO, Any
 
 import psutil
 
-from raypipe.errors import RaypipeError, UsageError
+from raypipe.errors import RaypipeError, UnavailableError, UsageError
 from raypipe.storage.fingerprint import canonical_json
 from raypipe.storage.store import Store
 
@@ -31,7 +31,7 @@ LEASE_S = 60.0
 
 
 class Lock:
-    """An exclusive lock by name; use it as a context manager. Raises UsageError while another job holds it."""
+    """An exclusive lock by name; use it as a context manager. Raises UnavailableError while another job holds it."""
 
     def __init__(self, store: Store, name: str, owner: str, lease_s: float = LEASE_S) -> None:
         self.store = store
@@ -88,7 +88,7 @@ class Lock:
             file.seek(0)
             held_by = file.read().strip() or "another job"
             file.close()
-            raise UsageError(
+            raise UnavailableError(
                 f"{self.name} is being written by {held_by}.",
                 "One job writes a table at a time: wait for it or stop it, then submit again. The lock goes with the process.",
             ) from None
@@ -104,14 +104,14 @@ class Lock:
             left = record.get("expires", 0.0) - time.time()
             if not record.get("released") and left > 0 and not _is_dead_here(record):
                 until = time.strftime("%H:%M:%S", time.localtime(record["expires"]))
-                raise UsageError(
+                raise UnavailableError(
                     f"{self.name} is being written by {record['owner']}, process {record['pid']} on {record['host']}; "
                     f"its lease runs until {until} ({left:.0f} s from now) and is renewed while the process lives.",
                     "Wait for that job or stop it. If it was killed, submit again once the lease has run out.",
                 )
         self._generation = newest + 1
         if not self.store.create(self._path(self._generation), self._record()):
-            raise UsageError(
+            raise UnavailableError(
                 f"{self.name} was locked by another job this very moment.", "Submit again when it is done."
             )
         self._stop.clear()
@@ -149,7 +149,7 @@ def hold(
 ) -> Iterator[list[Lock]]:
     """Hold several locks, taken in name order so that two jobs never wait for each other.
 
-    A lock that another job holds is asked for again until `wait_s` have passed; then UsageError.
+    A lock that another job holds is asked for again until `wait_s` have passed; then UnavailableError.
     """
     deadline = time.monotonic() + wait_s
     with contextlib.ExitStack() as stack:
@@ -159,7 +159,7 @@ def hold(
                 try:
                     stack.enter_context(lock)
                     break
-                except UsageError:
+                except UnavailableError:
                     if time.monotonic() > deadline:
                         raise
                     time.sleep(0.2)

@@ -20,11 +20,12 @@ from typing import Any
 
 import obstore
 import pyarrow as pa
-from obstore.exceptions import AlreadyExistsError
+from obstore.exceptions import AlreadyExistsError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import LocalStore, S3Store
 
-from raypipe.errors import AccessError, RaypipeError, UsageError
+from raypipe.errors import AccessError, RaypipeError, UnavailableError, UsageError
 
+_FORBIDDEN = (PermissionError, PermissionDeniedError, UnauthenticatedError)
 _UNFINISHED = re.compile(r".+#\d+")
 
 
@@ -172,13 +173,11 @@ class Store:
             return pa.PythonFile(_Seekable(obstore.open_reader(self._objects, path)), mode="r")
 
     def check_writable(self) -> None:
-        """Raise UsageError where nothing can be written below the URI."""
+        """Raise UsageError where nothing can be written below the URI, UnavailableError where an object store does not answer."""
         probe = f".probe-{uuid.uuid4().hex}"
         try:
             self.put(probe, b"raypipe")
             self.delete([probe])
-        except RaypipeError as error:
-            raise UsageError(error.problem, error.remedy) from error
         except OSError as error:
             raise UsageError(
                 f"The workspace {self.uri} cannot be written: {error}.",
@@ -234,7 +233,7 @@ def _plain_errors(uri: str, writing: bool = False) -> Iterator[None]:
     except FileNotFoundError as error:
         if not (writing and uri.startswith("s3://")):
             raise
-        raise RaypipeError(
+        raise UsageError(
             f"Nothing can be written under {uri}: there is no such bucket.", "Create the bucket, or name another."
         ) from error
     except AlreadyExistsError as error:
@@ -246,13 +245,13 @@ def _plain_errors(uri: str, writing: bool = False) -> Iterator[None]:
                 f"The disk under {uri} is full.",
                 "Nothing published is harmed. Free some space and submit the same command again: it goes on where it stopped.",
             ) from error
-        if isinstance(error, PermissionError) or "os error 13" in text or "os error 30" in text:
+        if isinstance(error, _FORBIDDEN) or "os error 13" in text or "os error 30" in text:
             raise AccessError(
                 f"No permission to use {uri}: {_first_line(text)}",
                 "Give this user read and write permission there, or name another workspace.",
             ) from error
         if uri.startswith("s3://"):
-            raise RaypipeError(
+            raise UnavailableError(
                 f"The object store under {uri} failed: {_first_line(text)}",
                 "Check AWS_ENDPOINT_URL, AWS_REGION, the credentials and that the bucket exists, then submit again.",
             ) from error

@@ -1,13 +1,15 @@
 """MLflow beside the workspace: one MLflow run per run key, found again by its tag, and the model registry.
 
-A local workspace keeps its own `mlflow.db` (sqlite, one machine). A workspace on an object store needs a tracking server.
+A local workspace keeps its own `mlflow.db` (sqlite, one machine). A workspace on an object store needs a tracking server. One that
+does not answer is told of: what is published and stored does not depend on it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from raypipe.errors import UsageError
@@ -17,16 +19,20 @@ from raypipe.storage.store import Store
 
 # A run key is unique within a workspace, and a tracking server has runs of many.
 _TAG = "raypipe.run"
+_EXPERIMENT = "raypipe"
+# MLflow's own patience, of minutes for each request, would be the whole job's.
+_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 # What figures' names have and MLflow's may not.
 _IN_WORDS = str.maketrans({"@": "_at_", "–": "-", ">": "over", ",": ""})
 
 
 class Tracking:
-    """Where runs and models are reported. `mode` is "auto" or "off"; nothing is imported or opened while off."""
+    """Where runs and models are reported. `mode` is "auto" or "off"; nothing is imported or opened while off. `tell` gets a line
+    where a report did not arrive."""
 
-    def __init__(self, store: Store, mode: str, experiment: str = "raypipe") -> None:
+    def __init__(self, store: Store, mode: str, tell: Callable[[str], None]) -> None:
         self.store = store
-        self.experiment = experiment
+        self.tell = tell
         self.uri = tracking_uri(store) if mode == "auto" else None
 
     def log_run(
@@ -41,54 +47,69 @@ class Tracking:
         """Report a finished run, with `files` (name → text) as its artifacts; the same run key reopens the same MLflow run."""
         if self.uri is None:
             return
-        client = self._client()
-        experiment = client.get_experiment_by_name(self.experiment)
-        if experiment is not None:
-            experiment_id = experiment.experiment_id
-        else:
-            location = f"{self.store.local_path('mlartifacts').as_uri()}" if self.store.is_local else None
-            experiment_id = client.create_experiment(self.experiment, artifact_location=location)
-        mark = content_digest(self.store.uri, run_key)
-        found = client.search_runs([experiment_id], f"tags.`{_TAG}` = '{mark}'", max_results=1)
-        run_id = (
-            found[0].info.run_id
-            if found
-            else client.create_run(experiment_id, run_name=f"{job}-{run_key[:8]}").info.run_id
-        )
-        for key, value in {_TAG: mark, "raypipe.run_key": run_key, "raypipe.job": job, **tags}.items():
-            client.set_tag(run_id, key, value)
-        if not found:
-            for key, value in params.items():
-                client.log_param(run_id, key, str(value)[:500])
-        for name, figure in metrics.items():
-            client.log_metric(run_id, name.translate(_IN_WORDS), float(figure))
-        for name, text in (files or {}).items():
-            client.log_text(run_id, text, name)
-        client.set_terminated(run_id)
+        with self._told(f"the run {run_key[:12]} of {job}"):
+            client = self._client()
+            experiment = client.get_experiment_by_name(_EXPERIMENT)
+            if experiment is not None:
+                experiment_id = experiment.experiment_id
+            else:
+                location = f"{self.store.local_path('mlartifacts').as_uri()}" if self.store.is_local else None
+                experiment_id = client.create_experiment(_EXPERIMENT, artifact_location=location)
+            mark = content_digest(self.store.uri, run_key)
+            found = client.search_runs([experiment_id], f"tags.`{_TAG}` = '{mark}'", max_results=1)
+            run_id = (
+                found[0].info.run_id
+                if found
+                else client.create_run(experiment_id, run_name=f"{job}-{run_key[:8]}").info.run_id
+            )
+            for key, value in {_TAG: mark, "raypipe.run_key": run_key, "raypipe.job": job, **tags}.items():
+                client.set_tag(run_id, key, value)
+            if not found:
+                for key, value in params.items():
+                    client.log_param(run_id, key, str(value)[:500])
+            for name, figure in metrics.items():
+                client.log_metric(run_id, name.translate(_IN_WORDS), float(figure))
+            for name, text in (files or {}).items():
+                client.log_text(run_id, text, name)
+            client.set_terminated(run_id)
 
     def register(self, model: Model) -> None:
         """Make the registry point to a stored model; the same content is registered once."""
         if self.uri is None:
             return
-        client = self._client()
-        name = f"{self.experiment}-{model.name}"
-        if not client.search_registered_models(f"name = '{name}'"):
-            client.create_registered_model(name)
-        source = self.store.object_uri(model.folder)
-        if not any(version.source == source for version in client.search_model_versions(f"name = '{name}'")):
-            client.create_model_version(name, source, tags={"recipe": model.recipe})
+        with self._told(f"the model {model.name}/{model.hash[:12]}"):
+            client = self._client()
+            name = f"{_EXPERIMENT}-{model.name}"
+            if not client.search_registered_models(f"name = '{name}'"):
+                client.create_registered_model(name)
+            source = self.store.object_uri(model.folder)
+            if not any(version.source == source for version in client.search_model_versions(f"name = '{name}'")):
+                client.create_model_version(name, source, tags={"recipe": model.recipe})
 
     def unregister(self, model: Model) -> None:
         """Delete what points to a stored model that is to be removed."""
         if self.uri is None:
             return
-        client = self._client()
-        name = f"{self.experiment}-{model.name}"
-        for version in client.search_model_versions(f"name = '{name}'"):
-            if version.source == self.store.object_uri(model.folder):
-                client.delete_model_version(name, version.version)
+        with self._told(f"the end of the model {model.name}/{model.hash[:12]}"):
+            client = self._client()
+            name = f"{_EXPERIMENT}-{model.name}"
+            for version in client.search_model_versions(f"name = '{name}'"):
+                if version.source == self.store.object_uri(model.folder):
+                    client.delete_model_version(name, version.version)
+
+    @contextlib.contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            yield
+        except (MlflowException, OSError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+            self.tell(f"MLflow was not told of {what}, and all else is done: {reason}")
 
     def _client(self) -> Any:
+        for name, value in _PATIENCE.items():
+            os.environ.setdefault(name, value)
         from mlflow import MlflowClient
 
         # After the import, which sets levels of its own.

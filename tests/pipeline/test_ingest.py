@@ -244,6 +244,20 @@ def test_a_log_of_mostly_unusable_rows_publishes_nothing_until_that_is_allowed(
     assert newest(uri, "rejects").num_rows == 2
 
 
+def test_a_run_that_goes_on_with_other_splits_loses_and_doubles_nothing(
+    raypipe: Run, tmp_path: Path, files: Path
+) -> None:
+    """Receipts of the old splits are of other rows than the new ones of the same numbers."""
+    uri = str(tmp_path / "workspace")
+    log = write_log(files / "log.csv", [(f"u{n % 50}", "i1" if n % 3 else "i77", START + n) for n in range(600)])
+    words = ("ingest", "--workspace", uri, *TIME, "--log.path", log)
+    words += ("--catalogue.path", write_catalogue(files / "items.csv", 3))
+    assert raypipe(*words, "--log.split_bytes", 4000).code == 1
+    ended = raypipe(*words, "--log.split_bytes", 1_000_000, "--max_reject_rate", 1)
+    assert ended.code == 0, ended.stderr
+    assert [ended.metrics[name] for name in ("rows_in", "events_added", "rejected")] == [600, 400, 200]
+
+
 def test_rejected_catalogue_rows_are_told_once(raypipe: Run, tmp_path: Path, files: Path) -> None:
     uri = str(tmp_path / "workspace")
     catalogue = write_catalogue(files / "items.csv", {"i1": "One", "i2": "", "i3": "Three"})

@@ -137,6 +137,6 @@ def test_a_submitted_run_has_one_driver(raypipe: Run, summarised: str) -> None:
     words = ("status", "--workspace", summarised, "--run", "status-2026-01-05-abc")
     with run_lock(Store(summarised), "status-2026-01-05-abc"):
         refused = raypipe(*words)
-    assert (refused.code, refused.status) == (2, "failed")
+    assert (refused.code, refused.status) == (1, "failed")
     assert "is being written by" in refused.stderr
     assert raypipe(*words).code == 0

@@ -318,6 +318,15 @@ def test_a_rejected_user_keeps_an_older_summary_only_if_it_is_of_the_same_recipe
     assert set(summaries(ingested)) == {"u1", "u2", "u3", "u4"}
 
 
+def test_a_cap_leaves_no_summary_of_another_recipe(raypipe: Run, ingested: str) -> None:
+    raypipe("summarize", "--workspace", ingested, *ECHO)
+    assert summaries(ingested)
+    other = ("--summaries.prompts.block", BLOCK)
+    capped = raypipe("summarize", "--workspace", ingested, *ECHO, *other, "--max_calls", 0)
+    assert (capped.code, counted(capped)) == (0, {"capped": len(LENGTHS)})
+    assert summaries(ingested) == {}
+
+
 @pytest.mark.parametrize("table", ["block_summaries", "summaries"])
 def test_a_publish_that_was_interrupted_is_completed_by_the_next_job_of_any_kind(
     raypipe: Run, ingested: str, files: Path, monkeypatch: pytest.MonkeyPatch, table: str

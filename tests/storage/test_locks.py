@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from raypipe.errors import RaypipeError, UsageError
+from raypipe.errors import RaypipeError, UnavailableError, UsageError
 from raypipe.storage.locks import Lock, hold
 from raypipe.storage.store import Store
 
@@ -43,7 +43,7 @@ def newest_record(store: Store) -> tuple[str, dict]:
 def test_a_second_holder_is_refused_with_the_name_of_the_first(store: Store) -> None:
     with Lock(store, "summaries", "summarize"):
         with (
-            pytest.raises(UsageError, match="summaries is being written by summarize, process") as caught,
+            pytest.raises(UnavailableError, match="summaries is being written by summarize, process") as caught,
             Lock(store, "summaries", "other"),
         ):
             pass
@@ -62,7 +62,11 @@ def test_locks_of_different_tables_do_not_meet(store: Store) -> None:
 
 
 def test_a_job_that_gets_only_some_of_its_locks_keeps_none(store: Store) -> None:
-    with Lock(store, "summaries", "one"), pytest.raises(UsageError), hold(store, ["histories", "summaries"], "two"):
+    with (
+        Lock(store, "summaries", "one"),
+        pytest.raises(UnavailableError),
+        hold(store, ["histories", "summaries"], "two"),
+    ):
         pass
     with Lock(store, "histories", "three") as lock:
         lock.check_held()
@@ -71,7 +75,7 @@ def test_a_job_that_gets_only_some_of_its_locks_keeps_none(store: Store) -> None
 def test_who_may_wait_gets_the_lock_when_it_is_released(store: Store) -> None:
     first = Lock(store, "rejects", "one")
     first.__enter__()
-    with pytest.raises(UsageError), hold(store, ["rejects"], "two", wait_s=0.3):
+    with pytest.raises(UnavailableError), hold(store, ["rejects"], "two", wait_s=0.3):
         pass
     threading.Timer(0.3, first.__exit__).start()
     with hold(store, ["rejects"], "two", wait_s=20) as (second,):
@@ -83,7 +87,7 @@ def test_the_lock_of_a_killed_process_is_taken_over_at_once(store: Store) -> Non
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(UsageError, match="written by the killed job"), Lock(store, "summaries", "mine"):
+        with pytest.raises(UnavailableError, match="written by the killed job"), Lock(store, "summaries", "mine"):
             pass
     finally:
         holder.kill()
@@ -96,7 +100,7 @@ def test_a_lease_of_another_machine_is_respected_until_it_runs_out(s3: Store) ->
     record = {"owner": "summarize", "host": "elsewhere", "boot": "b", "pid": 1, "started": 0.0, "released": False}
     s3.put("locks/summaries/000000000001.json", json.dumps({**record, "expires": time.time() + 60}).encode())
     with (
-        pytest.raises(UsageError, match=r"process 1 on elsewhere; its lease runs until \d\d:\d\d:\d\d"),
+        pytest.raises(UnavailableError, match=r"process 1 on elsewhere; its lease runs until \d\d:\d\d:\d\d"),
         Lock(s3, "summaries", "mine"),
     ):
         pass
@@ -111,7 +115,7 @@ def test_a_lease_is_renewed_while_its_holder_lives(s3: Store) -> None:
         before = newest_record(s3)[1]["expires"]
         time.sleep(1.0)
         assert newest_record(s3)[1]["expires"] > before
-        with pytest.raises(UsageError), Lock(s3, "summaries", "two"):
+        with pytest.raises(UnavailableError), Lock(s3, "summaries", "two"):
             pass
 
 
@@ -133,7 +137,7 @@ def test_a_sleeper_that_leaves_does_not_free_its_successors_lock(s3: Store) -> N
     with Lock(s3, "summaries", "successor") as successor:
         sleeper.__exit__()
         successor.check_held()
-        with pytest.raises(UsageError, match="written by successor"), Lock(s3, "summaries", "third"):
+        with pytest.raises(UnavailableError, match="written by successor"), Lock(s3, "summaries", "third"):
             pass
 
 

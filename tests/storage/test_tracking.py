@@ -26,7 +26,7 @@ def test_the_same_run_key_reopens_its_run_and_a_model_is_registered_once(tmp_pat
     store.put("workspace.json", b"{}")
     lengths = {"perturbed 1: Recall@5 length 1–10": 0.2, "Recall@5 length > 200": 0.1}
     for attempt in (1, 2):
-        tracking = Tracking(store, "auto")
+        tracking = Tracking(store, "auto", print)
         tracking.log_run(
             "summarize", "a" * 32, {"engine": "echo"}, {"users": 10.0 * attempt, "ndcg@10": 0.5, **lengths}
         )
@@ -56,16 +56,32 @@ def test_the_same_run_key_reopens_its_run_and_a_model_is_registered_once(tmp_pat
 
 def test_a_workspace_on_an_object_store_needs_a_tracking_server(monkeypatch) -> None:
     with pytest.raises(UsageError, match=r"no MLflow server is named. Set MLFLOW_TRACKING_URI"):
-        Tracking(Store("s3://bucket/workspace"), "auto")
+        Tracking(Store("s3://bucket/workspace"), "auto", print)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
-    assert Tracking(Store("s3://bucket/workspace"), "auto").uri == "http://mlflow:5000"
+    assert Tracking(Store("s3://bucket/workspace"), "auto", print).uri == "http://mlflow:5000"
+
+
+def test_a_server_that_does_not_answer_stops_nobody_and_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    told: list[str] = []
+    tracking = Tracking(Store(str(tmp_path / "workspace")), "auto", told.append)
+    model = Model("lm", "0" * 32, "recipe", {})
+    tracking.log_run("summarize", "a" * 32, {"engine": "echo"}, {"users": 10.0})
+    tracking.register(model)
+    tracking.unregister(model)
+    whats = ["the run aaaaaaaaaaaa of summarize", "the model lm/000000000000", "the end of the model lm/000000000000"]
+    assert [line.split(",")[0] for line in told] == [f"MLflow was not told of {what}" for what in whats]
+    assert all("127.0.0.1" in line for line in told)
 
 
 def test_tracking_that_is_off_opens_nothing_and_imports_nothing(tmp_path: Path) -> None:
     script = (
         "import sys; from raypipe.storage.tracking import Tracking; from raypipe.storage.store import Store;"
         "from raypipe.storage.models import Model;"
-        "tracking = Tracking(Store(sys.argv[1]), 'off'); tracking.log_run('j', 'k', {}, {});"
+        "tracking = Tracking(Store(sys.argv[1]), 'off', print); tracking.log_run('j', 'k', {}, {});"
         "tracking.register(Model('lm', 'h', 'r', {})); assert 'mlflow' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "workspace")], check=True)
