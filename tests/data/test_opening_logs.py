@@ -8,9 +8,11 @@ import os
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from obstore.exceptions import GenericError, PermissionDeniedError
 
+from raypipe.data.files import explained
 from raypipe.data.log import LogColumns, LogConfig, open_log
-from raypipe.errors import UsageError
+from raypipe.errors import RaypipeError, UnavailableError, UsageError
 
 GOOD = "user_id,item_id,timestamp\nu,i,5\n"
 TIME = LogColumns(time="timestamp")
@@ -118,3 +120,20 @@ def test_a_log_knows_its_kind_checksum_and_size(write_text):
     assert log.checksum == hashlib.sha256(text.encode()).hexdigest()
     assert [split.index for split in log.splits] == list(range(105))
     assert open_log(LogConfig(path=str(path), columns=LogColumns(order="timestamp"))).kind == "order"
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (GenericError("503 Slow Down"), UnavailableError),
+        (PermissionDeniedError("403"), UsageError),
+        (FileNotFoundError("nothing"), UsageError),
+        (pa.ArrowInvalid("no Parquet"), UsageError),
+    ],
+)
+def test_what_may_pass_is_told_from_what_stays(raised: Exception, told: type[RaypipeError]) -> None:
+    """By the exit code: whoever schedules the job tries the first again and not the others."""
+    with pytest.raises(RaypipeError) as ended, explained("s3://bucket/log"):
+        raise raised
+    assert type(ended.value) is told
+    assert ended.value.exit_code == (1 if told is UnavailableError else 2)
