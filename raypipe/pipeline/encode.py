@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -141,7 +141,7 @@ def _finish(
         metrics=metrics,
         cost=cost_of(Usage(), seconds),
     )
-    published = session.publish(run, parts, asdict(result))
+    published = session.publish(run, parts, result)
     if run.manifest["scope"] != WHOLE:
         say(f"{encoding.job}: the canary's tables are below {session.workspace.uri}/canary/{run.run_key}")
-    return JobResult.from_dict(published)
+    return published

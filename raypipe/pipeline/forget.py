@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,7 @@ def _publish(
     status = "ok" if parts else "nothing_to_do"
     cost = cost_of(Usage(), time.monotonic() - started)
     result = JobResult(JOB, status, run.run_key, {part.table: {} for part in parts}, metrics=metrics, cost=cost)
-    return JobResult.from_dict(session.publish(run, parts, asdict(result)))
+    return session.publish(run, parts, result)
 
 
 def _last(workspace: Workspace) -> Run | None:

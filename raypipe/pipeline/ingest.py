@@ -174,7 +174,7 @@ def _publish(
     result = JobResult(
         "ingest", "ok", run.run_key, shown, metrics=metrics, cost=cost_of(Usage(), time.monotonic() - started)
     )
-    return JobResult.from_dict(session.publish(run, parts, result.to_dict()))
+    return session.publish(run, parts, result)
 
 
 def _read_catalogue(config: IngestConfig) -> Catalogue | None:

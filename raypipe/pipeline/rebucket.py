@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 
 import numpy as np
@@ -69,7 +68,7 @@ def run_rebucket(config: RebucketConfig) -> JobResult:
         }
         cost = cost_of(Usage(), time.monotonic() - started)
         result = JobResult(JOB, "ok", run.run_key, rows, metrics=metrics, cost=cost)
-        return JobResult.from_dict(session.publish(run, parts, asdict(result), buckets))
+        return session.publish(run, parts, result, buckets)
 
 
 def _check(buckets: int, present: int) -> None:

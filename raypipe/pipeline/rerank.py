@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -157,7 +157,7 @@ def run_rerank(config: RerankConfig) -> JobResult:
         )
         parts = bucket_parts(receipts.values(), variant, (TABLE,))
         result = _result(config, run.run_key, receipts.values(), parts, started)
-        published = JobResult.from_dict(session.publish(run, parts, asdict(result)))
+        published = session.publish(run, parts, result)
     if canary is not None:
         say(f"{JOB}: the canary's tables are below {workspace.uri}/canary/{run.run_key}")
     if published.status == "ok":

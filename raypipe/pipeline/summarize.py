@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -163,10 +162,10 @@ def _publish(
     tables = {part.table: {"rows": rows[part.table], "rejected": counts.rejected} for part in parts}
     status = "ok" if parts else "nothing_to_do"
     result = JobResult(JOB, status, run.run_key, tables, metrics=metrics, cost=cost)
-    published = session.publish(run, parts, asdict(result))
+    published = session.publish(run, parts, result)
     if scope != WHOLE:
         say(f"{JOB}: the canary's tables are below {session.workspace.uri}/canary/{run.run_key}")
-    return JobResult.from_dict(published)
+    return published
 
 
 def _usage(receipts: Iterable[Receipt]) -> Usage:

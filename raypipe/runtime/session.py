@@ -16,6 +16,7 @@ from typing import Any
 
 from raypipe.errors import RaypipeError, UsageError
 from raypipe.runtime.cluster import ClusterConfig
+from raypipe.runtime.job import JobResult
 from raypipe.runtime.progress import about, note, say
 from raypipe.runtime.units import Gate, UnitWork, run_units
 from raypipe.storage.fingerprint import fingerprint, schema_hash
@@ -106,10 +107,9 @@ class Session:
                     )
         return receipts
 
-    def publish(
-        self, run: Run, parts: Sequence[Publish], result: Mapping[str, Any], buckets: int | None = None
-    ) -> dict[str, Any]:
-        """Commit all tables and finish the run; `rejects` first, then in the order given.
+    def publish(self, run: Run, parts: Sequence[Publish], result: JobResult, buckets: int | None = None) -> JobResult:
+        """Commit all tables and finish the run; `rejects` first, then in the order given. Returns the result with the tables'
+        versions.
 
         With `buckets` the workspace has so many from then on.
         """
@@ -118,8 +118,8 @@ class Session:
         # Before the intent, for a run with one can no longer be given up.
         for part in parts:
             output_table(self.workspace, part.table, run.manifest["scope"], run.run_key).check_staged(part.files)
-        run.intend_publish(parts, result, buckets)
-        return complete(self.workspace, run)
+        run.intend_publish(parts, result.to_dict(), buckets)
+        return JobResult.from_dict(complete(self.workspace, run))
 
 
 def bucket_parts(receipts: Iterable[Receipt], variant: str, tables: Sequence[str]) -> list[Publish]:
