@@ -20,7 +20,7 @@ from raypipe.runtime.job import JobResult, ModelCache
 from raypipe.runtime.progress import say
 from raypipe.runtime.session import Session, bucket_parts, open_session, output_table
 from raypipe.storage.fingerprint import fingerprint
-from raypipe.storage.ledger import WHOLE, Counts, Publish, Run, Unit, Usage
+from raypipe.storage.ledger import WHOLE, Counts, Publish, Run, Unit, Usage, counts_of
 from raypipe.storage.models import Model
 from raypipe.storage.tables import ABSENT
 from raypipe.storage.workspace import Workspace
@@ -93,7 +93,7 @@ def run_encoding(
         )
         units = [Unit("users", index) for index in range(session.info.buckets)]
         receipts = session.phase(run, units, partial(EncodeBucket, task), encoding.job)
-        counts = sum((receipt.counts for receipt in receipts.values()), Counts())
+        counts = counts_of(receipts.values())
         parts = bucket_parts(receipts.values(), encoding.variant, (encoding.output,))
         if encoding.item_states is not None:
             parts += _item_states(session, run, encoding.variant, encoding.item_states[1:], base["item_states"])

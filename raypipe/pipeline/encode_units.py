@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raypipe.pipeline.rejects import WORKER_DIED, blocked_users, rejected_users
+from raypipe.pipeline.rejects import WORKER_DIED, blocked_users, stage_rejected
 from raypipe.pipeline.user_rows import UserRows
 from raypipe.recommenders.checkpoint import load_recommender
 from raypipe.recommenders.ranking import batches_by_length, sequences_of
@@ -194,18 +194,16 @@ class EncodeBucket:
         partition: dict[str, str | int] = {"variant": task.variant, "bucket": state.bucket}
         staged: dict[str, Sequence] = {task.output: [table.stage(rows, context.file_name(), partition)]}
         if failed:
-            names = state.users.take(pa.array(failed)).to_pylist()
-            where = output_table(task.workspace, "rejects", task.scope, context.run.run_key)
-            rejected = rejected_users(
-                context.run.run_key,
+            staged["rejects"] = stage_rejected(
+                task.workspace,
+                task.scope,
+                context,
+                task.output,
                 task.variant,
-                names,
-                [WORKER_DIED[0]] * len(names),
-                [WORKER_DIED[1]] * len(names),
-                [1 + context.deaths[name] for name in names],
+                state.users.take(pa.array(failed)).to_pylist(),
+                [WORKER_DIED] * len(failed),
                 state.change_keys.take(pa.array(failed)).to_pylist(),
             )
-            staged["rejects"] = [where.stage(rejected, context.file_name(), {"table": task.output})]
         return staged
 
 

@@ -7,7 +7,7 @@ recommendation of everybody is explained, or the pairs of a file. Only what is n
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from raypipe.runtime.job import JobResult, ModelCache
 from raypipe.runtime.progress import say
 from raypipe.runtime.session import bucket_parts, open_session
 from raypipe.storage.fingerprint import fingerprint
-from raypipe.storage.ledger import WHOLE, Counts, Publish, Receipt, Unit, Usage
+from raypipe.storage.ledger import WHOLE, Publish, Receipt, Unit, Usage, counts_of, usage_of
 from raypipe.storage.models import Model, Models, find_model
 from raypipe.storage.releases import Release
 from raypipe.storage.tables import ABSENT
@@ -228,7 +228,7 @@ def check_recommended(versions: Mapping[str, int]) -> None:
 def _result(
     config: ExplainConfig, run_key: str, receipts: Collection[Receipt], parts: Sequence[Publish], started: float
 ) -> JobResult:
-    counts = sum((receipt.counts for receipt in receipts), Counts())
+    counts = counts_of(receipts)
     facts = {name: sum(receipt.facts[name] for receipt in receipts) for name in FIGURES}
     explained = facts["explained"]
     metrics: dict[str, Any] = {
@@ -241,16 +241,12 @@ def _result(
     }
     if counts.skipped.get("capped"):
         say(f"{JOB}: a cap or the deadline left {counts.skipped['capped']:,} pairs for the next run")
-    usage = _usage(receipts)
+    usage = usage_of(receipts)
     cost = {**cost_of(usage, time.monotonic() - started), "money": round(config.money(usage), 6)}
     tables = {
         part.table: {"rows": sum(file.rows for file in part.files), "rejected": counts.rejected} for part in parts
     }
     return JobResult(JOB, "ok" if parts else "nothing_to_do", run_key, tables, metrics=metrics, cost=cost)
-
-
-def _usage(receipts: Iterable[Receipt]) -> Usage:
-    return sum((receipt.usage for receipt in receipts), Usage())
 
 
 def read_pairs(config: ExplainOptions, workspace: Workspace, explainer: Explainer) -> pa.Table | None:

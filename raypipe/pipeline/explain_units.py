@@ -20,7 +20,7 @@ from raypipe.engines.engine import Decoding, Engine, EngineConfig
 from raypipe.language.titles import distinct_titles
 from raypipe.metrics.explanations import unfounded
 from raypipe.metrics.text import Vocabulary
-from raypipe.pipeline.rejects import WORKER_DIED, blocked_users, rejected_users
+from raypipe.pipeline.rejects import WORKER_DIED, blocked_users, stage_rejected
 from raypipe.pipeline.user_rows import UserRows, identities
 from raypipe.recommenders.checkpoint import load_recommender
 from raypipe.recommenders.ranking import batches_by_length, sequences_of
@@ -250,18 +250,17 @@ class ExplainBucket:
         failed = [at for at, result in results.items() if result.reason]
         if failed:
             rows = work.take(pa.array(failed, pa.int64()))
-            names = _names(rows)
-            rejected = rejected_users(
-                context.run.run_key,
+            staged["rejects"] = stage_rejected(
+                task.workspace,
+                task.scope,
+                context,
+                TABLE,
                 task.variant,
                 rows["user_id"].to_pylist(),
-                [results[at].reason for at in failed],
-                [results[at].message for at in failed],
-                [1 + context.deaths.get(name, 0) for name in names],
+                [(results[at].reason, results[at].message) for at in failed],
                 rows["change_key"].to_pylist(),
+                _names(rows),
             )
-            where = output_table(task.workspace, "rejects", task.scope, context.run.run_key)
-            staged["rejects"] = [where.stage(rejected, context.file_name(), {"table": TABLE})]
         return staged
 
     def _figures(self, state: UserRows, work: pa.Table, results: dict[int, Explanation]) -> dict[str, int]:

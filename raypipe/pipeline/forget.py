@@ -35,7 +35,7 @@ from raypipe.runtime.session import Session, open_session, refuse_open_runs
 from raypipe.storage.evaluations import Evaluations
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.hashing import stable_hash
-from raypipe.storage.ledger import WHOLE, Counts, Publish, Receipt, Run, Unit, Usage
+from raypipe.storage.ledger import WHOLE, Publish, Receipt, Run, Unit, Usage, counts_of
 from raypipe.storage.locks import hold
 from raypipe.storage.nights import Night, Nights
 from raypipe.storage.online import ADDRESS, EMBEDDED, open_online_store
@@ -140,7 +140,7 @@ def _publish(
         parts.append(
             Publish("tombstones", "append", [tombstones.stage(tombstone_rows(new), f"{run.run_key[:12]}-driver")])
         )
-    forgotten = sum((receipt.counts for receipt in receipts), Counts()).skipped.get("forgotten", 0)
+    forgotten = counts_of(receipts).skipped.get("forgotten", 0)
     for name in BUCKETED:
         touched: dict[tuple[tuple[str, Any], ...], list[dict[str, str | int]]] = {}
         for receipt in receipts:

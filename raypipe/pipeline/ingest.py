@@ -7,7 +7,6 @@ old histories. Rows in = histories + rejects + filtered + duplicates + forgotten
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from functools import partial
 
 import pyarrow as pa
@@ -26,7 +25,7 @@ from raypipe.runtime.progress import say
 from raypipe.runtime.session import Session, open_session
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.hashing import digest_lanes
-from raypipe.storage.ledger import WHOLE, Counts, Publish, Receipt, Run, Unit, Usage
+from raypipe.storage.ledger import WHOLE, Counts, Publish, Receipt, Run, Unit, Usage, counts_of
 from raypipe.storage.workspace import Workspace, WorkspaceInfo, choose_buckets
 
 STEP_VERSION = 2
@@ -135,8 +134,8 @@ def _publish(
     started: float,
 ) -> JobResult:
     tables = session.workspace.tables
-    read = _total(spilled.values())
-    placed = _total(merged.values())
+    read = counts_of(spilled.values())
+    placed = counts_of(merged.values())
     assert read.ok == placed.rows_in, f"{read.ok} events were spilled and {placed.rows_in} merged"
     name = f"{run.run_key[:12]}-driver"
     bad_items = reject_rows(run.run_key, item_rejects) if item_rejects is not None else None
@@ -209,7 +208,7 @@ def _decide(workspace: Workspace, log: Log, spilled: dict[Unit, Receipt], bucket
 
 
 def _check_rejects(spilled: dict[Unit, Receipt], allowed: float, log: Log) -> None:
-    total = _total(spilled.values())
+    total = counts_of(spilled.values())
     if total.rejected <= allowed * total.rows_in:
         return
     reasons: dict[str, int] = {}
@@ -239,7 +238,3 @@ def _log_row(log: Log, number: int, read: Counts, placed: Counts) -> pa.Table:
             "rows_forgotten": [read.skipped.get("forgotten", 0)],
         }
     )
-
-
-def _total(receipts: Iterable[Receipt]) -> Counts:
-    return sum((receipt.counts for receipt in receipts), Counts())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -10,7 +10,10 @@ import pyarrow.compute as pc
 
 from raypipe.data.rejects import row_json
 from raypipe.errors import RaypipeError
-from raypipe.storage.ledger import MAX_DEATHS, Counts, Receipt, Unit
+from raypipe.runtime.session import output_table
+from raypipe.runtime.units import UnitContext
+from raypipe.storage.ledger import MAX_DEATHS, Counts, Receipt, Unit, counts_of
+from raypipe.storage.tables import StagedFile
 from raypipe.storage.workspace import Workspace
 
 WORKER_DIED = ("worker_died", f"Its worker died or hung {MAX_DEATHS} times with it alone, on a healthy node.")
@@ -34,25 +37,33 @@ def reject_rows(run_key: str, rejects: pa.Table, variant: str | None = None) -> 
     )
 
 
-def rejected_users(
-    run_key: str,
+def stage_rejected(
+    workspace: Workspace,
+    scope: str,
+    context: UnitContext,
+    table: str,
     variant: str,
     users: Sequence[str],
-    reasons: Sequence[str],
-    messages: Sequence[str],
-    attempts: Sequence[int],
+    outcomes: Sequence[tuple[str, str]],
     change_keys: Sequence[str],
-) -> pa.Table:
-    """Users whose row could not be computed, as rows of the table."""
+    names: Sequence[str] | None = None,
+) -> list[StagedFile]:
+    """Users whose row of `table` could not be computed: stages them with their reason and message, `outcomes`.
+
+    `names` are their rows in the unit's journal, where these are not their ids.
+    """
+    deaths = [context.deaths.get(name, 0) for name in (users if names is None else names)]
     columns = {
         "key": pa.array(users, pa.string()),
-        "reason": pa.array(reasons, pa.string()),
-        "message": pa.array(messages, pa.string()),
+        "reason": pa.array([reason for reason, _ in outcomes], pa.string()),
+        "message": pa.array([message for _, message in outcomes], pa.string()),
         "row": pa.array([row_json({"user_id": user}) for user in users], pa.string()),
-        "attempts": pa.array(attempts, pa.int32()),
+        "attempts": pa.array([1 + count for count in deaths], pa.int32()),
         "change_key": pa.array(change_keys, pa.string()),
     }
-    return reject_rows(run_key, pa.table(columns), variant)
+    run_key = context.run.run_key
+    rows = reject_rows(run_key, pa.table(columns), variant)
+    return [output_table(workspace, "rejects", scope, run_key).stage(rows, context.file_name(), {"table": table})]
 
 
 def blocked_users(workspace: Workspace, version: int, table: str, variant: str) -> set[tuple[str, str]]:
@@ -70,7 +81,7 @@ class RejectGate:
 
     def check(self, receipts: Mapping[Unit, Receipt]) -> None:
         """Receipts tell in their fact `reasons` why, reason → message."""
-        counts = _total(receipts.values())
+        counts = counts_of(receipts.values())
         if not self._is_too_much(counts):
             return
         reasons = dict(pair for receipt in receipts.values() for pair in receipt.facts["reasons"].items())
@@ -84,7 +95,7 @@ class RejectGate:
 
     def undone(self, receipts: Mapping[Unit, Receipt]) -> list[Unit]:
         """Where a submission was stopped here, the units that were too much by themselves; none once more is allowed."""
-        if not self._is_too_much(_total(receipts.values())):
+        if not self._is_too_much(counts_of(receipts.values())):
             return []
         return [unit for unit, receipt in receipts.items() if self._is_above(receipt.counts)]
 
@@ -94,7 +105,3 @@ class RejectGate:
 
     def _is_above(self, counts: Counts) -> bool:
         return counts.rejected > self.most * (counts.ok + counts.rejected)
-
-
-def _total(receipts: Iterable[Receipt]) -> Counts:
-    return sum((receipt.counts for receipt in receipts), Counts())

@@ -7,7 +7,7 @@ history, list or summary changed are asked about.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from raypipe.runtime.job import JobResult, ModelCache
 from raypipe.runtime.progress import say
 from raypipe.runtime.session import bucket_parts, open_session
 from raypipe.storage.fingerprint import fingerprint
-from raypipe.storage.ledger import WHOLE, Counts, Publish, Receipt, Unit, Usage
+from raypipe.storage.ledger import WHOLE, Publish, Receipt, Unit, Usage, counts_of, usage_of
 from raypipe.storage.models import Model, Models, find_model
 from raypipe.storage.tables import ABSENT
 from raypipe.storage.workspace import Workspace
@@ -187,7 +187,7 @@ def _check_written(task: RerankTask) -> None:
 def _result(
     config: RerankConfig, run_key: str, receipts: Collection[Receipt], parts: Sequence[Publish], started: float
 ) -> JobResult:
-    counts = sum((receipt.counts for receipt in receipts), Counts())
+    counts = counts_of(receipts)
     metrics: dict[str, Any] = {
         "users": counts.rows_in,
         "computed": counts.ok,
@@ -197,13 +197,9 @@ def _result(
     }
     if counts.skipped.get("capped"):
         say(f"{JOB}: a cap or the deadline left {counts.skipped['capped']:,} users for the next run")
-    usage = _usage(receipts)
+    usage = usage_of(receipts)
     cost = {**cost_of(usage, time.monotonic() - started), "money": round(config.money(usage), 6)}
     tables = {
         part.table: {"rows": sum(file.rows for file in part.files), "rejected": counts.rejected} for part in parts
     }
     return JobResult(JOB, "ok" if parts else "nothing_to_do", run_key, tables, metrics=metrics, cost=cost)
-
-
-def _usage(receipts: Iterable[Receipt]) -> Usage:
-    return sum((receipt.usage for receipt in receipts), Usage())

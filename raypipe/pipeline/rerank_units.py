@@ -18,7 +18,7 @@ from raypipe.data.candidates import CandidateSets
 from raypipe.engines.engine import Engine, EngineConfig
 from raypipe.language.backbone import PromptTokenizer, load_tokenizer
 from raypipe.language.instructions import Catalogue
-from raypipe.pipeline.rejects import WORKER_DIED, blocked_users, rejected_users
+from raypipe.pipeline.rejects import WORKER_DIED, blocked_users, stage_rejected
 from raypipe.pipeline.sequences import catalogue_of
 from raypipe.pipeline.user_rows import UserRows, identities
 from raypipe.recommenders.windows import Histories
@@ -259,18 +259,16 @@ class RerankBucket:
         staged: dict[str, Sequence[StagedFile]] = {TABLE: [table.stage(whole, context.file_name(), partition)]}
         if failed := [at for at, mine in ranked.items() if mine.reason]:
             rows = work.take(pa.array(failed, pa.int64()))
-            names = rows["user_id"].to_pylist()
-            rejected = rejected_users(
-                context.run.run_key,
+            staged["rejects"] = stage_rejected(
+                task.workspace,
+                task.scope,
+                context,
+                TABLE,
                 task.variant,
-                names,
-                [ranked[at].reason for at in failed],
-                [ranked[at].message for at in failed],
-                [1 + context.deaths.get(name, 0) for name in names],
+                rows["user_id"].to_pylist(),
+                [(ranked[at].reason, ranked[at].message) for at in failed],
                 rows["change_key"].to_pylist(),
             )
-            where = output_table(task.workspace, "rejects", task.scope, context.run.run_key)
-            staged["rejects"] = [where.stage(rejected, context.file_name(), {"table": TABLE})]
         return staged
 
     def _fetch(self, model: Model) -> Path:

@@ -11,7 +11,7 @@ from raypipe.config import free
 from raypipe.errors import UsageError
 from raypipe.runtime.job import JobConfig, JobResult
 from raypipe.runtime.progress import clock, say
-from raypipe.storage.ledger import Counts, Run
+from raypipe.storage.ledger import Run, counts_of
 from raypipe.storage.locks import hold
 from raypipe.storage.nights import Nights
 from raypipe.storage.tables import ABSENT
@@ -91,7 +91,7 @@ def _watch_line(run: dict[str, Any], fresh: int, seconds: float) -> str:
 
 
 def _describe(run: Run) -> dict[str, Any]:
-    counts = sum((receipt.counts for receipt in run.receipts().values()), Counts())
+    counts = counts_of(run.receipts().values())
     return {
         "job": run.job,
         "run_key": run.run_key,

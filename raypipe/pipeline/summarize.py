@@ -27,7 +27,7 @@ from raypipe.runtime.job import JobResult, ModelCache
 from raypipe.runtime.progress import say
 from raypipe.runtime.session import Session, bucket_parts, open_session
 from raypipe.storage.fingerprint import fingerprint
-from raypipe.storage.ledger import WHOLE, Counts, Receipt, Run, Unit, Usage
+from raypipe.storage.ledger import WHOLE, Receipt, Run, Unit, Usage, counts_of, usage_of
 from raypipe.storage.models import Model
 from raypipe.storage.tables import ABSENT
 from raypipe.storage.workspace import Workspace
@@ -141,8 +141,8 @@ def _run_units(
 def _publish(
     config: SummarizeConfig, session: Session, run: Run, receipts: dict[Unit, Receipt], scope: str, started: float
 ) -> JobResult:
-    counts = sum((receipt.counts for receipt in receipts.values()), Counts())
-    usage = _usage(receipts.values())
+    counts = counts_of(receipts.values())
+    usage = usage_of(receipts.values())
     parts = bucket_parts(receipts.values(), config.summaries.variant, _WRITES)
     metrics: dict[str, Any] = {
         "users": counts.rows_in,
@@ -166,10 +166,6 @@ def _publish(
     if scope != WHOLE:
         say(f"{JOB}: the canary's tables are below {session.workspace.uri}/canary/{run.run_key}")
     return published
-
-
-def _usage(receipts: Iterable[Receipt]) -> Usage:
-    return sum((receipt.usage for receipt in receipts), Usage())
 
 
 def _mean(receipts: Iterable[Receipt], name: str) -> float | None:

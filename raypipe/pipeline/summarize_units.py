@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raypipe.engines.engine import Engine, EngineConfig
-from raypipe.pipeline.rejects import WORKER_DIED, blocked_users, rejected_users
+from raypipe.pipeline.rejects import WORKER_DIED, blocked_users, stage_rejected
 from raypipe.pipeline.summary_quality import SummaryQuality
 from raypipe.pipeline.summary_state import BucketState, Catalogue, Pins, Recipes
 from raypipe.runtime.budget import Budget
@@ -172,17 +172,16 @@ class SummarizeBucket:
         }
         failed = [result for result in results.values() if result.reason]
         if failed:
-            table = output_table(task.workspace, "rejects", task.scope, context.run.run_key)
-            rejected = rejected_users(
-                context.run.run_key,
+            staged["rejects"] = stage_rejected(
+                task.workspace,
+                task.scope,
+                context,
+                "summaries",
                 task.recipes.variant,
                 [result.user_id for result in failed],
-                [result.reason for result in failed],
-                [result.message for result in failed],
-                [1 + context.deaths.get(result.user_id, 0) for result in failed],
+                [(result.reason, result.message) for result in failed],
                 [state.blocks.change_key[work[result.user_id]].as_py() for result in failed],
             )
-            staged["rejects"] = [table.stage(rejected, name, {"table": "summaries"})]
         return staged
 
     def _summary_rows(

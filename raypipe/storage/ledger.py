@@ -106,6 +106,16 @@ class Receipt:
         return Receipt(**raw)
 
 
+def counts_of(receipts: Iterable[Receipt]) -> Counts:
+    """Of all of them together."""
+    return sum((receipt.counts for receipt in receipts), Counts())
+
+
+def usage_of(receipts: Iterable[Receipt]) -> Usage:
+    """Of all of them together."""
+    return sum((receipt.usage for receipt in receipts), Usage())
+
+
 @dataclass(frozen=True)
 class Publish:
     """One table's share of a publish: what `Table.publish` is given."""

@@ -12,12 +12,14 @@ import torch
 
 from raypipe.cli.main import main
 from raypipe.pipeline.encode_units import Recommendations, lists_of
-from raypipe.pipeline.rejects import rejected_users
+from raypipe.pipeline.rejects import WORKER_DIED, stage_rejected
 from raypipe.recommenders.checkpoint import load_recommender
 from raypipe.recommenders.config import RecommenderConfig
 from raypipe.recommenders.recommender import Recommender
 from raypipe.recommenders.sequences import Sequences
 from raypipe.recommenders.windows import Histories
+from raypipe.runtime.units import UnitContext
+from raypipe.storage.ledger import WHOLE, Ledger, Unit
 from raypipe.storage.models import Models
 from raypipe.storage.schemas import HISTORIES
 from raypipe.storage.store import Store
@@ -206,14 +208,16 @@ def test_a_width_of_nothing_is_a_list_of_nothing() -> None:
     assert lists_of(np.arange(4, dtype=np.int32).reshape(2, 2)).to_pylist() == [[0, 1], [2, 3]]
 
 
-def test_a_user_who_killed_his_workers_is_rejected_blocked_and_can_be_retried(raypipe: Run, trained: str) -> None:
+def test_a_user_who_killed_his_workers_is_rejected_blocked_and_can_be_retried(
+    raypipe: Run, trained: str, tmp_path: Path
+) -> None:
     workspace = Workspace(trained)
-    rows = rejected_users(
-        "r", "recommend-sasrec", ["u1"], ["worker_died"], ["It died."], [3], [change_key(trained, "u1")]
-    )
+    run = Ledger(Store(str(tmp_path / "elsewhere")), "test").start("r" * 32, {"scope": WHOLE})
+    context = UnitContext(run, Unit("bucket", 0), 1, 60.0)
+    named = ("recommendations", "recommend-sasrec", ["u1"], [WORKER_DIED], [change_key(trained, "u1")])
+    staged = stage_rejected(workspace, WHOLE, context, *named)
     table = workspace.tables["rejects"]
-    staged = table.stage(rows, "r", {"table": "recommendations"})
-    table.publish([staged], mode="append", app="rejects:test", number=1, replaces=[], metadata={})
+    table.publish(staged, mode="append", app="rejects:test", number=1, replaces=[], metadata={})
     words = ("recommend", "--workspace", trained, "--length", 5)
     assert counted(raypipe(*words)) == {"computed": USERS - 1, "blocked": 1}
     assert raypipe("retry-rejected", "--workspace", trained, "--table", "recommendations").metrics["retried"] == 1
