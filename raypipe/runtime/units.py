@@ -90,28 +90,34 @@ def run_units(
     if done:
         say(f"{what}: {len(done)} of {len(units)} units were done before")
         watch(done)
-    while todo := [unit for unit in units if unit not in done]:
-        cluster.connect()
-        death = None
-        metrics = WorkMetrics(run.job)
-        metrics.units_left(len(todo))
-        execution = _execute(run, todo, build, cluster)
-        try:
-            for receipt in execution:
-                done[receipt.unit] = receipt
-                metrics.units_left(len(units) - len(done))
-                progress.step(amount(receipt))
-                watch(done)
-        except _worker_deaths() as error:
-            death = _Death.of(error)
-        except RaypipeError:
-            execution.close()
-            _release_workers()
-            raise
-        if death is not None:
-            _release_workers()
-            done = run.receipts(kind)
-            _account_for_death(run, [unit for unit in todo if unit not in done], death)
+    if all(unit in done for unit in units):
+        return {unit: done[unit] for unit in units}
+    cluster.connect()
+    metrics = WorkMetrics(run.job)
+    try:
+        while todo := [unit for unit in units if unit not in done]:
+            death = None
+            metrics.units_left(len(todo))
+            execution = _execute(run, todo, build, cluster)
+            try:
+                for receipt in execution:
+                    done[receipt.unit] = receipt
+                    metrics.units_left(len(units) - len(done))
+                    progress.step(amount(receipt))
+                    watch(done)
+            except _worker_deaths() as error:
+                death = _Death.of(error)
+            except RaypipeError:
+                execution.close()
+                _release_workers()
+                raise
+            if death is not None:
+                _release_workers()
+                done = run.receipts(kind)
+                _account_for_death(run, [unit for unit in todo if unit not in done], death)
+    finally:
+        # Units that nobody works on stand still and are no alarm; of a driver that was killed Ray forgets the gauge itself.
+        metrics.units_left(0)
     return {unit: done[unit] for unit in units}
 
 
