@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Mapping
 from datetime import datetime
@@ -21,22 +20,6 @@ from raypipe.storage.hashing import stable_hash
 from raypipe.storage.ledger import Usage
 from raypipe.storage.models import Model
 from raypipe.storage.workspace import Workspace
-
-
-class TrainingOptions(Config):
-    """Where a training job keeps what its workers share."""
-
-    work_folder: str | None = free(
-        None, "folder all training nodes share; unset: below a local workspace, else a temporary one"
-    )
-
-    def training_folder(self, workspace: Workspace, name: str) -> Path:
-        """A folder for the prepared data and the checkpoints of the training `name`."""
-        if self.work_folder is not None:
-            return Path(self.work_folder) / name
-        if workspace.store.is_local:
-            return workspace.store.local_path(f"staging/{name}")
-        return Path(tempfile.gettempdir()) / "raypipe-training" / name
 
 
 def cost_of(usage: Usage, seconds: float) -> dict[str, float]:
