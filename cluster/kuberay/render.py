@@ -11,6 +11,7 @@ YAML in which `${name}` stands for a value: alone it keeps its type, within text
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from raypipe.cli.main import JOBS, config_type
 from raypipe.cli.options import parse_config, validated
 from raypipe.config import Config, free
 from raypipe.errors import RaypipeError, UsageError
+from raypipe.runtime.cluster import ClusterConfig
 
 HERE = Path(__file__).parent
 SCRIPTS = HERE.parents[1] / "jobs"
@@ -174,8 +176,35 @@ def ray_job(values: Values, job: str) -> dict[str, Any]:
     known = _known(values)
     cluster = _load("raycluster.yaml", known)[0]["spec"]
     del cluster["gcsFaultToleranceOptions"]
-    (manifest,) = _load("rayjob.yaml", known | {"job": job, "cluster": cluster})
+    (manifest,) = _load("rayjob.yaml", known | {"job": job, "cluster": cluster, "workers": workers(values, job)})
     return manifest
+
+
+def workers(values: Values, job: str) -> int:
+    """How many workers a job asks for: as its configuration says, else what the largest cluster holds beside the driver.
+
+    A job counts what is there once, before the autoscaler has started more than the driver's pod.
+    """
+    asked = ClusterConfig.model_validate(values.jobs.get(job, {}).get("cluster", {}))
+    if asked.workers is not None:
+        return asked.workers
+    if asked.gpus_per_worker or not values.cpu_workers.max:
+        group, gpus = values.gpu_workers, _whole(values.gpu_workers.gpus)
+    else:
+        group, gpus = values.cpu_workers, 0
+    cpus = _whole(group.cpu)
+
+    def fit(free_cpus: int) -> int:
+        fits = int(free_cpus / asked.cpus_per_worker)
+        return min(fits, int(gpus / asked.gpus_per_worker)) if asked.gpus_per_worker else fits
+
+    with_driver = 0 if asked.gpus_per_worker and values.cpu_workers.max else min(1, group.max)
+    return max(1, fit(cpus) * (group.max - with_driver) + fit(cpus - 1) * with_driver)
+
+
+def _whole(quantity: str) -> int:
+    """A quantity of Kubernetes as KubeRay tells it to Ray: 7500m CPUs are 8."""
+    return math.ceil(int(quantity.removesuffix("m")) / 1000) if quantity.endswith("m") else math.ceil(float(quantity))
 
 
 def _known(values: Values) -> dict[str, Any]:

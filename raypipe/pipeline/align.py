@@ -30,11 +30,12 @@ from raypipe.pipeline.align_record import record
 from raypipe.pipeline.asked_anew import asked_anew, tell_stored
 from raypipe.pipeline.guided import run_guided
 from raypipe.pipeline.held_out import Cut, are_held_out
-from raypipe.pipeline.job import TrainingOptions, model_result
+from raypipe.pipeline.job import model_result
 from raypipe.pipeline.lancer import run_lancer
 from raypipe.pipeline.loaded import BUILTIN, Loaded, chosen_lm
 from raypipe.pipeline.replay import read_replay
 from raypipe.pipeline.sequences import histories_hash, pinned_versions, read_histories
+from raypipe.pipeline.training_folders import TrainingOptions
 from raypipe.pipeline.trsr import run_trsr
 from raypipe.recommenders.recommender import freeze, weights_hash
 from raypipe.runtime.job import JobConfig, JobResult, ModelCache
@@ -228,6 +229,7 @@ def _joined(config: AlignConfig) -> JobResult:
     inputs.check_room(system, config.answer_tokens)
     with hold(workspace.store, [f"models-{system.name}"], JOB, config.lock_lease_s):
         if (model := Models(workspace.store).newest(system.name, recipe)) is not None:
+            config.remove_training(workspace, f"{system.name}-{recipe}")  # a driver may have died before
             tell_stored(model)
             return model_result(JOB, model, "nothing_to_do", model.lineage["metrics"], started)
         before = weights_hash(inputs.source.recommender)
@@ -356,7 +358,7 @@ def _train(
         "training": trained.curve(),
     }
     model = Models(workspace.store).add(system.name, trained.folder, recipe, lineage)
-    workspace.store.delete_folder(f"staging/{name}")
+    config.remove_training(workspace, name)
     return model
 
 

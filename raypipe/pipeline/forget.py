@@ -5,7 +5,8 @@ named them: nights that cannot be without them, user cards, judgements, canaries
 files of every version that still had them. Killed anywhere, the same command goes on.
 
 What it does not reach: weights of models that were trained on the user's events, which keep traces of them until they are
-trained anew; the logs themselves and any copy outside of the workspace, such as versions that a bucket keeps.
+trained anew; the logs themselves and any copy outside of the workspace, such as versions that a bucket keeps. Folders outside
+of it in which trainings that never ended keep histories are told.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from raypipe.pipeline.forget_units import ForgetBucket
 from raypipe.pipeline.job import cost_of
 from raypipe.pipeline.online import OnlineConfig, run_online
 from raypipe.pipeline.rebucket import BUCKETED
+from raypipe.pipeline.training_folders import trainings_outside
 from raypipe.pipeline.vacuum import remove_unfinished, remove_unneeded
 from raypipe.runtime.job import JobConfig, JobResult
 from raypipe.runtime.progress import say
@@ -208,6 +210,8 @@ def _sweep(workspace: Workspace, config: ForgetConfig, users: Sequence[str]) -> 
     Evaluations(store).drop_pages()
     # Canaries are of few users and are never published, spills of runs that are over and of trainings that nobody runs.
     # Candidate sets are drawn anew when they are asked for.
+    for place in trainings_outside(store):
+        say(f"{JOB}: a training that has not ended keeps histories outside of the workspace; delete {place}")
     for folder in ("canary", "staging", "candidates"):
         store.delete_folder(folder)
     for job in store.folders("ledger"):

@@ -106,6 +106,7 @@ def run_guided(config: AlignConfig) -> JobResult:
     )
     with hold(workspace.store, [f"models-{NAME}"], NAME, config.lock_lease_s):
         if (model := Models(workspace.store).newest(NAME, recipe)) is not None:
+            config.remove_training(workspace, f"{NAME}-{recipe}")  # a driver may have died before
             tell_stored(model)
             return model_result("align", model, "nothing_to_do", model.lineage["metrics"], started)
         model = _scored(config, workspace, inputs, recipe, versions)
@@ -206,7 +207,7 @@ def _scored(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: 
         "training": curve,
     }
     model = Models(workspace.store).add(NAME, out, recipe, lineage)
-    workspace.store.delete_folder(f"staging/{name}")
+    config.remove_training(workspace, name)
     return model
 
 

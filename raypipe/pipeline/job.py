@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Mapping
 from datetime import datetime
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from pydantic import model_validator
 
 from raypipe.config import Config, free
 from raypipe.errors import UsageError
@@ -20,22 +20,6 @@ from raypipe.storage.hashing import stable_hash
 from raypipe.storage.ledger import Usage
 from raypipe.storage.models import Model
 from raypipe.storage.workspace import Workspace
-
-
-class TrainingOptions(Config):
-    """Where a training job keeps what its workers share."""
-
-    work_folder: str | None = free(
-        None, "folder all training nodes share; unset: below a local workspace, else a temporary one"
-    )
-
-    def training_folder(self, workspace: Workspace, name: str) -> Path:
-        """A folder for the prepared data and the checkpoints of the training `name`."""
-        if self.work_folder is not None:
-            return Path(self.work_folder) / name
-        if workspace.store.is_local:
-            return workspace.store.local_path(f"staging/{name}")
-        return Path(tempfile.gettempdir()) / "raypipe-training" / name
 
 
 def cost_of(usage: Usage, seconds: float) -> dict[str, float]:
@@ -59,13 +43,23 @@ class CapOptions(Config):
 
     max_calls: int | None = free(None, "hard cap on model calls", ge=0)
     max_tokens: int | None = free(None, "hard cap on tokens, in and out together", ge=0)
-    max_cost: float | None = free(None, "hard cap on money, by the prices", ge=0)
+    max_cost: float | None = free(None, "hard cap on money, by the prices, of which one has to be given", ge=0)
     deadline: datetime | None = free(None, "no new work after this moment (ISO time)")
     max_reject_rate: float = free(
         0.2, "share of the rows read so far whose rejection stops the run; what is done stays done", ge=0, le=1
     )
     price_in: float = free(0.0, "price of a million prompt tokens", ge=0)
     price_out: float = free(0.0, "price of a million generated tokens", ge=0)
+
+    @model_validator(mode="after")
+    def _money_needs_a_price(self) -> CapOptions:
+        if self.max_cost is not None and not (self.price_in or self.price_out):
+            raise UsageError(
+                f"A cap of {self.max_cost} on money is given and no price, so that nothing would ever count against it.",
+                "Give --price_in and --price_out, the prices of a million tokens, beside --max_cost and with the same prefix; "
+                "or cap --max_calls or --max_tokens.",
+            )
+        return self
 
     def limits(self) -> Limits:
         deadline = self.deadline.timestamp() if self.deadline is not None else None

@@ -112,6 +112,7 @@ def run_lancer(config: AlignConfig) -> JobResult:
     models = Models(workspace.store)
     with hold(workspace.store, [f"models-{NAME}"], NAME, config.lock_lease_s):
         if (model := models.newest(NAME, recipe)) is not None:
+            config.remove_training(workspace, f"{NAME}-{recipe}")  # a driver may have died before
             tell_stored(model)
             return model_result("align", model, "nothing_to_do", model.lineage["metrics"], started)
         model = _train(config, workspace, inputs, recipe, versions)
@@ -188,7 +189,7 @@ def _train(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: s
         "training": trained.curve(),
     }
     model = Models(workspace.store).add(NAME, trained.folder, recipe, lineage)
-    workspace.store.delete_folder(f"staging/{name}")
+    config.remove_training(workspace, name)
     return model
 
 

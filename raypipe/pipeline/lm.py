@@ -15,8 +15,9 @@ from raypipe.config import shaping
 from raypipe.language.instructions import Catalogue, histories_before_cut
 from raypipe.language.pretraining import LmDataConfig, LmTask, prepare_lm
 from raypipe.pipeline.held_out import are_held_out
-from raypipe.pipeline.job import TrainingOptions, model_result
+from raypipe.pipeline.job import model_result
 from raypipe.pipeline.sequences import pinned_versions
+from raypipe.pipeline.training_folders import TrainingOptions
 from raypipe.runtime.job import JobConfig, JobResult
 from raypipe.runtime.progress import say
 from raypipe.runtime.trainer import TrainerConfig, fit
@@ -65,6 +66,7 @@ def run_lm(config: LmConfig) -> JobResult:
         )
         models = Models(workspace.store)
         if (model := models.newest(MODEL, recipe)) is not None:
+            config.remove_training(workspace, f"{MODEL}-{recipe}")  # a driver may have died before
             tracking.register(model)
             return model_result(JOB, model, "nothing_to_do", {}, started)
         model, metrics = _train(config, workspace, recipe, items, histories, versions)
@@ -76,7 +78,7 @@ def run_lm(config: LmConfig) -> JobResult:
 def _train(
     config: LmConfig, workspace: Workspace, recipe: str, items: pa.Table, histories: pa.Table, versions: dict[str, int]
 ) -> tuple[Model, dict[str, float]]:
-    folder = config.training_folder(workspace, f"lm-{recipe}")
+    folder = config.training_folder(workspace, f"{MODEL}-{recipe}")
     catalogue = Catalogue(
         items["title"].to_pylist(),
         [dict(pairs) for pairs in items["attributes"].to_pylist()],
@@ -86,7 +88,7 @@ def _train(
     counts = prepare_lm(folder / "data", before, catalogue, config.data)
     say(f"lm: training on {counts['examples']:,} examples, {counts['tokens']:,} tokens")
     config.cluster.connect()
-    trained = fit(LmTask(folder / "data"), config.trainer, f"lm-{recipe}", folder / "checkpoint")
+    trained = fit(LmTask(folder / "data"), config.trainer, folder.name, folder / "checkpoint")
     lineage = {
         "job": JOB,
         "versions": versions,
@@ -101,7 +103,7 @@ def _train(
         **trained.figures(),
         **counts,
     }
-    workspace.store.delete_folder(f"staging/lm-{recipe}")
+    config.remove_training(workspace, f"{MODEL}-{recipe}")
     return model, metrics
 
 

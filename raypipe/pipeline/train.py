@@ -16,9 +16,10 @@ from pydantic import model_validator
 from raypipe.config import shaping
 from raypipe.errors import UsageError
 from raypipe.pipeline.held_out import Cut
-from raypipe.pipeline.job import TrainingOptions, model_result
+from raypipe.pipeline.job import model_result
 from raypipe.pipeline.sequences import histories_hash, pinned_versions, read_histories, read_ties
 from raypipe.pipeline.starts import resolved, start_of
+from raypipe.pipeline.training_folders import TrainingOptions
 from raypipe.recommenders.checkpoint import catalogue_card
 from raypipe.recommenders.config import RecommenderConfig
 from raypipe.recommenders.task import RecommenderTask, prepare_training
@@ -92,10 +93,11 @@ def run_train(config: TrainConfig) -> JobResult:
         )
         models = Models(workspace.store)
         if (model := models.newest(name, recipe)) is not None:
+            config.remove_training(workspace, f"{name}-{recipe}")  # a driver may have died before
             tracking.register(model)
             return model_result(JOB, model, "nothing_to_do", {}, started)
         folder = config.training_folder(workspace, f"{name}-{recipe}")
-        trained, facts = _train(config, workspace, versions, card, folder, recipe)
+        trained, facts = _train(config, workspace, versions, card, folder)
         lineage = {
             "job": JOB,
             "versions": versions,
@@ -110,7 +112,7 @@ def run_train(config: TrainConfig) -> JobResult:
         }
         (trained.folder / "README.md").write_text(model_card(name, lineage))
         model = models.add(name, trained.folder, recipe, lineage)
-        workspace.store.delete_folder(f"staging/{name}-{recipe}")
+        config.remove_training(workspace, folder.name)
         tracking.register(model)
     metrics = {**facts, "train_seconds": round(trained.seconds, 1)}
     tracking.log_run(JOB, recipe, {"model": model.hash, **protocol(config)}, metrics)
@@ -143,7 +145,6 @@ def _train(
     versions: dict[str, int],
     card: dict[str, object],
     folder: Path,
-    recipe: str,
 ) -> tuple[TrainingResult, dict[str, float]]:
     _, histories = read_histories(workspace, versions["histories"], config.held_out_share)
     seen = histories.without_last(config.hold_out)
@@ -169,7 +170,7 @@ def _train(
         ) from None
     say(f"{JOB}: {config.recommender.model} on {len(seen.items):,} events of {len(seen):,} users")
     config.cluster.connect()
-    trained = fit(RecommenderTask(folder / "data"), config.trainer, f"{JOB}-{recipe}", folder / "checkpoint")
+    trained = fit(RecommenderTask(folder / "data"), config.trainer, folder.name, folder / "checkpoint")
     facts: dict[str, float] = {
         "users": int(np.count_nonzero(seen.lengths)),
         "events": len(seen.items),

@@ -80,6 +80,7 @@ def run_trsr(config: AlignConfig) -> JobResult:
         if (model := models.newest(NAME, recipe)) is None:
             status, model = "ok", _train(config, workspace, inputs, recipe, versions)
         else:
+            config.remove_training(workspace, f"{NAME}-{recipe}")  # a driver may have died before
             tell_stored(model)
         tracking.register(model)
     metrics = dict(model.lineage["metrics"])
@@ -183,7 +184,7 @@ def _train(config: AlignConfig, workspace: Workspace, inputs: Asked, recipe: str
         "metrics": metrics,
     }
     model = Models(workspace.store).add(NAME, trained.folder, recipe, lineage)
-    workspace.store.delete_folder(f"staging/{name}")
+    config.remove_training(workspace, name)
     return model
 
 

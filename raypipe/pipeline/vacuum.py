@@ -14,6 +14,7 @@ from typing import Any
 
 from raypipe.config import free
 from raypipe.pipeline.job import cost_of
+from raypipe.pipeline.training_folders import trainings_outside
 from raypipe.runtime.job import JobConfig, JobResult
 from raypipe.runtime.progress import say
 from raypipe.runtime.session import open_session, refuse_open_runs
@@ -134,6 +135,8 @@ def _folders(workspace: Workspace, config: VacuumConfig) -> int:
             if is_over or max((entry.modified for entry in store.list(f"{parent}/{name}")), default=0.0) < before:
                 old.append(f"{parent}/{name}")
     for folder in old if not config.dry_run else ():
+        for place in trainings_outside(store, folder):
+            say(f"{JOB}: a training that nobody resumed has files outside of the workspace; delete {place}")
         store.delete_folder(folder)
     return len(old)
 

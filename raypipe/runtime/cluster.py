@@ -23,7 +23,11 @@ class ClusterConfig(Config):
     """Where the units run. Nothing here shapes an output."""
 
     address: str | None = free(None, "Ray address; unset: the cluster of `ray job submit`, else a private one here")
-    workers: int | None = free(None, "parallel workers; unset: one per CPU of the cluster", ge=1)
+    workers: int | None = free(
+        None,
+        "parallel workers; those that do not fit yet are waited for, or an autoscaler starts nodes; unset: one per CPU that is there",
+        ge=1,
+    )
     cpus_per_worker: float = free(1.0, "CPUs reserved for each worker", gt=0)
     gpus_per_worker: float = free(0.0, "GPUs reserved for each worker, fractions allowed", ge=0)
     driver_cpus: float = free(
@@ -74,7 +78,10 @@ class ClusterConfig(Config):
             signal.signal(signal.SIGTERM, on_term)
 
     def size(self) -> int:
-        """Workers to start: as asked, else as many as the cluster's CPUs (or GPUs) hold."""
+        """Workers to start: as asked, else as many as the CPUs (or GPUs) hold that the cluster has now.
+
+        Work begins on the first that starts, and those that find no place are asked of the autoscaler, where there is one.
+        """
         if self.workers is not None:
             return self.workers
         import ray

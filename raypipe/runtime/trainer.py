@@ -199,6 +199,19 @@ def fit(task: TrainingTask, config: TrainerConfig, run: str, out: Path) -> Train
     return TrainingResult(out, told["losses"], told["seconds"], [(at, value) for at, value in told["validations"]])
 
 
+def remove_checkpoints(config: TrainerConfig, run: str) -> None:
+    """Delete what `fit` kept of `run`, and of runs named after it, in `config.storage`, whatever workers and stage they had.
+
+    Raises OSError or pyarrow.ArrowInvalid where that cannot be.
+    """
+    from pyarrow.fs import FileSelector, FileSystem, FileType
+
+    files, folder = FileSystem.from_uri(config.storage)
+    for found in files.get_file_info(FileSelector(folder, allow_not_found=True)):
+        if found.type == FileType.Directory and found.base_name.startswith(f"{run}-"):
+            files.delete_dir(found.path)
+
+
 def _place(model: Path, out: Path) -> None:
     staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
     shutil.copytree(model, staging, dirs_exist_ok=True)

@@ -106,33 +106,39 @@ def run_units(
             run.undo(undone)
             done = {unit: receipt for unit, receipt in done.items() if unit not in undone}
     progress.resume(len(done))
+    if all(unit in done for unit in units):
+        return {unit: done[unit] for unit in units}
+    cluster.connect()
+    metrics = WorkMetrics(run.job)
     unexplained = 0
-    while todo := [unit for unit in units if unit not in done]:
-        cluster.connect()
-        death = None
-        metrics = WorkMetrics(run.job)
-        metrics.units_left(len(todo))
-        execution = _execute(run, todo, build, cluster)
-        try:
-            for receipt in execution:
-                done[receipt.unit] = receipt
-                metrics.units_left(len(units) - len(done))
-                progress.step(receipt.counts.rows_in)
-                unexplained = 0
-                if gate is not None:
-                    gate.check(done)
-        except _worker_deaths() as error:
-            death = _Death.of(error)
-        except RaypipeError:
-            execution.close()
-            _release_workers()
-            raise
-        if death is not None:
-            _release_workers()
-            done = run.receipts(kind)
-            if not _account_for_death(run, [unit for unit in todo if unit not in done], death):
-                unexplained += 1
-                _check_explained(unexplained, death)
+    try:
+        while todo := [unit for unit in units if unit not in done]:
+            death = None
+            metrics.units_left(len(todo))
+            execution = _execute(run, todo, build, cluster)
+            try:
+                for receipt in execution:
+                    done[receipt.unit] = receipt
+                    metrics.units_left(len(units) - len(done))
+                    progress.step(receipt.counts.rows_in)
+                    unexplained = 0
+                    if gate is not None:
+                        gate.check(done)
+            except _worker_deaths() as error:
+                death = _Death.of(error)
+            except RaypipeError:
+                execution.close()
+                _release_workers()
+                raise
+            if death is not None:
+                _release_workers()
+                done = run.receipts(kind)
+                if not _account_for_death(run, [unit for unit in todo if unit not in done], death):
+                    unexplained += 1
+                    _check_explained(unexplained, death)
+    finally:
+        # Units that nobody works on stand still and are no alarm; of a driver that was killed Ray forgets the gauge itself.
+        metrics.units_left(0)
     return {unit: done[unit] for unit in units}
 
 

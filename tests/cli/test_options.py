@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 
 from raypipe.cli.options import parse_config
+from raypipe.config import Config
 from raypipe.errors import UsageError
+from raypipe.pipeline.explain import ExplainConfig
 from raypipe.pipeline.ingest import IngestConfig
+from raypipe.pipeline.nightly import NightlyConfig
 from raypipe.pipeline.summarize import SummarizeConfig
 
 
@@ -39,6 +42,21 @@ def test_options_may_be_spelled_with_an_equals_sign_and_hold_any_text() -> None:
     config = parse_config("ingest", IngestConfig, ["--log.path=my log, the 2nd.csv", "--log.columns.time=naïve 🎬"])
     assert config.log is not None
     assert (config.log.path, config.log.columns.time) == ("my log, the 2nd.csv", "naïve 🎬")
+
+
+@pytest.mark.parametrize(
+    ("job", "config_type", "prefix"),
+    [("summarize", SummarizeConfig, ""), ("explain", ExplainConfig, ""), ("nightly", NightlyConfig, "summarize.")],
+)
+def test_a_cap_on_money_is_refused_where_nothing_costs_any(job: str, config_type: type[Config], prefix: str) -> None:
+    cap = [f"--{prefix}max_cost", "5"]
+    with pytest.raises(
+        UsageError, match=r"^A cap of 5.0 on money .* no price.*Give --price_in and --price_out"
+    ) as refused:
+        parse_config(job, config_type, cap)
+    assert "\n" not in str(refused.value)
+    for price in ("price_in", "price_out"):
+        parse_config(job, config_type, [*cap, f"--{prefix}{price}", "2"])
 
 
 @pytest.mark.parametrize(

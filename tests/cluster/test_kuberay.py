@@ -17,6 +17,9 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
+from raypipe.cli.main import config_type
+from raypipe.cli.options import parse_config
+
 ROOT = Path(__file__).parents[2]
 KUBERAY = ROOT / "cluster/kuberay"
 SCHEMAS = ROOT.parent / "shared/schemas/kuberay"
@@ -176,6 +179,28 @@ def test_clusters_scale_authenticate_and_keep_work_off_the_head(manifests: list[
         ]
     assert all(job["spec"]["entrypointNumCpus"] == 1 for job in jobs)
     assert all("--cluster.driver_cpus 1" in job["spec"]["entrypoint"] for job in jobs)
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        ((), 63),  # 8 nodes of 8 CPUs, one of which is the driver's
+        (("--cpu_workers.max", "3", "--cpu_workers.cpu", "3500m"), 11),
+        (("--cpu_workers.max", "0"), 63),
+        (("--jobs", '{"train": {"cluster": {"workers": 2}}}'), 2),
+        (("--jobs", '{"train": {"cluster": {"cpus_per_worker": 3}}}'), 16),
+        (("--jobs", '{"train": {"cluster": {"gpus_per_worker": 0.5}}}', "--gpu_workers.max", "5"), 10),
+        (("--jobs", '{"train": {"cluster": {"gpus_per_worker": 1}}}', "--gpu_workers.gpus", "4"), 32),
+        (("--cpu_workers.cpu", "1", "--cpu_workers.max", "1"), 1),
+    ],
+)
+def test_a_job_asks_for_workers_on_all_nodes_it_may_have(tmp_path: Path, options: tuple[str, ...], asked: int) -> None:
+    assert render(tmp_path, *options) == 0
+    job = yaml.safe_load((tmp_path / "jobs/train.yaml").read_text())
+    assert job["spec"]["entrypoint"].split()[-2:] == ["--cluster.workers", str(asked)]
+    # An option of the entrypoint that the job itself would refuse is no use.
+    words = job["spec"]["entrypoint"].split()[4:]
+    assert parse_config("train", config_type("train"), words).cluster.workers == asked
 
 
 def test_the_service_is_the_one_of_serve_yaml(manifests: list[dict[str, Any]]) -> None:

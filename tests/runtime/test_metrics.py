@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import ray
 
+from raypipe.errors import RaypipeError
 from raypipe.runtime.cluster import ClusterConfig
 from raypipe.runtime.units import UnitContext, run_units
 from raypipe.storage.ledger import Counts, Ledger, Receipt, Unit, Usage
@@ -27,14 +28,19 @@ class Work:
         return Receipt(unit, counts, Usage(7, 500, 40, 0.5), attempt=context.attempt)
 
 
-def told() -> dict[tuple[str, ...], float]:
-    """Of this test's job: (metric, its tags' values) → value, over all processes."""
+class Fails:
+    def run(self, unit: Unit, context: UnitContext) -> Receipt:
+        raise RaypipeError("There is no more.", "Bring some.")
+
+
+def told(job: str) -> dict[tuple[str, ...], float]:
+    """Of a job: (metric, its tags' values) → value, over all processes."""
     port = ray.nodes()[0]["MetricsExportPort"]
     text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
     found: dict[tuple[str, ...], float] = {}
     for name, tags, value in LINE.findall(text):
         pairs = dict(re.findall(r'(\w+)="([^"]*)"', tags))
-        if pairs.get("pipeline") == "metered":
+        if pairs.get("pipeline") == job:
             key = (name, *(pairs[tag] for tag in ("outcome", "direction") if tag in pairs))
             found[key] = found.get(key, 0.0) + float(value)
     return found
@@ -54,7 +60,18 @@ def test_rows_calls_and_tokens_are_told_as_units_end(tmp_path: Path) -> None:
         ("raypipe_units_left",): 0,
     }
     deadline = time.monotonic() + 60
-    while not expected.items() <= (found := told()).items() and time.monotonic() < deadline:
+    while not expected.items() <= (found := told("metered")).items() and time.monotonic() < deadline:
         time.sleep(1)
     assert {key: found.get(key) for key in expected} == expected
     assert ("raypipe_rows_total", "blocked") not in found
+
+
+def test_a_phase_that_failed_leaves_no_units(tmp_path: Path) -> None:
+    run = Ledger(Store(str(tmp_path / "workspace")), "failing").start("k" * 32, {"scope": "all"})
+    with pytest.raises(RaypipeError, match="There is no more"):
+        run_units(run, [Unit("bucket", n) for n in range(4)], Fails, ClusterConfig(workers=2), "failing")
+    left = ("raypipe_units_left",)
+    deadline = time.monotonic() + 60
+    while told("failing").get(left) != 0 and time.monotonic() < deadline:
+        time.sleep(1)
+    assert told("failing")[left] == 0

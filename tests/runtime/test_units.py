@@ -169,6 +169,11 @@ def test_every_unit_gets_its_receipt(run: Run, tmp_path: Path) -> None:
     }
 
 
+def test_work_begins_though_not_every_worker_finds_a_place(run: Run, tmp_path: Path) -> None:
+    receipts = go(run, 8, partial(Rows, tmp_path / "trace"), ClusterConfig(workers=6))
+    assert [receipts[Unit("bucket", index)].counts for index in range(8)] == [Counts(6, 6)] * 8
+
+
 def test_a_resumed_run_runs_only_the_units_without_a_receipt(run: Run, tmp_path: Path) -> None:
     for index in (0, 2):
         run.commit(Receipt(Unit("bucket", index), Counts(1, 1), facts={"from": "before"}))

@@ -1,0 +1,81 @@
+"""Where trainings keep prepared histories and checkpoints, and how these go once the model is stored.
+
+A folder outside of the workspace is noted in it until then, as nobody else there could tell of it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import tempfile
+from pathlib import Path
+
+from raypipe.config import Config, free, shaping
+from raypipe.errors import RaypipeError
+from raypipe.runtime.progress import say
+from raypipe.runtime.trainer import TrainerConfig, remove_checkpoints
+from raypipe.storage.store import Store
+from raypipe.storage.workspace import Workspace
+
+_NOTE = "outside.json"
+
+
+class TrainingOptions(Config):
+    """How a job trains, and where it keeps what its workers share."""
+
+    work_folder: str | None = free(
+        None, "folder all training nodes share; unset: below a local workspace, else a temporary one"
+    )
+    trainer: TrainerConfig = shaping(TrainerConfig, "training under Ray Train and DeepSpeed")
+
+    def training_folder(self, workspace: Workspace, name: str) -> Path:
+        """A folder for the prepared data and the checkpoints of the training `name`, which is also its run's name."""
+        if places := self._outside(workspace, name):
+            note = f"{_staging(name)}/{_NOTE}"
+            earlier = json.loads(workspace.store.get(note) or b"[]")
+            workspace.store.put(note, json.dumps(sorted({*earlier, *places})).encode())
+        return self._folder(workspace, name)
+
+    def remove_training(self, workspace: Workspace, name: str) -> None:
+        """Delete all that the training `name` kept; its model is stored. What cannot be deleted is told, and fails nothing."""
+        folder = self._folder(workspace, name)
+        try:
+            if self.trainer.storage:
+                remove_checkpoints(self.trainer, name)
+            if folder.exists():
+                shutil.rmtree(folder)
+            # Last, as the note of what lies elsewhere is there.
+            workspace.store.delete_folder(_staging(name))
+        except (OSError, ValueError, RaypipeError) as error:
+            places = self._outside(workspace, name) or [str(folder)]
+            say(
+                f"The model is stored, and what its training kept could not be deleted: {error}. Delete it by hand: "
+                f"{', '.join(places)}."
+            )
+
+    def _folder(self, workspace: Workspace, name: str) -> Path:
+        if self.work_folder is not None:
+            return Path(self.work_folder) / name
+        if workspace.store.is_local:
+            return workspace.store.local_path(_staging(name))
+        return Path(tempfile.gettempdir()) / "raypipe-training" / name
+
+    def _outside(self, workspace: Workspace, name: str) -> list[str]:
+        """What of the training `name` lies outside of the workspace, in words."""
+        places = []
+        if self.work_folder is not None or not workspace.store.is_local:
+            places.append(f"{self._folder(workspace, name).absolute()} on {socket.gethostname()}")
+        if self.trainer.storage:
+            places.append(f"{self.trainer.storage.rstrip('/')}/{name}-*")
+        return places
+
+
+def trainings_outside(store: Store, folder: str = "staging") -> list[str]:
+    """Where trainings that have not ended keep histories outside of the workspace; `folder` is theirs, or holds them all."""
+    notes = [entry.path for entry in store.list(folder) if entry.path.endswith(f"/{_NOTE}")]
+    return [place for note in notes for place in json.loads(store.read(note))]
+
+
+def _staging(name: str) -> str:
+    return f"staging/{name}"
