@@ -1,8 +1,10 @@
 """`raypipe forget`: nothing of a user stays in the workspace, and no old log brings them back.
 
-A tombstone, a salted hash of the id, is published together with tables that are without the user. Then goes whatever else
+A tombstone, two hashes of the id, is published together with tables that are without the user. Then goes whatever else
 named them: nights that cannot be without them, user cards, judgements, canaries' tables, spills, the ledger's rows, and the
 files of every version that still had them. Killed anywhere, the same command goes on.
+
+The hashes hold no secret: whoever can read `tombstones` and guesses an id can check that it was forgotten.
 
 What it does not reach: weights of models that were trained on the user's events, which keep traces of them until they are
 trained anew; the logs themselves and any copy outside of the workspace, such as versions that a bucket keeps.
