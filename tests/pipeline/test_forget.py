@@ -21,7 +21,7 @@ from raypipe.storage.store import Store
 from raypipe.storage.tables import Table
 from raypipe.storage.tombstones import digest
 from raypipe.storage.workspace import Workspace
-from tests.conftest import Run, unavailable
+from tests.conftest import Run, running_redis
 from tests.pipeline.small_logs import DAY, SMALL_LOG, START, newest, write_log
 from tests.pipeline.two_nights import HERS, USER, USERS
 from tests.redis_server import RedisServer
@@ -116,13 +116,8 @@ def redis_on_disk(tmp_path: Path) -> Iterator[RedisServer]:
     """A Redis with an append-only file and snapshots, to be searched."""
     folder = tmp_path / "redis"
     folder.mkdir()
-    server = RedisServer(folder, keeps=True)
-    try:
-        server.start()
-    except FileNotFoundError as error:
-        unavailable(str(error))
-    yield server
-    server.stop()
+    with running_redis(folder, keeps=True) as server:
+        yield server
 
 
 def test_a_forgotten_user_is_not_in_redis_nor_in_its_files_and_everybody_else_is(

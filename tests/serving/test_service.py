@@ -19,7 +19,7 @@ from raypipe.storage.models import Models
 from raypipe.storage.nights import Nights
 from raypipe.storage.online import open_online_store
 from raypipe.storage.store import Store
-from tests.conftest import Run
+from tests.conftest import Run, need_redis_client
 from tests.made import LENGTH, MODEL, make_ready
 from tests.pipeline.small_logs import CHAIN_ITEMS, CHAIN_LENGTH, CHAIN_USERS, newest
 from tests.serving.asked import Asked
@@ -202,7 +202,7 @@ def test_without_its_store_the_service_answers_histories_and_says_so_of_users(re
 
 
 def test_a_store_that_hangs_does_not_keep_histories_waiting(ready: str) -> None:
-    pytest.importorskip("redis")
+    need_redis_client()
     asked = Asked(ready)
     history = {"history": ["i3", "i4"]}
     wanted = asked.post("recommend", history).json()
