@@ -17,7 +17,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from raypipe.config import free
 from raypipe.errors import UsageError
 from raypipe.pipeline.forget_traces import forget_in_cards, forget_in_judgements, holds_user, rejects_to_keep
 from raypipe.pipeline.forget_units import ForgetBucket
-from raypipe.pipeline.job import cost_of
+from raypipe.pipeline.job import cost_of, read_users
 from raypipe.pipeline.online import OnlineConfig, run_online
 from raypipe.pipeline.rebucket import BUCKETED
 from raypipe.pipeline.vacuum import remove_unfinished, remove_unneeded
@@ -95,13 +94,7 @@ def _users(config: ForgetConfig) -> list[str]:
     if config.user is not None:
         return [config.user]
     assert config.users is not None
-    try:
-        lines = Path(config.users).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"The users file {config.users} cannot be read: {error}.", "Write one id a line.") from error
-    if not (found := sorted({line for line in lines if line})):
-        raise UsageError(f"The users file {config.users} names nobody.", "Write one id a line.")
-    return found
+    return read_users(config.users)
 
 
 def _buckets(users: Sequence[str], buckets: int) -> dict[int, list[str]]:

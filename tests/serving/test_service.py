@@ -179,10 +179,13 @@ def test_what_is_served_is_told(asked: Asked) -> None:
     }
 
 
-def test_denied_items_are_in_no_list(ready: str, tmp_path: Path) -> None:
+def test_denied_items_are_in_no_list_and_a_mistyped_one_is_told(
+    ready: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     deny = tmp_path / "deny.txt"
-    deny.write_text("i1\ni2\n")
+    deny.write_text("i1\ni2\nI3\n")
     asked = Asked(ready, deny=str(deny))
+    assert "1 of 3 denied ids are no item's and deny nothing, for example 'I3'" in caplog.messages
     for who in ({"user_id": "stranger"}, {"user_id": "u1"}, {"history": ["i9"]}):
         found = ids(asked.post("recommend", {**who, "count": 30, "filter_seen": False}))
         assert len(found) == CHAIN_ITEMS - 2
