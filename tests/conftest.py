@@ -1,11 +1,12 @@
 """What every test may use: a Ray of two workers, an S3 server, workspaces on both kinds of store, and the command line.
 
-A test that needs a server skips with the reason where it cannot be started, except under CI, where it fails.
+A test that needs a server or a client skips with the reason where there is none, except under CI, where it fails.
 `make test` runs two processes of pytest side by side, each with a Ray of its own, but for what kills or is timed.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 
@@ -20,6 +21,7 @@ import time
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +37,7 @@ _START_S = 40.0
 
 
 def unavailable(reason: str) -> None:
-    """Skip for want of a server; fail where every server has to be there."""
+    """Skip for want of a server, a client or a right; fail where all of them have to be there."""
     if os.environ.get("CI"):
         pytest.fail(f"{reason}, and CI is set")
     pytest.skip(reason)
@@ -121,14 +123,37 @@ def workspace_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """A Redis shared by all tests: each uses a workspace, and so a prefix, of its own."""
-    pytest.importorskip("redis", reason="redis's client is not installed")
-    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    with running_redis(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@contextmanager
+def running_redis(folder: Path, keeps: bool = False) -> Iterator[RedisServer]:
+    """A Redis that has started; with `keeps` it remembers in `folder` what it held."""
+    need_redis_client()
+    server = RedisServer(folder, keeps)
     try:
         server.start()
     except FileNotFoundError as error:
         unavailable(str(error))
-    yield server
-    server.stop()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def need_redis_client() -> None:
+    if importlib.util.find_spec("redis") is None:
+        unavailable("redis's client is not installed")
+
+
+@pytest.fixture(scope="session")
+def stories() -> str:
+    """The folder of a real checkpoint: grouped heads, and a tokenizer that puts a mark before every text."""
+    folder = Path(__file__).parents[1] / "../shared/lm/stories260K"
+    if not folder.is_dir():
+        pytest.skip("the real checkpoint ../shared/lm/stories260K is not on this machine")
+    return str(folder.resolve())
 
 
 @pytest.fixture(scope="session")

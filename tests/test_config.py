@@ -1,4 +1,4 @@
-"""Every field of every config says whether it shapes the output, and fingerprints hold exactly those that do."""
+"""Every field of every config says what it is and whether it shapes the output; fingerprints hold exactly those that do."""
 
 from __future__ import annotations
 
@@ -43,10 +43,13 @@ class Outer(Config):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
-def test_every_field_is_marked_as_shaping_or_free(config: type[Config]) -> None:
+def test_every_field_is_marked_as_shaping_or_free_and_every_option_described(config: type[Config]) -> None:
     assert config.model_fields, config
     for name, field in config.model_fields.items():
         assert is_shaping(field) in (True, False), f"{config.__name__}.{name}"
+        # A nested config's own fields are the options.
+        is_nested = isinstance(field.annotation, type) and issubclass(field.annotation, Config)
+        assert is_nested or field.description, f"{config.__name__}.{name} has no description"
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)

@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
-from raypipe.data.files import FoundFile, check_endpoint, explained, find_files, is_s3, open_file
+from raypipe.data.files import FoundFile, explained, find_files, is_s3, open_file
 from raypipe.data.lines import RawRows
 from raypipe.errors import UsageError
+from raypipe.storage.store import check_endpoint
 
 BATCH_ROWS = 1 << 18
 

@@ -1,7 +1,6 @@
 """Files of a log or a catalogue: one file, a folder or a glob of parts, on this machine or on S3.
 
-S3 is reached with the variables the AWS tools read: AWS_ENDPOINT_URL, AWS_ALLOW_HTTP, AWS_REGION, AWS_ACCESS_KEY_ID and
-AWS_SECRET_ACCESS_KEY. Other object stores are not covered.
+S3 is reached as a workspace there is (`storage.store`). Other object stores are not covered.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from obstore.store import S3Store
 from pyarrow import fs
 
 from raypipe.errors import UnavailableError, UsageError
+from raypipe.storage.store import check_endpoint
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _WILDCARD = re.compile(r"[*?\[]")
@@ -92,17 +92,6 @@ def checksum(files: Sequence[FoundFile]) -> str:
     if len(sums) == 1:
         return sums[0][1]
     return hashlib.sha256("\n".join(f"{name}\t{sum_}" for name, sum_ in sums).encode()).hexdigest()
-
-
-def check_endpoint() -> str:
-    """AWS_ENDPOINT_URL, or "" where it is not set; raises UsageError when it is http:// and that is not allowed."""
-    endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
-    if endpoint.startswith("http://") and os.environ.get("AWS_ALLOW_HTTP", "").lower() not in ("1", "true"):
-        raise UsageError(
-            f"AWS_ENDPOINT_URL is {endpoint}, which is not encrypted.",
-            "Set AWS_ALLOW_HTTP=true to allow it, or give an https:// endpoint.",
-        )
-    return endpoint
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from raypipe.data.columnar import ColumnarFile, is_delta
 from raypipe.data.delimited import Dialect
-from raypipe.data.files import FoundFile, explained, find_files, is_compressed, open_file, open_stream
+from raypipe.data.files import FoundFile, explained, find_files, is_compressed, open_stream
 from raypipe.data.jsonlines import json_objects
 from raypipe.data.lines import UNKNOWN_END, record_blocks
 from raypipe.data.movielens import find_layout
@@ -40,7 +40,7 @@ _BOM = b"\xef\xbb\xbf"
 class Part:
     """One file: its columns, how to read it, and the ranges (start, end, position) its splits will have.
 
-    `length` is the span of its positions in the log; `rows` is known for Parquet only, `schema` likewise.
+    `length` is the span of its positions in the log; `schema` is known for Parquet only.
     """
 
     file: FoundFile
@@ -50,7 +50,6 @@ class Part:
     length: int
     dialect: Dialect | None = None
     constants: dict[str, str | None] | None = None
-    rows: int | None = None
     schema: pa.Schema | None = None
 
 
@@ -122,7 +121,6 @@ def columnar_part(columnar: ColumnarFile, split_bytes: int) -> Part:
         ranges,
         row,
         constants=columnar.constants,
-        rows=row,
         schema=columnar.schema,
     )
 
@@ -136,15 +134,6 @@ def json_sample(files: list[FoundFile]) -> list[dict[str, Any]]:
                     return rows
                 break
     return []
-
-
-def text_bytes(file: FoundFile) -> int:
-    """The length of a text file, of a compressed one as its last bytes tell it (a guess above 4 GiB)."""
-    if not is_compressed(file.name) or file.size_bytes < 4:
-        return file.size_bytes
-    with explained(file.uri), open_file(file.uri) as source:
-        source.seek(file.size_bytes - 4)
-        return max(int.from_bytes(source.read(4), "little"), file.size_bytes)
 
 
 def _text_part(

@@ -20,7 +20,7 @@ import pyarrow as pa
 from raypipe.config import Config, free, shaping
 from raypipe.data import casting
 from raypipe.data.columnar import delta_files, parquet_files
-from raypipe.data.events import EventRules, LogChunk
+from raypipe.data.events import EventRules
 from raypipe.data.files import FoundFile, checksum, find_files, resolve
 from raypipe.data.formats import (
     Format,
@@ -31,15 +31,12 @@ from raypipe.data.formats import (
     headless_part,
     json_part,
     json_sample,
-    text_bytes,
 )
 from raypipe.data.jsonlines import JsonType, json_types
 from raypipe.data.lines import RawRows
 from raypipe.data.movielens import find_layout
-from raypipe.data.splits import LogSplit, read_rows, read_split
+from raypipe.data.splits import LogSplit, read_rows
 from raypipe.errors import UsageError
-
-__all__ = ["Log", "LogChunk", "LogColumns", "LogConfig", "LogSplit", "open_log", "read_split"]
 
 _SAMPLE_ROWS = 1000
 _SAMPLE_BLOCK_BYTES = 256 << 10
@@ -78,13 +75,12 @@ class LogConfig(Config):
 
 @dataclass(frozen=True)
 class Log:
-    """An opened log. `checksum` is of its content (see `open_log`), `estimated_rows` is exact for Parquet and Delta."""
+    """An opened log. `checksum` is of its content (see `open_log`)."""
 
     uri: str
     kind: Literal["time", "order"]
     checksum: str
     splits: list[LogSplit]
-    estimated_rows: int
 
 
 def open_log(config: LogConfig) -> Log:
@@ -110,8 +106,8 @@ def open_log(config: LogConfig) -> Log:
     _check_line_breaks(files[0], sample[0])
     if rules.time is not None and rules.time_unit is None:
         rules = replace(rules, time_unit=_judge_time_unit(sample, rules.time, path))
-    splits = _splits(parts, rules, types)
-    return Log(path, "order" if rules.time is None else "time", _sum(format_, parts), splits, _count(parts, sample))
+    kind: Literal["time", "order"] = "order" if rules.time is None else "time"
+    return Log(path, kind, _sum(format_, parts), _splits(parts, rules, types))
 
 
 def _splits(
@@ -292,18 +288,6 @@ def _sum(format_: Format, parts: list[Part]) -> str:
         names = "\n".join(f"{part.file.name}\t{part.file.size_bytes}" for part in parts)
         return hashlib.sha256(names.encode()).hexdigest()
     return checksum([part.file for part in parts])
-
-
-def _count(parts: list[Part], sample: list[RawRows]) -> int:
-    """Rows of the log: as Parquet tells them, or the bytes of text over the mean length of the first rows."""
-    if parts[0].rows is not None:
-        return sum(part.rows or 0 for part in parts)
-    total = sum(text_bytes(part.file) for part in parts)
-    for raw in sample:
-        if raw.positions.size > 1:
-            length = (int(raw.positions[-1]) - int(raw.positions[0])) / (raw.positions.size - 1)
-            return max(round(total / length), 1)
-    return sum(raw.table.num_rows + len(raw.rejects) for raw in sample)
 
 
 def is_movielens(config: LogConfig) -> bool:

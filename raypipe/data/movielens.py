@@ -35,7 +35,6 @@ class Movie:
     title: str
     genres: list[str]
     year: int | None
-    line: bytes
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def read_items(layout: Layout, file: FoundFile) -> Iterator[Movie | Reject]:
             continue
         year = _YEAR.search(title)
         kept = [genre for genre in genres if genre not in _NO_GENRES]
-        yield Movie(position, item_id, title, kept, int(year.group(1)) if year else None, line)
+        yield Movie(position, item_id, title, kept, int(year.group(1)) if year else None)
 
 
 def _decode(line: bytes) -> str:

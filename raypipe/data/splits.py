@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 from raypipe.data.columnar import BATCH_ROWS, read_row_groups
@@ -38,17 +37,6 @@ class LogSplit:
     dialect: Dialect | None = None
     types: dict[str, JsonType] | None = None
     constants: dict[str, str | None] | None = None
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), ensure_ascii=False)
-
-    @classmethod
-    def from_json(cls, text: str) -> LogSplit:
-        values = json.loads(text)
-        values["rules"] = EventRules(**values["rules"])
-        if values["dialect"] is not None:
-            values["dialect"] = Dialect(**values["dialect"] | {"columns": tuple(values["dialect"]["columns"])})
-        return cls(**values)
 
 
 def read_split(split: LogSplit) -> Iterator[LogChunk]:

@@ -115,11 +115,9 @@ class Capabilities:
     """What an engine can do beyond text in, text out; a job refuses what is missing when it plans."""
 
     vectors: bool = False
-    adapters: bool = False
     beams: bool = False
     trie: bool = False
     logprobs: bool = False
-    streaming: bool = False
 
     def require(self, decoding: Decoding, choices: Choices | None = None) -> None:
         """Raises UsageError where answers are to be decoded as this engine cannot."""
@@ -217,7 +215,7 @@ class Engine(Protocol):
     def stream(self, prompts: Sequence[Prompt], decoding: Decoding) -> Iterator[Piece | Outcome]:
         """As `generate`, with each answer as far as it goes whenever it has grown, before its outcome.
 
-        Raises UsageError without the capability `streaming`, and for a search: beams are told apart at their ends.
+        Raises UsageError where the engine cannot, and for a search: beams are told apart at their ends.
         """
         ...
 
@@ -308,7 +306,7 @@ class EngineConfig(Config):
     def capabilities(self) -> Capabilities:
         """Those of the engine that `build` makes, without making it: what is missing is refused before work starts."""
         if self.engine == "transformers":
-            return Capabilities(vectors=bool(self.adapter), beams=True, trie=True, logprobs=True, streaming=True)
+            return Capabilities(vectors=bool(self.adapter), beams=True, trie=True, logprobs=True)
         return Capabilities()
 
     def build(self) -> Engine:

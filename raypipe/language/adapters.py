@@ -30,9 +30,9 @@ _WEIGHTS = "adapter.safetensors"
 class LoraOptions(Config):
     """Low-rank updates of the language model's matrices (Hu et al. 2022)."""
 
-    rank: int = shaping(8, ge=1)
+    rank: int = shaping(8, "columns of the two narrow matrices whose product is the update", ge=1)
     alpha: float = shaping(32.0, "the update is scaled by alpha / rank", gt=0)
-    dropout: float = shaping(0.1, ge=0, lt=1)
+    dropout: float = shaping(0.1, "of what the update reads, in training", ge=0, lt=1)
     targets: tuple[str, ...] = shaping(("q_proj", "k_proj", "v_proj", "o_proj"), "names of the matrices, by their ends")
 
 

@@ -52,7 +52,7 @@ class InstructionConfig(Config):
     block_size: int = shaping(5, "items of one block", ge=1)
     blocks: int = shaping(10, "most blocks that are merged at once", ge=1)
     noise: float = shaping(0.1, "share of merge exercises whose block summaries are disturbed", ge=0, le=1)
-    seed: int = shaping(0)
+    seed: int = shaping(0, "of what is drawn: histories, blocks and what disturbs them")
 
 
 def histories_before_cut(histories: Iterable[Sequence[int]], hold_out: int) -> list[list[int]]:

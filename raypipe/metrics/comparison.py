@@ -19,11 +19,6 @@ class Difference:
     low: float
     high: float
 
-    @property
-    def is_above(self) -> bool:
-        """Whether the first is better, chance aside."""
-        return self.low > 0
-
 
 def paired_bootstrap(one: Values, other: Values, samples: int = 2_000, seed: int = 0) -> Difference:
     """Of two metrics of the same users [n], in the same order. Raises ValueError for nobody, and for users without a partner."""

@@ -28,14 +28,6 @@ Floats = NDArray[np.float64]
 _Loss = Callable[[Floats], tuple[float, Floats]]
 
 
-def named_titles(text: str, titles: Vocabulary) -> tuple[str, ...]:
-    """The catalogue's titles that stand in a text, in order of first mention, the longest where several begin at a place.
-
-    As whole phrases in their own spelling, as `Vocabulary` has it: "Aliens" does not name "Alien", nor does "Alien's".
-    """
-    return titles.named(text)
-
-
 @dataclass(frozen=True)
 class Unfounded:
     """`titles` of the catalogue that are beside the point, and what is `quoted` as if a title and is none."""
@@ -53,7 +45,7 @@ def unfounded(text: str, history_titles: Collection[str], item_title: str, title
     founded = {*history_titles, item_title}
     quoted = dict.fromkeys((straight or curly).strip() for straight, curly in _QUOTED.findall(text))
     return Unfounded(
-        tuple(title for title in named_titles(text, titles) if title not in founded),
+        tuple(title for title in titles.named(text) if title not in founded),
         tuple(
             piece
             for piece in quoted

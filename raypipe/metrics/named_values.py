@@ -42,7 +42,8 @@ class ItemValues:
 
 @dataclass(frozen=True)
 class NamedShares:
-    """`attribute_precision`, `attribute_coverage` and `untouched_share` of every user, NaN where they are None: [users]."""
+    """`attribute_precision` and `attribute_coverage` of every user, NaN where they are None, and the share of what is named that
+    occurs in none of the user's items, NaN where nothing is: [users]."""
 
     precision: NDArray[np.float64]
     coverage: NDArray[np.float64]

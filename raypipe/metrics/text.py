@@ -112,11 +112,6 @@ def shift_precision(
     return right / len(lately)
 
 
-def untouched_share(named: Sequence[str], counts: Mapping[str, int]) -> float | None:
-    """Share of the values a summary names that occur in none of the user's items; None where it names none."""
-    return sum(not counts.get(value) for value in named) / len(named) if named else None
-
-
 def stability(before: Sequence[str], after: Sequence[str]) -> float | None:
     """How much of what two summaries of a user name is the same: shared values over all; None where neither names any."""
     one, other = set(before), set(after)

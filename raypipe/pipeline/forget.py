@@ -1,8 +1,10 @@
 """`raypipe forget`: nothing of a user stays in the workspace, and no old log brings them back.
 
-A tombstone, a salted hash of the id, is published together with tables that are without the user. Then goes whatever else
+A tombstone, two hashes of the id, is published together with tables that are without the user. Then goes whatever else
 named them: nights that cannot be without them, user cards, judgements, canaries' tables, spills, the ledger's rows, and the
 files of every version that still had them. Killed anywhere, the same command goes on.
+
+The hashes hold no secret: whoever can read `tombstones` and guesses an id can check that it was forgotten.
 
 What it does not reach: weights of models that were trained on the user's events, which keep traces of them until they are
 trained anew; the logs themselves and any copy outside of the workspace, such as versions that a bucket keeps. Folders outside
@@ -16,7 +18,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from raypipe.config import free
 from raypipe.errors import UsageError
 from raypipe.pipeline.forget_traces import forget_in_cards, forget_in_judgements, holds_user, rejects_to_keep
 from raypipe.pipeline.forget_units import ForgetBucket
-from raypipe.pipeline.job import cost_of
+from raypipe.pipeline.job import cost_of, read_users
 from raypipe.pipeline.online import OnlineConfig, run_online
 from raypipe.pipeline.rebucket import BUCKETED
 from raypipe.pipeline.training_folders import trainings_outside
@@ -95,13 +96,7 @@ def _users(config: ForgetConfig) -> list[str]:
     if config.user is not None:
         return [config.user]
     assert config.users is not None
-    try:
-        lines = Path(config.users).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"The users file {config.users} cannot be read: {error}.", "Write one id a line.") from error
-    if not (found := sorted({line for line in lines if line})):
-        raise UsageError(f"The users file {config.users} names nobody.", "Write one id a line.")
-    return found
+    return read_users(config.users)
 
 
 def _buckets(users: Sequence[str], buckets: int) -> dict[int, list[str]]:

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raypipe.data.histories import merge_histories
-from raypipe.data.log import LogSplit, read_split
 from raypipe.data.rejects import REJECTS, row_json
 from raypipe.data.spills import Spill, read_item_table, read_spill
+from raypipe.data.splits import LogSplit, read_split
 from raypipe.pipeline.rejects import reject_rows
 from raypipe.runtime.units import UnitContext
 from raypipe.storage.fingerprint import schema_hash

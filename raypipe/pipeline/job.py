@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import pyarrow as pa
 from pydantic import model_validator
 
 from raypipe.config import Config, free
+from raypipe.data.id_lists import read_ids
 from raypipe.errors import UsageError
 from raypipe.runtime.budget import Limits
 from raypipe.runtime.job import JobConfig, JobResult
@@ -80,27 +80,26 @@ class BatchConfig(JobConfig):
         if self.users is not None and self.sample is not None:
             raise UsageError("Both --users and --sample are given.", "Name the canary's users one way.")
         if self.users is not None:
-            try:
-                lines = Path(self.users).read_text(encoding="utf-8").splitlines()
-            except (OSError, UnicodeDecodeError) as error:
-                raise UsageError(
-                    f"The users file {self.users} cannot be read: {error}.", "Write one user id a line."
-                ) from error
-            named = sorted({line for line in lines if line})
+            named = read_users(self.users)
             known = set(_every_user(workspace).to_pylist())
             if strangers := [user for user in named if user not in known]:
                 raise UsageError(
                     f"{len(strangers)} of {len(named)} users of {self.users} have no history, for example {strangers[0]!r}.",
                     "Check the file; ids are compared exactly.",
                 )
-            if not named:
-                raise UsageError(f"The users file {self.users} names nobody.", "Write one user id a line.")
             return named
         if self.sample is None:
             return None
         users = _every_user(workspace)
         chosen = np.argsort(stable_hash(users), kind="stable")[: self.sample]
         return sorted(users.take(pa.array(chosen)).to_pylist())
+
+
+def read_users(path: str) -> list[str]:
+    """The user ids of a file, a line each, sorted. Raises UsageError for a file that cannot be read or names nobody."""
+    if not (users := sorted(read_ids(path, "users file"))):
+        raise UsageError(f"The users file {path} names nobody.", "Write one user id a line.")
+    return users
 
 
 def _every_user(workspace: Workspace) -> pa.Array:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from raypipe.config import shaping
+from raypipe.data.id_lists import read_ids
+from raypipe.data.recommendable import (
+    UnknownValueError,
+    attributes_of,
+    holders_of,
+    narrowed,
+    recommendable,
+    unknown_denied,
+)
 from raypipe.errors import UsageError
 from raypipe.pipeline.encode import EncodeConfig, EncodeOptions, Encoding, run_encoding
 from raypipe.pipeline.encode_units import Recommendations
@@ -17,6 +25,7 @@ from raypipe.pipeline.lancer_lists import WrittenLists, writer_of
 from raypipe.pipeline.loaded import Loaded
 from raypipe.pipeline.sequences import pinned_versions
 from raypipe.runtime.job import JobResult
+from raypipe.runtime.progress import say
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.hashing import content_digest
 from raypipe.storage.models import Model, Models, find_model
@@ -105,20 +114,13 @@ def allowed_items(items: pa.Table, config: RecommendOptions) -> NDArray[np.bool_
 
     Raises UsageError for a deny list that cannot be read or an attribute that no item has.
     """
-    allowed = np.concatenate([[False], items["available"].to_numpy()])
-    if config.deny is not None:
-        try:
-            denied = set(Path(config.deny).read_text(encoding="utf-8").split("\n"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(
-                f"The deny list {config.deny} cannot be read: {error}.", "Write one item id a line."
-            ) from None
-        allowed[1:] &= [item not in denied for item in items["item_id"].to_pylist()]
-    for name, value in config.only.items():
-        has = [value in dict(pairs).get(name, ()) for pairs in items["attributes"].to_pylist()]
-        if not any(has):
-            raise UsageError(
-                f"No item has {value!r} in its attribute {name!r}.", "Check `only`; values are compared exactly."
-            )
-        allowed[1:] &= has
-    return allowed
+    denied = read_ids(config.deny, "deny list") if config.deny is not None else frozenset()
+    if told := unknown_denied(items, denied):
+        say(f"{JOB}: {told}", "warning")
+    allowed = recommendable(items, denied)
+    if not config.only:
+        return allowed
+    try:
+        return narrowed(allowed, holders_of(attributes_of(items)), config.only.items())
+    except UnknownValueError as error:
+        raise UsageError(str(error), "Check --only.") from None

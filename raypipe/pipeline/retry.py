@@ -1,8 +1,8 @@
 """`raypipe retry-rejected`: give rejected rows another chance, now that the reason may be gone.
 
 Log rows whose item was unknown are ingested again once the catalogue has it. Users whose summary, states, list or explanation
-was rejected are unblocked: the next `summarize`, `extract`, `recommend` or `explain` tries them. A row that goes through
-leaves `rejects`; Delta's history keeps it until `raypipe vacuum`.
+was rejected are unblocked: the next `summarize`, `extract`, `recommend`, `rerank` or `explain` tries them. A row that goes
+through leaves `rejects`; Delta's history keeps it until `raypipe vacuum`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _UNKNOWN = "unknown_item"
 _NEXT = {
     "summaries": "; run summarize",
     "hidden_states": "; run extract",
-    "recommendations": "; run recommend",
+    "recommendations": "; run recommend or rerank",
     "explanations": "; run explain",
 }
 

@@ -26,7 +26,7 @@ _GUIDED = ("gru4rec", "sasrec", "bert4rec")
 class RecommenderConfig(Config):
     """A model; the options of the others do not matter."""
 
-    model: ModelName = shaping("sasrec")
+    model: ModelName = shaping("sasrec", "which recommender")
     width: int = shaping(64, "of states and item vectors", ge=2)
     max_length: int = shaping(200, "last items of a history a state sees", ge=2)
     layers: int = shaping(2, "transformer blocks or recurrent layers", ge=1)
@@ -35,7 +35,7 @@ class RecommenderConfig(Config):
     )
     heads: int = shaping(1, "attention heads", ge=1)
     hidden: int = shaping(256, "width of feed-forward layers, and of gru4rec's state", ge=1)
-    dropout: float = shaping(0.2, ge=0, le=0.99)
+    dropout: float = shaping(0.2, "of what layers read and give, in training", ge=0, le=0.99)
     attention_dropout: float = shaping(
         0.0,
         "of attention weights; above 0 the kernels that hold no [length, length] matrix are left on CPU",

@@ -91,11 +91,11 @@ class TrainerConfig(Config):
     weight_decay: float = shaping(0.05, "on matrices; never on norms and biases", ge=0)
     clip: float = shaping(1.0, "largest gradient norm", gt=0)
     schedule: Literal["linear", "cosine", "constant"] = shaping("linear", "after the warm-up")
-    warmup_steps: int = shaping(50, ge=0)
+    warmup_steps: int = shaping(50, "steps until the learning rate is at its peak", ge=0)
     average: float = shaping(
         0.0, "decay, a step, of the moving average of weights that is validated and stored; 0 for none", ge=0, lt=1
     )
-    seed: int = shaping(0)
+    seed: int = shaping(0, "of weights, batches and dropout")
     validate_every: float | None = shaping(
         None, "epochs between validations; unset: the last weights are the result", gt=0
     )

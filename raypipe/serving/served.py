@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,11 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from raypipe.data.id_lists import read_ids
+from raypipe.data.recommendable import unknown_denied
 from raypipe.errors import AccessError, RaypipeError, UsageError
 from raypipe.recommenders.checkpoint import check_catalogue, load_recommender
 from raypipe.recommenders.recommender import Recommender, freeze
 from raypipe.recommenders.windows import Histories
-from raypipe.serving.catalogue import Catalogue, read_denied
+from raypipe.serving.catalogue import Catalogue
 from raypipe.serving.config import ServiceConfig
 from raypipe.serving.readers import Reader, read_readers
 from raypipe.serving.recommending import Known, Ranked, Wanted, recommend, score
@@ -27,6 +30,7 @@ from raypipe.storage.releases import Releases
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.source import Source
 
+_LOG = logging.getLogger("raypipe.serving")
 _PROBES = 8
 _SOME_USERS = 20
 
@@ -120,7 +124,10 @@ def load(config: ServiceConfig, target: Target) -> Served:
     version = max(release.catalogue, night.tables["items"] if night is not None else 0)
     items = workspace.tables["items"].read(version)
     check_catalogue(card.catalogue, items.sort_by("index")["item_id"].to_pylist(), release.recommender)
-    catalogue = Catalogue.of(items, read_denied(config.deny))
+    denied = read_ids(config.deny, "deny list") if config.deny is not None else frozenset()
+    if told := unknown_denied(items, denied):
+        _LOG.warning("%s", told)
+    catalogue = Catalogue.of(items, denied)
     return Served(
         target,
         release.recommender,

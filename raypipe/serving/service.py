@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from raypipe.serving.catalogue import UnknownValueError
+from raypipe.data.recommendable import UnknownValueError
 from raypipe.serving.config import ServiceConfig
 from raypipe.serving.queries import (
     Item,

@@ -2,7 +2,7 @@
 
 Covered: whole-object put, create-if-absent, listing, seekable reads. Not covered: power
 loss under a local folder (nothing is fsynced; a killed process or node loses nothing).
-S3 credentials and endpoint come from the usual `AWS_*` variables.
+S3 is reached with the variables the AWS tools read: AWS_ENDPOINT_URL, AWS_ALLOW_HTTP, AWS_REGION and the credentials.
 """
 
 from __future__ import annotations
@@ -66,7 +66,11 @@ class Store:
         bucket, _, prefix = self.uri.removeprefix("s3://").partition("/")
         if not bucket:
             raise UsageError(f"{self.uri!r} names no bucket.", "Write s3://BUCKET/PREFIX.")
-        return S3Store(bucket, prefix=prefix or None, client_options={"allow_http": True, "timeout": "60s"})
+        check_endpoint()
+        # Options take the place of what obstore reads of AWS_ALLOW_HTTP.
+        return S3Store(
+            bucket, prefix=prefix or None, client_options={"allow_http": _http_is_allowed(), "timeout": "60s"}
+        )
 
     def _refuse_absent_folder(self) -> None:
         # LocalStore makes its folder when it is opened; looking into a mistyped workspace should leave no trace.
@@ -192,6 +196,21 @@ class Store:
         while not folder.exists():
             folder = folder.parent
         return shutil.disk_usage(folder).free
+
+
+def check_endpoint() -> str:
+    """AWS_ENDPOINT_URL, or "" where it is not set; raises UsageError when it is http:// and that is not allowed."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
+    if endpoint.lower().startswith("http://") and not _http_is_allowed():
+        raise UsageError(
+            f"AWS_ENDPOINT_URL is {endpoint}, which is not encrypted.",
+            "Set AWS_ALLOW_HTTP=true to allow it, or give an https:// endpoint.",
+        )
+    return endpoint
+
+
+def _http_is_allowed() -> bool:
+    return os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")
 
 
 class _Seekable:

@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -24,7 +24,7 @@ from deltalake.transaction import AddAction, create_table_with_add_actions
 
 from raypipe.errors import RaypipeError
 from raypipe.storage.schemas import TableSpec
-from raypipe.storage.store import Store
+from raypipe.storage.store import Store, check_endpoint
 
 ABSENT = -1
 _ROW_GROUP = 8192
@@ -42,9 +42,6 @@ class StagedFile:
     rows: int
     checksum: str = ""
     partition: Mapping[str, str] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class Table:
@@ -213,7 +210,6 @@ class Table:
                     adds,
                     mode="error",
                     partition_by=partition_by,
-                    storage_options=storage_options(self.store),
                     commit_properties=properties,
                     post_commithook_properties=_AFTER_COMMIT,
                 )
@@ -253,8 +249,10 @@ class Table:
     def _open(self, version: int | None = None) -> DeltaTable | None:
         if self.store.is_local and not self.store.local_path(f"{self.folder}/_delta_log").exists():
             return None
+        if not self.store.is_local:
+            check_endpoint()
         try:
-            return DeltaTable(self.uri, version=version, storage_options=storage_options(self.store))
+            return DeltaTable(self.uri, version=version)
         except TableNotFoundError:
             return None
 
@@ -302,11 +300,6 @@ def _leaves(schema: pa.Schema) -> dict[str, pa.DataType]:
         else:
             leaves[column.name] = column.type
     return leaves
-
-
-def storage_options(store: Store) -> dict[str, str] | None:
-    """What deltalake needs beside the `AWS_*` variables: a test server speaks plain HTTP."""
-    return None if store.is_local else {"AWS_ALLOW_HTTP": "true"}
 
 
 def _filters(replaces: Sequence[Mapping[str, str | int]]) -> list[tuple[str, str, Any]] | None:

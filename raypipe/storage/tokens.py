@@ -39,7 +39,7 @@ class Tokens:
         self.store = store
 
     def make(self, name: str, requests_per_s: float, burst: int) -> str:
-        """A new token, in words; only its hash is kept. Raises UsageError for a name that is taken or none."""
+        """A new token in plain text; only its hash is stored. Raises UsageError for a name that is taken or none."""
         if not _NAME.fullmatch(name):
             raise UsageError(
                 f"{name!r} is no name for a token.",

@@ -1,4 +1,7 @@
-"""Forgotten users: what is kept is a salted hash, enough to keep an old log from bringing them back."""
+"""Forgotten users: of each, two hashes of the id are kept, enough to keep an old log from bringing them back.
+
+Neither has a secret: whoever can read the table and guesses an id can check that it was forgotten.
+"""
 
 from __future__ import annotations
 

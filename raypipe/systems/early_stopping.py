@@ -17,7 +17,7 @@ class EarlyStopping(Config):
     """How long a model learns; equal arguments and one thread give equal weights."""
 
     lr: float = shaping(3e-3, "of Adam", gt=0)
-    batch_size: int = shaping(256, ge=1)
+    batch_size: int = shaping(256, "most rows of a step", ge=1)
     epochs: int = shaping(100, "at most", ge=1)
     patience: int = shaping(5, "epochs without a better validation loss before it ends", ge=1)
     validated: float = shaping(0.1, "share of the users that end it", gt=0, lt=1)

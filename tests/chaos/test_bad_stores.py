@@ -12,7 +12,7 @@ import pytest
 from tests.chaos.conftest import CleanNights
 from tests.chaos.flaky_store import FlakyStore
 from tests.chaos.nights import Published, differences, unbalanced
-from tests.conftest import S3Server
+from tests.conftest import S3Server, unavailable
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 
@@ -42,7 +42,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         ["mount", "-t", "tmpfs", "-o", "size=500k", "tmpfs", folder], capture_output=True, text=True
     )
     if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+        unavailable(f"no file system can be mounted here: {mounted.stderr.strip()}")
     yield folder
     subprocess.run(["umount", "--lazy", folder], check=True)
 

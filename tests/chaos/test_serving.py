@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from raypipe.cli.main import main
-from tests.conftest import unavailable
+from tests.conftest import running_redis
 from tests.made import make_ready
 from tests.redis_server import RedisServer
 from tests.serving.running import Load, Running, processes, start, stop, until
@@ -29,14 +29,8 @@ SMALL = ("--replicas.cpus", "0.4", "--language.replicas", "0")
 @pytest.fixture(scope="module")
 def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """One that remembers what it held."""
-    pytest.importorskip("redis", reason="redis's client is not installed")
-    server = RedisServer(tmp_path_factory.mktemp("redis"), keeps=True)
-    try:
-        server.start()
-    except FileNotFoundError as error:
-        unavailable(str(error))
-    yield server
-    server.stop()
+    with running_redis(tmp_path_factory.mktemp("redis"), keeps=True) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pytest
 
-from raypipe.data.log import LogColumns, LogConfig, LogSplit, open_log, read_split
+from raypipe.data.log import LogColumns, LogConfig, open_log
 from raypipe.data.rejects import REJECTS
+from raypipe.data.splits import read_split
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 
@@ -37,11 +39,11 @@ def shared_data() -> Path:
 
 @pytest.fixture
 def read_log() -> Callable[..., ReadLog]:
-    """Reads a log split by split, each split sent to its worker as JSON, and checks that every row is accounted for."""
+    """Reads a log split by split, each split sent as to its worker, and checks that every row is accounted for."""
 
     def read(path: Path | str, columns: LogColumns | None = None, **config: Any) -> ReadLog:
         log = open_log(LogConfig(path=str(path), columns=columns or LogColumns(), **config))
-        chunks = [chunk for split in log.splits for chunk in read_split(LogSplit.from_json(split.to_json()))]
+        chunks = [chunk for split in log.splits for chunk in read_split(pickle.loads(pickle.dumps(split)))]
         for chunk in chunks:
             assert chunk.rows_in == chunk.events.num_rows + chunk.rejects.num_rows + chunk.filtered
         events = pa.concat_tables([chunk.events for chunk in chunks])

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
-from raypipe.data.log import LogColumns, LogConfig, open_log, read_split
+from raypipe.data.log import LogColumns, LogConfig, open_log
+from raypipe.data.splits import read_split
 from raypipe.errors import UsageError
 
 TIME = LogColumns(time="t")
@@ -115,7 +116,6 @@ def test_delta_is_pinned_at_the_version_that_was_opened(tmp_path, read_log):
     later = pa.table({"user_id": ["new"], "item_id": ["i"], "t": [1_600_000_000], "day": ["c"]})
     write_deltalake(path, later, mode="append")
     after = open_log(LogConfig(path=path, columns=TIME))
-    assert (before.estimated_rows, after.estimated_rows) == (200, 201)
     assert before.checksum != after.checksum
     assert len(read_log(path, TIME).events) == 201
 
@@ -214,4 +214,3 @@ def test_real_order_logs_have_their_published_counts(shared_data: Path, name, ev
     table = pa.concat_tables([chunk.events for split in log.splits for chunk in read_split(split)])
     assert table.num_rows == events
     assert (len(table["user_id"].unique()), len(table["item_id"].unique())) == (users, items)
-    assert abs(log.estimated_rows - events) < events / 5

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raypipe.data.log import LogColumns, LogConfig, open_log, read_split
+from raypipe.data.log import LogColumns, LogConfig, open_log
+from raypipe.data.splits import read_split
 from raypipe.errors import UsageError
 
 CSV = ['"', '"', ",", ",", "\n", "\n", "\r\n", "a", "1", " ", "é", '""', "0x10", "u,i,5\n", 'v,"j",6\n', '"x,y",i,7\n']

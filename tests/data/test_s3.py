@@ -21,6 +21,8 @@ from raypipe.data.catalogue import CatalogueConfig, read_catalogue
 from raypipe.data.files import find_files
 from raypipe.data.log import LogColumns, LogConfig, open_log
 from raypipe.errors import UsageError
+from raypipe.storage.store import Store
+from raypipe.storage.workspace import Workspace
 
 TIME = LogColumns(time="t")
 HEADER = "user_id,item_id,t\n"
@@ -120,10 +122,38 @@ def test_a_catalogue_on_s3_is_read(bucket):
     assert items["title"].to_pylist() == ["One"]
 
 
-def test_what_is_not_on_s3_is_told(bucket, monkeypatch):
+def test_what_is_not_on_s3_is_told(bucket):
     for uri in (f"s3://{bucket.name}/none.csv", "s3://no-such-bucket/log.csv"):
         with pytest.raises(UsageError, match=r"There is no|cannot be read"):
             open_log(LogConfig(path=uri, columns=TIME))
-    monkeypatch.setenv("AWS_ALLOW_HTTP", "false")
-    with pytest.raises(UsageError, match="Set AWS_ALLOW_HTTP=true"):
-        open_log(LogConfig(path=f"s3://{bucket.name}/none.csv", columns=TIME))
+
+
+@pytest.mark.parametrize("allowed", [None, "false"])
+def test_plain_http_is_refused_alike_of_workspaces_tables_logs_and_delta(bucket, monkeypatch, allowed):
+    bucket.put_object(Key="log.csv", Body=(HEADER + LINES[0]).encode())
+    rows = pa.table({"user_id": ["u"], "item_id": ["i"], "t": [1]})
+    write_deltalake(f"s3://{bucket.name}/open/delta", rows, mode="overwrite")
+    uri = f"s3://{bucket.name}"
+    asked = [
+        lambda: Store(f"{uri}/ws").list("nights"),
+        lambda: Store(f"{uri}/ws").check_writable(),
+        lambda: Workspace(f"{uri}/ws").tables["histories"].version(),
+        lambda: open_log(LogConfig(path=f"{uri}/log.csv", columns=TIME, format="csv")),
+        lambda: open_log(LogConfig(path=f"{uri}/open/delta", columns=TIME, format="delta")),
+    ]
+    for ask in asked:
+        ask()
+    if allowed is None:
+        monkeypatch.delenv("AWS_ALLOW_HTTP")
+    else:
+        monkeypatch.setenv("AWS_ALLOW_HTTP", allowed)
+    told = []
+    for ask in asked:
+        with pytest.raises(UsageError) as refused:
+            ask()
+        told.append(str(refused.value))
+    endpoint = os.environ["AWS_ENDPOINT_URL"]
+    assert set(told) == {
+        f"AWS_ENDPOINT_URL is {endpoint}, which is not encrypted. "
+        "Set AWS_ALLOW_HTTP=true to allow it, or give an https:// endpoint."
+    }

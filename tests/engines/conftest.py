@@ -1,4 +1,4 @@
-"""Checkpoints to generate with: the real one, where this machine has it, and tiny random ones."""
+"""Checkpoints to generate with beside the real one: tiny random ones."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,15 +9,6 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
-
-STORIES = Path(__file__).parents[2] / "../shared/lm/stories260K"
-
-
-@pytest.fixture(scope="session")
-def stories() -> str:
-    if not STORIES.is_dir():
-        pytest.skip("the real checkpoint ../shared/lm/stories260K is not on this machine")
-    return str(STORIES.resolve())
 
 
 @pytest.fixture(scope="session")

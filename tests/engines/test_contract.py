@@ -120,7 +120,7 @@ def test_a_plan_knows_an_engines_capabilities_before_it_is_built(
     http = {"url": "http://localhost:1/v1", "model": "m"}
     config = EngineConfig.model_validate({"engine": name, "lm": lm, "http": http})
     assert config.capabilities == config.build().capabilities
-    all_but_vectors = Capabilities(beams=True, trie=True, logprobs=True, streaming=True)
+    all_but_vectors = Capabilities(beams=True, trie=True, logprobs=True)
     assert config.capabilities == (all_but_vectors if name == "transformers" else Capabilities())
 
 

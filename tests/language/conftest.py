@@ -1,7 +1,5 @@
 """A small catalogue with hostile titles, and a checkpoint of the built-in LM over it, not trained."""
 
-from pathlib import Path
-
 import pytest
 
 from raypipe.language.builtin import BuiltinLmConfig
@@ -29,13 +27,3 @@ def tiny_data() -> LmDataConfig:
         model=BuiltinLmConfig(size="tiny", vocabulary=600, context=512),
         instructions=InstructionConfig(block_examples=60, merge_examples=40, update_examples=40),
     )
-
-
-STORIES = Path(__file__).parents[2] / "../shared/lm/stories260K"
-
-
-@pytest.fixture(scope="session")
-def stories() -> str:
-    if not STORIES.is_dir():
-        pytest.skip("the real checkpoint ../shared/lm/stories260K is not on this machine")
-    return str(STORIES.resolve())

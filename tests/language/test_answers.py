@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from raypipe.language.answers import telling_beginnings
@@ -53,9 +51,9 @@ def test_a_tokenizer_that_joins_the_answer_to_the_prompt_is_refused() -> None:
         telling_beginnings(joining, PROMPT, ("yes", "no"))
 
 
-def test_a_tokenizer_that_puts_a_space_before_every_text_is_refused(stories: Path) -> None:
+def test_a_tokenizer_that_puts_a_space_before_every_text_is_refused(stories: str) -> None:
     """Its answers would be learnt, and scored, with a space more than the prompt is followed by."""
-    backbone = load_backbone(str(stories), device="cpu")
+    backbone = load_backbone(stories, device="cpu")
     (yes,) = answer_tokens(backbone, ["yes"])
     assert yes[1:] == backbone.continued(PROMPT, " yes")
     with pytest.raises(ValueError, match="another way"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from itertools import permutations
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from raypipe.language.backbone import PromptTokenizer
 from raypipe.language.builtin import train_tokenizer
 from raypipe.language.trie import AnswerTrie, TokenTrie, Walk, answer_tokens
 
-STORIES = Path(__file__).parents[2] / "../shared/lm/stories260K"
 HOSTILE = ["A", "A;", "A; B", "B", " ", "…", "🎬 映画", "</s>", "A B", "B; A"]
 USUAL = ["Toy Story (1995)", "Who?", "Alien", "Aliens", "Alien: Covenant (2017)", "M*A*S*H", "8½ (1963)", "映画!"]
 NOTHING = np.array([], np.int32)
@@ -27,9 +25,7 @@ def tokenizer(request: pytest.FixtureRequest) -> PromptTokenizer:
     if request.param == "built-in":
         texts = ["; ".join(random.Random(n).sample(USUAL, 4)) for n in range(200)]
         return PromptTokenizer(train_tokenizer(texts, [], [], 400))
-    if not STORIES.is_dir():
-        pytest.skip("the real checkpoint ../shared/lm/stories260K is not on this machine")
-    return PromptTokenizer(AutoTokenizer.from_pretrained(STORIES))
+    return PromptTokenizer(AutoTokenizer.from_pretrained(request.getfixturevalue("stories")))
 
 
 def trie_of(tokenizer: PromptTokenizer, texts: list[str], separator: str = "; ", most: int = 1) -> AnswerTrie:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from raypipe.metrics.named_values import ItemValues, named_shares
-from raypipe.metrics.text import attribute_coverage, attribute_precision, top_values, untouched_share, value_counts
+from raypipe.metrics.text import attribute_coverage, attribute_precision, top_values, value_counts
 
 VALUES = [f"v{n}" for n in range(9)]
 
@@ -16,7 +16,8 @@ def shares_one_by_one(named: list[list[str]], histories: list[list[int]], of_ite
     for mine, history in zip(named, histories, strict=True):
         counts = value_counts(of_items[item] for item in history)
         top = top_values(counts)
-        found.append((attribute_precision(mine, top), attribute_coverage(mine, top), untouched_share(mine, counts)))
+        untouched = sum(not counts.get(value) for value in mine) / len(mine) if mine else None
+        found.append((attribute_precision(mine, top), attribute_coverage(mine, top), untouched))
     return np.array(found, np.float64).T
 
 

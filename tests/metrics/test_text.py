@@ -15,7 +15,6 @@ from raypipe.metrics.text import (
     shift_precision,
     stability,
     top_values,
-    untouched_share,
     value_counts,
 )
 
@@ -107,12 +106,6 @@ def test_a_summary_is_read_in_microseconds_whatever_the_vocabulary():
     for _ in range(1000):
         assert vocabulary.named(summary) == ("Brand 17 & Sons", "Brand 170 & Sons")
     assert time.perf_counter() - started < 1.0  # about 10 ms; comparing every value would take 20 s
-
-
-def test_what_a_user_never_touched_is_told() -> None:
-    assert untouched_share(("Drama", "War"), {"Drama": 3}) == 0.5
-    assert untouched_share(("Drama",), {"Drama": 0}) == 1
-    assert untouched_share((), {"Drama": 3}) is None
 
 
 def test_stability_is_what_two_summaries_share() -> None:

@@ -150,11 +150,13 @@ def test_lists_are_the_exact_best_and_hold_nothing_seen(raypipe: Run, trained: s
 
 def test_denied_unavailable_and_other_items_are_in_no_list(raypipe: Run, trained: str, files: Path) -> None:
     deny = files / "deny.txt"
-    deny.write_text("i5\ni6\n")
+    deny.write_text("i5\r\ni6\r\ni 7\r\n")
     catalogue = files / "fewer.csv"
     catalogue.write_text("".join(line for line in _catalogue_lines(files) if not line.startswith("i7,")))
     assert raypipe("ingest", "--workspace", trained, "--catalogue.path", catalogue).code == 0
-    assert counted(raypipe("recommend", "--workspace", trained, "--length", 3, "--deny", deny)) == {"computed": USERS}
+    denied = raypipe("recommend", "--workspace", trained, "--length", 3, "--deny", deny)
+    assert counted(denied) == {"computed": USERS}
+    assert "recommend: 1 of 3 denied ids are no item's and deny nothing, for example 'i 7'" in denied.stderr
     listed = {item for row in newest(trained, "recommendations").to_pylist() for item in row["items"]}
     assert listed
     assert not listed & {5, 6, 7}

@@ -19,7 +19,7 @@ from raypipe.storage.models import Models
 from raypipe.storage.nights import Nights
 from raypipe.storage.online import open_online_store
 from raypipe.storage.store import Store
-from tests.conftest import Run
+from tests.conftest import Run, need_redis_client
 from tests.made import LENGTH, MODEL, make_ready
 from tests.pipeline.small_logs import CHAIN_ITEMS, CHAIN_LENGTH, CHAIN_USERS, newest
 from tests.serving.asked import Asked
@@ -179,10 +179,13 @@ def test_what_is_served_is_told(asked: Asked) -> None:
     }
 
 
-def test_denied_items_are_in_no_list(ready: str, tmp_path: Path) -> None:
+def test_denied_items_are_in_no_list_and_a_mistyped_one_is_told(
+    ready: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     deny = tmp_path / "deny.txt"
-    deny.write_text("i1\ni2\n")
+    deny.write_text("i1\ni2\nI3\n")
     asked = Asked(ready, deny=str(deny))
+    assert "1 of 3 denied ids are no item's and deny nothing, for example 'I3'" in caplog.messages
     for who in ({"user_id": "stranger"}, {"user_id": "u1"}, {"history": ["i9"]}):
         found = ids(asked.post("recommend", {**who, "count": 30, "filter_seen": False}))
         assert len(found) == CHAIN_ITEMS - 2
@@ -202,7 +205,7 @@ def test_without_its_store_the_service_answers_histories_and_says_so_of_users(re
 
 
 def test_a_store_that_hangs_does_not_keep_histories_waiting(ready: str) -> None:
-    pytest.importorskip("redis")
+    need_redis_client()
     asked = Asked(ready)
     history = {"history": ["i3", "i4"]}
     wanted = asked.post("recommend", history).json()

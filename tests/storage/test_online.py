@@ -18,6 +18,7 @@ from raypipe.storage.nights import Night
 from raypipe.storage.online import OnlineStore, OnlineStoreDownError, UserRecord, open_online_store, version_of
 from raypipe.storage.online_embedded import EmbeddedStore
 from raypipe.storage.store import Store
+from tests.conftest import need_redis_client, running_redis
 from tests.redis_server import RedisServer
 
 BUCKETS = 4
@@ -142,13 +143,7 @@ def test_two_workspaces_on_one_server_do_not_see_each_other(redis_server: RedisS
 
 
 def test_a_redis_that_is_away_or_came_back_empty_is_no_answer_about_anybody(tmp_path: Path) -> None:
-    pytest.importorskip("redis")
-    server = RedisServer(tmp_path)
-    try:
-        server.start()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    try:
+    with running_redis(tmp_path) as server:
         store = open_online_store(server.url, Store(str(tmp_path)))
         load(store, "v1", ["u1"])
         assert store.get("v1", ["u1"]) == [b"u1"]
@@ -160,15 +155,13 @@ def test_a_redis_that_is_away_or_came_back_empty_is_no_answer_about_anybody(tmp_
             store.get("v1", ["u1"])
         load(store, "v1", ["u1"])
         assert store.get("v1", ["u1"]) == [b"u1"]
-    finally:
-        server.stop()
 
 
 def test_a_redis_that_hangs_costs_one_request_its_time_and_the_next_ones_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that accepts and says nothing, and a host that takes no connection."""
-    pytest.importorskip("redis")
+    need_redis_client()
     with socket.socket() as silent, socket.socket() as full, contextlib.ExitStack() as kept:
         for server, backlog in ((silent, 100), (full, 0)):
             server.bind(("127.0.0.1", 0))

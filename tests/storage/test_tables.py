@@ -14,7 +14,7 @@ from deltalake import DeltaTable, Schema
 from raypipe.errors import RaypipeError
 from raypipe.storage.schemas import HISTORIES, LOGS, SUMMARIES, TABLES
 from raypipe.storage.store import Store
-from raypipe.storage.tables import ABSENT, StagedFile, Table, storage_options
+from raypipe.storage.tables import ABSENT, StagedFile, Table
 from tests.chaos.flaky_store import LosesAnswers
 from tests.conftest import S3Server
 
@@ -206,7 +206,7 @@ def test_a_column_more_is_null_in_older_files_and_named_from_the_next_publish_on
     version = publish(after, [after.stage(one("b"), "two", other)], 2, mode, replaces=[other])
     found = after.read(version, ["user_id", "carry"]).to_pylist()
     assert sorted(found, key=str) == [{"user_id": "a", "carry": None}, {"user_id": "b", "carry": "b"}]
-    named = DeltaTable(after.uri, storage_options=storage_options(store)).schema().fields
+    named = DeltaTable(after.uri).schema().fields
     assert {column.name for column in named} == set(SUMMARIES.schema.names)
     assert publish(after, [after.stage(one("c"), "three", other)], 3, mode, replaces=[other]) == version + 1
 

@@ -67,17 +67,6 @@ def gpt2(lm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-STORIES = Path(__file__).parents[2] / "../shared/lm/stories260K"
-
-
-@pytest.fixture(scope="module")
-def stories() -> Path:
-    """A real checkpoint, with grouped heads and a tokenizer that puts a mark before every text."""
-    if not STORIES.is_dir():
-        pytest.skip("the real checkpoint ../shared/lm/stories260K is not on this machine")
-    return STORIES.resolve()
-
-
 def test_a_line_holds_attributes_and_title_and_a_content_the_text_too() -> None:
     told = Catalogue(
         ["Alien", "Dune {title}"], [{"genre": ["Horror", "Sci-Fi"], "brand": ["Fox"]}, {}], ["In space.", "Sand"]
@@ -296,7 +285,7 @@ def test_the_embedding_of_padding_tells_no_items_apart(lm: Path, tmp_path: Path)
 def test_validation_is_the_probability_that_an_engine_gives_the_event_behind_training_s(
     named: str, request: pytest.FixtureRequest, tmp_path: Path, options: dict[str, bool]
 ) -> None:
-    lm = request.getfixturevalue(named)
+    lm = Path(request.getfixturevalue(named))
     world = prepared(lm, tmp_path, validated=1, first_epochs=0, first_stage="both", learnt=2, **options)
     task = world.task()
     model = task.build().eval()
