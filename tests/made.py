@@ -11,6 +11,7 @@ import pyarrow as pa
 import torch
 
 from raypipe.pipeline.encode_units import Recommendations, States
+from raypipe.pipeline.extract import state_recipe
 from raypipe.pipeline.user_rows import UserRows
 from raypipe.recommenders.checkpoint import Card, catalogue_card, load_recommender, save_recommender
 from raypipe.recommenders.config import RecommenderConfig
@@ -79,17 +80,18 @@ def compute(uri: str) -> None:
     model, card = load_recommender(workspace.store.local_path(f"models/{name}/{content}/checkpoint"))
     allowed = np.arange(CHAIN_ITEMS + 1) > 0
     kinds = {
-        "hidden_states": (f"extract-{name}", States("last", False)),
+        "hidden_states": (f"extract-{name}", state_recipe(content), States("last", False)),
         "recommendations": (
             f"recommend-{name}",
+            "recipe",
             Recommendations(LENGTH, True, allowed, np.array(card.popular[:LENGTH], np.int32)),
         ),
     }
     version = workspace.tables["histories"].version()
-    for table, (variant, rows) in kinds.items():
+    for table, (variant, recipe, rows) in kinds.items():
         parts = []
         for bucket in range(BUCKETS):
-            state = UserRows(workspace, bucket, table, variant, "recipe", version, -1)
+            state = UserRows(workspace, bucket, table, variant, recipe, version, -1)
             made = rows.warm(model, state.histories, np.arange(len(state.users)), state.seeds)
             place = made["place"]
             made = made.drop(["place"]).append_column("user_id", state.users.take(place))

@@ -30,6 +30,11 @@ class ExtractConfig(ExtractOptions, EncodeConfig):
     """Configuration of `extract`."""
 
 
+def state_recipe(model: str, positions: str = "last", vectors: str = "states") -> str:
+    """What a state depends on beside its history; `model` is the recommender's content hash."""
+    return fingerprint({"step": STEP_VERSION, "model": model, "positions": positions, "vectors": vectors})
+
+
 def run_extract(config: ExtractConfig) -> JobResult:
     """States into `hidden_states` and `item_states`, variant `extract-<model>` with `-queries` and `-all` as asked."""
     started = time.monotonic()
@@ -40,9 +45,7 @@ def run_extract(config: ExtractConfig) -> JobResult:
         raise UsageError(
             f"{loaded.model.name} has one state per prefix, not one per position.", "Extract with `--positions last`."
         )
-    recipe = fingerprint(
-        {"step": STEP_VERSION, "model": loaded.model.hash, "positions": config.positions, "vectors": config.vectors}
-    )
+    recipe = state_recipe(loaded.model.hash, config.positions, config.vectors)
     oracles = config.vectors == "queries"
     variant = (
         f"{JOB}-{loaded.model.name}" + ("-queries" if oracles else "") + ("-all" if config.positions == "all" else "")

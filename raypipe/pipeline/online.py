@@ -17,8 +17,9 @@ import pyarrow.compute as pc
 
 from raypipe.config import Config, free
 from raypipe.errors import UsageError
+from raypipe.pipeline.extract import state_recipe
 from raypipe.pipeline.job import cost_of
-from raypipe.pipeline.user_rows import user_seeds
+from raypipe.pipeline.user_rows import are_standing, change_keys, user_seeds
 from raypipe.runtime.job import JobConfig, JobResult
 from raypipe.runtime.progress import Progress, say
 from raypipe.storage.ledger import Usage
@@ -129,23 +130,25 @@ class BucketRows:
 
 @dataclass(frozen=True)
 class NightRows:
-    """A night's tables as records of users. `paradigms` are the variants of `summaries` that are of whole histories."""
+    """A night's tables as records of users. `recommender` is the name of the night's, `recipe` that of its states, `paradigms`
+    are the variants of `summaries` that are of whole histories."""
 
     workspace: Workspace
     night: Night
     recommender: str
+    recipe: str
     paradigms: tuple[str, ...]
 
     @classmethod
     def of(cls, workspace: Workspace, night: Night) -> NightRows:
         if "histories" not in night.tables:
             raise UsageError(f"The night of {night.date} has no histories.", "Ingest a log, then run the night again.")
-        recommender = str(night.release.get("recommender", "")).split("/")[0]
+        recommender, _, model = str(night.release.get("recommender", "")).partition("/")
         files = workspace.tables["summaries"].files(night.tables["summaries"]) if "summaries" in night.tables else []
         variants = sorted({file.partition["variant"] for file in files})
         # Summaries before a cut are of less than is known, and for evaluations alone.
         paradigms = tuple(name.removeprefix(_SUMMARIES) for name in variants if "-cut" not in name)
-        return cls(workspace, night, recommender, paradigms)
+        return cls(workspace, night, recommender, state_recipe(model), paradigms)
 
     def buckets(self) -> int:
         """How many buckets the night's users are in: a power of two.
@@ -158,12 +161,11 @@ class NightRows:
 
     def counts(self) -> dict[str, Any]:
         """How many users there are, and of how many there are states, lists and summaries."""
-        sources = {
-            "states": ("hidden_states", self._variant("extract")),
-            "lists": ("recommendations", self._variant("recommend")),
+        found: dict[str, Any] = {
+            "users": self._rows("histories"),
+            "states": sum(self._state_count(bucket) for bucket in range(self.buckets())),
+            "lists": self._rows("recommendations", variant=self._variant("recommend")),
         }
-        found: dict[str, Any] = {"users": self._rows("histories")}
-        found |= {name: self._rows(table, variant=variant) for name, (table, variant) in sources.items()}
         found["summaries"] = {name: self._rows("summaries", variant=_SUMMARIES + name) for name in self.paradigms}
         return found
 
@@ -172,7 +174,7 @@ class NightRows:
         assert histories is not None
         users = histories["user_id"].combine_chunks()
         seeds = user_seeds(users, histories["history_key"].combine_chunks()).tolist()
-        states = self._read("hidden_states", ["user_id", "state"], bucket, self._variant("extract"))
+        states = self._states(bucket, histories, "state")
         lists = self._read("recommendations", ["user_id", "items", "scores"], bucket, self._variant("recommend"))
         texts = {
             name: self._read("summaries", ["user_id", "summary"], bucket, _SUMMARIES + name) for name in self.paradigms
@@ -193,6 +195,24 @@ class NightRows:
             for items, seed, state, listed, scores, mine in columns
         ]
         return BucketRows(users.to_pylist(), records)
+
+    def _states(self, bucket: int, histories: pa.Table, *columns: str) -> pa.Table | None:
+        """The states that the night's recommender has of the night's histories.
+
+        Nights that extract something else leave an older night's rows as they are: those would rank a user by a history that
+        is no more, while the service computes the state of whom there is none.
+        """
+        rows = self._read("hidden_states", ["user_id", "change_key", *columns], bucket, self._variant("extract"))
+        if rows is None:
+            return None
+        keys = change_keys(histories["history_key"].combine_chunks(), self.recipe)
+        return rows.filter(pa.array(are_standing(rows, histories["user_id"].combine_chunks(), keys)))
+
+    def _state_count(self, bucket: int) -> int:
+        histories = self._read("histories", ["user_id", "history_key"], bucket)
+        assert histories is not None
+        states = self._states(bucket, histories)
+        return 0 if states is None else states.num_rows
 
     def _variant(self, job: str) -> str:
         return f"{job}-{self.recommender}" if self.recommender else ""

@@ -54,8 +54,7 @@ class UserRows:
 
     @cached_property
     def change_keys(self) -> pa.Array:
-        lanes = digest_lanes(self._histories["history_key"].combine_chunks())
-        return to_hex(combine_lanes(lanes, self.recipe))
+        return change_keys(self._histories["history_key"].combine_chunks(), self.recipe)
 
     @cached_property
     def seeds(self) -> NDArray[np.int64]:
@@ -70,9 +69,7 @@ class UserRows:
     @cached_property
     def _standing(self) -> NDArray[np.bool_]:
         """Which rows of `before` are still right: [rows]."""
-        owners = pc.index_in(self.before["user_id"].combine_chunks(), value_set=self.users)
-        current = pc.equal(self.change_keys.take(owners), self.before["change_key"].combine_chunks())
-        return pc.fill_null(current, False).to_numpy(zero_copy_only=False)
+        return are_standing(self.before, self.users, self.change_keys)
 
     @cached_property
     def kept(self) -> pa.Table:
@@ -89,6 +86,18 @@ class UserRows:
     def is_touched(self) -> bool:
         """Whether the bucket's rows have to be written anew."""
         return bool(len(self.changed)) or self.kept.num_rows < self.before.num_rows
+
+
+def change_keys(history_keys: pa.Array, recipe: str) -> pa.Array:
+    """Of the rows that `recipe` makes of histories: [users]."""
+    return to_hex(combine_lanes(digest_lanes(history_keys), recipe))
+
+
+def are_standing(rows: pa.Table, users: pa.Array, keys: pa.Array) -> NDArray[np.bool_]:
+    """Which rows are of one of `users` and have that user's change key of `keys`: [rows]."""
+    owners = pc.index_in(rows["user_id"].combine_chunks(), value_set=users)
+    current = pc.equal(keys.take(owners), rows["change_key"].combine_chunks())
+    return pc.fill_null(current, False).to_numpy(zero_copy_only=False)
 
 
 def user_seeds(users: pa.Array, history_keys: pa.Array) -> NDArray[np.int64]:

@@ -63,7 +63,10 @@ def run_serve(config: ServeConfig) -> JobResult:
     target = Watch(service, store).served.target
     store.close()
     if not target.version:
-        say(f"{JOB}: the night in force is not loaded, so only histories are answered; `raypipe online` loads it")
+        say(
+            f"{JOB}: the night in force is not loaded, or the online store does not answer, so only histories are answered until "
+            "it is there; `raypipe online` loads it"
+        )
     if not Tokens(workspace.store).valid():
         say(f"{JOB}: there is no token yet, so nobody is answered; make one with `raypipe token --name NAME`")
     _check_port(config.host, config.port, "Choose another --port.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -96,16 +96,22 @@ def find_target(workspace: Workspace, store: OnlineStore, before: Target | None 
 
     Raises UsageError where no release is in force, OnlineStoreDownError where the store does not answer.
     """
+    alone = release_alone(workspace)
+    night = Nights(workspace.store).current()
+    if night is not None and store.facts(version := version_of(night)) is not None:
+        return Target(alone.release, night.date, version)
+    return replace(before, release=alone.release) if before is not None else alone
+
+
+def release_alone(workspace: Workspace) -> Target:
+    """The release in force without any night; raises UsageError where no release is."""
     release = Releases(workspace.store).named("champion")
     if release is None or not release.recommender:
         raise UsageError(
             f"No release is in force in the workspace {workspace.uri}.",
             "Put one there with `raypipe release --recommender NAME`.",
         )
-    night = Nights(workspace.store).current()
-    if night is not None and store.facts(version := version_of(night)) is not None:
-        return Target(release.hash, night.date, version)
-    return Target(release.hash, before.night, before.version) if before is not None else Target(release.hash)
+    return Target(release.hash)
 
 
 def load(config: ServiceConfig, target: Target) -> Served:

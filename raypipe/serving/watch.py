@@ -16,9 +16,9 @@ from raypipe.runtime.memory import return_memory
 from raypipe.serving.config import ServiceConfig
 from raypipe.serving.queries import Standing
 from raypipe.serving.recommending import Known, Wanted
-from raypipe.serving.served import Served, Target, UnfitError, check, find_target, is_lasting, load
+from raypipe.serving.served import Served, Target, UnfitError, check, find_target, is_lasting, load, release_alone
 from raypipe.storage.nights import Nights
-from raypipe.storage.online import OnlineStore
+from raypipe.storage.online import OnlineStore, OnlineStoreDownError
 from raypipe.storage.releases import Releases
 from raypipe.storage.tokens import Token, Tokens
 from raypipe.storage.workspace import Workspace
@@ -146,8 +146,16 @@ class Watch:
 
     def _first(self) -> Served:
         """What was served last, for what is in force by now is taken up by the first look, once it is proven; or if nothing
-        was, what is in force. Where that is unfit a new replica must not be the one without."""
-        target = find_target(self.workspace, self.store)
+        was, what is in force. Where that is unfit a new replica must not be the one without.
+
+        While the online store is down it begins without a night, and answers by history as those do that run: one that would not
+        start would make the store's outage the service's.
+        """
+        try:
+            target = find_target(self.workspace, self.store)
+        except OnlineStoreDownError as error:
+            _LOG.warning("no night is served until the online store answers: %s", error)
+            target = release_alone(self.workspace)
         last = Releases(self.workspace.store).named("served")
         before = replace(target, release=last.hash) if last is not None and last.hash != target.release else None
         if self.prove is not None and before is not None:

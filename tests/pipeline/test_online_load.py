@@ -67,6 +67,24 @@ def test_everybodys_rows_are_in_the_store_as_they_are_in_the_tables(raypipe: Run
     assert again.metrics["bytes"] == loaded.metrics["bytes"]
 
 
+def test_a_state_is_loaded_where_it_is_of_the_nights_history_and_recommender(raypipe: Run, uri: str) -> None:
+    before = {row["user_id"]: row["state"] for row in newest(uri, "hidden_states").to_pylist()}
+    add_events(uri, [("u1", "i1", START + 1000)])
+    moved = publish(uri, "2026-01-06")
+    loaded = raypipe("online", "--workspace", uri)
+    assert (loaded.metrics["users"], loaded.metrics["states"]) == (CHAIN_USERS, CHAIN_USERS - 1)
+    states = {user: record.state for user, record in records(uri, moved).items()}
+    assert states.pop("u1") is None
+    assert {user: state.tolist() for user, state in states.items() if state is not None} == {
+        user: state for user, state in before.items() if user != "u1"
+    }
+    # Another recommender of the same name has none of these states.
+    other = Night("2026-01-07", moved.tables, {**moved.release, "recommender": f"sasrec/{'0' * 64}"})
+    Nights(Store(uri)).publish(other)
+    assert raypipe("online", "--workspace", uri).metrics["states"] == 0
+    assert {record.state for record in records(uri, other).values()} == {None}
+
+
 def test_redis_holds_what_the_embedded_store_holds(raypipe: Run, uri: str, night: Night, redis_server) -> None:
     assert raypipe("online", "--workspace", uri).code == 0
     loaded = raypipe("online", "--workspace", uri, "--store", redis_server.url)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,16 +14,19 @@ from safetensors.numpy import load_file, save_file
 
 from raypipe.errors import RaypipeError, UsageError
 from raypipe.serving.config import ServiceConfig
+from raypipe.serving.queries import Recommendations, RecommendQuery
 from raypipe.serving.serve import ServeConfig, run_serve
 from raypipe.serving.served import UnfitError
+from raypipe.serving.service import RefusedQueryError
 from raypipe.serving.watch import Watch
 from raypipe.storage.models import Model, Models
-from raypipe.storage.online import open_online_store
+from raypipe.storage.online import OnlineStoreDownError, open_online_store
 from raypipe.storage.releases import Release, Releases
 from raypipe.storage.store import Store
-from tests.conftest import Run
+from tests.conftest import Run, unavailable
 from tests.made import add_events, publish
 from tests.pipeline.small_logs import START
+from tests.redis_server import RedisServer
 from tests.serving.asked import Asked, Direct
 from tests.serving.running import until
 
@@ -92,6 +96,22 @@ def test_states_of_another_recommender_are_not_used(ready: str, tmp_path: Path) 
     assert [item["item_id"] for item in by_user] == [item["item_id"] for item in by_history]
     for one, other in zip(by_user, by_history, strict=True):
         assert one["score"] == pytest.approx(other["score"], rel=1e-5)
+
+
+def test_a_user_whose_state_is_of_an_older_history_is_ranked_by_the_new_one(raypipe: Run, ready: str) -> None:
+    """As where nights go on and extract something else: the variant that is loaded stays as it was."""
+    add_events(ready, [("u1", "i20", START + 1000)])
+    publish(ready, "2026-01-06")
+    assert raypipe("online", "--workspace", ready).code == 0
+    asked = Asked(ready)
+    by_user = asked.post("recommend", {"user_id": "u1"}).json()
+    assert (by_user["served"]["night"], by_user["known"]) == ("2026-01-06", True)
+    history = [item["item_id"] for item in asked.get("users/u1").json()["history"]]
+    assert history[-1] == "i20"
+    by_history = asked.post("recommend", {"history": history}).json()["items"]
+    assert [item["item_id"] for item in by_user["items"]] == [item["item_id"] for item in by_history]
+    scores = [item["score"] for item in by_history]
+    assert [item["score"] for item in by_user["items"]] == pytest.approx(scores, rel=1e-5)
 
 
 def test_a_release_that_does_not_answer_is_refused_and_the_old_one_stays(ready: str, tmp_path: Path) -> None:
@@ -206,6 +226,51 @@ def test_a_night_is_seen_once_it_is_loaded_and_going_back_takes_one_command(rayp
     assert asked.get("release").json()["night"] == "2026-01-05"
     assert asked.get("users/new").status_code == 404
     assert asked.post("recommend", {"user_id": "u1"}).json()["served"]["night"] == "2026-01-05"
+
+
+@pytest.fixture
+def redis_that_keeps(tmp_path: Path) -> Iterator[RedisServer]:
+    """A Redis of the test's own, to be stopped, which remembers what it held."""
+    pytest.importorskip("redis", reason="redis's client is not installed")
+    (tmp_path / "redis").mkdir()
+    server = RedisServer(tmp_path / "redis", keeps=True)
+    try:
+        server.start()
+    except FileNotFoundError as error:
+        unavailable(str(error))
+    yield server
+    server.stop()
+
+
+@pytest.mark.parametrize("was_served", [True, False])
+def test_a_replica_that_starts_while_redis_is_down_answers_by_history_and_takes_up_the_night_later(
+    raypipe: Run, ready: str, redis_that_keeps: RedisServer, was_served: bool
+) -> None:
+    config = ServiceConfig(workspace=ready, store=redis_that_keeps.url)
+    assert raypipe("online", "--workspace", ready, "--store", redis_that_keeps.url).code == 0
+    queries = [RecommendQuery(user_id="u1"), RecommendQuery(history=["i3", "i4"])]
+    if was_served:
+        Direct(config)
+    else:
+        Store(ready).delete(["releases/aliases/served.json"])
+    redis_that_keeps.stop()
+
+    replica = Direct(config)
+    by_id, by_history = replica.service.answer(queries)
+    assert isinstance(by_id, RefusedQueryError)
+    assert by_id.code == "store_down"
+    assert isinstance(by_history, Recommendations)
+    assert (by_history.basis, len(by_history.items), by_history.served.night) == ("model", 10, None)
+    with pytest.raises(OnlineStoreDownError):
+        replica.watch.look()
+
+    redis_that_keeps.start()
+    replica.watch.look()
+    by_id, again = replica.service.answer(queries)
+    assert isinstance(by_id, Recommendations)
+    assert (by_id.known, by_id.served.night) == (True, "2026-01-05")
+    assert isinstance(again, Recommendations)
+    assert [item.item_id for item in again.items] == [item.item_id for item in by_history.items]
 
 
 def test_memory_is_given_back_after_a_switch_and_once_a_minute(
