@@ -4,7 +4,9 @@ A step is skipped when nothing it reads and nothing of its recipe changed. The l
 workspace has none, and never again by this job. A recommender is trained where `train_policy` says so, and takes the
 place of the one in force only if it passes the gate; if it does not, the night is published on the old one and the job
 ends refused, exit code 3. Where `explain_policy` says so, everybody's top recommendation is explained by the release's adapter.
-The manifest is written last: until then readers see the night before.
+The manifest is written last: until then readers see the night before. It names the histories and items that states, lists,
+summaries and explanations were made of: where another job has published others meanwhile, these steps run again, which costs
+what changed. A training does not: a model may be older than what it is asked about.
 
 With `until` it is a backfill: one night after the other, each over the log of its date.
 """
@@ -19,7 +21,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from raypipe.config import free, shaping
-from raypipe.errors import RefusedError, UsageError
+from raypipe.errors import RaypipeError, RefusedError, UsageError
 from raypipe.pipeline.cards import write_cards
 from raypipe.pipeline.explain import ExplainConfig, Explainer, ExplainPolicy, run_explain
 from raypipe.pipeline.extract import ExtractConfig, ExtractOptions, run_extract
@@ -33,6 +35,7 @@ from raypipe.pipeline.summarize import SummarizeConfig, SummarizeOptions, run_su
 from raypipe.pipeline.train import TrainConfig, TrainOptions, run_train
 from raypipe.runtime.job import JobConfig, JobResult
 from raypipe.runtime.progress import say
+from raypipe.runtime.session import settled_versions
 from raypipe.storage.locks import hold
 from raypipe.storage.models import Models
 from raypipe.storage.nights import Night, Nights, check_date
@@ -42,6 +45,9 @@ from raypipe.storage.workspace import Workspace
 
 JOB = "nightly"
 _DATE = "{date}"
+_READ = ("histories", "items")
+_PASSES = 3
+"""How often the steps run, until nobody publishes what they read meanwhile."""
 
 
 class NightlyConfig(ExplainPolicy, JobConfig):
@@ -133,6 +139,7 @@ def _run_night(config: NightlyConfig, date: str) -> JobResult:
     started = time.monotonic()
     workspace = config.open_workspace()
     results: dict[str, JobResult] = {}
+    passes: Counter[str] = Counter()
     refusal: RefusedError | None = None
     champion = Releases(workspace.store).named("champion")
     if champion is not None and (explaining := config.of_release(workspace, champion)) is not None:
@@ -140,9 +147,15 @@ def _run_night(config: NightlyConfig, date: str) -> JobResult:
 
     def take(name: str, step: Callable[[], JobResult]) -> JobResult:
         before = time.monotonic()
-        results[name] = step()
-        say(f"{name}: {results[name].status}, {time.monotonic() - before:.1f} s")
-        return results[name]
+        result = step()
+        say(f"{name}: {result.status}, {time.monotonic() - before:.1f} s")
+        if name in results and result.status == "nothing_to_do":
+            return result  # what it did the last time is still all of it
+        if name in results:  # what it did and spent before it had to run again is the night's too
+            results[f"{name}.pass{passes[name]}"] = results.pop(name)
+        passes[name] += 1
+        results[name] = result
+        return result
 
     shared = config.shared()
     if config.ingest.log is not None or config.ingest.catalogue is not None:
@@ -155,29 +168,24 @@ def _run_night(config: NightlyConfig, date: str) -> JobResult:
         trained = take("train", lambda: run_train(TrainConfig(**shared, **dict(config.train))))
         refusal = _judge(config, workspace, trained, lm)
     release = _in_force(config, workspace, lm)
-    if release.recommender:
-        model = {"model": release.recommender}
-        take("extract", lambda: run_extract(ExtractConfig(**shared, **dict(config.extract) | model)))
-        take("recommend", lambda: run_recommend(RecommendConfig(**shared, **dict(config.recommend) | model)))
-    take("summarize", lambda: run_summarize(SummarizeConfig(**shared, **dict(config.summarize))))
-    if (explaining := config.of_release(workspace, release)) is not None:
-        take("explain", lambda: run_explain(ExplainConfig(**shared, **dict(explaining))))
-    elif config.explain_policy == "nightly":
+    explaining = config.of_release(workspace, release)
+    if explaining is None and config.explain_policy == "nightly":
         say(
             f"{JOB}: the release in force holds no adapter {config.explain.adapter}, and nothing is explained: train one with "
             "`raypipe align`, and put it in force with `raypipe release --adapters`"
         )
-    tables = {name: table.version() for name, table in workspace.tables.items() if table.version() != ABSENT}
+
+    def compute() -> None:
+        if release.recommender:
+            model = {"model": release.recommender}
+            take("extract", lambda: run_extract(ExtractConfig(**shared, **dict(config.extract) | model)))
+            take("recommend", lambda: run_recommend(RecommendConfig(**shared, **dict(config.recommend) | model)))
+        take("summarize", lambda: run_summarize(SummarizeConfig(**shared, **dict(config.summarize))))
+        if explaining is not None:
+            take("explain", lambda: run_explain(ExplainConfig(**shared, **dict(explaining))))
+
     parts = {"release": release.hash, "recommender": release.recommender, "lm": release.lm}
-    nights = Nights(workspace.store)
-    current = nights.current()
-    is_new = current is None or dict(current.tables) != tables or dict(current.release) != parts
-    if is_new:
-        metrics = {name: dict(result.metrics) for name, result in results.items()}
-        write_cards(workspace, date, tables, config.cards, config.summarize.summaries)
-        with hold(workspace.store, ["nights"], JOB, config.lock_lease_s):
-            nights.publish(Night(date, tables, parts, metrics))
-        say(f"{JOB}: the night of {date} is in force")
+    tables, is_new = _published(config, workspace, date, parts, compute, results)
     if (online := config.online) is not None:
         take("online", lambda: run_online(OnlineConfig(**shared, **dict(online))))
     status = "ok" if is_new else "nothing_to_do"
@@ -185,6 +193,55 @@ def _run_night(config: NightlyConfig, date: str) -> JobResult:
         say(f"{JOB}: {refusal.problem} {refusal.remedy}")
         status = "refused"
     return _result(workspace, results, status, tables, parts, time.monotonic() - started)
+
+
+def _published(
+    config: NightlyConfig,
+    workspace: Workspace,
+    date: str,
+    parts: Mapping[str, str],
+    compute: Callable[[], None],
+    results: Mapping[str, JobResult],
+) -> tuple[dict[str, int], bool]:
+    """Run the steps that write tables, whose results come into `results`, and publish the night of what they wrote. Its tables,
+    and whether it is another than the one in force.
+
+    Raises RaypipeError where other histories or items were published during each of the passes.
+    """
+    for passes in range(_PASSES):
+        if passes:
+            say(f"{JOB}: another job published histories or items while the steps ran, so they run again over those")
+        read = settled_versions(workspace, *_READ)
+        compute()
+        # Under the lock of who forgets: nobody is taken out of the tables between their versions' reading and the manifest.
+        with hold(workspace.store, ["nights"], JOB, config.lock_lease_s):
+            versions = {name: table.version() for name, table in workspace.tables.items()}
+            tables = {name: version for name, version in versions.items() if version != ABSENT}
+            # Versions only grow: if those that stood before the steps stand now, no step and no line above has read others.
+            if read is not None and settled_versions(workspace, *_READ) == read:
+                return tables, _publish(config, workspace, Night(date, tables, parts, _metrics(results)))
+    raise RaypipeError(
+        f"Other jobs published histories or items during each of the {_PASSES} times that the steps of the night ran, so that what "
+        "they made is not all of the same ones.",
+        "The night before stays in force. Stop what ingests all the time, or let it wait for the night, and submit the same "
+        "command again: it computes only what changed.",
+    )
+
+
+def _publish(config: NightlyConfig, workspace: Workspace, night: Night) -> bool:
+    """Put the night in force, unless one of the same tables and release is; the caller holds the nights' lock."""
+    nights = Nights(workspace.store)
+    current = nights.current()
+    if current is not None and (current.tables, current.release) == (night.tables, night.release):
+        return False
+    write_cards(workspace, night.date, night.tables, config.cards, config.summarize.summaries)
+    nights.publish(night)
+    say(f"{JOB}: the night of {night.date} is in force")
+    return True
+
+
+def _metrics(results: Mapping[str, JobResult]) -> dict[str, dict[str, Any]]:
+    return {name: dict(result.metrics) for name, result in results.items()}
 
 
 def _judge(config: NightlyConfig, workspace: Workspace, trained: JobResult, lm: str) -> RefusedError | None:
@@ -233,10 +290,11 @@ def _result(
         for name, version in tables.items()
     }
     for result in results.values():
-        shown.update({name: dict(table) for name, table in result.tables.items()})
+        # What a step published and another job replaced before the night came is not the night's.
+        shown.update({name: dict(table) for name, table in result.tables.items() if table["version"] == tables[name]})
     cost = {"seconds": round(seconds, 3)}
     for name in ("calls", "tokens_in", "tokens_out", "money"):
         cost[name] = sum(result.cost.get(name, 0) for result in results.values())
-    metrics = {f"{name}.{key}": value for name, result in results.items() for key, value in result.metrics.items()}
+    metrics = {f"{name}.{key}": value for name, values in _metrics(results).items() for key, value in values.items()}
     run_key = results["summarize"].run_key
     return JobResult(JOB, status, run_key, shown, {key: str(value) for key, value in release.items()}, metrics, cost)

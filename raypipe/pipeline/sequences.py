@@ -19,7 +19,8 @@ from raypipe.storage.workspace import Workspace
 
 def pinned_versions(workspace: Workspace) -> dict[str, int]:
     """The newest versions of items and histories; UsageError where nothing was ingested."""
-    versions = {name: workspace.tables[name].version() for name in ("items", "histories")}
+    # Histories first: an ingest publishes its items before them, and no history may name an item of a later version.
+    versions = {name: workspace.tables[name].version() for name in ("histories", "items")}
     if ABSENT in versions.values():
         raise UsageError(
             f"The workspace {workspace.uri} has no histories to learn from.", "Run `raypipe ingest` first."

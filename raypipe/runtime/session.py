@@ -25,8 +25,10 @@ from raypipe.storage.locks import LEASE_S, Lock, hold
 from raypipe.storage.tables import Table
 from raypipe.storage.workspace import Workspace, WorkspaceInfo
 
-# Rejects are shared by all jobs and written for a moment at the end: wait for the other job's moment.
-_REJECTS_WAIT_S = 60.0
+# Rejects are shared by all jobs and written for a moment at the end, as tables are that one job commits together: wait for the
+# other job's moment.
+_COMMITS_WAIT_S = 60.0
+_POLL_S = 0.2
 
 
 class Session:
@@ -182,6 +184,35 @@ def recover(workspace: Workspace, job: str, held: set[str]) -> None:
                     complete(workspace, run)
 
 
+def settled_versions(workspace: Workspace, *tables: str) -> dict[str, int] | None:
+    """The newest versions of tables, where no job is between its commits of them: they belong together as it left them.
+
+    Waits for a publish that is under way; None where it stays so, as that of a killed run does until a session completes it.
+    """
+    deadline = time.monotonic() + _COMMITS_WAIT_S
+    while True:
+        versions = {name: workspace.tables[name].version() for name in tables}
+        if not _is_publishing(workspace, tables):
+            # A publish may have ended since the first of these versions was read.
+            if all(workspace.tables[name].version() == version for name, version in versions.items()):
+                return versions
+        elif time.monotonic() > deadline:
+            return None
+        else:
+            time.sleep(_POLL_S)
+
+
+def _is_publishing(workspace: Workspace, tables: Sequence[str]) -> bool:
+    """Whether a run that began to publish one of the tables has not ended."""
+    for job in workspace.store.folders("ledger"):
+        for run in workspace.ledger(job).publishing():
+            intent = run.publish_intent()
+            assert intent is not None, "an intent stays as it was written"
+            if run.manifest["scope"] == WHOLE and any(part.table in tables for part in intent[0]):
+                return True
+    return False
+
+
 def complete(workspace: Workspace, run: Run) -> dict[str, Any]:
     """Carry out a written publish intent; what is already committed is left alone. Returns the run's result."""
     intent = run.publish_intent()
@@ -195,7 +226,7 @@ def complete(workspace: Workspace, run: Run) -> dict[str, Any]:
         places[part.table] += 1
         app = f"{part.table}:{run.job}" + (f":{places[part.table]}" if places[part.table] > 1 else "")
         table = output_table(workspace, part.table, run.manifest["scope"], run.run_key)
-        lock = hold(workspace.store, ["rejects"] if part.table == "rejects" else [], run.job, wait_s=_REJECTS_WAIT_S)
+        lock = hold(workspace.store, ["rejects"] if part.table == "rejects" else [], run.job, wait_s=_COMMITS_WAIT_S)
         with lock:
             versions[part.table] = table.publish(
                 part.files,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
 
 from raypipe.runtime.cluster import ClusterConfig
-from raypipe.runtime.session import Session, recover
+from raypipe.runtime.session import Session, recover, settled_versions
 from raypipe.storage.ledger import Publish, Run
 from raypipe.storage.schemas import BLOCK_SUMMARIES, SUMMARIES
 from raypipe.storage.workspace import Workspace
@@ -62,6 +63,22 @@ def test_a_half_published_run_is_completed_although_a_canary_began_after_it(work
     assert workspace.open_runs() == []
     # The same job goes on, and another canary changes nothing.
     assert run_of(session).run_key != whole.run_key
+
+
+def test_versions_are_settled_where_no_run_is_between_its_commits(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert settled_versions(workspace, *TABLES) == {"block_summaries": -1, "summaries": -1}
+    half_published(workspace, run_of(session_of(workspace)))
+    assert settled_versions(workspace, "histories") == {"histories": -1}
+    with monkeypatch.context() as patch:
+        patch.setattr("raypipe.runtime.session._COMMITS_WAIT_S", 0.0)
+        assert settled_versions(workspace, *TABLES) is None
+    # One that is alive is waited for.
+    publish = threading.Timer(0.5, recover, (workspace, "extract", set()))
+    publish.start()
+    assert settled_versions(workspace, *TABLES) == {"block_summaries": 0, "summaries": 0}
+    publish.join()
 
 
 def test_a_canary_does_not_hide_that_nothing_changed(workspace: Workspace) -> None:
