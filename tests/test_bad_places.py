@@ -47,7 +47,7 @@ def test_a_lock_left_by_a_killed_run_holds_nobody_up(
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         refused = raypipe(*ground.words())
-        assert (refused.code, refused.status) == (2, "failed")
+        assert (refused.code, refused.status) == (1, "failed")
         assert "the killed ingest" in one_paragraph(refused.stderr)
     finally:
         holder.kill()
@@ -85,7 +85,7 @@ def test_a_disk_that_is_full_before_work_starts_is_refused(raypipe: Run, ground:
     with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
         _ = [file.write(b"\0" * 4096) for _ in range(1000)]
     ended = raypipe(*ground._replace(uri=str(disk.path / "workspace")).words())
-    assert (ended.code, ended.status) == (2, "failed")
+    assert (ended.code, ended.status) == (1, "failed")
     told = one_paragraph(ended.stderr)
     assert "is full" in told
     assert "Free some space" in told

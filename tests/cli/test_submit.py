@@ -99,7 +99,6 @@ def test_a_night_without_a_date_is_pinned_to_today() -> None:
         (["--dry_run", "summarize", "--config", "/etc/hostname"], "is not in the working directory"),
         (["--dry_run", "--working_dir", "nowhere", "summarize"], "is no folder"),
         (["--dry_run", "--runtime_env", "nowhere.yaml", "summarize"], "cannot be read"),
-        (["--address", "http://127.0.0.1:9", "summarize"], "The job server at http://127.0.0.1:9"),
     ],
 )
 def test_what_cannot_be_submitted_is_told_before_anything_is(
@@ -111,6 +110,12 @@ def test_what_cannot_be_submitted_is_told_before_anything_is(
     ended = raypipe("submit", *words)
     assert (ended.code, ended.status) == (2, "failed")
     assert told in ended.stderr
+
+
+def test_a_job_server_that_is_away_is_no_wrong_command(raypipe: Run, folder: Path) -> None:
+    ended = raypipe("submit", "--address", "http://127.0.0.1:9", "summarize")
+    assert (ended.code, ended.status) == (1, "failed")
+    assert "The job server at http://127.0.0.1:9" in ended.stderr
 
 
 def test_without_a_job_the_jobs_are_named() -> None:

@@ -136,12 +136,6 @@ def test_a_refused_release_ends_with_exit_code_3(server: JobServer, first: Submi
     assert Releases(Store(str(workspace))).named("champion") is None
 
 
-def test_a_job_server_that_is_away_is_to_be_tried_again(server: JobServer, tmp_path: Path) -> None:
-    ended = submit(replace(server, url="http://127.0.0.1:9"), "status", "--workspace", tmp_path)
-    assert ended.code == 1
-    assert "The job server at http://127.0.0.1:9 does not do it" in ended.stderr
-
-
 def test_a_stranger_is_told_about_the_token(server: JobServer, tmp_path: Path) -> None:
     known = len(server.get("jobs/"))
     ended = submit(server, "status", "--workspace", tmp_path, token="0" * 64)

@@ -80,7 +80,7 @@ def joined_once(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> 
     titles = [f"Title {n}" for n in range(1, CHAIN_ITEMS + 1)]
     tokenizer = train_tokenizer([*titles, *asked_templates()] * 5, titles, [], 600)
     save_untrained(folder / "lm", BuiltinLmConfig(size="small", context=128), tokenizer)
-    Models(Store(str(folder / "workspace"))).add("lm", folder / "lm", "untrained", {})
+    Models(Store(str(folder / "workspace"))).add("lm", folder / "lm", "untrained", {"hold_out": 1})
     return folder / "workspace"
 
 
