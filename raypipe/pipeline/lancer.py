@@ -220,7 +220,7 @@ def _trained(config: AlignConfig, inputs: _Inputs, folder: Path, name: str) -> t
             LancerTask(data, "first", config.positions, config.asked), trainer, f"{name}-first", folder / "first"
         )
         shutil.copyfile(first.folder / FIRST, data / FIRST)
-        counts |= {f"first_{name}": value for name, value in first.figures().items()}
+        counts |= {f"first_{figure}": value for figure, value in first.figures().items()}
     if lancer.reads_once:
         store_vectors(data)
     task = LancerTask(data, "second", config.positions, config.asked)

@@ -94,7 +94,8 @@ class RejectGate:
         )
 
     def undone(self, receipts: Mapping[Unit, Receipt]) -> list[Unit]:
-        """Where a submission was stopped here, the units that were too much by themselves; none once more is allowed."""
+        """Where an earlier submission was stopped by `check`, the units whose own share is too large; none where it would pass now,
+        as with a larger `most`."""
         if not self._is_too_much(counts_of(receipts.values())):
             return []
         return [unit for unit, receipt in receipts.items() if self._is_above(receipt.counts)]

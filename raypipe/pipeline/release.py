@@ -71,10 +71,11 @@ def run_release(config: ReleaseConfig) -> JobResult:
             mark = "   in force" if champion is not None and name == champion.hash else ""
             say(f"{name[:12]}  {releases.get(name).recommender}{mark}")
         return JobResult(JOB, "ok", metrics={"champion": champion.hash if champion is not None else None})
-    recommender = config.recommender or (champion.recommender if champion is not None else None)
-    if recommender is None:
+    # A night without a recommender has a release too.
+    recommender = config.recommender or (champion.recommender if champion is not None else "")
+    if not recommender:
         raise UsageError(
-            f"--{parts[0]} alone changes the release in force, and there is none.",
+            f"--{parts[0]} alone changes the release in force, and none with a recommender is.",
             "Name its recommender with --recommender.",
         )
     lm = find_builtin_lm(workspace, "--lm").hash if config.lm == BUILTIN else config.lm

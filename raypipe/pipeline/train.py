@@ -114,9 +114,8 @@ def run_train(config: TrainConfig) -> JobResult:
         model = models.add(name, trained.folder, recipe, lineage)
         config.remove_training(workspace, folder.name)
         tracking.register(model)
-    metrics = {**facts, "train_seconds": round(trained.seconds, 1)}
-    tracking.log_run(JOB, recipe, {"model": model.hash, **protocol(config)}, metrics)
-    return model_result(JOB, model, "ok", metrics, started)
+    tracking.log_run(JOB, recipe, {"model": model.hash, **protocol(config)}, facts)
+    return model_result(JOB, model, "ok", facts, started)
 
 
 def protocol(config: TrainOptions) -> dict[str, str]:

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from raypipe.errors import RefusedError
 from raypipe.pipeline.release import GateConfig, _check
 from raypipe.storage.models import Models
-from raypipe.storage.releases import Releases
+from raypipe.storage.releases import Release, Releases
 from raypipe.storage.store import Store
 from tests.conftest import Run
 from tests.ground import one_paragraph
@@ -109,10 +109,17 @@ def test_what_is_not_there_cannot_be_released(raypipe: Run, trained: str) -> Non
         ("--restore", "abc"): "0 releases start with 'abc'",
         ("--restore", "abc", "--recommender", "sasrec"): "Both --recommender and --restore are given",
         ("--restore", "abc", "--lm", "builtin"): "Both --lm and --restore are given",
-        ("--adapters", '["recexplainer-h"]'): "--adapters alone changes the release in force, and there is none",
+        (
+            "--adapters",
+            '["recexplainer-h"]',
+        ): "--adapters alone changes the release in force, and none with a recommender is",
         ("--recommender", "sasrec", "--gate.metric", "Luck@10"): "There is no metric Luck@10",
     }
     for options, told in cases.items():
         ended = raypipe("release", "--workspace", trained, *options)
         assert ended.code == 2
         assert told in one_paragraph(ended.stderr)
+    releases = Releases(Store(trained))
+    releases.point("champion", releases.add(Release("", "echo")))
+    ended = raypipe("release", "--workspace", trained, "--adapters", '["recexplainer-h"]')
+    assert (ended.code, "none with a recommender is" in ended.stderr) == (2, True)

@@ -33,7 +33,7 @@ def names(folder: Path) -> list[str]:
 
 
 def test_a_stored_model_leaves_nothing_of_its_training(raypipe: Run, small_chains: str, tmp_path: Path) -> None:
-    work, storage = tmp_path / "work", tmp_path / "storage"
+    work, storage = tmp_path / "shared", tmp_path / "storage"
     for beside in (work / "sasrec-other", storage / "sasrec-other-workers1-zero0"):
         beside.mkdir(parents=True)
     words = ("train", "--workspace", small_chains, *SHORT, "--work_folder", work, "--trainer.storage", storage)
@@ -57,10 +57,10 @@ def test_where_an_unfinished_training_keeps_histories_is_told(
         raise RaypipeError("The driver dies here.")
 
     monkeypatch.setattr("raypipe.pipeline.train.fit", killed)
-    words = ("--work_folder", tmp_path / "work", "--trainer.storage", tmp_path / "storage")
+    words = ("--work_folder", tmp_path / "shared", "--trainer.storage", tmp_path / "storage")
     assert raypipe("train", "--workspace", small_chains, *SHORT, *words).code == 1
-    (name,) = names(tmp_path / "work")
-    places = [f"{tmp_path}/storage/{name}-*", f"{tmp_path}/work/{name} on {socket.gethostname()}"]
+    (name,) = names(tmp_path / "shared")
+    places = [f"{tmp_path}/storage/{name}-*", f"{tmp_path}/shared/{name} on {socket.gethostname()}"]
     assert trainings_outside(Store(small_chains)) == sorted(places)
 
     note = Store(small_chains).local_path(f"staging/{name}/outside.json")
@@ -73,7 +73,7 @@ def test_where_an_unfinished_training_keeps_histories_is_told(
         assert ended.code == 0, ended.stderr
         assert all(f"delete {place}" in ended.stderr for place in places)
         assert not note.exists()
-    assert names(tmp_path / "work") == [name]
+    assert names(tmp_path / "shared") == [name]
 
 
 def test_trainings_of_a_workspace_on_s3_keep_histories_outside_of_it(
@@ -84,7 +84,7 @@ def test_trainings_of_a_workspace_on_s3_keep_histories_outside_of_it(
     folder = options.training_folder(workspace, "lm-1")
     assert folder == tmp_path / "raypipe-training/lm-1"
     # Resumed with another folder: both are told.
-    other = TrainingOptions(work_folder=str(tmp_path / "work"))
+    other = TrainingOptions(work_folder=str(tmp_path / "shared"))
     for path in (folder, other.training_folder(workspace, "lm-1")):
         path.mkdir(parents=True)
     assert len(trainings_outside(workspace.store)) == 2
