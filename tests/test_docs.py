@@ -19,7 +19,10 @@ from raypipe.config import Config
 ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / name
-    for name in ("cluster/RUNBOOK.md", "cluster/README.md", "raypipe/README.md", "CONTRIBUTING.md", "README.md")
+    for name in (
+        *("cluster/RUNBOOK.md", "cluster/README.md", "raypipe/README.md", "CONTRIBUTING.md"),
+        *("README.md", "jobs/README.md", "jobs/SERVICE.md", "jobs/WORKSPACE.md"),
+    )
 ]
 RUNBOOK = PAGES[0].read_text()
 RECIPES = sorted((ROOT / "jobs").rglob("*.yaml"))

@@ -1,4 +1,4 @@
-"""Every command of the README works as it is written there."""
+"""Every command of the README, and of the pages that go on with its workspace, works as it is written there."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ import pytest
 from raypipe.cli.main import main
 
 ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "jobs/README.md", "jobs/SERVICE.md", "jobs/WORKSPACE.md")
 COMMANDS = [
     line.split("#")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for page in PAGES
+    for block in re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     for line in block.splitlines()
     if line.strip()
 ]

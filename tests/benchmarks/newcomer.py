@@ -34,7 +34,7 @@ WAY = (
 def commands() -> list[str]:
     """The README's, from the first own log to the first explanation that is asked for."""
     readme = (ROOT / "README.md").read_text()
-    start, end = readme.index("## Your own log"), readme.index("## Vectors that say")
+    start, end = readme.index("## Your own log"), readme.index("## On a Ray cluster")
     lines = [
         line for block in re.findall(r"```bash\n(.*?)```", readme[start:end], re.DOTALL) for line in block.splitlines()
     ]

@@ -26,11 +26,11 @@ from raypipe.storage.workspace import Workspace
 from tests.conftest import Run, unavailable
 from tests.pipeline.two_nights import HERS, USER, USERS
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-(CONNECT,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PAGE = (Path(__file__).parents[2] / "jobs/WORKSPACE.md").read_text()
+(CONNECT,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 QUERIES = [
     query.strip()
-    for block in re.findall(r"```sql\n(.*?)```", README, re.DOTALL)
+    for block in re.findall(r"```sql\n(.*?)```", PAGE, re.DOTALL)
     for query in block.split(";")
     if query.strip()
 ]
@@ -38,7 +38,7 @@ QUERIES = [
 
 @pytest.fixture
 def asked(two_nights: str, raypipe: Run) -> Callable[[str], list[tuple[Any, ...]]]:
-    """The README's connection to a workspace whose night in force is not of the newest tables."""
+    """The page's connection to a workspace whose night in force is not of the newest tables."""
     if importlib.util.find_spec("duckdb") is None:
         unavailable("duckdb is not installed")
     forgotten = raypipe("forget", "--workspace", two_nights, "--user", "u9")
