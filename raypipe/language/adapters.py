@@ -36,6 +36,12 @@ class LoraOptions(Config):
     targets: tuple[str, ...] = shaping(("q_proj", "k_proj", "v_proj", "o_proj"), "names of the matrices, by their ends")
 
 
+def check_updates(lora: LoraOptions | None, full: bool) -> None:
+    """Raises ValueError where the same weights would be updated twice."""
+    if full and lora is not None:
+        raise ValueError("full trains every weight itself: set lora to null")
+
+
 class AdapterConfig(Config):
     """What is trained between a recommender and a language model."""
 

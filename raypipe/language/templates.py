@@ -29,12 +29,17 @@ class Templates(Config):
         return self
 
     def require(self, marks: Iterable[str]) -> None:
-        """Raises ValueError unless every template has each of these marks once, and no other."""
-        wanted = sorted(marks)
-        for template in (*self.training, *self.test):
-            if sorted(_MARK.findall(template)) != wanted:
-                names = ", ".join(f"{{{mark}}}" for mark in wanted)
-                raise ValueError(f"the template {template!r} needs the marks {names}, each once, and no other")
+        """As `require_marks`, of all of them."""
+        require_marks((*self.training, *self.test), marks)
+
+
+def require_marks(templates: Iterable[str], marks: Iterable[str]) -> None:
+    """Raises ValueError unless every template has each of these marks once, and no other."""
+    wanted = sorted(marks)
+    for template in templates:
+        if sorted(_MARK.findall(template)) != wanted:
+            names = ", ".join(f"{{{mark}}}" for mark in wanted)
+            raise ValueError(f"the template {template!r} needs the marks {names}, each once, and no other")
 
 
 def fill(template: str, pieces: Mapping[str, Piece]) -> Prompt:

@@ -92,17 +92,15 @@ class Exercises:
             if "T6b" in tasks:
                 yield from self._summaries(chosen)
 
-    def of_items(self) -> Iterator[SoftExample]:
-        """T4."""
+    def of_items(self, repeats: int = 1) -> Iterator[SoftExample]:
+        """T4, so many times of every item."""
         similar = most_similar(self.source)
-        for row, (title, attributes) in enumerate(
-            zip(self.source.titles, self.source.catalogue.attributes, strict=True)
-        ):
+        for row in list(range(len(similar))) * repeats:
             if self.with_vectors:
-                yield self._asked(self.prompts.title, {"item": self.alone.item(row + 1)}, title)
+                yield self._asked(self.prompts.title, {"item": self.alone.item(row + 1)}, self.source.titles[row])
             for shown in self.shown.values():
                 item = shown.item(row + 1)
-                for name, values in attributes.items():
+                for name, values in self.source.catalogue.attributes[row].items():
                     if values:
                         pieces = {"item": item, "attribute": name}
                         yield self._asked(self.prompts.attribute, pieces, ", ".join(values))

@@ -28,7 +28,7 @@ from pydantic import model_validator
 from raypipe.config import Config, shaping
 from raypipe.engines.engine import Choices, Decoding, Engine
 from raypipe.errors import UsageError
-from raypipe.language.adapters import AdapterConfig, LoraOptions
+from raypipe.language.adapters import AdapterConfig, LoraOptions, check_updates
 from raypipe.language.projectors import ProjectorConfig
 from raypipe.language.prompt import Prompt, Vectors
 from raypipe.language.soft_prompts import Injection, SoftExample
@@ -81,13 +81,16 @@ class ExplainerConfig(Config):
     injection: Injection = shaping("add", "tokens of vectors are added to a word's of their own, or replace it")
     lora: LoraOptions | None = shaping(LoraOptions, "updates of the language model; null leaves it as it is")
     embeddings: bool = shaping(False, "the language model's embedding table and head are trained too, as its code does")
+    full: bool = shaping(False, "every weight of the language model is trained; set lora to null")
+    catalogue_repeats: int = shaping(1, "how often T4 goes over all items", ge=1)
     constrained: bool = shaping(False, "titles are decoded among the catalogue's; the published tables do without")
     prompts: ExplainerPrompts = shaping(ExplainerPrompts)
 
     @model_validator(mode="after")
     def _something_is_trained(self) -> ExplainerConfig:
-        if self.variant == "B" and self.lora is None and not self.embeddings:
+        if self.variant == "B" and self.lora is None and not self.embeddings and not self.full:
             raise ValueError("variant B has no vectors to project, so that without lora nothing would be trained")
+        check_updates(self.lora, self.full)
         return self
 
     def build(self) -> RecExplainer:
@@ -113,6 +116,7 @@ class RecExplainer:
             injection=self.config.injection,
             lora=self.config.lora,
             embeddings=self.config.embeddings,
+            full=self.config.full,
         )
 
     @property
@@ -134,7 +138,7 @@ class RecExplainer:
         exercises = Exercises(source, self.forms, self.config.titles, self.config.prompts, rng)
         yield from exercises.of_users(self.config.tasks, users, positions)
         if "T4" in self.config.tasks:
-            yield from exercises.of_items()
+            yield from exercises.of_items(self.config.catalogue_repeats)
         if "T5" in self.config.tasks:
             yield from source.replay
 

@@ -4,6 +4,9 @@ Two exercises join them (section 3.3). Recovery: from one soft token of the stat
 Residual: from two, of what was before and after one event, the title of that event. Where residual is learnt from item
 vectors, it also puts into words what a recommender would have next: the oracle of DreamRec (section 3.4), and the query of
 any other. Templates of training and of tests are disjoint.
+
+A small language model learns both far sooner where it also learns every item's title from the item's own vector, which lies
+where the states do (`catalogue_repeats`; not in the paper).
 """
 
 from __future__ import annotations
@@ -20,11 +23,11 @@ from pydantic import model_validator
 from raypipe.config import Config, free, shaping
 from raypipe.engines.engine import Choices, Decoding, Engine, EngineConfig, Outcome
 from raypipe.errors import UsageError
-from raypipe.language.adapters import AdapterConfig, LoraOptions
+from raypipe.language.adapters import AdapterConfig, LoraOptions, check_updates
 from raypipe.language.projectors import ProjectorConfig
 from raypipe.language.prompt import Prompt, Vectors
 from raypipe.language.soft_prompts import Injection, SoftExample
-from raypipe.language.templates import Templates, fill
+from raypipe.language.templates import Templates, fill, require_marks
 from raypipe.metrics.recovery import recovered, recovered_places, rouge_l, titles_in, valid_ratio
 from raypipe.recommenders.scoring import top_k
 from raypipe.systems.judges import Rubric
@@ -63,18 +66,25 @@ _RESIDUAL = Templates(
     ),
     test=("First {before}, then {after}. The one title chosen meanwhile:",),
 )
+_ITEM = (
+    "The title of {item} is:",
+    "{item} stands for one title:",
+    "Name the one title {item}:",
+)
 
 
 class InterpreterPrompts(Config):
-    """The templates of the two exercises."""
+    """The templates of the exercises."""
 
     recovery: Templates = shaping(lambda: _RECOVERY, "mark {state}")
     residual: Templates = shaping(lambda: _RESIDUAL, "marks {before} and {after}")
+    item: tuple[str, ...] = shaping(lambda: _ITEM, "mark {item}; learnt, and never asked", min_length=1)
 
     @model_validator(mode="after")
     def _marks(self) -> InterpreterPrompts:
         self.recovery.require(["state"])
         self.residual.require(["before", "after"])
+        require_marks(self.item, ["item"])
         return self
 
 
@@ -93,6 +103,10 @@ class InterpreterConfig(Config):
     injection: Injection = shaping("replace", "tokens of states replace what the model reads, or are added to a word")
     lora: LoraOptions | None = shaping(None, "unset: the language model is frozen")
     embeddings: bool = shaping(False, "the language model's embedding table and head are trained too")
+    full: bool = shaping(False, "every weight of the language model is trained; set lora to null")
+    catalogue_repeats: int = shaping(
+        0, "how often each item's title is learnt from the item's own vector, beside the exercises", ge=0
+    )
     constrained: bool = shaping(False, "titles are decoded among the catalogue's; the published tables do without")
     prompts: InterpreterPrompts = shaping(InterpreterPrompts)
     judges: dict[str, EngineConfig] = free(
@@ -102,10 +116,11 @@ class InterpreterConfig(Config):
     rubric: Rubric = free(lambda: Rubric(prompt=PREFERENCE), "what they are asked: {history}, {one} and {other}")
 
     @model_validator(mode="after")
-    def _judges_can_be_asked(self) -> InterpreterConfig:
+    def _can_be_trained_and_judged(self) -> InterpreterConfig:
         if RULE in self.judges:
             raise ValueError(f"the judge {RULE!r} is there anyway: give the engine another name")
         self.rubric.ask(dict.fromkeys(("history", "one", "other"), ""))
+        check_updates(self.lora, self.full)
         return self
 
     def build(self) -> RecInterpreter:
@@ -150,11 +165,15 @@ class RecInterpreter:
         pool: Literal["each", "learned_positions"] = "each" if config.pool == "last" else config.pool
         projector = ProjectorConfig(kind=config.projector, pool=pool, positions=config.titles, tokens=config.tokens)
         return AdapterConfig(
-            projectors={SOURCE: projector}, injection=config.injection, lora=config.lora, embeddings=config.embeddings
+            projectors={SOURCE: projector},
+            injection=config.injection,
+            lora=config.lora,
+            embeddings=config.embeddings,
+            full=config.full,
         )
 
     def examples(self, source: Source, users: int, positions: int, rng: np.random.Generator) -> Iterator[SoftExample]:
-        """Both exercises at each place; residual from the second event on.
+        """Both exercises at each place, residual from the second event on, and then the catalogue's.
 
         Raises UsageError for judges who cannot be asked: that shows before anything is trained.
         """
@@ -169,6 +188,11 @@ class RecInterpreter:
                 if len(reading.before.values):
                     template = self.prompts.residual.training[rng.integers(len(self.prompts.residual.training))]
                     yield SoftExample(residual_prompt(template, reading), reading.title)
+        for _ in range(self.config.catalogue_repeats):
+            for number, title in enumerate(source.titles, start=1):
+                template = self.prompts.item[rng.integers(len(self.prompts.item))]
+                vector = Vectors(source.item_states[number][None], SOURCE)
+                yield SoftExample(fill(template, {"item": vector}), title)
 
     def readings(self, source: Source, rows: NDArray[np.int64], events: NDArray[np.int64]) -> Iterator[Reading]:
         """Of the first `events` [n] of the histories in `rows` [n], in order; before a first event is no vector."""

@@ -28,7 +28,7 @@ from scipy.sparse import csr_array
 from raypipe.config import Config, free, shaping
 from raypipe.data.candidates import CandidateSets, draw_unseen
 from raypipe.engines.engine import Engine
-from raypipe.language.adapters import AdapterConfig, LoraOptions
+from raypipe.language.adapters import AdapterConfig, LoraOptions, check_updates
 from raypipe.language.answers import telling_beginnings
 from raypipe.language.backbone import PromptTokenizer
 from raypipe.language.instructions import Catalogue
@@ -108,8 +108,7 @@ class TrsrConfig(Config):
     def _something_is_trained(self) -> TrsrConfig:
         if self.lora is None and not self.embeddings and not self.full:
             raise ValueError("without lora, embeddings or full nothing would be trained")
-        if self.full and self.lora is not None:
-            raise ValueError("full trains every weight itself: set lora to null")
+        check_updates(self.lora, self.full)
         if self.missing + self.noise > 1:
             raise ValueError("missing and noise are shares of the same users")
         return self

@@ -148,6 +148,10 @@ def test_items_are_told_apart_by_vector_attribute_and_neighbour(source: Source) 
     assert {example.answer for example in examples if is_asked_by(example.prompt, PROMPTS.title)} == set(source.titles)
     text = list(Exercises(source, ["text"], 3, PROMPTS, np.random.default_rng(0)).of_items())
     assert len(text) == 2 * ITEMS
+    again = list(Exercises(source, ["vectors"], 3, PROMPTS, np.random.default_rng(0)).of_items(3))
+    assert Counter(example.answer for example in again) == {
+        answer: 3 * count for answer, count in Counter(example.answer for example in examples).items()
+    }
     genres = [example.answer for example in text if "genre" in example.prompt.text]
     assert sorted(genres) == sorted(values["genre"][0] for values in source.catalogue.attributes)
 

@@ -9,7 +9,9 @@ import pytest
 from pydantic import ValidationError
 
 from raypipe.engines.engine import Outcome, OutcomeError
+from raypipe.language.adapters import LoraOptions
 from raypipe.language.prompt import Vectors
+from raypipe.systems.recexplainer import ExplainerConfig
 from raypipe.systems.recinterpreter import (
     InterpreterConfig,
     InterpreterPrompts,
@@ -79,6 +81,25 @@ def test_training_uses_every_template_of_its_own_and_none_of_the_tests(source: S
 def words(template: str) -> str:
     """What is left of a template without its marks."""
     return re.sub(r"\{\w+\}", "", template)
+
+
+def test_each_item_s_title_is_learnt_from_its_own_vector_as_often_as_is_said(source: Source) -> None:
+    config = InterpreterConfig(catalogue_repeats=2)
+    found = [
+        mine for mine in made(source, config) if mine.prompt.words in {words(text) for text in config.prompts.item}
+    ]
+    assert [mine.answer for mine in found] == [*source.titles, *source.titles]
+    vectors = np.concatenate([vectors_of(mine)[0] for mine in found])
+    np.testing.assert_array_equal(vectors, np.concatenate([source.item_states[1:], source.item_states[1:]]))
+    assert len(made(source, config)) - len(found) == len(made(source, InterpreterConfig()))
+
+
+def test_all_weights_and_updates_of_them_are_not_trained_at_once() -> None:
+    assert RecInterpreter(InterpreterConfig(full=True)).adapter.full
+    with pytest.raises(ValidationError, match="set lora to null"):
+        InterpreterConfig(full=True, lora=LoraOptions())
+    with pytest.raises(ValidationError, match="set lora to null"):
+        ExplainerConfig(full=True)
 
 
 def test_an_oracle_is_asked_for_after_learning_from_item_vectors(source: Source) -> None:
