@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from raypipe.config import Config, shaping
-from raypipe.language.summary_prompts import Attributes, SummaryPrompts
+from raypipe.language.catalogue import Catalogue
+from raypipe.language.summary_prompts import SummaryPrompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,20 +26,6 @@ class Example:
 
     prompt: str
     answer: str
-
-
-@dataclass(frozen=True, slots=True)
-class Catalogue:
-    """Items in order of their index: row r describes item index r + 1, as index 0 is padding."""
-
-    titles: Sequence[str]
-    attributes: Sequence[Attributes]
-    texts: Sequence[str] = ()
-
-    def lines(self, prompts: SummaryPrompts) -> list[str]:
-        """The line of every item, as prompts show it."""
-        texts = self.texts or [""] * len(self.titles)
-        return [prompts.item_line(*item) for item in zip(self.titles, self.attributes, texts, strict=True)]
 
 
 class InstructionConfig(Config):

@@ -23,8 +23,8 @@ from raypipe.errors import UsageError
 from raypipe.language.adapters import AdapterCard, build_adapter, load_adapter, read_card
 from raypipe.language.alignment import AlignmentTask, prepare_alignment
 from raypipe.language.backbone import load_backbone
+from raypipe.language.catalogue import Catalogue
 from raypipe.language.checkpoint import checkpoint_hash
-from raypipe.language.instructions import Catalogue
 from raypipe.language.titles import distinct_titles
 from raypipe.pipeline.align_record import record
 from raypipe.pipeline.asked_anew import asked_anew, tell_stored

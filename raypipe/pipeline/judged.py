@@ -19,7 +19,7 @@ from raypipe.metrics.text import Vocabulary, item_values, rule_rating, value_cou
 from raypipe.pipeline.cards import choose_users
 from raypipe.pipeline.loaded import Loaded
 from raypipe.pipeline.sequences import user_keys
-from raypipe.pipeline.summary_state import Catalogue
+from raypipe.pipeline.summary_state import PromptCatalogue
 from raypipe.recommenders.prefixes import prefix_states
 from raypipe.recommenders.ranking import target_ranks
 from raypipe.recommenders.windows import Histories
@@ -64,7 +64,7 @@ def sample_summaries(workspace: Workspace, summaries: SummariesConfig, count: in
             "Run `raypipe summarize` first, or name the other with --summaries.paradigm.",
         )
     chosen, histories = choose_users(workspace, files, versions["histories"], count)
-    catalogue = Catalogue(tables["items"].read(versions["items"]), summaries)
+    catalogue = PromptCatalogue(tables["items"].read(versions["items"]), summaries)
     vocabulary = Vocabulary(chain.from_iterable(catalogue.values))
     users, texts = chosen["user_id"].to_pylist(), chosen["summary"].to_pylist()
     cases: list[Case] = []

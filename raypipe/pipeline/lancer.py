@@ -21,8 +21,8 @@ from raypipe.engines.engine import Choices, Decoding, EngineConfig
 from raypipe.errors import UsageError
 from raypipe.language.adapters import AdapterCard, build_adapter
 from raypipe.language.backbone import load_backbone
+from raypipe.language.catalogue import Catalogue
 from raypipe.language.checkpoint import checkpoint_hash, resolve_checkpoint
-from raypipe.language.instructions import Catalogue
 from raypipe.language.prefixes import PREFIX
 from raypipe.pipeline.asked_anew import asked_anew, tell_stored
 from raypipe.pipeline.evaluate import table

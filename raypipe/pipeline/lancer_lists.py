@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raypipe.errors import UsageError
+from raypipe.language.catalogue import Catalogue
 from raypipe.language.checkpoint import checkpoint_hash, resolve_checkpoint
-from raypipe.language.instructions import Catalogue
 from raypipe.pipeline.encode_units import lists_of
 from raypipe.pipeline.sequences import catalogue_of
 from raypipe.recommenders.windows import Histories

@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 
 from raypipe.config import shaping
-from raypipe.language.instructions import Catalogue, histories_before_cut
+from raypipe.language.catalogue import Catalogue
+from raypipe.language.instructions import histories_before_cut
 from raypipe.language.pretraining import LmDataConfig, LmTask, prepare_lm
 from raypipe.pipeline.held_out import are_held_out
 from raypipe.pipeline.job import model_result

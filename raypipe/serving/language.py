@@ -21,7 +21,7 @@ from raypipe.engines.transformers import TransformersEngine
 from raypipe.errors import UsageError
 from raypipe.language.adapters import read_card
 from raypipe.language.prompt import Prompt, Vectors
-from raypipe.serving.catalogue import Catalogue
+from raypipe.serving.catalogue import ServedCatalogue
 from raypipe.serving.config import OF_RELEASE, ServiceConfig
 from raypipe.serving.readers import INTERPRETER, lm_of
 from raypipe.serving.served import UnfitError
@@ -279,12 +279,12 @@ class Language:
         if key.catalogue is None:
             return Voice(engine)
         assert isinstance(engine, TransformersEngine)
-        spoken = Catalogue.of(self.workspace.tables["items"].read(key.catalogue)).spoken
+        catalogue = ServedCatalogue.of(self.workspace.tables["items"].read(key.catalogue)).for_prompts
         if several := _titles(adapter.lineage):
-            texts = tuple(spoken.titles)
+            texts = tuple(catalogue.titles)
             return Voice(engine, choices={most: Choices(texts, SEPARATOR, most) for most in (several, 1)})
         options = stored_config(adapter.name, adapter.lineage)
-        return Voice(engine, build_writer(options, spoken, reader, engine, self.config.language.answer_tokens))
+        return Voice(engine, build_writer(options, catalogue, reader, engine, self.config.language.answer_tokens))
 
     def _base(self, lm: str) -> Engine:
         engine = self.config.language.engine

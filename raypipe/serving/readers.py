@@ -12,7 +12,7 @@ import numpy as np
 from raypipe.errors import UsageError
 from raypipe.language.adapters import read_card
 from raypipe.language.backbone import load_tokenizer, read_context
-from raypipe.language.instructions import Catalogue
+from raypipe.language.catalogue import Catalogue
 from raypipe.recommenders.windows import Histories
 from raypipe.serving.config import OF_RELEASE, ServiceConfig
 from raypipe.storage.models import Model, Models, find_model

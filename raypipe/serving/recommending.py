@@ -15,7 +15,7 @@ from raypipe.recommenders.recommender import Recommender
 from raypipe.recommenders.scoring import Filters, top_k
 from raypipe.recommenders.sequences import Sequences
 from raypipe.recommenders.windows import Histories
-from raypipe.serving.catalogue import Catalogue
+from raypipe.serving.catalogue import ServedCatalogue
 from raypipe.storage.hashing import U64, mix
 
 
@@ -58,7 +58,7 @@ class Ranked:
 def recommend(
     model: Recommender,
     table: Tensor,
-    catalogue: Catalogue,
+    catalogue: ServedCatalogue,
     popular: Sequence[int],
     asked: Sequence[tuple[Known, Wanted]],
 ) -> list[Ranked]:

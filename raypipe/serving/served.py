@@ -19,7 +19,7 @@ from raypipe.errors import AccessError, RaypipeError, UsageError
 from raypipe.recommenders.checkpoint import check_catalogue, load_recommender
 from raypipe.recommenders.recommender import Recommender, freeze
 from raypipe.recommenders.windows import Histories
-from raypipe.serving.catalogue import Catalogue
+from raypipe.serving.catalogue import ServedCatalogue
 from raypipe.serving.config import ServiceConfig
 from raypipe.serving.readers import Reader, read_readers
 from raypipe.serving.recommending import Known, Ranked, Wanted, recommend, score
@@ -64,7 +64,7 @@ class Served:
     recommender_name: str
     recommender: Recommender
     table: Tensor
-    catalogue: Catalogue
+    catalogue: ServedCatalogue
     popular: Sequence[int]
     states_fit: bool
     since: float
@@ -82,7 +82,9 @@ class Served:
     def source(self) -> Source:
         """What systems read, of nobody yet."""
         nobody = Histories(np.zeros(0, np.int32), np.zeros(0, np.int64))
-        return Source(self.recommender, nobody, np.zeros(0, bool), self.catalogue.spoken, computed=self.item_states)
+        return Source(
+            self.recommender, nobody, np.zeros(0, bool), self.catalogue.for_prompts, computed=self.item_states
+        )
 
     def score(self, asked: Sequence[tuple[Known, NDArray[np.int32]]]) -> list[NDArray[np.float32] | None]:
         return score(self.recommender, self.table, asked)
@@ -133,7 +135,7 @@ def load(config: ServiceConfig, target: Target) -> Served:
     denied = read_ids(config.deny, "deny list") if config.deny is not None else frozenset()
     if told := unknown_denied(items, denied):
         _LOG.warning("%s", told)
-    catalogue = Catalogue.of(items, denied)
+    catalogue = ServedCatalogue.of(items, denied)
     return Served(
         target,
         release.recommender,
@@ -145,7 +147,7 @@ def load(config: ServiceConfig, target: Target) -> Served:
         time.time(),
         version,
         release.lm,
-        read_readers(models, release, config, catalogue.spoken),
+        read_readers(models, release, config, catalogue.for_prompts),
         _some_users(workspace, night) if night is not None else (),
     )
 
@@ -178,7 +180,7 @@ def check(served: Served, recorded: Sequence[tuple[Known, Wanted]] = ()) -> None
             )
 
 
-def _can_be_asked(catalogue: Catalogue, wanted: Wanted) -> bool:
+def _can_be_asked(catalogue: ServedCatalogue, wanted: Wanted) -> bool:
     return all(pair in catalogue.holders for pair in wanted.only)
 
 

@@ -146,7 +146,7 @@ class Teller:
         if not len(state):
             raise _nothing_known()
         item = self._item(served, query, person)
-        shown = system.shown(served.catalogue.spoken.titles, served.item_states)
+        shown = system.shown(served.catalogue.for_prompts.titles, served.item_states)
         asked = shown.asked(histories.items.tolist(), state[0], item, system.config.prompts, query.focus)
 
         def answer(result: Result) -> Explained:

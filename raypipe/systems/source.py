@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from raypipe.language.instructions import Catalogue
+from raypipe.language.catalogue import Catalogue
 from raypipe.language.soft_prompts import SoftExample
 from raypipe.recommenders.prefixes import prefix_states
 from raypipe.recommenders.recommender import Recommender

@@ -14,7 +14,7 @@ import pytest
 
 from raypipe.cli.main import main
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
-from raypipe.language.instructions import Catalogue
+from raypipe.language.catalogue import Catalogue
 from raypipe.language.number_slots import NumberForm
 from raypipe.pipeline.sequences import user_keys
 from raypipe.recommenders.attribute_scores import AttributeScores, load_scores, save_scores

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from raypipe.language.instructions import Catalogue, InstructionConfig, histories_before_cut, summary_examples
+from raypipe.language.catalogue import Catalogue
+from raypipe.language.instructions import InstructionConfig, histories_before_cut, summary_examples
 from raypipe.language.summary_prompts import SummaryPrompts
 from raypipe.pipeline.lm import LmOptions, training_histories
 from raypipe.storage.workspace import Workspace

@@ -11,8 +11,8 @@ from torch import nn
 
 from raypipe.language.adapters import AdapterCard
 from raypipe.language.backbone import load_backbone
+from raypipe.language.catalogue import Catalogue
 from raypipe.language.checkpoint import checkpoint_hash
-from raypipe.language.instructions import Catalogue
 from raypipe.language.prefixes import PREFIX
 from raypipe.recommenders.evaluation import HeldOut
 from raypipe.recommenders.windows import Histories

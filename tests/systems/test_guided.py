@@ -15,7 +15,7 @@ from raypipe.errors import UsageError
 from raypipe.language.adapters import AdapterCard, LoraOptions, load_adapter
 from raypipe.language.backbone import Backbone, load_backbone
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
-from raypipe.language.instructions import Catalogue
+from raypipe.language.catalogue import Catalogue
 from raypipe.recommenders.attribute_scores import AttributeScores
 from raypipe.recommenders.recommender import weights_hash
 from raypipe.systems.guided import GuidedConfig, GuidedPrompts, Rating

@@ -17,8 +17,8 @@ from raypipe.errors import UsageError
 from raypipe.language.adapters import AdapterCard
 from raypipe.language.backbone import load_backbone
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
+from raypipe.language.catalogue import Catalogue
 from raypipe.language.checkpoint import checkpoint_hash
-from raypipe.language.instructions import Catalogue
 from raypipe.language.prefixes import PREFIX
 from raypipe.language.prompt import Text, Vectors
 from raypipe.recommenders.evaluation import HeldOut
