@@ -29,7 +29,7 @@ from raypipe.serving.service import Code
 from raypipe.storage.models import Models, find_model
 from raypipe.storage.releases import Release
 from raypipe.storage.workspace import Workspace
-from raypipe.systems.explanations import NO, YES, Asked, Explanation, explain
+from raypipe.systems.explanations import NO, YES, Explanation, ExplanationRequest, explain
 from raypipe.systems.lancer import NAME as LANCER
 from raypipe.systems.lancer_lists import ListWriter, build_writer, stored_config
 from raypipe.systems.paradigms import build_summarizer
@@ -72,7 +72,7 @@ class Key:
 class Explain:
     """To decide, and to put into words."""
 
-    asked: Asked
+    request: ExplanationRequest
 
 
 @dataclass(frozen=True)
@@ -302,9 +302,9 @@ class Language:
             if hearer is not None:
                 hearer(so_far)
 
-        asked = [job.task.asked for job in jobs if isinstance(job.task, Explain)]
+        requests = [job.task.request for job in jobs if isinstance(job.task, Explain)]
         heard = any(job.listen is not None for job in jobs)
-        return explain(voice.engine, asked, options.explanation, options.checks, listen if heard else None)
+        return explain(voice.engine, requests, options.explanation, options.checks, listen if heard else None)
 
     def _write(self, voice: Voice, jobs: Sequence[Job]) -> Sequence[Result]:
         tasks = [job.task for job in jobs if isinstance(job.task, Write)]

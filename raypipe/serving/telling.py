@@ -147,7 +147,7 @@ class Teller:
             raise _nothing_known()
         item = self._item(served, query, person)
         shown = system.shown(served.catalogue.for_prompts.titles, served.item_states)
-        asked = shown.asked(histories.items.tolist(), state[0], item, system.config.prompts, query.focus)
+        request = shown.request(histories.items.tolist(), state[0], item, system.config.prompts, query.focus)
 
         def answer(result: Result) -> Explained:
             told = _given(result, Explanation)
@@ -160,7 +160,7 @@ class Teller:
                 **_facts(served, person, reader),
             )
 
-        return Question(self._key(served, reader), Explain(asked), answer)
+        return Question(self._key(served, reader), Explain(request), answer)
 
     def _item(self, served: Served, query: ExplainQuery, person: Person) -> int:
         if query.item_id is None:

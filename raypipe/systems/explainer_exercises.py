@@ -14,7 +14,7 @@ from raypipe.language.soft_prompts import SoftExample
 from raypipe.language.templates import Piece, Templates, fill
 from raypipe.metrics.text import item_values, value_counts
 from raypipe.systems.explainer_prompts import ExplainerPrompts
-from raypipe.systems.explanations import NO, YES, Asked, reference_explanation
+from raypipe.systems.explanations import NO, YES, ExplanationRequest, reference_explanation
 from raypipe.systems.source import Source, drawn_places
 from raypipe.systems.teacher import Taught, most_similar, teach, teachable
 
@@ -49,13 +49,13 @@ class Shown:
         pieces: dict[Form, Piece] = {"text": title, "vectors": vector, "both": [f"{title} ", vector]}
         return pieces[self.form]
 
-    def asked(
+    def request(
         self, items: Sequence[int], state: NDArray[np.float32], item: int, prompts: ExplainerPrompts, focus: str
-    ) -> Asked:
+    ) -> ExplanationRequest:
         """Whether the item fits a history and the state after it, and why, with an eye on `focus` where there is one."""
         pieces: dict[str, Piece] = {"user": self.user(items, state), "item": self.item(item), "focus": focus}
         explanation = prompts.explanation.test[0] + (prompts.focus if focus else "")
-        return Asked(fill(prompts.interest.test[0], pieces), fill(explanation, pieces))
+        return ExplanationRequest(fill(prompts.interest.test[0], pieces), fill(explanation, pieces))
 
     def items(self, items: Sequence[int]) -> Piece:
         parts: list[str | Vectors] = []

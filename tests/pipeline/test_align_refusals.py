@@ -100,7 +100,7 @@ def test_unseen_users_are_those_whom_no_training_has_seen(
     of_adapter: float,
     least: float,
 ) -> None:
-    told: list[lancer.Asked] = []
+    told: list[lancer.EvaluationSet] = []
     measured = lancer.measured
 
     def watched(asked, *rest):

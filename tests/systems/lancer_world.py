@@ -18,7 +18,7 @@ from raypipe.recommenders.evaluation import HeldOut
 from raypipe.recommenders.windows import Histories
 from raypipe.systems.lancer import NAME, LancerConfig
 from raypipe.systems.lancer_exercises import Told, prepare_lancer
-from raypipe.systems.lancer_figures import Asked, measured
+from raypipe.systems.lancer_figures import EvaluationSet, measured
 from raypipe.systems.lancer_lists import ListWriter, load_writer
 from raypipe.systems.lancer_training import LancerTask, store_vectors
 
@@ -91,8 +91,8 @@ class Prepared:
     def figures(self) -> dict[str, float]:
         """Asked for everybody's last event."""
         held = HeldOut.of(histories(), 1, ITEMS)
-        asked = Asked(held, np.zeros(USERS, bool))
-        told = measured(asked, self.writer(8), lambda name, done, of: None)
+        evaluated = EvaluationSet(held, np.zeros(USERS, bool))
+        told = measured(evaluated, self.writer(8), lambda name, done, of: None)
         return {
             figure if name == NAME else f"{name}: {figure}": mean.value
             for name, figures in told.items()

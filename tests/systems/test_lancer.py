@@ -33,7 +33,7 @@ from raypipe.systems.lancer import (
     ranks_of_lists,
 )
 from raypipe.systems.lancer_exercises import FIRST, Exercises, Told, prepare_lancer
-from raypipe.systems.lancer_figures import CONTROL, Asked, rank_figures
+from raypipe.systems.lancer_figures import CONTROL, EvaluationSet, rank_figures
 from raypipe.systems.lancer_lists import stored_config
 from raypipe.systems.lancer_training import LancerLm, LancerTask
 from tests.systems.lancer_world import (
@@ -199,8 +199,8 @@ def test_neither_training_nor_a_question_reads_what_is_held_out(lm: Path, tmp_pa
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     other = histories()
     other.items[other.ends - 1] = 11
-    asked = [Asked(HeldOut.of(told, 1, ITEMS), np.zeros(USERS, bool)).histories() for told in (one, other)]
-    assert asked[0] == asked[1]
+    prefixes = [EvaluationSet(HeldOut.of(told, 1, ITEMS), np.zeros(USERS, bool)).histories() for told in (one, other)]
+    assert prefixes[0] == prefixes[1]
 
 
 def test_a_reasoning_prompt_tells_what_words_do_not_and_is_the_items_that_were_read(lm: Path, tmp_path: Path) -> None:
@@ -331,8 +331,8 @@ def test_what_is_chosen_again_is_a_candidate_of_the_model_as_of_the_floors(lm: P
 def test_figures_tell_short_histories_cold_items_and_unseen_users_apart() -> None:
     told = Histories(np.array([1, 2, 3, *range(1, 13), 4, 1], np.int32), np.array([3, 16, 17]))
     held = HeldOut.of(told, 1, ITEMS)
-    asked = Asked(held, np.array([True, False]))
-    told = rank_figures(np.array([0, 7]), np.array([1, 1]), asked, config_of(cold_events=3))
+    evaluated = EvaluationSet(held, np.array([True, False]))
+    told = rank_figures(np.array([0, 7]), np.array([1, 1]), evaluated, config_of(cold_events=3))
     found = {name: mean.value for name, mean in told.items()}
     assert found["Recall@5"] == 0.5
     assert (found["Recall@5 length 1–10"], found["Recall@5 length 11–20"]) == (1.0, 0.0)
