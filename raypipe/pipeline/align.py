@@ -176,7 +176,7 @@ class _Inputs:
         told = system.measured(self.source, engine, config.asked, config.answer_tokens)
         refused = {name.removeprefix("refused "): n for name, n in told.items() if name.startswith("refused ") and n}
         if refused:
-            counts = ", ".join(f"{n:,.0f} of {exercise}" for exercise, n in refused.items())
+            counts = ", ".join(f"{n:,.0f} of {task}" for task, n in refused.items())
             say(f"{JOB}: questions that could not be asked count as answers that say nothing: {counts}")
         if config.beside:
             backbone = load_backbone(str(self.lm), device="cpu")

@@ -35,7 +35,7 @@ from raypipe.storage.models import Model, Models
 from raypipe.storage.schemas import EXPLANATIONS
 from raypipe.storage.tables import StagedFile
 from raypipe.storage.workspace import Workspace
-from raypipe.systems.explainer_exercises import Shown
+from raypipe.systems.explainer_examples import PromptPieces
 from raypipe.systems.explanations import Explanation, ExplanationRequest, explain
 from raypipe.systems.recexplainer import ExplainerConfig
 
@@ -100,7 +100,7 @@ class ExplainBucket:
         return freeze(load_recommender(models.fetch(self.task.recommender, self.task.model_cache))[0])
 
     @cached_property
-    def shown(self) -> Shown:
+    def shown(self) -> PromptPieces:
         return self.task.system.build().shown(self.titles, self.recommender.item_states().detach().numpy())
 
     @cached_property

@@ -41,7 +41,7 @@ from raypipe.storage.locks import hold
 from raypipe.storage.models import Model, Models, find_model
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.lancer import NAME, LancerConfig
-from raypipe.systems.lancer_exercises import FIRST, Told, prepare_lancer
+from raypipe.systems.lancer_examples import FIRST, LancerTrainingData, prepare_lancer
 from raypipe.systems.lancer_figures import EvaluationSet, measured, rank_figures
 from raypipe.systems.lancer_lists import load_writer
 from raypipe.systems.lancer_training import LancerTask, store_vectors
@@ -203,7 +203,7 @@ def _trained(config: AlignConfig, inputs: _Inputs, folder: Path, name: str) -> t
     backbone = load_backbone(str(inputs.lm), device="cpu")
     hidden = backbone.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
     card = AdapterCard(lancer.adapter, {PREFIX: hidden} if lancer.reasoning else {}, inputs.lm_hash, "")
-    told = Told(lancer.lines(inputs.catalogue), lancer.contents(inputs.catalogue), seen, validated)
+    told = LancerTrainingData(lancer.lines(inputs.catalogue), lancer.contents(inputs.catalogue), seen, validated)
     data, seed = folder / "data", config.trainer.seed
     try:
         counts: dict[str, float] = dict(prepare_lancer(data, told, backbone, str(inputs.lm), card, lancer, seed))

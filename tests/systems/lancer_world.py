@@ -17,7 +17,7 @@ from raypipe.language.prefixes import PREFIX
 from raypipe.recommenders.evaluation import HeldOut
 from raypipe.recommenders.windows import Histories
 from raypipe.systems.lancer import NAME, LancerConfig
-from raypipe.systems.lancer_exercises import Told, prepare_lancer
+from raypipe.systems.lancer_examples import LancerTrainingData, prepare_lancer
 from raypipe.systems.lancer_figures import EvaluationSet, measured
 from raypipe.systems.lancer_lists import ListWriter, load_writer
 from raypipe.systems.lancer_training import LancerTask, store_vectors
@@ -104,7 +104,7 @@ def prepared(lm: Path, folder: Path, told: Catalogue | None = None, validated: i
     config, shown = config_of(**options), told or catalogue()
     backbone = load_backbone(str(lm), device="cpu")
     card = AdapterCard(config.adapter, {PREFIX: WIDTH} if config.reasoning else {}, checkpoint_hash(lm), "")
-    texts = Told(config.lines(shown), config.contents(shown), histories().without_last(1), validated)
+    texts = LancerTrainingData(config.lines(shown), config.contents(shown), histories().without_last(1), validated)
     prepare_lancer(folder, texts, backbone, str(lm), card, config, seed=0)
     if config.reads_once:
         store_vectors(folder)

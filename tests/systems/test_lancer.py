@@ -32,7 +32,7 @@ from raypipe.systems.lancer import (
     lists_of,
     ranks_of_lists,
 )
-from raypipe.systems.lancer_exercises import FIRST, Exercises, Told, prepare_lancer
+from raypipe.systems.lancer_examples import FIRST, LancerExamples, LancerTrainingData, prepare_lancer
 from raypipe.systems.lancer_figures import CONTROL, EvaluationSet, rank_figures
 from raypipe.systems.lancer_lists import stored_config
 from raypipe.systems.lancer_training import LancerLm, LancerTask
@@ -114,7 +114,7 @@ def test_a_question_shows_the_last_items_and_holds_the_vectors_of_the_last_read(
 
 
 @pytest.mark.parametrize("options", [{}, {"reasoning": False}, {"knowledge": False}], ids=str)
-def test_a_stretch_is_as_many_exercises_that_share_their_beginning(
+def test_a_stretch_is_as_many_examples_that_share_their_beginning(
     lm: Path, tmp_path: Path, options: dict[str, bool]
 ) -> None:
     world = prepared(lm, tmp_path, learnt=3, shown=20, first_epochs=0, first_stage="both", **options)
@@ -124,17 +124,17 @@ def test_a_stretch_is_as_many_exercises_that_share_their_beginning(
     @torch.no_grad()
     def total(stretches: list[list[int]], batch: dict[str, torch.Tensor] | None = None) -> float:
         told = (
-            task.exercises.histories(np.array(stretches), read_once=task.config.reads_once) if batch is None else batch
+            task.examples.histories(np.array(stretches), read_once=task.config.reads_once) if batch is None else batch
         )
         return float(model({**told, "count": torch.tensor(1.0)}))
 
     together = total([[5, 4, 3]])
     singles = []
     for first in (4, 5, 6):
-        batch = task.exercises.histories(np.array([[5, first, 1]]), read_once=task.config.reads_once)
+        batch = task.examples.histories(np.array([[5, first, 1]]), read_once=task.config.reads_once)
         if world.config.reasoning:
             # What stands before a stretch stands before each of its items.
-            before = task.exercises.histories(np.array([[5, 4, 1]]), read_once=task.config.reads_once)
+            before = task.examples.histories(np.array([[5, 4, 1]]), read_once=task.config.reads_once)
             batch |= {name: value for name, value in before.items() if name.startswith((PREFIX, "items"))}
         singles.append(total([], batch))
     assert together == pytest.approx(sum(singles), rel=1e-4)
@@ -147,10 +147,10 @@ def test_every_event_but_the_first_is_learnt_once_in_an_epoch_wherever_stretches
     # Nine events stand before the cut, of which one validates.
     for offset in range(3):
         found = [
-            (row, first + n) for row, first, count in task.exercises.stretches(offset).tolist() for n in range(count)
+            (row, first + n) for row, first, count in task.examples.stretches(offset).tolist() for n in range(count)
         ]
         assert sorted(found) == [(row, event) for row in range(USERS) for event in range(1, EVENTS - 2)]
-    few = Exercises(tmp_path, 1).stretches(0)
+    few = LancerExamples(tmp_path, 1).stretches(0)
     assert [first + count for _, first, count in few.tolist()] == [EVENTS - 2] * USERS
     whole, again = task.batch(7, 0, 0, 1, 12), LancerTask(tmp_path, "second", 1000, 10).batch(7, 0, 0, 1, 12)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
@@ -176,7 +176,7 @@ def test_training_draws_a_frame_for_each_stretch_and_validation_asks_in_the_firs
             counts[f"{lead} Film {join}"] += 1
     assert sum(counts.values()) == 240
     assert min(counts.values()) > 50
-    first = task.exercises.histories(np.array([[0, 3, 1]]), read_once=False)
+    first = task.examples.histories(np.array([[0, 3, 1]]), read_once=False)
     assert backbone.tokenizer.decode(first["tokens"][0]).startswith("A person chose, oldest first:")
     with pytest.raises(ValidationError, match="one of training's"):
         LancerPrompts(training=(Frame(lead="History:"),))
@@ -191,7 +191,7 @@ def test_neither_training_nor_a_question_reads_what_is_held_out(lm: Path, tmp_pa
     card = AdapterCard(config.adapter, {PREFIX: WIDTH}, checkpoint_hash(lm), "")
     batches = []
     for number, told in enumerate((one, other)):
-        texts = Told(config.lines(catalogue()), config.contents(catalogue()), told.without_last(1), 1)
+        texts = LancerTrainingData(config.lines(catalogue()), config.contents(catalogue()), told.without_last(1), 1)
         prepare_lancer(tmp_path / str(number), texts, backbone, str(lm), card, config, seed=0)
         task = LancerTask(tmp_path / str(number), "second", 1000, 1000)
         batches.append([task.batch(step, 0, 0, 1, 12) for step in range(2 * task.steps_per_epoch(12))])
@@ -358,6 +358,6 @@ def test_what_does_not_fit_is_told_before_anything_is_trained(lm: Path, tmp_path
     card = AdapterCard(config.adapter, {PREFIX: WIDTH}, "lm", "")
     single = Histories(np.array([1, 2], np.int32), np.array([1, 2]))
     with pytest.raises(ValueError, match="no next item to learn"):
-        prepare_lancer(tmp_path, Told(["a"], ["a"], single, 0), backbone, str(lm), card, config, 0)
+        prepare_lancer(tmp_path, LancerTrainingData(["a"], ["a"], single, 0), backbone, str(lm), card, config, 0)
     with pytest.raises(ValueError, match="call prepare_lancer first"):
         LancerTask(tmp_path / "nowhere", "first", 1, 1)
