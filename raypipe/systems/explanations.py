@@ -90,7 +90,7 @@ def reference_explanation(answer: str, title: str, history: Counter[str], values
     return f"{answer}. {taste} {title} is {_listed(values)}, {fits}."
 
 
-def rule_rating(
+def rule_explanation_rating(
     decision: str,
     label: str | None,
     text: str,
