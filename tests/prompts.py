@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from raypipe.language.prompt import Prompt
 from raypipe.pipeline.summarize import SummarizeConfig
-from raypipe.pipeline.summary_state import BucketState, Catalogue, Pins
+from raypipe.pipeline.summary_state import BucketState, Pins, PromptCatalogue
 
 
 def block_prompts(config: SummarizeConfig, users: Sequence[str]) -> dict[str, list[Prompt]]:
@@ -17,7 +17,7 @@ def block_prompts(config: SummarizeConfig, users: Sequence[str]) -> dict[str, li
     names = ("histories", "items", "summaries", "block_summaries", "rejects")
     pins = Pins(**{name: workspace.tables[name].version() for name in names})
     recipes = config.recipes(workspace, config.resolve_model(workspace))
-    catalogue = Catalogue(workspace.tables["items"].read(pins.items), config.summaries)
+    catalogue = PromptCatalogue(workspace.tables["items"].read(pins.items), config.summaries)
     found = {}
     for bucket in range(workspace.require_info().buckets):
         state = BucketState(workspace, bucket, pins, recipes, config.summaries, catalogue, pa.array(users))

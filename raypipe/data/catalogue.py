@@ -64,14 +64,14 @@ class CatalogueConfig(Config):
     delimiter: str | None = shaping(None, "of CSV; unset: a comma, or a tab in .tsv files", min_length=1, max_length=1)
 
 
-class Catalogue(NamedTuple):
+class ParsedCatalogue(NamedTuple):
     """`items` with ITEM_COLUMNS, one row an item, and the rows that are none; together all rows of the source."""
 
     items: pa.Table
     rejects: pa.Table
 
 
-def read_catalogue(config: CatalogueConfig) -> Catalogue:
+def read_catalogue(config: CatalogueConfig) -> ParsedCatalogue:
     """Items (titles as the source has them, not yet unique) and rejects.
 
     Rejects: null_item, missing_title, duplicate_item (the first good row stays), id_too_long, malformed_row, bad_text.
@@ -132,7 +132,7 @@ def _check_columns(found: list[str], columns: CatalogueColumns, path: str) -> No
             )
 
 
-def _cast(rows: ItemRows, columns: CatalogueColumns, path: str) -> Catalogue:
+def _cast(rows: ItemRows, columns: CatalogueColumns, path: str) -> ParsedCatalogue:
     table = rows.table
     ids = to_ids(table.column(columns.item).combine_chunks())
     titles = pc.utf8_trim_whitespace(_as_string(table.column(columns.title).combine_chunks()))
@@ -156,7 +156,7 @@ def _cast(rows: ItemRows, columns: CatalogueColumns, path: str) -> Catalogue:
     cast = pa.table(
         [ids.values.take(kept), titles.take(kept), text, attributes, _years(items, columns.year)], schema=ITEM_COLUMNS
     )
-    return Catalogue(cast, pa.concat_tables([rows.rejects, _rejects(rows, reasons)]))
+    return ParsedCatalogue(cast, pa.concat_tables([rows.rejects, _rejects(rows, reasons)]))
 
 
 _MESSAGES = {

@@ -16,7 +16,7 @@ from raypipe.data.files import FoundFile, explained, find_files
 from raypipe.data.formats import Format, Part, delimited_part
 from raypipe.data.jsonlines import parse_object, scalar_text
 from raypipe.data.lines import UNKNOWN_END, RawRows, record_blocks, record_starts
-from raypipe.data.movielens import Movie, find_layout, read_items
+from raypipe.data.movielens import Movie, find_layout, read_movies
 from raypipe.data.rejects import Reject, line_json, reject_table, row_json
 from raypipe.errors import UsageError
 
@@ -44,7 +44,7 @@ def read_item_rows(path: str, format_: Format, delimiter: str | None) -> ItemRow
                 f"There is no MovieLens catalogue at {path}.", "It needs u.item, movies.dat or movies.csv as published."
             )
         layout, file = found
-        return _gather([(file, _movie_rows(read_items(layout, file)))])
+        return _gather([(file, _movie_rows(read_movies(layout, file)))])
     if format_ == "jsonl":
         return _gather([(file, _json_rows(file)) for file in files])
     parts = [part for file in files if (part := delimited_part(file, delimiter, True, 1)) is not None]

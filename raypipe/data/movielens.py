@@ -59,7 +59,7 @@ def find_layout(files: list[FoundFile], part: str) -> tuple[Layout, FoundFile] |
     return None
 
 
-def read_items(layout: Layout, file: FoundFile) -> Iterator[Movie | Reject]:
+def read_movies(layout: Layout, file: FoundFile) -> Iterator[Movie | Reject]:
     """The movies of an items file, line by line (32M has 87,585: a second); a line that is none is a Reject."""
     with explained(file.uri), open_stream(file.uri) as stream:
         content = stream.read()

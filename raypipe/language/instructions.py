@@ -16,42 +16,29 @@ from dataclasses import dataclass
 import numpy as np
 
 from raypipe.config import Config, shaping
-from raypipe.language.summary_prompts import Attributes, SummaryPrompts
+from raypipe.language.catalogue import Catalogue
+from raypipe.language.summary_prompts import SummaryPrompts
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One exercise: loss is taken on the answer only; without a prompt, on the whole text."""
+    """One example: loss is taken on the answer only; without a prompt, on the whole text."""
 
     prompt: str
     answer: str
 
 
-@dataclass(frozen=True, slots=True)
-class Catalogue:
-    """Items in order of their index: row r describes item index r + 1, as index 0 is padding."""
-
-    titles: Sequence[str]
-    attributes: Sequence[Attributes]
-    texts: Sequence[str] = ()
-
-    def lines(self, prompts: SummaryPrompts) -> list[str]:
-        """The line of every item, as prompts show it."""
-        texts = self.texts or [""] * len(self.titles)
-        return [prompts.item_line(*item) for item in zip(self.titles, self.attributes, texts, strict=True)]
-
-
 class InstructionConfig(Config):
     """How many examples of which kind are made."""
 
-    block_examples: int = shaping(14_000, "exercises in summarising one block of items", ge=0)
-    merge_examples: int = shaping(26_000, "exercises in merging block summaries", ge=0)
-    update_examples: int = shaping(10_000, "exercises in adding a block to a summary", ge=0)
+    block_examples: int = shaping(14_000, "examples of summarising one block of items", ge=0)
+    merge_examples: int = shaping(26_000, "examples of merging block summaries", ge=0)
+    update_examples: int = shaping(10_000, "examples of adding a block to a summary", ge=0)
     synthetic_share: float = shaping(0.5, "share of examples made from made-up histories", ge=0, le=1)
     catalogue_repeats: int = shaping(0, "how often every item's line stands in training as plain text", ge=0)
     block_size: int = shaping(5, "items of one block", ge=1)
     blocks: int = shaping(10, "most blocks that are merged at once", ge=1)
-    noise: float = shaping(0.1, "share of merge exercises whose block summaries are disturbed", ge=0, le=1)
+    noise: float = shaping(0.1, "share of merge examples whose block summaries are disturbed", ge=0, le=1)
     seed: int = shaping(0, "of what is drawn: histories, blocks and what disturbs them")
 
 
@@ -85,7 +72,7 @@ def summary_examples(
         if rng.random() < config.noise:
             blocks = [_disturbed(counts, rng) for counts in blocks]
         texts = [prompts.block_summary_of_counts(counts) for counts in blocks]
-        # The answer follows from what is shown, so that the exercise can be solved.
+        # The answer follows from what is shown, so that the answer can be found.
         yield Example(prompts.merge_prompt(texts).text, prompts.merge_of_counts(blocks))
     for _ in range(config.update_examples if config.blocks > 1 else 0):
         run = source.draw(int(rng.integers(2, config.blocks + 1)))

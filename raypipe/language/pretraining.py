@@ -27,7 +27,8 @@ from torch.nn import functional
 from raypipe.config import Config, shaping
 from raypipe.language.batching import batches_of_like_length
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
-from raypipe.language.instructions import Catalogue, Example, InstructionConfig, summary_examples
+from raypipe.language.catalogue import Catalogue
+from raypipe.language.instructions import Example, InstructionConfig, summary_examples
 from raypipe.language.summary_prompts import SummaryPrompts, times
 
 _MARKER = "prepared.json"

@@ -30,7 +30,7 @@ Injection = Literal["replace", "add"]
 
 @dataclass(frozen=True, slots=True)
 class SoftExample:
-    """One exercise: a prompt, and the answer that is learnt, or the `whole` text of both."""
+    """One example: a prompt, and the answer that is learnt, or the `whole` text of both."""
 
     prompt: Prompt
     answer: str

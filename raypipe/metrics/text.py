@@ -127,7 +127,7 @@ def distinctness(summaries: Sequence[str]) -> float | None:
     return 1 - alike / (users * (users - 1))
 
 
-def rule_rating(named: Sequence[str], counts: Mapping[str, int]) -> int | None:
+def rule_summary_rating(named: Sequence[str], counts: Mapping[str, int]) -> int | None:
     """A rating from 0 to 3 of a summary that names these values, by counting alone; None for a user without values.
 
     0: it names none of the user's top values. 1: fewer than half of what it names are. 2: at least half are. 3: all are, and

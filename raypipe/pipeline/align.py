@@ -23,8 +23,8 @@ from raypipe.errors import UsageError
 from raypipe.language.adapters import AdapterCard, build_adapter, load_adapter, read_card
 from raypipe.language.alignment import AlignmentTask, prepare_alignment
 from raypipe.language.backbone import load_backbone
+from raypipe.language.catalogue import Catalogue
 from raypipe.language.checkpoint import checkpoint_hash
-from raypipe.language.instructions import Catalogue
 from raypipe.language.titles import distinct_titles
 from raypipe.pipeline.align_record import record
 from raypipe.pipeline.asked_anew import asked_anew, tell_stored
@@ -176,7 +176,7 @@ class _Inputs:
         told = system.measured(self.source, engine, config.asked, config.answer_tokens)
         refused = {name.removeprefix("refused "): n for name, n in told.items() if name.startswith("refused ") and n}
         if refused:
-            counts = ", ".join(f"{n:,.0f} of {exercise}" for exercise, n in refused.items())
+            counts = ", ".join(f"{n:,.0f} of {task}" for task, n in refused.items())
             say(f"{JOB}: questions that could not be asked count as answers that say nothing: {counts}")
         if config.beside:
             backbone = load_backbone(str(self.lm), device="cpu")

@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raypipe.config import free, shaping
-from raypipe.pipeline.encode_units import EncodeBucket, EncodeTask, Loads, Rows, lists_of, load_reader
+from raypipe.pipeline.encode_units import EncodeBucket, EncodeTask, Loads, Rows, list_column, load_reader
 from raypipe.pipeline.job import BatchConfig, cost_of
 from raypipe.runtime.job import JobResult, ModelCache
 from raypipe.runtime.progress import say
@@ -109,7 +109,7 @@ def _item_states(session: Session, run: Run, variant: str, states: NDArray[np.fl
     workspace, name = session.workspace, "item_states"
     table = workspace.tables[name]
     indices = pa.array(np.arange(1, len(states) + 1, dtype=np.int32))
-    rows = pa.table([indices, lists_of(states)], schema=table.spec.columns)
+    rows = pa.table([indices, list_column(states)], schema=table.spec.columns)
     before = table.read(version, table.spec.columns.names, variant=variant).sort_by("item_index")
     if before.num_rows == rows.num_rows and before.combine_chunks().equals(rows):
         return []

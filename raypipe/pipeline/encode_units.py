@@ -239,7 +239,7 @@ class States:
             {
                 "place": pa.array(owners),
                 "position": pa.array(at.astype(np.int32)),
-                "state": lists_of(states.float().cpu().numpy()),
+                "state": list_column(states.float().cpu().numpy()),
             }
         )
 
@@ -272,8 +272,8 @@ class Recommendations:
         return pa.table(
             {
                 "place": pa.array(places),
-                "items": lists_of(items.cpu().numpy().astype(np.int32)),
-                "scores": lists_of(scores.cpu().numpy()),
+                "items": list_column(items.cpu().numpy().astype(np.int32)),
+                "scores": list_column(scores.cpu().numpy()),
             }
         )
 
@@ -281,10 +281,10 @@ class Recommendations:
         items = np.broadcast_to(self.popular, (len(places), len(self.popular)))
         # Scores of popularity and of a model cannot be compared.
         scores = np.full(items.shape, np.nan, np.float32)
-        return pa.table({"place": pa.array(places), "items": lists_of(items), "scores": lists_of(scores)})
+        return pa.table({"place": pa.array(places), "items": list_column(items), "scores": list_column(scores)})
 
 
-def lists_of(values: NDArray) -> pa.ListArray:
+def list_column(values: NDArray) -> pa.ListArray:
     """[rows, width] as a list column, without copying row by row."""
     offsets = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.ascontiguousarray(values).reshape(-1)))

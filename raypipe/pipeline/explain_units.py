@@ -35,8 +35,8 @@ from raypipe.storage.models import Model, Models
 from raypipe.storage.schemas import EXPLANATIONS
 from raypipe.storage.tables import StagedFile
 from raypipe.storage.workspace import Workspace
-from raypipe.systems.explainer_exercises import Shown
-from raypipe.systems.explanations import Asked, Explanation, explain
+from raypipe.systems.explainer_examples import PromptPieces
+from raypipe.systems.explanations import Explanation, ExplanationRequest, explain
 from raypipe.systems.recexplainer import ExplainerConfig
 
 TABLE = "explanations"
@@ -100,7 +100,7 @@ class ExplainBucket:
         return freeze(load_recommender(models.fetch(self.task.recommender, self.task.model_cache))[0])
 
     @cached_property
-    def shown(self) -> Shown:
+    def shown(self) -> PromptPieces:
         return self.task.system.build().shown(self.titles, self.recommender.item_states().detach().numpy())
 
     @cached_property
@@ -211,7 +211,7 @@ class ExplainBucket:
         return Usage(calls, calls * self.engine.context, calls * self.task.decoding.max_new_tokens)
 
     @torch.no_grad()
-    def asked(self, state: UserRows, work: pa.Table) -> list[Asked]:
+    def asked(self, state: UserRows, work: pa.Table) -> list[ExplanationRequest]:
         """What the engine is asked about pairs of a bucket whose users and items the recommender knows."""
         task, model = self.task, self.recommender
         known = state.histories.within(model.items)
@@ -222,7 +222,7 @@ class ExplainBucket:
             states[block] = model.encode(sequences_of(histories, block, model.max_length)).float().numpy()
         pairs = zip(places.tolist(), states, work["item_index"].to_pylist(), strict=True)
         return [
-            self.shown.asked(_items(known, place), own, item, task.system.prompts, task.focus)
+            self.shown.request(_items(known, place), own, item, task.system.prompts, task.focus)
             for place, own, item in pairs
         ]
 

@@ -40,7 +40,7 @@ from raypipe.storage.models import Model, Models, find_model
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.guided import NAME, Rating
 from raypipe.systems.guided_attributes import find_attributes
-from raypipe.systems.guided_reading import Questions, Written, ranking_of_scores, read_expected, read_written
+from raypipe.systems.guided_reading import ParseCounts, RatingPrompts, ranking_of_scores, read_expected, read_written
 from raypipe.systems.guided_training import TuningTask, prepare_tuning
 from raypipe.systems.source import drawn_places
 
@@ -160,7 +160,7 @@ def _scored(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: 
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     rating = inputs.rating
-    questions = Questions(rating, load_backbone(str(inputs.lm), device="cpu"))
+    questions = RatingPrompts(rating, load_backbone(str(inputs.lm), device="cpu"))
     metrics: dict[str, float] = {}
     curve: dict[str, Any] = {}
     if inputs.adapter is not None:
@@ -212,7 +212,7 @@ def _scored(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: 
 
 
 def _tuned(
-    config: AlignConfig, inputs: _Inputs, questions: Questions, folder: Path, name: str
+    config: AlignConfig, inputs: _Inputs, questions: RatingPrompts, folder: Path, name: str
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Trains the language model's updates into `folder/checkpoint`; figures of the training, and its curve."""
     guided = inputs.rating.config
@@ -250,9 +250,9 @@ def _tuned(
 class _Reader:
     """Reads scores from the language model, with the adapter in `folder` where there is one."""
 
-    def __init__(self, config: AlignConfig, inputs: _Inputs, questions: Questions, folder: Path) -> None:
+    def __init__(self, config: AlignConfig, inputs: _Inputs, questions: RatingPrompts, folder: Path) -> None:
         self.questions, self.answer_tokens = questions, config.answer_tokens
-        self.written = Written()
+        self.written = ParseCounts()
         self.tokens = 0
         adapter = folder if (folder / _ADAPTER[0]).is_file() else None
         if inputs.rating.config.reading == "parsed":
@@ -291,7 +291,7 @@ class _Reader:
 
 
 def _measured(
-    config: AlignConfig, inputs: _Inputs, questions: Questions, reader: _Reader, scores: AttributeScores
+    config: AlignConfig, inputs: _Inputs, questions: RatingPrompts, reader: _Reader, scores: AttributeScores
 ) -> dict[str, float]:
     """How the scores alone rank the last event before the cut of users nobody was tuned on, scored by what is before it."""
     there = np.flatnonzero(inputs.held_out & (inputs.histories.lengths > 1))

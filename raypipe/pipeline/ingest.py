@@ -12,7 +12,7 @@ from functools import partial
 import pyarrow as pa
 
 from raypipe.config import Config, free, shaping
-from raypipe.data.catalogue import Catalogue, CatalogueConfig, read_catalogue
+from raypipe.data.catalogue import CatalogueConfig, ParsedCatalogue, read_catalogue
 from raypipe.data.items import MergedItems, merge_items
 from raypipe.data.log import Log, LogConfig, is_movielens, open_log
 from raypipe.data.spills import estimate_users, item_table_bytes
@@ -176,7 +176,7 @@ def _publish(
     return session.publish(run, parts, result)
 
 
-def _read_catalogue(config: IngestConfig) -> Catalogue | None:
+def _read_catalogue(config: IngestConfig) -> ParsedCatalogue | None:
     if config.catalogue is not None:
         return read_catalogue(config.catalogue)
     if config.log is not None and is_movielens(config.log):
@@ -185,7 +185,7 @@ def _read_catalogue(config: IngestConfig) -> Catalogue | None:
 
 
 def _merge_catalogue(
-    workspace: Workspace, catalogue: Catalogue | None, version: int, partial_catalogue: bool
+    workspace: Workspace, catalogue: ParsedCatalogue | None, version: int, partial_catalogue: bool
 ) -> MergedItems:
     old = workspace.tables["items"].read(version)
     if catalogue is not None:

@@ -15,11 +15,11 @@ from raypipe.errors import UsageError
 from raypipe.language.adapters import read_card
 from raypipe.language.titles import distinct_titles
 from raypipe.metrics.explanations import coherence, distinction, unfounded
-from raypipe.metrics.text import Vocabulary, item_values, rule_rating, value_counts
+from raypipe.metrics.text import Vocabulary, item_values, rule_summary_rating, value_counts
 from raypipe.pipeline.cards import choose_users
 from raypipe.pipeline.loaded import Loaded
 from raypipe.pipeline.sequences import user_keys
-from raypipe.pipeline.summary_state import Catalogue
+from raypipe.pipeline.summary_state import PromptCatalogue
 from raypipe.recommenders.prefixes import prefix_states
 from raypipe.recommenders.ranking import target_ranks
 from raypipe.recommenders.windows import Histories
@@ -64,7 +64,7 @@ def sample_summaries(workspace: Workspace, summaries: SummariesConfig, count: in
             "Run `raypipe summarize` first, or name the other with --summaries.paradigm.",
         )
     chosen, histories = choose_users(workspace, files, versions["histories"], count)
-    catalogue = Catalogue(tables["items"].read(versions["items"]), summaries)
+    catalogue = PromptCatalogue(tables["items"].read(versions["items"]), summaries)
     vocabulary = Vocabulary(chain.from_iterable(catalogue.values))
     users, texts = chosen["user_id"].to_pylist(), chosen["summary"].to_pylist()
     cases: list[Case] = []
@@ -75,7 +75,7 @@ def sample_summaries(workspace: Workspace, summaries: SummariesConfig, count: in
         window = known[summaries.window_start(len(known)) :]
         cases.append(dict(zip(SUMMARY_PIECES, ("\n".join(map(catalogue.line, window)), summary), strict=True)))
         counts = value_counts(catalogue.values[index] for index in window)
-        rule.append(rule_rating(vocabulary.named(summary), counts))
+        rule.append(rule_summary_rating(vocabulary.named(summary), counts))
     return Sample(users, cases, rule)
 
 
@@ -114,7 +114,9 @@ def sample_explanations(workspace: Workspace, cache: ModelCache, variant: str, c
         found = unfounded(text, history, titles[item - 1], names)
         counts = value_counts(values[one - 1] for one in items)
         beside = bool(found.titles or found.quoted)
-        rule.append(explanations.rule_rating(row["decision"], label, text, kinds, counts, values[item - 1], beside))
+        rule.append(
+            explanations.rule_explanation_rating(row["decision"], label, text, kinds, counts, values[item - 1], beside)
+        )
     told = _coherence(loaded, prefixes, explained, chosen["text"].to_pylist(), users)
     apart = _distinctions(workspace, versions["explanations"], variant, chosen)
     return Sample(users, cases, rule, {**told, **apart})

@@ -21,8 +21,8 @@ from raypipe.engines.engine import Choices, Decoding, EngineConfig
 from raypipe.errors import UsageError
 from raypipe.language.adapters import AdapterCard, build_adapter
 from raypipe.language.backbone import load_backbone
+from raypipe.language.catalogue import Catalogue
 from raypipe.language.checkpoint import checkpoint_hash, resolve_checkpoint
-from raypipe.language.instructions import Catalogue
 from raypipe.language.prefixes import PREFIX
 from raypipe.pipeline.asked_anew import asked_anew, tell_stored
 from raypipe.pipeline.evaluate import table
@@ -41,8 +41,8 @@ from raypipe.storage.locks import hold
 from raypipe.storage.models import Model, Models, find_model
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.lancer import NAME, LancerConfig
-from raypipe.systems.lancer_exercises import FIRST, Told, prepare_lancer
-from raypipe.systems.lancer_figures import Asked, measured, rank_figures
+from raypipe.systems.lancer_examples import FIRST, LancerTrainingData, prepare_lancer
+from raypipe.systems.lancer_figures import EvaluationSet, measured, rank_figures
 from raypipe.systems.lancer_lists import load_writer
 from raypipe.systems.lancer_training import LancerTask, store_vectors
 
@@ -65,7 +65,7 @@ class _Inputs:
     lm_hash: str
     lm_model: str
 
-    def asked(self, hold_out: int, most: int) -> Asked:
+    def evaluation_set(self, hold_out: int, most: int) -> EvaluationSet:
         """At most so many users, drawn, and what was chosen last; UsageError where there is nobody."""
         held = HeldOut.of(self.histories, hold_out, len(self.catalogue.titles))
         if not len(held.targets):
@@ -77,7 +77,7 @@ class _Inputs:
         training = held.training.of(~self.held_out)
         everybody = np.flatnonzero(self.histories.lengths > hold_out)
         part = replace(held, training=training, prefixes=prefixes, targets=held.targets[rows])
-        return Asked(part, self.unseen[everybody[rows]])
+        return EvaluationSet(part, self.unseen[everybody[rows]])
 
 
 def run_lancer(config: AlignConfig) -> JobResult:
@@ -163,7 +163,7 @@ def _train(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: s
     """Train, measure, and only then store: who finds the model finds its figures in the lineage."""
     name = f"{NAME}-{recipe}"
     folder = config.training_folder(workspace, name)
-    asked = inputs.asked(config.hold_out, config.asked)
+    evaluated = inputs.evaluation_set(config.hold_out, config.asked)
     counts, trained = _trained(config, inputs, folder, name)
     metrics = {
         **trained.figures(),
@@ -172,7 +172,7 @@ def _train(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: s
     if trained.validations:
         step, best = max(trained.validations, key=lambda told: told[1])
         metrics |= {"validation_logprob": round(best, 4), "validation_step": step}
-    metrics |= _measure(config, config.lancer, inputs, asked, trained.folder)
+    metrics |= _measure(config, config.lancer, inputs, evaluated, trained.folder)
     lineage = {
         "job": "align",
         "versions": versions,
@@ -203,7 +203,7 @@ def _trained(config: AlignConfig, inputs: _Inputs, folder: Path, name: str) -> t
     backbone = load_backbone(str(inputs.lm), device="cpu")
     hidden = backbone.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
     card = AdapterCard(lancer.adapter, {PREFIX: hidden} if lancer.reasoning else {}, inputs.lm_hash, "")
-    told = Told(lancer.lines(inputs.catalogue), lancer.contents(inputs.catalogue), seen, validated)
+    told = LancerTrainingData(lancer.lines(inputs.catalogue), lancer.contents(inputs.catalogue), seen, validated)
     data, seed = folder / "data", config.trainer.seed
     try:
         counts: dict[str, float] = dict(prepare_lancer(data, told, backbone, str(inputs.lm), card, lancer, seed))
@@ -228,21 +228,21 @@ def _trained(config: AlignConfig, inputs: _Inputs, folder: Path, name: str) -> t
 
 
 def _measure(
-    config: AlignConfig, options: LancerConfig, inputs: _Inputs, asked: Asked, adapter: Path
+    config: AlignConfig, options: LancerConfig, inputs: _Inputs, evaluated: EvaluationSet, adapter: Path
 ) -> dict[str, float]:
     """Figures of the model, of the same model asked otherwise, and of the floors; the table of them is told."""
     found = measured(
-        asked, load_writer(options, inputs.catalogue, str(inputs.lm), adapter, config.answer_tokens), _tell
+        evaluated, load_writer(options, inputs.catalogue, str(inputs.lm), adapter, config.answer_tokens), _tell
     )
-    training, items = asked.held.training, asked.held.items
+    training, items = evaluated.held.training, evaluated.held.items
     floors: dict[str, Floor] = {
         "popularity": Popularity(training, items),
         "transitions": Transitions(training, items),
     }
     for name, floor in floors.items():
-        ranks = ranks_of_floor(floor, asked.held, filter_seen=options.filter_seen)
-        found[name] = rank_figures(*ranks, asked, options)
-    users = len(asked.held.targets)
+        ranks = ranks_of_floor(floor, evaluated.held, filter_seen=options.filter_seen)
+        found[name] = rank_figures(*ranks, evaluated, options)
+    users = len(evaluated.held.targets)
     protocol = {"hold_out": str(config.hold_out), "seen items": "filtered" if options.filter_seen else "kept"}
     say(table(found, protocol, users))
     metrics = {"asked": float(users)}
@@ -278,7 +278,7 @@ def _measured_anew(
     options = LancerConfig.model_validate(asked_anew(NAME, config.lancer, adapter.lineage["options"]))
     check_lines(options, inputs.catalogue, lm, config.answer_tokens)
     metrics = _measure(
-        config, options, inputs, inputs.asked(config.hold_out, config.asked), config.fetch(home, adapter)
+        config, options, inputs, inputs.evaluation_set(config.hold_out, config.asked), config.fetch(home, adapter)
     )
     return model_result("align", adapter, "ok", metrics, started)
 

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raypipe.errors import UsageError
+from raypipe.language.catalogue import Catalogue
 from raypipe.language.checkpoint import checkpoint_hash, resolve_checkpoint
-from raypipe.language.instructions import Catalogue
-from raypipe.pipeline.encode_units import lists_of
+from raypipe.pipeline.encode_units import list_column
 from raypipe.pipeline.sequences import catalogue_of
 from raypipe.recommenders.windows import Histories
 from raypipe.runtime.job import ModelCache
@@ -101,7 +101,7 @@ class WrittenLists:
             kept = [place for place, item in enumerate(found) if self.allowed[item]][: self.k]
             items[row, : len(kept)] = [found[place] for place in kept]
             scores[row, : len(kept)] = [logprobs[place] for place in kept]
-        return pa.table({"place": pa.array(places), "items": lists_of(items), "scores": lists_of(scores)})
+        return pa.table({"place": pa.array(places), "items": list_column(items), "scores": list_column(scores)})
 
     def cold(self, places: NDArray[np.int64]) -> None:
         return None

@@ -1,6 +1,6 @@
 """`raypipe lm`: the workspace's own language model, trained on its catalogue and on histories before the cut.
 
-It is what a workspace summarises with when no other model is named. Training reads item texts and templated exercises
+It is what a workspace summarises with when no other model is named. Training reads item texts and templated examples
 made from histories without their last events, so that an evaluation that holds those out stays honest.
 """
 
@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 
 from raypipe.config import shaping
-from raypipe.language.instructions import Catalogue, histories_before_cut
+from raypipe.language.catalogue import Catalogue
+from raypipe.language.instructions import histories_before_cut
 from raypipe.language.pretraining import LmDataConfig, LmTask, prepare_lm
 from raypipe.pipeline.held_out import are_held_out
 from raypipe.pipeline.job import model_result
@@ -35,7 +36,7 @@ STEP_VERSION = 2
 class LmOptions(TrainingOptions):
     """What the model is, what it is trained on, and how."""
 
-    data: LmDataConfig = shaping(LmDataConfig, "model size, prompts and exercises")
+    data: LmDataConfig = shaping(LmDataConfig, "model size, prompts and examples")
     trainer: TrainerConfig = shaping(lambda: TrainerConfig(workers=2), "training under Ray Train and DeepSpeed")
     hold_out: int = shaping(1, "last events of every user that training never sees", ge=0)
     held_out_share: float = shaping(0.0, "share of the users, by hash, whom training never sees", ge=0, lt=1)

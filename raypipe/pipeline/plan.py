@@ -21,7 +21,7 @@ from raypipe.pipeline.explain import ExplainPolicy
 from raypipe.pipeline.past_runs import PastRun, past_runs, seconds_of
 from raypipe.pipeline.plan_explain import plan_explanations
 from raypipe.pipeline.summarize import JOB, SummarizeOptions
-from raypipe.pipeline.summary_state import BucketState, Catalogue, Pins, Recipes
+from raypipe.pipeline.summary_state import BucketState, Pins, PromptCatalogue, Recipes
 from raypipe.runtime.job import JobConfig, JobResult
 from raypipe.runtime.progress import say
 from raypipe.storage.ledger import Usage
@@ -53,7 +53,7 @@ def run_plan(config: PlanConfig) -> JobResult:
     recipes = config.recipes(workspace, model)
     names = ("histories", "items", "summaries", "block_summaries", "rejects")
     pins = Pins(**{name: workspace.tables[name].version() for name in names})
-    catalogue = Catalogue(workspace.tables["items"].read(pins.items), config.summaries)
+    catalogue = PromptCatalogue(workspace.tables["items"].read(pins.items), config.summaries)
     read = list(range(0, info.buckets, max(1, info.buckets // config.read_buckets)))[: config.read_buckets]
     users = workspace.tables["histories"].rows(pins.histories)
     counted = [_count(config, workspace, bucket, pins, recipes, catalogue) for bucket in read]
@@ -118,7 +118,7 @@ class _Counted:
 
 
 def _count(
-    config: PlanConfig, workspace: Workspace, bucket: int, pins: Pins, recipes: Recipes, catalogue: Catalogue
+    config: PlanConfig, workspace: Workspace, bucket: int, pins: Pins, recipes: Recipes, catalogue: PromptCatalogue
 ) -> _Counted:
     state = BucketState(workspace, bucket, pins, recipes, config.summaries, catalogue)
     changed = np.flatnonzero(state.changed).tolist()

@@ -17,7 +17,7 @@ from raypipe.pipeline.past_runs import past_runs, seconds_of
 from raypipe.runtime.budget import Budget, Limits
 from raypipe.storage.ledger import Usage
 from raypipe.storage.workspace import Workspace
-from raypipe.systems.explanations import Asked
+from raypipe.systems.explanations import ExplanationRequest
 
 _CALLS = 2  # of a pair: the decision is scored, the explanation generated
 
@@ -35,13 +35,13 @@ def plan_explanations(
     pairs = read_pairs(config, workspace, explainer)
     work = ExplainBucket(explainer.task(config, workspace, versions, pairs), Budget(Limits(), Usage()))
     users = seen = due = 0
-    asked: list[Asked] = []
+    requests: list[ExplanationRequest] = []
     for bucket in buckets:
         rows = work.rows(bucket)
         found = work.due(rows)
         users, seen, due = users + len(rows.users), seen + found.pairs, due + found.work.num_rows
-        if (left := sample - len(asked)) > 0:
-            asked += work.asked(rows, found.work.slice(0, left))
+        if (left := sample - len(requests)) > 0:
+            requests += work.asked(rows, found.work.slice(0, left))
     scale = workspace.tables["histories"].rows(versions["histories"]) / users if users else 0.0
     changed = round(scale * due)
     past = past_runs(workspace, JOB, config.engine.engine)
@@ -49,7 +49,7 @@ def plan_explanations(
         "pairs": round(scale * seen),
         "pairs_changed": changed,
         "calls": _CALLS * changed,
-        **_tokens(explainer, config, workspace, asked, changed),
+        **_tokens(explainer, config, workspace, requests, changed),
         "tokens_out": round(_CALLS * changed * float(np.median([run.answer for run in past]))) if past else None,
         "tokens_out_most": changed * config.decoding.max_new_tokens,
         **seconds_of(_CALLS * changed, past),
@@ -57,15 +57,19 @@ def plan_explanations(
 
 
 def _tokens(
-    explainer: Explainer, config: ExplainOptions, workspace: Workspace, asked: Sequence[Asked], pairs: int
+    explainer: Explainer,
+    config: ExplainOptions,
+    workspace: Workspace,
+    requests: Sequence[ExplanationRequest],
+    pairs: int,
 ) -> dict[str, int]:
-    if not asked:
+    if not requests:
         return {"tokens_in": 0, "tokens_in_error": 0}
     folder = config.fetch(workspace, explainer.adapter)
     engine = config.engine
     if explainer.lm is not None:
         engine = engine.model_copy(update={"lm": str(config.fetch(workspace, explainer.lm))})
-    prompts = [prompt for mine in asked for prompt in (mine.decision, mine.explanation)]
+    prompts = [prompt for request in requests for prompt in (request.decision, request.explanation)]
     lengths = np.array(_lengths(prompts, engine, read_card(folder).config)).reshape(-1, 2).sum(1)
     error = 2 * float(np.std(lengths)) / math.sqrt(len(lengths))
     return {"tokens_in": round(pairs * float(np.mean(lengths))), "tokens_in_error": round(pairs * error)}

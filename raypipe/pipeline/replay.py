@@ -1,4 +1,4 @@
-"""Exercises of somebody's own: prompts with their answers, which a language model learns too, so that it keeps its language."""
+"""Examples of somebody's own: prompts with their answers, which a language model learns too, so that it keeps its language."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def read_replay(path: str) -> list[SoftExample]:
                 row = json.loads(line)
                 examples.append(SoftExample(Prompt.of(str(row["prompt"])), str(row["answer"])))
     except OSError as error:
-        raise UsageError(f"The exercises {path} cannot be read: {error}.", "Check --replay.") from None
+        raise UsageError(f"The examples {path} cannot be read: {error}.", "Check --replay.") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"Line {len(examples) + 1} of {path} is no exercise: {error!r}.",
+            f"Line {len(examples) + 1} of {path} is no example: {error!r}.",
             'Write one {"prompt": …, "answer": …} a line.',
         ) from None
     return examples

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from raypipe.pipeline.report_plots import Plot
-from raypipe.pipeline.report_tables import Row, Table, findings
+from raypipe.pipeline.report_tables import ReportTable, Row, findings
 
 _INTERVALS = (
     "± is half of the 95 % interval over users, of systems at most that; sd is the standard deviation over seeds; a figure of "
@@ -75,7 +75,7 @@ class DataSet:
     """Everything a report shows of one data set. `commands` made golden tables."""
 
     name: str
-    tables: Sequence[Table]
+    tables: Sequence[ReportTable]
     plots: Sequence[Plot]
     training: Sequence[Plot] = ()
     commands: Sequence[str] = ()
@@ -88,7 +88,7 @@ class Report:
     title: str
     told: str
     sets: Sequence[DataSet]
-    published: Sequence[Table]
+    published: Sequence[ReportTable]
     spent: Sequence[tuple[str, ...]] = ()
 
 
@@ -178,7 +178,7 @@ def _found(sentences: Sequence[str]) -> str:
     return f'<ul class="findings">{"".join(f"<li>{html.escape(one)}</li>" for one in sentences)}</ul>'
 
 
-def _table(table: Table, caption: str) -> str:
+def _table(table: ReportTable, caption: str) -> str:
     head = ['<th scope="col">Model</th>']
     if table.recommenders:
         head.append('<th scope="col" class="word">Recommender</th>')
@@ -193,7 +193,7 @@ def _table(table: Table, caption: str) -> str:
     )
 
 
-def _row(table: Table, row: Row, seeds: bool) -> str:
+def _row(table: ReportTable, row: Row, seeds: bool) -> str:
     note = f"<small>{html.escape(row.note)}</small>" if row.note else ""
     cells = [f'<th scope="row">{html.escape(row.model)}{note}</th>']
     if table.recommenders:
@@ -232,7 +232,7 @@ def _plain(columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str) 
     )
 
 
-def _markdown_table(table: Table) -> list[str]:
+def _markdown_table(table: ReportTable) -> list[str]:
     columns = ["Model", *(["Recommender"] if table.recommenders else []), *table.metrics, "Seeds"]
     rows = []
     for row in table.rows:

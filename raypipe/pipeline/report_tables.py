@@ -113,7 +113,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Table:
+class ReportTable:
     """The rows of one protocol. `best` is metric → the best value of a model."""
 
     section: Section
@@ -127,7 +127,7 @@ class Table:
         return any(row.recommender for row in self.rows)
 
 
-def tables_of(dataset: str, figures: Sequence[Figure]) -> list[Table]:
+def tables_of(dataset: str, figures: Sequence[Figure]) -> list[ReportTable]:
     """Every figure of a data set that no plot shows alone, in tables by kind of metric and protocol."""
     found: dict[tuple[int, str], list[Figure]] = {}
     for figure in figures:
@@ -144,7 +144,7 @@ def _section(metric: str) -> int:
     return next((at for at, section in enumerate(SECTIONS) if section.metrics.match(metric)), len(SECTIONS))
 
 
-def _table(dataset: str, section: Section, protocol: str, figures: Sequence[Figure]) -> Table:
+def _table(dataset: str, section: Section, protocol: str, figures: Sequence[Figure]) -> ReportTable:
     rows = rows_of(figures)
     metrics = sorted({figure.metric for figure in figures}, key=_metric_order)
     if section.judged:
@@ -156,7 +156,7 @@ def _table(dataset: str, section: Section, protocol: str, figures: Sequence[Figu
         if section.judged and not _NOT_BETTER_WHEN_HIGHER.search(metric)
         if (values := [row.cells[metric].value for row in rows if row.kind == "model" and metric in row.cells])
     }
-    return Table(section, protocol, tuple(metrics), tuple(rows), best)
+    return ReportTable(section, protocol, tuple(metrics), tuple(rows), best)
 
 
 def rows_of(figures: Iterable[Figure]) -> list[Row]:
@@ -215,7 +215,7 @@ def _known(dataset: str, metrics: Sequence[str], rows: Sequence[Row]) -> list[Ro
     return found
 
 
-def published_systems(figures: Iterable[Figure]) -> list[Table]:
+def published_systems(figures: Iterable[Figure]) -> list[ReportTable]:
     """What the papers of the systems that are reported say, on their own data."""
     ours = {_bare(figure.model).split(",")[0].split("-")[0].split(" ")[0] for figure in figures}
     found: dict[str, list[Row]] = {}
@@ -226,7 +226,7 @@ def published_systems(figures: Iterable[Figure]) -> list[Table]:
                 Row(f"{system} on {dataset}", "", "published", cells, known.training)
             )
     return [
-        Table(
+        ReportTable(
             Section("", "", re.compile("")),
             source,
             tuple(dict.fromkeys(metric for row in rows for metric in row.cells)),
@@ -245,7 +245,7 @@ def _metric_order(metric: str) -> tuple[int, int, str]:
     return 10_000, 0, metric
 
 
-def findings(tables: Iterable[Table]) -> list[str]:
+def findings(tables: Iterable[ReportTable]) -> list[str]:
     """What should be read first: the best model beside its floor and what is published, models that are below a floor, and
     controls that are as good as what they control."""
     found = []
@@ -257,12 +257,12 @@ def findings(tables: Iterable[Table]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _headlines(table: Table) -> list[str]:
+def _headlines(table: ReportTable) -> list[str]:
     wanted = ("NDCG@10", "NDCG@5", "MRR@3", "recovery", "T1 HR@5", "attribute_precision")
     return [metric for metric in wanted if metric in table.metrics][:1]
 
 
-def _best(table: Table, metric: str) -> list[str]:
+def _best(table: ReportTable, metric: str) -> list[str]:
     models = [row for row in table.rows if row.kind == "model" and metric in row.cells]
     if not models:
         return []
@@ -280,7 +280,7 @@ def _best(table: Table, metric: str) -> list[str]:
     return [told + "."]
 
 
-def _not_better(table: Table, metric: str) -> list[str]:
+def _not_better(table: ReportTable, metric: str) -> list[str]:
     rows = [row for row in table.rows if metric in row.cells]
     floors = [row for row in rows if row.kind == "floor"]
     found = []

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from raypipe.data.candidates import CandidateSets
 from raypipe.engines.engine import Engine, EngineConfig
 from raypipe.language.backbone import PromptTokenizer, load_tokenizer
-from raypipe.language.instructions import Catalogue
+from raypipe.language.catalogue import Catalogue
 from raypipe.pipeline.rejects import WORKER_DIED, blocked_users, stage_rejected
 from raypipe.pipeline.sequences import catalogue_of
 from raypipe.pipeline.user_rows import UserRows, identities

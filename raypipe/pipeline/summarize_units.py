@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from raypipe.engines.engine import Engine, EngineConfig
 from raypipe.pipeline.rejects import WORKER_DIED, blocked_users, stage_rejected
 from raypipe.pipeline.summary_quality import SummaryQuality
-from raypipe.pipeline.summary_state import BucketState, Catalogue, Pins, Recipes
+from raypipe.pipeline.summary_state import BucketState, Pins, PromptCatalogue, Recipes
 from raypipe.runtime.budget import Budget
 from raypipe.runtime.session import output_table
 from raypipe.runtime.units import UnitContext
@@ -56,7 +56,7 @@ class SummarizeBucket:
         self.task = task
         self.budget = budget
         workspace = task.workspace
-        self.catalogue = Catalogue(workspace.tables["items"].read(task.pins.items), task.config)
+        self.catalogue = PromptCatalogue(workspace.tables["items"].read(task.pins.items), task.config)
         self.quality = SummaryQuality(self.catalogue, task.config)
         self.blocked = blocked_users(workspace, task.pins.rejects, "summaries", task.recipes.variant)
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from raypipe.metrics.named_values import ItemValues, named_shares
 from raypipe.metrics.text import Vocabulary, distinctness, shift_precision, stability, value_counts
-from raypipe.pipeline.summary_state import BucketState, Catalogue
+from raypipe.pipeline.summary_state import BucketState, PromptCatalogue
 from raypipe.systems.summaries import SummariesConfig
 
 QUALITY = (
@@ -27,7 +27,7 @@ QUALITY = (
 class SummaryQuality:
     """Reads summaries by the catalogue's attribute values."""
 
-    def __init__(self, catalogue: Catalogue, config: SummariesConfig) -> None:
+    def __init__(self, catalogue: PromptCatalogue, config: SummariesConfig) -> None:
         self._of_items = catalogue.values
         self._numbered = ItemValues(catalogue.values)
         self._vocabulary = Vocabulary(chain.from_iterable(catalogue.values))

@@ -24,7 +24,7 @@ from raypipe.systems.summaries import Block, Known, SummariesConfig, Written
 T = TypeVar("T")
 
 
-class Catalogue:
+class PromptCatalogue:
     """The items as a prompt shows them: one line each, made when first asked for. Index 0 is padding."""
 
     def __init__(self, items: pa.Table, config: SummariesConfig) -> None:
@@ -79,7 +79,7 @@ class BucketState:
         pins: Pins,
         recipes: Recipes,
         config: SummariesConfig,
-        catalogue: Catalogue,
+        catalogue: PromptCatalogue,
         users: pa.Array | None = None,
     ) -> None:
         self.workspace = workspace

@@ -28,7 +28,7 @@ from raypipe.pipeline.job import model_result
 from raypipe.pipeline.loaded import Loaded, chosen_lm
 from raypipe.pipeline.past_summaries import past_summaries
 from raypipe.pipeline.sequences import catalogue_of, histories_hash, pinned_versions, read_histories
-from raypipe.pipeline.trsr_measures import Asked, check_comparable, compared, measure, ranker_of, save_ranks
+from raypipe.pipeline.trsr_measures import RankingInputs, check_comparable, compared, measure, ranker_of, save_ranks
 from raypipe.recommenders.recommender import freeze
 from raypipe.runtime.job import JobResult
 from raypipe.runtime.progress import say
@@ -91,7 +91,7 @@ def run_trsr(config: AlignConfig) -> JobResult:
     return model_result("align", model, status, metrics, started)
 
 
-def _read(config: AlignConfig, workspace: Workspace, versions: dict[str, int]) -> Asked:
+def _read(config: AlignConfig, workspace: Workspace, versions: dict[str, int]) -> RankingInputs:
     if not config.hold_out:
         raise UsageError("Every event is trained on, so that none is left to ask for.", "Set --hold_out to 1 or more.")
     cut = Cut(config.hold_out, config.held_out_share)
@@ -120,7 +120,7 @@ def _read(config: AlignConfig, workspace: Workspace, versions: dict[str, int]) -
     order = np.argsort(whole.users)
     rows = order[np.searchsorted(whole.users, sets.keys, sorter=order)]
     past = Past(whole.without_last(config.hold_out), are_held_out(users, config.held_out_share), catalogue, summaries)
-    return Asked(past, lm, checkpoint_hash(lm), loaded, sets, key, rows)
+    return RankingInputs(past, lm, checkpoint_hash(lm), loaded, sets, key, rows)
 
 
 def _left(config: AlignConfig) -> int:
@@ -128,7 +128,9 @@ def _left(config: AlignConfig) -> int:
     return int(config.trainer.validate_every is not None)
 
 
-def _train(config: AlignConfig, workspace: Workspace, inputs: Asked, recipe: str, versions: dict[str, int]) -> Model:
+def _train(
+    config: AlignConfig, workspace: Workspace, inputs: RankingInputs, recipe: str, versions: dict[str, int]
+) -> Model:
     """Train, measure, and only then store: who finds the model finds its figures in the lineage, and its ranks beside it."""
     name = f"{NAME}-{recipe}"
     folder = config.training_folder(workspace, name)
@@ -188,7 +190,7 @@ def _train(config: AlignConfig, workspace: Workspace, inputs: Asked, recipe: str
     return model
 
 
-def _prepare_validation(config: AlignConfig, inputs: Asked, trsr: Trsr, folder: Path) -> None:
+def _prepare_validation(config: AlignConfig, inputs: RankingInputs, trsr: Trsr, folder: Path) -> None:
     """Of the asked the last event before the cut, among as many candidates, drawn anew."""
     histories, options = inputs.past.histories, config.trsr.candidates
     rows = inputs.rows[~inputs.past.held_out[inputs.rows]]

@@ -45,8 +45,8 @@ Ranks = dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is known up to the cut and by which models, and the users who are asked, by their `rows` in the histories."""
+class RankingInputs:
+    """What is known up to the cut and by which models, the candidates, and the users they are of, by their `rows` in the histories."""
 
     past: Past
     lm: Path
@@ -68,14 +68,16 @@ class Asked:
         return histories.take(histories.ends[self.rows] - kept, kept)
 
 
-def ranker_of(options: TrsrConfig, inputs: Asked, backbone: Backbone) -> Trsr:
+def ranker_of(options: TrsrConfig, inputs: RankingInputs, backbone: Backbone) -> Trsr:
     try:
         return Trsr(options, inputs.past, backbone, backbone.context)
     except ValueError as error:
         raise UsageError(str(error), "Name another language model with --lm.") from None
 
 
-def measure(config: AlignConfig, options: TrsrConfig, inputs: Asked, adapter: Path) -> tuple[dict[str, float], Ranks]:
+def measure(
+    config: AlignConfig, options: TrsrConfig, inputs: RankingInputs, adapter: Path
+) -> tuple[dict[str, float], Ranks]:
     """Figures and ranks of the model, of the model asked as its controls say, and of what ranks without it."""
     engine = EngineConfig(lm=str(inputs.lm), adapter=str(adapter)).build()
     trsr = ranker_of(options, inputs, load_backbone(str(inputs.lm), device="cpu"))
@@ -113,7 +115,9 @@ def measure(config: AlignConfig, options: TrsrConfig, inputs: Asked, adapter: Pa
     return metrics, ranks
 
 
-def _others(config: AlignConfig, options: TrsrConfig, inputs: Asked) -> dict[str, Callable[[], NDArray[np.floating]]]:
+def _others(
+    config: AlignConfig, options: TrsrConfig, inputs: RankingInputs
+) -> dict[str, Callable[[], NDArray[np.floating]]]:
     """What ranks the same candidates without a language model, by name. The seconds of a floor and of the trees are those of
     learning too; a recommender was trained before."""
     prefixes, candidates, past = inputs.prefixes(options.history), inputs.sets.items, inputs.past

@@ -61,7 +61,7 @@ class Attention(nn.Module):
         return self.merge(sequences.unpad(mixed.transpose(1, 2).reshape(batch, longest, -1)))
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + feed-forward(norm(x))."""
 
     def __init__(
@@ -110,7 +110,7 @@ class Transformer(nn.Module):
             nn.init.normal_(self.places.weight, std=0.02)
         self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(
-            Block(width, heads, feedforward, dropout, attention_dropout, causal=causal, rotary=rotary)
+            TransformerBlock(width, heads, feedforward, dropout, attention_dropout, causal=causal, rotary=rotary)
             for _ in range(layers)
         )
         self.norm = nn.LayerNorm(width)

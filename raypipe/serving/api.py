@@ -11,28 +11,28 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from raypipe import __version__
-from raypipe.serving.api_words import add_words
 from raypipe.serving.backend import FAILURES, Backend, answers_of, check_queries, check_query
 from raypipe.serving.config import LimitOptions
-from raypipe.serving.description import SCHEMA, add_description
-from raypipe.serving.guard import failure
+from raypipe.serving.lm_routes import add_lm_routes
+from raypipe.serving.middleware import failure
 from raypipe.serving.page import add_page
 from raypipe.serving.queries import (
-    Condition,
     Failure,
+    HealthStatus,
+    RecommendAnswer,
     RecommendAnswers,
-    Recommendations,
     RecommendBatch,
     RecommendQuery,
+    ReleaseStatus,
+    ScoreAnswer,
     ScoreAnswers,
     ScoreBatch,
     ScoreQuery,
-    Scores,
-    Standing,
     User,
     Users,
 )
 from raypipe.serving.service import Answer, Code, RefusedQueryError
+from raypipe.serving.swagger import OPENAPI_PATH, add_swagger
 
 _STATUS: dict[Code, int] = {
     "no_such_user": 404,
@@ -50,24 +50,24 @@ _STATUS: dict[Code, int] = {
     "internal": 500,
 }
 _CODES = {404: "no_such_route", 405: "no_such_method", 413: "too_large", 400: "bad_request"}
-_TOLD = 5
+_SHOWN_PROBLEMS = 5
 
 UserPath = Annotated[str, Path(min_length=1, max_length=512)]
 
 
 def build_api(backend: Backend, limits: LimitOptions) -> FastAPI:
-    """The routes alone; `Guard` goes around them. `state.words` are the paths that ask the language model."""
+    """The routes alone; `RequestMiddleware` goes around them. `state.lm_paths` are the paths that ask the language model."""
     app = FastAPI(
         title="raypipe",
         version=__version__,
         description="Recommendations of a release, for the users of a night or for any history.",
-        openapi_url=SCHEMA,
+        openapi_url=OPENAPI_PATH,
         docs_url=None,
         redoc_url=None,
         responses=FAILURES,
     )
 
-    @app.post("/v1/recommend", response_model=Recommendations)
+    @app.post("/v1/recommend", response_model=RecommendAnswer)
     async def recommend(query: RecommendQuery) -> Answer:
         """The best items for a user or a history."""
         check_query(limits, query)
@@ -79,7 +79,7 @@ def build_api(backend: Backend, limits: LimitOptions) -> FastAPI:
         check_queries(limits, batch.queries)
         return answers_of(await backend.answer_all(batch.queries))
 
-    @app.post("/v1/score", response_model=Scores)
+    @app.post("/v1/score", response_model=ScoreAnswer)
     async def score(query: ScoreQuery) -> Answer:
         """What the recommender gives items."""
         check_query(limits, query)
@@ -102,26 +102,26 @@ def build_api(backend: Backend, limits: LimitOptions) -> FastAPI:
         return await backend.user(user_id)
 
     others = len(app.routes)
-    add_words(app, backend, limits)
-    app.state.words = frozenset(route.path for route in app.routes[others:] if isinstance(route, APIRoute))
+    add_lm_routes(app, backend, limits)
+    app.state.lm_paths = frozenset(route.path for route in app.routes[others:] if isinstance(route, APIRoute))
     add_page(app)
 
     @app.get("/v1/release")
-    async def release() -> Standing:
+    async def release() -> ReleaseStatus:
         """What is served, and since when."""
-        return backend.standing()
+        return backend.release_status()
 
-    @app.get("/v1/health", responses={503: {"model": Condition}})
+    @app.get("/v1/health", responses={503: {"model": HealthStatus}})
     async def health() -> JSONResponse:
         """Runs the model; the one route that asks for no token."""
-        return _condition(await backend.health())
+        return _health(await backend.health())
 
-    @app.get("/v1/ready", responses={503: {"model": Condition}})
+    @app.get("/v1/ready", responses={503: {"model": HealthStatus}})
     async def ready() -> JSONResponse:
         """Whether requests by user id can be answered too."""
-        return _condition(await backend.readiness())
+        return _health(await backend.readiness())
 
-    add_description(app, without_token="/v1/health")
+    add_swagger(app, without_token="/v1/health")
     app.add_exception_handler(RefusedQueryError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
@@ -129,8 +129,8 @@ def build_api(backend: Backend, limits: LimitOptions) -> FastAPI:
     return app
 
 
-def _condition(condition: Condition) -> JSONResponse:
-    return JSONResponse(condition.model_dump(), 200 if condition.ok else 503)
+def _health(health: HealthStatus) -> JSONResponse:
+    return JSONResponse(health.model_dump(), 200 if health.ok else 503)
 
 
 async def _refused(request: Request, error: Exception) -> JSONResponse:
@@ -144,8 +144,8 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
     """Where the request is wrong, without what stood there: it may be personal, and without end."""
     assert isinstance(error, RequestValidationError)
     problems = [f"{'.'.join(str(part) for part in found['loc'])}: {found['msg']}"[:200] for found in error.errors()]
-    told = "; ".join(problems[:_TOLD]) + ("; …" if len(problems) > _TOLD else "")
-    return _failed(request, 422, "invalid", told)
+    shown = "; ".join(problems[:_SHOWN_PROBLEMS]) + ("; …" if len(problems) > _SHOWN_PROBLEMS else "")
+    return _failed(request, 422, "invalid", shown)
 
 
 async def _http(request: Request, error: Exception) -> JSONResponse:
@@ -156,12 +156,12 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _failed_inside(request: Request, error: Exception) -> JSONResponse:
-    """What happened is in the log, which `Guard` writes: it gets the exception next."""
+    """What happened is in the log, which `RequestMiddleware` writes: it gets the exception next."""
     return _failed(request, 500, "internal", "The service failed; the request id names it in the log.")
 
 
 def _failed(
     request: Request, status: int, code: str, message: str, headers: dict[str, str] | None = None
 ) -> JSONResponse:
-    request.state.code = code  # for `Guard`, which counts it
+    request.state.code = code  # for `RequestMiddleware`, which counts it
     return JSONResponse(failure(request.state.request_id, code, message), status, headers)

@@ -7,8 +7,8 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.schema import LoggingConfig
 
 from raypipe.serving.config import ServiceConfig
+from raypipe.serving.lm_replica import LmReplica
 from raypipe.serving.replica import Replica
-from raypipe.serving.speaker import Speaker
 
 NAME = "raypipe"
 _RETRY_AFTER_S = 1.0
@@ -42,16 +42,16 @@ def build(config: ServiceConfig) -> Application:
         graceful_shutdown_timeout_s=replicas.drain_s,
         health_check_period_s=5,
         health_check_timeout_s=30,
-        # It holds paths, and thus user ids; `Guard` writes a line of its own.
+        # It holds paths, and thus user ids; `RequestMiddleware` writes a line of its own.
         logging_config=LoggingConfig(enable_access_log=False),
     )
-    return deployment.bind(config, _language(config) if config.language.replicas else None)
+    return deployment.bind(config, _lm(config) if config.language.replicas else None)
 
 
-def _language(config: ServiceConfig) -> Application:
+def _lm(config: ServiceConfig) -> Application:
     options = config.language
     deployment = serve.deployment(
-        Speaker,
+        LmReplica,
         name="language",
         num_replicas=options.replicas,
         ray_actor_options={"num_cpus": options.cpus, "num_gpus": options.gpus},

@@ -6,22 +6,22 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol
 
 from raypipe.serving.config import LimitOptions
-from raypipe.serving.conversation import Event
+from raypipe.serving.lm_handler import Event
+from raypipe.serving.lm_requests import LmAnswer, LmQuery
 from raypipe.serving.queries import (
-    Condition,
     ExplainQuery,
     Failure,
+    HealthStatus,
     Problem,
     RecommendQuery,
+    ReleaseStatus,
     RerankQuery,
     ScoreQuery,
-    Standing,
     User,
+    UserOrHistory,
     Users,
-    Who,
 )
 from raypipe.serving.service import Answer, Query, RefusedQueryError
-from raypipe.serving.telling import Telling, TellQuery
 
 FAILURES: dict[int | str, dict[str, Any]] = {
     status: {"model": Failure} for status in (400, 401, 413, 422, 429, 500, 503)
@@ -42,26 +42,26 @@ class Backend(Protocol):
 
     def some_users(self) -> Users: ...
 
-    async def tell(self, query: TellQuery) -> Telling: ...
+    async def answer_with_lm(self, query: LmQuery) -> LmAnswer: ...
 
-    async def tell_all(self, queries: Sequence[TellQuery]) -> list[Telling | RefusedQueryError]:
+    async def answer_all_with_lm(self, queries: Sequence[LmQuery]) -> list[LmAnswer | RefusedQueryError]:
         """Of one release and night."""
         ...
 
     async def stream(self, query: ExplainQuery) -> AsyncIterator[Event]: ...
 
-    def standing(self) -> Standing: ...
+    def release_status(self) -> ReleaseStatus: ...
 
-    async def health(self) -> Condition:
+    async def health(self) -> HealthStatus:
         """Whether the model answers: it is asked."""
         ...
 
-    async def readiness(self) -> Condition:
+    async def readiness(self) -> HealthStatus:
         """Whether everything that requests need is there, the online store included."""
         ...
 
 
-def check_query(limits: LimitOptions, query: Who) -> None:
+def check_query(limits: LimitOptions, query: UserOrHistory) -> None:
     """Raises RefusedQueryError for a query that asks too much."""
     asked = {"history": (len(query.history or ()), limits.history)}
     if isinstance(query, RecommendQuery):
@@ -75,7 +75,7 @@ def check_query(limits: LimitOptions, query: Who) -> None:
             raise RefusedQueryError("too_much", f"{name} has {found:,}, and {most:,} are the most.")
 
 
-def check_queries(limits: LimitOptions, queries: Sequence[Who]) -> None:
+def check_queries(limits: LimitOptions, queries: Sequence[UserOrHistory]) -> None:
     """As `check_query`, of a batch."""
     if len(queries) > limits.queries:
         raise RefusedQueryError("too_much", f"A batch has at most {limits.queries:,} queries.")

@@ -1,7 +1,7 @@
-"""Puts questions together that come one by one: whatever waits when a batch has ended is the next.
+"""Batches queries that come one by one: whatever waits when a batch has ended is the next.
 
 Ray Serve's own batches are closed while another one is computed, after `wait_ms` each: under load they are batches of one
-(Ray 2.60, measured: 24 questions 20 ms apart, of a model that takes .5 s for any batch, in 24 batches).
+(Ray 2.60, measured: 24 queries 20 ms apart, of a model that takes .5 s for any batch, in 24 batches).
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _TURNS = 3
 @dataclass(frozen=True, eq=False)
 class _Waiting(Generic[Q, A]):
     key: str
-    question: Q
+    query: Q
     answer: asyncio.Future[A]
     since: float
 
 
 class Batcher(Generic[Q, A]):
-    """Asks `answer` one batch at a time, of a key and the questions of that key that wait, oldest first.
+    """Asks `answer` one batch at a time, of a key and the queries of that key that wait, oldest first.
 
     It returns an answer for each; what it raises, all of that batch get. Of one event loop.
     """
@@ -41,10 +41,10 @@ class Batcher(Generic[Q, A]):
         self._came = asyncio.Event()
         self._running: asyncio.Task[None] | None = None
 
-    async def ask(self, question: Q, key: str = "") -> A:
+    async def ask(self, query: Q, key: str = "") -> A:
         """The answer; who is cancelled meanwhile is left out of batches that have not begun."""
         loop = asyncio.get_running_loop()
-        mine: _Waiting[Q, A] = _Waiting(key, question, loop.create_future(), loop.time())
+        mine: _Waiting[Q, A] = _Waiting(key, query, loop.create_future(), loop.time())
         self._waiting.append(mine)
         self._came.set()
         if self._running is None or self._running.done():
@@ -88,7 +88,7 @@ class Batcher(Generic[Q, A]):
 
     async def _answered(self, batch: list[_Waiting[Q, A]]) -> None:
         try:
-            answers = await self._answer(batch[0].key, [one.question for one in batch])
+            answers = await self._answer(batch[0].key, [one.query for one in batch])
             for one, answer in zip(batch, answers, strict=True):
                 if not one.answer.done():
                     one.answer.set_result(answer)

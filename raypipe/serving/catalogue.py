@@ -11,13 +11,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raypipe.data.recommendable import Holders, attributes_of, holders_of, narrowed, recommendable
-from raypipe.language import instructions
+from raypipe.language.catalogue import Catalogue
 from raypipe.language.summary_prompts import SummaryPrompts
 from raypipe.language.titles import distinct_titles
 
 
 @dataclass(frozen=True)
-class Catalogue:
+class ServedCatalogue:
     """`ids`, `titles`, `texts` and `attributes` by index − 1; `index_of` back; `recommendable` bool [items + 1]: available
     and not denied; `holders` the indices of the items that have an attribute's value."""
 
@@ -30,7 +30,7 @@ class Catalogue:
     attributes: Sequence[Mapping[str, Sequence[str]]]
 
     @classmethod
-    def of(cls, items: pa.Table, denied: frozenset[str] = frozenset()) -> Catalogue:
+    def of(cls, items: pa.Table, denied: frozenset[str] = frozenset()) -> ServedCatalogue:
         """Of the rows of `items`, all of them, in any order."""
         items = items.sort_by("index")
         ids = items["item_id"].to_pylist()
@@ -46,9 +46,9 @@ class Catalogue:
         )
 
     @cached_property
-    def spoken(self) -> instructions.Catalogue:
+    def for_prompts(self) -> Catalogue:
         """As a language model is to tell items apart: each by a title of its own."""
-        return instructions.Catalogue(distinct_titles(self.titles, self.ids), self.attributes, self.texts)
+        return Catalogue(distinct_titles(self.titles, self.ids), self.attributes, self.texts)
 
     def lines(self, indices: Sequence[int], prompts: SummaryPrompts) -> list[str]:
         """The line of each, as prompts of summaries show it."""

@@ -67,9 +67,9 @@ class LanguageOptions(Config):
     replicas: int = free(1, "processes that hold it; with none nothing is put into words", ge=0)
     cpus: float = free(1.0, "CPUs reserved for each", ge=0)
     gpus: float = free(0.0, "GPUs reserved for each", ge=0)
-    batching: BatchingOptions = free(lambda: BatchingOptions(size=32, wait_ms=5), "how questions are put together")
-    ongoing: int = free(64, "questions a process works on at a time; at least two batches", ge=1)
-    queued: int = free(64, "questions of a recommending process that wait for one; more get 503 and Retry-After", ge=0)
+    batching: BatchingOptions = free(lambda: BatchingOptions(size=32, wait_ms=5), "how requests to it are put together")
+    ongoing: int = free(64, "requests a process works on at a time; at least two batches", ge=1)
+    queued: int = free(64, "requests of a recommending process that wait for one; more get 503 and Retry-After", ge=0)
     engine: EngineConfig = shaping(
         lambda: EngineConfig(lm=OF_RELEASE, threads=1), "what generates; lm `release` is that of the release"
     )
@@ -84,7 +84,7 @@ class LanguageOptions(Config):
 
     @property
     def at_once(self) -> int:
-        """Questions of one request that are asked at a time: of every process a batch, and the next one."""
+        """Requests to it that one HTTP request has out at a time: of every process a batch, and the next one."""
         return max(1, 2 * self.batching.size * self.replicas)
 
     @model_validator(mode="after")

@@ -16,16 +16,16 @@ from pathlib import Path
 
 from raypipe.errors import UsageError
 from raypipe.serving.config import ReplicaOptions
-from raypipe.serving.guard import failure
+from raypipe.serving.middleware import failure
 
 BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
-INSIDE = "127.0.0.1"
-HEAD_S = 10
+LOOPBACK = "127.0.0.1"
+HEAD_TIMEOUT_S = 10
 """Seconds a request's head may take: there are 4,096 connections, and nobody needs a token to hold one."""
-_NOBODY = failure("", "not_ready", "No replica can be asked: ask again later.")
+_UNAVAILABLE = failure("", "not_ready", "No replica can be asked: ask again later.")
 
 
-def closed_haproxy(folder: Path, host: str, port: int, inner: Iterable[int], replicas: ReplicaOptions) -> Path:
+def write_haproxy_wrapper(folder: Path, host: str, port: int, inner: Iterable[int], replicas: ReplicaOptions) -> Path:
     """A script in `folder` to be started in the place of HAProxy: of the addresses in its configuration `port` is opened to
     `host`, and the `inner` ports to this machine alone.
 
@@ -34,23 +34,23 @@ def closed_haproxy(folder: Path, host: str, port: int, inner: Iterable[int], rep
 
     Raises UsageError where there is no HAProxy.
     """
-    nobody = folder / "nobody.http"
-    body = json.dumps(_NOBODY)
+    errorfile = folder / "unavailable.http"
+    body = json.dumps(_UNAVAILABLE)
     head = [
         "HTTP/1.1 503 Service Unavailable",
         "content-type: application/json",
         "retry-after: 1",
         "cache-control: no-store",
     ]
-    nobody.write_bytes("\r\n".join([*head, f"content-length: {len(body)}", "", body]).encode())
+    errorfile.write_bytes("\r\n".join([*head, f"content-length: {len(body)}", "", body]).encode())
     rules = [rf"s#^( *bind) [^ ]*:{port}$#\1 {host}:{port}#"]
-    rules += [rf"s#^( *bind) [^ ]*:{number}$#\1 {INSIDE}:{number}#" for number in inner]
-    rules += ["s#^( *stats socket .*) mode 666#\\1 mode 600#", rf"s#^( *errorfile [0-9]+) .*#\1 {nobody}#"]
+    rules += [rf"s#^( *bind) [^ ]*:{number}$#\1 {LOOPBACK}:{number}#" for number in inner]
+    rules += ["s#^( *stats socket .*) mode 666#\\1 mode 600#", rf"s#^( *errorfile [0-9]+) .*#\1 {errorfile}#"]
     # What is behind the proxy is nobody's business who has no token.
     rules.append(r"s#^( *)http-request return .* if routes$#\1http-request deny deny_status 401 if routes#")
     rules.append(rf"/ backup$/!s#^( *server [^ ]+ [^ ]+ check)#\1 maxconn {replicas.ongoing}#")
     rules.append(rf"s#^( *)option redispatch 1$#&\n\1timeout queue {round(1000 * replicas.wait_s)}ms#")
-    rules.append(rf"s#^( *)option log-health-checks$#&\n\1timeout http-request {HEAD_S}s#")
+    rules.append(rf"s#^( *)option log-health-checks$#&\n\1timeout http-request {HEAD_TIMEOUT_S}s#")
     edits = " ".join(f"-e {shlex.quote(rule)}" for rule in rules)
     script = folder / "haproxy"
     # Ray calls it with -db -f FILE.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class ServingMetrics:
-    """The counters of one replica; made where Ray is connected. Implements `Meter`."""
+    """The counters of one replica; made where Ray is connected. Implements `RequestMetrics`."""
 
     def __init__(self) -> None:
         from ray.util.metrics import Counter, Gauge, Histogram

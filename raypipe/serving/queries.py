@@ -14,7 +14,7 @@ class _Query(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Who(_Query):
+class UserOrHistory(_Query):
     """Who is asked about: a user of the night that is served, or anybody with this history, the newest item last."""
 
     user_id: UserId | None = None
@@ -27,7 +27,7 @@ class Who(_Query):
         return self
 
 
-class RecommendQuery(Who):
+class RecommendQuery(UserOrHistory):
     """The best items: no unavailable or denied ones, none of `deny`, only those with these attribute values."""
 
     count: int = Field(10, ge=1)
@@ -38,17 +38,17 @@ class RecommendQuery(Who):
     filter_seen: bool | None = Field(None, description="nothing of the history; unset: as the service is set up")
 
 
-class ScoreQuery(Who):
+class ScoreQuery(UserOrHistory):
     """What the recommender gives items; comparable for one user or history."""
 
     items: list[ItemId] = Field(min_length=1)
 
 
-class SummaryQuery(Who):
+class SummaryQuery(UserOrHistory):
     """Of a user what the night wrote; of a history what the release's language model writes now."""
 
 
-class ExplainQuery(Who):
+class ExplainQuery(UserOrHistory):
     """Why an item fits a user, or does not."""
 
     item_id: ItemId | None = Field(None, description="unset: the one that is recommended first")
@@ -56,7 +56,7 @@ class ExplainQuery(Who):
     focus: str = Field("", max_length=100, description="what to attend to, for example genres")
 
 
-class _Reading(Who):
+class _Reading(UserOrHistory):
     adapter: str | None = Field(None, max_length=200, description="of the release, by name; unset: its first")
 
 
@@ -72,7 +72,7 @@ class OracleQuery(_Reading):
     """The title it reads from what the recommender would have next."""
 
 
-class RerankQuery(Who):
+class RerankQuery(UserOrHistory):
     """Items in the order of a language model that reads them, the last of the history, and a summary of the user if there is
     one."""
 
@@ -100,7 +100,7 @@ class Origin(BaseModel):
     night: str | None
 
 
-class Recommendations(BaseModel):
+class RecommendAnswer(BaseModel):
     """`basis` is popular where the recommender knows nothing of who asks; `known` whether the user is of the night."""
 
     basis: Literal["model", "popular"]
@@ -115,14 +115,14 @@ class ScoredItem(BaseModel):
     score: float | None = Field(description="null for an item or a user the recommender does not know")
 
 
-class Scores(BaseModel):
+class ScoreAnswer(BaseModel):
     known: bool
     unknown_items: int
     items: list[ScoredItem]
     served: Origin
 
 
-class Summaries(BaseModel):
+class SummaryAnswer(BaseModel):
     """What was written, by paradigm; `user_id` is null for a history."""
 
     user_id: str | None
@@ -131,7 +131,7 @@ class Summaries(BaseModel):
     served: Origin
 
 
-class Told(BaseModel):
+class AdapterAnswer(BaseModel):
     """What every answer of an adapter says of itself."""
 
     known: bool
@@ -140,7 +140,7 @@ class Told(BaseModel):
     served: Origin
 
 
-class Explained(Told):
+class ExplainAnswer(AdapterAnswer):
     """Whether the item fits, as the language model understood the recommender, and why."""
 
     item: Item
@@ -148,7 +148,7 @@ class Explained(Told):
     text: str
 
 
-class Interpreted(Told):
+class InterpretAnswer(AdapterAnswer):
     """`titles` that the language model named, and the `history` they should be: both oldest first."""
 
     titles: list[str]
@@ -156,7 +156,7 @@ class Interpreted(Told):
     text: str
 
 
-class Named(Told):
+class TitleAnswer(AdapterAnswer):
     """The `title` that the language model named, null where it is none of the catalogue's, and the one it should be."""
 
     title: str | None
@@ -164,28 +164,28 @@ class Named(Told):
     text: str
 
 
-class Likely(BaseModel):
+class RerankedItem(BaseModel):
     item_id: str
     title: str
     score: float | None = Field(description="how likely yes is, from 0 to 1; null for what is not in the catalogue")
 
 
-class Reranked(Told):
+class RerankAnswer(AdapterAnswer):
     """Best first; items that are not in the catalogue are last."""
 
-    items: list[Likely]
+    items: list[RerankedItem]
 
 
-class Line(BaseModel):
+class NextItem(BaseModel):
     item_id: str
     title: str
     score: float = Field(description="log-probability of what was written and taken for the item")
 
 
-class Next(Told):
+class NextAnswer(AdapterAnswer):
     """Best first; no more than the language model writes lines."""
 
-    items: list[Line]
+    items: list[NextItem]
 
 
 class User(BaseModel):
@@ -257,38 +257,38 @@ class NextBatch(_Query):
 class RecommendAnswers(BaseModel):
     """In the order of the queries; a query that cannot be answered has its problem in the place of an answer."""
 
-    answers: list[Recommendations | Problem]
+    answers: list[RecommendAnswer | Problem]
 
 
 class ScoreAnswers(BaseModel):
-    answers: list[Scores | Problem]
+    answers: list[ScoreAnswer | Problem]
 
 
 class ExplainAnswers(BaseModel):
-    answers: list[Explained | Problem]
+    answers: list[ExplainAnswer | Problem]
 
 
 class InterpretAnswers(BaseModel):
-    answers: list[Interpreted | Problem]
+    answers: list[InterpretAnswer | Problem]
 
 
-class NamedAnswers(BaseModel):
-    answers: list[Named | Problem]
+class TitleAnswers(BaseModel):
+    answers: list[TitleAnswer | Problem]
 
 
 class RerankAnswers(BaseModel):
-    answers: list[Reranked | Problem]
+    answers: list[RerankAnswer | Problem]
 
 
 class NextAnswers(BaseModel):
-    answers: list[Next | Problem]
+    answers: list[NextAnswer | Problem]
 
 
 class SummaryAnswers(BaseModel):
-    answers: list[Summaries | Problem]
+    answers: list[SummaryAnswer | Problem]
 
 
-class Standing(BaseModel):
+class ReleaseStatus(BaseModel):
     """What is served, since when (Unix seconds), and why a release, or as `night DATE` a night, was refused. `adapters`:
     name → system."""
 
@@ -303,6 +303,6 @@ class Standing(BaseModel):
     refused: dict[str, str]
 
 
-class Condition(BaseModel):
+class HealthStatus(BaseModel):
     ok: bool
     reason: str = ""

@@ -15,12 +15,12 @@ from raypipe.recommenders.recommender import Recommender
 from raypipe.recommenders.scoring import Filters, top_k
 from raypipe.recommenders.sequences import Sequences
 from raypipe.recommenders.windows import Histories
-from raypipe.serving.catalogue import Catalogue
+from raypipe.serving.catalogue import ServedCatalogue
 from raypipe.storage.hashing import U64, mix
 
 
 @dataclass(frozen=True)
-class Known:
+class ModelInputs:
     """What is known of who asks: the history, item indices in time order; the `seed` of what is sampled; where a night has
     computed it, the `state` [width]; and the `user` key, the stable hash of an id, 0 of nobody a model could know."""
 
@@ -30,13 +30,13 @@ class Known:
     user: int = 0
 
     @classmethod
-    def of(cls, items: NDArray[np.int32]) -> Known:
+    def of(cls, items: NDArray[np.int32]) -> ModelInputs:
         """Somebody of whom nothing is known but a history: equal histories draw equal samples."""
         return cls(items, int(_seed(items.astype(np.uint64))))
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ListSpec:
     """A list: its length, attribute values every item must have, items that must not be in it, and whether what the
     history holds may."""
 
@@ -58,48 +58,48 @@ class Ranked:
 def recommend(
     model: Recommender,
     table: Tensor,
-    catalogue: Catalogue,
+    catalogue: ServedCatalogue,
     popular: Sequence[int],
-    asked: Sequence[tuple[Known, Wanted]],
+    requests: Sequence[tuple[ModelInputs, ListSpec]],
 ) -> list[Ranked]:
     """A list for each; of whom the model knows nothing, what is popular. Fewer items than wanted where no more are allowed.
 
     `table` [items + 1, width] are the model's item states, which it may take long to put together.
     Raises UnknownValueError for an attribute value nobody has; check before, for it is raised for all.
     """
-    allowed = {only: catalogue.allowed(only, model.items) for only in {wanted.only for _, wanted in asked}}
-    lists: list[Ranked | None] = [None] * len(asked)
-    histories = known_histories(model, [known for known, _ in asked])
+    allowed = {only: catalogue.allowed(only, model.items) for only in {spec.only for _, spec in requests}}
+    lists: list[Ranked | None] = [None] * len(requests)
+    histories = known_histories(model, [inputs for inputs, _ in requests])
     warm = np.flatnonzero(histories.lengths > 0)
-    queries = _queries(model, histories, warm, [known for known, _ in asked])
+    queries = _queries(model, histories, warm, [inputs for inputs, _ in requests])
     groups: dict[tuple[tuple[str, str], ...], list[int]] = {}
     for row, at in enumerate(warm.tolist()):
-        groups.setdefault(asked[at][1].only, []).append(row)
+        groups.setdefault(requests[at][1].only, []).append(row)
     for only, rows in groups.items():
-        mine = [asked[at] for at in warm[rows]]
-        most = min(max(wanted.count for _, wanted in mine), model.items)
+        mine = [requests[at] for at in warm[rows]]
+        most = min(max(spec.count for _, spec in mine), model.items)
         filters = Filters(torch.from_numpy(allowed[only]), _excluded(mine))
         items, scores = top_k(queries[rows], table, most, filters)
-        for at, ids, values, (_, wanted) in zip(warm[rows].tolist(), items.numpy(), scores.numpy(), mine, strict=True):
-            ids, values = ids[: wanted.count], values[: wanted.count]
+        for at, ids, values, (_, spec) in zip(warm[rows].tolist(), items.numpy(), scores.numpy(), mine, strict=True):
+            ids, values = ids[: spec.count], values[: spec.count]
             lists[at] = Ranked(ids[ids > 0], values[ids > 0])
     return [
-        found if found is not None else _popular(popular, allowed[wanted.only], known, wanted)
-        for found, (known, wanted) in zip(lists, asked, strict=True)
+        found if found is not None else _popular(popular, allowed[spec.only], inputs, spec)
+        for found, (inputs, spec) in zip(lists, requests, strict=True)
     ]
 
 
 @torch.inference_mode()
 def score(
-    model: Recommender, table: Tensor, asked: Sequence[tuple[Known, NDArray[np.int32]]]
+    model: Recommender, table: Tensor, requests: Sequence[tuple[ModelInputs, NDArray[np.int32]]]
 ) -> list[NDArray[np.float32] | None]:
     """The score of each item [n] for each; None where the model knows nothing of who asks. NaN for items it never saw."""
-    histories = known_histories(model, [known for known, _ in asked])
+    histories = known_histories(model, [inputs for inputs, _ in requests])
     warm = np.flatnonzero(histories.lengths > 0)
-    queries = _queries(model, histories, warm, [known for known, _ in asked])
-    found: list[NDArray[np.float32] | None] = [None] * len(asked)
+    queries = _queries(model, histories, warm, [inputs for inputs, _ in requests])
+    found: list[NDArray[np.float32] | None] = [None] * len(requests)
     for row, at in enumerate(warm.tolist()):
-        items = asked[at][1]
+        items = requests[at][1]
         inside = items <= model.items
         scores = np.full(len(items), np.nan, np.float32)
         scores[inside] = (queries[row] @ table[torch.from_numpy(items[inside].astype(np.int64))].T).float().numpy()
@@ -108,33 +108,35 @@ def score(
 
 
 @torch.inference_mode()
-def state_of(model: Recommender, known: Known) -> tuple[Histories, NDArray[np.float32]]:
+def state_of(model: Recommender, inputs: ModelInputs) -> tuple[Histories, NDArray[np.float32]]:
     """The history without items the model never saw, and the state [1, width] after it; [0, width] where nothing is left."""
-    histories = known_histories(model, [known])
-    return histories, _states(model, histories, np.flatnonzero(histories.lengths > 0), [known]).numpy()
+    histories = known_histories(model, [inputs])
+    return histories, _states(model, histories, np.flatnonzero(histories.lengths > 0), [inputs]).numpy()
 
 
-def known_histories(model: Recommender, known: Sequence[Known]) -> Histories:
+def known_histories(model: Recommender, inputs: Sequence[ModelInputs]) -> Histories:
     """Without items the model never saw."""
-    lengths = np.array([len(mine.items) for mine in known], np.int64)
-    items = np.concatenate([mine.items for mine in known]) if known else np.zeros(0, np.int32)
-    users = np.array([mine.user for mine in known], np.int64)
+    lengths = np.array([len(mine.items) for mine in inputs], np.int64)
+    items = np.concatenate([mine.items for mine in inputs]) if inputs else np.zeros(0, np.int32)
+    users = np.array([mine.user for mine in inputs], np.int64)
     return Histories(items.astype(np.int32), lengths.cumsum(), users).within(model.items)
 
 
-def _queries(model: Recommender, histories: Histories, warm: NDArray[np.int64], known: Sequence[Known]) -> Tensor:
+def _queries(
+    model: Recommender, histories: Histories, warm: NDArray[np.int64], inputs: Sequence[ModelInputs]
+) -> Tensor:
     """[warm, width]."""
-    states = _states(model, histories, warm, known)
-    seeds = torch.tensor([known[at].seed for at in warm.tolist()], dtype=torch.int64)
+    states = _states(model, histories, warm, inputs)
+    seeds = torch.tensor([inputs[at].seed for at in warm.tolist()], dtype=torch.int64)
     return model.queries(states, seeds) if len(warm) else states
 
 
-def _states(model: Recommender, histories: Histories, warm: NDArray[np.int64], known: Sequence[Known]) -> Tensor:
+def _states(model: Recommender, histories: Histories, warm: NDArray[np.int64], inputs: Sequence[ModelInputs]) -> Tensor:
     """[warm, width]: those that a night has computed are taken, the others computed."""
     states = torch.zeros((len(warm), model.width))
     missing = []
     for row, at in enumerate(warm.tolist()):
-        state = known[at].state
+        state = inputs[at].state
         if state is None:
             missing.append(row)
         else:
@@ -146,22 +148,22 @@ def _states(model: Recommender, histories: Histories, warm: NDArray[np.int64], k
     return states
 
 
-def _excluded(asked: Sequence[tuple[Known, Wanted]]) -> Sequences | None:
+def _excluded(requests: Sequence[tuple[ModelInputs, ListSpec]]) -> Sequences | None:
     parts = []
-    for known, wanted in asked:
-        seen = known.items if wanted.filter_seen else known.items[:0]
-        parts.append(seen if wanted.deny is None else np.concatenate([seen, wanted.deny]))
+    for inputs, spec in requests:
+        seen = inputs.items if spec.filter_seen else inputs.items[:0]
+        parts.append(seen if spec.deny is None else np.concatenate([seen, spec.deny]))
     lengths = torch.tensor([len(part) for part in parts])
     if not int(lengths.sum()):
         return None
     return Sequences(torch.from_numpy(np.concatenate(parts).astype(np.int64)), lengths)
 
 
-def _popular(popular: Sequence[int], allowed: NDArray[np.bool_], known: Known, wanted: Wanted) -> Ranked:
-    excluded = set(wanted.deny.tolist() if wanted.deny is not None else ())
-    excluded |= set(known.items.tolist()) if wanted.filter_seen else set()
+def _popular(popular: Sequence[int], allowed: NDArray[np.bool_], inputs: ModelInputs, spec: ListSpec) -> Ranked:
+    excluded = set(spec.deny.tolist() if spec.deny is not None else ())
+    excluded |= set(inputs.items.tolist()) if spec.filter_seen else set()
     fits = [item for item in popular if allowed[item] and item not in excluded]
-    return Ranked(np.array(fits[: wanted.count], np.int64), None)
+    return Ranked(np.array(fits[: spec.count], np.int64), None)
 
 
 def _seed(items: U64) -> np.int64:

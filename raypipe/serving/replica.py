@@ -21,16 +21,16 @@ from raypipe.runtime.memory import keep_heap_small
 from raypipe.serving.api import build_api
 from raypipe.serving.batcher import Batcher
 from raypipe.serving.config import ServiceConfig
-from raypipe.serving.conversation import Conversation, Event
-from raypipe.serving.doors import shut_inner_door
-from raypipe.serving.guard import AUDIT, Guard
+from raypipe.serving.grpc_port import disable_grpc_port
+from raypipe.serving.lm_handler import Event, LmHandler
+from raypipe.serving.lm_replica import ServeLmClient
+from raypipe.serving.lm_requests import LmAnswer, LmQuery, LmRequestBuilder
 from raypipe.serving.metrics import ServingMetrics
-from raypipe.serving.queries import Condition, ExplainQuery, Standing, User, Users
+from raypipe.serving.middleware import AUDIT, RequestMiddleware
+from raypipe.serving.queries import ExplainQuery, HealthStatus, ReleaseStatus, User, Users
+from raypipe.serving.release_watcher import ReleaseWatcher
 from raypipe.serving.served import UnfitError, check
 from raypipe.serving.service import Answer, Query, RefusedQueryError, Service
-from raypipe.serving.speaker import Remote
-from raypipe.serving.telling import Teller, Telling, TellQuery
-from raypipe.serving.watch import Watch
 from raypipe.storage.online import OnlineStoreDownError, open_online_store
 from raypipe.storage.store import Store
 
@@ -48,35 +48,35 @@ _AUDIT_BYTES = 50_000_000
 class Replica:
     """Implements `Backend`."""
 
-    def __init__(self, config: ServiceConfig, language: DeploymentHandle | None = None) -> None:
-        shut_inner_door()
+    def __init__(self, config: ServiceConfig, lm: DeploymentHandle | None = None) -> None:
+        disable_grpc_port()
         keep_heap_small()
         self.config = config
         torch.set_num_threads(config.replicas.threads)
         _log_audit(config.audit)
         self.store = open_online_store(config.store, Store(config.workspace))
-        speaking = Remote(language) if language is not None else None
-        self.watch = Watch(config, self.store, speaking.prove if speaking is not None else _unproven)
-        self.service = Service(config, self.store, lambda: self.watch.served, self.watch.record)
-        teller = Teller(config, self.service)
-        self.conversation = Conversation(
-            speaking,
+        lm_client = ServeLmClient(lm) if lm is not None else None
+        self.watcher = ReleaseWatcher(config, self.store, lm_client.check if lm_client is not None else _no_lm)
+        self.service = Service(config, self.store, lambda: self.watcher.served, self.watcher.record)
+        builder = LmRequestBuilder(config, self.service)
+        self.lm_handler = LmHandler(
+            lm_client,
             config.limits.words_s,
             config.language.at_once,
-            lambda queries: self._aside(lambda: teller.ask(queries)),
+            lambda queries: self._in_thread(lambda: builder.build(queries)),
         )
         self.metrics = ServingMetrics()
         self.threads = ThreadPoolExecutor(_THREADS, "answers")
         self.health_thread = ThreadPoolExecutor(1, "health")
-        self._health = (0.0, Condition(ok=True))
-        self._asking = asyncio.Lock()
+        self._health = (0.0, HealthStatus(ok=True))
+        self._health_lock = asyncio.Lock()
         self._batch_s = 0.0
         self.batcher = Batcher(self._batch, config.batching)
-        self.watch.start()
+        self.watcher.start()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         api = build_api(self, self.config.limits)
-        return Guard(api, api.state.words, lambda: self.watch.tokens, self.config.limits, self.metrics)
+        return RequestMiddleware(api, api.state.lm_paths, lambda: self.watcher.tokens, self.config.limits, self.metrics)
 
     async def answer(self, query: Query) -> Answer:
         answer = await self.batcher.ask(query)
@@ -86,45 +86,45 @@ class Replica:
 
     async def answer_all(self, queries: Sequence[Query]) -> list[Answer | RefusedQueryError]:
         self.metrics.batch(len(queries))
-        return await self._aside(lambda: self.service.answer(queries))
+        return await self._in_thread(lambda: self.service.answer(queries))
 
     async def user(self, user_id: str) -> User:
-        return await self._aside(lambda: self.service.user(user_id))
+        return await self._in_thread(lambda: self.service.user(user_id))
 
     def some_users(self) -> Users:
         return self.service.some_users()
 
-    async def tell(self, query: TellQuery) -> Telling:
-        return await self.conversation.tell(query)
+    async def answer_with_lm(self, query: LmQuery) -> LmAnswer:
+        return await self.lm_handler.answer(query)
 
-    async def tell_all(self, queries: Sequence[TellQuery]) -> list[Telling | RefusedQueryError]:
-        return await self.conversation.tell_all(queries)
+    async def answer_all_with_lm(self, queries: Sequence[LmQuery]) -> list[LmAnswer | RefusedQueryError]:
+        return await self.lm_handler.answer_all(queries)
 
     async def stream(self, query: ExplainQuery) -> AsyncIterator[Event]:
-        return await self.conversation.stream(query)
+        return await self.lm_handler.stream(query)
 
-    def standing(self) -> Standing:
-        return self.watch.standing()
+    def release_status(self) -> ReleaseStatus:
+        return self.watcher.release_status()
 
-    async def health(self) -> Condition:
+    async def health(self) -> HealthStatus:
         # Nobody needs a token to ask, so that asking often must not cost more than asking once.
-        async with self._asking:
-            asked, condition = self._health
+        async with self._health_lock:
+            asked, health = self._health
             if time.monotonic() - asked > _HEALTH_S:
-                condition = await asyncio.get_running_loop().run_in_executor(self.health_thread, self._examine)
-                self._health = (time.monotonic(), condition)
-        return condition
+                health = await asyncio.get_running_loop().run_in_executor(self.health_thread, self._check_model)
+                self._health = (time.monotonic(), health)
+        return health
 
-    async def readiness(self) -> Condition:
-        return await self._aside(self._look_up)
+    async def readiness(self) -> HealthStatus:
+        return await self._in_thread(self._check_store)
 
     async def check_health(self) -> None:
         """For Ray Serve, which replaces a replica that raises here."""
-        served = self.watch.served
-        self.metrics.served(served.target.release, served.target.night, served.since, len(self.watch.refused))
-        condition = await self.health()
-        if not condition.ok:
-            raise RuntimeError(condition.reason)
+        served = self.watcher.served
+        self.metrics.served(served.target.release, served.target.night, served.since, len(self.watcher.refused))
+        health = await self.health()
+        if not health.ok:
+            raise RuntimeError(health.reason)
 
     async def _batch(self, key: str, queries: list[Query]) -> list[Answer | RefusedQueryError]:
         self.metrics.batch(len(queries))
@@ -135,35 +135,35 @@ class Replica:
             self._batch_s += _LEARNT * (time.monotonic() - started - self._batch_s)
             return answers
 
-        return answer() if self._batch_s < _SHORT_S else await self._aside(answer)
+        return answer() if self._batch_s < _SHORT_S else await self._in_thread(answer)
 
-    async def _aside(self, work: Callable[[], T]) -> T:
+    async def _in_thread(self, work: Callable[[], T]) -> T:
         """Off the event loop, which has to take requests meanwhile."""
         return await asyncio.get_running_loop().run_in_executor(self.threads, work)
 
-    def _examine(self) -> Condition:
+    def _check_model(self) -> HealthStatus:
         try:
-            check(self.watch.served)
+            check(self.watcher.served)
         except UnfitError as error:
             logging.getLogger("raypipe.serving").error("%s", error)
-            return Condition(ok=False, reason="The model does not answer as it should.")
-        return Condition(ok=True)
+            return HealthStatus(ok=False, reason="The model does not answer as it should.")
+        return HealthStatus(ok=True)
 
-    def _look_up(self) -> Condition:
-        version = self.watch.served.target.version
+    def _check_store(self) -> HealthStatus:
+        version = self.watcher.served.target.version
         try:
             if not version:
-                return Condition(ok=False, reason="No night is loaded: requests by history alone are answered.")
+                return HealthStatus(ok=False, reason="No night is loaded: requests by history alone are answered.")
             self.store.get(version, [""])
         except OnlineStoreDownError:
-            return Condition(
+            return HealthStatus(
                 ok=False, reason="The online store does not answer: requests by history alone are answered."
             )
-        return Condition(ok=True)
+        return HealthStatus(ok=True)
 
 
-def _unproven(release: str, catalogue: int) -> None:
-    """Without a language model there is none to prove."""
+def _no_lm(release: str, catalogue: int) -> None:
+    """Without a language model there is none to check."""
 
 
 def _log_audit(folder: str | None) -> None:

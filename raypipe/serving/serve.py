@@ -15,8 +15,8 @@ from raypipe.runtime.cluster import ClusterConfig
 from raypipe.runtime.job import JobResult
 from raypipe.runtime.progress import say
 from raypipe.serving.config import ServiceConfig
-from raypipe.serving.haproxy import BINARY, INSIDE, closed_haproxy
-from raypipe.serving.watch import Watch
+from raypipe.serving.haproxy import BINARY, LOOPBACK, write_haproxy_wrapper
+from raypipe.serving.release_watcher import ReleaseWatcher
 from raypipe.storage.online import open_online_store
 from raypipe.storage.tokens import Tokens
 from raypipe.storage.workspace import Workspace
@@ -60,7 +60,7 @@ def run_serve(config: ServeConfig) -> JobResult:
     service = ServiceConfig(**{name: getattr(config, name) for name in ServiceConfig.model_fields})
     store = open_online_store(config.store, workspace.store)
     # What a replica would do first: what is missing or unfit is told here, in one paragraph, and not by its log.
-    target = Watch(service, store).served.target
+    target = ReleaseWatcher(service, store).served.target
     store.close()
     if not target.version:
         say(
@@ -99,7 +99,7 @@ def _prepare(config: ServeConfig, folder: Path) -> str:
     for variable, value in _SETTINGS.items():
         os.environ.setdefault(variable, value)
     if config.cluster.is_private:
-        os.environ["RAY_SERVE_USE_GRPC_BY_DEFAULT"] = "0"  # it would open what `doors` keeps shut
+        os.environ["RAY_SERVE_USE_GRPC_BY_DEFAULT"] = "0"  # it would open the port that `grpc_port` keeps closed
     os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1" if config.ingress == "haproxy" else "0"
     if config.ingress != "haproxy":
         return config.host
@@ -111,8 +111,8 @@ def _prepare(config: ServeConfig, folder: Path) -> str:
     if not config.cluster.is_private:
         return config.host
     # Replicas and the other proxy are asked from this machine alone; HAProxy opens the API to who shall reach it.
-    os.environ[BINARY] = str(closed_haproxy(folder, config.host, config.port, ports.values(), config.replicas))
-    return INSIDE
+    os.environ[BINARY] = str(write_haproxy_wrapper(folder, config.host, config.port, ports.values(), config.replicas))
+    return LOOPBACK
 
 
 def _check_port(host: str, port: int, remedy: str) -> None:

@@ -19,10 +19,10 @@ from raypipe.errors import AccessError, RaypipeError, UsageError
 from raypipe.recommenders.checkpoint import check_catalogue, load_recommender
 from raypipe.recommenders.recommender import Recommender, freeze
 from raypipe.recommenders.windows import Histories
-from raypipe.serving.catalogue import Catalogue
+from raypipe.serving.adapters import ServedAdapter, load_adapters
+from raypipe.serving.catalogue import ServedCatalogue
 from raypipe.serving.config import ServiceConfig
-from raypipe.serving.readers import Reader, read_readers
-from raypipe.serving.recommending import Known, Ranked, Wanted, recommend, score
+from raypipe.serving.recommending import ListSpec, ModelInputs, Ranked, recommend, score
 from raypipe.storage.models import Models, find_model
 from raypipe.storage.nights import Night, Nights
 from raypipe.storage.online import OnlineStore, version_of
@@ -58,19 +58,19 @@ class Target:
 class Served:
     """See the module. `table` [items + 1, width] are the recommender's item states; `states_fit`: the night's states are this
     recommender's, and need not be computed again; `catalogue_version` is that of the items table; `lm` is the release's language
-    model, `readers` its adapters by name; `some_users` of the night, for who wants to look around."""
+    model, `adapters` its adapters by name; `some_users` of the night, for who wants to look around."""
 
     target: Target
     recommender_name: str
     recommender: Recommender
     table: Tensor
-    catalogue: Catalogue
+    catalogue: ServedCatalogue
     popular: Sequence[int]
     states_fit: bool
     since: float
     catalogue_version: int
     lm: str = ""
-    readers: Mapping[str, Reader] = field(default_factory=dict)
+    adapters: Mapping[str, ServedAdapter] = field(default_factory=dict)
     some_users: Sequence[str] = ()
 
     @cached_property
@@ -82,13 +82,15 @@ class Served:
     def source(self) -> Source:
         """What systems read, of nobody yet."""
         nobody = Histories(np.zeros(0, np.int32), np.zeros(0, np.int64))
-        return Source(self.recommender, nobody, np.zeros(0, bool), self.catalogue.spoken, computed=self.item_states)
+        return Source(
+            self.recommender, nobody, np.zeros(0, bool), self.catalogue.for_prompts, computed=self.item_states
+        )
 
-    def score(self, asked: Sequence[tuple[Known, NDArray[np.int32]]]) -> list[NDArray[np.float32] | None]:
-        return score(self.recommender, self.table, asked)
+    def score(self, requests: Sequence[tuple[ModelInputs, NDArray[np.int32]]]) -> list[NDArray[np.float32] | None]:
+        return score(self.recommender, self.table, requests)
 
-    def recommend(self, asked: Sequence[tuple[Known, Wanted]]) -> list[Ranked]:
-        return recommend(self.recommender, self.table, self.catalogue, self.popular, asked)
+    def recommend(self, requests: Sequence[tuple[ModelInputs, ListSpec]]) -> list[Ranked]:
+        return recommend(self.recommender, self.table, self.catalogue, self.popular, requests)
 
 
 def find_target(workspace: Workspace, store: OnlineStore, before: Target | None = None) -> Target:
@@ -133,7 +135,7 @@ def load(config: ServiceConfig, target: Target) -> Served:
     denied = read_ids(config.deny, "deny list") if config.deny is not None else frozenset()
     if told := unknown_denied(items, denied):
         _LOG.warning("%s", told)
-    catalogue = Catalogue.of(items, denied)
+    catalogue = ServedCatalogue.of(items, denied)
     return Served(
         target,
         release.recommender,
@@ -145,7 +147,7 @@ def load(config: ServiceConfig, target: Target) -> Served:
         time.time(),
         version,
         release.lm,
-        read_readers(models, release, config, catalogue.spoken),
+        load_adapters(models, release, config, catalogue.for_prompts),
         _some_users(workspace, night) if night is not None else (),
     )
 
@@ -155,7 +157,7 @@ def _some_users(workspace: Workspace, night: Night) -> Sequence[str]:
     return sorted(users.slice(0, _SOME_USERS).to_pylist())
 
 
-def check(served: Served, recorded: Sequence[tuple[Known, Wanted]] = ()) -> None:
+def check(served: Served, recorded: Sequence[tuple[ModelInputs, ListSpec]] = ()) -> None:
     """Answer recorded requests, and made-up ones; the first answers of a model are also its slowest.
 
     Raises UnfitError where an answer is no list of finite scores, best first, of items that may be recommended, or is empty
@@ -164,13 +166,16 @@ def check(served: Served, recorded: Sequence[tuple[Known, Wanted]] = ()) -> None
     model = served.recommender
     rng = np.random.default_rng(0)
     made_up = [
-        (Known.of(rng.integers(1, model.items + 1, rng.integers(1, model.max_length + 1)).astype(np.int32)), Wanted(10))
+        (
+            ModelInputs.of(rng.integers(1, model.items + 1, rng.integers(1, model.max_length + 1)).astype(np.int32)),
+            ListSpec(10),
+        )
         for _ in range(_PROBES)
     ]
     # A recorded request may filter by what the new catalogue has no more.
-    asked = made_up + [(known, wanted) for known, wanted in recorded if _can_be_asked(served.catalogue, wanted)]
-    for (known, wanted), ranked in zip(asked, served.recommend(asked), strict=True):
-        reason = _flaw(served, known, wanted, ranked)
+    requests = made_up + [(inputs, spec) for inputs, spec in recorded if _can_be_asked(served.catalogue, spec)]
+    for (inputs, spec), ranked in zip(requests, served.recommend(requests), strict=True):
+        reason = _flaw(served, inputs, spec, ranked)
         if reason:
             raise UnfitError(
                 f"The release {served.target.release[:12]} is not served: {reason}.",
@@ -178,21 +183,21 @@ def check(served: Served, recorded: Sequence[tuple[Known, Wanted]] = ()) -> None
             )
 
 
-def _can_be_asked(catalogue: Catalogue, wanted: Wanted) -> bool:
-    return all(pair in catalogue.holders for pair in wanted.only)
+def _can_be_asked(catalogue: ServedCatalogue, spec: ListSpec) -> bool:
+    return all(pair in catalogue.holders for pair in spec.only)
 
 
-def _flaw(served: Served, known: Known, wanted: Wanted, ranked: Ranked) -> str:
-    allowed = served.catalogue.allowed(wanted.only, served.recommender.items).copy()
-    allowed[known.items[known.items < len(allowed)]] &= not wanted.filter_seen
-    if wanted.deny is not None:
-        allowed[wanted.deny[wanted.deny < len(allowed)]] = False
+def _flaw(served: Served, inputs: ModelInputs, spec: ListSpec, ranked: Ranked) -> str:
+    allowed = served.catalogue.allowed(spec.only, served.recommender.items).copy()
+    allowed[inputs.items[inputs.items < len(allowed)]] &= not spec.filter_seen
+    if spec.deny is not None:
+        allowed[spec.deny[spec.deny < len(allowed)]] = False
     if ranked.scores is None:
         return ""
     if not np.isfinite(ranked.scores).all() or (np.diff(ranked.scores) > 0).any():
         return "its scores are no numbers in falling order"
     if not allowed[ranked.items].all():
         return "it recommends what may not be recommended"
-    if len(ranked.items) < min(wanted.count, int(allowed.sum())):
+    if len(ranked.items) < min(spec.count, int(allowed.sum())):
         return "its lists are too short"
     return ""

@@ -15,17 +15,17 @@ from raypipe.serving.config import ServiceConfig
 from raypipe.serving.queries import (
     Item,
     Origin,
-    Recommendations,
+    RecommendAnswer,
     RecommendQuery,
+    ScoreAnswer,
     ScoredItem,
     ScoreQuery,
-    Scores,
-    Summaries,
+    SummaryAnswer,
     User,
+    UserOrHistory,
     Users,
-    Who,
 )
-from raypipe.serving.recommending import Known, Ranked, Wanted
+from raypipe.serving.recommending import ListSpec, ModelInputs, Ranked
 from raypipe.serving.served import Served
 from raypipe.storage.hashing import stable_hash
 from raypipe.storage.online import OnlineStore, OnlineStoreDownError, UserRecord
@@ -46,7 +46,7 @@ Code = Literal[
     "internal",
 ]
 Query = RecommendQuery | ScoreQuery
-Answer = Recommendations | Scores
+Answer = RecommendAnswer | ScoreAnswer
 _SHOWN = 200
 
 
@@ -59,10 +59,10 @@ class RefusedQueryError(Exception):
 
 
 @dataclass(frozen=True)
-class Person:
+class ResolvedUser:
     """Who asks, as the model takes it; `is_known` whether the night has this user, and with what `summaries` by paradigm."""
 
-    known: Known
+    inputs: ModelInputs
     is_known: bool
     unknown_items: int
     summaries: Mapping[str, str] = field(default_factory=dict)
@@ -76,38 +76,38 @@ class Service:
         config: ServiceConfig,
         store: OnlineStore,
         served: Callable[[], Served],
-        record: Callable[[Known, Wanted], None] = lambda known, wanted: None,
+        record: Callable[[ModelInputs, ListSpec], None] = lambda inputs, spec: None,
     ) -> None:
         self.config, self.store, self.served, self.record = config, store, served, record
 
     def answer(self, queries: Sequence[Query]) -> list[Answer | RefusedQueryError]:
         """In their order; one that cannot be answered costs the others nothing."""
         served = self.served()
-        people = self.people(served, queries)
+        users = self.resolve_users(served, queries)
         found: list[Answer | RefusedQueryError] = [
-            person if isinstance(person, RefusedQueryError) else RefusedQueryError("internal", "No answer.")
-            for person in people
+            user if isinstance(user, RefusedQueryError) else RefusedQueryError("internal", "No answer.")
+            for user in users
         ]
-        lists: list[tuple[int, Person, Wanted]] = []
-        scores: list[tuple[int, ScoreQuery, Person]] = []
-        for at, (query, person) in enumerate(zip(queries, people, strict=True)):
-            if isinstance(person, RefusedQueryError):
+        lists: list[tuple[int, ResolvedUser, ListSpec]] = []
+        scores: list[tuple[int, ScoreQuery, ResolvedUser]] = []
+        for at, (query, user) in enumerate(zip(queries, users, strict=True)):
+            if isinstance(user, RefusedQueryError):
                 continue
             if isinstance(query, ScoreQuery):
-                scores.append((at, query, person))
+                scores.append((at, query, user))
                 continue
             try:
-                lists.append((at, person, self.wanted(served, query)))
+                lists.append((at, user, self.list_spec(served, query)))
             except RefusedQueryError as problem:
                 found[at] = problem
         # Asking the model for nothing costs as much as a small answer.
-        asked = [(person.known, wanted) for _, person, wanted in lists]
-        for (at, person, wanted), ranked in zip(lists, served.recommend(asked) if asked else (), strict=True):
-            found[at] = _recommendations(served, person, ranked)
-            self.record(person.known, wanted)
-        told = [(person.known, served.catalogue.indices(query.items)) for _, query, person in scores]
-        for (at, query, person), values in zip(scores, served.score(told) if told else (), strict=True):
-            found[at] = _scores(served, query, person, values)
+        requests = [(user.inputs, spec) for _, user, spec in lists]
+        for (at, user, spec), ranked in zip(lists, served.recommend(requests) if requests else (), strict=True):
+            found[at] = _recommendations(served, user, ranked)
+            self.record(user.inputs, spec)
+        pairs = [(user.inputs, served.catalogue.indices(query.items)) for _, query, user in scores]
+        for (at, query, user), values in zip(scores, served.score(pairs) if pairs else (), strict=True):
+            found[at] = _scores(served, query, user, values)
         return found
 
     def user(self, user_id: str, shown: int = _SHOWN) -> User:
@@ -129,11 +129,11 @@ class Service:
         served = self.served()
         return Users(users=list(served.some_users), served=origin(served))
 
-    def summaries(self, user_id: str) -> Summaries:
+    def summaries(self, user_id: str) -> SummaryAnswer:
         """What was written of a user; raises RefusedQueryError as `user`."""
         served = self.served()
         record = self._record(served, user_id)
-        return Summaries(user_id=user_id, summaries=dict(record.summaries or {}), served=origin(served))
+        return SummaryAnswer(user_id=user_id, summaries=dict(record.summaries or {}), served=origin(served))
 
     def _record(self, served: Served, user_id: str) -> UserRecord:
         (packed,) = self._packed(served, [user_id])
@@ -149,7 +149,7 @@ class Service:
         except OnlineStoreDownError:
             raise RefusedQueryError("store_down", "Users cannot be looked up now: ask by history, or later.") from None
 
-    def people(self, served: Served, queries: Sequence[Who]) -> list[Person | RefusedQueryError]:
+    def resolve_users(self, served: Served, queries: Sequence[UserOrHistory]) -> list[ResolvedUser | RefusedQueryError]:
         """Who asks each of the queries."""
         users = list(dict.fromkeys(query.user_id for query in queries if query.user_id is not None))
         down: RefusedQueryError | None = None
@@ -168,18 +168,18 @@ class Service:
             for query in queries
         ]
 
-    def _by_history(self, served: Served, history: Sequence[str] | None) -> Person:
+    def _by_history(self, served: Served, history: Sequence[str] | None) -> ResolvedUser:
         items = served.catalogue.indices(history or [])
-        return Person(Known.of(items), False, len(history or []) - len(items))
+        return ResolvedUser(ModelInputs.of(items), False, len(history or []) - len(items))
 
-    def _by_record(self, served: Served, key: int, packed: bytes | None) -> Person:
+    def _by_record(self, served: Served, key: int, packed: bytes | None) -> ResolvedUser:
         if packed is None:
-            return Person(Known.of(np.zeros(0, np.int32)), False, 0)
+            return ResolvedUser(ModelInputs.of(np.zeros(0, np.int32)), False, 0)
         record = UserRecord.unpack(packed)
-        known = Known(record.items, record.seed, record.state if served.states_fit else None, key)
-        return Person(known, True, 0, record.summaries or {})
+        inputs = ModelInputs(record.items, record.seed, record.state if served.states_fit else None, key)
+        return ResolvedUser(inputs, True, 0, record.summaries or {})
 
-    def wanted(self, served: Served, query: RecommendQuery) -> Wanted:
+    def list_spec(self, served: Served, query: RecommendQuery) -> ListSpec:
         """The list that is asked for; raises RefusedQueryError for an attribute's value that no item has."""
         only = tuple(sorted(query.only.items()))
         try:
@@ -187,25 +187,25 @@ class Service:
         except UnknownValueError as problem:
             raise RefusedQueryError("no_such_value", str(problem)) from None
         filter_seen = self.config.filter_seen if query.filter_seen is None else query.filter_seen
-        return Wanted(query.count, only, served.catalogue.indices(query.deny) if query.deny else None, filter_seen)
+        return ListSpec(query.count, only, served.catalogue.indices(query.deny) if query.deny else None, filter_seen)
 
 
-def _recommendations(served: Served, person: Person, ranked: Ranked) -> Recommendations:
-    return Recommendations(
+def _recommendations(served: Served, user: ResolvedUser, ranked: Ranked) -> RecommendAnswer:
+    return RecommendAnswer(
         basis="popular" if ranked.scores is None else "model",
-        known=person.is_known,
-        unknown_items=person.unknown_items,
+        known=user.is_known,
+        unknown_items=user.unknown_items,
         items=shown_items(served, ranked.items, ranked.scores),
         served=origin(served),
     )
 
 
-def _scores(served: Served, query: ScoreQuery, person: Person, values: NDArray[np.float32] | None) -> Scores:
+def _scores(served: Served, query: ScoreQuery, user: ResolvedUser, values: NDArray[np.float32] | None) -> ScoreAnswer:
     known = iter(values.tolist() if values is not None else ())
     found = [next(known, None) if item in served.catalogue.index_of else None for item in query.items]
-    return Scores(
-        known=person.is_known,
-        unknown_items=person.unknown_items,
+    return ScoreAnswer(
+        known=user.is_known,
+        unknown_items=user.unknown_items,
         items=[
             ScoredItem(item_id=item, score=None if value is None or np.isnan(value) else value)
             for item, value in zip(query.items, found, strict=True)

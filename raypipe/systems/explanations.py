@@ -16,8 +16,8 @@ YES, NO = "Yes", "No"
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What an engine is asked about one user and one item: yes or no, and why."""
+class ExplanationRequest:
+    """The prompts about one user and one item: for yes or no, and for why."""
 
     decision: Prompt
     explanation: Prompt
@@ -38,17 +38,17 @@ class Explanation:
 
 def explain(
     engine: Engine,
-    asked: Sequence[Asked],
+    requests: Sequence[ExplanationRequest],
     decoding: Decoding,
     checks: AnswerChecks,
     listen: Callable[[int, Explanation], None] | None = None,
 ) -> list[Explanation]:
-    """One for each of `asked`: the likelier of yes and no, and what the engine writes.
+    """One for each of `requests`: the likelier of yes and no, and what the engine writes.
 
     `listen` is told each as far as it goes, by its number: once it is decided, and whenever its text has changed.
     """
-    found = [Explanation() for _ in asked]
-    for scores in engine.score([mine.decision for mine in asked], [(YES, NO)] * len(asked)):
+    found = [Explanation() for _ in requests]
+    for scores in engine.score([mine.decision for mine in requests], [(YES, NO)] * len(requests)):
         mine = found[scores.index]
         mine.calls, mine.tokens_in = 1, scores.tokens_in
         if scores.error is not None:
@@ -57,7 +57,7 @@ def explain(
             yes, no = scores.logprobs
             mine.decision = "yes" if yes >= no else "no"
     decided = [at for at, mine in enumerate(found) if not mine.reason]
-    prompts = [asked[at].explanation for at in decided]
+    prompts = [requests[at].explanation for at in decided]
     checked = CheckedEngine(engine, checks)
     tell = listen or (lambda at, mine: None)
     for at in decided:
@@ -90,7 +90,7 @@ def reference_explanation(answer: str, title: str, history: Counter[str], values
     return f"{answer}. {taste} {title} is {_listed(values)}, {fits}."
 
 
-def rule_rating(
+def rule_explanation_rating(
     decision: str,
     label: str | None,
     text: str,

@@ -24,7 +24,7 @@ from raypipe.config import Config, shaping
 from raypipe.errors import UsageError
 from raypipe.language.adapters import AdapterConfig, LoraOptions
 from raypipe.language.backbone import PromptTokenizer
-from raypipe.language.instructions import Catalogue
+from raypipe.language.catalogue import Catalogue
 from raypipe.language.prompt import Prompt
 from raypipe.language.summary_prompts import SummaryPrompts
 from raypipe.language.templates import fill

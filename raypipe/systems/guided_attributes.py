@@ -14,7 +14,7 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
 
 from raypipe.config import Config, shaping
 from raypipe.errors import UsageError
-from raypipe.language.instructions import Catalogue
+from raypipe.language.catalogue import Catalogue
 
 CATALOGUE = "catalogue"
 """The name of the domain whose attributes are derived."""

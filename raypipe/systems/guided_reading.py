@@ -25,7 +25,7 @@ _CLIP = 3.0
 CONTROL = "shuffled users"
 
 
-class Questions:
+class RatingPrompts:
     """The questions of a rating as one language model reads them."""
 
     def __init__(self, rating: Rating, backbone: Backbone) -> None:
@@ -72,7 +72,7 @@ def read_expected(
 
 
 @dataclass
-class Written:
+class ParseCounts:
     """What came of answers: how many there were, how many no object could be read from, and how many scores were missing
     from the others."""
 
@@ -83,7 +83,7 @@ class Written:
 
 
 def read_written(
-    engine: Engine, rating: Rating, questions: Sequence[Prompt], most_tokens: int, written: Written
+    engine: Engine, rating: Rating, questions: Sequence[Prompt], most_tokens: int, written: ParseCounts
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
     """As `read_expected`, out of the JSON that an engine writes; NaN for what is not there. Failures are added to `written`."""
     for outcome in engine.generate(questions, Decoding(max_new_tokens=most_tokens)):

@@ -26,7 +26,7 @@ from raypipe.config import Config, free, shaping
 from raypipe.engines.engine import Beam, Choices, Decoding, Engine
 from raypipe.language.adapters import AdapterConfig, LoraOptions
 from raypipe.language.backbone import PromptTokenizer
-from raypipe.language.instructions import Catalogue
+from raypipe.language.catalogue import Catalogue
 from raypipe.language.prefixes import PREFIX, PrefixConfig
 from raypipe.language.prompt import Prompt, Vectors
 from raypipe.language.summary_prompts import SummaryPrompts

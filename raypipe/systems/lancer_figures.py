@@ -22,8 +22,8 @@ _TOLD_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The users who are asked and what they chose last; bool [users], who was held out of training."""
+class EvaluationSet:
+    """The users who are evaluated and what they chose last; `unseen` bool [users], who was held out of training."""
 
     held: HeldOut
     unseen: NDArray[np.bool_]
@@ -34,24 +34,26 @@ class Asked:
         return [mine.tolist() for mine in np.split(prefixes.items, prefixes.ends[:-1])]
 
 
-def measured(asked: Asked, writer: ListWriter, tell: Callable[[str, int, int], None]) -> dict[str, dict[str, Mean]]:
+def measured(
+    evaluated: EvaluationSet, writer: ListWriter, tell: Callable[[str, int, int], None]
+) -> dict[str, dict[str, Mean]]:
     """Figures of the model as it is, under `NAME`, in other frames (`perturbed 1`), and with another user's reasoning prompt."""
-    config, histories, targets = writer.lancer.config, asked.histories(), asked.held.targets.tolist()
+    config, histories, targets = writer.lancer.config, evaluated.histories(), evaluated.held.targets.tolist()
     found: dict[str, dict[str, Mean]] = {}
     frames: dict[str, Frame | None] = {NAME: None}
     frames |= {f"perturbed {number}": frame for number, frame in enumerate(config.prompts.perturbed, 1)}
     for name, frame in frames.items():
         lists = writer.lists(histories, frame=frame, targets=targets, tell=_progress(tell, name))
-        found[name] = _figures(lists, asked, config, whole=name == NAME)
+        found[name] = _figures(lists, evaluated, config, whole=name == NAME)
     if config.reasoning:
         others = [*histories[1:], *histories[:1]]
         lists = writer.lists(histories, others, targets=targets, tell=_progress(tell, CONTROL))
-        found[CONTROL] = _figures(lists, asked, config, whole=False)
+        found[CONTROL] = _figures(lists, evaluated, config, whole=False)
     return found
 
 
 def rank_figures(
-    above: NDArray[np.int64], same: NDArray[np.int64], asked: Asked, config: LancerConfig
+    above: NDArray[np.int64], same: NDArray[np.int64], evaluated: EvaluationSet, config: LancerConfig
 ) -> dict[str, Mean]:
     """Recall and NDCG of everybody, and Recall@5 by length of the history, of users and items of few events, and of users whom
     no training has seen; what is of nobody is left out."""
@@ -60,12 +62,12 @@ def rank_figures(
         # Of one relevant item a hit is its recall.
         found[f"Recall@{k}"] = Mean.of(hit_rate(above, same, k))
         found[f"NDCG@{k}"] = Mean.of(ndcg(above, same, k))
-    hits, lengths = hit_rate(above, same, _CUTOFFS[0]), asked.held.prefixes.lengths
-    counts = asked.held.training.counts(asked.held.items)[asked.held.targets]
+    hits, lengths = hit_rate(above, same, _CUTOFFS[0]), evaluated.held.prefixes.lengths
+    counts = evaluated.held.training.counts(evaluated.held.items)[evaluated.held.targets]
     groups = {
         "cold users": lengths < config.cold_events,
         "cold items": counts < config.cold_events,
-        "unseen users": asked.unseen,
+        "unseen users": evaluated.unseen,
     }
     for low, high in zip((0, *_LENGTHS), (*_LENGTHS, None), strict=True):
         name = f"length {low + 1}–{high}" if high is not None else f"length > {low}"
@@ -74,12 +76,12 @@ def rank_figures(
     return found
 
 
-def _figures(lists: Lists, asked: Asked, config: LancerConfig, *, whole: bool) -> dict[str, Mean]:
-    candidates, targets = np.full(len(lists.items), asked.held.items), asked.held.targets.tolist()
+def _figures(lists: Lists, evaluated: EvaluationSet, config: LancerConfig, *, whole: bool) -> dict[str, Mean]:
+    candidates, targets = np.full(len(lists.items), evaluated.held.items), evaluated.held.targets.tolist()
     if config.filter_seen:
-        pairs = zip(asked.histories(), targets, strict=True)
+        pairs = zip(evaluated.histories(), targets, strict=True)
         candidates = candidates - [len(set(mine) - {target}) for mine, target in pairs]
-    figures = rank_figures(*ranks_of_lists(lists.items, targets, candidates.tolist()), asked, config)
+    figures = rank_figures(*ranks_of_lists(lists.items, targets, candidates.tolist()), evaluated, config)
     if not whole:
         return {name: figures[name] for name in figures if name.split("@")[-1] in {str(k) for k in _CUTOFFS}}
     told = {"refused": lists.refused, "tokens_asked": lists.tokens}

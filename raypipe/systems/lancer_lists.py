@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from raypipe.engines.engine import EngineConfig
 from raypipe.engines.transformers import TransformersEngine
 from raypipe.errors import UsageError
+from raypipe.language.catalogue import Catalogue
 from raypipe.language.grounding import Grounding
-from raypipe.language.instructions import Catalogue
 from raypipe.systems.lancer import Frame, Lancer, LancerConfig, lists_of
 from raypipe.systems.lancer_reading import read_items
 

@@ -21,7 +21,7 @@ from raypipe.language.backbone import load_backbone
 from raypipe.language.prefixes import PREFIX
 from raypipe.language.soft_prompts import SoftPromptLm
 from raypipe.systems.lancer import LancerConfig
-from raypipe.systems.lancer_exercises import FIRST, VECTORS, Exercises
+from raypipe.systems.lancer_examples import FIRST, VECTORS, LancerExamples
 from raypipe.systems.lancer_reading import padded, read_items, represent
 
 Stage = Literal["first", "second"]
@@ -32,7 +32,7 @@ _CHARACTERS = 200
 
 def store_vectors(folder: Path) -> None:
     """Writes how items are represented when the second stage begins, into the folder that it trains from."""
-    told = Exercises(folder, 1)
+    told = LancerExamples(folder, 1)
     backbone = load_backbone(told.lm, device="cpu")
     reader = load_backbone(told.lm, device="cpu").model
     prefix = build_adapter(backbone, told.card, told.seed).prefix
@@ -99,8 +99,8 @@ class LancerTask:
     def __init__(self, folder: Path, stage: Stage, positions: int, asked: int) -> None:
         """An epoch learns at most `positions` stretches of each history, the last ones; at most `asked` users validate."""
         self.folder, self.stage, self.positions, self.asked = Path(folder), stage, positions, asked
-        self.exercises = Exercises(self.folder, positions)
-        self.config, self.card = self.exercises.config, self.exercises.card
+        self.examples = LancerExamples(self.folder, positions)
+        self.config, self.card = self.examples.config, self.examples.card
 
     def __reduce__(self) -> tuple[type[LancerTask], tuple[Path, Stage, int, int]]:
         return type(self), (self.folder, self.stage, self.positions, self.asked)
@@ -111,9 +111,9 @@ class LancerTask:
 
     def build(self) -> nn.Module:
         """The model of the stage. The second starts from the prompts of the first, where there was one."""
-        backbone = load_backbone(self.exercises.lm, device="cpu")
+        backbone = load_backbone(self.examples.lm, device="cpu")
         self._tokenizer = backbone
-        adapted = build_adapter(backbone, self.card, self.exercises.seed)
+        adapted = build_adapter(backbone, self.card, self.examples.seed)
         self._kept = {f"adapted.{name}" for name, weight in adapted.named_parameters() if weight.requires_grad}
         if self.stage == "first":
             adapted.lm.requires_grad_(False)
@@ -121,25 +121,25 @@ class LancerTask:
             if not self.learns_histories and adapted.prefix is not None:
                 for name, weight in adapted.prefix.named_parameters():
                     weight.requires_grad_(name.startswith("knowledge."))
-            return LancerLm(adapted, None, self.config, self.exercises.end)
+            return LancerLm(adapted, None, self.config, self.examples.end)
         if (self.folder / FIRST).is_file():
             adapted.load_state_dict(load_file(self.folder / FIRST), strict=False)
         reader = None
         if self.config.reasoning and not self._read_once:
-            reader = load_backbone(self.exercises.lm, device="cpu").model.requires_grad_(False).eval()
+            reader = load_backbone(self.examples.lm, device="cpu").model.requires_grad_(False).eval()
         if self.config.second_stage == "frozen" and self.config.knowledge:
             # What items were represented by may not move any more; their keys and values neither.
             assert adapted.prefix is not None
             adapted.prefix.knowledge.requires_grad_(False)
-        return LancerLm(adapted, reader, self.config, self.exercises.end)
+        return LancerLm(adapted, reader, self.config, self.examples.end)
 
     def keeps(self, name: str) -> bool:
         return name in self._kept
 
     def steps_per_epoch(self, batch_size: int) -> int:
         if self.stage == "first":
-            return max(1, self.exercises.items // batch_size)
-        return max(1, self.exercises.count // batch_size)
+            return max(1, self.examples.items // batch_size)
+        return max(1, self.examples.count // batch_size)
 
     def batch(self, step: int, seed: int, rank: int, world: int, batch_size: int) -> dict[str, Tensor]:
         """This rank's share of the global batch of `step`: a function of the arguments alone.
@@ -148,16 +148,16 @@ class LancerTask:
         """
         found: dict[str, Tensor] = {}
         if self.learns_histories:
-            whole = self.exercises.drawn(step, seed, batch_size)
-            drawn = np.random.default_rng((seed, step, 5)).integers(len(self.exercises.frames), size=len(whole))
-            found = self.exercises.histories(whole[rank::world], read_once=self._read_once, frames=drawn[rank::world])
-            learnt = sum(self.exercises.learnt_tokens(stretch) for stretch in whole)
+            whole = self.examples.drawn(step, seed, batch_size)
+            drawn = np.random.default_rng((seed, step, 5)).integers(len(self.examples.frames), size=len(whole))
+            found = self.examples.histories(whole[rank::world], read_once=self._read_once, frames=drawn[rank::world])
+            learnt = sum(self.examples.learnt_tokens(stretch) for stretch in whole)
             found["count"] = torch.tensor(learnt / world)
         if self.stage == "first" and self.config.knowledge:
             epoch, index = divmod(step, self.steps_per_epoch(batch_size))
-            order = np.random.default_rng((seed, epoch, 3)).permutation(self.exercises.items) + 1
+            order = np.random.default_rng((seed, epoch, 3)).permutation(self.examples.items) + 1
             whole = order[index * batch_size : (index + 1) * batch_size]
-            contents = [self.exercises.content(int(item)) for item in whole]
+            contents = [self.examples.content(int(item)) for item in whole]
             found |= padded(contents[rank::world], "contents")
             found["contents/count"] = torch.tensor(max(1, sum(len(content) - 1 for content in contents)) / world)
         return found
@@ -174,14 +174,14 @@ class LancerTask:
     def validate(self, module: nn.Module, rank: int, world: int) -> tuple[float, float]:
         """How likely the line of the first event behind training's is, of this rank's share of users: a sum of logarithms."""
         assert isinstance(module, LancerLm)
-        there = np.flatnonzero(self.exercises.lengths > self.exercises.validated)
+        there = np.flatnonzero(self.examples.lengths > self.examples.validated)
         rows = np.sort(np.random.default_rng(0).permutation(there)[: self.asked])[rank::world]
         total = 0.0
         for start in range(0, len(rows), _VALIDATED_AT_ONCE):
             part = rows[start : start + _VALIDATED_AT_ONCE]
-            firsts = self.exercises.lengths[part] - self.exercises.validated
+            firsts = self.examples.lengths[part] - self.examples.validated
             stretches = np.stack([part, firsts, np.ones_like(part)], 1)
-            batch = self.exercises.histories(stretches, read_once=self._read_once)
+            batch = self.examples.histories(stretches, read_once=self._read_once)
             batch["count"] = torch.tensor(1.0)
             device = next(module.parameters()).device
             total -= float(module.adapted(module.with_vectors({k: v.to(device) for k, v in batch.items()})))

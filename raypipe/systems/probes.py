@@ -28,7 +28,7 @@ _HIT = 5
 
 
 @dataclass(frozen=True)
-class Rows:
+class LabelledVectors:
     """Vectors to read and what stands behind each.
 
     `vectors` float32 [n, width]; for what lies between two states, both side by side. `targets` item indices (1…items) of
@@ -39,7 +39,7 @@ class Rows:
     targets: Sequence[Sequence[int]]
     users: NDArray[np.int64]
 
-    def of_others(self) -> Rows:
+    def of_others(self) -> LabelledVectors:
         """The control: every row with a vector of another user. Raises ValueError where one user has most of the rows."""
         order = np.argsort(self.users, kind="stable")
         shift = int(np.unique(self.users, return_counts=True)[1].max())
@@ -47,7 +47,7 @@ class Rows:
             raise ValueError("Half of the rows at most may be one user's, so that all can have a vector of another's.")
         vectors = np.empty_like(self.vectors)
         vectors[order] = self.vectors[np.roll(order, shift)]
-        return Rows(vectors, self.targets, self.users)
+        return LabelledVectors(vectors, self.targets, self.users)
 
 
 class ProbeConfig(Config):
@@ -59,7 +59,7 @@ class ProbeConfig(Config):
     dropout: float = shaping(0.5, "of the hidden layer", ge=0, lt=1)
     training: EarlyStopping = shaping(EarlyStopping)
 
-    def fit(self, rows: Rows, items: int) -> Probe:
+    def fit(self, rows: LabelledVectors, items: int) -> Probe:
         """A probe of a catalogue of `items`. Raises ValueError for rows of fewer than two users."""
         vectors, shares = torch.from_numpy(rows.vectors), _shares(rows.targets, items)
         with torch.random.fork_rng():
@@ -95,7 +95,7 @@ class Probe(nn.Module):
         return self.layers((vectors - self.mean) * self.scale)
 
 
-def probe_figures(probe: Probe, rows: Rows) -> dict[str, Mean]:
+def probe_figures(probe: Probe, rows: LabelledVectors) -> dict[str, Mean]:
     """What the probe tells of the rows' targets, and under `shuffled states: ` what it does from others' vectors.
 
     `recovered`: the share of a row's k distinct targets among its k best items, comparable with `recovery` of an answer's
@@ -106,7 +106,7 @@ def probe_figures(probe: Probe, rows: Rows) -> dict[str, Mean]:
 
 
 @torch.no_grad()
-def _figures(probe: Probe, rows: Rows) -> dict[str, Mean]:
+def _figures(probe: Probe, rows: LabelledVectors) -> dict[str, Mean]:
     scores = probe(torch.from_numpy(rows.vectors))
     recovered, hits = np.zeros(len(rows.targets)), np.zeros(len(rows.targets))
     for row, targets in enumerate(rows.targets):

@@ -15,7 +15,7 @@ from raypipe.language.adapters import AdapterCard
 from raypipe.language.backbone import Backbone
 from raypipe.language.prompt import Prompt, Vectors
 from raypipe.language.soft_prompts import SoftPromptLm, collate, encode
-from raypipe.systems.probes import CONTROL, ProbeConfig, Rows, probe_figures
+from raypipe.systems.probes import CONTROL, LabelledVectors, ProbeConfig, probe_figures
 
 _PROMPTS_AT_ONCE = 64
 
@@ -64,7 +64,11 @@ class AdaptedLm:
 
 
 def probed(
-    learnt: Mapping[str, Rows], asked: Mapping[str, Rows], items: int, name: str, figure: str = "recovered"
+    learnt: Mapping[str, LabelledVectors],
+    asked: Mapping[str, LabelledVectors],
+    items: int,
+    name: str,
+    figure: str = "recovered",
 ) -> dict[str, float]:
     """By kind of vectors, the `figure` of a probe that learnt from some on the others' targets, as `probe of KIND: NAME`; a
     control's has its own name between."""

@@ -8,7 +8,7 @@ the cut have one (section 4.1). Tasks, with their counts for N interactions of U
     T2   ranking      five unseen items in its order                          N − 2U
     T3   interest     yes from its best fifth, no from its worse half         2U, one pair a user
     T4   item         title of a vector, attributes, nearest item             one for each item and field
-    T5   replay       other exercises, so that the model keeps its language   as given
+    T5   replay       other examples, so that the model keeps its language    as given
     T6   history      the titles behind a state, every prefix                 N − U
     T6b  summary      a written summary of what stands before the cut         one a user that has one
 
@@ -36,19 +36,19 @@ from raypipe.language.templates import fill
 from raypipe.metrics.alignment import decisions, ranking_figures, reconstruction_figures, retrieval_figures
 from raypipe.metrics.ranking import Mean
 from raypipe.metrics.recovery import titles_in
-from raypipe.systems.explainer_exercises import (
+from raypipe.systems.explainer_examples import (
     ITEM,
     SEPARATOR,
     USER,
-    Exercises,
+    ExplainerExamples,
     Form,
-    Questions,
-    Shown,
+    HeldOutPrompts,
+    PromptPieces,
     Task,
 )
 from raypipe.systems.explainer_prompts import ExplainerPrompts
 from raypipe.systems.explanations import NO, YES
-from raypipe.systems.probes import Rows
+from raypipe.systems.probes import LabelledVectors
 from raypipe.systems.projection import AdaptedLm, probed
 from raypipe.systems.source import Source, drawn_places
 from raypipe.systems.surrogates import Lessons, LinearConfig, StudentConfig, TreeConfig, surrogate_figures
@@ -135,10 +135,10 @@ class RecExplainer:
                 "items, and nothing is left to ask about.",
                 "Align on a larger catalogue.",
             )
-        exercises = Exercises(source, self.forms, self.config.titles, self.config.prompts, rng)
-        yield from exercises.of_users(self.config.tasks, users, positions)
+        examples = ExplainerExamples(source, self.forms, self.config.titles, self.config.prompts, rng)
+        yield from examples.of_users(self.config.tasks, users, positions)
         if "T4" in self.config.tasks:
-            yield from exercises.of_items(self.config.catalogue_repeats)
+            yield from examples.of_items(self.config.catalogue_repeats)
         if "T5" in self.config.tasks:
             yield from source.replay
 
@@ -147,9 +147,9 @@ class RecExplainer:
         rows = source.rows(held_out=True, least=2, most=len(source.held_out), rng=np.random.default_rng(0))
         return rows[teachable(source, source.histories.lengths[rows])][:most]
 
-    def shown(self, titles: Sequence[str], vectors: NDArray[np.float32]) -> Shown:
+    def shown(self, titles: Sequence[str], vectors: NDArray[np.float32]) -> PromptPieces:
         """How users and items stand in questions; item titles by index − 1, item vectors [items + 1, width]."""
-        return Shown(_ASKED[self.config.variant], titles, vectors, self.config.titles)
+        return PromptPieces(_ASKED[self.config.variant], titles, vectors, self.config.titles)
 
     def choices(self, source: Source) -> Sequence[Choices]:
         """Of T1 and of T2; T6 is free, and T3 is scored."""
@@ -167,7 +167,7 @@ class RecExplainer:
         taught = teach(source, rows, source.histories.lengths[rows], np.random.default_rng(0))
         found: dict[str, float] = {"asked": len(rows)}
         for shift, prefix in enumerate(("", f"{CONTROL}: ")):
-            questions = Questions.of(
+            questions = HeldOutPrompts.of(
                 source, rows, taught, self.shown(source.titles, source.item_states), self.config.prompts, shift
             )
             figures = self._figures(source, rows, taught, questions, engine, most_tokens)
@@ -203,7 +203,7 @@ class RecExplainer:
 
     def _probed(
         self, source: Source, lm: AdaptedLm, rows: NDArray[np.int64], events: NDArray[np.int64]
-    ) -> dict[str, Rows]:
+    ) -> dict[str, LabelledVectors]:
         enough = teachable(source, events)
         rows, events = rows[enough], events[enough]
         taught = teach(source, rows, events, np.random.default_rng(0))
@@ -218,14 +218,16 @@ class RecExplainer:
         }
         if self.config.variant != "B":
             vectors["tokens"] = lm.tokens([Vectors(state[None], USER) for state in taught.states])
-        return {kind: Rows(mine, taught.favourites[:, None].tolist(), rows) for kind, mine in vectors.items()}
+        return {
+            kind: LabelledVectors(mine, taught.favourites[:, None].tolist(), rows) for kind, mine in vectors.items()
+        }
 
     def _figures(
         self,
         source: Source,
         rows: NDArray[np.int64],
         taught: Taught,
-        questions: Questions,
+        questions: HeldOutPrompts,
         engine: Engine,
         most_tokens: int,
     ) -> dict[str, float]:

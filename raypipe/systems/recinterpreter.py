@@ -1,6 +1,6 @@
 """RecInterpreter (arXiv 2310.20487): a language model reads a recommender's hidden state in words.
 
-Two exercises join them (section 3.3). Recovery: from one soft token of the state after a history, its last titles in order.
+Two tasks join them (section 3.3). Recovery: from one soft token of the state after a history, its last titles in order.
 Residual: from two, of what was before and after one event, the title of that event. Where residual is learnt from item
 vectors, it also puts into words what a recommender would have next: the oracle of DreamRec (section 3.4), and the query of
 any other. Templates of training and of tests are disjoint.
@@ -32,7 +32,7 @@ from raypipe.metrics.recovery import recovered, recovered_places, rouge_l, title
 from raypipe.recommenders.scoring import top_k
 from raypipe.systems.judges import Rubric
 from raypipe.systems.preference import PREFERENCE, RULE, EnginePreference, OverlapRule, PreferenceJudge, preferences
-from raypipe.systems.probes import Rows
+from raypipe.systems.probes import LabelledVectors
 from raypipe.systems.projection import AdaptedLm, probed
 from raypipe.systems.source import Source, drawn_places
 
@@ -74,7 +74,7 @@ _ITEM = (
 
 
 class InterpreterPrompts(Config):
-    """The templates of the exercises."""
+    """The templates of the tasks."""
 
     recovery: Templates = shaping(lambda: _RECOVERY, "mark {state}")
     residual: Templates = shaping(lambda: _RESIDUAL, "marks {before} and {after}")
@@ -105,7 +105,7 @@ class InterpreterConfig(Config):
     embeddings: bool = shaping(False, "the language model's embedding table and head are trained too")
     full: bool = shaping(False, "every weight of the language model is trained; set lora to null")
     catalogue_repeats: int = shaping(
-        0, "how often each item's title is learnt from the item's own vector, beside the exercises", ge=0
+        0, "how often each item's title is learnt from the item's own vector, beside the tasks", ge=0
     )
     constrained: bool = shaping(False, "titles are decoded among the catalogue's; the published tables do without")
     prompts: InterpreterPrompts = shaping(InterpreterPrompts)
@@ -160,7 +160,7 @@ class RecInterpreter:
 
     @property
     def adapter(self) -> AdapterConfig:
-        """One projector reads the states of both exercises."""
+        """One projector reads the states of both tasks."""
         config = self.config
         pool: Literal["each", "learned_positions"] = "each" if config.pool == "last" else config.pool
         projector = ProjectorConfig(kind=config.projector, pool=pool, positions=config.titles, tokens=config.tokens)
@@ -173,7 +173,7 @@ class RecInterpreter:
         )
 
     def examples(self, source: Source, users: int, positions: int, rng: np.random.Generator) -> Iterator[SoftExample]:
-        """Both exercises at each place, residual from the second event on, and then the catalogue's.
+        """Both tasks at each place, residual from the second event on, and then the catalogue's.
 
         Raises UsageError for judges who cannot be asked: that shows before anything is trained.
         """
@@ -217,7 +217,7 @@ class RecInterpreter:
     def measured(self, source: Source, engine: Engine, asked: int, most_tokens: int) -> dict[str, float]:
         """After the last event of held-out users; a control's figures have its name before theirs.
 
-        "shuffled states": everybody is asked with the next one's; "no states": with the words alone. `refused` of an exercise is
+        "shuffled states": everybody is asked with the next one's; "no states": with the words alone. `refused` of a task is
         how many of its questions could not be asked: they count as answers that say nothing. Raises UsageError for judges who
         cannot be asked.
         """
@@ -242,9 +242,9 @@ class RecInterpreter:
             answers = [outcome.text for outcome in outcomes]
             prefix = f"{control}: " if control else ""
             figures = self.figures(answers, readings, told, source.known)
-            for number, exercise in enumerate(("recovery", "residual", "oracle") if told else ("recovery", "residual")):
+            for number, task in enumerate(("recovery", "residual", "oracle") if told else ("recovery", "residual")):
                 mine = outcomes[number * count : (number + 1) * count]
-                figures[f"refused {exercise}"] = sum(outcome.error is not None for outcome in mine)
+                figures[f"refused {task}"] = sum(outcome.error is not None for outcome in mine)
             named = [title_in(answer, source.known) for answer in answers[2 * count :]]
             figures |= preferences(judges, named, {"random": random, "nearest": nearest}, histories, source.known)
             found |= {prefix + name: round(value, 4) for name, value in figures.items()}
@@ -289,7 +289,7 @@ class RecInterpreter:
 
     def _probed(
         self, source: Source, lm: AdaptedLm, rows: NDArray[np.int64], events: NDArray[np.int64]
-    ) -> tuple[dict[str, Rows], dict[str, Rows]]:
+    ) -> tuple[dict[str, LabelledVectors], dict[str, LabelledVectors]]:
         """Vectors and targets of recovery and of residual, by kind of vectors."""
         readings = list(self.readings(source, rows, events))
         items = [source.items(row, count) for row, count in zip(rows.tolist(), events.tolist(), strict=True)]
@@ -302,8 +302,10 @@ class RecInterpreter:
             "tokens": lm.tokens([reading.after for reading in readings]),
             "hidden states": lm.hidden_states(prompts),
         }
-        recovery = {kind: Rows(mine, targets, rows) for kind, mine in vectors.items()}
-        return recovery, {"two states": Rows(np.hstack([before, states]), [mine[-1:] for mine in targets], rows)}
+        recovery = {kind: LabelledVectors(mine, targets, rows) for kind, mine in vectors.items()}
+        return recovery, {
+            "two states": LabelledVectors(np.hstack([before, states]), [mine[-1:] for mine in targets], rows)
+        }
 
     def questions(self, readings: Sequence[Reading], oracles: Sequence[Oracle], control: str = "") -> list[Prompt]:
         """Recovery of every reading, then residual, and then the oracle where there is one; test templates in turn."""

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from raypipe.language.instructions import Catalogue
+from raypipe.language.catalogue import Catalogue
 from raypipe.language.soft_prompts import SoftExample
 from raypipe.recommenders.prefixes import prefix_states
 from raypipe.recommenders.recommender import Recommender
@@ -19,7 +19,7 @@ from raypipe.recommenders.windows import Histories
 @dataclass(frozen=True)
 class Source:
     """`held_out` bool [users] are those who are asked about, and whom no training sees; `catalogue` has a title of its own
-    for every item; `summaries` by row of the histories, of what stands before the cut; `replay` are other exercises;
+    for every item; `summaries` by row of the histories, of what stands before the cut; `replay` are other examples;
     `computed` are the recommender's item states, where somebody has them already."""
 
     recommender: Recommender

@@ -26,7 +26,7 @@ class System(Protocol):
         ...
 
     def examples(self, source: Source, users: int, positions: int, rng: np.random.Generator) -> Iterator[SoftExample]:
-        """Exercises of at most so many users who are not held out, at so many places in each of their histories."""
+        """Examples of at most so many users who are not held out, at so many places in each of their histories."""
         ...
 
     def choices(self, source: Source) -> Sequence[Choices]:

@@ -31,7 +31,7 @@ from raypipe.engines.engine import Engine
 from raypipe.language.adapters import AdapterConfig, LoraOptions, check_updates
 from raypipe.language.answers import telling_beginnings
 from raypipe.language.backbone import PromptTokenizer
-from raypipe.language.instructions import Catalogue
+from raypipe.language.catalogue import Catalogue
 from raypipe.language.prompt import Prompt
 from raypipe.language.soft_prompts import SoftExample
 from raypipe.language.summary_prompts import SummaryPrompts

@@ -1,6 +1,6 @@
 """LoRA training of an adapter under Ray Train and DeepSpeed beside a bare peft and torch loop, alternating in one run.
 
-Both train the same untrained language model with the same LoRA options on the same exercises of titles and vectors, in
+Both train the same untrained language model with the same LoRA options on the same examples of titles and vectors, in
 batches of the same size. The loop is what one would write at once: examples in random order, padded to the longest, one
 vector written over a placeholder's embedding, the model's own loss. Its batches and ours hold other examples, so what is
 compared are tokens/s, padding not counted.
@@ -49,7 +49,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as scratch:
-        examples = exercises(EXAMPLES)
+        examples = make_examples(EXAMPLES)
         lm = given.lm or untrained(Path(scratch) / "lm", examples)
         ours, bare = [], []
         for number in range(given.rounds):
@@ -68,7 +68,7 @@ def main() -> None:
     print(json.dumps({"bench": "align", "figures": figures, "machine": machine}))
 
 
-def exercises(count: int) -> list[SoftExample]:
+def make_examples(count: int) -> list[SoftExample]:
     """Histories of two to ten made-up titles behind a vector, and one title to answer."""
     rng = np.random.default_rng(0)
     words = [f"{a}{b}" for a in ("sto", "ri", "mo", "la", "ke", "dun") for b in ("ne", "ver", "lin", "ta", "gos")]

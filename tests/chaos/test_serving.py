@@ -17,7 +17,7 @@ from tests.conftest import running_redis
 from tests.made import make_ready
 from tests.redis_server import RedisServer
 from tests.serving.running import Load, Running, processes, start, stop, until
-from tests.serving.test_watch import changed
+from tests.serving.test_release_watcher import changed
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 REPLICA, CONTROLLER = "ray::ServeReplica:raypipe:recommender", "ray::ServeController"

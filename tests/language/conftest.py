@@ -3,7 +3,8 @@
 import pytest
 
 from raypipe.language.builtin import BuiltinLmConfig
-from raypipe.language.instructions import Catalogue, InstructionConfig
+from raypipe.language.catalogue import Catalogue
+from raypipe.language.instructions import InstructionConfig
 from raypipe.language.pretraining import LmDataConfig
 
 GENRES = ["Drama", "Comedy", "Children's", "Sci-Fi", "Film-Noir", "War"]

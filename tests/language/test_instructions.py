@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from raypipe.language.instructions import Catalogue, InstructionConfig, histories_before_cut, summary_examples
+from raypipe.language.catalogue import Catalogue
+from raypipe.language.instructions import InstructionConfig, histories_before_cut, summary_examples
 from raypipe.language.summary_prompts import SummaryPrompts
 from raypipe.metrics.text import Vocabulary
 

@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional
 
 from raypipe.language.backbone import load_backbone
-from raypipe.language.instructions import Catalogue, summary_examples
+from raypipe.language.catalogue import Catalogue
+from raypipe.language.instructions import summary_examples
 from raypipe.language.pretraining import LmTask, prepare_lm
 
 

@@ -11,7 +11,7 @@ from raypipe.metrics.text import (
     attribute_precision,
     distinctness,
     item_values,
-    rule_rating,
+    rule_summary_rating,
     shift_precision,
     stability,
     top_values,
@@ -136,5 +136,5 @@ def test_distinctness_is_the_chance_that_two_users_differ() -> None:
     ],
 )
 def test_a_rule_rates_what_a_summary_names_against_the_top_values(named: tuple[str, ...], rating: int) -> None:
-    assert rule_rating(named, {"Drama": 5, "War": 4, "Comedy": 3, "Horror": 1, "Musical": 1}) == rating
-    assert rule_rating(named, {}) is None
+    assert rule_summary_rating(named, {"Drama": 5, "War": 4, "Comedy": 3, "Horror": 1, "Musical": 1}) == rating
+    assert rule_summary_rating(named, {}) is None

@@ -154,7 +154,7 @@ def test_a_language_model_predicts_what_the_recommender_does_and_controls_do_not
         assert metrics[f"shuffled users: {name}"] < 0.5 * metrics[name]
 
 
-def test_other_exercises_are_learnt_too_and_a_file_that_holds_none_is_told(
+def test_other_examples_are_learnt_too_and_a_file_that_holds_none_is_told(
     raypipe: Run, with_lm: str, tmp_path: Path
 ) -> None:
     replay = tmp_path / "replay.jsonl"
@@ -162,7 +162,7 @@ def test_other_exercises_are_learnt_too_and_a_file_that_holds_none_is_told(
     few = ("--trainer.epochs", "1", "--recexplainer.tasks", '["T4", "T5"]', "--asked", "2", "--replay", replay)
     told = raypipe("align", "--workspace", with_lm, *EXPLAINER, *few)
     assert told.code == 2
-    assert f"Line 2 of {replay} is no exercise: KeyError('prompt')" in told.stderr
+    assert f"Line 2 of {replay} is no example: KeyError('prompt')" in told.stderr
     replay.write_text(json.dumps({"prompt": "Say it.", "answer": "It."}) + "\n")
     with_replay = raypipe("align", "--workspace", with_lm, *EXPLAINER, *few)
     without = raypipe("align", "--workspace", with_lm, *EXPLAINER, *few[:-2])

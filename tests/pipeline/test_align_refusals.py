@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from raypipe.errors import UsageError
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
-from raypipe.language.instructions import Catalogue
+from raypipe.language.catalogue import Catalogue
 from raypipe.pipeline import lancer
 from raypipe.pipeline.held_out import are_held_out
 from raypipe.pipeline.sequences import pinned_versions, read_histories
@@ -100,7 +100,7 @@ def test_unseen_users_are_those_whom_no_training_has_seen(
     of_adapter: float,
     least: float,
 ) -> None:
-    told: list[lancer.Asked] = []
+    told: list[lancer.EvaluationSet] = []
     measured = lancer.measured
 
     def watched(asked, *rest):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from raypipe.cli.main import main
-from raypipe.pipeline.encode_units import Recommendations, lists_of
+from raypipe.pipeline.encode_units import Recommendations, list_column
 from raypipe.pipeline.rejects import WORKER_DIED, stage_rejected
 from raypipe.recommenders.checkpoint import load_recommender
 from raypipe.recommenders.config import RecommenderConfig
@@ -206,8 +206,8 @@ def test_what_dreamrec_samples_is_the_same_in_every_batch() -> None:
 
 
 def test_a_width_of_nothing_is_a_list_of_nothing() -> None:
-    assert lists_of(np.zeros((3, 0), np.int32)).to_pylist() == [[], [], []]
-    assert lists_of(np.arange(4, dtype=np.int32).reshape(2, 2)).to_pylist() == [[0, 1], [2, 3]]
+    assert list_column(np.zeros((3, 0), np.int32)).to_pylist() == [[], [], []]
+    assert list_column(np.arange(4, dtype=np.int32).reshape(2, 2)).to_pylist() == [[0, 1], [2, 3]]
 
 
 def test_a_user_who_killed_his_workers_is_rejected_blocked_and_can_be_retried(

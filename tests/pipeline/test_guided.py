@@ -14,7 +14,7 @@ import pytest
 
 from raypipe.cli.main import main
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
-from raypipe.language.instructions import Catalogue
+from raypipe.language.catalogue import Catalogue
 from raypipe.language.number_slots import NumberForm
 from raypipe.pipeline.sequences import user_keys
 from raypipe.recommenders.attribute_scores import AttributeScores, load_scores, save_scores
@@ -25,7 +25,7 @@ from raypipe.storage.models import Model, Models
 from raypipe.storage.store import Store
 from raypipe.systems.guided import GuidedConfig, Rating
 from raypipe.systems.guided_attributes import find_attributes
-from raypipe.systems.guided_reading import Questions
+from raypipe.systems.guided_reading import RatingPrompts
 from tests.conftest import Run, unavailable
 from tests.ground import one_paragraph
 from tests.pipeline.small_logs import START, newest, write_log
@@ -132,13 +132,13 @@ def test_a_tuned_language_model_scores_everybody_by_what_is_before_the_cut(
     raypipe: Run, films: str, films_once: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    ids = Questions.ids
+    ids = RatingPrompts.ids
 
     def watched(self, prompts):
         asked.extend(prompt.text for prompt in prompts)
         return ids(self, prompts)
 
-    monkeypatch.setattr(Questions, "ids", watched)
+    monkeypatch.setattr(RatingPrompts, "ids", watched)
     before = {name: Models(Store(films)).all(name)[0].hash for name in ("lm", "sasrec")}
     words = ("align", "--workspace", films, *ALIGN, "--guided.domain", films_once / "domain.yaml")
     ended = raypipe(*words)

@@ -14,7 +14,7 @@ from raypipe.pipeline import lancer
 from raypipe.recommenders.windows import Histories
 from raypipe.storage.models import Models
 from raypipe.storage.store import Store
-from raypipe.systems.lancer_exercises import Told
+from raypipe.systems.lancer_examples import LancerTrainingData
 from tests.conftest import Run
 from tests.ground import one_paragraph
 from tests.pipeline.small_logs import (
@@ -141,7 +141,7 @@ def test_a_unique_last_title_is_in_nothing_that_is_learnt(
     log, catalogue = write_log(tmp_path / "log.csv", [*events, *last]), write_catalogue(tmp_path / "items.csv", titles)
     words = ("--log.path", log, "--log.columns.time", "time", "--catalogue.path", catalogue)
     assert raypipe("ingest", "--workspace", uri, *words).code == 0
-    learnt: list[Told] = []
+    learnt: list[LancerTrainingData] = []
     floors: list[Histories] = []
     prepare, popularity = lancer.prepare_lancer, lancer.Popularity
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from raypipe.language.instructions import Catalogue, InstructionConfig, histories_before_cut, summary_examples
+from raypipe.language.catalogue import Catalogue
+from raypipe.language.instructions import InstructionConfig, histories_before_cut, summary_examples
 from raypipe.language.summary_prompts import SummaryPrompts
 from raypipe.pipeline.lm import LmOptions, training_histories
 from raypipe.storage.workspace import Workspace
@@ -18,7 +19,7 @@ PLANTED = "The Title That Only The Future Holds"
 
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("hold_out", [0, LmOptions().hold_out])
-def test_a_planted_last_title_is_in_no_exercise_made_from_histories(
+def test_a_planted_last_title_is_in_no_example_made_from_histories(
     raypipe: Run, files: Path, tmp_path: Path, hold_out: int
 ) -> None:
     titles = {f"i{n}": f"Title {n}" for n in range(1, 20)} | {"last": PLANTED}

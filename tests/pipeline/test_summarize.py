@@ -12,7 +12,7 @@ from raypipe.engines.engine import EngineConfig
 from raypipe.errors import RaypipeError
 from raypipe.language.summary_prompts import SummaryPrompts
 from raypipe.pipeline.summarize import SummarizeConfig
-from raypipe.pipeline.summary_state import BucketState, Catalogue, Pins
+from raypipe.pipeline.summary_state import BucketState, Pins, PromptCatalogue
 from raypipe.storage.tables import ABSENT, Table
 from raypipe.storage.workspace import Workspace
 from tests.conftest import Ended, Run
@@ -243,7 +243,7 @@ def test_who_did_most_since_the_last_summary_is_read_first(raypipe: Run, summari
     config = SummarizeConfig(workspace=summarised, engine=EngineConfig(engine="echo"))
     names = ("histories", "items", "summaries", "block_summaries", "rejects")
     pins = Pins(**{name: workspace.tables[name].version() for name in names})
-    catalogue = Catalogue(workspace.tables["items"].read(pins.items), config.summaries)
+    catalogue = PromptCatalogue(workspace.tables["items"].read(pins.items), config.summaries)
     order = {}
     for bucket in range(4):
         state = BucketState(workspace, bucket, pins, config.recipes(workspace, None), config.summaries, catalogue)

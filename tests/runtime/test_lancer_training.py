@@ -21,7 +21,7 @@ from raypipe.language.prefixes import PREFIX
 from raypipe.recommenders.windows import Histories
 from raypipe.runtime.trainer import TrainerConfig, TrainingResult, fit
 from raypipe.systems.lancer import LancerConfig
-from raypipe.systems.lancer_exercises import Told, prepare_lancer
+from raypipe.systems.lancer_examples import LancerTrainingData, prepare_lancer
 from raypipe.systems.lancer_training import LancerTask
 
 LINES = [f"Film {n}" for n in range(1, 9)]
@@ -74,7 +74,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     card = AdapterCard(config.adapter, {PREFIX: 64}, "lm-hash", "")
     rng = np.random.default_rng(0)
     histories = Histories(rng.integers(1, 9, 12 * 9).astype(np.int32), np.arange(9, 12 * 9 + 1, 9))
-    prepare_lancer(folder / "data", Told(LINES, LINES, histories, 1), backbone, str(lm), card, config, seed=0)
+    prepare_lancer(
+        folder / "data", LancerTrainingData(LINES, LINES, histories, 1), backbone, str(lm), card, config, seed=0
+    )
     return folder / "data"
 
 

@@ -18,7 +18,8 @@ from torch.nn import functional
 from raypipe.config import is_shaping
 from raypipe.language.backbone import load_backbone
 from raypipe.language.builtin import BuiltinLmConfig
-from raypipe.language.instructions import Catalogue, InstructionConfig
+from raypipe.language.catalogue import Catalogue
+from raypipe.language.instructions import InstructionConfig
 from raypipe.language.pretraining import LmDataConfig, LmTask, prepare_lm
 from raypipe.runtime.averaging import WeightAverage
 from raypipe.runtime.trainer import TrainerConfig, TrainingResult, fit

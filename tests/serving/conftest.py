@@ -9,7 +9,7 @@ import pytest
 
 from raypipe.cli.main import main
 from tests.made import make_ready
-from tests.serving.spoken import give_words
+from tests.serving.lm_release import add_lm_release
 
 
 @pytest.fixture(scope="session")
@@ -21,24 +21,24 @@ def ready_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def spoken_once(ready_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def ready_lm_once(ready_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `ready_once`, with a language model that nobody trained, and adapters between it and the recommender."""
-    folder = tmp_path_factory.mktemp("spoken")
+    folder = tmp_path_factory.mktemp("ready_lm")
     uri = shutil.copytree(ready_once, folder / "workspace")
-    give_words(str(uri), folder / "lm")
+    add_lm_release(str(uri), folder / "lm")
     return uri
 
 
 @pytest.fixture(scope="module")
-def spoken(spoken_once: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+def shared_lm(ready_lm_once: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A copy for a module's tests that change nothing of it."""
-    return str(shutil.copytree(spoken_once, tmp_path_factory.mktemp("spoken") / "workspace"))
+    return str(shutil.copytree(ready_lm_once, tmp_path_factory.mktemp("shared_lm") / "workspace"))
 
 
 @pytest.fixture
-def speaking(spoken_once: Path, tmp_path: Path) -> str:
+def ready_lm(ready_lm_once: Path, tmp_path: Path) -> str:
     """A copy for the test."""
-    return str(shutil.copytree(spoken_once, tmp_path / "speaking"))
+    return str(shutil.copytree(ready_lm_once, tmp_path / "ready_lm"))
 
 
 @pytest.fixture

@@ -23,26 +23,26 @@ def recorded(seconds: float = 0.0) -> tuple[list[tuple[str, list[int]]], Handler
     """Answers tenfold, some time later; and what it was asked."""
     asked: list[tuple[str, list[int]]] = []
 
-    async def handler(key: str, questions: list[int]) -> list[int]:
-        asked.append((key, questions))
+    async def handler(key: str, queries: list[int]) -> list[int]:
+        asked.append((key, queries))
         await asyncio.sleep(seconds)
-        return [10 * question for question in questions]
+        return [10 * query for query in queries]
 
     return asked, handler
 
 
 @pytest.mark.parametrize("aside", [True, False], ids=["aside", "where requests are taken"])
-def test_questions_that_come_during_a_batch_are_the_next(aside: bool) -> None:
+def test_queries_that_come_during_a_batch_are_the_next(aside: bool) -> None:
     """24 of them, 20 ms apart, of what takes .5 s for any batch: one alone, and then all that came meanwhile."""
     batches: list[list[int]] = []
 
-    async def handler(key: str, questions: list[int]) -> list[int]:
-        batches.append(questions)
+    async def handler(key: str, queries: list[int]) -> list[int]:
+        batches.append(queries)
         if aside:
             await asyncio.get_running_loop().run_in_executor(None, time.sleep, 0.5)
         else:
             time.sleep(0.5)
-        return [10 * question for question in questions]
+        return [10 * query for query in queries]
 
     async def ask(of: Batcher[int, int], number: int) -> int:
         await asyncio.sleep(0.02 * number)
@@ -86,14 +86,14 @@ def test_a_full_batch_waits_no_longer_and_another_as_long_as_it_may() -> None:
 def test_what_fails_fails_for_its_own_batch_alone_and_who_has_gone_is_not_asked_for() -> None:
     asked: list[list[int]] = []
 
-    async def handler(key: str, questions: list[int]) -> list[int]:
-        asked.append(questions)
+    async def handler(key: str, queries: list[int]) -> list[int]:
+        asked.append(queries)
         await asyncio.sleep(0.05)
         if key == "short":
             return []
         if key == "bad":
             raise ValueError("never")
-        return questions
+        return queries
 
     async def all_of_them() -> list[Any]:
         of = batcher(handler)

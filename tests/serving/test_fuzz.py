@@ -19,8 +19,8 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from tests.pipeline.small_logs import CHAIN_ITEMS
-from tests.serving.asked import Asked
-from tests.serving.spoken import SHORT
+from tests.serving.lm_release import SHORT
+from tests.serving.local_service import LocalService
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 ROUTES = ("recommend", "score", "explain", "interpret", "residual", "oracle", "summary", "rerank")
@@ -28,13 +28,13 @@ MIB = 2**20
 
 
 @pytest.fixture(scope="module")
-def asked(spoken: str) -> Asked:
-    return Asked(spoken, language=SHORT, limits={"history": 200_000, "body_bytes": 20 * MIB})
+def service(shared_lm: str) -> LocalService:
+    return LocalService(shared_lm, language=SHORT, limits={"history": 200_000, "body_bytes": 20 * MIB})
 
 
-def test_every_route_answers_as_its_description_says(asked: Asked) -> None:
-    headers = {"Authorization": f"Bearer {asked.secret}"}
-    described = schemathesis.openapi.from_asgi("/openapi.json", asked.guard, headers=headers)
+def test_every_route_answers_as_its_description_says(service: LocalService) -> None:
+    headers = {"Authorization": f"Bearer {service.secret}"}
+    described = schemathesis.openapi.from_asgi("/openapi.json", service.middleware, headers=headers)
     operations = [found.ok() for found in described.get_all_operations()]
     assert len(operations) > 15
     for operation in operations:
@@ -59,31 +59,33 @@ def histories() -> list[object]:
     return [*scripts, *mixed, *lengths, *unfit]
 
 
-def ask(asked: Asked, route: str, history: object) -> int:
+def ask(service: LocalService, route: str, history: object) -> int:
     body: dict[str, object] = {"history": history}
     if route == "score":
         body["items"] = ["i1", "\U0001f642"]
-    headers = {"Authorization": f"Bearer {asked.secret}", "content-type": "application/json"}
-    answer = asked.client.post(f"/v1/{route}", content=json.dumps(body).encode(), headers=headers)
+    headers = {"Authorization": f"Bearer {service.secret}", "content-type": "application/json"}
+    answer = service.client.post(f"/v1/{route}", content=json.dumps(body).encode(), headers=headers)
     assert answer.status_code in {200, 413, 422}, (route, answer.text[:500])
     return int(answer.status_code)
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_no_history_is_an_error_of_ours(asked: Asked, route: str) -> None:
-    statuses = {ask(asked, route, history) for history in histories()}
+def test_no_history_is_an_error_of_ours(service: LocalService, route: str) -> None:
+    statuses = {ask(service, route, history) for history in histories()}
     assert statuses >= {200, 422}
     # Who has seen everything is recommended nothing that could be explained or put in order.
-    assert ask(asked, route, [f"i{n % 40}" for n in range(100_000)]) == (422 if route in {"explain", "rerank"} else 200)
+    assert ask(service, route, [f"i{n % 40}" for n in range(100_000)]) == (
+        422 if route in {"explain", "rerank"} else 200
+    )
 
 
-def test_histories_leave_nothing_behind(asked: Asked) -> None:
+def test_histories_leave_nothing_behind(service: LocalService) -> None:
     fuzz = histories()
 
     def round_of_requests() -> int:
         for history in fuzz:
-            ask(asked, "recommend", history)
-            ask(asked, "score", history)
+            ask(service, "recommend", history)
+            ask(service, "score", history)
         gc.collect()
         return tracemalloc.get_traced_memory()[0]
 

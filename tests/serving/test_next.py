@@ -11,14 +11,14 @@ import pytest
 from tests.conftest import Run
 from tests.made import add_item, publish
 from tests.pipeline.small_logs import newest
-from tests.serving.asked import Asked
-from tests.serving.spoken import LINE, SHORT, WRITER
-from tests.serving.test_words import history_of
+from tests.serving.lm_release import LINE, SHORT, WRITER
+from tests.serving.local_service import LocalService
+from tests.serving.test_lm_routes import history_of
 
 
 @pytest.fixture(scope="module")
-def asked(spoken: str) -> Asked:
-    return Asked(spoken, language=SHORT)
+def service(shared_lm: str) -> LocalService:
+    return LocalService(shared_lm, language=SHORT)
 
 
 def listed(answer: dict[str, Any]) -> list[str]:
@@ -26,16 +26,16 @@ def listed(answer: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_batch_and_online_write_the_same_lists(raypipe: Run, asked: Asked) -> None:
+def test_batch_and_online_write_the_same_lists(raypipe: Run, service: LocalService) -> None:
     """G7, in float32: of everybody, by user and by history, alone and together."""
-    uri = asked.config.workspace
+    uri = service.config.workspace
     words = ("--model", "lancer", "--length", WRITER.beams, "--answer_tokens", LINE)
     ended = raypipe("recommend", "--workspace", uri, *words)
     assert ended.code == 0, ended.stderr
     rows = [row for row in newest(uri, "recommendations").to_pylist() if row["variant"] == "recommend-lancer"]
     assert len(rows) > 30
     asks = [{"user_id": row["user_id"], "count": WRITER.beams} for row in rows]
-    together = asked.post("next/batch", {"queries": asks}).json()["answers"]
+    together = service.post("next/batch", {"queries": asks}).json()["answers"]
     for answer, row in zip(together, rows, strict=True):
         assert listed(answer) == [f"i{item}" for item in row["items"] if item]
         scores = [score for score in row["scores"] if np.isfinite(score)]
@@ -44,31 +44,31 @@ def test_batch_and_online_write_the_same_lists(raypipe: Run, asked: Asked) -> No
     assert len(best) > 10, "how likely a line is hangs on who is asked about"
     for row, whole in list(zip(rows, together, strict=True))[:5]:
         for who in ({"user_id": row["user_id"]}, {"history": history_of(uri, row["user_id"])}):
-            alone = asked.post("next", {**who, "count": WRITER.beams}).json()
+            alone = service.post("next", {**who, "count": WRITER.beams}).json()
             assert listed(alone) == listed(whole)
             assert (alone["adapter"], alone["known"]) == ("lancer", "user_id" in who)
             assert re.fullmatch(r"Title \d+", alone["items"][0]["title"])
 
 
-def test_what_may_not_be_in_a_list_is_not(asked: Asked) -> None:
+def test_what_may_not_be_in_a_list_is_not(service: LocalService) -> None:
     history = ["i3", "i9", "gone"]
-    plain = asked.post("next", {"history": history, "filter_seen": False}).json()
+    plain = service.post("next", {"history": history, "filter_seen": False}).json()
     assert (plain["unknown_items"], len(listed(plain)) > 1) == (1, True)
     assert (
-        listed(asked.post("next", {"history": history, "count": 1, "filter_seen": False}).json()) == listed(plain)[:1]
+        listed(service.post("next", {"history": history, "count": 1, "filter_seen": False}).json()) == listed(plain)[:1]
     )
-    unseen = asked.post("next", {"history": history}).json()
+    unseen = service.post("next", {"history": history}).json()
     assert listed(unseen) == [item for item in listed(plain) if item not in history]
-    denied = asked.post("next", {"history": history, "deny": listed(unseen)[:1]}).json()
+    denied = service.post("next", {"history": history, "deny": listed(unseen)[:1]}).json()
     assert listed(denied) == listed(unseen)[1:]
-    catalogue = newest(asked.config.workspace, "items").to_pylist()
+    catalogue = newest(service.config.workspace, "items").to_pylist()
     (name, (value, *_)) = dict(catalogue[0]["attributes"]).popitem()
     of_value = {row["item_id"] for row in catalogue if value in dict(row["attributes"]).get(name, ())}
-    only = asked.post("next", {"history": history, "only": {name: value}}).json()
+    only = service.post("next", {"history": history, "only": {name: value}}).json()
     assert listed(only) == [item for item in listed(unseen) if item in of_value]
 
 
-def test_what_cannot_be_continued_is_told(asked: Asked, ready: str) -> None:
+def test_what_cannot_be_continued_is_told(service: LocalService, ready: str) -> None:
     cases = [
         ({"user_id": "stranger"}, 404, "no_such_user"),
         ({"history": []}, 422, "nothing_known"),
@@ -79,46 +79,46 @@ def test_what_cannot_be_continued_is_told(asked: Asked, ready: str) -> None:
         ({"history": ["i1"], "adapter": "trsr"}, 409, "no_adapter"),
     ]
     for body, status, code in cases:
-        answer = asked.post("next", body)
+        answer = service.post("next", body)
         assert (answer.status_code, answer.json()["error"]["code"]) == (status, code), body
-    crowded = Asked(asked.config.workspace, "crowded", language={**SHORT, "answer_tokens": 500})
+    crowded = LocalService(service.config.workspace, "crowded", language={**SHORT, "answer_tokens": 500})
     refused = crowded.post("next", {"history": ["i1", "i2"]})
     assert (refused.status_code, refused.json()["error"]["code"]) == (413, "too_much")
-    assert Asked(ready).post("next", {"history": ["i1"]}).json()["error"]["code"] == "no_adapter"
+    assert LocalService(ready).post("next", {"history": ["i1"]}).json()["error"]["code"] == "no_adapter"
 
 
 def test_a_night_with_a_title_that_cannot_be_written_is_refused_and_the_night_before_answers(
-    raypipe: Run, speaking: str
+    raypipe: Run, ready_lm: str
 ) -> None:
-    asked = Asked(speaking, language=SHORT)
+    service = LocalService(ready_lm, language=SHORT)
 
     def night(date: str, title: str) -> Any:
-        add_item(speaking, title)
-        publish(speaking, date)
-        assert raypipe("online", "--workspace", speaking).code == 0
-        asked.backend.watch.look()
-        return asked.get("release").json()
+        add_item(ready_lm, title)
+        publish(ready_lm, date)
+        assert raypipe("online", "--workspace", ready_lm).code == 0
+        service.backend.watcher.poll()
+        return service.get("release").json()
 
     told = night("2026-01-06", "Title 99")
     assert (told["night"], told["refused"]) == ("2026-01-06", {})
     question = {"history": ["i3", "i9"], "count": WRITER.beams}
-    before = asked.post("next", question).json()
+    before = service.post("next", question).json()
     assert len(listed(before)) > 1
 
     told = night("2026-01-07", " ".join(["Endless"] * 100))
     assert (told["night"], told["night_in_force"]) == ("2026-01-06", "2026-01-07")
     assert list(told["refused"]) == ["night 2026-01-07"]
     assert "The longest text takes" in told["refused"]["night 2026-01-07"]
-    assert asked.post("next", question).json() == before
+    assert service.post("next", question).json() == before
 
-    assert raypipe("night", "--workspace", speaking, "--restore", "2026-01-06").code == 0
-    asked.backend.watch.look()
-    assert asked.get("release").json()["refused"] == {}
+    assert raypipe("night", "--workspace", ready_lm, "--restore", "2026-01-06").code == 0
+    service.backend.watcher.poll()
+    assert service.get("release").json()["refused"] == {}
 
 
-def test_the_language_model_beside_it_keeps_its_words(asked: Asked, spoken: str) -> None:
+def test_the_language_model_beside_it_keeps_its_words(service: LocalService, shared_lm: str) -> None:
     """A LANCER changes all weights of its copy, and of nobody else's."""
     question = {"history": ["i3", "i9", "i4", "i5", "i6", "i7"]}
-    before = Asked(spoken, "fresh", language=SHORT).post("summary", question).json()["summaries"]
-    asked.post("next", question)
-    assert asked.post("summary", question).json()["summaries"] == before
+    before = LocalService(shared_lm, "fresh", language=SHORT).post("summary", question).json()["summaries"]
+    service.post("next", question)
+    assert service.post("summary", question).json()["summaries"] == before

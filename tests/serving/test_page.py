@@ -14,10 +14,10 @@ import uvicorn
 from tests.browser import Browser
 from tests.conftest import unavailable
 from tests.pipeline.small_logs import CHAIN_LENGTH
-from tests.serving.asked import Asked
+from tests.serving.lm_release import SHORT
+from tests.serving.local_service import LocalService
 from tests.serving.running import free_ports
-from tests.serving.spoken import SHORT
-from tests.serving.test_watch import changed
+from tests.serving.test_release_watcher import changed
 
 ROWS = "[...document.querySelectorAll('#list tr')].map(row => row.cells[1].textContent)"
 BESIDE = (
@@ -28,16 +28,16 @@ WHOLE = "document.querySelectorAll('#why .growing, #readings .growing').length =
 
 
 @pytest.fixture
-def site(speaking: str) -> Iterator[tuple[str, Asked]]:
+def site(ready_lm: str) -> Iterator[tuple[str, LocalService]]:
     """A URL, and what answers there."""
-    asked = Asked(speaking, language=SHORT)
+    service = LocalService(ready_lm, language=SHORT)
     (port,) = free_ports(1)
-    server = uvicorn.Server(uvicorn.Config(asked.guard, host="127.0.0.1", port=port, log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(service.middleware, host="127.0.0.1", port=port, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
         time.sleep(0.02)
-    yield f"http://127.0.0.1:{port}/", asked
+    yield f"http://127.0.0.1:{port}/", service
     server.should_exit = True
     thread.join()
 
@@ -50,10 +50,10 @@ def browser(folder: Path) -> Browser:
         raise
 
 
-def test_a_person_looks_at_a_user_and_asks_why(site: tuple[str, Asked], tmp_path: Path) -> None:
-    url, asked = site
-    wanted = asked.post("recommend", {"user_id": "u7", "count": 10}).json()
-    user = asked.get("users/u7").json()
+def test_a_person_looks_at_a_user_and_asks_why(site: tuple[str, LocalService], tmp_path: Path) -> None:
+    url, service = site
+    wanted = service.post("recommend", {"user_id": "u7", "count": 10}).json()
+    user = service.get("users/u7").json()
 
     async def look() -> None:
         async with browser(tmp_path) as page:
@@ -62,13 +62,13 @@ def test_a_person_looks_at_a_user_and_asks_why(site: tuple[str, Asked], tmp_path
             await page.fill("#token", "wrong")
             await page.press("Enter")
             await page.until("document.querySelector('#problem').textContent.includes('valid token')")
-            await page.fill("#token", asked.secret)
+            await page.fill("#token", service.secret)
             await page.fill("#user", "u7")
             await page.press("Enter")
             await page.until(f"({ROWS}).length === 10")
             assert await page.run(ROWS) == [item["title"] for item in wanted["items"]]
             assert await page.run("document.querySelectorAll('#users option').length") == len(
-                asked.get("users").json()["users"]
+                service.get("users").json()["users"]
             )
             assert await page.run("document.querySelectorAll('#events li').length") == CHAIN_LENGTH
             assert user["summaries"]["hierarchical"] in await page.run(
@@ -76,10 +76,10 @@ def test_a_person_looks_at_a_user_and_asks_why(site: tuple[str, Asked], tmp_path
             )
             # Beside it the order of what reads the items, the list that is written, and that of the night.
             await page.until("document.querySelectorAll('#releases .growing').length === 0")
-            told = asked.post(
+            told = service.post(
                 "rerank", {"user_id": "u7", "items": [item["item_id"] for item in wanted["items"]]}
             ).json()
-            written = asked.post("next", {"user_id": "u7", "count": 10}).json()
+            written = service.post("next", {"user_id": "u7", "count": 10}).json()
             lists = [
                 [item["title"] for item in items] for items in (told["items"], written["items"], user["recommended"])
             ]
@@ -94,7 +94,7 @@ def test_a_person_looks_at_a_user_and_asks_why(site: tuple[str, Asked], tmp_path
             await page.until(f"document.querySelectorAll('#why article').length === 2 && {WHOLE}")
             item = wanted["items"][0]["item_id"]
             for place, name in enumerate(("recexplainer-h", "recexplainer-i")):
-                whole = asked.post("explain", {"user_id": "u7", "item_id": item, "adapter": name}).json()
+                whole = service.post("explain", {"user_id": "u7", "item_id": item, "adapter": name}).json()
                 told = await page.run(f"document.querySelectorAll('#why article')[{place}].innerText")
                 assert name in told
                 assert whole["text"] in told
@@ -120,8 +120,8 @@ def test_a_person_looks_at_a_user_and_asks_why(site: tuple[str, Asked], tmp_path
     asyncio.run(look())
 
 
-def test_a_person_reads_the_description_and_tries_a_route(site: tuple[str, Asked], tmp_path: Path) -> None:
-    url, asked = site
+def test_a_person_reads_the_description_and_tries_a_route(site: tuple[str, LocalService], tmp_path: Path) -> None:
+    url, service = site
     sent = "document.querySelector('#operations-default-release_v1_release_get .live-responses-table')"
 
     async def look() -> None:
@@ -130,7 +130,7 @@ def test_a_person_reads_the_description_and_tries_a_route(site: tuple[str, Asked
             await page.until("document.querySelectorAll('.opblock').length > 15")
             await page.run("document.querySelector('.auth-wrapper .authorize').click()")
             await page.until("document.querySelector('.auth-container input') !== null")
-            await page.fill(".auth-container input", asked.secret)
+            await page.fill(".auth-container input", service.secret)
             await page.run("document.querySelector('.auth-btn-wrapper .authorize').click()")
             await page.until("document.querySelector('.auth-wrapper .authorize.locked') !== null")
             await page.run("document.querySelector('.auth-btn-wrapper .btn-done').click()")
@@ -139,7 +139,7 @@ def test_a_person_reads_the_description_and_tries_a_route(site: tuple[str, Asked
                 await page.until(f"document.querySelector('{button}') !== null")
                 await page.run(f"document.querySelector('{button}').click()")
             await page.until(f"{sent} !== null && {sent}.innerText.includes('200')")
-            assert asked.get("release").json()["night"] in await page.run(f"{sent}.innerText")
+            assert service.get("release").json()["night"] in await page.run(f"{sent}.innerText")
             assert page.said == []
             hosts = await page.run("performance.getEntriesByType('resource').map(entry => new URL(entry.name).origin)")
             assert set(hosts) == {url.rstrip("/")}
@@ -150,19 +150,19 @@ def test_a_person_reads_the_description_and_tries_a_route(site: tuple[str, Asked
     asyncio.run(look())
 
 
-def test_lists_of_the_release_before_stay_to_be_compared(site: tuple[str, Asked], tmp_path: Path) -> None:
-    url, asked = site
+def test_lists_of_the_release_before_stay_to_be_compared(site: tuple[str, LocalService], tmp_path: Path) -> None:
+    url, service = site
 
     async def look() -> None:
         async with browser(tmp_path) as page:
             await page.go(url)
-            await page.fill("#token", asked.secret)
+            await page.fill("#token", service.secret)
             await page.fill("#user", "u1")
             await page.press("Enter")
             await page.until(f"({ROWS}).length === 10")
-            before, old = await page.run(ROWS), asked.get("release").json()["release"]
-            changed(asked.config.workspace, tmp_path / "new", -1.0)
-            asked.backend.watch.look()
+            before, old = await page.run(ROWS), service.get("release").json()["release"]
+            changed(service.config.workspace, tmp_path / "new", -1.0)
+            service.backend.watcher.poll()
             await page.fill("#user", "u1")
             await page.press("Enter")
             await page.until(f"document.querySelector('#releases').textContent.includes('Release {old[:12]}')")
@@ -175,16 +175,16 @@ def test_lists_of_the_release_before_stay_to_be_compared(site: tuple[str, Asked]
     asyncio.run(look())
 
 
-def test_what_an_item_is_called_is_shown_and_never_run(site: tuple[str, Asked], tmp_path: Path) -> None:
-    url, asked = site
+def test_what_an_item_is_called_is_shown_and_never_run(site: tuple[str, LocalService], tmp_path: Path) -> None:
+    url, service = site
     hostile = "<img src=x onerror=\"document.title='run'\"><script>document.title='run'</script>"
-    titles = asked.backend.watch.served.catalogue.titles
+    titles = service.backend.watcher.served.catalogue.titles
     titles[:] = [f"{hostile} {number}" for number in range(len(titles))]  # type: ignore[index]
 
     async def look() -> None:
         async with browser(tmp_path) as page:
             await page.go(url)
-            await page.fill("#token", asked.secret)
+            await page.fill("#token", service.secret)
             await page.fill("#user", "u1")
             await page.press("Enter")
             await page.until(f"({ROWS}).length === 10")

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from raypipe.serving.config import ReplicaOptions
-from raypipe.serving.haproxy import BINARY, HEAD_S, closed_haproxy
+from raypipe.serving.haproxy import BINARY, HEAD_TIMEOUT_S, write_haproxy_wrapper
 from tests.conftest import unavailable
 from tests.serving.running import Running, start, stop, until
 
@@ -93,9 +93,9 @@ def hung_up(port: int) -> float:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
 def test_from_another_machine_nothing_is_there_but_the_api_where_it_was_let_in(
-    host: str, speaking: str, outside: tuple[str, str], tmp_path: Path
+    host: str, ready_lm: str, outside: tuple[str, str], tmp_path: Path
 ) -> None:
-    running = start(speaking, tmp_path, "--host", host)
+    running = start(ready_lm, tmp_path, "--host", host)
     try:
         # What a look misses of processes that come and go, the next one sees.
         ports = listening(running)
@@ -110,7 +110,7 @@ def test_from_another_machine_nothing_is_there_but_the_api_where_it_was_let_in(
         for path in ("-/routes", "-/Routes", "nothing"):
             with pytest.raises(urllib.error.HTTPError, match="401"):
                 urllib.request.urlopen(f"http://127.0.0.1:{api}/{path}", timeout=10)
-        assert hung_up(api) < 2 * HEAD_S
+        assert hung_up(api) < 2 * HEAD_TIMEOUT_S
     finally:
         stop(running)
 
@@ -135,10 +135,10 @@ def test_the_proxy_is_closed_before_it_is_started(tmp_path: Path, monkeypatch: p
     server other 127.0.0.1:8500 check backup
 """
     )
-    script = closed_haproxy(tmp_path, "0.0.0.0", 8000, (8404, 9101), ReplicaOptions(ongoing=200, wait_s=0.5))
+    script = write_haproxy_wrapper(tmp_path, "0.0.0.0", 8000, (8404, 9101), ReplicaOptions(ongoing=200, wait_s=0.5))
     ended = subprocess.run([script, "-db", "-f", config, "-sf", "7"], capture_output=True, text=True, check=True)
     assert ended.stdout == f"-db -f {config} -sf 7\n"
-    nobody = tmp_path / "nobody.http"
+    errorfile = tmp_path / "unavailable.http"
     assert (
         config.read_text()
         == f"""
@@ -147,7 +147,7 @@ def test_the_proxy_is_closed_before_it_is_started(tmp_path: Path, monkeypatch: p
     timeout http-request 10s
     option redispatch 1
     timeout queue 500ms
-    errorfile 503 {nobody}
+    errorfile 503 {errorfile}
     bind 127.0.0.1:9101
     bind 0.0.0.0:8000
     http-request deny deny_status 401 if routes
@@ -156,7 +156,7 @@ def test_the_proxy_is_closed_before_it_is_started(tmp_path: Path, monkeypatch: p
     server other 127.0.0.1:8500 check backup
 """
     )
-    head, _, body = nobody.read_bytes().decode().partition("\r\n\r\n")
+    head, _, body = errorfile.read_bytes().decode().partition("\r\n\r\n")
     assert head.splitlines()[0] == "HTTP/1.1 503 Service Unavailable"
     assert {"retry-after: 1", f"content-length: {len(body)}"} <= set(head.splitlines())
     assert json.loads(body)["error"]["code"] == "not_ready"

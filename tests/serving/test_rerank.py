@@ -9,14 +9,14 @@ import pytest
 from tests.conftest import Run
 from tests.made import LENGTH
 from tests.pipeline.small_logs import CHAIN_ITEMS, newest
-from tests.serving.asked import Asked
-from tests.serving.spoken import SHORT
-from tests.serving.test_words import history_of
+from tests.serving.lm_release import SHORT
+from tests.serving.local_service import LocalService
+from tests.serving.test_lm_routes import history_of
 
 
 @pytest.fixture(scope="module")
-def asked(spoken: str) -> Asked:
-    return Asked(spoken, language=SHORT, limits={"ranked": 20})
+def service(shared_lm: str) -> LocalService:
+    return LocalService(shared_lm, language=SHORT, limits={"ranked": 20})
 
 
 def batch(raypipe: Run, uri: str, *options: str) -> list[dict[str, Any]]:
@@ -35,38 +35,38 @@ def is_order_of(answer: dict[str, Any], row: dict[str, Any]) -> bool:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_batch_and_online_put_lists_in_the_same_order(raypipe: Run, asked: Asked) -> None:
+def test_batch_and_online_put_lists_in_the_same_order(raypipe: Run, service: LocalService) -> None:
     """G7, in float32: of everybody, by user and by history, alone and together, with and without summaries."""
-    uri = asked.config.workspace
+    uri = service.config.workspace
     rows = batch(raypipe, uri)
     asks = [{"user_id": row["user_id"], "count": LENGTH} for row in rows]
-    together = asked.post("rerank/batch", {"queries": asks}).json()["answers"]
+    together = service.post("rerank/batch", {"queries": asks}).json()["answers"]
     assert all(is_order_of(answer, row) for answer, row in zip(together, rows, strict=True))
     lists = {row["user_id"]: row for row in newest(uri, "recommendations").to_pylist() if row["variant"][:4] == "reco"}
     assert sum(row["items"] != lists[row["user_id"]]["items"] for row in rows) > 10, "it is the recommender's order"
     for row in rows[:5]:
         items = [f"i{item}" for item in sorted(row["items"])]
         for who in ({"user_id": row["user_id"]}, {"history": history_of(uri, row["user_id"])}):
-            alone = asked.post("rerank", {**who, "items": items}).json()
+            alone = service.post("rerank", {**who, "items": items}).json()
             assert is_order_of(alone, row)
             assert (alone["adapter"], alone["known"]) == ("trsr", "user_id" in who)
 
     summarised = batch(raypipe, uri, "--summaries", "hierarchical")
     assert [row["scores"] for row in summarised] != [row["scores"] for row in rows]
-    shown = Asked(uri, "shown", language={**SHORT, "ranking": "hierarchical"})
+    shown = LocalService(uri, "shown", language={**SHORT, "ranking": "hierarchical"})
     together = shown.post("rerank/batch", {"queries": asks}).json()["answers"]
     assert all(is_order_of(answer, row) for answer, row in zip(together, summarised, strict=True))
 
 
-def test_what_is_not_in_the_catalogue_is_last(asked: Asked) -> None:
-    answer = asked.post("rerank", {"history": ["i3", "gone"], "items": ["new", "i9", "i4"]}).json()
+def test_what_is_not_in_the_catalogue_is_last(service: LocalService) -> None:
+    answer = service.post("rerank", {"history": ["i3", "gone"], "items": ["new", "i9", "i4"]}).json()
     assert {item["item_id"] for item in answer["items"][:2]} == {"i4", "i9"}
     assert answer["items"][0]["score"] > answer["items"][1]["score"]
     assert answer["items"][2] == {"item_id": "new", "title": "", "score": None}
     assert (answer["unknown_items"], answer["items"][0]["title"][:6]) == (1, "Title ")
 
 
-def test_what_cannot_be_put_in_order_is_told(asked: Asked, ready: str) -> None:
+def test_what_cannot_be_put_in_order_is_told(service: LocalService, ready: str) -> None:
     cases = [
         ({"user_id": "stranger"}, 404, "no_such_user"),
         ({"history": []}, 422, "nothing_known"),
@@ -79,8 +79,8 @@ def test_what_cannot_be_put_in_order_is_told(asked: Asked, ready: str) -> None:
         ({"history": [f"i{n}" for n in range(1, CHAIN_ITEMS + 1)]}, 422, "no_such_item"),
     ]
     for body, status, code in cases:
-        answer = asked.post("rerank", body)
+        answer = service.post("rerank", body)
         assert (answer.status_code, answer.json()["error"]["code"]) == (status, code), body
-    silent = Asked(asked.config.workspace, "silent", language={**SHORT, "replicas": 0})
+    silent = LocalService(service.config.workspace, "silent", language={**SHORT, "replicas": 0})
     assert silent.post("rerank", {"history": ["i1"]}).json()["error"]["code"] == "no_language_model"
-    assert Asked(ready).post("rerank", {"history": ["i1"]}).json()["error"]["code"] == "no_adapter"
+    assert LocalService(ready).post("rerank", {"history": ["i1"]}).json()["error"]["code"] == "no_adapter"

@@ -23,19 +23,19 @@ from tests.conftest import Run
 from tests.ground import one_paragraph
 from tests.made import LENGTH, add_events, compute, publish
 from tests.pipeline.small_logs import newest
-from tests.serving.asked import Asked
+from tests.serving.lm_release import SHORT, TOKENS
+from tests.serving.local_service import LocalService
 from tests.serving.running import Running, burst, start, stop
-from tests.serving.spoken import SHORT, TOKENS
-from tests.serving.test_watch import changed
+from tests.serving.test_release_watcher import changed
 
 
 @pytest.fixture(scope="module")
-def running(spoken: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def running(shared_lm: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     words = ("--language.explanation.max_new_tokens", str(TOKENS), "--language.reading.max_new_tokens", str(TOKENS))
     words += ("--language.checks.retries", "0")
     few = ("--language.batching.size", "8", "--language.ongoing", "16", "--language.queued", "24")
     bounds = ("--replicas.ongoing", "128", "--replicas.queued", "64", *words, *few)
-    service = start(spoken, tmp_path_factory.mktemp("serve"), *bounds)
+    service = start(shared_lm, tmp_path_factory.mktemp("serve"), *bounds)
     yield service
     stop(service)
 
@@ -51,8 +51,8 @@ def test_batch_and_online_give_one_truth(running: Running) -> None:
 
 
 def test_the_language_model_answers_alone_and_in_company_with_the_same_words(running: Running) -> None:
-    """G7: beside it adapters are loaded as requests name them, and questions share batches as they happen to come."""
-    direct = Asked(running.uri, "direct", language=SHORT)
+    """G7: beside it adapters are loaded as requests name them, and requests share batches as they happen to come."""
+    direct = LocalService(running.uri, "direct", language=SHORT)
     bodies = [{"user_id": f"u{n}", "adapter": name} for n in range(10) for name in ("recexplainer-h", "recexplainer-i")]
     wanted = direct.post("explain/batch", {"queries": bodies}).json()["answers"]
     answers = burst(running, bodies, "explain")
@@ -82,7 +82,7 @@ def test_an_explanation_arrives_piece_by_piece(running: Running) -> None:
     assert (200, whole) == running.ask("explain", {"user_id": "u3"})
 
 
-def test_past_what_the_language_model_takes_questions_are_told_to_come_back(running: Running) -> None:
+def test_past_what_the_language_model_takes_requests_are_told_to_come_back(running: Running) -> None:
     answers = burst(running, [{"user_id": f"u{n % 40}"} for n in range(120)], "explain")
     statuses = Counter(status for status, _ in answers)
     assert set(statuses) == {200, 503}

@@ -22,14 +22,14 @@ from raypipe.storage.store import Store
 from tests.conftest import Run, need_redis_client
 from tests.made import LENGTH, MODEL, make_ready
 from tests.pipeline.small_logs import CHAIN_ITEMS, CHAIN_LENGTH, CHAIN_USERS, newest
-from tests.serving.asked import Asked
+from tests.serving.local_service import LocalService
 
 TOLD = ("explain", "interpret", "residual", "oracle", "summary", "rerank", "next")
 
 
 @pytest.fixture(scope="module")
-def asked(shared: str) -> Asked:
-    return Asked(shared)
+def service(shared: str) -> LocalService:
+    return LocalService(shared)
 
 
 def ids(answer: Any) -> list[str]:
@@ -45,14 +45,14 @@ def history_of(uri: str | Path, user: str) -> list[str]:
     return [f"i{item}" for item in rows(uri, "histories")[user]["items"]]
 
 
-def test_everybody_is_recommended_what_the_night_recommends(asked: Asked, ready_once: Path) -> None:
+def test_everybody_is_recommended_what_the_night_recommends(service: LocalService, ready_once: Path) -> None:
     listed = rows(ready_once, "recommendations")
     assert len(listed) == CHAIN_USERS
     queries = [{"user_id": user, "count": LENGTH} for user in listed]
-    together = asked.post("recommend/batch", {"queries": queries}).json()["answers"]
+    together = service.post("recommend/batch", {"queries": queries}).json()["answers"]
     for (user, row), answer in zip(listed.items(), together, strict=True):
-        alone = asked.post("recommend", {"user_id": user, "count": LENGTH}).json()
-        history = asked.post("recommend", {"history": history_of(ready_once, user), "count": LENGTH}).json()
+        alone = service.post("recommend", {"user_id": user, "count": LENGTH}).json()
+        history = service.post("recommend", {"history": history_of(ready_once, user), "count": LENGTH}).json()
         assert (alone["basis"], alone["known"], history["known"]) == ("model", True, False)
         for found in (alone, history, answer):
             assert [item["item_id"] for item in found["items"]] == [f"i{item}" for item in row["items"]]
@@ -71,7 +71,7 @@ def test_a_model_that_knows_users_gives_them_the_nights_lists(raypipe: Run, tmp_
         tables = {name: version for name, version in night.tables.items() if name != "hidden_states"}
         Nights(Store(uri)).publish(replace(night, tables=tables))
     assert raypipe("online", "--workspace", uri).metrics["states"] == CHAIN_USERS * with_states
-    guided = Asked(uri)
+    guided = LocalService(uri)
     listed = rows(uri, "recommendations")
     queries = [{"user_id": user, "count": LENGTH} for user in listed]
     answers = guided.post("recommend/batch", {"queries": queries}).json()["answers"]
@@ -83,7 +83,7 @@ def test_a_model_that_knows_users_gives_them_the_nights_lists(raypipe: Run, tmp_
     assert sum(one["items"] != other["items"] for one, other in zip(answers, others, strict=True)) > CHAIN_USERS / 2
 
 
-def test_a_history_is_answered_by_the_model_itself(asked: Asked, ready_once: Path) -> None:
+def test_a_history_is_answered_by_the_model_itself(service: LocalService, ready_once: Path) -> None:
     store = Store(str(ready_once))
     model = Models(store).newest("sasrec")
     assert model is not None
@@ -91,26 +91,26 @@ def test_a_history_is_answered_by_the_model_itself(asked: Asked, ready_once: Pat
     history = [3, 4, 5, 6]
     scores = recommender.score(recommender.encode(Sequences.of([history])))[0].detach()
     given = [f"i{item}" for item in history]
-    answer = asked.post("score", {"history": given, "items": ["i7", "i1", "nothing", "i30"]}).json()
+    answer = service.post("score", {"history": given, "items": ["i7", "i1", "nothing", "i30"]}).json()
     assert [item["item_id"] for item in answer["items"]] == ["i7", "i1", "nothing", "i30"]
     found = [item["score"] for item in answer["items"]]
     assert found[2] is None
     np.testing.assert_allclose([found[0], found[1], found[3]], scores[[7, 1, 30]].numpy(), rtol=1e-5)
-    everything = asked.post("recommend", {"history": given, "count": CHAIN_ITEMS, "filter_seen": False})
+    everything = service.post("recommend", {"history": given, "count": CHAIN_ITEMS, "filter_seen": False})
     scores[0] = -torch.inf
     assert ids(everything) == [f"i{item}" for item in scores.topk(CHAIN_ITEMS).indices.tolist()]
 
 
-def test_filters_hold_for_the_one_who_asked_alone(asked: Asked) -> None:
+def test_filters_hold_for_the_one_who_asked_alone(service: LocalService) -> None:
     history = ["i3", "i4", "i5"]
-    plain = ids(asked.post("recommend", {"history": history, "count": 4}))
+    plain = ids(service.post("recommend", {"history": history, "count": 4}))
     assert not set(plain) & set(history)
     denied = {"history": history, "count": 4, "deny": [plain[0], "unheard of"]}
     war = {"history": history, "count": 30, "only": {"genre": "War"}}
     seen = {"history": history, "count": 30, "filter_seen": False}
     wrong = {"history": history, "only": {"genre": "Poetry"}}
     batch = [{"history": history, "count": 4}, denied, war, wrong, seen]
-    answers = asked.post("recommend/batch", {"queries": batch}).json()["answers"]
+    answers = service.post("recommend/batch", {"queries": batch}).json()["answers"]
     lists = [[item["item_id"] for item in answer.get("items", [])] for answer in answers]
     assert lists[0] == plain
     assert lists[1][:3] == plain[1:]
@@ -120,28 +120,28 @@ def test_filters_hold_for_the_one_who_asked_alone(asked: Asked) -> None:
         "message": "No item has 'Poetry' in its attribute 'genre'; values are compared exactly.",
     }
     assert len(lists[4]) == CHAIN_ITEMS
-    refused = asked.post("recommend", wrong)
+    refused = service.post("recommend", wrong)
     assert (refused.status_code, refused.json()["error"]["code"]) == (422, "no_such_value")
 
 
-def test_who_is_not_known_gets_what_is_popular(asked: Asked, ready_once: Path) -> None:
+def test_who_is_not_known_gets_what_is_popular(service: LocalService, ready_once: Path) -> None:
     events = [item for row in rows(ready_once, "histories").values() for item in row["items"]]
     counts = np.bincount(events, minlength=CHAIN_ITEMS + 1)
     best = [f"i{item}" for item in np.argsort(-counts, kind="stable")[:3]]
     for who in ({"user_id": "stranger"}, {"history": []}, {"history": ["unheard of", "🙂"]}):
-        answer = asked.post("recommend", {**who, "count": 3}).json()
+        answer = service.post("recommend", {**who, "count": 3}).json()
         assert (answer["basis"], answer["known"]) == ("popular", False)
         assert answer["unknown_items"] == len(who.get("history", []))
         assert [item["score"] for item in answer["items"]] == [None] * 3
         assert [item["item_id"] for item in answer["items"]] == best
-    filtered = asked.post("recommend", {"user_id": "stranger", "count": 30, "only": {"genre": "War"}}).json()
+    filtered = service.post("recommend", {"user_id": "stranger", "count": 30, "only": {"genre": "War"}}).json()
     assert {(int(item["item_id"][1:]) - 1) % 5 for item in filtered["items"]} == {2}
-    scores = asked.post("score", {"user_id": "stranger", "items": ["i1"]}).json()
+    scores = service.post("score", {"user_id": "stranger", "items": ["i1"]}).json()
     assert scores["items"] == [{"item_id": "i1", "score": None}]
 
 
-def test_a_user_is_shown_as_the_night_left_them(asked: Asked, ready_once: Path) -> None:
-    found = asked.get("users/u7").json()
+def test_a_user_is_shown_as_the_night_left_them(service: LocalService, ready_once: Path) -> None:
+    found = service.get("users/u7").json()
     assert (found["user_id"], found["events"]) == ("u7", CHAIN_LENGTH)
     assert [item["item_id"] for item in found["history"]] == history_of(ready_once, "u7")
     listed = rows(ready_once, "recommendations")["u7"]
@@ -150,19 +150,19 @@ def test_a_user_is_shown_as_the_night_left_them(asked: Asked, ready_once: Path) 
     ]
     text = rows(ready_once, "summaries")["u7"]["summary"]
     assert found["summaries"] == {"hierarchical": text}
-    assert asked.post("summary", {"user_id": "u7"}).json()["summaries"] == {"hierarchical": text}
-    assert found["served"] == asked.post("recommend", {"user_id": "u7"}).json()["served"]
-    for answer in (asked.get("users/stranger"), asked.get("users/a/b"), asked.post("summary", {"user_id": "x"})):
+    assert service.post("summary", {"user_id": "u7"}).json()["summaries"] == {"hierarchical": text}
+    assert found["served"] == service.post("recommend", {"user_id": "u7"}).json()["served"]
+    for answer in (service.get("users/stranger"), service.get("users/a/b"), service.post("summary", {"user_id": "x"})):
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "no_such_user")
 
 
-def test_what_is_served_is_told(asked: Asked) -> None:
-    told = asked.get("release").json()
+def test_what_is_served_is_told(service: LocalService) -> None:
+    told = service.get("release").json()
     assert told["recommender"].startswith("sasrec/")
     assert (told["items"], told["night"], told["night_in_force"]) == (CHAIN_ITEMS, "2026-01-05", "2026-01-05")
     assert told["refused"] == {}
     assert set(
-        asked.client.get("/openapi.json", headers={"Authorization": f"Bearer {asked.secret}"}).json()["paths"]
+        service.client.get("/openapi.json", headers={"Authorization": f"Bearer {service.secret}"}).json()["paths"]
     ) == {
         "/v1/recommend",
         "/v1/recommend/batch",
@@ -184,38 +184,40 @@ def test_denied_items_are_in_no_list_and_a_mistyped_one_is_told(
 ) -> None:
     deny = tmp_path / "deny.txt"
     deny.write_text("i1\ni2\nI3\n")
-    asked = Asked(ready, deny=str(deny))
+    service = LocalService(ready, deny=str(deny))
     assert "1 of 3 denied ids are no item's and deny nothing, for example 'I3'" in caplog.messages
     for who in ({"user_id": "stranger"}, {"user_id": "u1"}, {"history": ["i9"]}):
-        found = ids(asked.post("recommend", {**who, "count": 30, "filter_seen": False}))
+        found = ids(service.post("recommend", {**who, "count": 30, "filter_seen": False}))
         assert len(found) == CHAIN_ITEMS - 2
         assert not {"i1", "i2"} & set(found)
 
 
 def test_without_its_store_the_service_answers_histories_and_says_so_of_users(ready: str) -> None:
-    asked = Asked(ready)
+    service = LocalService(ready)
     for path in (Path(ready) / "online").iterdir():
         path.unlink()
-    assert len(ids(asked.post("recommend", {"history": ["i3"], "count": 4}))) == 4
-    down = asked.post("recommend", {"user_id": "u1"})
+    assert len(ids(service.post("recommend", {"history": ["i3"], "count": 4}))) == 4
+    down = service.post("recommend", {"user_id": "u1"})
     assert (down.status_code, down.json()["error"]["code"], down.headers["retry-after"]) == (503, "store_down", "1")
     queries = [{"user_id": "u1"}, {"history": ["i3"]}]
-    mixed = asked.post("recommend/batch", {"queries": queries}).json()["answers"]
+    mixed = service.post("recommend/batch", {"queries": queries}).json()["answers"]
     assert (mixed[0]["code"], mixed[1]["basis"]) == ("store_down", "model")
 
 
 def test_a_store_that_hangs_does_not_keep_histories_waiting(ready: str) -> None:
     need_redis_client()
-    asked = Asked(ready)
+    service = LocalService(ready)
     history = {"history": ["i3", "i4"]}
-    wanted = asked.post("recommend", history).json()
+    wanted = service.post("recommend", history).json()
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen(100)
         url = f"redis://127.0.0.1:{silent.getsockname()[1]}/0"
-        asked.backend.service.store = open_online_store(url, Store(ready))
+        service.backend.service.store = open_online_store(url, Store(ready))
         for most_s in (1.0, 0.3):
             started = time.monotonic()
-            unknown, known = asked.post("recommend/batch", {"queries": [{"user_id": "u1"}, history]}).json()["answers"]
+            unknown, known = service.post("recommend/batch", {"queries": [{"user_id": "u1"}, history]}).json()[
+                "answers"
+            ]
             assert time.monotonic() - started < most_s
             assert (unknown["code"], known) == ("store_down", wanted)

@@ -11,14 +11,14 @@ from torch import nn
 
 from raypipe.language.adapters import AdapterCard
 from raypipe.language.backbone import load_backbone
+from raypipe.language.catalogue import Catalogue
 from raypipe.language.checkpoint import checkpoint_hash
-from raypipe.language.instructions import Catalogue
 from raypipe.language.prefixes import PREFIX
 from raypipe.recommenders.evaluation import HeldOut
 from raypipe.recommenders.windows import Histories
 from raypipe.systems.lancer import NAME, LancerConfig
-from raypipe.systems.lancer_exercises import Told, prepare_lancer
-from raypipe.systems.lancer_figures import Asked, measured
+from raypipe.systems.lancer_examples import LancerTrainingData, prepare_lancer
+from raypipe.systems.lancer_figures import EvaluationSet, measured
 from raypipe.systems.lancer_lists import ListWriter, load_writer
 from raypipe.systems.lancer_training import LancerTask, store_vectors
 
@@ -91,8 +91,8 @@ class Prepared:
     def figures(self) -> dict[str, float]:
         """Asked for everybody's last event."""
         held = HeldOut.of(histories(), 1, ITEMS)
-        asked = Asked(held, np.zeros(USERS, bool))
-        told = measured(asked, self.writer(8), lambda name, done, of: None)
+        evaluated = EvaluationSet(held, np.zeros(USERS, bool))
+        told = measured(evaluated, self.writer(8), lambda name, done, of: None)
         return {
             figure if name == NAME else f"{name}: {figure}": mean.value
             for name, figures in told.items()
@@ -104,7 +104,7 @@ def prepared(lm: Path, folder: Path, told: Catalogue | None = None, validated: i
     config, shown = config_of(**options), told or catalogue()
     backbone = load_backbone(str(lm), device="cpu")
     card = AdapterCard(config.adapter, {PREFIX: WIDTH} if config.reasoning else {}, checkpoint_hash(lm), "")
-    texts = Told(config.lines(shown), config.contents(shown), histories().without_last(1), validated)
+    texts = LancerTrainingData(config.lines(shown), config.contents(shown), histories().without_last(1), validated)
     prepare_lancer(folder, texts, backbone, str(lm), card, config, seed=0)
     if config.reads_once:
         store_vectors(folder)

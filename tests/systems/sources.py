@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from raypipe.language.instructions import Catalogue
+from raypipe.language.catalogue import Catalogue
 from raypipe.recommenders.config import RecommenderConfig
 from raypipe.recommenders.recommender import freeze
 from raypipe.recommenders.windows import Histories

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from raypipe.metrics.text import Vocabulary
-from raypipe.systems.explanations import reference_explanation, rule_rating
+from raypipe.systems.explanations import reference_explanation, rule_explanation_rating
 
 KINDS = Vocabulary(["Drama", "War", "Comedy", "Horror", "Musical"])
 HISTORY = Counter({"Drama": 5, "War": 4, "Comedy": 3, "Horror": 1})
@@ -28,7 +28,7 @@ HISTORY = Counter({"Drama": 5, "War": 4, "Comedy": 3, "Horror": 1})
 def test_a_rating_follows_decision_ground_and_what_is_named(
     decision: str, label: str | None, text: str, beside: bool, rating: int
 ) -> None:
-    assert rule_rating(decision, label, text, KINDS, HISTORY, ["Musical"], beside) == rating
+    assert rule_explanation_rating(decision, label, text, KINDS, HISTORY, ["Musical"], beside) == rating
 
 
 def test_a_reference_names_the_taste_and_whether_the_item_has_a_part_in_it() -> None:

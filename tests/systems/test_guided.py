@@ -15,7 +15,7 @@ from raypipe.errors import UsageError
 from raypipe.language.adapters import AdapterCard, LoraOptions, load_adapter
 from raypipe.language.backbone import Backbone, load_backbone
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
-from raypipe.language.instructions import Catalogue
+from raypipe.language.catalogue import Catalogue
 from raypipe.recommenders.attribute_scores import AttributeScores
 from raypipe.recommenders.recommender import weights_hash
 from raypipe.systems.guided import GuidedConfig, GuidedPrompts, Rating
@@ -27,7 +27,7 @@ from raypipe.systems.guided_attributes import (
     domains,
     find_attributes,
 )
-from raypipe.systems.guided_reading import Questions, Written, ranking_of_scores, read_expected, read_written
+from raypipe.systems.guided_reading import ParseCounts, RatingPrompts, ranking_of_scores, read_expected, read_written
 from raypipe.systems.guided_training import TuningTask, prepare_tuning, recommendation_loss
 
 KINDS = ("dark", "funny")
@@ -125,7 +125,7 @@ def test_a_question_shows_the_item_or_the_last_items_and_the_attributes() -> Non
 
 def test_users_are_shown_by_as_many_last_items_as_there_is_room_for(backbone: Backbone) -> None:
     rating = rating_of()
-    questions = Questions(rating, backbone)
+    questions = RatingPrompts(rating, backbone)
     (asked,) = questions.of_users([[1, 2, 3, 4, 5]])
     assert [f"Film {n};" in asked.text for n in range(1, 6)] == [False, False, True, True, True]
     lines = rating.short_lines()
@@ -138,7 +138,7 @@ def test_users_are_shown_by_as_many_last_items_as_there_is_room_for(backbone: Ba
         rating.user_prompts(backbone, [[3]], lines, frame)
     long = Rating(rating.config, rating.attributes, Catalogue(["word " * 300], [{}], [""]))
     with pytest.raises(UsageError, match="Show less"):
-        Questions(long, backbone).ids(Questions(long, backbone).of_items())
+        RatingPrompts(long, backbone).ids(RatingPrompts(long, backbone).of_items())
 
 
 ANSWERS = {
@@ -182,7 +182,7 @@ def test_answers_that_cannot_be_parsed_are_counted_by_reason() -> None:
         Outcome(3, '{"grim": 9}', finish_reason="stop"),
         Outcome(4, error=OutcomeError("prompt_too_long", "too long")),
     ]
-    rating, written = rating_of(), Written()
+    rating, written = rating_of(), ParseCounts()
     found = np.zeros((5, 2), np.float32)
     for places, values in read_written(Scripted(outcomes), rating, [rating.item_prompt("x")] * 5, 9, written):
         found[places] = values
@@ -216,11 +216,11 @@ def test_the_recommendation_loss_is_that_of_a_plain_loop_in_float64(kind: str) -
     assert float(told) == pytest.approx(wanted, rel=1e-9)
 
 
-def tuning(lm: str, folder: Path, **options: object) -> tuple[TuningTask, Questions, np.ndarray]:
+def tuning(lm: str, folder: Path, **options: object) -> tuple[TuningTask, RatingPrompts, np.ndarray]:
     """Users who like one kind each, and what they chose next."""
     rating = rating_of(lora=LoraOptions(rank=4, dropout=0.0).model_dump(), negatives=8, **options)
     backbone = load_backbone(lm, device="cpu")
-    questions = Questions(rating, backbone)
+    questions = RatingPrompts(rating, backbone)
     rng = np.random.default_rng(0)
     # Item n is of kind (n − 1) % 2.
     liked = np.arange(USERS) % 2
@@ -252,7 +252,7 @@ def trained(task: TuningTask, steps: int, lr: float = 0.01) -> nn.Module:
     return model.eval()
 
 
-def scores_by(model: nn.Module, questions: Questions, chosen: np.ndarray) -> tuple[AttributeScores, np.ndarray]:
+def scores_by(model: nn.Module, questions: RatingPrompts, chosen: np.ndarray) -> tuple[AttributeScores, np.ndarray]:
     def read(prompts: list) -> np.ndarray:
         found = np.zeros((len(prompts), len(NAMES)), np.float32)
         for places, values in read_expected(model, questions.form, questions.ids(prompts), 600):

@@ -17,8 +17,8 @@ from raypipe.errors import UsageError
 from raypipe.language.adapters import AdapterCard
 from raypipe.language.backbone import load_backbone
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
+from raypipe.language.catalogue import Catalogue
 from raypipe.language.checkpoint import checkpoint_hash
-from raypipe.language.instructions import Catalogue
 from raypipe.language.prefixes import PREFIX
 from raypipe.language.prompt import Text, Vectors
 from raypipe.recommenders.evaluation import HeldOut
@@ -32,8 +32,8 @@ from raypipe.systems.lancer import (
     lists_of,
     ranks_of_lists,
 )
-from raypipe.systems.lancer_exercises import FIRST, Exercises, Told, prepare_lancer
-from raypipe.systems.lancer_figures import CONTROL, Asked, rank_figures
+from raypipe.systems.lancer_examples import FIRST, LancerExamples, LancerTrainingData, prepare_lancer
+from raypipe.systems.lancer_figures import CONTROL, EvaluationSet, rank_figures
 from raypipe.systems.lancer_lists import stored_config
 from raypipe.systems.lancer_training import LancerLm, LancerTask
 from tests.systems.lancer_world import (
@@ -114,7 +114,7 @@ def test_a_question_shows_the_last_items_and_holds_the_vectors_of_the_last_read(
 
 
 @pytest.mark.parametrize("options", [{}, {"reasoning": False}, {"knowledge": False}], ids=str)
-def test_a_stretch_is_as_many_exercises_that_share_their_beginning(
+def test_a_stretch_is_as_many_examples_that_share_their_beginning(
     lm: Path, tmp_path: Path, options: dict[str, bool]
 ) -> None:
     world = prepared(lm, tmp_path, learnt=3, shown=20, first_epochs=0, first_stage="both", **options)
@@ -124,17 +124,17 @@ def test_a_stretch_is_as_many_exercises_that_share_their_beginning(
     @torch.no_grad()
     def total(stretches: list[list[int]], batch: dict[str, torch.Tensor] | None = None) -> float:
         told = (
-            task.exercises.histories(np.array(stretches), read_once=task.config.reads_once) if batch is None else batch
+            task.examples.histories(np.array(stretches), read_once=task.config.reads_once) if batch is None else batch
         )
         return float(model({**told, "count": torch.tensor(1.0)}))
 
     together = total([[5, 4, 3]])
     singles = []
     for first in (4, 5, 6):
-        batch = task.exercises.histories(np.array([[5, first, 1]]), read_once=task.config.reads_once)
+        batch = task.examples.histories(np.array([[5, first, 1]]), read_once=task.config.reads_once)
         if world.config.reasoning:
             # What stands before a stretch stands before each of its items.
-            before = task.exercises.histories(np.array([[5, 4, 1]]), read_once=task.config.reads_once)
+            before = task.examples.histories(np.array([[5, 4, 1]]), read_once=task.config.reads_once)
             batch |= {name: value for name, value in before.items() if name.startswith((PREFIX, "items"))}
         singles.append(total([], batch))
     assert together == pytest.approx(sum(singles), rel=1e-4)
@@ -147,10 +147,10 @@ def test_every_event_but_the_first_is_learnt_once_in_an_epoch_wherever_stretches
     # Nine events stand before the cut, of which one validates.
     for offset in range(3):
         found = [
-            (row, first + n) for row, first, count in task.exercises.stretches(offset).tolist() for n in range(count)
+            (row, first + n) for row, first, count in task.examples.stretches(offset).tolist() for n in range(count)
         ]
         assert sorted(found) == [(row, event) for row in range(USERS) for event in range(1, EVENTS - 2)]
-    few = Exercises(tmp_path, 1).stretches(0)
+    few = LancerExamples(tmp_path, 1).stretches(0)
     assert [first + count for _, first, count in few.tolist()] == [EVENTS - 2] * USERS
     whole, again = task.batch(7, 0, 0, 1, 12), LancerTask(tmp_path, "second", 1000, 10).batch(7, 0, 0, 1, 12)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
@@ -176,7 +176,7 @@ def test_training_draws_a_frame_for_each_stretch_and_validation_asks_in_the_firs
             counts[f"{lead} Film {join}"] += 1
     assert sum(counts.values()) == 240
     assert min(counts.values()) > 50
-    first = task.exercises.histories(np.array([[0, 3, 1]]), read_once=False)
+    first = task.examples.histories(np.array([[0, 3, 1]]), read_once=False)
     assert backbone.tokenizer.decode(first["tokens"][0]).startswith("A person chose, oldest first:")
     with pytest.raises(ValidationError, match="one of training's"):
         LancerPrompts(training=(Frame(lead="History:"),))
@@ -191,7 +191,7 @@ def test_neither_training_nor_a_question_reads_what_is_held_out(lm: Path, tmp_pa
     card = AdapterCard(config.adapter, {PREFIX: WIDTH}, checkpoint_hash(lm), "")
     batches = []
     for number, told in enumerate((one, other)):
-        texts = Told(config.lines(catalogue()), config.contents(catalogue()), told.without_last(1), 1)
+        texts = LancerTrainingData(config.lines(catalogue()), config.contents(catalogue()), told.without_last(1), 1)
         prepare_lancer(tmp_path / str(number), texts, backbone, str(lm), card, config, seed=0)
         task = LancerTask(tmp_path / str(number), "second", 1000, 1000)
         batches.append([task.batch(step, 0, 0, 1, 12) for step in range(2 * task.steps_per_epoch(12))])
@@ -199,8 +199,8 @@ def test_neither_training_nor_a_question_reads_what_is_held_out(lm: Path, tmp_pa
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     other = histories()
     other.items[other.ends - 1] = 11
-    asked = [Asked(HeldOut.of(told, 1, ITEMS), np.zeros(USERS, bool)).histories() for told in (one, other)]
-    assert asked[0] == asked[1]
+    prefixes = [EvaluationSet(HeldOut.of(told, 1, ITEMS), np.zeros(USERS, bool)).histories() for told in (one, other)]
+    assert prefixes[0] == prefixes[1]
 
 
 def test_a_reasoning_prompt_tells_what_words_do_not_and_is_the_items_that_were_read(lm: Path, tmp_path: Path) -> None:
@@ -331,8 +331,8 @@ def test_what_is_chosen_again_is_a_candidate_of_the_model_as_of_the_floors(lm: P
 def test_figures_tell_short_histories_cold_items_and_unseen_users_apart() -> None:
     told = Histories(np.array([1, 2, 3, *range(1, 13), 4, 1], np.int32), np.array([3, 16, 17]))
     held = HeldOut.of(told, 1, ITEMS)
-    asked = Asked(held, np.array([True, False]))
-    told = rank_figures(np.array([0, 7]), np.array([1, 1]), asked, config_of(cold_events=3))
+    evaluated = EvaluationSet(held, np.array([True, False]))
+    told = rank_figures(np.array([0, 7]), np.array([1, 1]), evaluated, config_of(cold_events=3))
     found = {name: mean.value for name, mean in told.items()}
     assert found["Recall@5"] == 0.5
     assert (found["Recall@5 length 1–10"], found["Recall@5 length 11–20"]) == (1.0, 0.0)
@@ -358,6 +358,6 @@ def test_what_does_not_fit_is_told_before_anything_is_trained(lm: Path, tmp_path
     card = AdapterCard(config.adapter, {PREFIX: WIDTH}, "lm", "")
     single = Histories(np.array([1, 2], np.int32), np.array([1, 2]))
     with pytest.raises(ValueError, match="no next item to learn"):
-        prepare_lancer(tmp_path, Told(["a"], ["a"], single, 0), backbone, str(lm), card, config, 0)
+        prepare_lancer(tmp_path, LancerTrainingData(["a"], ["a"], single, 0), backbone, str(lm), card, config, 0)
     with pytest.raises(ValueError, match="call prepare_lancer first"):
         LancerTask(tmp_path / "nowhere", "first", 1, 1)

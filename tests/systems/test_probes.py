@@ -8,29 +8,29 @@ import torch
 from torch import nn
 
 from raypipe.systems.early_stopping import EarlyStopping
-from raypipe.systems.probes import Probe, ProbeConfig, Rows, probe_figures
+from raypipe.systems.probes import LabelledVectors, Probe, ProbeConfig, probe_figures
 
 ITEMS, WIDTH, USERS = 60, 32, 120
 QUICK = EarlyStopping(lr=1e-2, epochs=40)
 CODES = np.random.default_rng(9).normal(size=(ITEMS + 1, WIDTH)).astype(np.float32)
 
 
-def sets_of(seed: int, users: int = USERS, noise: float = 0.0) -> Rows:
+def sets_of(seed: int, users: int = USERS, noise: float = 0.0) -> LabelledVectors:
     """Five rows a user; a vector is the sum of the codes of its four items."""
     rng = np.random.default_rng(seed)
     targets = [(1 + rng.choice(ITEMS, 4, replace=False)).tolist() for _ in range(5 * users)]
     vectors = np.stack([CODES[mine].sum(0) for mine in targets])
     vectors += noise * rng.normal(size=vectors.shape).astype(np.float32)
-    return Rows(vectors, targets, np.repeat(np.arange(users), 5))
+    return LabelledVectors(vectors, targets, np.repeat(np.arange(users), 5))
 
 
-def pairs_of(seed: int, users: int = USERS) -> Rows:
+def pairs_of(seed: int, users: int = USERS) -> LabelledVectors:
     """Two vectors side by side, and the one item that tells them apart: which of them comes first does not matter."""
     rng = np.random.default_rng(seed)
     items, sign = 1 + rng.integers(ITEMS, size=5 * users), rng.choice([-1, 1], (5 * users, 1))
     before = rng.normal(size=(5 * users, WIDTH))
     vectors = np.concatenate([before, before + sign * CODES[items]], 1).astype(np.float32)
-    return Rows(vectors, items[:, None].tolist(), np.repeat(np.arange(users), 5))
+    return LabelledVectors(vectors, items[:, None].tolist(), np.repeat(np.arange(users), 5))
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
@@ -77,7 +77,7 @@ def test_a_probe_without_an_opinion_is_at_chance_and_repeated_targets_count_once
     nn.init.zeros_(probe.layers.weight)
     nn.init.zeros_(probe.layers.bias)
     rows = sets_of(1, 4)
-    twice = Rows(rows.vectors, [mine * 2 for mine in rows.targets], rows.users)
+    twice = LabelledVectors(rows.vectors, [mine * 2 for mine in rows.targets], rows.users)
     assert probe_figures(probe, twice)["recovered"].value == pytest.approx(4 / ITEMS)
 
 
@@ -93,12 +93,12 @@ def test_a_column_that_never_changed_in_training_says_nothing_later() -> None:
 
 def test_the_control_gives_every_row_the_vector_of_another_user() -> None:
     users = np.array([3, 1, 3, 2, 1, 3])
-    rows = Rows(np.arange(6, dtype=np.float32)[:, None], [[1]] * 6, users)
+    rows = LabelledVectors(np.arange(6, dtype=np.float32)[:, None], [[1]] * 6, users)
     given = rows.of_others().vectors[:, 0].astype(int)
     assert sorted(given) == list(range(6))
     assert (users[given] != users).all()
     with pytest.raises(ValueError, match="Half of the rows at most"):
-        Rows(rows.vectors[:5], [[1]] * 5, np.array([3, 1, 3, 2, 3])).of_others()
+        LabelledVectors(rows.vectors[:5], [[1]] * 5, np.array([3, 1, 3, 2, 3])).of_others()
 
 
 def test_equal_seeds_give_equal_probes_and_one_user_is_too_few() -> None:

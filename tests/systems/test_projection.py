@@ -13,7 +13,7 @@ from raypipe.language.adapters import AdapterCard, build_adapter
 from raypipe.language.backbone import load_backbone
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
 from raypipe.language.prompt import Prompt, Vectors
-from raypipe.systems.probes import Rows
+from raypipe.systems.probes import LabelledVectors
 from raypipe.systems.projection import AdaptedLm, probed
 from raypipe.systems.recexplainer import ExplainerConfig
 from raypipe.systems.recinterpreter import SOURCE, InterpreterConfig
@@ -53,9 +53,9 @@ def test_a_probe_finds_what_is_there_and_its_control_does_not() -> None:
     rng = np.random.default_rng(0)
     codes = rng.normal(size=(21, 16)).astype(np.float32)
 
-    def rows(count: int) -> Rows:
+    def rows(count: int) -> LabelledVectors:
         items = rng.integers(1, 21, count)
-        return Rows(codes[items], items[:, None].tolist(), np.arange(count))
+        return LabelledVectors(codes[items], items[:, None].tolist(), np.arange(count))
 
     found = probed({"states": rows(400)}, {"states": rows(200)}, 20, "residual")
     assert found["probe of states: residual"] > 0.95

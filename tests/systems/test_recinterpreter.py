@@ -1,4 +1,4 @@
-"""RecInterpreter's exercises: which states, which titles, and templates that tests never share with training."""
+"""RecInterpreter's tasks: which states, which titles, and templates that tests never share with training."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_an_oracle_is_asked_for_after_learning_from_item_vectors(source: Source)
     found = Silent()
     figures = system.measured(source, found, 100, 8)
     count = int(figures["asked"])
-    assert len(found.prompts) == 3 * (3 * count)  # three exercises, and two controls
+    assert len(found.prompts) == 3 * (3 * count)  # three tasks, and two controls
     assert found.choices == {None}
     assert figures["oracle"] == 0.0
 
@@ -133,11 +133,11 @@ class Refusing:
             yield Outcome(index, error=error)
 
 
-def test_questions_that_cannot_be_asked_are_counted_by_exercise(source: Source) -> None:
+def test_questions_that_cannot_be_asked_are_counted_by_task(source: Source) -> None:
     figures = RecInterpreter(InterpreterConfig(after="item")).measured(source, Refusing(), 100, 8)
-    for exercise in ("recovery", "residual", "oracle"):
-        assert figures[f"refused {exercise}"] == figures[f"shuffled states: refused {exercise}"] == figures["asked"]
-        assert figures[f"no states: refused {exercise}"] == 0
+    for task in ("recovery", "residual", "oracle"):
+        assert figures[f"refused {task}"] == figures[f"shuffled states: refused {task}"] == figures["asked"]
+        assert figures[f"no states: refused {task}"] == 0
 
 
 class Silent:

@@ -10,7 +10,7 @@ import torch
 from sklearn.linear_model import Ridge
 from torch import Tensor, nn
 
-from raypipe.language.instructions import Catalogue
+from raypipe.language.catalogue import Catalogue
 from raypipe.recommenders.config import RecommenderConfig
 from raypipe.recommenders.losses import LossConfig
 from raypipe.recommenders.recommender import Recommender, freeze

@@ -16,8 +16,8 @@ from raypipe.language.adapters import AdapterCard
 from raypipe.language.alignment import prepare_alignment
 from raypipe.language.backbone import Backbone, load_backbone
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
+from raypipe.language.catalogue import Catalogue
 from raypipe.language.checkpoint import checkpoint_hash
-from raypipe.language.instructions import Catalogue
 from raypipe.language.prompt import Prompt
 from raypipe.metrics.ranking import candidate_metrics
 from raypipe.recommenders.windows import Histories

@@ -1,4 +1,4 @@
-"""The exercises of RecExplainer's tasks, and how users and items stand in their prompts."""
+"""The examples of RecExplainer's tasks, and how users and items stand in their prompts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from raypipe.language.soft_prompts import SoftExample
 from raypipe.language.templates import Piece, Templates, fill
 from raypipe.metrics.text import item_values, value_counts
 from raypipe.systems.explainer_prompts import ExplainerPrompts
-from raypipe.systems.explanations import NO, YES, Asked, reference_explanation
+from raypipe.systems.explanations import NO, YES, ExplanationRequest, reference_explanation
 from raypipe.systems.source import Source, drawn_places
 from raypipe.systems.teacher import Taught, most_similar, teach, teachable
 
@@ -26,7 +26,7 @@ _USERS_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
-class Shown:
+class PromptPieces:
     """How users and items stand in a prompt: by titles, by a recommender's vectors, or by both.
 
     `titles` by item index − 1, `vectors` float32 [items + 1, width] of the items, `most` titles of a history.
@@ -49,13 +49,13 @@ class Shown:
         pieces: dict[Form, Piece] = {"text": title, "vectors": vector, "both": [f"{title} ", vector]}
         return pieces[self.form]
 
-    def asked(
+    def request(
         self, items: Sequence[int], state: NDArray[np.float32], item: int, prompts: ExplainerPrompts, focus: str
-    ) -> Asked:
+    ) -> ExplanationRequest:
         """Whether the item fits a history and the state after it, and why, with an eye on `focus` where there is one."""
         pieces: dict[str, Piece] = {"user": self.user(items, state), "item": self.item(item), "focus": focus}
         explanation = prompts.explanation.test[0] + (prompts.focus if focus else "")
-        return Asked(fill(prompts.interest.test[0], pieces), fill(explanation, pieces))
+        return ExplanationRequest(fill(prompts.interest.test[0], pieces), fill(explanation, pieces))
 
     def items(self, items: Sequence[int]) -> Piece:
         parts: list[str | Vectors] = []
@@ -66,15 +66,15 @@ class Shown:
         return parts
 
 
-class Exercises:
+class ExplainerExamples:
     """Examples of the chosen tasks in the given forms, from users who are not held out."""
 
     def __init__(
         self, source: Source, forms: Sequence[Form], titles: int, prompts: ExplainerPrompts, rng: np.random.Generator
     ) -> None:
         self.source, self.prompts, self.rng, self.titles = source, prompts, rng, titles
-        self.shown = {form: Shown(form, source.titles, source.item_states, titles) for form in forms}
-        self.alone = Shown("vectors", source.titles, source.item_states, titles)
+        self.shown = {form: PromptPieces(form, source.titles, source.item_states, titles) for form in forms}
+        self.alone = PromptPieces("vectors", source.titles, source.item_states, titles)
 
     @property
     def with_vectors(self) -> bool:
@@ -169,7 +169,7 @@ class Exercises:
 
 
 @dataclass(frozen=True)
-class Questions:
+class HeldOutPrompts:
     """What is asked about held-out users after their last event before the cut, and the labels."""
 
     next_item: list[Prompt]
@@ -180,12 +180,17 @@ class Questions:
 
     @staticmethod
     def of(
-        source: Source, rows: NDArray[np.int64], taught: Taught, shown: Shown, prompts: ExplainerPrompts, shift: int = 0
-    ) -> Questions:
+        source: Source,
+        rows: NDArray[np.int64],
+        taught: Taught,
+        shown: PromptPieces,
+        prompts: ExplainerPrompts,
+        shift: int = 0,
+    ) -> HeldOutPrompts:
         """`shift`: everybody is put as the user so many places further on, a control."""
         users, states = np.roll(rows, -shift), np.roll(taught.states, -shift, axis=0)
-        alone = Shown("vectors", shown.titles, shown.vectors, shown.most)
-        found = Questions([], [], [], [], [])
+        alone = PromptPieces("vectors", shown.titles, shown.vectors, shown.most)
+        found = HeldOutPrompts([], [], [], [], [])
         for at, (row, state) in enumerate(zip(users.tolist(), states, strict=True)):
             items = source.items(row, int(source.histories.lengths[row]))
             user = {"user": shown.user(items, state)}

@@ -1,4 +1,4 @@
-"""A release with words: a language model of random weights that knows the titles, and an adapter of each system."""
+"""A release with a language model: one model of random weights that knows the titles, and an adapter of each system."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SHORT = {
 }
 
 
-def give_words(uri: str, folder: Path) -> Release:
+def add_lm_release(uri: str, folder: Path) -> Release:
     """The champion with a language model and adapters, in force."""
     store = Store(uri)
     titles = [f"Title {n}" for n in range(1, CHAIN_ITEMS + 1)]

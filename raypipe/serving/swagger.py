@@ -1,4 +1,4 @@
-"""The description of the API as a page: Swagger's own, from files of this machine, since a cluster may reach nothing else.
+"""The description of the API as a page: Swagger UI, from files of this machine, since a cluster may reach nothing else.
 
 It holds no data, as the page at `/` holds none, and asks the routes with the token that is typed in.
 """
@@ -16,7 +16,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 
 from raypipe.serving.page import send_file
 
-ADDRESS, SCHEMA = "/docs", "/openapi.json"
+DOCS_PATH, OPENAPI_PATH = "/docs", "/openapi.json"
 FILES = {
     "/docs/swagger-ui-bundle.js": ("swagger-ui-bundle.js", "text/javascript"),
     "/docs/swagger-ui.css": ("swagger-ui.css", "text/css"),
@@ -29,11 +29,11 @@ _POLICY = (
 )
 
 
-def add_description(app: FastAPI, without_token: str) -> None:
+def add_swagger(app: FastAPI, without_token: str) -> None:
     """The page and its files; and into the schema that every route but one asks for a token."""
     page = get_swagger_ui_html(
         # Relative: the page may stand behind a path of somebody's proxy.
-        openapi_url=SCHEMA.removeprefix("/"),
+        openapi_url=OPENAPI_PATH.removeprefix("/"),
         title=app.title,
         swagger_js_url="docs/swagger-ui-bundle.js",
         swagger_css_url="docs/swagger-ui.css",
@@ -41,7 +41,7 @@ def add_description(app: FastAPI, without_token: str) -> None:
     ).body
     (script,) = re.findall(rb"<script>(.*?)</script>", bytes(page), re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script).digest()).decode()
-    send_file(app, ADDRESS, bytes(page), "text/html", _POLICY.format(script=f"'sha256-{digest}'"))
+    send_file(app, DOCS_PATH, bytes(page), "text/html", _POLICY.format(script=f"'sha256-{digest}'"))
     for path, (name, kind) in FILES.items():
         send_file(
             app, path, files("fastapi_offline").joinpath("static", name).read_bytes(), kind, _POLICY.format(script="")

@@ -1,4 +1,4 @@
-"""What stands before every route: who asks, how often, how much, how long; and one audit line, without personal text.
+"""The middleware before every route: token, rate, size and deadline; and one audit line, without personal text.
 
 Plain ASGI, so that a body is counted while it arrives and a stream is passed on as it comes.
 """
@@ -19,13 +19,13 @@ from typing import Any, Protocol
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from raypipe.serving import description, page
+from raypipe.serving import page, swagger
 from raypipe.serving.config import LimitOptions
 from raypipe.storage.tokens import Token, hash_of
 
 AUDIT = logging.getLogger("raypipe.audit")
 _LOG = logging.getLogger("raypipe.serving")
-OPEN = frozenset({"/v1/health", *page.FILES, description.ADDRESS, description.SCHEMA, *description.FILES})
+PUBLIC_PATHS = frozenset({"/v1/health", *page.FILES, swagger.DOCS_PATH, swagger.OPENAPI_PATH, *swagger.FILES})
 """Routes that ask for no token: the pages that one is typed into hold no data."""
 _GRACE_S = 2.0  # What asks the language model gives up by itself first, and says so.
 _TOO_LARGE = "A request has at most {:,} bytes."
@@ -33,13 +33,13 @@ _SIZE = re.compile(r"[0-9]{1,18}")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
-class Meter(Protocol):
+class RequestMetrics(Protocol):
     """Where requests are counted; `code` is that of a failure, else `none`."""
 
     def request(self, route: str, status: int, code: str, seconds: float) -> None: ...
 
 
-class RateLimits:
+class RateLimiter:
     """A bucket of requests for each token: `burst` at once, filled again at `requests_per_s`. Of this replica alone."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -56,20 +56,20 @@ class RateLimits:
         return 0.0 if allowed else (1 - left) / token.requests_per_s
 
 
-class Guard:
-    """ASGI middleware; `tokens` gives the valid tokens by hash at any moment, `words` are the paths that ask the language
+class RequestMiddleware:
+    """ASGI middleware; `tokens` gives the valid tokens by hash at any moment, `lm_paths` are the paths that ask the language
     model."""
 
     def __init__(
         self,
         app: ASGIApp,
-        words: Collection[str],
+        lm_paths: Collection[str],
         tokens: Callable[[], Mapping[str, Token]],
         limits: LimitOptions,
-        meter: Meter,
+        metrics: RequestMetrics,
     ) -> None:
-        self.app, self.words, self.tokens, self.limits, self.meter = app, words, tokens, limits, meter
-        self.rates = RateLimits()
+        self.app, self.lm_paths, self.tokens, self.limits, self.metrics = app, lm_paths, tokens, limits, metrics
+        self.limiter = RateLimiter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -87,10 +87,10 @@ class Guard:
         state["request_id"] = request_id
         status = 0
         wait_s = self.limits.deadline_s
-        if scope["path"] in self.words:
+        if scope["path"] in self.lm_paths:
             wait_s = self.limits.words_s + _GRACE_S
 
-        async def tell(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -103,27 +103,31 @@ class Guard:
             refusal = self._refusal(scope, headers, token)
             if refusal is not None:
                 state["code"] = refusal[1]
-                await _refuse(tell, request_id, *refusal)
+                await _refuse(send_with_headers, request_id, *refusal)
                 return
             async with asyncio.timeout(wait_s):
-                await self.app(scope, _counted(receive, self.limits.body_bytes), tell)
+                await self.app(scope, _limited(receive, self.limits.body_bytes), send_with_headers)
         except TimeoutError:
             state.setdefault("code", "deadline")
             if not status:
                 message = f"No answer within {wait_s:g} s: ask again later."
-                await _refuse(tell, request_id, 503, "deadline", message, 1)
+                await _refuse(send_with_headers, request_id, 503, "deadline", message, 1)
         except Exception:
             # The traceback is for the log alone.
             _LOG.exception("request %s failed", request_id)
             state["code"] = "internal"
             if not status:
                 await _refuse(
-                    tell, request_id, 500, "internal", "The service failed; the request id names it in the log."
+                    send_with_headers,
+                    request_id,
+                    500,
+                    "internal",
+                    "The service failed; the request id names it in the log.",
                 )
         finally:
             seconds = time.monotonic() - started
             route = getattr(scope.get("route"), "path", "none")
-            self.meter.request(route, status, state.get("code", "none"), seconds)
+            self.metrics.request(route, status, state.get("code", "none"), seconds)
             line = {
                 "time": round(time.time(), 3),
                 "request_id": request_id,
@@ -143,10 +147,10 @@ class Guard:
         self, scope: Scope, headers: Mapping[str, str], token: Token | None
     ) -> tuple[int, str, str, float] | None:
         """Status, code, message and seconds to wait of a request that goes no further."""
-        if scope["path"] not in OPEN:
+        if scope["path"] not in PUBLIC_PATHS:
             if token is None:
                 return 401, "unauthorised", "Send a valid token: Authorization: Bearer TOKEN.", 0
-            if wait := self.rates.wait_s(token):
+            if wait := self.limiter.wait_s(token):
                 return 429, "too_many_requests", f"The token {token.name} asks too often.", wait
         size = headers.get("content-length", "0")
         if not _SIZE.fullmatch(size) or int(size) > self.limits.body_bytes:
@@ -154,10 +158,10 @@ class Guard:
         return None
 
 
-def _counted(receive: Receive, most: int) -> Receive:
+def _limited(receive: Receive, most: int) -> Receive:
     taken = 0
 
-    async def counted() -> Message:
+    async def limited() -> Message:
         nonlocal taken
         message = await receive()
         taken += len(message.get("body", b""))
@@ -166,7 +170,7 @@ def _counted(receive: Receive, most: int) -> Receive:
             raise HTTPException(413, _TOO_LARGE.format(most))
         return message
 
-    return counted
+    return limited
 
 
 def _request_id(headers: Mapping[str, str]) -> str:

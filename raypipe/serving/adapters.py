@@ -12,7 +12,7 @@ import numpy as np
 from raypipe.errors import UsageError
 from raypipe.language.adapters import read_card
 from raypipe.language.backbone import load_tokenizer, read_context
-from raypipe.language.instructions import Catalogue
+from raypipe.language.catalogue import Catalogue
 from raypipe.recommenders.windows import Histories
 from raypipe.serving.config import OF_RELEASE, ServiceConfig
 from raypipe.storage.models import Model, Models, find_model
@@ -48,15 +48,15 @@ class Ranker:
 
 
 @dataclass(frozen=True)
-class Reader:
-    """An adapter of a release, NAME/HASH, and the system it was trained by."""
+class ServedAdapter:
+    """An adapter of a release, by its `model` NAME/HASH, and the system it was trained by."""
 
-    adapter: str
+    model: str
     system: RecExplainer | RecInterpreter | Ranker | LancerConfig
 
     @property
     def name(self) -> str:
-        return self.adapter.partition("/")[0]
+        return self.model.partition("/")[0]
 
     @property
     def kind(self) -> str:
@@ -67,12 +67,14 @@ class Reader:
         return EXPLAINER if isinstance(self.system, RecExplainer) else INTERPRETER
 
 
-def read_readers(models: Models, release: Release, config: ServiceConfig, catalogue: Catalogue) -> Mapping[str, Reader]:
+def load_adapters(
+    models: Models, release: Release, config: ServiceConfig, catalogue: Catalogue
+) -> Mapping[str, ServedAdapter]:
     """The release's adapters, by name.
 
     Raises UsageError for files that are not those that were stored, and for an adapter of another recommender.
     """
-    readers, cache = {}, Path(config.model_cache)
+    adapters, cache = {}, Path(config.model_cache)
     for name, content in sorted(release.adapters.items()):
         model = find_model(models, f"{name}/{content}")
         folder = models.fetch_unharmed(model, cache)
@@ -85,8 +87,8 @@ def read_readers(models: Models, release: Release, config: ServiceConfig, catalo
             )
         system = _system(model) or _ranker(models, model, folder, release, config, catalogue)
         if system is not None:
-            readers[name] = Reader(f"{model.name}/{model.hash}", system)
-    return readers
+            adapters[name] = ServedAdapter(f"{model.name}/{model.hash}", system)
+    return adapters
 
 
 def lm_of(models: Models, lm: str, cache: Path) -> str:
@@ -95,8 +97,8 @@ def lm_of(models: Models, lm: str, cache: Path) -> str:
     return str(models.fetch_unharmed(stored[0], cache)) if stored else lm
 
 
-def of_kind(readers: Mapping[str, Reader], kind: str) -> Sequence[Reader]:
-    return [reader for reader in readers.values() if reader.kind == kind]
+def adapters_of_kind(adapters: Mapping[str, ServedAdapter], kind: str) -> Sequence[ServedAdapter]:
+    return [adapter for adapter in adapters.values() if adapter.kind == kind]
 
 
 def _system(model: Model) -> RecExplainer | RecInterpreter | LancerConfig | None:

@@ -2,9 +2,9 @@
 
 A stretch of items that follow one another is learnt at once: each of its lines, and the end behind it, is told from what
 precedes, with the reasoning prompt of the items before the stretch; what joins items is read and never learnt, so that a stretch
-of n is n exercises that share their beginning.
+of n is n examples that share their beginning.
 
-`prepare_lancer` writes, and `Exercises` reads, one folder:
+`prepare_lancer` writes, and `LancerExamples` reads, one folder:
 
     lines.npy, line_ends.npy            int32 [tokens], int64 [items]: the items' lines, one after the other
     contents.npy, content_ends.npy      alike, their contents as the reader reads them
@@ -65,7 +65,7 @@ class FrameTokens:
 
 
 @dataclass(frozen=True)
-class Told:
+class LancerTrainingData:
     """What is trained on: the lines and contents of all items, and histories, the last `validated` events of which are not
     learnt but tell which weights are kept."""
 
@@ -76,7 +76,13 @@ class Told:
 
 
 def prepare_lancer(
-    folder: Path, told: Told, backbone: Backbone, lm: str, card: AdapterCard, config: LancerConfig, seed: int
+    folder: Path,
+    told: LancerTrainingData,
+    backbone: Backbone,
+    lm: str,
+    card: AdapterCard,
+    config: LancerConfig,
+    seed: int,
 ) -> dict[str, int]:
     """Writes the folder both stages train from, and returns its counts: items, targets, tokens of all lines.
 
@@ -124,7 +130,7 @@ def prepare_lancer(
     return {"items": len(lines), "targets": targets, "line_tokens": sum(map(len, lines))}
 
 
-class Exercises:
+class LancerExamples:
     """The prepared folder; an epoch learns at most `positions` stretches of each history, the last ones."""
 
     def __init__(self, folder: Path, positions: int) -> None:

@@ -14,8 +14,8 @@ from dataclasses import replace
 from raypipe.errors import RaypipeError, UsageError
 from raypipe.runtime.memory import return_memory
 from raypipe.serving.config import ServiceConfig
-from raypipe.serving.queries import Standing
-from raypipe.serving.recommending import Known, Wanted
+from raypipe.serving.queries import ReleaseStatus
+from raypipe.serving.recommending import ListSpec, ModelInputs
 from raypipe.serving.served import Served, Target, UnfitError, check, find_target, is_lasting, load, release_alone
 from raypipe.storage.nights import Nights
 from raypipe.storage.online import OnlineStore, OnlineStoreDownError
@@ -30,52 +30,52 @@ _DOUBLINGS = 10
 _MEMORY_S = 60.0  # between two times that what requests freed is given back
 
 
-class Watch:
-    """Looks at the workspace every `watch_s`, and holds what is served at the moment.
+class ReleaseWatcher:
+    """Polls the workspace every `watch_s`, and holds what is served at the moment.
 
     A request keeps what it began with. A release that is damaged or fails its check is refused, with the reason, until another
     one is in force, and so is a night of whose catalogue the release does not answer; what was served before stays. A workspace or
-    a store that does not answer changes nothing, and is tried again: at the next look, and then ever more rarely.
-    `prove` raises UnfitError for a release whose language model does not answer of a catalogue in that version; without it this
-    looks, and marks nothing as served.
+    a store that does not answer changes nothing, and is tried again: at the next poll, and then ever more rarely.
+    `check_lm` raises UnfitError for a release whose language model does not answer of a catalogue in that version; without it
+    this polls, and marks nothing as served.
     """
 
     def __init__(
-        self, config: ServiceConfig, store: OnlineStore, prove: Callable[[str, int], None] | None = None
+        self, config: ServiceConfig, store: OnlineStore, check_lm: Callable[[str, int], None] | None = None
     ) -> None:
-        self.config, self.store, self.prove = config, store, prove
+        self.config, self.store, self.check_lm = config, store, check_lm
         self.workspace = Workspace(config.workspace)
         self._unfit: dict[Target, str] = {}
-        self._put_off: dict[Target, tuple[int, float]] = {}  # how often it failed, and until when it is left alone
+        self._backoff: dict[Target, tuple[int, float]] = {}  # how often it failed, and until when it is left alone
         self.night_in_force: str | None = None
         self.tokens: Mapping[str, Token] = Tokens(self.workspace.store).valid()
-        self._gave_back = time.monotonic()
-        self._recorded: deque[tuple[Known, Wanted]] = deque(maxlen=_RECORDED)
+        self._memory_returned = time.monotonic()
+        self._recorded: deque[tuple[ModelInputs, ListSpec]] = deque(maxlen=_RECORDED)
         self._stop = threading.Event()
-        self.served = self._first()
+        self.served = self._initial()
 
-    def record(self, known: Known, wanted: Wanted) -> None:
+    def record(self, inputs: ModelInputs, spec: ListSpec) -> None:
         """Keep a request, in memory alone, to ask the next release the same."""
-        self._recorded.append((known, wanted))
+        self._recorded.append((inputs, spec))
 
     def start(self) -> None:
-        threading.Thread(target=self._run, name="watch", daemon=True).start()
+        threading.Thread(target=self._run, name="release-watcher", daemon=True).start()
 
     def stop(self) -> None:
         self._stop.set()
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Take up what is in force by now. Raises RaypipeError or OSError where it cannot be seen."""
         self.tokens = Tokens(self.workspace.store).valid()
         night = Nights(self.workspace.store).current()
         self.night_in_force = night.date if night is not None else None
         target = find_target(self.workspace, self.store, self.served.target)
         # A release that is not served keeps no night from being served.
-        wanted = dict.fromkeys((target, replace(target, release=self.served.target.release)))
+        targets = dict.fromkeys((target, replace(target, release=self.served.target.release)))
         # Once another one is in force, this one may come back mended.
-        self._unfit = {one: reason for one, reason in self._unfit.items() if one in wanted}
-        self._put_off = {one: put_off for one, put_off in self._put_off.items() if one in wanted}
-        for one in wanted:
+        self._unfit = {one: reason for one, reason in self._unfit.items() if one in targets}
+        self._backoff = {one: backoff for one, backoff in self._backoff.items() if one in targets}
+        for one in targets:
             if one == self.served.target or self._switch(one):
                 return
 
@@ -87,14 +87,14 @@ class Watch:
             f"night {one.night}" if one.release == mine else one.release: reason for one, reason in self._unfit.items()
         }
 
-    def standing(self) -> Standing:
+    def release_status(self) -> ReleaseStatus:
         """What is served, and what was refused."""
         served = self.served
-        return Standing(
+        return ReleaseStatus(
             release=served.target.release,
             recommender=served.recommender_name,
             lm=served.lm or None,
-            adapters={name: reader.kind for name, reader in served.readers.items()},
+            adapters={name: adapter.kind for name, adapter in served.adapters.items()},
             items=served.recommender.items,
             night=served.target.night or None,
             night_in_force=self.night_in_force,
@@ -104,21 +104,21 @@ class Watch:
 
     def _switch(self, target: Target) -> bool:
         """Whether the target is served now."""
-        _, until = self._put_off.get(target, (0, -math.inf))
+        _, until = self._backoff.get(target, (0, -math.inf))
         if target in self._unfit or time.monotonic() < until:
             return False
         started = time.monotonic()
         try:
-            served = self._loaded(target)
-            proven = self.served.target.release, self.served.catalogue_version
-            if self.prove is not None and (target.release, served.catalogue_version) != proven:
-                self.prove(target.release, served.catalogue_version)
+            served = self._load(target)
+            checked = self.served.target.release, self.served.catalogue_version
+            if self.check_lm is not None and (target.release, served.catalogue_version) != checked:
+                self.check_lm(target.release, served.catalogue_version)
             self._mark(served)
         except Exception as error:
-            self._leave(target, error)
+            self._reject(target, error)
             return False
         self.served = served
-        self._give_back()
+        self._return_memory()
         _LOG.info(
             "release %s and night %s are served after %.1f s",
             target.release[:12],
@@ -127,15 +127,15 @@ class Watch:
         )
         return True
 
-    def _leave(self, target: Target, error: Exception) -> None:
+    def _reject(self, target: Target, error: Exception) -> None:
         """It is not served: for good, or until it is tried again."""
         if is_lasting(error):
             self._unfit = {**self._unfit, target: str(error)}  # somebody may be reading it
             _LOG.error("%s", error)
             return
-        failed, _ = self._put_off.get(target, (0, 0.0))
+        failed, _ = self._backoff.get(target, (0, 0.0))
         wait_s = min(_MOST_WAIT_S, self.config.watch_s * 2 ** min(failed, _DOUBLINGS)) if failed else 0.0
-        self._put_off[target] = failed + 1, time.monotonic() + wait_s
+        self._backoff[target] = failed + 1, time.monotonic() + wait_s
         _LOG.warning(
             "release %s and night %s cannot be loaded, and are tried again: %s",
             target.release[:12],
@@ -144,8 +144,8 @@ class Watch:
             exc_info=not isinstance(error, RaypipeError | OSError),
         )
 
-    def _first(self) -> Served:
-        """What was served last, for what is in force by now is taken up by the first look, once it is proven; or if nothing
+    def _initial(self) -> Served:
+        """What was served last, for what is in force by now is taken up by the first poll, once it is checked; or if nothing
         was, what is in force. Where that is unfit a new replica must not be the one without.
 
         While the online store is down it begins without a night, and answers by history as those do that run: one that would not
@@ -158,20 +158,20 @@ class Watch:
             target = release_alone(self.workspace)
         last = Releases(self.workspace.store).named("served")
         before = replace(target, release=last.hash) if last is not None and last.hash != target.release else None
-        if self.prove is not None and before is not None:
+        if self.check_lm is not None and before is not None:
             with contextlib.suppress(UsageError, UnfitError):
-                return self._loaded(before)
+                return self._load(before)
         try:
-            served = self._loaded(target)
+            served = self._load(target)
         except (RaypipeError, OSError) as error:
             if before is None:
                 raise
-            self._leave(target, error)
-            return self._loaded(before)
+            self._reject(target, error)
+            return self._load(before)
         self._mark(served)
         return served
 
-    def _loaded(self, target: Target) -> Served:
+    def _load(self, target: Target) -> Served:
         served = load(self.config, target)
         check(served, list(self._recorded))
         return served
@@ -179,18 +179,18 @@ class Watch:
     def _mark(self, served: Served) -> None:
         releases, release = Releases(self.workspace.store), served.target.release
         last = releases.named("served")
-        if self.prove is not None and (last is None or last.hash != release):
+        if self.check_lm is not None and (last is None or last.hash != release):
             releases.point("served", releases.get(release))
 
     def _run(self) -> None:
         while not self._stop.wait(self.config.watch_s):
             try:
-                self.look()
-            except Exception as error:  # the next look may see more
+                self.poll()
+            except Exception as error:  # the next poll may see more
                 _LOG.warning("what is in force cannot be seen: %s", error)
-            if time.monotonic() - self._gave_back >= _MEMORY_S:
-                self._give_back()
+            if time.monotonic() - self._memory_returned >= _MEMORY_S:
+                self._return_memory()
 
-    def _give_back(self) -> None:
+    def _return_memory(self) -> None:
         return_memory()
-        self._gave_back = time.monotonic()
+        self._memory_returned = time.monotonic()

@@ -1,4 +1,4 @@
-"""RecExplainer's exercises: their exact numbers, what each shows, and whose."""
+"""RecExplainer's examples: their exact numbers, what each shows, and whose."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from raypipe.language.prompt import Prompt, Text, Vectors
 from raypipe.language.soft_prompts import SoftExample
 from raypipe.language.templates import Templates
 from raypipe.recommenders.windows import Histories
-from raypipe.systems.explainer_exercises import Exercises, Form, Questions, Shown, Task
+from raypipe.systems.explainer_examples import ExplainerExamples, Form, HeldOutPrompts, PromptPieces, Task
 from raypipe.systems.explainer_prompts import ExplainerPrompts
 from raypipe.systems.recexplainer import ExplainerConfig
 from raypipe.systems.source import Source
@@ -34,8 +34,8 @@ def source() -> Source:
 def made(
     source: Source, tasks: Sequence[Task], forms: Sequence[Form] = ("text",), titles: int = 3
 ) -> list[SoftExample]:
-    exercises = Exercises(source, forms, titles, PROMPTS, np.random.default_rng(0))
-    return list(exercises.of_users(tasks, 100, 100))
+    made = ExplainerExamples(source, forms, titles, PROMPTS, np.random.default_rng(0))
+    return list(made.of_users(tasks, 100, 100))
 
 
 def is_asked_by(prompt: Prompt, templates: Templates) -> bool:
@@ -46,7 +46,7 @@ def is_asked_by(prompt: Prompt, templates: Templates) -> bool:
     return any(text.startswith(start) and text.endswith(end) for start, end in ends)
 
 
-def test_there_are_as_many_exercises_as_the_paper_counts(source: Source) -> None:
+def test_there_are_as_many_examples_as_the_paper_counts(source: Source) -> None:
     # Histories here end before the cut: N interactions of U users are one more for each user.
     users, interactions = len(TRAINED), int(TRAINED.sum() + len(TRAINED))
     assert len(made(source, ["T1"])) == interactions - 2 * users
@@ -81,7 +81,9 @@ def test_a_form_shows_titles_or_vectors_or_both(source: Source) -> None:
     state = source.states(np.array([1]), np.array([4]))[0]
     items = source.items(1, 4)
     history = "; ".join(source.titles_of(items)[-2:])
-    text, vectors, both = (Shown(form, source.titles, source.item_states, 2) for form in ("text", "vectors", "both"))
+    text, vectors, both = (
+        PromptPieces(form, source.titles, source.item_states, 2) for form in ("text", "vectors", "both")
+    )
     assert text.user(items, state) == history
     assert vectors.user(items, state) == Vectors(state[None], "user")
     assert both.user(items, state) == [Vectors(state[None], "user"), f": {history}"]
@@ -142,13 +144,13 @@ def test_summaries_are_learnt_of_users_who_have_one_and_are_not_held_out(source:
 
 
 def test_items_are_told_apart_by_vector_attribute_and_neighbour(source: Source) -> None:
-    exercises = Exercises(source, ["vectors"], 3, PROMPTS, np.random.default_rng(0))
-    examples = list(exercises.of_items())
+    made = ExplainerExamples(source, ["vectors"], 3, PROMPTS, np.random.default_rng(0))
+    examples = list(made.of_items())
     assert len(examples) == 3 * ITEMS  # title, genre, nearest
     assert {example.answer for example in examples if is_asked_by(example.prompt, PROMPTS.title)} == set(source.titles)
-    text = list(Exercises(source, ["text"], 3, PROMPTS, np.random.default_rng(0)).of_items())
+    text = list(ExplainerExamples(source, ["text"], 3, PROMPTS, np.random.default_rng(0)).of_items())
     assert len(text) == 2 * ITEMS
-    again = list(Exercises(source, ["vectors"], 3, PROMPTS, np.random.default_rng(0)).of_items(3))
+    again = list(ExplainerExamples(source, ["vectors"], 3, PROMPTS, np.random.default_rng(0)).of_items(3))
     assert Counter(example.answer for example in again) == {
         answer: 3 * count for answer, count in Counter(example.answer for example in examples).items()
     }
@@ -159,9 +161,9 @@ def test_items_are_told_apart_by_vector_attribute_and_neighbour(source: Source) 
 def test_questions_use_the_tests_templates_and_a_control_asks_as_somebody_else(source: Source) -> None:
     rows = np.flatnonzero(HELD_OUT)
     taught = teach(source, rows, LENGTHS[rows], np.random.default_rng(0))
-    shown = Shown("text", source.titles, source.item_states, 3)
-    own = Questions.of(source, rows, taught, shown, PROMPTS)
-    other = Questions.of(source, rows, taught, shown, PROMPTS, shift=1)
+    shown = PromptPieces("text", source.titles, source.item_states, 3)
+    own = HeldOutPrompts.of(source, rows, taught, shown, PROMPTS)
+    other = HeldOutPrompts.of(source, rows, taught, shown, PROMPTS, shift=1)
     for asked, templates in ((own.next_item, PROMPTS.next_item), (own.liked, PROMPTS.interest)):
         assert len(asked) == len(rows)
         assert not any(is_asked_by(prompt, templates) for prompt in asked)
@@ -176,6 +178,6 @@ def test_a_catalogue_that_everybody_has_seen_is_told_before_training(source: Sou
     full = replace(source, histories=seen)
     with pytest.raises(UsageError, match="have seen nearly all of the catalogue's 40 items"):
         list(ExplainerConfig().build().examples(full, 10, 10, np.random.default_rng(0)))
-    # Of users who have seen all of it nothing is asked, and the others' exercises stay.
+    # Of users who have seen all of it nothing is asked, and the others' examples stay.
     late = made(full, ["T1"])
     assert len(late) == len(TRAINED) * 30

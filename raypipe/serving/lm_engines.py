@@ -1,4 +1,4 @@
-"""A release's language model in memory once, its adapters beside it, and what they are asked: no HTTP and no Ray.
+"""The engines of a release: its language model in memory once, its adapters beside it, and their tasks. No HTTP and no Ray.
 
 The engines are those of batch work, so that equal prompts get equal answers (G7).
 """
@@ -21,15 +21,15 @@ from raypipe.engines.transformers import TransformersEngine
 from raypipe.errors import UsageError
 from raypipe.language.adapters import read_card
 from raypipe.language.prompt import Prompt, Vectors
-from raypipe.serving.catalogue import Catalogue
+from raypipe.serving.adapters import INTERPRETER, lm_of
+from raypipe.serving.catalogue import ServedCatalogue
 from raypipe.serving.config import OF_RELEASE, ServiceConfig
-from raypipe.serving.readers import INTERPRETER, lm_of
 from raypipe.serving.served import UnfitError
 from raypipe.serving.service import Code
 from raypipe.storage.models import Models, find_model
 from raypipe.storage.releases import Release
 from raypipe.storage.workspace import Workspace
-from raypipe.systems.explanations import NO, YES, Asked, Explanation, explain
+from raypipe.systems.explanations import NO, YES, Explanation, ExplanationRequest, explain
 from raypipe.systems.lancer import NAME as LANCER
 from raypipe.systems.lancer_lists import ListWriter, build_writer, stored_config
 from raypipe.systems.paradigms import build_summarizer
@@ -38,13 +38,13 @@ from raypipe.systems.summaries import Block, UserSummary
 from raypipe.systems.trsr import likelihoods
 
 ECHO = "echo"
-# Language models, and voices of an adapter's name: of the release in force, and of the one before or after it.
+# Language models, and engines of an adapter's name: of the release in force, and of the one before or after it.
 _KEPT = 2
 _PROBE_TOKENS = 2
 
 
 @dataclass(frozen=True)
-class Key:
+class ModelKey:
     """Which weights answer: a language model as a release names it, and beside it an adapter NAME/HASH, or none; of one that
     writes items or is held to their titles, the version of the catalogue."""
 
@@ -61,7 +61,7 @@ class Key:
         return self.adapter.partition("/")[0]
 
     @classmethod
-    def parse(cls, text: str) -> Key:
+    def parse(cls, text: str) -> ModelKey:
         before, _, lm = text.partition("@")
         catalogue, colon, adapter = before.partition(":")
         # An adapter is NAME/HASH: what has a colon behind digits alone is none.
@@ -72,11 +72,11 @@ class Key:
 class Explain:
     """To decide, and to put into words."""
 
-    asked: Asked
+    request: ExplanationRequest
 
 
 @dataclass(frozen=True)
-class Write:
+class Generate:
     """To answer a prompt, where the adapter is held to titles with at most so many of them."""
 
     prompt: Prompt
@@ -84,7 +84,7 @@ class Write:
 
 
 @dataclass(frozen=True)
-class Summarise:
+class Summarize:
     """To sum up a history, by its blocks."""
 
     blocks: Sequence[Block]
@@ -106,7 +106,7 @@ class Likelihoods:
 
 
 @dataclass(frozen=True)
-class Continue:
+class WriteList:
     """To write what is chosen after a history, item indices in time order; with `filter_seen` nothing of it."""
 
     history: Sequence[int]
@@ -114,14 +114,14 @@ class Continue:
 
 
 @dataclass(frozen=True)
-class Continued:
+class WrittenList:
     """Items, the best first, and the log-probability of each one's line."""
 
     items: Sequence[int]
     logprobs: Sequence[float]
 
 
-Task = Explain | Write | Summarise | Rank | Continue
+Task = Explain | Generate | Summarize | Rank | WriteList
 
 
 @dataclass(frozen=True)
@@ -132,13 +132,13 @@ class Failed:
     message: str
 
 
-UNREAD = Failed("too_much", "This does not fit what the language model reads at once.")
-Result = Explanation | Outcome | UserSummary | Likelihoods | Continued | Failed
+TOO_LONG = Failed("too_much", "This does not fit what the language model reads at once.")
+Result = Explanation | Outcome | UserSummary | Likelihoods | WrittenList | Failed
 
 
 @dataclass(frozen=True)
-class Job:
-    """A task, until when (Unix seconds) somebody waits for it, and who hears of it meanwhile."""
+class PendingTask:
+    """A task, until when (Unix seconds) somebody waits for it, and who is told of it meanwhile."""
 
     task: Task
     until: float
@@ -146,7 +146,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Voice:
+class LoadedEngine:
     """What answers: an engine, and over it what writes items, where its adapter was trained to; by their most titles the choices
     that answers are held to, if they are."""
 
@@ -155,7 +155,7 @@ class Voice:
     choices: Mapping[int, Choices] = field(default_factory=dict)
 
 
-class Language:
+class LmEngines:
     """Loads engines and lets them answer. Loading may go on in one thread while another one answers.
 
     Of language models, and of the adapters of one name, each of which may be a whole copy of its language model, the two that
@@ -166,69 +166,69 @@ class Language:
         self.config = config
         self.workspace = Workspace(config.workspace)
         self._models = Models(self.workspace.store)
-        self._voices: dict[Key, Voice] = {}
-        self._used: dict[Key, float] = {}
+        self._loaded: dict[ModelKey, LoadedEngine] = {}
+        self._used: dict[ModelKey, float] = {}
         self._loading = Lock()
 
-    def ready(self, key: Key) -> Voice | None:
+    def get(self, key: ModelKey) -> LoadedEngine | None:
         """What answers with these weights if they are in memory; waits for no loading."""
-        voice = self._voices.get(key)
-        if voice is not None:
+        loaded = self._loaded.get(key)
+        if loaded is not None:
             self._used[key] = time.monotonic()
-        return voice
+        return loaded
 
-    def load(self, key: Key) -> Voice:
+    def load(self, key: ModelKey) -> LoadedEngine:
         """What answers with these weights; those of the language model are shared by all of its adapters.
 
         Raises UsageError for what is missing, damaged or does not belong together.
         """
         with self._loading:
-            for wanted in dict.fromkeys((Key(key.lm), key)):
-                if wanted not in self._voices:
-                    self._make_room(wanted)
-                    made = self._beside(wanted) if wanted.adapter else Voice(self._base(wanted.lm))
-                    self._voices[wanted] = made
+            for wanted in dict.fromkeys((ModelKey(key.lm), key)):
+                if wanted not in self._loaded:
+                    self._evict(wanted)
+                    made = self._load_adapter(wanted) if wanted.adapter else LoadedEngine(self._load_lm(wanted.lm))
+                    self._loaded[wanted] = made
                 self._used[wanted] = time.monotonic()
-            return self._voices[key]
+            return self._loaded[key]
 
-    def _make_room(self, key: Key) -> None:
+    def _evict(self, key: ModelKey) -> None:
         """Before it is loaded, let go of all but the last used of what it may take the place of."""
         if key.adapter:
-            rivals = {one: str(one) for one in self._voices if (one.lm, one.name) == (key.lm, key.name)}
+            rivals = {one: str(one) for one in self._loaded if (one.lm, one.name) == (key.lm, key.name)}
         else:
-            rivals = {one: one.lm for one in self._voices}
+            rivals = {one: one.lm for one in self._loaded}
         newest = sorted(rivals, key=self._used.__getitem__, reverse=True)
         kept = list(dict.fromkeys(rivals[one] for one in newest))[: _KEPT - 1]
         for one in newest:
             if rivals[one] not in kept:
-                self._voices.pop(one)
+                self._loaded.pop(one)
                 self._used.pop(one)
 
-    def keys(self, release: Release, catalogue: int) -> list[Key]:
+    def keys(self, release: Release, catalogue: int) -> list[ModelKey]:
         """All weights of a release that may be asked, of a catalogue of this version."""
         if not release.lm:
             return []
-        found = [Key(release.lm)]
+        found = [ModelKey(release.lm)]
         for name, content in release.adapters.items():
             adapter = f"{name}/{content}"
             lineage = find_model(self._models, adapter).lineage
             held = lineage.get("system") == LANCER or _titles(lineage)
-            found.append(Key(release.lm, adapter, catalogue if held else None))
+            found.append(ModelKey(release.lm, adapter, catalogue if held else None))
         return found
 
-    def prove(self, key: Key, voice: Voice) -> None:
+    def check(self, key: ModelKey, loaded: LoadedEngine) -> None:
         """Raises UnfitError where there is no answer, or one that is no number."""
-        if voice.writer is not None:
-            written = voice.writer.lists([[1]])
+        if loaded.writer is not None:
+            written = loaded.writer.lists([[1]])
             fit = not written.refused and all(map(math.isfinite, written.logprobs[0]))
         else:
-            fit = self._reads(key, voice)
+            fit = self._answers_probes(key, loaded)
         if not fit:
             name = f"adapter {key.adapter[:40]}" if key.adapter else f"language model {key.lm[:40]}"
             raise UnfitError(f"The {name} does not answer.", "Train or align it again, and release that.")
 
-    def _reads(self, key: Key, voice: Voice) -> bool:
-        engine, prompt = voice.engine, Prompt.of("Is this read?")
+    def _answers_probes(self, key: ModelKey, loaded: LoadedEngine) -> bool:
+        engine, prompt = loaded.engine, Prompt.of("Is this read?")
         if key.adapter:
             widths = read_card(self._models.fetch(find_model(self._models, key.adapter), Path(self.config.model_cache)))
             rng = np.random.default_rng(0)
@@ -237,7 +237,7 @@ class Language:
                 for source, width in sorted(widths.widths.items())
             ]
             prompt = Prompt.of("Is this read: ", *soft, "?")
-        for choices in voice.choices.values():
+        for choices in loaded.choices.values():
             (outcome,) = engine.generate([prompt], self.config.language.reading, choices)
             if outcome.error is not None:
                 return False
@@ -247,46 +247,48 @@ class Language:
         (outcome,) = engine.generate([prompt], Decoding(max_new_tokens=_PROBE_TOKENS))
         return outcome.error is None
 
-    def answer(self, voice: Voice, jobs: Sequence[Job]) -> list[Result]:
+    def answer(self, loaded: LoadedEngine, pending: Sequence[PendingTask]) -> list[Result]:
         """In their order; one that nobody waits for any more is not begun."""
         now = time.time()
-        found: list[Result] = [Failed("deadline", "Nobody waited any more.")] * len(jobs)
-        due = [at for at, job in enumerate(jobs) if job.until > now]
+        found: list[Result] = [Failed("deadline", "Nobody waited any more.")] * len(pending)
+        due = [at for at, one in enumerate(pending) if one.until > now]
         kinds = (
             (Explain, self._explain),
-            (Write, self._write),
-            (Summarise, self._summarise),
+            (Generate, self._generate),
+            (Summarize, self._summarize),
             (Rank, self._rank),
-            (Continue, self._continue),
+            (WriteList, self._write_lists),
         )
         for kind, ask in kinds:
-            mine = [at for at in due if isinstance(jobs[at].task, kind)]
+            mine = [at for at in due if isinstance(pending[at].task, kind)]
             if mine:
-                for at, result in zip(mine, ask(voice, [jobs[at] for at in mine]), strict=True):
+                for at, result in zip(mine, ask(loaded, [pending[at] for at in mine]), strict=True):
                     found[at] = result
         return found
 
-    def _beside(self, key: Key) -> Voice:
-        reader = self._voices[Key(key.lm)].engine
+    def _load_adapter(self, key: ModelKey) -> LoadedEngine:
+        reader = self._loaded[ModelKey(key.lm)].engine
         if not isinstance(reader, TransformersEngine):
             raise UsageError(
                 f"The adapter {key.adapter[:40]} cannot be read beside {key.lm}.",
                 "Serve it with --language.engine.engine transformers.",
             )
         adapter = find_model(self._models, key.adapter)
-        same = [voice.engine for one, voice in self._voices.items() if (one.lm, one.adapter) == (key.lm, key.adapter)]
+        same = [loaded.engine for one, loaded in self._loaded.items() if (one.lm, one.adapter) == (key.lm, key.adapter)]
         engine = same[0] if same else reader.beside(self._models.fetch_unharmed(adapter, Path(self.config.model_cache)))
         if key.catalogue is None:
-            return Voice(engine)
+            return LoadedEngine(engine)
         assert isinstance(engine, TransformersEngine)
-        spoken = Catalogue.of(self.workspace.tables["items"].read(key.catalogue)).spoken
+        catalogue = ServedCatalogue.of(self.workspace.tables["items"].read(key.catalogue)).for_prompts
         if several := _titles(adapter.lineage):
-            texts = tuple(spoken.titles)
-            return Voice(engine, choices={most: Choices(texts, SEPARATOR, most) for most in (several, 1)})
+            texts = tuple(catalogue.titles)
+            return LoadedEngine(engine, choices={most: Choices(texts, SEPARATOR, most) for most in (several, 1)})
         options = stored_config(adapter.name, adapter.lineage)
-        return Voice(engine, build_writer(options, spoken, reader, engine, self.config.language.answer_tokens))
+        return LoadedEngine(
+            engine, build_writer(options, catalogue, reader, engine, self.config.language.answer_tokens)
+        )
 
-    def _base(self, lm: str) -> Engine:
+    def _load_lm(self, lm: str) -> Engine:
         engine = self.config.language.engine
         if engine.lm != OF_RELEASE or not engine.reads_checkpoint:
             return engine.build()
@@ -294,50 +296,50 @@ class Language:
             return engine.model_copy(update={"engine": ECHO}).build()
         return engine.model_copy(update={"lm": lm_of(self._models, lm, Path(self.config.model_cache))}).build()
 
-    def _explain(self, voice: Voice, jobs: Sequence[Job]) -> Sequence[Result]:
+    def _explain(self, loaded: LoadedEngine, pending: Sequence[PendingTask]) -> Sequence[Result]:
         options = self.config.language
 
         def listen(at: int, so_far: Explanation) -> None:
-            hearer = jobs[at].listen
+            hearer = pending[at].listen
             if hearer is not None:
                 hearer(so_far)
 
-        asked = [job.task.asked for job in jobs if isinstance(job.task, Explain)]
-        heard = any(job.listen is not None for job in jobs)
-        return explain(voice.engine, asked, options.explanation, options.checks, listen if heard else None)
+        requests = [one.task.request for one in pending if isinstance(one.task, Explain)]
+        heard = any(one.listen is not None for one in pending)
+        return explain(loaded.engine, requests, options.explanation, options.checks, listen if heard else None)
 
-    def _write(self, voice: Voice, jobs: Sequence[Job]) -> Sequence[Result]:
-        tasks = [job.task for job in jobs if isinstance(job.task, Write)]
+    def _generate(self, loaded: LoadedEngine, pending: Sequence[PendingTask]) -> Sequence[Result]:
+        tasks = [one.task for one in pending if isinstance(one.task, Generate)]
         found: list[Result] = [Failed("internal", "No answer.")] * len(tasks)
         for titles in dict.fromkeys(task.titles for task in tasks):
             mine = [at for at, task in enumerate(tasks) if task.titles == titles]
             prompts = [tasks[at].prompt for at in mine]
-            for outcome in voice.engine.generate(prompts, self.config.language.reading, voice.choices.get(titles)):
+            for outcome in loaded.engine.generate(prompts, self.config.language.reading, loaded.choices.get(titles)):
                 found[mine[outcome.index]] = outcome
         return found
 
-    def _summarise(self, voice: Voice, jobs: Sequence[Job]) -> Sequence[Result]:
-        blocks = {str(at): job.task.blocks for at, job in enumerate(jobs) if isinstance(job.task, Summarise)}
-        summarizer = build_summarizer(voice.engine, self.config.language.summaries, "")
+    def _summarize(self, loaded: LoadedEngine, pending: Sequence[PendingTask]) -> Sequence[Result]:
+        blocks = {str(at): one.task.blocks for at, one in enumerate(pending) if isinstance(one.task, Summarize)}
+        summarizer = build_summarizer(loaded.engine, self.config.language.summaries, "")
         return summarizer.summarize(blocks, {})
 
-    def _rank(self, voice: Voice, jobs: Sequence[Job]) -> Sequence[Result]:
-        tasks = [job.task for job in jobs if isinstance(job.task, Rank)]
+    def _rank(self, loaded: LoadedEngine, pending: Sequence[PendingTask]) -> Sequence[Result]:
+        tasks = [one.task for one in pending if isinstance(one.task, Rank)]
         prompts = [prompt for task in tasks for prompt in task.prompts]
         answers = [task.answers for task in tasks for _ in task.prompts]
-        yes, _ = likelihoods(voice.engine, prompts, answers)
+        yes, _ = likelihoods(loaded.engine, prompts, answers)
         ends = np.cumsum([len(task.prompts) for task in tasks])
         return [Likelihoods(None if np.isnan(mine).any() else mine) for mine in np.split(yes, ends[:-1])]
 
-    def _continue(self, voice: Voice, jobs: Sequence[Job]) -> Sequence[Result]:
-        tasks = [job.task for job in jobs if isinstance(job.task, Continue)]
+    def _write_lists(self, loaded: LoadedEngine, pending: Sequence[PendingTask]) -> Sequence[Result]:
+        tasks = [one.task for one in pending if isinstance(one.task, WriteList)]
         found: list[Result] = [Failed("internal", "No answer.")] * len(tasks)
-        assert voice.writer is not None, "asked by the key of what writes items"
+        assert loaded.writer is not None, "asked by the key of what writes items"
         for filter_seen in {task.filter_seen for task in tasks}:
             mine = [at for at, task in enumerate(tasks) if task.filter_seen == filter_seen]
-            written = voice.writer.lists([tasks[at].history for at in mine], filter_seen=filter_seen)
+            written = loaded.writer.lists([tasks[at].history for at in mine], filter_seen=filter_seen)
             for at, items, logprobs, unread in zip(mine, written.items, written.logprobs, written.unread, strict=True):
-                found[at] = UNREAD if unread else Continued(items, logprobs)
+                found[at] = TOO_LONG if unread else WrittenList(items, logprobs)
         return found
 
 

@@ -14,11 +14,11 @@ from safetensors.numpy import load_file, save_file
 
 from raypipe.errors import RaypipeError, UsageError
 from raypipe.serving.config import ServiceConfig
-from raypipe.serving.queries import Recommendations, RecommendQuery
+from raypipe.serving.queries import RecommendAnswer, RecommendQuery
+from raypipe.serving.release_watcher import ReleaseWatcher
 from raypipe.serving.serve import ServeConfig, run_serve
 from raypipe.serving.served import UnfitError
 from raypipe.serving.service import RefusedQueryError
-from raypipe.serving.watch import Watch
 from raypipe.storage.models import Model, Models
 from raypipe.storage.online import OnlineStoreDownError, open_online_store
 from raypipe.storage.releases import Release, Releases
@@ -27,7 +27,7 @@ from tests.conftest import Run, unavailable
 from tests.made import add_events, publish
 from tests.pipeline.small_logs import START
 from tests.redis_server import RedisServer
-from tests.serving.asked import Asked, Direct
+from tests.serving.local_service import LocalBackend, LocalService
 from tests.serving.running import until
 
 
@@ -59,40 +59,40 @@ def promoted(uri: str, recommender: str) -> Release:
 def test_a_new_release_and_a_rollback_are_taken_up_without_a_failed_request(
     raypipe: Run, ready: str, tmp_path: Path
 ) -> None:
-    asked = Asked(ready)
-    old = asked.get("release").json()["release"]
-    before = asked.post("recommend", {"user_id": "u1"}).json()
+    service = LocalService(ready)
+    old = service.get("release").json()["release"]
+    before = service.post("recommend", {"user_id": "u1"}).json()
     codes: set[int] = set()
     served: list[str] = []
     stop = threading.Event()
 
     def load() -> None:
         while not stop.is_set():
-            answer = asked.post("recommend", {"user_id": "u1"})
+            answer = service.post("recommend", {"user_id": "u1"})
             codes.add(answer.status_code)
             served.append(answer.json()["served"]["release"])
 
     thread = threading.Thread(target=load)
     thread.start()
     new = changed(ready, tmp_path / "new", 0.5)
-    asked.backend.watch.look()
+    service.backend.watcher.poll()
     assert raypipe("release", "--workspace", ready, "--restore", old[:12]).code == 0
-    asked.backend.watch.look()
+    service.backend.watcher.poll()
     stop.set()
     thread.join()
     assert codes == {200}
     assert set(served) <= {old, new.hash}
-    assert asked.get("release").json()["release"] == old
-    assert asked.post("recommend", {"user_id": "u1"}).json() == before
+    assert service.get("release").json()["release"] == old
+    assert service.post("recommend", {"user_id": "u1"}).json() == before
 
 
 def test_states_of_another_recommender_are_not_used(ready: str, tmp_path: Path) -> None:
-    asked = Asked(ready)
+    service = LocalService(ready)
     changed(ready, tmp_path / "new", 0.5)
-    asked.backend.watch.look()
-    by_user = asked.post("recommend", {"user_id": "u1"}).json()["items"]
-    history = [item["item_id"] for item in asked.get("users/u1").json()["history"]]
-    by_history = asked.post("recommend", {"history": history}).json()["items"]
+    service.backend.watcher.poll()
+    by_user = service.post("recommend", {"user_id": "u1"}).json()["items"]
+    history = [item["item_id"] for item in service.get("users/u1").json()["history"]]
+    by_history = service.post("recommend", {"history": history}).json()["items"]
     assert [item["item_id"] for item in by_user] == [item["item_id"] for item in by_history]
     for one, other in zip(by_user, by_history, strict=True):
         assert one["score"] == pytest.approx(other["score"], rel=1e-5)
@@ -103,29 +103,29 @@ def test_a_user_whose_state_is_of_an_older_history_is_ranked_by_the_new_one(rayp
     add_events(ready, [("u1", "i20", START + 1000)])
     publish(ready, "2026-01-06")
     assert raypipe("online", "--workspace", ready).code == 0
-    asked = Asked(ready)
-    by_user = asked.post("recommend", {"user_id": "u1"}).json()
+    service = LocalService(ready)
+    by_user = service.post("recommend", {"user_id": "u1"}).json()
     assert (by_user["served"]["night"], by_user["known"]) == ("2026-01-06", True)
-    history = [item["item_id"] for item in asked.get("users/u1").json()["history"]]
+    history = [item["item_id"] for item in service.get("users/u1").json()["history"]]
     assert history[-1] == "i20"
-    by_history = asked.post("recommend", {"history": history}).json()["items"]
+    by_history = service.post("recommend", {"history": history}).json()["items"]
     assert [item["item_id"] for item in by_user["items"]] == [item["item_id"] for item in by_history]
     scores = [item["score"] for item in by_history]
     assert [item["score"] for item in by_user["items"]] == pytest.approx(scores, rel=1e-5)
 
 
 def test_a_release_that_does_not_answer_is_refused_and_the_old_one_stays(ready: str, tmp_path: Path) -> None:
-    asked = Asked(ready)
-    asked.post("recommend", {"history": ["i1"], "only": {"genre": "War"}})
-    old = asked.get("release").json()["release"]
+    service = LocalService(ready)
+    service.post("recommend", {"history": ["i1"], "only": {"genre": "War"}})
+    old = service.get("release").json()["release"]
     bad = changed(ready, tmp_path / "bad", np.nan)
-    asked.backend.watch.look()
-    told = asked.get("release").json()
+    service.backend.watcher.poll()
+    told = service.get("release").json()
     assert told["release"] == old
     assert "its scores are no numbers" in told["refused"][bad.hash]
-    assert asked.post("recommend", {"user_id": "u1"}).status_code == 200
+    assert service.post("recommend", {"user_id": "u1"}).status_code == 200
     # A replica that starts now serves the one that was fit; one of a service that never ran has none.
-    assert Direct(ServiceConfig(workspace=ready)).watch.served.target.release == old
+    assert LocalBackend(ServiceConfig(workspace=ready)).watcher.served.target.release == old
     releases = Releases(Store(ready))
     releases.point("served", releases.get(bad.hash))
     with pytest.raises(UnfitError, match="its scores are no numbers"):
@@ -133,23 +133,23 @@ def test_a_release_that_does_not_answer_is_refused_and_the_old_one_stays(ready: 
 
 
 def test_a_poisoned_model_is_refused(ready: str, tmp_path: Path) -> None:
-    asked = Asked(ready)
-    old = asked.get("release").json()["release"]
+    service = LocalService(ready)
+    old = service.get("release").json()["release"]
     for number, (name, data) in enumerate((("payload.py", b"boom"), ("model.safetensors", b"\x80\x04pickle"))):
         release = changed(ready, tmp_path / f"poisoned{number}", 0.9 - number / 10)
         (Store(ready).local_path(f"models/{release.recommender}/checkpoint") / name).write_bytes(data)
-        asked.backend.watch.look()
-        told = asked.get("release").json()
+        service.backend.watcher.poll()
+        told = service.get("release").json()
         assert told["release"] == old
         assert release.hash in told["refused"]
-    assert asked.post("recommend", {"user_id": "u1"}).status_code == 200
+    assert service.post("recommend", {"user_id": "u1"}).status_code == 200
 
 
 def test_a_store_that_fails_once_costs_a_release_one_look(
     ready: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = Asked(ready)
-    old = asked.get("release").json()["release"]
+    service = LocalService(ready)
+    old = service.get("release").json()["release"]
     new = changed(ready, tmp_path / "new", 0.5)
     with monkeypatch.context() as broken:
 
@@ -157,11 +157,11 @@ def test_a_store_that_fails_once_costs_a_release_one_look(
             raise RaypipeError("The object store under s3://somewhere failed: 503 Slow Down", "Submit again.")
 
         broken.setattr(Models, "fetch_unharmed", fail)
-        asked.backend.watch.look()
-    told = asked.get("release").json()
+        service.backend.watcher.poll()
+    told = service.get("release").json()
     assert (told["release"], told["refused"]) == (old, {})
-    asked.backend.watch.look()
-    assert asked.get("release").json()["release"] == new.hash
+    service.backend.watcher.poll()
+    assert service.get("release").json()["release"] == new.hash
 
 
 def test_what_keeps_failing_is_tried_ever_more_rarely_and_refuses_neither_release_nor_night(
@@ -169,63 +169,63 @@ def test_what_keeps_failing_is_tried_ever_more_rarely_and_refuses_neither_releas
 ) -> None:
     deny = tmp_path / "deny.txt"
     deny.write_text("i1\n")
-    asked = Asked(ready, deny=str(deny), watch_s=50)
-    watch, now = asked.backend.watch, time.monotonic()
+    service = LocalService(ready, deny=str(deny), watch_s=50)
+    watcher, now = service.backend.watcher, time.monotonic()
     loads: list[float] = []
-    loaded = watch._loaded
-    monkeypatch.setattr(watch, "_loaded", lambda target: loads.append(time.monotonic() - now) or loaded(target))
-    monkeypatch.setattr("raypipe.serving.watch.time.monotonic", lambda: now)
+    load = watcher._load
+    monkeypatch.setattr(watcher, "_load", lambda target: loads.append(time.monotonic() - now) or load(target))
+    monkeypatch.setattr("raypipe.serving.release_watcher.time.monotonic", lambda: now)
     deny.unlink()
     add_events(ready, [("new", "i5", START + 1000)])
     publish(ready, "2026-01-06")
     assert raypipe("online", "--workspace", ready).code == 0
     for at_s in (0, 10, 20, 69, 71, 129, 132):
-        monkeypatch.setattr("raypipe.serving.watch.time.monotonic", lambda at_s=at_s: now + at_s)
-        watch.look()
+        monkeypatch.setattr("raypipe.serving.release_watcher.time.monotonic", lambda at_s=at_s: now + at_s)
+        watcher.poll()
     # At once again after the first failure, and then after a minute at most.
     assert loads == pytest.approx([0, 10, 71, 132])
-    told = asked.get("release").json()
+    told = service.get("release").json()
     assert (told["night"], told["refused"]) == ("2026-01-05", {})
     deny.write_text("i1\n")
-    monkeypatch.setattr("raypipe.serving.watch.time.monotonic", lambda: now + 200)
-    watch.look()
-    assert asked.get("release").json()["night"] == "2026-01-06"
+    monkeypatch.setattr("raypipe.serving.release_watcher.time.monotonic", lambda: now + 200)
+    watcher.poll()
+    assert service.get("release").json()["night"] == "2026-01-06"
 
 
 def test_a_release_that_is_refused_keeps_no_night_from_being_served(raypipe: Run, ready: str, tmp_path: Path) -> None:
-    asked = Asked(ready)
-    old = asked.get("release").json()["release"]
+    service = LocalService(ready)
+    old = service.get("release").json()["release"]
     bad = changed(ready, tmp_path / "bad", np.nan)
-    asked.backend.watch.look()
+    service.backend.watcher.poll()
     add_events(ready, [("new", "i5", START + 1000)])
     publish(ready, "2026-01-06")
     assert raypipe("online", "--workspace", ready).code == 0
-    asked.backend.watch.look()
-    told = asked.get("release").json()
+    service.backend.watcher.poll()
+    told = service.get("release").json()
     assert (told["release"], told["night"], list(told["refused"])) == (old, "2026-01-06", [bad.hash])
 
 
 def test_a_night_is_seen_once_it_is_loaded_and_going_back_takes_one_command(raypipe: Run, ready: str) -> None:
-    asked = Asked(ready)
+    service = LocalService(ready)
     add_events(ready, [("u1", "i2", START + 1000), ("new", "i5", START + 1000)])
     publish(ready, "2026-01-06")
-    asked.backend.watch.look()
-    told = asked.get("release").json()
+    service.backend.watcher.poll()
+    told = service.get("release").json()
     assert (told["night"], told["night_in_force"]) == ("2026-01-05", "2026-01-06")
-    assert asked.get("users/new").status_code == 404
-    assert asked.get("users/u1").json()["events"] == 9
+    assert service.get("users/new").status_code == 404
+    assert service.get("users/u1").json()["events"] == 9
 
     assert raypipe("online", "--workspace", ready).code == 0
-    asked.backend.watch.look()
-    assert asked.get("release").json()["night"] == "2026-01-06"
-    assert asked.get("users/new").json()["events"] == 1
-    assert asked.get("users/u1").json()["events"] == 10
+    service.backend.watcher.poll()
+    assert service.get("release").json()["night"] == "2026-01-06"
+    assert service.get("users/new").json()["events"] == 1
+    assert service.get("users/u1").json()["events"] == 10
 
     assert raypipe("night", "--workspace", ready, "--restore", "2026-01-05").code == 0
-    asked.backend.watch.look()
-    assert asked.get("release").json()["night"] == "2026-01-05"
-    assert asked.get("users/new").status_code == 404
-    assert asked.post("recommend", {"user_id": "u1"}).json()["served"]["night"] == "2026-01-05"
+    service.backend.watcher.poll()
+    assert service.get("release").json()["night"] == "2026-01-05"
+    assert service.get("users/new").status_code == 404
+    assert service.post("recommend", {"user_id": "u1"}).json()["served"]["night"] == "2026-01-05"
 
 
 @pytest.fixture
@@ -250,26 +250,26 @@ def test_a_replica_that_starts_while_redis_is_down_answers_by_history_and_takes_
     assert raypipe("online", "--workspace", ready, "--store", redis_that_keeps.url).code == 0
     queries = [RecommendQuery(user_id="u1"), RecommendQuery(history=["i3", "i4"])]
     if was_served:
-        Direct(config)
+        LocalBackend(config)
     else:
         Store(ready).delete(["releases/aliases/served.json"])
     redis_that_keeps.stop()
 
-    replica = Direct(config)
+    replica = LocalBackend(config)
     by_id, by_history = replica.service.answer(queries)
     assert isinstance(by_id, RefusedQueryError)
     assert by_id.code == "store_down"
-    assert isinstance(by_history, Recommendations)
+    assert isinstance(by_history, RecommendAnswer)
     assert (by_history.basis, len(by_history.items), by_history.served.night) == ("model", 10, None)
     with pytest.raises(OnlineStoreDownError):
-        replica.watch.look()
+        replica.watcher.poll()
 
     redis_that_keeps.start()
-    replica.watch.look()
+    replica.watcher.poll()
     by_id, again = replica.service.answer(queries)
-    assert isinstance(by_id, Recommendations)
+    assert isinstance(by_id, RecommendAnswer)
     assert (by_id.known, by_id.served.night) == (True, "2026-01-05")
-    assert isinstance(again, Recommendations)
+    assert isinstance(again, RecommendAnswer)
     assert [item.item_id for item in again.items] == [item.item_id for item in by_history.items]
 
 
@@ -277,16 +277,16 @@ def test_memory_is_given_back_after_a_switch_and_once_a_minute(
     ready: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[float] = []
-    monkeypatch.setattr("raypipe.serving.watch.return_memory", lambda: given.append(time.monotonic()))
-    watch = Watch(ServiceConfig(workspace=ready, watch_s=0.01), open_online_store(None, Store(ready)))
+    monkeypatch.setattr("raypipe.serving.release_watcher.return_memory", lambda: given.append(time.monotonic()))
+    watcher = ReleaseWatcher(ServiceConfig(workspace=ready, watch_s=0.01), open_online_store(None, Store(ready)))
     changed(ready, tmp_path / "new", 0.5)
-    watch.look()
-    watch.look()
+    watcher.poll()
+    watcher.poll()
     assert len(given) == 1
-    monkeypatch.setattr("raypipe.serving.watch._MEMORY_S", 0.3)
-    watch.start()
+    monkeypatch.setattr("raypipe.serving.release_watcher._MEMORY_S", 0.3)
+    watcher.start()
     until(lambda: len(given) > 3)
-    watch.stop()
+    watcher.stop()
     assert min(later - sooner for sooner, later in pairwise(given)) >= 0.29
 
 

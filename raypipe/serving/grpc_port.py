@@ -1,12 +1,12 @@
-"""The door that Ray Serve opens in every replica, and how it is kept shut."""
+"""The gRPC port that Ray Serve opens in every replica, and how it is kept closed."""
 
 from __future__ import annotations
 
 from typing import Any
 
 
-def shut_inner_door() -> None:
-    """In a replica, before it is asked for the first time: no port for calls between deployments.
+def disable_grpc_port() -> None:
+    """In a replica, before it gets its first request: no gRPC port for calls between deployments.
 
     Ray Serve opens one on every address, and unpickles what arrives there without asking who sent it: whoever reaches it has
     code run. Calls go through it only with RAY_SERVE_USE_GRPC_BY_DEFAULT; else they go through Ray, which asks for a token.

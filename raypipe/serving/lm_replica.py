@@ -1,0 +1,185 @@
+"""The deployment of the language model, downstream of the one that takes HTTP requests, and that one's client of it.
+
+A request names the weights it is for, the id of a multiplexed model: Ray Serve sends it to a replica that has the adapter
+already, where there is one. Requests for the same weights are answered together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+from ray import serve
+from ray.exceptions import RayActorError, RayError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from raypipe.errors import RaypipeError
+from raypipe.serving.batcher import Batcher
+from raypipe.serving.config import ServiceConfig
+from raypipe.serving.grpc_port import disable_grpc_port
+from raypipe.serving.lm_engines import Failed, LmEngines, LoadedEngine, ModelKey, PendingTask, Result, Task
+from raypipe.serving.lm_handler import PartialExplanation
+from raypipe.serving.served import UnfitError, is_lasting
+from raypipe.storage.releases import Releases
+from raypipe.systems.explanations import Explanation
+
+T = TypeVar("T")
+_LOG = logging.getLogger("raypipe.serving")
+_TRIES = 3
+_MOST_KEYS = 32  # that Ray Serve is told this replica has; more than a release and the one before have
+_CHECK_S = 600.0
+_LOAD_FAILED = Failed("not_ready", "The language model of the release cannot be loaded.")
+_TASK_FAILED = Failed("not_ready", "The language model of the release cannot be asked.")
+_BUSY = Failed("busy", "More is asked of the language model than it can answer: ask again later.")
+_TIMED_OUT = Failed("deadline", "The language model did not answer in time: ask again later.")
+_UNAVAILABLE = Failed("not_ready", "The language model is being started: ask again later.")
+
+
+class LmReplica:
+    """What Ray Serve runs as the deployment `language`."""
+
+    def __init__(self, config: ServiceConfig) -> None:
+        disable_grpc_port()
+        self.engines = LmEngines(config)
+        self._answers, self._loads = ThreadPoolExecutor(1, "answers"), ThreadPoolExecutor(1, "loads")
+        self.batcher = Batcher(self._batch, config.language.batching)
+        # A replica that is started under load has its weights before it is asked for the first time.
+        releases = Releases(self.engines.workspace.store)
+        release = releases.named("served") or releases.named("champion")
+        if release is not None and release.lm:
+            try:
+                self.engines.load(ModelKey(release.lm))
+            except RaypipeError as error:
+                _LOG.error("%s", error)
+
+    async def ask(self, task: Task, until: float) -> Result:
+        return await self._answer(PendingTask(task, until), serve.get_multiplexed_model_id())
+
+    async def stream(self, task: Task, until: float) -> AsyncIterator[PartialExplanation | Result]:
+        updates: asyncio.Queue[PartialExplanation | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def listen(so_far: Explanation) -> None:
+            loop.call_soon_threadsafe(updates.put_nowait, PartialExplanation(so_far.decision, so_far.text))
+
+        whole = asyncio.ensure_future(self._answer(PendingTask(task, until, listen), serve.get_multiplexed_model_id()))
+        whole.add_done_callback(lambda _: updates.put_nowait(None))
+        try:
+            while (so_far := await updates.get()) is not None:
+                yield so_far
+            yield whole.result()
+        finally:
+            whole.cancel()
+
+    async def check(self, release: str, catalogue: int) -> str:
+        """Load all weights of a release, for a catalogue of this version, and ask them; the reason why it is unfit, or nothing.
+
+        Raises RaypipeError for what may pass.
+        """
+        found = Releases(self.engines.workspace.store).get(release)
+        try:
+            for key in self.engines.keys(found, catalogue):
+                loaded = await self._load(str(key))
+                await _in_thread(self._answers, partial(self.engines.check, key, loaded))
+        except RaypipeError as error:
+            # Without adapters the language model is asked for nothing but summaries of given histories.
+            if not found.adapters:
+                return ""
+            if is_lasting(error):
+                return str(error)
+            raise
+        return ""
+
+    async def _answer(self, pending: PendingTask, key: str) -> Result:
+        try:
+            # Loading may take minutes: others are answered meanwhile.
+            loaded = self.engines.get(ModelKey.parse(key)) or await self._load(key)
+        except RaypipeError as error:
+            _LOG.error("%s", error)
+            return _LOAD_FAILED
+        await self._announce(key)
+        return await self.batcher.ask((loaded, pending), key)
+
+    async def _batch(self, key: str, asked: list[tuple[LoadedEngine, PendingTask]]) -> list[Result]:
+        loaded, tasks = asked[0][0], [pending for _, pending in asked]
+        try:
+            return await _in_thread(self._answers, partial(self.engines.answer, loaded, tasks))
+        except RaypipeError as error:
+            _LOG.error("%s: %s", key, error)
+            return [_TASK_FAILED] * len(tasks)
+
+    @serve.multiplexed(max_num_models_per_replica=_MOST_KEYS)
+    async def _announce(self, key: str) -> str:
+        """Lets Ray Serve know that this replica has these weights; which are kept is for `LmEngines` to say, as adapters share
+        theirs."""
+        return key
+
+    async def _load(self, key: str) -> LoadedEngine:
+        return await _in_thread(self._loads, partial(self.engines.load, ModelKey.parse(key)))
+
+
+class ServeLmClient:
+    """Implements `LmClient` with the deployment behind a handle.
+
+    A request whose replica dies is sent again to another one: answers depend on nothing but the request.
+    """
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+
+    async def ask(self, key: ModelKey, task: Task, until: float) -> Result:
+        handle = self._handle.options(multiplexed_model_id=str(key))
+        for _ in range(_TRIES):
+            try:
+                async with asyncio.timeout(max(0.0, until - time.time())):
+                    return await handle.ask.remote(task, until)
+            except RayActorError:
+                continue
+            except (TimeoutError, BackPressureError, DeploymentUnavailableError) as error:
+                return _failure(error)
+        return _UNAVAILABLE
+
+    async def stream(self, key: ModelKey, task: Task, until: float) -> AsyncIterator[PartialExplanation | Result]:
+        handle = self._handle.options(multiplexed_model_id=str(key), stream=True)
+        for _ in range(_TRIES):
+            try:
+                stream = aiter(handle.stream.remote(task, until))
+                while True:
+                    yield await asyncio.wait_for(anext(stream), max(0.0, until - time.time()))
+            except StopAsyncIteration:
+                return
+            except RayActorError:
+                continue
+            except (TimeoutError, BackPressureError, DeploymentUnavailableError) as error:
+                yield _failure(error)
+                return
+        yield _UNAVAILABLE
+
+    def check(self, release: str, catalogue: int) -> None:
+        """Raises UnfitError where a release's language model or an adapter does not answer, and RaypipeError where that could not
+        be found out. Not for an event loop."""
+        try:
+            reason = self._handle.check.remote(release, catalogue).result(timeout_s=_CHECK_S)
+        except (RayError, TimeoutError, BackPressureError, DeploymentUnavailableError) as error:
+            last_line = str(error).strip().splitlines()[-1:]  # of another process, the last line is the error
+            raise RaypipeError(
+                f"The language model could not be checked: {type(error).__name__} {' '.join(last_line)}"
+            ) from error
+        if reason:
+            raise UnfitError(reason, "What was served before stays.")
+
+
+def _failure(error: Exception) -> Failed:
+    if isinstance(error, BackPressureError):
+        return _BUSY
+    return _TIMED_OUT if isinstance(error, TimeoutError) else _UNAVAILABLE
+
+
+async def _in_thread(threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+    return await asyncio.get_running_loop().run_in_executor(threads, work)

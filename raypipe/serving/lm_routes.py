@@ -1,0 +1,144 @@
+"""The routes that ask the language model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.responses import StreamingResponse
+
+from raypipe.serving.backend import FAILURES, Backend, answers_of, check_queries, check_query
+from raypipe.serving.config import LimitOptions
+from raypipe.serving.lm_handler import Event
+from raypipe.serving.lm_requests import LmAnswer, LmQuery
+from raypipe.serving.queries import (
+    ExplainAnswer,
+    ExplainAnswers,
+    ExplainBatch,
+    ExplainQuery,
+    Failure,
+    InterpretAnswer,
+    InterpretAnswers,
+    InterpretBatch,
+    InterpretQuery,
+    NextAnswer,
+    NextAnswers,
+    NextBatch,
+    NextQuery,
+    OracleBatch,
+    OracleQuery,
+    RerankAnswer,
+    RerankAnswers,
+    RerankBatch,
+    RerankQuery,
+    ResidualBatch,
+    ResidualQuery,
+    SummaryAnswer,
+    SummaryAnswers,
+    SummaryBatch,
+    SummaryQuery,
+    TitleAnswer,
+    TitleAnswers,
+)
+
+_LM_FAILURES: dict[int | str, dict[str, Any]] = {**FAILURES, 404: {"model": Failure}, 409: {"model": Failure}}
+
+
+def add_lm_routes(app: FastAPI, backend: Backend, limits: LimitOptions) -> None:
+    @app.post("/v1/explain", response_model=ExplainAnswer, responses=_LM_FAILURES)
+    async def explain(query: ExplainQuery) -> LmAnswer:
+        """Whether an item fits a user or a history, and why, in words."""
+        return await _answer(backend, limits, query)
+
+    @app.post("/v1/explain/batch", response_model=ExplainAnswers, responses=_LM_FAILURES)
+    async def explain_batch(batch: ExplainBatch) -> dict[str, list[Any]]:
+        """Many at a time, all of one release and night."""
+        return await _answer_all(backend, limits, batch.queries)
+
+    @app.post(
+        "/v1/explain/stream",
+        response_class=StreamingResponse,
+        responses={**_LM_FAILURES, 200: {"content": {"text/event-stream": {}}}},
+    )
+    async def explain_stream(query: ExplainQuery) -> StreamingResponse:
+        """The same, told while it grows, as server-sent events: `decision`, `text` (a piece), `again` (what was told so far is
+        no answer, and begins anew), and at the end `done` with the whole answer, or `error`."""
+        check_query(limits, query)
+        return StreamingResponse(_server_sent(await backend.stream(query)), media_type="text/event-stream")
+
+    @app.post("/v1/interpret", response_model=InterpretAnswer, responses=_LM_FAILURES)
+    async def interpret(query: InterpretQuery) -> LmAnswer:
+        """The titles a language model reads from the recommender's state."""
+        return await _answer(backend, limits, query)
+
+    @app.post("/v1/interpret/batch", response_model=InterpretAnswers, responses=_LM_FAILURES)
+    async def interpret_batch(batch: InterpretBatch) -> dict[str, list[Any]]:
+        """Many at a time, all of one release and night."""
+        return await _answer_all(backend, limits, batch.queries)
+
+    @app.post("/v1/residual", response_model=TitleAnswer, responses=_LM_FAILURES)
+    async def residual(query: ResidualQuery) -> LmAnswer:
+        """The last title, read from the states before and after it."""
+        return await _answer(backend, limits, query)
+
+    @app.post("/v1/residual/batch", response_model=TitleAnswers, responses=_LM_FAILURES)
+    async def residual_batch(batch: ResidualBatch) -> dict[str, list[Any]]:
+        """Many at a time, all of one release and night."""
+        return await _answer_all(backend, limits, batch.queries)
+
+    @app.post("/v1/oracle", response_model=TitleAnswer, responses=_LM_FAILURES)
+    async def oracle(query: OracleQuery) -> LmAnswer:
+        """What the recommender would have next, as a title."""
+        return await _answer(backend, limits, query)
+
+    @app.post("/v1/oracle/batch", response_model=TitleAnswers, responses=_LM_FAILURES)
+    async def oracle_batch(batch: OracleBatch) -> dict[str, list[Any]]:
+        """Many at a time, all of one release and night."""
+        return await _answer_all(backend, limits, batch.queries)
+
+    @app.post("/v1/rerank", response_model=RerankAnswer, responses=_LM_FAILURES)
+    async def rerank(query: RerankQuery) -> LmAnswer:
+        """Items, or the recommender's best, in the order of a language model."""
+        return await _answer(backend, limits, query)
+
+    @app.post("/v1/rerank/batch", response_model=RerankAnswers, responses=_LM_FAILURES)
+    async def rerank_batch(batch: RerankBatch) -> dict[str, list[Any]]:
+        """Many at a time, all of one release and night."""
+        return await _answer_all(backend, limits, batch.queries)
+
+    @app.post("/v1/next", response_model=NextAnswer, responses=_LM_FAILURES)
+    async def next_items(query: NextQuery) -> LmAnswer:
+        """What is chosen next, as a language model writes it, taken for items of the catalogue."""
+        return await _answer(backend, limits, query)
+
+    @app.post("/v1/next/batch", response_model=NextAnswers, responses=_LM_FAILURES)
+    async def next_items_batch(batch: NextBatch) -> dict[str, list[Any]]:
+        """Many at a time, all of one release and night."""
+        return await _answer_all(backend, limits, batch.queries)
+
+    @app.post("/v1/summary", response_model=SummaryAnswer, responses=_LM_FAILURES)
+    async def summary(query: SummaryQuery) -> LmAnswer:
+        """What the night wrote of a user, or what is written of a history now."""
+        return await _answer(backend, limits, query)
+
+    @app.post("/v1/summary/batch", response_model=SummaryAnswers, responses=_LM_FAILURES)
+    async def summary_batch(batch: SummaryBatch) -> dict[str, list[Any]]:
+        """Many at a time, all of one release and night."""
+        return await _answer_all(backend, limits, batch.queries)
+
+
+async def _answer(backend: Backend, limits: LimitOptions, query: LmQuery) -> LmAnswer:
+    check_query(limits, query)
+    return await backend.answer_with_lm(query)
+
+
+async def _answer_all(backend: Backend, limits: LimitOptions, queries: Sequence[LmQuery]) -> dict[str, list[Any]]:
+    check_queries(limits, queries)
+    return answers_of(await backend.answer_all_with_lm(queries))
+
+
+async def _server_sent(events: AsyncIterator[Event]) -> AsyncIterator[str]:
+    async for name, data in events:
+        yield f"event: {name}\ndata: {json.dumps(data)}\n\n"
