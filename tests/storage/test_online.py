@@ -136,6 +136,37 @@ def test_versions_lie_side_by_side_and_a_dropped_one_is_gone(store: OnlineStore)
     assert store.begin("v3", BUCKETS) == set()
 
 
+def test_a_version_whose_dropping_was_interrupted_is_loaded_from_its_beginning(
+    redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever that was: a night that is put back in force while its version goes has everybody."""
+    from raypipe.storage.online_redis import RedisStore
+
+    store = open_online_store(redis_server.url, Store(str(tmp_path)))
+    assert isinstance(store, RedisStore)
+    execute, left = store._redis.execute_command, 0
+
+    def interrupted(*command: object, **options: object) -> object:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return execute(*command, **options)
+
+    for before in range(20):
+        load(store, "v1", USERS)
+        left = before
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(store._redis, "execute_command", interrupted)
+            store.drop("v1")
+        if store.facts("v1") is None:
+            load(store, "v1", USERS)
+        assert store.get("v1", USERS) == [user.encode() for user in USERS]
+        if left > 0:
+            break
+    assert 3 < before < 19
+
+
 def test_two_workspaces_on_one_server_do_not_see_each_other(redis_server: RedisServer, tmp_path: Path) -> None:
     one, other = (open_online_store(redis_server.url, Store(str(tmp_path / name))) for name in ("one", "other"))
     load(one, "v1", ["u1"])
