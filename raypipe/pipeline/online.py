@@ -58,14 +58,10 @@ def run_online(config: OnlineConfig) -> JobResult:
     started = time.monotonic()
     workspace = config.open_workspace()
     workspace.require_info()
-    night = Nights(workspace.store).current()
-    if night is None:
-        raise UsageError(
-            "No night is in force, and so there is nothing to load.", "Publish one with `raypipe nightly`."
-        )
     store = open_online_store(config.store, workspace.store)
     try:
         with hold(workspace.store, [JOB], JOB, config.lock_lease_s):
+            night = _in_force(workspace)
             store.check_room()
             version = version_of(night)
             was_there = store.facts(version) is not None
@@ -93,6 +89,15 @@ def run_online(config: OnlineConfig) -> JobResult:
     say(f"{JOB}: the night of {night.date} is served, {users:,} users in {size / 2**20:,.1f} MiB")
     status = "nothing_to_do" if was_there and not old else "ok"
     return JobResult(JOB, status, version, metrics=metrics, cost=cost_of(Usage(), time.monotonic() - started))
+
+
+def _in_force(workspace: Workspace) -> Night:
+    night = Nights(workspace.store).current()
+    if night is None:
+        raise UsageError(
+            "No night is in force, and so there is nothing to load.", "Publish one with `raypipe nightly`."
+        )
+    return night
 
 
 def _load(store: OnlineStore, workspace: Workspace, night: Night, version: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +161,25 @@ def test_the_night_before_stays_loaded_and_older_ones_go(raypipe: Run, uri: str,
         words = ("online", "--workspace", uri, "--keep", keep)
         assert raypipe(*words).metrics["dropped"] == 2 - left
         assert len(store.versions()) == left
+
+
+def test_the_night_that_is_loaded_is_the_one_in_force_once_nobody_else_loads(
+    raypipe: Run, uri: str, night: Night, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another load, of a newer night, may end between the command's start and the lock: an older one must not drop it."""
+
+    @contextmanager
+    def late(store: Store, names: Sequence[str], *rest: object) -> Iterator[object]:
+        with monkeypatch.context() as patch, hold(store, names, *rest) as locks:  # type: ignore[arg-type]
+            patch.setattr(online, "hold", hold)
+            add_events(uri, [("u1", "i1", START + 1000)])
+            publish(uri, "2026-01-06")
+            yield locks
+
+    hold = online.hold
+    monkeypatch.setattr(online, "hold", late)
+    loaded = raypipe("online", "--workspace", uri, "--keep", "0")
+    assert (loaded.metrics["night"], loaded.metrics["dropped"]) == ("2026-01-06", 0)
 
 
 def test_what_cannot_be_loaded_is_one_paragraph(raypipe: Run, uri: str) -> None:
