@@ -63,7 +63,7 @@ def run_online(config: OnlineConfig) -> JobResult:
         with hold(workspace.store, [JOB], JOB, config.lock_lease_s):
             night = _in_force(workspace)
             store.check_room()
-            version = version_of(night)
+            version = version_of(workspace, night)
             was_there = store.facts(version) is not None
             if not was_there:
                 _load(store, workspace, night, version)

@@ -22,6 +22,7 @@ from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.hashing import content_digest
 from raypipe.storage.nights import Night
 from raypipe.storage.store import Store
+from raypipe.storage.workspace import Workspace
 
 FORMAT = 1
 TABLES = ("histories", "hidden_states", "recommendations", "summaries")
@@ -125,10 +126,11 @@ class OnlineStore(Protocol):
     def close(self) -> None: ...
 
 
-def version_of(night: Night) -> str:
+def version_of(workspace: Workspace, night: Night) -> str:
     """The version a night is served from: equal for nights of the same tables and recommender."""
-    tables = {name: night.tables[name] for name in TABLES if name in night.tables}
-    return fingerprint({"format": FORMAT, "tables": tables, "recommender": night.release.get("recommender", "")})[:16]
+    tables = {name: workspace.tables[name].commit_digest(night.tables[name]) for name in TABLES if name in night.tables}
+    recommender = night.release.get("recommender", "")
+    return fingerprint({"format": FORMAT, "tables": tables, "recommender": recommender})[:16]
 
 
 def open_online_store(url: str | None, store: Store) -> OnlineStore:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from raypipe.storage.nights import Night, Nights
 from raypipe.storage.online import UserRecord, open_online_store, version_of
 from raypipe.storage.online_embedded import EmbeddedStore
 from raypipe.storage.store import Store
+from raypipe.storage.workspace import Workspace
 from tests.conftest import Run
 from tests.ground import one_paragraph
 from tests.made import add_events, make_ready, publish
@@ -39,7 +41,7 @@ def night(uri: str) -> Night:
 def records(uri: str, night: Night, url: str | None = None) -> dict[str, UserRecord]:
     store = open_online_store(url, Store(uri))
     users = sorted(newest(uri, "histories")["user_id"].to_pylist())
-    packed = store.get(version_of(night), users)
+    packed = store.get(version_of(Workspace(uri), night), users)
     return {user: UserRecord.unpack(data) for user, data in zip(users, packed, strict=True) if data is not None}
 
 
@@ -123,7 +125,7 @@ def test_a_killed_load_is_finished_by_the_next_and_equals_an_uninterrupted_one(
         patch.setattr(EmbeddedStore, "write", write_two)
         assert raypipe("online", "--workspace", uri).code == 1
     store = open_online_store(None, Store(uri))
-    assert store.facts(version_of(night)) is None
+    assert store.facts(version_of(Workspace(uri), night)) is None
     read = online.NightRows.read
     monkeypatch.setattr(online.NightRows, "read", lambda self, bucket: written.append(bucket) or read(self, bucket))
     resumed = raypipe("online", "--workspace", uri)
@@ -149,7 +151,7 @@ def test_the_night_before_stays_loaded_and_older_ones_go(raypipe: Run, uri: str,
         assert loaded.metrics["users"] == CHAIN_USERS + 1
     assert loaded.metrics["dropped"] == 1
     store = open_online_store(None, Store(uri))
-    assert store.versions() == [version_of(nights[1]), version_of(nights[2])]
+    assert store.versions() == [version_of(Workspace(uri), night) for night in nights[1:]]
     newest_record = records(uri, nights[2])["new"]
     assert (newest_record.state, newest_record.listed, newest_record.summaries) == (None, None, None)
     assert newest_record.items.tolist() == [2, 2]
@@ -161,6 +163,23 @@ def test_the_night_before_stays_loaded_and_older_ones_go(raypipe: Run, uri: str,
         words = ("online", "--workspace", uri, "--keep", keep)
         assert raypipe(*words).metrics["dropped"] == 2 - left
         assert len(store.versions()) == left
+
+
+def test_a_workspace_that_came_back_from_a_backup_is_loaded_anew(raypipe: Run, uri: str, tmp_path: Path) -> None:
+    """Its tables count their versions once more from where it was copied, and the store has outlived it."""
+    store = str(tmp_path / "store")
+    shutil.copytree(uri, tmp_path / "backup")
+    add_events(uri, [("u1", "i1", START + 1000)])
+    lost = publish(uri, "2026-01-06")
+    assert raypipe("online", "--workspace", uri, "--store", store).status == "ok"
+    shutil.rmtree(uri)
+    shutil.copytree(tmp_path / "backup", uri)
+    add_events(uri, [("u1", "i2", START + 1000)])
+    night = publish(uri, "2026-01-06")
+    assert night == lost
+    assert raypipe("online", "--workspace", uri, "--store", store).status == "ok"
+    assert records(uri, night, store)["u1"].items[-1] == 2
+    assert raypipe("online", "--workspace", uri, "--store", store).status == "nothing_to_do"
 
 
 def test_the_night_that_is_loaded_is_the_one_in_force_once_nobody_else_loads(

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from raypipe.storage.nights import Night
 from raypipe.storage.online import OnlineStore, OnlineStoreDownError, UserRecord, open_online_store, version_of
 from raypipe.storage.online_embedded import EmbeddedStore
 from raypipe.storage.store import Store
+from raypipe.storage.workspace import Workspace
 from tests.conftest import need_redis_client, running_redis
 from tests.redis_server import RedisServer
 
@@ -246,13 +248,30 @@ def test_a_record_is_what_was_packed() -> None:
     assert (bare.items.tolist(), bare.state, bare.listed, bare.summaries) == ([], None, None, None)
 
 
-def test_nights_of_equal_tables_and_recommender_share_a_version() -> None:
-    night = Night("2026-01-05", {"histories": 3, "logs": 9}, {"recommender": "sasrec/a"})
-    assert version_of(night) == version_of(
-        Night("2026-01-06", {"histories": 3, "logs": 10}, {"recommender": "sasrec/a"})
-    )
-    assert version_of(night) != version_of(Night("2026-01-05", {"histories": 4}, {"recommender": "sasrec/a"}))
-    assert version_of(night) != version_of(Night("2026-01-05", {"histories": 3}, {"recommender": "sasrec/b"}))
+def test_nights_of_equal_tables_and_recommender_share_a_version(tmp_path: Path) -> None:
+    workspace = Workspace(str(tmp_path / "one"))
+    for table, number in (("histories", 1), ("histories", 2), ("block_summaries", 1)):
+        append_nothing(workspace, table, number)
+    night = Night("2026-01-05", {"histories": 1}, {"recommender": "sasrec/a"})
+    tables = {"histories": 1, "block_summaries": 0}
+    version = version_of(workspace, night)
+    assert version_of(workspace, replace(night, date="2026-01-06", tables=tables)) == version
+    assert version_of(Workspace(workspace.uri), night) == version
+    for other in (
+        replace(night, tables={"histories": 0}),
+        replace(night, release={"recommender": "sasrec/b"}),
+    ):
+        assert version_of(workspace, other) != version
+    # A table made anew counts its versions from the first one on.
+    anew = Workspace(str(tmp_path / "other"))
+    for number in (1, 2):
+        append_nothing(anew, "histories", number)
+    assert anew.tables["histories"].version() == 1
+    assert version_of(anew, night) != version
+
+
+def append_nothing(workspace: Workspace, name: str, number: int) -> None:
+    workspace.tables[name].publish([], mode="append", app="made", number=number)
 
 
 def test_a_store_is_named_by_its_address(tmp_path: Path) -> None:
