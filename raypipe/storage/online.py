@@ -24,7 +24,9 @@ from raypipe.storage.nights import Night
 from raypipe.storage.store import Store
 from raypipe.storage.workspace import Workspace
 
-FORMAT = 1
+FORMAT = 2
+"""Of what is in a version. Raised whenever the same night would give other records, or a state another recipe: what an older raypipe
+loaded is then loaded anew."""
 TABLES = ("histories", "hidden_states", "recommendations", "summaries")
 """What a version is made of; those a night does not have are left out."""
 ADDRESS = "RAYPIPE_ONLINE_STORE"
@@ -127,10 +129,10 @@ class OnlineStore(Protocol):
 
 
 def version_of(workspace: Workspace, night: Night) -> str:
-    """The version a night is served from: equal for nights of the same tables and recommender."""
+    """The version a night is served from: equal for nights of the same tables, recommender and variant of summaries."""
     tables = {name: workspace.tables[name].commit_digest(night.tables[name]) for name in TABLES if name in night.tables}
-    recommender = night.release.get("recommender", "")
-    return fingerprint({"format": FORMAT, "tables": tables, "recommender": recommender})[:16]
+    named = {"recommender": night.release.get("recommender", ""), "summaries": night.summaries}
+    return fingerprint({"format": FORMAT, "tables": tables, **named})[:16]
 
 
 def open_online_store(url: str | None, store: Store) -> OnlineStore:

@@ -248,11 +248,11 @@ def test_a_record_is_what_was_packed() -> None:
     assert (bare.items.tolist(), bare.state, bare.listed, bare.summaries) == ([], None, None, None)
 
 
-def test_nights_of_equal_tables_and_recommender_share_a_version(tmp_path: Path) -> None:
+def test_nights_of_equal_rows_recommender_and_summaries_share_a_version(tmp_path: Path) -> None:
     workspace = Workspace(str(tmp_path / "one"))
     for table, number in (("histories", 1), ("histories", 2), ("block_summaries", 1)):
         append_nothing(workspace, table, number)
-    night = Night("2026-01-05", {"histories": 1}, {"recommender": "sasrec/a"})
+    night = Night("2026-01-05", {"histories": 1}, {"recommender": "sasrec/a"}, summaries="summarize-recurrent")
     tables = {"histories": 1, "block_summaries": 0}
     version = version_of(workspace, night)
     assert version_of(workspace, replace(night, date="2026-01-06", tables=tables)) == version
@@ -260,6 +260,7 @@ def test_nights_of_equal_tables_and_recommender_share_a_version(tmp_path: Path) 
     for other in (
         replace(night, tables={"histories": 0}),
         replace(night, release={"recommender": "sasrec/b"}),
+        replace(night, summaries="summarize-hierarchical"),
     ):
         assert version_of(workspace, other) != version
     # A table made anew counts its versions from the first one on.
