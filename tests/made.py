@@ -98,14 +98,19 @@ def compute(uri: str) -> None:
             made = made.append_column("change_key", state.change_keys.take(place))
             parts.append(({"variant": variant, "bucket": bucket}, made))
         _publish(workspace, table, parts)
+    summarize(uri, "summarize-hierarchical")
+
+
+def summarize(uri: str, variant: str, what: str = "what comes next") -> None:
+    """Of everybody, as if a language model had written that they like this."""
+    workspace = Workspace(uri)
+    version = workspace.tables["histories"].version()
     parts = []
     for bucket in range(BUCKETS):
-        users = UserRows(
-            workspace, bucket, "summaries", "summarize-hierarchical", "recipe", version, -1
-        ).users.to_pylist()
+        users = UserRows(workspace, bucket, "summaries", variant, "recipe", version, -1).users.to_pylist()
         columns = {
             "user_id": users,
-            "summary": [f"{user} likes what comes next." for user in users],
+            "summary": [f"{user} likes {what}." for user in users],
             "carry": [""] * len(users),
             "covered": [1] * len(users),
             "covered_key": [""] * len(users),
@@ -115,17 +120,18 @@ def compute(uri: str) -> None:
             "change_key": [""] * len(users),
         }
         schema = workspace.tables["summaries"].spec.columns
-        parts.append(({"variant": "summarize-hierarchical", "bucket": bucket}, pa.table(columns, schema=schema)))
+        parts.append(({"variant": variant, "bucket": bucket}, pa.table(columns, schema=schema)))
     _publish(workspace, "summaries", parts)
 
 
-def publish(uri: str, date: str) -> Night:
-    """A night of the newest tables and the release in force."""
+def publish(uri: str, date: str, summaries: str = "summarize-hierarchical") -> Night:
+    """A night of the newest tables and the release in force, which names a variant of summaries."""
     workspace = Workspace(uri)
     release = Releases(workspace.store).named("champion")
     assert release is not None
     tables = {name: table.version() for name, table in workspace.tables.items() if table.version() >= 0}
-    night = Night(date, tables, {"release": release.hash, "recommender": release.recommender, "lm": release.lm})
+    parts = {"release": release.hash, "recommender": release.recommender, "lm": release.lm}
+    night = Night(date, tables, parts, summaries=summaries)
     Nights(workspace.store).publish(night)
     return night
 

@@ -172,7 +172,10 @@ class _Batch:
             logprobs = constrained(logprobs, [tokens for search in self.searches for tokens in search.allowed(beams)])
         totals = (self.scores[:, None] + logprobs).view(len(self.searches), beams * vocabulary)
         # An answer that ends takes no beam's place: among twice as many are enough that go on.
-        best = totals.topk(min(2 * self.beams, beams * vocabulary))
+        most = min(2 * self.beams, beams * vocabulary)
+        best = totals.topk(most)
+        if best.values[:, 0].isnan().any():  # NaN counts as the largest: one beam's would push out all others.
+            best = totals.nan_to_num(nan=-torch.inf, posinf=torch.inf).topk(most)
         parents: list[list[int]] = []
         for search, values, places in zip(self.searches, best.values.tolist(), best.indices.tolist(), strict=True):
             goes_on = bool(search.live)

@@ -46,7 +46,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 # Each goes into fingerprints and is raised whenever the same prompt would get another answer.
-VERSIONS = {"echo": 1, "transformers": 2, "vllm": 2, "openai": 1}
+VERSIONS = {"echo": 1, "transformers": 3, "vllm": 3, "openai": 1}
 DEFAULT_CONTEXT = 8192
 _BYTES_PER_TOKEN = 2  # cautious: tokenizers make 3 to 5 of most scripts' text
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
@@ -334,10 +334,9 @@ class EngineConfig(Config):
         named = self.http.tokenizer if self.engine == "openai" else self.lm
         if not named:
             return lambda texts: [-(-len(text.encode()) // _BYTES_PER_TOKEN) for text in texts]
-        from transformers import AutoTokenizer
+        from raypipe.language.backbone import load_tokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(resolve_checkpoint(named), local_files_only=True)
-        return lambda texts: [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+        return load_tokenizer(named).count_tokens
 
     def identity(self) -> dict[str, Any]:
         """What a fingerprint must hold of the engine: its name and version, its shaping settings, the model's content.

@@ -23,7 +23,11 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class PromptTokenizer:
-    """Puts text to a model as it was taught to read it."""
+    """Puts text to a model as it was taught to read it.
+
+    A mark among words, as `</s>` in a title, is words: it ends no turn and no answer. Special tokens are those that the tokenizer
+    itself puts around a text, and those of its chat template.
+    """
 
     tokenizer: Any
 
@@ -32,7 +36,7 @@ class PromptTokenizer:
         if not texts:
             return []
         if self.tokenizer.chat_template is None:
-            return self.tokenizer(list(texts))["input_ids"]
+            return self._read(texts, add_special_tokens=True)
         return [ids for ids, _ in self.encode_pieces([[text] for text in texts])]
 
     def encode_pieces(self, prompts: Sequence[Sequence[str | int]]) -> list[tuple[list[int], list[int]]]:
@@ -43,7 +47,7 @@ class PromptTokenizer:
         before, after = self._frame
         # All at once: one call a piece took most of the time that preparing a training took.
         texts = list(dict.fromkeys(piece for pieces in prompts for piece in pieces if isinstance(piece, str)))
-        known = dict(zip(texts, self._within(texts), strict=True))
+        known = dict(zip(texts, self.tokens_of(texts), strict=True))
         found = []
         for pieces in prompts:
             ids, starts = [*before], []
@@ -58,25 +62,30 @@ class PromptTokenizer:
 
     def continued(self, prompt: str, text: str) -> list[int]:
         """The tokens of a text that goes on where a prompt ends; empty where the two share a token."""
-        before = prompt if self.tokenizer.chat_template is None else self._as_user_turn(prompt)
-        special = self.tokenizer.chat_template is None
-        start, whole = self.tokenizer([before, before + text], add_special_tokens=special)["input_ids"]
+        if self.tokenizer.chat_template is None:
+            start, whole = self.encode([prompt, prompt + text])
+        else:
+            turn = self._as_user_turn(prompt)
+            start, whole = self.tokenizer([turn, turn + text], add_special_tokens=False)["input_ids"]
         return whole[len(start) :] if whole[: len(start)] == start else []
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens each text takes inside a prompt, without chat wrapping and special tokens."""
-        return [len(ids) for ids in self._within(texts)]
+        return [len(ids) for ids in self.tokens_of(texts)]
 
     def decode(self, answers: Sequence[Sequence[int]]) -> list[str]:
         """The text of each answer, special tokens left out and outer whitespace stripped."""
         return [text.strip() for text in self.tokenizer.batch_decode(list(answers), skip_special_tokens=True)]
 
-    def _within(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts within a prompt. In a chat a mark among a user's or a catalogue's words is words: it ends no turn."""
+    def tokens_of(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts within a prompt or an answer."""
+        return self._read(texts, add_special_tokens=False)
+
+    def _read(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
         if not texts:
             return []
-        chat = {} if self.tokenizer.chat_template is None else {"split_special_tokens": True}
-        return self.tokenizer(list(texts), add_special_tokens=False, **chat)["input_ids"]
+        options = {"add_special_tokens": add_special_tokens, "return_attention_mask": False}
+        return self.tokenizer(list(texts), split_special_tokens=True, **options)["input_ids"]
 
     @cached_property
     def _frame(self) -> tuple[list[int], list[int]]:

@@ -25,11 +25,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from raypipe.config import Config, shaping
+from raypipe.language.backbone import PromptTokenizer
 from raypipe.language.batching import batches_of_like_length
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
 from raypipe.language.catalogue import Catalogue
 from raypipe.language.instructions import Example, InstructionConfig, summary_examples
 from raypipe.language.summary_prompts import SummaryPrompts, times
+from raypipe.language.trie import answer_tokens
 
 _MARKER = "prepared.json"
 _ENCODED_AT_ONCE = 2048
@@ -83,13 +85,14 @@ def prepare_lm(
 def _tokenised(examples: Iterable[Example], tokenizer: Any, context: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Flat tokens with ends and answer starts. An example longer than the context is left out: cut, it would teach
     answers to what is not shown."""
+    reader = PromptTokenizer(tokenizer)
     pieces: list[list[int]] = []
     starts: list[int] = []
     remaining = iter(examples)
     while chunk := list(islice(remaining, _ENCODED_AT_ONCE)):
-        prompts = tokenizer([example.prompt for example in chunk], add_special_tokens=False)["input_ids"]
+        prompts = reader.tokens_of([example.prompt for example in chunk])
         # The space belongs to the answer: the prompt ends exactly as it will when the model is asked.
-        answers = tokenizer([f" {example.answer}" for example in chunk], add_special_tokens=False)["input_ids"]
+        answers = answer_tokens(reader, [example.answer for example in chunk])
         for prompt, answer in zip(prompts, answers, strict=True):
             if len(prompt) + len(answer) < context:
                 pieces.append([*prompt, *answer, tokenizer.eos_token_id])

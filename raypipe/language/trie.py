@@ -208,18 +208,11 @@ class _Place:
 
 def answer_tokens(tokenizer: PromptTokenizer, answers: Sequence[str]) -> list[list[int]]:
     """Token ids of whole answers as they follow a prompt, a space before each; marks such as `</s>` are words in them."""
-    return _ids(tokenizer, [f" {answer}" for answer in answers])
-
-
-def _ids(tokenizer: PromptTokenizer, texts: Sequence[str]) -> list[list[int]]:
-    if not texts:
-        return []
-    options = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
-    return tokenizer.tokenizer(list(texts), **options)["input_ids"]
+    return tokenizer.tokens_of([f" {answer}" for answer in answers])
 
 
 def _spelled(tokenizer: PromptTokenizer, pieces: Sequence[str], ends: Sequence[int]) -> list[list[int]]:
-    found = _ids(tokenizer, pieces)
+    found = tokenizer.tokens_of(pieces)
     for piece, ids in zip(pieces, found, strict=True):
         if not ids or set(ids) & set(ends):
             raise ValueError(f"The tokenizer cannot spell {piece!r} as a part of an answer.")
@@ -228,9 +221,9 @@ def _spelled(tokenizer: PromptTokenizer, pieces: Sequence[str], ends: Sequence[i
 
 def _continued(tokenizer: PromptTokenizer, before: str, pieces: Sequence[str], ends: Sequence[int]) -> list[list[int]]:
     """Tokens of each piece where it follows `before`; by itself where the two are joined in one."""
-    (start,) = _ids(tokenizer, [before])
+    (start,) = tokenizer.tokens_of([before])
     at = len(start)
-    whole = _ids(tokenizer, [before + piece for piece in pieces])
+    whole = tokenizer.tokens_of([before + piece for piece in pieces])
     joined = [number for number, ids in enumerate(whole) if ids[:at] != start or not ids[at:] or set(ids) & set(ends)]
     found = [ids[at:] for ids in whole]
     for number, ids in zip(joined, _spelled(tokenizer, [pieces[number] for number in joined], ends), strict=True):

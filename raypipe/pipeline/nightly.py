@@ -219,7 +219,8 @@ def _published(
             tables = {name: version for name, version in versions.items() if version != ABSENT}
             # Versions only grow: if those that stood before the steps stand now, no step and no line above has read others.
             if read is not None and settled_versions(workspace, *_READ) == read:
-                return tables, _publish(config, workspace, Night(date, tables, parts, _metrics(results)))
+                night = Night(date, tables, parts, _metrics(results), config.summarize.summaries.variant)
+                return tables, _publish(config, workspace, night)
     raise RaypipeError(
         f"Other jobs published histories or items during each of the {_PASSES} times that the steps of the night ran, so that what "
         "they made is not all of the same ones.",
@@ -229,10 +230,10 @@ def _published(
 
 
 def _publish(config: NightlyConfig, workspace: Workspace, night: Night) -> bool:
-    """Put the night in force, unless one of the same tables and release is; the caller holds the nights' lock."""
+    """Put the night in force, unless one of the same tables, release and summaries is; the caller holds the nights' lock."""
     nights = Nights(workspace.store)
     current = nights.current()
-    if current is not None and (current.tables, current.release) == (night.tables, night.release):
+    if current is not None and replace(night, date=current.date, metrics=current.metrics) == current:
         return False
     write_cards(workspace, night.date, night.tables, config.cards, config.summarize.summaries)
     nights.publish(night)

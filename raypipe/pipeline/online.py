@@ -26,6 +26,7 @@ from raypipe.storage.ledger import Usage
 from raypipe.storage.locks import hold
 from raypipe.storage.nights import Night, Nights
 from raypipe.storage.online import OnlineStore, UserRecord, open_online_store, version_of
+from raypipe.storage.tables import ABSENT
 from raypipe.storage.workspace import Workspace
 
 JOB = "online"
@@ -58,16 +59,12 @@ def run_online(config: OnlineConfig) -> JobResult:
     started = time.monotonic()
     workspace = config.open_workspace()
     workspace.require_info()
-    night = Nights(workspace.store).current()
-    if night is None:
-        raise UsageError(
-            "No night is in force, and so there is nothing to load.", "Publish one with `raypipe nightly`."
-        )
     store = open_online_store(config.store, workspace.store)
     try:
         with hold(workspace.store, [JOB], JOB, config.lock_lease_s):
+            night = _in_force(workspace)
             store.check_room()
-            version = version_of(night)
+            version = version_of(workspace, night)
             was_there = store.facts(version) is not None
             if not was_there:
                 _load(store, workspace, night, version)
@@ -95,6 +92,15 @@ def run_online(config: OnlineConfig) -> JobResult:
     return JobResult(JOB, status, version, metrics=metrics, cost=cost_of(Usage(), time.monotonic() - started))
 
 
+def _in_force(workspace: Workspace) -> Night:
+    night = Nights(workspace.store).current()
+    if night is None:
+        raise UsageError(
+            "No night is in force, and so there is nothing to load.", "Publish one with `raypipe nightly`."
+        )
+    return night
+
+
 def _load(store: OnlineStore, workspace: Workspace, night: Night, version: str) -> None:
     night_rows = NightRows.of(workspace, night)
     buckets = night_rows.buckets()
@@ -120,6 +126,27 @@ def _old_versions(store: OnlineStore, current: str, keep: int) -> list[str]:
     return [version for version in others if version not in kept]
 
 
+def _paradigms(workspace: Workspace, night: Night) -> tuple[str, ...]:
+    """The one of the night's own summaries. Those of another variant may lie in the table for ever, of whoever asked for them once;
+    those before a cut are of less than is known, and for evaluations alone."""
+    variant = night.summaries or _written_last(workspace, night)
+    if "summaries" not in night.tables or "-cut" in variant:
+        return ()
+    files = workspace.tables["summaries"].files(night.tables["summaries"], variant=variant)
+    return (variant.removeprefix(_SUMMARIES),) if files else ()
+
+
+def _written_last(workspace: Workspace, night: Night) -> str:
+    """The variant of summaries of a night that does not tell its own: that of the newest run which wrote any until then."""
+    for run in workspace.ledger("summarize").finished():
+        result = run.result()
+        assert result is not None, "a finished run has a result"
+        written = result["tables"].get("summaries")
+        if written is not None and written["version"] <= night.tables.get("summaries", ABSENT):
+            return str(run.manifest["facts"]["variant"])
+    return ""
+
+
 @dataclass(frozen=True)
 class BucketRows:
     """Users and their packed records, in one order."""
@@ -131,7 +158,7 @@ class BucketRows:
 @dataclass(frozen=True)
 class NightRows:
     """A night's tables as records of users. `recommender` is the name of the night's, `recipe` that of its states, `paradigms`
-    are the variants of `summaries` that are of whole histories."""
+    are those of its summaries, where these are of whole histories."""
 
     workspace: Workspace
     night: Night
@@ -144,11 +171,7 @@ class NightRows:
         if "histories" not in night.tables:
             raise UsageError(f"The night of {night.date} has no histories.", "Ingest a log, then run the night again.")
         recommender, _, model = str(night.release.get("recommender", "")).partition("/")
-        files = workspace.tables["summaries"].files(night.tables["summaries"]) if "summaries" in night.tables else []
-        variants = sorted({file.partition["variant"] for file in files})
-        # Summaries before a cut are of less than is known, and for evaluations alone.
-        paradigms = tuple(name.removeprefix(_SUMMARIES) for name in variants if "-cut" not in name)
-        return cls(workspace, night, recommender, state_recipe(model), paradigms)
+        return cls(workspace, night, recommender, state_recipe(model), _paradigms(workspace, night))
 
     def buckets(self) -> int:
         """How many buckets the night's users are in: a power of two.

@@ -33,8 +33,8 @@ def top_k(queries: Tensor, table: Tensor, k: int, filters: Filters = EVERYTHING)
     """The best k items of each user: int64 and float32 [batch, k], by falling score and, where equal, rising index.
 
     queries [batch, width]; table [items + 1, width], whose row 0, padding, is no item. Scores are inner products. Where
-    fewer than k items may be recommended, the rest is item 0 with score −inf. Raises ValueError where the catalogue has
-    fewer than k items.
+    fewer than k items may be recommended, or have a score that is a number, the rest is item 0 with score −inf. Raises ValueError
+    where the catalogue has fewer than k items.
     """
     items = len(table) - 1
     if k > items:
@@ -116,19 +116,27 @@ def _filtered(scores: Tensor, rows: slice, filters: Filters) -> Tensor:
 
 
 def _best_keys(scores: Tensor, rows: slice, k: int) -> Tensor:
-    """The k largest keys of each user among a block's scores, all where it has no more, in no order.
+    """The k largest keys of each user among a block's scores, all where it has no more, in no order. Overwrites `scores`.
 
     Keys are made of the k best scores alone, a third of the work, but where others score the same as the last of them.
     """
     if scores.shape[1] <= k:
-        return _keys(scores, torch.arange(rows.start, rows.stop, device=scores.device))
+        return _keys(_without_nan(scores), torch.arange(rows.start, rows.stop, device=scores.device))
     values, places = scores.topk(k + 1, dim=1)
+    # NaN counts as the largest there, so the first ones tell of any: *m*, to look at every score takes 5 to 8 % more.
+    if values[:, 0].isnan().any():
+        values, places = _without_nan(scores).topk(k + 1, dim=1)
     keys = _keys(values[:, :k], places[:, :k] + rows.start)
     ties = (values[:, k] == values[:, k - 1]) & (values[:, k] > -math.inf)
     if ties.any():
         indices = torch.arange(rows.start, rows.stop, device=scores.device)
         keys[ties] = _keys(scores[ties], indices).topk(k, dim=1).values
     return keys
+
+
+def _without_nan(scores: Tensor) -> Tensor:
+    """Overwrites `scores`."""
+    return scores.nan_to_num_(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
 
 
 def _keys(scores: Tensor, indices: Tensor) -> Tensor:

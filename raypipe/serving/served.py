@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from raypipe.serving.adapters import ServedAdapter, load_adapters
 from raypipe.serving.catalogue import ServedCatalogue
 from raypipe.serving.config import ServiceConfig
 from raypipe.serving.recommending import ListSpec, ModelInputs, Ranked, recommend, score
+from raypipe.storage.fingerprint import canonical_json
 from raypipe.storage.models import Models, find_model
 from raypipe.storage.nights import Night, Nights
 from raypipe.storage.online import OnlineStore, version_of
@@ -100,9 +102,15 @@ def find_target(workspace: Workspace, store: OnlineStore, before: Target | None 
     """
     alone = release_alone(workspace)
     night = Nights(workspace.store).current()
-    if night is not None and store.facts(version := version_of(night)) is not None:
+    if night is not None and store.facts(version := _version(workspace.uri, canonical_json(asdict(night)))) is not None:
         return Target(alone.release, night.date, version)
     return replace(before, release=alone.release) if before is not None else alone
+
+
+@lru_cache(maxsize=2)
+def _version(uri: str, night: str) -> str:
+    """Of a night as its manifest has it, which is looked at all the time, while the log of its tables stays as it is."""
+    return version_of(Workspace(uri), Night(**json.loads(night)))
 
 
 def release_alone(workspace: Workspace) -> Target:

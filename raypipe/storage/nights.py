@@ -19,12 +19,14 @@ _CURRENT = "nights/current.json"
 
 @dataclass(frozen=True)
 class Night:
-    """One published night: table versions and the release they were computed with."""
+    """One published night: table versions and the release they were computed with, and the variant of summaries that it keeps up;
+    nights of before this was told have none."""
 
     date: str
     tables: Mapping[str, int]
     release: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    summaries: str = ""
 
 
 class Nights:

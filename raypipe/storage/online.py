@@ -22,8 +22,11 @@ from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.hashing import content_digest
 from raypipe.storage.nights import Night
 from raypipe.storage.store import Store
+from raypipe.storage.workspace import Workspace
 
-FORMAT = 1
+FORMAT = 2
+"""Of what is in a version. Raised whenever the same night would give other records, or a state another recipe: what an older raypipe
+loaded is then loaded anew."""
 TABLES = ("histories", "hidden_states", "recommendations", "summaries")
 """What a version is made of; those a night does not have are left out."""
 ADDRESS = "RAYPIPE_ONLINE_STORE"
@@ -125,10 +128,11 @@ class OnlineStore(Protocol):
     def close(self) -> None: ...
 
 
-def version_of(night: Night) -> str:
-    """The version a night is served from: equal for nights of the same tables and recommender."""
-    tables = {name: night.tables[name] for name in TABLES if name in night.tables}
-    return fingerprint({"format": FORMAT, "tables": tables, "recommender": night.release.get("recommender", "")})[:16]
+def version_of(workspace: Workspace, night: Night) -> str:
+    """The version a night is served from: equal for nights of the same tables, recommender and variant of summaries."""
+    tables = {name: workspace.tables[name].commit_digest(night.tables[name]) for name in TABLES if name in night.tables}
+    named = {"recommender": night.release.get("recommender", ""), "summaries": night.summaries}
+    return fingerprint({"format": FORMAT, "tables": tables, **named})[:16]
 
 
 def open_online_store(url: str | None, store: Store) -> OnlineStore:

@@ -85,12 +85,14 @@ class RedisStore:
         self._buckets.pop(version, None)
         with _told(self.host):
             self._redis.hdel(f"{self.prefix}:complete", version)
+            # Before its buckets: whoever loads a version that is half gone must not take them for loaded.
+            self._redis.unlink(f"{self.prefix}:{version}:loaded")
             # A bucket whose load was interrupted is in no set, but has its key.
             buckets = int(self._redis.get(f"{self.prefix}:{version}:buckets") or 0)
             for start in range(0, buckets, _USERS_A_COMMAND):
                 chunk = range(start, min(start + _USERS_A_COMMAND, buckets))
                 self._redis.unlink(*(self._key(version, bucket) for bucket in chunk))
-            self._redis.unlink(f"{self.prefix}:{version}:loaded", f"{self.prefix}:{version}:buckets")
+            self._redis.unlink(f"{self.prefix}:{version}:buckets")
             self._redis.zrem(f"{self.prefix}:begun", version)
 
     def get(self, version: str, users: Sequence[str]) -> list[bytes | None]:

@@ -94,6 +94,12 @@ class Table:
         """The number of rows of `version`."""
         return sum(file.rows for file in self.files(version))
 
+    def commit_digest(self, version: int) -> str:
+        """Of what the log says of this version's commit, its time among it: no other table's is the same, nor that of a table which
+        was made anew or came back from a backup, whose versions are counted from where it stood."""
+        commit = self.store.get(f"{self.folder}/_delta_log/{version:020d}.json")
+        return hashlib.sha256(commit or b"").hexdigest()[:32]
+
     def stage(self, rows: pa.Table, name: str, partition: Mapping[str, str | int] | None = None) -> StagedFile:
         """Write `rows` (without partition columns) as one data file that no reader sees before `publish`.
 

@@ -69,7 +69,8 @@ def most_similar(source: Source) -> NDArray[np.int64]:
         likeness = vectors[part] @ vectors.T
         own = torch.arange(part.start, min(part.stop, len(vectors)))
         likeness[torch.arange(len(own)), own] = -torch.inf
-        nearest.append(likeness.argmax(1) + 1)
+        # NaN counts as the largest: here it is below every cosine, and above the item itself.
+        nearest.append(likeness.nan_to_num_(nan=-2, neginf=-torch.inf).argmax(1) + 1)
     return torch.cat(nearest).numpy()
 
 
@@ -88,8 +89,9 @@ def _taught(
         raise ValueError(
             f"A history leaves {int(left.min())} of {source.recommender.items} items unseen: too few to ask about."
         )
-    scores = scores.masked_fill(~unseen, -torch.inf)
-    order = scores.argsort(dim=1, descending=True, stable=True)
+    # NaN counts as the largest: here it is the lowest that an unseen item can have.
+    known = scores.nan_to_num(nan=torch.finfo(scores.dtype).min, posinf=torch.inf)
+    order = known.masked_fill(~unseen, -torch.inf).argsort(dim=1, descending=True, stable=True)
     drawn = (
         torch.from_numpy(rng.random(scores.shape, np.float32)).masked_fill(~unseen, -1).topk(CANDIDATES, dim=1).indices
     )

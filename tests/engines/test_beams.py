@@ -82,12 +82,16 @@ def test_lists_are_ranked_by_their_exact_probability(random_lm: str) -> None:
         assert [beam.logprob for beam in outcome.beams] == pytest.approx(sorted(exact.values(), reverse=True), abs=1e-4)
 
 
-def searched(plain: Plain, prompt: Sequence[int], count: int, most: int, ends: set[int]) -> list[tuple[float, tuple]]:
-    """Beam search as it is written down: log-probability and tokens, those that ended first."""
+def searched(
+    plain: Plain, prompt: Sequence[int], count: int, most: int, ends: set[int], deadly: int = -1
+) -> list[tuple[float, tuple]]:
+    """Beam search as it is written down: log-probability and tokens, those that ended first. Nothing follows a `deadly` token."""
     live, ended = [(0.0, ())], []
     for _ in range(most):
         grown = []
         for logprob, tokens in live:
+            if deadly in tokens:
+                continue
             told = plain.next_logprobs(prompt, tokens)[-1].tolist()
             ended.append((logprob + math.log(sum(math.exp(told[end]) for end in ends)), tokens))
             grown += [(logprob + more, (*tokens, token)) for token, more in enumerate(told) if token not in ends]
@@ -105,6 +109,29 @@ def test_a_free_search_is_the_one_in_the_books(random_lm: str, most: int) -> Non
         expected = searched(plain, ids, 3, most, set(range(0, 290, 10)))
         assert [beam.text for beam in outcome.beams] == plain.backbone.decode([tokens for _, tokens in expected])
         assert [beam.logprob for beam in outcome.beams] == pytest.approx([score for score, _ in expected], abs=1e-4)
+
+
+def test_a_beam_whose_scores_are_no_numbers_ends_and_the_others_go_on(
+    random_lm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, built = Plain(random_lm), ending_often(random_lm)
+    ends = set(range(0, 290, 10))
+    (ids,) = plain.backbone.encode([PROMPTS[0].text])
+    first = plain.next_logprobs(ids, ())[-1].tolist()
+    deadly = max(set(range(len(first))) - ends, key=first.__getitem__)
+    forward = built.backbone.model.forward
+
+    def broken(**given: torch.Tensor) -> object:
+        told = forward(**given)
+        if given["input_ids"].shape[1] == 1:
+            told.logits[given["input_ids"][:, 0] == deadly] = math.nan
+        return told
+
+    monkeypatch.setattr(built.backbone.model, "forward", broken)
+    (outcome,) = answers(built, PROMPTS[:1], Decoding(beams=3, max_new_tokens=4))
+    expected = searched(plain, ids, 3, 4, ends, deadly)
+    assert [beam.text for beam in outcome.beams] == plain.backbone.decode([tokens for _, tokens in expected])
+    assert [beam.logprob for beam in outcome.beams] == pytest.approx([score for score, _ in expected], abs=1e-4)
 
 
 def test_what_has_ended_stands_before_what_the_limit_cut(random_lm: str) -> None:

@@ -55,6 +55,18 @@ def test_our_loop_answers_as_transformers_own_generate(stories):
     assert [outcome.text for outcome in answers(stories, prompts, Decoding(max_new_tokens=30))] == expected
 
 
+def test_a_mark_among_the_words_of_a_prompt_is_generated_from_and_counted_as_words(stories):
+    backbone, text = load_backbone(stories, device="cpu"), "Lily said </s> and <s> to <unk> her"
+    words = backbone.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert not set(words) & set(backbone.tokenizer.all_special_ids)
+    ids = [backbone.tokenizer.bos_token_id, *words]
+    written = backbone.model.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False)[:, len(ids) :]
+    (outcome,) = answers(stories, [Prompt.of(text)], Decoding(max_new_tokens=20))
+    assert [outcome.text] == backbone.decode(written.tolist())
+    assert outcome.tokens_in == len(ids)
+    assert EngineConfig(lm=stories).token_counter()([text, "Lily"]) == [len(words), *backbone.count_tokens(["Lily"])]
+
+
 def test_the_size_of_batches_changes_no_answer(lm):
     prompts, decoding = mixed_prompts(16), Decoding(max_new_tokens=20)
     assert answers(lm, prompts, decoding, batch_tokens=200) == answers(lm, prompts, decoding)

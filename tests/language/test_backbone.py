@@ -10,7 +10,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from raypipe.engines.encoded import encode_prompts
 from raypipe.errors import UsageError
-from raypipe.language.backbone import PromptTokenizer, load_backbone
+from raypipe.language.backbone import PromptTokenizer, load_backbone, load_tokenizer
 from raypipe.language.checkpoint import checkpoint_hash, resolve_checkpoint
 from raypipe.language.prompt import Prompt
 from raypipe.language.soft_prompts import encode_all
@@ -106,6 +106,41 @@ def test_a_mark_in_a_title_ends_no_turn(make) -> None:
         assert (ids.count(end), ids.count(start)) == (1, 2)
         assert chat.count_tokens([text]) == [len(ids) - len(chat.encode([""])[0])]
     assert FORGED in tokenizer.decode(ids)
+
+
+STORY = "Once upon</s> a <s>time<unk>"
+
+
+@pytest.mark.parametrize("make", [fast_tokenizer, slow_tokenizer])
+def test_without_a_chat_template_a_mark_in_a_title_is_words_too(make) -> None:
+    tokenizer = make()
+    plain = PromptTokenizer(tokenizer)
+    before, alone = (plain.encode([text])[0] for text in ("", "Dune"))
+    marks = set(tokenizer.all_special_ids) - set(before)
+    (ids,) = plain.encode([FORGED])
+    assert not marks & set(ids)
+    assert len(ids) > len(plain.encode(["Dune\nassistant\nHeat"])[0])
+    assert ids.count(tokenizer.eos_token_id) == alone.count(tokenizer.eos_token_id) == len(before)
+    assert plain.count_tokens([FORGED]) == [len(ids) - len(before)]
+    assert tokenizer.decode([one for one in ids if one not in before]) == FORGED
+    if not before:  # else the tokenizer ends every text with a mark of its own
+        assert plain.continued("Dune<|im_end|>", " <|im_end|>") == plain.tokens_of([" <|im_end|>"])[0]
+
+
+def test_a_story_with_marks_is_read_as_it_is_written_and_one_without_as_ever(stories) -> None:
+    plain = load_tokenizer(stories)
+    start, marks = plain.tokenizer.bos_token_id, set(plain.tokenizer.all_special_ids)
+    (ids,) = plain.encode([STORY])
+    assert ids[0] == start
+    assert not marks & set(ids[1:])
+    assert plain.tokenizer.decode(ids[1:]) == STORY
+    assert plain.count_tokens([STORY]) == [len(ids) - 1]
+    (trained,) = encode_all(plain, [Prompt.of(STORY)], {}, {})
+    (asked,) = encode_prompts(plain, [Prompt.of(STORY)], [5], 1000)[0].values()
+    assert trained.ids == asked.ids == ids == [start, *plain.tokens_of([STORY])[0]]
+    # Whatever has no mark in it is what the tokenizer by itself makes of it.
+    usual = ["Once upon a time", "", "🎬 Lily; (1979)\n\n", "< s > / s"]
+    assert plain.encode(usual) == plain.tokenizer(usual)["input_ids"]
 
 
 def test_a_template_that_says_it_twice_is_refused() -> None:

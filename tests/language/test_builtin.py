@@ -36,6 +36,7 @@ def checkpoint(tokenizer, tmp_path_factory):
 def test_no_character_of_any_title_is_lost(checkpoint, text):
     backbone = load_backbone(str(checkpoint), device="cpu")
     (ids,) = backbone.encode([text])
+    assert ids == backbone.tokens_of([text])[0] == backbone.tokenizer(text)["input_ids"]
     assert backbone.tokenizer.decode(ids) == text
     assert backbone.tokenizer.decode(ids, skip_special_tokens=True) == text
 

@@ -49,3 +49,18 @@ def test_nothing_written_is_no_line_by_no_margin(backbone: Backbone) -> None:
     grounded = Grounding(backbone, LINES).ground([""])
     assert (grounded.nearest.tolist(), grounded.margin.tolist(), grounded.exact.tolist()) == ([-1], [0.0], [False])
     assert Grounding(backbone, LINES).ground([]).nearest.shape == (0,)
+
+
+def test_a_line_whose_words_are_no_numbers_is_nobodys_nearest(backbone: Backbone) -> None:
+    answers = ["War : Dune", "Casablanca", "Drama : Alie", "Brazil"]
+    known = Grounding(backbone, LINES).ground(answers)
+    lost = backbone.twin("everything")
+    (ids,) = lost.tokenizer([" Zulu"])["input_ids"]
+    used = {token for text in (*LINES, *answers) for token in lost.tokenizer(f" {text}")["input_ids"]}
+    unused = sorted(set(ids) - used)
+    assert unused
+    lost.model.get_input_embeddings().weight.data[unused] = np.nan  # type: ignore[operator]
+    found = Grounding(lost, ["Zulu", *LINES]).ground([*answers, "Zulu!"])
+    assert found.nearest[:-1].tolist() == (known.nearest + 1).tolist()
+    assert found.margin[:-1] == pytest.approx(known.margin, abs=1e-6)
+    assert np.isfinite(found.margin).all()

@@ -148,7 +148,7 @@ def test_a_forgotten_user_is_not_in_redis_nor_in_its_files_and_everybody_else_is
     night = Nights(Store(two_nights)).current()
     assert night is not None
     store = open_online_store(redis_server.url, Store(two_nights))
-    hers, others = store.get(version_of(night), [USER, "u7"])
+    hers, others = store.get(version_of(Workspace(two_nights), night), [USER, "u7"])
     assert hers is None
     assert others is not None
     assert len(store.versions()) == 1

@@ -83,6 +83,30 @@ def test_a_night_runs_is_nothing_to_do_again_and_can_be_put_back(raypipe: Run, t
     assert raypipe("status", "--workspace", uri).metrics["night"] == "2026-01-05"
 
 
+def test_a_night_keeps_up_its_own_kind_of_summaries_and_no_other_is_served(
+    raypipe: Run, tmp_path: Path, files: Path
+) -> None:
+    uri = str(tmp_path / "workspace")
+    log = write_log(files / "log-2026-01-05.csv", SMALL_LOG)
+    night = (*nightly_words(uri, files)[:-1], log, "--date", "2026-01-05", "--online.grace_s", 0)
+    assert raypipe(*night).metrics["online.summaries"] == {"hierarchical": 25}
+    once = ("--engine.engine", "echo", "--summaries.paradigm", "recurrent")
+    assert raypipe("summarize", "--workspace", uri, *once).metrics["computed"] == 25
+    again = raypipe(*night)
+    assert (again.status, again.metrics["online.summaries"]) == ("ok", {"hierarchical": 25})
+    assert raypipe(*night).status == "nothing_to_do"
+    # Nothing is to be written, and yet it is another night: of the summaries that it keeps up from now on.
+    other = raypipe(*night, "--summarize.summaries.paradigm", "recurrent")
+    assert (other.status, other.metrics["online.summaries"], other.result["cost"]["calls"]) == (
+        "ok",
+        {"recurrent": 25},
+        0,
+    )
+    current = Nights(Store(uri)).current()
+    assert current is not None
+    assert current.summaries == "summarize-recurrent"
+
+
 BACKFILL = ("--date", "2026-01-30", "--until", "2026-02-01")
 
 

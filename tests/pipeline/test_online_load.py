@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from raypipe.pipeline import online
+from raypipe.pipeline.extract import state_recipe
+from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.nights import Night, Nights
-from raypipe.storage.online import UserRecord, open_online_store, version_of
+from raypipe.storage.online import FORMAT, UserRecord, open_online_store, version_of
 from raypipe.storage.online_embedded import EmbeddedStore
 from raypipe.storage.store import Store
+from raypipe.storage.workspace import Workspace
 from tests.conftest import Run
 from tests.ground import one_paragraph
-from tests.made import add_events, make_ready, publish
+from tests.made import add_events, make_ready, publish, summarize
 from tests.pipeline.small_logs import CHAIN_USERS, START, Event, newest
 from tests.redis_server import RedisServer
 
@@ -37,8 +44,14 @@ def night(uri: str) -> Night:
 def records(uri: str, night: Night, url: str | None = None) -> dict[str, UserRecord]:
     store = open_online_store(url, Store(uri))
     users = sorted(newest(uri, "histories")["user_id"].to_pylist())
-    packed = store.get(version_of(night), users)
+    packed = store.get(version_of(Workspace(uri), night), users)
     return {user: UserRecord.unpack(data) for user, data in zip(users, packed, strict=True) if data is not None}
+
+
+def summaries(uri: str, night: Night, url: str | None = None) -> list[tuple[str, str]]:
+    """Paradigm and words, each once, the user's name taken out."""
+    told = [(user, record.summaries or {}) for user, record in records(uri, night, url).items()]
+    return sorted({(name, text.removeprefix(f"{user} ")) for user, mine in told for name, text in mine.items()})
 
 
 def test_everybodys_rows_are_in_the_store_as_they_are_in_the_tables(raypipe: Run, uri: str, night: Night) -> None:
@@ -79,7 +92,7 @@ def test_a_state_is_loaded_where_it_is_of_the_nights_history_and_recommender(ray
         user: state for user, state in before.items() if user != "u1"
     }
     # Another recommender of the same name has none of these states.
-    other = Night("2026-01-07", moved.tables, {**moved.release, "recommender": f"sasrec/{'0' * 64}"})
+    other = replace(moved, date="2026-01-07", release={**moved.release, "recommender": f"sasrec/{'0' * 64}"})
     Nights(Store(uri)).publish(other)
     assert raypipe("online", "--workspace", uri).metrics["states"] == 0
     assert {record.state for record in records(uri, other).values()} == {None}
@@ -121,7 +134,7 @@ def test_a_killed_load_is_finished_by_the_next_and_equals_an_uninterrupted_one(
         patch.setattr(EmbeddedStore, "write", write_two)
         assert raypipe("online", "--workspace", uri).code == 1
     store = open_online_store(None, Store(uri))
-    assert store.facts(version_of(night)) is None
+    assert store.facts(version_of(Workspace(uri), night)) is None
     read = online.NightRows.read
     monkeypatch.setattr(online.NightRows, "read", lambda self, bucket: written.append(bucket) or read(self, bucket))
     resumed = raypipe("online", "--workspace", uri)
@@ -147,7 +160,7 @@ def test_the_night_before_stays_loaded_and_older_ones_go(raypipe: Run, uri: str,
         assert loaded.metrics["users"] == CHAIN_USERS + 1
     assert loaded.metrics["dropped"] == 1
     store = open_online_store(None, Store(uri))
-    assert store.versions() == [version_of(nights[1]), version_of(nights[2])]
+    assert store.versions() == [version_of(Workspace(uri), night) for night in nights[1:]]
     newest_record = records(uri, nights[2])["new"]
     assert (newest_record.state, newest_record.listed, newest_record.summaries) == (None, None, None)
     assert newest_record.items.tolist() == [2, 2]
@@ -159,6 +172,89 @@ def test_the_night_before_stays_loaded_and_older_ones_go(raypipe: Run, uri: str,
         words = ("online", "--workspace", uri, "--keep", keep)
         assert raypipe(*words).metrics["dropped"] == 2 - left
         assert len(store.versions()) == left
+
+
+def test_a_workspace_that_came_back_from_a_backup_is_loaded_anew(raypipe: Run, uri: str, tmp_path: Path) -> None:
+    """Its tables count their versions once more from where it was copied, and the store has outlived it."""
+    store = str(tmp_path / "store")
+    shutil.copytree(uri, tmp_path / "backup")
+    add_events(uri, [("u1", "i1", START + 1000)])
+    lost = publish(uri, "2026-01-06")
+    assert raypipe("online", "--workspace", uri, "--store", store).status == "ok"
+    shutil.rmtree(uri)
+    shutil.copytree(tmp_path / "backup", uri)
+    add_events(uri, [("u1", "i2", START + 1000)])
+    night = publish(uri, "2026-01-06")
+    assert night == lost
+    assert raypipe("online", "--workspace", uri, "--store", store).status == "ok"
+    assert records(uri, night, store)["u1"].items[-1] == 2
+    assert raypipe("online", "--workspace", uri, "--store", store).status == "nothing_to_do"
+
+
+def test_the_stores_format_is_raised_where_a_night_gives_other_records(uri: str) -> None:
+    """Else a night that is loaded stays as an older raypipe wrote it, until another one comes."""
+    add_events(uri, [("u1", "i1", START + 1000)])
+    summarize(uri, "summarize-recurrent", "what an evaluation asked for")
+    rows = online.NightRows.of(Workspace(uri), publish(uri, "2026-01-06"))
+    found = []
+    for bucket in range(rows.buckets()):
+        users, packed = rows.read(bucket).users, rows.read(bucket).records
+        for user, record in zip(users, map(UserRecord.unpack, packed), strict=True):
+            # What is computed in floats may differ by machine.
+            told = record.items.tolist(), record.seed, record.state is not None, record.listed is not None
+            found.append([user, *told, dict(record.summaries or {})])
+    numbers = np.array([3, 1], np.int32), np.array([0.5, -2], np.float32)
+    packed = UserRecord(numbers[0], 7, numbers[1], *numbers, {"hierarchical": "Likes ☕."}).pack().hex()
+    made_of = fingerprint({"states": state_recipe("a model"), "packed": packed, "records": sorted(found)})
+    # Where this differs, raise FORMAT and put both here.
+    assert (FORMAT, made_of) == (2, "e7d251c5cd559574c9bf8ca192e3f442")
+
+
+def test_the_night_that_is_loaded_is_the_one_in_force_once_nobody_else_loads(
+    raypipe: Run, uri: str, night: Night, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another load, of a newer night, may end between the command's start and the lock: an older one must not drop it."""
+
+    @contextmanager
+    def late(store: Store, names: Sequence[str], *rest: object) -> Iterator[object]:
+        with monkeypatch.context() as patch, hold(store, names, *rest) as locks:  # type: ignore[arg-type]
+            patch.setattr(online, "hold", hold)
+            add_events(uri, [("u1", "i1", START + 1000)])
+            publish(uri, "2026-01-06")
+            yield locks
+
+    hold = online.hold
+    monkeypatch.setattr(online, "hold", late)
+    loaded = raypipe("online", "--workspace", uri, "--keep", "0")
+    assert (loaded.metrics["night"], loaded.metrics["dropped"]) == ("2026-01-06", 0)
+
+
+def test_summaries_are_those_of_the_nights_own_kind(raypipe: Run, uri: str) -> None:
+    """Whatever else is in the table, newer or older, for whichever evaluation."""
+    hierarchical, recurrent = "summarize-hierarchical", "summarize-recurrent"
+    summarize(uri, recurrent, "what was")
+    night = publish(uri, "2026-01-06")
+    loaded = raypipe("online", "--workspace", uri)
+    assert loaded.metrics["summaries"] == {"hierarchical": CHAIN_USERS}
+    assert summaries(uri, night) == [("hierarchical", "likes what comes next.")]
+    # The same tables, by a night that is of the other kind: it is loaded anew.
+    other = publish(uri, "2026-01-06", recurrent)
+    loaded = raypipe("online", "--workspace", uri)
+    assert (loaded.status, loaded.metrics["summaries"]) == ("ok", {"recurrent": CHAIN_USERS})
+    assert summaries(uri, other) == [("recurrent", "likes what was.")]
+    summarize(uri, f"{recurrent}-cut1", "what was before")
+    for variant in (f"{recurrent}-cut1", "summarize-nothing"):
+        nothing = publish(uri, "2026-01-07", variant)
+        assert raypipe("online", "--workspace", uri).metrics["summaries"] == {}
+        assert summaries(uri, nothing) == []
+    # A night that names none was published before nights did: it has those that were the last to be written until then.
+    old = publish(uri, "2026-01-08", "")
+    ledger = Workspace(uri).ledger("summarize")
+    for number, (variant, version) in enumerate(((hierarchical, 0), (recurrent, 1), (hierarchical, 99))):
+        run = ledger.start(f"{number:032}", {"scope": "all", "facts": {"variant": variant}})
+        run.finish({"status": "ok", "tables": {"summaries": {"version": version}}})
+    assert raypipe("online", "--workspace", uri).metrics["summaries"] == {"recurrent": CHAIN_USERS}
+    assert summaries(uri, old) == [("recurrent", "likes what was.")]
 
 
 def test_what_cannot_be_loaded_is_one_paragraph(raypipe: Run, uri: str) -> None:

@@ -102,6 +102,24 @@ def test_a_score_that_is_no_number_is_the_worst(block: None) -> None:
         assert found.tolist() == known.tolist()
 
 
+@pytest.mark.parametrize("chosen", [Filters(), filters()], ids=["all", "filtered"])
+def test_what_has_no_score_is_never_listed(block: None, chosen: Filters) -> None:
+    queries, table = small_integers(BATCH, 1), small_integers(ITEMS + 1, 2)
+    table[[0, 2, 5, 40, 53]] = math.nan  # item 2 is also seen by some, item 40 not allowed
+    table[7, 1] = -math.nan  # with a sign
+    queries[6] = math.nan
+    full = brute_force(queries, table, chosen)
+    for k in (12, ITEMS):
+        items, scores = top_k(queries, table, k, chosen)
+        for row in range(BATCH):
+            known = [item for item in range(1, ITEMS + 1) if full[row, item] > -math.inf]
+            expected = sorted(known, key=lambda item, row=row: (-full[row, item].item(), item))[:k]
+            rest = k - len(expected)
+            assert items[row].tolist() == expected + [0] * rest
+            assert scores[row].tolist() == full[row, expected].tolist() + [-math.inf] * rest
+        assert items[6].tolist() == [0] * k
+
+
 def test_minus_zero_is_zero() -> None:
     items, _ = top_k(torch.tensor([[1.0]]), torch.tensor([[0.0], [-0.0], [0.0], [-0.0]]), 3)
     assert items.tolist() == [[1, 2, 3]]

@@ -122,13 +122,13 @@ def test_a_release_that_does_not_answer_is_refused_and_the_old_one_stays(ready: 
     service.backend.watcher.poll()
     told = service.get("release").json()
     assert told["release"] == old
-    assert "its scores are no numbers" in told["refused"][bad.hash]
+    assert "its lists are too short" in told["refused"][bad.hash]
     assert service.post("recommend", {"user_id": "u1"}).status_code == 200
     # A replica that starts now serves the one that was fit; one of a service that never ran has none.
     assert LocalBackend(ServiceConfig(workspace=ready)).watcher.served.target.release == old
     releases = Releases(Store(ready))
     releases.point("served", releases.get(bad.hash))
-    with pytest.raises(UnfitError, match="its scores are no numbers"):
+    with pytest.raises(UnfitError, match="its lists are too short"):
         run_serve(ServeConfig(workspace=ready))
 
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from raypipe.storage.nights import Night
 from raypipe.storage.online import OnlineStore, OnlineStoreDownError, UserRecord, open_online_store, version_of
 from raypipe.storage.online_embedded import EmbeddedStore
 from raypipe.storage.store import Store
+from raypipe.storage.workspace import Workspace
 from tests.conftest import need_redis_client, running_redis
 from tests.redis_server import RedisServer
 
@@ -136,6 +138,37 @@ def test_versions_lie_side_by_side_and_a_dropped_one_is_gone(store: OnlineStore)
     assert store.begin("v3", BUCKETS) == set()
 
 
+def test_a_version_whose_dropping_was_interrupted_is_loaded_from_its_beginning(
+    redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever that was: a night that is put back in force while its version goes has everybody."""
+    from raypipe.storage.online_redis import RedisStore
+
+    store = open_online_store(redis_server.url, Store(str(tmp_path)))
+    assert isinstance(store, RedisStore)
+    execute, left = store._redis.execute_command, 0
+
+    def interrupted(*command: object, **options: object) -> object:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return execute(*command, **options)
+
+    for before in range(20):
+        load(store, "v1", USERS)
+        left = before
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(store._redis, "execute_command", interrupted)
+            store.drop("v1")
+        if store.facts("v1") is None:
+            load(store, "v1", USERS)
+        assert store.get("v1", USERS) == [user.encode() for user in USERS]
+        if left > 0:
+            break
+    assert 3 < before < 19
+
+
 def test_two_workspaces_on_one_server_do_not_see_each_other(redis_server: RedisServer, tmp_path: Path) -> None:
     one, other = (open_online_store(redis_server.url, Store(str(tmp_path / name))) for name in ("one", "other"))
     load(one, "v1", ["u1"])
@@ -215,13 +248,31 @@ def test_a_record_is_what_was_packed() -> None:
     assert (bare.items.tolist(), bare.state, bare.listed, bare.summaries) == ([], None, None, None)
 
 
-def test_nights_of_equal_tables_and_recommender_share_a_version() -> None:
-    night = Night("2026-01-05", {"histories": 3, "logs": 9}, {"recommender": "sasrec/a"})
-    assert version_of(night) == version_of(
-        Night("2026-01-06", {"histories": 3, "logs": 10}, {"recommender": "sasrec/a"})
-    )
-    assert version_of(night) != version_of(Night("2026-01-05", {"histories": 4}, {"recommender": "sasrec/a"}))
-    assert version_of(night) != version_of(Night("2026-01-05", {"histories": 3}, {"recommender": "sasrec/b"}))
+def test_nights_of_equal_rows_recommender_and_summaries_share_a_version(tmp_path: Path) -> None:
+    workspace = Workspace(str(tmp_path / "one"))
+    for table, number in (("histories", 1), ("histories", 2), ("block_summaries", 1)):
+        append_nothing(workspace, table, number)
+    night = Night("2026-01-05", {"histories": 1}, {"recommender": "sasrec/a"}, summaries="summarize-recurrent")
+    tables = {"histories": 1, "block_summaries": 0}
+    version = version_of(workspace, night)
+    assert version_of(workspace, replace(night, date="2026-01-06", tables=tables)) == version
+    assert version_of(Workspace(workspace.uri), night) == version
+    for other in (
+        replace(night, tables={"histories": 0}),
+        replace(night, release={"recommender": "sasrec/b"}),
+        replace(night, summaries="summarize-hierarchical"),
+    ):
+        assert version_of(workspace, other) != version
+    # A table made anew counts its versions from the first one on.
+    anew = Workspace(str(tmp_path / "other"))
+    for number in (1, 2):
+        append_nothing(anew, "histories", number)
+    assert anew.tables["histories"].version() == 1
+    assert version_of(anew, night) != version
+
+
+def append_nothing(workspace: Workspace, name: str, number: int) -> None:
+    workspace.tables[name].publish([], mode="append", app="made", number=number)
 
 
 def test_a_store_is_named_by_its_address(tmp_path: Path) -> None:

@@ -75,6 +75,32 @@ def test_the_most_similar_item_is_another_one(source: Source) -> None:
     assert most_similar(source).tolist() == (likeness.argmax(1) + 1).tolist()
 
 
+def test_an_item_without_a_score_is_the_last_of_the_unseen_and_nobodys_most_similar() -> None:
+    source = source_of("mf")
+    row = 1
+    lost = min(set(range(1, ITEMS + 1)) - set(source.items(row, int(LENGTHS[row]))))
+    before = most_similar(source)
+    taught = teach(source, np.array([row]), LENGTHS[[row]], np.random.default_rng(0))
+    assert lost != taught.favourites[0]
+    source.recommender.table[lost] = np.nan
+    source = replace(source)  # whose item states are computed anew
+    rows = np.full(400, row)
+    again = teach(source, rows, LENGTHS[rows], np.random.default_rng(0))
+    assert set(again.favourites.tolist()) == set(taught.favourites.tolist())
+    assert lost not in again.liked
+    assert lost in again.disliked
+    seen = set(source.items(row, int(LENGTHS[row])))
+    assert not seen & {*again.liked.tolist(), *again.disliked.tolist()}
+    assert (again.candidates == lost).any()
+    for candidates, order in zip(again.candidates, again.orders, strict=True):
+        assert lost not in candidates[order][:-1]
+    found, others = most_similar(source), np.delete(np.arange(ITEMS), lost - 1)
+    assert lost not in found
+    unchanged = others[before[others] != lost]
+    assert found[unchanged].tolist() == before[unchanged].tolist()
+    assert len(unchanged) > ITEMS / 2
+
+
 def test_a_history_that_has_nearly_everything_has_nothing_to_teach() -> None:
     source = source_of()
     small = replace(source, histories=Histories(np.arange(1, 36, dtype=np.int32), np.array([35])))
