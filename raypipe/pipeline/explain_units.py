@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,15 +12,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from numpy.typing import NDArray
 
 from raypipe.engines.checks import AnswerChecks
 from raypipe.engines.engine import Decoding, Engine, EngineConfig
 from raypipe.language.titles import distinct_titles
 from raypipe.metrics.explanations import unfounded
 from raypipe.metrics.text import Vocabulary
-from raypipe.pipeline.rejects import WORKER_DIED, blocked_users, stage_rejected
-from raypipe.pipeline.user_rows import UserRows, identities
+from raypipe.pipeline.micro_batches import run_micro_batches, used
+from raypipe.pipeline.rejects import blocked_users, stage_rejected
+from raypipe.pipeline.user_rows import UserRows
 from raypipe.recommenders.checkpoint import load_recommender
 from raypipe.recommenders.ranking import batches_by_length, sequences_of
 from raypipe.recommenders.recommender import Recommender, freeze
@@ -30,7 +29,7 @@ from raypipe.runtime.budget import Budget
 from raypipe.runtime.session import output_table
 from raypipe.runtime.units import UnitContext
 from raypipe.storage.fingerprint import schema_hash
-from raypipe.storage.ledger import MAX_DEATHS, Counts, Receipt, Unit, Usage
+from raypipe.storage.ledger import Counts, Receipt, Unit, Usage
 from raypipe.storage.models import Model, Models
 from raypipe.storage.schemas import EXPLANATIONS
 from raypipe.storage.tables import StagedFile
@@ -124,7 +123,7 @@ class ExplainBucket:
         if results or due.kept.num_rows < state.before.num_rows:
             context.journal([])
             staged = self._stage(state, due.kept, due.work, results, context)
-        usage = _used(results.values()) + Usage(seconds=time.monotonic() - started)
+        usage = used(results.values()) + Usage(seconds=time.monotonic() - started)
         facts = {
             **self._figures(state, due.work, results),
             "reasons": {result.reason: result.message for result in results.values() if result.reason},
@@ -139,24 +138,14 @@ class ExplainBucket:
     def due(self, state: UserRows) -> Due:
         """What of a bucket is to be explained, what stands, and what is left out."""
         pairs = self._pairs(state)
-        before = identities(state.before["user_id"], state.before["change_key"])
-        wanted = identities(pairs["user_id"], pairs["change_key"])
-        kept = state.before.filter(pc.is_in(before, value_set=wanted))
-        changed = pairs.filter(pc.invert(pc.is_in(wanted, value_set=before)))
-        keys = zip(changed["user_id"].to_pylist(), changed["change_key"].to_pylist(), strict=True)
-        free = changed.filter(pa.array([key not in self.blocked for key in keys], pa.bool_()))
+        kept, free, skipped = state.divide(pairs, self.blocked)
         warm = np.zeros(0, bool)
         if free.num_rows:  # A bucket without changes loads no recommender.
             known = state.histories.within(self.recommender.items)
             warm = (known.lengths[free["place"].to_numpy()] > 0) & (
                 free["item_index"].to_numpy() <= self.recommender.items
             )
-        skipped = {
-            "unchanged": pairs.num_rows - changed.num_rows,
-            "blocked": changed.num_rows - free.num_rows,
-            "cold": int((~warm).sum()),
-        }
-        return Due(pairs.num_rows, kept, free.filter(pa.array(warm)), skipped)
+        return Due(pairs.num_rows, kept, free.filter(pa.array(warm)), {**skipped, "cold": int((~warm).sum())})
 
     def _pairs(self, state: UserRows) -> pa.Table:
         """user_id, item_index, place among the bucket's users, and change_key, which is of the history and of the item's words."""
@@ -180,30 +169,18 @@ class ExplainBucket:
 
     def _explain(self, state: UserRows, work: pa.Table, context: UnitContext) -> dict[int, Explanation]:
         """By row of `work`."""
-        names = _names(work)
-        results: dict[int, Explanation] = {}
-        suspects = [name in context.deaths for name in names]
-        batches = deque(_batches(np.arange(len(names)), suspects, self.task.micro_batch))
-        while batches:
-            batch = batches.popleft()
-            if context.deaths.get(names[batch[0]], 0) >= MAX_DEATHS:
-                reason, message = WORKER_DIED
-                results[int(batch[0])] = Explanation(reason=reason, message=message)
-                continue
-            if not self.budget.take(most := self._most(len(batch))):
-                # What is left of a cap may not do for all of them, but for some.
-                if len(batch) == 1:
-                    break
-                half = len(batch) // 2
-                batches.extendleft([batch[half:], batch[:half]])
-                continue
-            context.journal([names[at] for at in batch])
-            asked = self.asked(state, work.take(pa.array(batch)))
-            done = explain(self.engine, asked, self.task.decoding, self.task.checks)
-            self.budget.give_back(most, used := _used(done))
-            context.spent(used)
-            results |= dict(zip(batch.tolist(), done, strict=True))
-        return results
+        task = self.task
+        return run_micro_batches(
+            _names(work),
+            task.micro_batch,
+            context,
+            self.budget,
+            read=lambda rows: work.take(pa.array(rows)),
+            weigh=len,
+            most=self._most,
+            run=lambda pairs: explain(self.engine, self.asked(state, pairs), task.decoding, task.checks),
+            rejected=lambda row, reason, message: Explanation(reason=reason, message=message),
+        )
 
     def _most(self, pairs: int) -> Usage:
         """What so many pairs may take: a decision each, and as many tries at the words as the checks allow."""
@@ -275,14 +252,6 @@ class ExplainBucket:
         return dict(zip(FIGURES, (len(good), yes, beside), strict=True))
 
 
-def _batches(rows: NDArray[np.int64], suspects: Sequence[bool], size: int) -> Iterator[NDArray[np.int64]]:
-    """Suspects alone and last, so that a poison row costs its neighbours nothing; the rest in micro-batches."""
-    alone = np.array([suspects[row] for row in rows], bool)
-    rest = rows[~alone]
-    yield from (rest[start : start + size] for start in range(0, len(rest), size))
-    yield from (np.array([row]) for row in rows[alone])
-
-
 def _names(pairs: pa.Table) -> list[str]:
     """Of pairs in the journal."""
     return [
@@ -293,12 +262,3 @@ def _names(pairs: pa.Table) -> list[str]:
 
 def _items(histories: Histories, place: int) -> list[int]:
     return histories.items[histories.starts[place] : histories.ends[place]].tolist()
-
-
-def _used(results: Iterable[Explanation]) -> Usage:
-    results = list(results)
-    return Usage(
-        sum(result.calls for result in results),
-        sum(result.tokens_in for result in results),
-        sum(result.tokens_out for result in results),
-    )

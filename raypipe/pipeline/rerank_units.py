@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +17,17 @@ from raypipe.data.candidates import CandidateSets
 from raypipe.engines.engine import Engine, EngineConfig
 from raypipe.language.backbone import PromptTokenizer, load_tokenizer
 from raypipe.language.catalogue import Catalogue
-from raypipe.pipeline.rejects import WORKER_DIED, blocked_users, stage_rejected
+from raypipe.pipeline.micro_batches import run_micro_batches, used
+from raypipe.pipeline.rejects import blocked_users, stage_rejected
 from raypipe.pipeline.sequences import catalogue_of
-from raypipe.pipeline.user_rows import UserRows, identities
+from raypipe.pipeline.user_rows import UserRows
 from raypipe.recommenders.windows import Histories
 from raypipe.runtime.budget import Budget
 from raypipe.runtime.session import output_table
 from raypipe.runtime.units import UnitContext
 from raypipe.storage.fingerprint import schema_hash
 from raypipe.storage.hashing import stable_hash
-from raypipe.storage.ledger import MAX_DEATHS, Counts, Receipt, Unit, Usage
+from raypipe.storage.ledger import Counts, Receipt, Unit, Usage
 from raypipe.storage.models import Model, Models
 from raypipe.storage.schemas import RECOMMENDATIONS
 from raypipe.storage.tables import StagedFile
@@ -65,13 +65,15 @@ class RerankTask:
 
 @dataclass(frozen=True)
 class _Ranked:
-    """A list in order, [k] each, or why there is none; either way the tokens it took."""
+    """A list in order, [k] each, or why there is none; either way what it took. Implements `Result`."""
 
     items: NDArray[np.int32]
     scores: NDArray[np.float64]
-    tokens: int = 0
-    reason: str = ""
-    message: str = ""
+    reason: str
+    message: str
+    calls: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
 
 
 class RerankBucket:
@@ -114,27 +116,17 @@ class RerankBucket:
         versions = task.versions["histories"], task.versions[TABLE]
         state = UserRows(task.workspace, unit.index, TABLE, task.variant, task.recipe, *versions, task.users)
         rows = self._rows(state)
-        before = identities(state.before["user_id"], state.before["change_key"])
-        wanted = identities(rows["user_id"], rows["change_key"])
-        kept = state.before.filter(pc.is_in(before, value_set=wanted))
-        changed = rows.filter(pc.invert(pc.is_in(wanted, value_set=before)))
-        keys = zip(changed["user_id"].to_pylist(), changed["change_key"].to_pylist(), strict=True)
-        work = changed.filter(pa.array([key not in self.blocked for key in keys], pa.bool_())).combine_chunks()
+        kept, work, skipped = state.divide(rows, self.blocked)
+        work = work.combine_chunks()
         ranked = self._rank(state, work, context)
         failed = [at for at, mine in ranked.items() if mine.reason]
-        skipped = {
-            "unchanged": rows.num_rows - changed.num_rows,
-            "blocked": changed.num_rows - work.num_rows,
-            "capped": work.num_rows - len(ranked),
-            "unlisted": len(state.users) - rows.num_rows,
-        }
+        skipped |= {"capped": work.num_rows - len(ranked), "unlisted": len(state.users) - rows.num_rows}
         counts = Counts(len(state.users), len(ranked) - len(failed), len(failed), skipped)
         staged: dict[str, Sequence[StagedFile]] = {}
         if ranked or kept.num_rows < state.before.num_rows:
             context.journal([])
             staged = self._stage(state, kept, work, ranked, context)
-        calls = sum(len(mine.items) for mine in ranked.values())
-        usage = Usage(calls, sum(mine.tokens for mine in ranked.values()), 0, time.monotonic() - started)
+        usage = used(ranked.values()) + Usage(seconds=time.monotonic() - started)
         firsts = [work["items"][at][0].as_py() != mine.items[0] for at, mine in ranked.items() if not mine.reason]
         reasons = {mine.reason: mine.message for mine in ranked.values() if mine.reason}
         facts = {"first_moved": int(sum(firsts)), "reasons": reasons}
@@ -179,32 +171,20 @@ class RerankBucket:
 
     def _rank(self, state: UserRows, work: pa.Table, context: UnitContext) -> dict[int, _Ranked]:
         """By row of `work`."""
-        names = work["user_id"].to_pylist()
-        lengths = pc.list_value_length(work["items"]).to_numpy() if len(names) else np.zeros(0, np.int64)
-        ranked: dict[int, _Ranked] = {}
-        trsr: Trsr | None = None
-        batches = deque(_batches(lengths, [name in context.deaths for name in names], self.task.micro_batch))
-        while batches:
-            batch = batches.popleft()
-            if context.deaths.get(names[batch[0]], 0) >= MAX_DEATHS:
-                ranked[int(batch[0])] = _Ranked(np.zeros(0, np.int32), np.zeros(0), 0, *WORKER_DIED)
-                continue
-            calls = int(lengths[batch].sum())
-            most = Usage(calls, calls * self.engine.context)
-            if not self.budget.take(most):
-                # What is left of a cap may not do for all of them, but for some.
-                if len(batch) == 1:
-                    break
-                half = len(batch) // 2
-                batches.extendleft([batch[half:], batch[:half]])
-                continue
-            context.journal([names[at] for at in batch])
-            trsr = trsr or self._ranker(state, work)
-            done = self._ordered(trsr, work.take(pa.array(batch)))
-            self.budget.give_back(most, used := Usage(calls, sum(mine.tokens for mine in done)))
-            context.spent(used)
-            ranked |= dict(zip(batch.tolist(), done, strict=True))
-        return ranked
+        lengths = pc.list_value_length(work["items"]).to_pylist()
+        ranker = cache(partial(self._ranker, state, work))
+        return run_micro_batches(
+            work["user_id"].to_pylist(),
+            self.task.micro_batch,
+            context,
+            self.budget,
+            read=lambda rows: work.take(pa.array(rows)),
+            weigh=lambda lists: pc.sum(pc.list_value_length(lists["items"])).as_py(),
+            most=lambda calls: Usage(calls, calls * self.engine.context),
+            run=lambda lists: self._ordered(ranker(), lists),
+            rejected=lambda row, *why: _Ranked(np.zeros(0, np.int32), np.zeros(0), *why),
+            alike=lengths.__getitem__,
+        )
 
     def _ranker(self, state: UserRows, work: pa.Table) -> Trsr:
         """That knows the bucket's histories, and the summaries of those there is work for."""
@@ -230,7 +210,7 @@ class RerankBucket:
                 items[scored.part], scored.yes, order, scored.tokens.tolist(), scored.refused.tolist(), strict=True
             ):
                 reason, message = _TOO_LONG if refused else ("", "")
-                found.append(_Ranked(mine[best], yes[best], tokens, reason, message))
+                found.append(_Ranked(mine[best], yes[best], reason, message, len(mine), tokens))
         return found
 
     @cached_property
@@ -287,12 +267,3 @@ def without_padding(lists: pa.ListArray) -> pa.ListArray:
 def _offsets(lengths: pa.Array) -> pa.Array:
     """Where each of lists of these lengths begins in what they hold together, and where the last one ends."""
     return pa.array(np.concatenate([[0], np.cumsum(lengths.to_numpy())]).astype(np.int32))
-
-
-def _batches(lengths: NDArray[np.integer], suspects: Sequence[bool], size: int) -> Iterator[NDArray[np.int64]]:
-    """Users whose lists are of one length together; suspects alone and last, so that a poison row costs its neighbours nothing."""
-    alone = np.array(suspects, bool)
-    for length in np.unique(lengths[~alone]):
-        rows = np.flatnonzero(~alone & (lengths == length))
-        yield from (rows[start : start + size] for start in range(0, len(rows), size))
-    yield from (np.array([row]) for row in np.flatnonzero(alone))

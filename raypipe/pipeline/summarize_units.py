@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -16,21 +14,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raypipe.engines.engine import Engine, EngineConfig
-from raypipe.pipeline.rejects import WORKER_DIED, blocked_users, stage_rejected
+from raypipe.pipeline.micro_batches import run_micro_batches, used
+from raypipe.pipeline.rejects import blocked_users, stage_rejected
 from raypipe.pipeline.summary_quality import SummaryQuality
 from raypipe.pipeline.summary_state import BucketState, Pins, PromptCatalogue, Recipes
 from raypipe.runtime.budget import Budget
 from raypipe.runtime.session import output_table
 from raypipe.runtime.units import UnitContext
 from raypipe.storage.fingerprint import schema_hash
-from raypipe.storage.ledger import MAX_DEATHS, Counts, Receipt, Unit, Usage
+from raypipe.storage.ledger import Counts, Receipt, Unit, Usage
 from raypipe.storage.models import Model, Models
 from raypipe.storage.schemas import BLOCK_SUMMARIES, SUMMARIES
 from raypipe.storage.tables import StagedFile
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.blocks import RECIPE_DIGITS
 from raypipe.systems.paradigms import build_summarizer
-from raypipe.systems.summaries import UNFINISHED, SummariesConfig, Summarizer, UserSummary, Written
+from raypipe.systems.summaries import UNFINISHED, Block, Known, SummariesConfig, Summarizer, UserSummary, Written
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ class SummarizeBucket:
         if results or state.has_leftovers:
             context.journal([])
             staged = self._stage(state, work, results, context)
-        usage = _used(results.values()) + Usage(seconds=time.monotonic() - started)
+        usage = used(results.values()) + Usage(seconds=time.monotonic() - started)
         schemas = {"summaries": schema_hash(SUMMARIES.schema), "block_summaries": schema_hash(BLOCK_SUMMARIES.schema)}
         facts = {
             **self._quality(state, work, results),
@@ -107,57 +106,31 @@ class SummarizeBucket:
         return Receipt(unit, counts, usage, staged, schemas, facts, context.attempt)
 
     def _write(self, work: Mapping[str, int], state: BucketState, context: UnitContext) -> dict[str, UserSummary]:
-        results: dict[str, UserSummary] = {}
-        batches = deque(self._batches(list(work), context.deaths))
-        refused = sys.maxsize  # calls that a cap refused already; so many are not asked for again
-        while batches:
-            batch = batches.popleft()
-            user = batch[0]
-            if context.deaths.get(user, 0) >= MAX_DEATHS:
-                results[user] = UserSummary(user)
-                results[user].fail(*WORKER_DIED)
-                continue
-            places = [work[user] for user in batch]
-            blocks = dict(zip(batch, state.user_blocks(places), strict=True))
-            known = dict(zip(batch, state.known(places), strict=True))
-            calls = 0
-            if self.budget.limits.any:
-                tries = 1 + self.task.config.checks.retries
-                calls = tries * sum(map(self.summarizer.most_calls, blocks.values(), known.values()))
-            most = self._most(calls)
-            if calls >= refused or not self.budget.take(most):
-                if calls < refused and not self._leaves_a_call():
-                    break
-                # What is left of a cap may not do for all of them, but for some.
-                refused = min(refused, calls)
-                if len(batch) > 1:
-                    half = len(batch) // 2
-                    batches.extendleft([batch[half:], batch[:half]])
-                continue
-            context.journal(batch)
-            done = self.summarizer.summarize(blocks, known)
-            self.budget.give_back(most, used := _used(done))
-            context.spent(used)
-            results.update((result.user_id, result) for result in done)
-        return results
+        names, places = list(work), list(work.values())
 
-    def _most(self, calls: int) -> Usage:
+        def read(rows: list[int]) -> tuple[dict[str, list[Block]], dict[str, Known]]:
+            """Blocks of users, and what is known of them."""
+            users, chosen = [names[row] for row in rows], [places[row] for row in rows]
+            blocks = dict(zip(users, state.user_blocks(chosen), strict=True))
+            return blocks, dict(zip(users, state.known(chosen), strict=True))
+
+        results = run_micro_batches(
+            names,
+            self.task.micro_batch_users,
+            context,
+            self.budget,
+            read=read,
+            weigh=lambda batch: sum(map(self.summarizer.most_calls, *(users.values() for users in batch))),
+            most=self._most,
+            run=lambda batch: self.summarizer.summarize(*batch),
+            rejected=lambda row, *why: UserSummary(names[row], "", *why),
+        )
+        return {result.user_id: result for result in results.values()}
+
+    def _most(self, answers: int) -> Usage:
+        """What so many answers may take, each asked for again as often as the checks allow."""
+        calls = answers * (1 + self.task.config.checks.retries)
         return Usage(calls * self.task.engine.most_calls, *self.summarizer.most_tokens(calls))
-
-    def _leaves_a_call(self) -> bool:
-        """Whether the caps leave room for anything at all."""
-        one = self._most(1 + self.task.config.checks.retries)
-        if not self.budget.take(one):
-            return False
-        self.budget.give_back(one, Usage())
-        return True
-
-    def _batches(self, users: Sequence[str], suspects: Mapping[str, int]) -> list[list[str]]:
-        """Suspects alone and last, so that a poison row costs its neighbours nothing; the rest in micro-batches."""
-        rest = [user for user in users if user not in suspects]
-        size = self.task.micro_batch_users
-        batches = [rest[start : start + size] for start in range(0, len(rest), size)]
-        return batches + [[user] for user in users if user in suspects]
 
     def _stage(
         self, state: BucketState, work: Mapping[str, int], results: Mapping[str, UserSummary], context: UnitContext
@@ -240,14 +213,6 @@ class SummarizeBucket:
         before = [state.place_before[user] for user in missing if state.place_before[user] >= 0]
         keys = state.before["change_key"].take(pa.array(before, pa.int64()))
         return int(pc.sum(state.are_of_recipe(keys)).as_py() or 0)
-
-
-def _used(results: Collection[UserSummary]) -> Usage:
-    return Usage(
-        sum(result.calls for result in results),
-        sum(result.tokens_in for result in results),
-        sum(result.tokens_out for result in results),
-    )
 
 
 def build_engine(workspace: Workspace, engine: EngineConfig, model: Model | None, cache: Path) -> Engine:

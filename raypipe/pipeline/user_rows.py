@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -87,6 +88,17 @@ class UserRows:
         """Whether the bucket's rows have to be written anew."""
         return bool(len(self.changed)) or self.kept.num_rows < self.before.num_rows
 
+    def divide(self, rows: pa.Table, blocked: Container[tuple[str, str]]) -> tuple[pa.Table, pa.Table, dict[str, int]]:
+        """Where a change key is of more than a history, `rows` being all that there should be: the published ones that stand,
+        those there is work for, and how many there is none for: unchanged, or `blocked` by (user, change key)."""
+        before, wanted = _identities(self.before), _identities(rows)
+        kept = self.before.filter(pc.is_in(before, value_set=wanted))
+        changed = rows.filter(pc.invert(pc.is_in(wanted, value_set=before)))
+        keys = zip(changed["user_id"].to_pylist(), changed["change_key"].to_pylist(), strict=True)
+        work = changed.filter(pa.array([key not in blocked for key in keys], pa.bool_()))
+        skipped = {"unchanged": rows.num_rows - changed.num_rows, "blocked": changed.num_rows - work.num_rows}
+        return kept, work, skipped
+
 
 def change_keys(history_keys: pa.Array, recipe: str) -> pa.Array:
     """Of the rows that `recipe` makes of histories: [users]."""
@@ -105,6 +117,6 @@ def user_seeds(users: pa.Array, history_keys: pa.Array) -> NDArray[np.int64]:
     return (stable_hash(users) ^ digest_lanes(history_keys)[:, 0]).view(np.int64)
 
 
-def identities(users: pa.ChunkedArray, keys: pa.ChunkedArray) -> pa.ChunkedArray:
+def _identities(rows: pa.Table) -> pa.ChunkedArray:
     """Of rows, whose change keys two users of one history may share."""
-    return pc.binary_join_element_wise(users, keys, "\0")
+    return pc.binary_join_element_wise(rows["user_id"], rows["change_key"], "\0")

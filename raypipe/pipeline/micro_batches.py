@@ -1,0 +1,126 @@
+"""Rows of a unit through an engine, in micro-batches: what a poison row, a death or a cap costs, the same for every job.
+
+* Before a micro-batch runs, the unit's journal names its rows and no others: a death makes them suspects. What is built or
+  read for all rows is no row's doing and comes before (`read`, `most`).
+* Suspects run alone and last, so that a poison row costs its neighbours nothing. A row that died alone `MAX_DEATHS` times is
+  rejected as `WORKER_DIED`, and neither named nor run.
+* A micro-batch runs once the budget granted a bound on what it may take. Afterwards the budget gets back what was not used,
+  and the ledger is told what was.
+* A cap that does not do for a micro-batch halves it, until one row is refused. As much work as was refused is not asked for
+  again in this unit; smaller micro-batches go on for as long as the caps leave room for anything at all.
+* No row runs twice. One that the caps left out has no result.
+
+How a row is asked, what is checked of its answer and what becomes of it in a table are the job's.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Protocol, TypeVar
+
+from raypipe.pipeline.rejects import WORKER_DIED
+from raypipe.runtime.budget import Budget
+from raypipe.runtime.units import UnitContext
+from raypipe.storage.ledger import MAX_DEATHS, Usage
+
+
+class Result(Protocol):
+    """What came of a row: what it took, and where it is rejected a reason and a message."""
+
+    @property
+    def reason(self) -> str: ...
+
+    @property
+    def message(self) -> str: ...
+
+    @property
+    def calls(self) -> int: ...
+
+    @property
+    def tokens_in(self) -> int: ...
+
+    @property
+    def tokens_out(self) -> int: ...
+
+
+B = TypeVar("B")
+R = TypeVar("R", bound=Result)
+
+
+def run_micro_batches(
+    names: Sequence[str],
+    size: int,
+    context: UnitContext,
+    budget: Budget,
+    *,
+    read: Callable[[list[int]], B],
+    weigh: Callable[[B], int],
+    most: Callable[[int], Usage],
+    run: Callable[[B], Sequence[R]],
+    rejected: Callable[[int, str, str], R],
+    alike: Callable[[int], int] = lambda row: 0,
+) -> dict[int, R]:
+    """What came of each row, by its place in `names`, which are the rows' names in the journal; in the order they ran.
+
+    `read` makes a micro-batch of at most `size` rows, and `run` answers it, one result a row. Rows share a micro-batch where
+    they have the same number by `alike`, the smallest number first. `weigh` tells how much work a micro-batch is, 1 being the
+    least there is; only caps need it. `most` bounds what so much work takes and grows with it; it is asked before the journal,
+    caps or not, and so builds what `run` needs. `rejected` makes the result of a row with a reason and a message.
+    """
+    results: dict[int, R] = {}
+    batches = deque(_cut(names, context.deaths, size, alike))
+    refused = sys.maxsize  # as much work, or more, is not asked for again
+    while batches:
+        rows = batches.popleft()
+        if context.deaths.get(names[rows[0]], 0) >= MAX_DEATHS:
+            results[rows[0]] = rejected(rows[0], *WORKER_DIED)
+            continue
+        batch = read(rows)
+        weight = weigh(batch) if budget.limits.any else 0
+        reserved = most(weight)
+        if weight >= refused or not budget.take(reserved):
+            if weight < refused and not _leaves_room(budget, most(1)):
+                break
+            # What is left of a cap may not do for all of them, but for some.
+            refused = min(refused, weight)
+            if len(rows) > 1:
+                half = len(rows) // 2
+                batches.extendleft([rows[half:], rows[:half]])
+            continue
+        context.journal([names[row] for row in rows])
+        done = run(batch)
+        budget.give_back(reserved, taken := used(done))
+        context.spent(taken)
+        results.update(zip(rows, done, strict=True))
+    return results
+
+
+def used(results: Iterable[Result]) -> Usage:
+    """What all of them took together."""
+    results = list(results)
+    return Usage(
+        sum(result.calls for result in results),
+        sum(result.tokens_in for result in results),
+        sum(result.tokens_out for result in results),
+    )
+
+
+def _leaves_room(budget: Budget, least: Usage) -> bool:
+    """Whether the caps leave room for anything at all."""
+    if not budget.take(least):
+        return False
+    budget.give_back(least, Usage())
+    return True
+
+
+def _cut(
+    names: Sequence[str], suspects: Mapping[str, int], size: int, alike: Callable[[int], int]
+) -> Iterator[list[int]]:
+    rest = [row for row, name in enumerate(names) if name not in suspects]
+    for _, group in groupby(sorted(rest, key=alike), alike):
+        mine = list(group)
+        yield from (mine[start : start + size] for start in range(0, len(mine), size))
+    yield from ([row] for row, name in enumerate(names) if name in suspects)
