@@ -51,9 +51,8 @@ class Grounding:
             part = slice(start, start + _AT_ONCE)
             cosines = self._embedded(answers[part]) @ self.table.T
             best = cosines.topk(min(2, cosines.shape[1]), dim=1)
-            if (
-                best.values[:, 0].isnan().any()
-            ):  # NaN counts as the largest there: one such text would be everybody's nearest.
+            # NaN counts as the largest there: one such text would be everybody's nearest.
+            if best.values[:, 0].isnan().any():
                 best = cosines.nan_to_num_(nan=-2).topk(min(2, cosines.shape[1]), dim=1)
             # Of equal cosines the first text's, which topk does not promise.
             nearest[part] = (cosines == best.values[:, :1]).int().argmax(1).cpu().numpy()
