@@ -27,9 +27,10 @@ from raypipe.language.adapters import AdapterConfig, LoraOptions, check_updates
 from raypipe.language.projectors import ProjectorConfig
 from raypipe.language.prompt import Prompt, Vectors
 from raypipe.language.soft_prompts import Injection, SoftExample
-from raypipe.language.templates import Templates, fill, require_marks
+from raypipe.language.templates import fill
 from raypipe.metrics.recovery import recovered, recovered_places, rouge_l, titles_in, valid_ratio
 from raypipe.recommenders.scoring import top_k
+from raypipe.systems.interpreter_prompts import InterpreterPrompts
 from raypipe.systems.judges import Rubric
 from raypipe.systems.preference import PREFERENCE, RULE, EnginePreference, OverlapRule, PreferenceJudge, preferences
 from raypipe.systems.probes import LabelledVectors
@@ -43,49 +44,6 @@ TRAINING = {"epochs": 100, "batch_size": 16, "lr": 1e-3, "weight_decay": 1e-6}
 _USERS_AT_ONCE = 256
 CONTROLS = ("shuffled states", "no states")
 NEAREST = "nearest item"
-
-_RECOVERY = Templates(
-    training=(
-        "The history of this person is {state}. The items chosen, oldest first:",
-        "{state} stands for what somebody chose. In order, that was:",
-        "List the titles behind {state}, oldest first:",
-        "Somebody's choices were {state}. Their titles, oldest first:",
-        "Read {state} and name what was chosen, in order:",
-        "What did the person behind {state} choose, oldest first?",
-    ),
-    test=("Somebody's past is {state}. Name what was chosen, oldest first:",),
-)
-_RESIDUAL = Templates(
-    training=(
-        "Before: {before}. After: {after}. What was chosen in between is:",
-        "A choice turned {before} into {after}. Its title:",
-        "From {before} to {after} by choosing:",
-        "First there was {before}, and then {after}. The title chosen meanwhile:",
-        "The step from {before} to {after} is one title:",
-        "What was chosen between {before} and {after}?",
-    ),
-    test=("First {before}, then {after}. The one title chosen meanwhile:",),
-)
-_ITEM = (
-    "The title of {item} is:",
-    "{item} stands for one title:",
-    "Name the one title {item}:",
-)
-
-
-class InterpreterPrompts(Config):
-    """The templates of the tasks."""
-
-    recovery: Templates = shaping(lambda: _RECOVERY, "mark {state}")
-    residual: Templates = shaping(lambda: _RESIDUAL, "marks {before} and {after}")
-    item: tuple[str, ...] = shaping(lambda: _ITEM, "mark {item}; learnt, and never asked", min_length=1)
-
-    @model_validator(mode="after")
-    def _marks(self) -> InterpreterPrompts:
-        self.recovery.require(["state"])
-        self.residual.require(["before", "after"])
-        require_marks(self.item, ["item"])
-        return self
 
 
 class InterpreterConfig(Config):

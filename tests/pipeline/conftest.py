@@ -14,7 +14,7 @@ from raypipe.storage.models import Models
 from raypipe.storage.store import Store
 from raypipe.systems.candidate_facts import FORM
 from raypipe.systems.explainer_prompts import ExplainerPrompts
-from raypipe.systems.recinterpreter import InterpreterPrompts
+from raypipe.systems.interpreter_prompts import InterpreterPrompts
 from raypipe.systems.trsr import TrsrConfig
 from tests.pipeline.ranked_logs import RANKED_TRAINING, TERSE, ranked_events, ranked_titles
 from tests.pipeline.small_logs import (

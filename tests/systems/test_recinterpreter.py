@@ -11,10 +11,10 @@ from pydantic import ValidationError
 from raypipe.engines.engine import Outcome, OutcomeError
 from raypipe.language.adapters import LoraOptions
 from raypipe.language.prompt import Vectors
+from raypipe.systems.interpreter_prompts import InterpreterPrompts
 from raypipe.systems.recexplainer import ExplainerConfig
 from raypipe.systems.recinterpreter import (
     InterpreterConfig,
-    InterpreterPrompts,
     RecInterpreter,
     recovery_figures,
     residual_figures,
