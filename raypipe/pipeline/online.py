@@ -68,7 +68,7 @@ def run_online(config: OnlineConfig) -> JobResult:
             was_there = store.facts(version) is not None
             if not was_there:
                 _load(store, workspace, night, version)
-            old = _old_versions(store, version, config.keep)
+            old = _old_versions(store, version, night.date, config.keep)
             if old and not was_there:
                 time.sleep(config.grace_s)
             for name in old:
@@ -118,10 +118,14 @@ def _load(store: OnlineStore, workspace: Workspace, night: Night, version: str) 
     store.complete(version, {"night": night.date, **night_rows.counts()})
 
 
-def _old_versions(store: OnlineStore, current: str, keep: int) -> list[str]:
-    """All but the current version and the `keep` complete ones begun last; what never got complete is old too."""
+def _old_versions(store: OnlineStore, current: str, date: str, keep: int) -> list[str]:
+    """All but the current version, of the night of `date`, and the `keep` complete ones of other nights that were begun last.
+
+    What never got complete is old too, and so is what a night was before it was published again: nobody can go back to that.
+    """
     others = [version for version in store.versions() if version != current]
-    complete = [version for version in others if store.facts(version) is not None]
+    nights = [(version, facts["night"]) for version in others if (facts := store.facts(version)) is not None]
+    complete = [version for version, night in nights if night != date]
     kept = set(complete[-keep:] if keep else ())
     return [version for version in others if version not in kept]
 

@@ -144,6 +144,7 @@ def open_online_store(url: str | None, store: Store) -> OnlineStore:
     Raises UsageError where none is named and the workspace is on an object store, and where Redis's client is not installed.
     """
     url = url or os.environ.get(ADDRESS)
+    name = content_digest(store.uri)[:12]  # Two workspaces may share a store.
     if url is not None and url.startswith(("redis://", "rediss://")):
         try:
             from raypipe.storage.online_redis import RedisStore
@@ -151,8 +152,7 @@ def open_online_store(url: str | None, store: Store) -> OnlineStore:
             raise UsageError(
                 "Redis is named as the online store, and its client is not installed.", "pip install 'raypipe[redis]'"
             ) from None
-        # Two workspaces may share a server.
-        return RedisStore(url, f"raypipe:{content_digest(store.uri)[:12]}")
+        return RedisStore(url, f"raypipe:{name}")
     from raypipe.storage.online_embedded import EmbeddedStore
 
     if url is None:
@@ -166,4 +166,4 @@ def open_online_store(url: str | None, store: Store) -> OnlineStore:
         raise UsageError(
             f"{url.split('://')[0]!r} is no kind of online store.", "Name redis://HOST:PORT/DB or a folder."
         )
-    return EmbeddedStore(Store(url).local_path())
+    return EmbeddedStore(Store(url).local_path(name))

@@ -174,6 +174,21 @@ def test_the_night_before_stays_loaded_and_older_ones_go(raypipe: Run, uri: str,
         assert len(store.versions()) == left
 
 
+def test_a_night_that_is_published_again_does_not_push_out_the_night_before(
+    raypipe: Run, uri: str, night: Night
+) -> None:
+    assert raypipe("online", "--workspace", uri).code == 0
+    more: list[Event] = []
+    for second in (1, 2):
+        more.append(("u1", "i1", START + 1000 * second))
+        add_events(uri, more)
+        again = publish(uri, "2026-01-06")
+        loaded = raypipe("online", "--workspace", uri, "--grace_s", "0")
+    assert loaded.metrics["dropped"] == 1
+    versions = open_online_store(None, Store(uri)).versions()
+    assert versions == [version_of(Workspace(uri), one) for one in (night, again)]
+
+
 def test_a_workspace_that_came_back_from_a_backup_is_loaded_anew(raypipe: Run, uri: str, tmp_path: Path) -> None:
     """Its tables count their versions once more from where it was copied, and the store has outlived it."""
     store = str(tmp_path / "store")

@@ -279,6 +279,9 @@ def test_a_store_is_named_by_its_address(tmp_path: Path) -> None:
     local = open_online_store(None, Store(str(tmp_path)))
     assert isinstance(local, EmbeddedStore)
     assert local.folder == tmp_path / "online"
+    folders = {open_online_store(str(tmp_path), Store(f"s3://bucket/{name}")).folder for name in ("one", "other")}
+    assert len(folders) == 2, "two workspaces do not drop each other's versions"
+    assert {folder.parent for folder in folders} == {tmp_path}
     for url, uri, told in (
         (None, "s3://bucket/ws", "no online store is named"),
         ("mysql://host", str(tmp_path), "'mysql' is no kind of online store"),
