@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--items", default="frozen", choices=("frozen", "trained"), help="the items' columns")
     parser.add_argument("--users", default="trained", choices=("trained", "frozen", "absent"), help="the users' blocks")
     parser.add_argument("--lm", default="small", help="size of the built-in language model, or a folder or hub name")
+    parser.add_argument("--lm_steps", type=int, default=2_500, help="of the built-in one's training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--label", default="", help="behind the model's name in the table")
     parser.add_argument("--workspace", default=str(ROOT / "build/guided"))
@@ -105,6 +106,7 @@ def scores_of(given: argparse.Namespace, workspace: Sequence[str]) -> str:
     lm = given.lm
     if lm in ("tiny", "small", "base", "large"):
         learnt = ["--data.model.size", lm, "--data.instructions.catalogue_repeats", "20", "--trainer.workers", "1"]
+        learnt += ["--trainer.steps", str(given.lm_steps)]
         if given.dataset != "ml-100k":  # whose films have no text
             learnt += ["--data.prompts.text_characters", "200"]
         lm = f"builtin/{run('lm', *workspace, *cut, *learnt)['models']['lm']}"
@@ -168,7 +170,7 @@ def rows_of(
 
 def _words(given: argparse.Namespace) -> list[str]:
     """The command line that is given again."""
-    named = ("dataset", "base", "control", "items", "users", "lm", "seed", "label", "align")
+    named = ("dataset", "base", "control", "items", "users", "lm", "lm_steps", "seed", "label", "align")
     words = [word for name in named if getattr(given, name) != "" for word in (f"--{name}", str(getattr(given, name)))]
     return [*words, "--golden", *(["--", *given.options] if given.options else [])]
 

@@ -36,9 +36,15 @@ def main() -> None:
     workspace = ["--workspace", f"{given.workspace}/{given.dataset}", "--tracking", "off"]
     run("ingest", *workspace, *log_options(given.dataset))
     variant = f"-{given.variant}" if given.variant else ""
-    config = ROOT / f"jobs/train/{given.model}-{given.dataset}{variant}.yaml"
-    trained = run("train", "--config", str(config), *workspace, "--trainer.seed", str(given.seed), *given.options)
-    model = f"{given.model}/{trained['models'][given.model]}"
+    seed = ["--trainer.seed", str(given.seed)]
+
+    def trained(model: str, recipe: str, *options: str) -> str:
+        config = ROOT / f"jobs/train/{model}-{given.dataset}{recipe}.yaml"
+        return f"{model}/{run('train', '--config', str(config), *workspace, *seed, *options)['models'][model]}"
+
+    # One that starts from SASRec's item vectors has those of the same seed.
+    table = ["--recommender.dreamrec.table", trained("sasrec", "")] if given.variant == "warm" else []
+    model = trained(given.model, variant, *table, *given.options)
     filtered = given.dataset != "amazon-industrial"  # whose users buy the same item again
     switch = [] if filtered else ["--no-filter_seen"]
     metrics = run("evaluate", *workspace, "--model", model, *switch)["metrics"]
