@@ -97,6 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "submit the same command again to resume, and report the traceback above if it fails again."
         )
         result, code = _failure(job, "failed", repr(error)), 1
+    # JSON has no NaN: a figure that is no number is null.
+    result = json.loads(json.dumps(result), parse_constant=lambda _: None)
     if webhook is not None:
         notify(webhook, result)
     sys.stdout.flush()

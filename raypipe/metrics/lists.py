@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+_LISTS_AT_ONCE = 10_000
+
 
 def coverage(lists: NDArray[np.int64], items: int) -> float:
     """Share of the catalogue that is in some list. lists [users, k], item indices from 1, 0 for none."""
@@ -23,13 +25,18 @@ def novelty(lists: NDArray[np.int64], counts: NDArray[np.int64]) -> float:
 def diversity(lists: NDArray[np.int64], vectors: NDArray[np.float32]) -> float:
     """Mean cosine distance of the pairs of each list (Ziegler et al., WWW 2005). vectors [items + 1, width]."""
     units = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    real = (lists > 0)[..., None]
-    chosen = units[lists] * real
-    n = real.sum((1, 2)).astype(np.float64)
-    # The sum over pairs of a list is the squared length of its sum, less the items with themselves.
-    pairs = (chosen.sum(1) ** 2).sum(1) - (chosen**2).sum((1, 2))
-    several = n > 1
-    return float((1 - pairs[several] / (n * (n - 1))[several]).mean())
+    total, count = 0.0, 0
+    for start in range(0, len(lists), _LISTS_AT_ONCE):
+        some = lists[start : start + _LISTS_AT_ONCE]
+        real = (some > 0)[..., None]
+        chosen = units[some] * real
+        n = real.sum((1, 2)).astype(np.float64)
+        # The sum over pairs of a list is the squared length of its sum, less the items with themselves.
+        pairs = (chosen.sum(1) ** 2).sum(1) - (chosen**2).sum((1, 2))
+        several = n > 1
+        total += float((1 - pairs[several] / (n * (n - 1))[several]).sum())
+        count += int(several.sum())
+    return total / count if count else float("nan")
 
 
 def collapse(vectors: NDArray[np.float32]) -> float:

@@ -40,7 +40,7 @@ def _mean_over_ties(gains: Values, above: Counts, same: Counts) -> Values:
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over users with the half-width of its 95 % confidence interval (normal approximation)."""
+    """A mean over users with the half-width of its 95 % confidence interval (normal approximation); NaN of one user alone."""
 
     value: float
     half_width: float

@@ -132,7 +132,8 @@ class EncodeBucket:
         }
         counts = Counts(len(state.users), len(work) - len(failed) - cold, len(failed), skipped)
         staged: dict[str, Sequence] = {}
-        if state.is_touched:
+        # Users of whom there is nothing to say stay changed for ever: they alone are no reason to write the others anew.
+        if made or failed or state.kept.num_rows < state.before.num_rows:
             context.journal([])
             staged = self._stage(state, made, failed, context)
         schemas = {task.output: schema_hash(task.workspace.tables[task.output].spec.schema)}
@@ -251,7 +252,7 @@ class States:
 class Recommendations:
     """The best k items of every history; to users of whom the model knows nothing, what is popular.
 
-    `allowed` bool [items + 1] over the model's items; `popular` int32 [≤ k], the most popular allowed items.
+    `allowed` bool [items + 1] over the model's items; `popular` int32 [≤ k], what is recommended to these.
     """
 
     k: int

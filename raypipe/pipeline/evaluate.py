@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 
 from raypipe.config import free, shaping
 from raypipe.errors import UsageError
 from raypipe.metrics.published import published
 from raypipe.metrics.ranking import Mean
 from raypipe.pipeline.attribute_cards import SHARE, attribute_shares, write_attribute_cards
-from raypipe.pipeline.held_out import Cut
+from raypipe.pipeline.held_out import Cut, are_held_out, share_of
 from raypipe.pipeline.job import cost_of
 from raypipe.pipeline.loaded import Loaded
 from raypipe.pipeline.sequences import pinned_versions, read_histories
@@ -43,7 +44,7 @@ def run_evaluate(config: EvaluateConfig) -> JobResult:
     workspace.require_info()
     loaded = Loaded.of(config, workspace, config.model)
     model = loaded.model
-    held = held_out(workspace, int(model.lineage["hold_out"]))
+    held = held_out(workspace, [model])
     options = {"filter_seen": config.filter_seen}
     if config.cards:
         page = write_attribute_cards(config, workspace, loaded, held, config.cards, **options)
@@ -57,7 +58,7 @@ def run_evaluate(config: EvaluateConfig) -> JobResult:
         },
     }
     record(workspace, model, rows, config.filter_seen)
-    known = published(len(held.training), held.events, model.name)
+    known = published(held.users, held.events, model.name)
     protocol = {**model.lineage["protocol"], "seen items": "filtered" if config.filter_seen else "kept"}
     if known is not None:
         rows["published"] = {name: Mean(value, 0.0) for name, value in known.values.items()}
@@ -110,12 +111,16 @@ def record(workspace: Workspace, model: Model, rows: dict[str, dict[str, Mean]],
     )
 
 
-def held_out(workspace: Workspace, hold_out: int) -> HeldOut:
-    """The last event of every user; UsageError where training left none out."""
+def held_out(workspace: Workspace, models: Sequence[Model]) -> HeldOut:
+    """The last event of every user with an event that all models learnt from; UsageError where one of them saw every event."""
     versions = pinned_versions(workspace)
-    _, histories = read_histories(workspace, versions["histories"])
+    users, histories = read_histories(workspace, versions["histories"])
+    seen_by_none = are_held_out(users, min(map(share_of, models)))
+    hold_outs = [int(model.lineage["hold_out"]) for model in models]
+    items = workspace.tables["items"].rows(versions["items"])
     try:
-        return HeldOut.of(histories, hold_out, workspace.tables["items"].rows(versions["items"]))
+        # What was trained on every event is asked for nothing, whatever another model left out.
+        return HeldOut.of(histories, max(hold_outs) if min(hold_outs) else 0, items, ~seen_by_none)
     except ValueError as error:
         raise UsageError(str(error), "Train with `--hold_out 2` for a model to evaluate.") from None
 
@@ -135,4 +140,4 @@ def table(rows: dict[str, dict[str, Mean]], protocol: dict[str, str], users: int
 def _cell(mean: Mean | None) -> str:
     if mean is None or math.isnan(mean.value):
         return ""
-    return f"{mean.value:.4f} ± {mean.half_width:.4f}" if mean.half_width else f"{mean.value:.4f}         "
+    return f"{mean.value:.4f} ± {mean.half_width:.4f}" if mean.half_width > 0 else f"{mean.value:.4f}         "

@@ -41,7 +41,7 @@ class Cut:
     def check(self, model: Model) -> None:
         """Raises UsageError where the model may have seen more."""
         self.check_events(model)
-        if (share := _share_of(model)) < self.held_out_share:
+        if (share := share_of(model)) < self.held_out_share:
             raise UsageError(
                 f"{model.name}/{model.hash} may have read all but {share:.0%} of the users, and {self.held_out_share:.0%} of them "
                 "are held out here.",
@@ -59,8 +59,9 @@ class Cut:
 
     def least_share(self, models: Sequence[Model]) -> float:
         """The share of the users whom none of the models has seen, nor who goes by this cut."""
-        return min([self.held_out_share, *map(_share_of, models)])
+        return min([self.held_out_share, *map(share_of, models)])
 
 
-def _share_of(model: Model) -> float:
+def share_of(model: Model) -> float:
+    """The share of the users whom the model has not seen."""
     return float(model.lineage.get("held_out_share", 0.0))

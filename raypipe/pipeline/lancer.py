@@ -67,16 +67,15 @@ class _Inputs:
 
     def evaluation_set(self, hold_out: int, most: int) -> EvaluationSet:
         """At most so many users, drawn, and what was chosen last; UsageError where there is nobody."""
-        held = HeldOut.of(self.histories, hold_out, len(self.catalogue.titles))
+        held = HeldOut.of(self.histories, hold_out, len(self.catalogue.titles), ~self.held_out)
         if not len(held.targets):
             raise UsageError(
                 f"No user has more than the {hold_out} events that are held out.", "Ingest longer histories."
             )
         rows = np.sort(np.random.default_rng(0).permutation(len(held.targets))[:most])
         prefixes = held.prefixes.take(held.prefixes.starts[rows], held.prefixes.lengths[rows])
-        training = held.training.of(~self.held_out)
         everybody = np.flatnonzero(self.histories.lengths > hold_out)
-        part = replace(held, training=training, prefixes=prefixes, targets=held.targets[rows])
+        part = replace(held, prefixes=prefixes, targets=held.targets[rows])
         return EvaluationSet(part, self.unseen[everybody[rows]])
 
 

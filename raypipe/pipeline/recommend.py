@@ -24,6 +24,7 @@ from raypipe.pipeline.encode_units import Recommendations
 from raypipe.pipeline.lancer_lists import WrittenLists, writer_of
 from raypipe.pipeline.loaded import Loaded
 from raypipe.pipeline.sequences import pinned_versions
+from raypipe.recommenders.scoring import most_popular
 from raypipe.runtime.job import JobResult
 from raypipe.runtime.progress import say
 from raypipe.storage.fingerprint import fingerprint
@@ -72,8 +73,8 @@ def run_recommend(config: RecommendConfig) -> JobResult:
             "allowed": content_digest(np.packbits(allowed).tobytes().hex()),
         }
     )
-    popular = [item for item in loaded.card.popular if allowed[item]][: config.length]
-    rows = Recommendations(config.length, config.filter_seen, allowed, np.array(popular, np.int32))
+    popular = most_popular(loaded.card.popular, allowed, config.length).astype(np.int32)
+    rows = Recommendations(config.length, config.filter_seen, allowed, popular)
     encoding = Encoding(JOB, "recommendations", f"{JOB}-{loaded.model.name}", recipe, rows)
     return run_encoding(config, workspace, loaded.model, encoding, started)
 

@@ -155,15 +155,22 @@ def _content_of(config: ReleaseConfig, workspace: Workspace, lm: str) -> str:
 
 def _judged(config: ReleaseConfig, workspace: Workspace, candidate: str, champion: str) -> dict[str, float]:
     """The gate's metric of candidate, champion and popularity, on the events that neither model was trained on."""
-    names = [candidate] + ([champion] if champion not in {"", candidate} else [])
-    loaded = {name: Loaded.of(config, workspace, name) for name in names}
-    held = held_out(workspace, max(int(one.model.lineage["hold_out"]) for one in loaded.values()))
+    loaded = {candidate: Loaded.of(config, workspace, candidate)}
+    if champion not in {"", candidate}:
+        loaded[champion] = Loaded.of(config, workspace, champion)
+        if not int(loaded[champion].model.lineage["hold_out"]):
+            say(
+                f"{JOB}: {champion}, which is in force, was trained on every event, so that the candidate is not compared with it",
+                "warning",
+            )
+            del loaded[champion]
+    held = held_out(workspace, [one.model for one in loaded.values()])
     metric = config.gate.metric
     known = {name: evaluate_model(one.recommender, held) for name, one in loaded.items()}
     if metric not in known[candidate]:
         raise UsageError(f"There is no metric {metric}.", f"Known are: {', '.join(known[candidate])}.")
     figures = {"candidate": known[candidate][metric].value}
-    if champion:
+    if champion in known:
         figures["champion"] = known[champion][metric].value
     floor = evaluate_floor(Popularity(held.training, held.items), held)
     if metric in floor:

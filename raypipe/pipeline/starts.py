@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from raypipe.errors import UsageError
 from raypipe.pipeline.held_out import Cut
 from raypipe.pipeline.loaded import Loaded
-from raypipe.pipeline.sequences import pinned_versions
 from raypipe.recommenders.attribute_scores import load_scores
 from raypipe.recommenders.checkpoint import check_catalogue
 from raypipe.recommenders.config import RecommenderConfig
@@ -54,44 +53,41 @@ def start_of(
     recommender: RecommenderConfig,
     seen: Histories,
     cut: Cut,
+    items: Sequence[str],
     seed: int,
 ) -> Start:
-    """What `recommender` starts from, whose training sees the histories `seen` and holds out `cut`.
+    """What `recommender` starts from over the catalogue `items`, whose training sees the histories `seen` and holds out `cut`.
 
-    Raises UsageError for models that do not fit, and for scores or a base that have read what is held out.
+    Raises UsageError for models that do not fit, or that have read what is held out.
     """
     if recommender.model == "dreamrec":
-        return Start(_oracle_table(config, workspace, recommender))
+        return Start(_oracle_table(config, workspace, recommender, cut, len(items)))
     options = recommender.guided
-    items = workspace.tables["items"].read(pinned_versions(workspace)["items"], ["item_id", "index"]).sort_by("index")
-    ids = items["item_id"].to_pylist()
-    trained = seen.counts(len(ids)) > 0
+    trained = seen.counts(len(items)) > 0
     base: NDArray[np.float32] | None = None
     if options.base is not None:
         loaded = Loaded.of(config, workspace, options.base)
         cut.check(loaded.model)
-        vectors = loaded.recommender.item_states().detach().numpy()
-        # Items that came after the base have no vectors, and start in the middle.
-        base = np.zeros((len(ids) + 1, vectors.shape[1]), np.float32)
-        base[: len(vectors)] = vectors
-        base[len(vectors) :] = vectors[1:].mean(0)
+        base = _over_all(loaded.recommender.item_states().detach().numpy(), len(items))
     if options.scores is None:
         return fuse(None, options, recommender.width, base, trained, seed)
     model = find_model(Models(workspace.store), options.scores)
     scores = load_scores(config.fetch(workspace, model))
-    check_catalogue(scores.catalogue, ids, options.scores)
+    check_catalogue(scores.catalogue, items, options.scores)
     cut.check(model)
     return fuse(scores, options, recommender.width, base, trained, seed)
 
 
 def _oracle_table(
-    config: ModelCache, workspace: Workspace, recommender: RecommenderConfig
+    config: ModelCache, workspace: Workspace, recommender: RecommenderConfig, cut: Cut, items: int
 ) -> NDArray[np.float32] | None:
     """Item vectors of the model `dreamrec.table` names."""
     named = recommender.dreamrec.table
     if named is None:
         return None
-    trained = Loaded.of(config, workspace, named).recommender
+    loaded = Loaded.of(config, workspace, named)
+    cut.check(loaded.model)
+    trained = loaded.recommender
     if trained.width != recommender.width:
         raise UsageError(
             f"The item vectors of {named} are {trained.width} wide and dreamrec's {recommender.width}.",
@@ -100,4 +96,12 @@ def _oracle_table(
     table = trained.item_states().detach()
     # Noise has a length of √width: the vectors start at its scale.
     scale = table.shape[1] ** 0.5 / table[1:].norm(dim=1).mean()
-    return (table * scale).numpy()
+    return _over_all((table * scale).numpy(), items)
+
+
+def _over_all(vectors: NDArray[np.float32], items: int) -> NDArray[np.float32]:
+    """A model's item vectors [items it knows + 1, width] over the catalogue; items that came after it start in their middle."""
+    table = np.empty((items + 1, vectors.shape[1]), np.float32)
+    table[: len(vectors)] = vectors
+    table[len(vectors) :] = vectors[1:].mean(0)
+    return table

@@ -7,6 +7,7 @@ the last. A model of this very recipe over these very histories is not trained t
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -33,7 +34,8 @@ from raypipe.storage.models import Models
 from raypipe.storage.workspace import Workspace
 
 JOB = "train"
-STEP_VERSION = 1
+# Raised for a model whose training does something else than before, so that those of before are not taken for current.
+STEP_VERSIONS = {"bert4rec": 2}
 
 
 def _trainer() -> TrainerConfig:
@@ -60,9 +62,10 @@ class TrainOptions(TrainingOptions, ModelCache):
 
     @model_validator(mode="after")
     def _validation_needs_an_event(self) -> TrainOptions:
-        if self.trainer.validate_every is not None and not self.hold_out:
+        if self.trainer.validate_every is not None and self.hold_out < 2:
             raise ValueError(
-                "validation asks for a held-out event: set hold_out to 1 or more, or validate_every to null"
+                "validation asks for a held-out event, and the last one is for `evaluate`: set hold_out to 2 or more, or "
+                "validate_every to null"
             )
         return self
 
@@ -81,11 +84,12 @@ def run_train(config: TrainConfig) -> JobResult:
     name = config.recommender.model
     with hold(workspace.store, [f"models-{name}"], JOB, config.lock_lease_s):
         versions = pinned_versions(workspace)
-        items = workspace.tables["items"].read(versions["items"], ["item_id", "index"]).sort_by("index")
-        card = catalogue_card(items["item_id"].to_pylist())
+        rows = workspace.tables["items"].read(versions["items"], ["item_id", "index"]).sort_by("index")
+        items = rows["item_id"].to_pylist()
+        card = catalogue_card(items)
         recipe = fingerprint(
             {
-                "step": STEP_VERSION,
+                "step": STEP_VERSIONS.get(name, 1),
                 "config": config.shaping_values(),
                 "catalogue": card,
                 "histories": histories_hash(workspace, versions["histories"]),
@@ -97,7 +101,7 @@ def run_train(config: TrainConfig) -> JobResult:
             tracking.register(model)
             return model_result(JOB, model, "nothing_to_do", {}, started)
         folder = config.training_folder(workspace, f"{name}-{recipe}")
-        trained, facts = _train(config, workspace, versions, card, folder)
+        trained, facts = _train(config, workspace, versions, items, folder)
         lineage = {
             "job": JOB,
             "versions": versions,
@@ -132,7 +136,8 @@ def model_card(name: str, lineage: dict[str, object]) -> str:
     told = {key: lineage[key] for key in ("users", "events", "hold_out", "seed", "steps", "versions")}
     lines = [f"# {name}", "", "A sequential recommender trained by `raypipe train`.", ""]
     lines += [f"- {key}: {json.dumps(value)}" for key, value in told.items()]
-    lines += [f"- validation NDCG@10, best of {lineage['validations']}: {lineage['validation_ndcg']}"]
+    if "validation_ndcg" in lineage:
+        lines += [f"- validation NDCG@10, best of {lineage['validations']}: {lineage['validation_ndcg']}"]
     lines += [f"- {key}: {value}" for key, value in lineage["protocol"].items()]  # type: ignore[attr-defined]
     lines += ["", "Configuration:", "", "```json", json.dumps(lineage["config"], indent=1, sort_keys=True), "```", ""]
     return "\n".join(lines)
@@ -142,7 +147,7 @@ def _train(
     config: TrainConfig,
     workspace: Workspace,
     versions: dict[str, int],
-    card: dict[str, object],
+    items: list[str],
     folder: Path,
 ) -> tuple[TrainingResult, dict[str, float]]:
     _, histories = read_histories(workspace, versions["histories"], config.held_out_share)
@@ -151,13 +156,13 @@ def _train(
     if config.shuffle_ties:
         ties = read_ties(workspace, versions["histories"], config.held_out_share).without_last(config.hold_out).items
     cut = Cut(config.hold_out, config.held_out_share)
-    start = start_of(config, workspace, config.recommender, seen, cut, config.trainer.seed)
+    start = start_of(config, workspace, config.recommender, seen, cut, items, config.trainer.seed)
     try:
         prepare_training(
             folder / "data",
             seen,
             _held(histories, config.hold_out),
-            card,
+            catalogue_card(items),
             config.recommender,
             config.trainer.seed,
             start,
@@ -175,9 +180,9 @@ def _train(
         "events": len(seen.items),
         **trained.figures(),
         "validations": len(trained.validations),
-        "validation_ndcg": round(max((value for _, value in trained.validations), default=float("nan")), 6),
     }
-    return trained, facts
+    known = [value for _, value in trained.validations if math.isfinite(value)]
+    return trained, facts | ({"validation_ndcg": round(max(known), 6)} if known else {})
 
 
 def _held(histories: Histories, hold_out: int) -> np.ndarray:

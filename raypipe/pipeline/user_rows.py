@@ -83,11 +83,6 @@ class UserRows:
         known = pc.is_in(self.users, value_set=self.kept["user_id"].combine_chunks())
         return np.flatnonzero(~known.to_numpy(zero_copy_only=False))
 
-    @property
-    def is_touched(self) -> bool:
-        """Whether the bucket's rows have to be written anew."""
-        return bool(len(self.changed)) or self.kept.num_rows < self.before.num_rows
-
     def divide(self, rows: pa.Table, blocked: Container[tuple[str, str]]) -> tuple[pa.Table, pa.Table, dict[str, int]]:
         """Where a change key is of more than a history, `rows` being all that there should be: the published ones that stand,
         those there is work for, and how many there is none for: unchanged, or `blocked` by (user, change key)."""

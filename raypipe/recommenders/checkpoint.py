@@ -81,13 +81,13 @@ def load_recommender(folder: Path, device: torch.device | str = "cpu") -> tuple[
     return model.eval(), card
 
 
-def catalogue_card(item_ids: list[str], count: int | None = None) -> dict[str, object]:
+def catalogue_card(item_ids: Sequence[str], count: int | None = None) -> dict[str, object]:
     """Which items the first `count` rows of a table are (all where unset), in the order of their index."""
-    known = item_ids if count is None else item_ids[:count]
+    known = list(item_ids if count is None else item_ids[:count])
     return {"items": len(known), "hash": fingerprint({"item_ids": known})}
 
 
-def check_catalogue(card: Mapping[str, object], item_ids: list[str], model: str) -> None:
+def check_catalogue(card: Mapping[str, object], item_ids: Sequence[str], model: str) -> None:
     """Raises UsageError unless the model's items are the first of this catalogue, in the same order."""
     count = int(str(card["items"]))
     if count > len(item_ids) or catalogue_card(item_ids, count) != dict(card):

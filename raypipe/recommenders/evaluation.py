@@ -25,26 +25,35 @@ _LENGTHS = (10, 20, 50, 100, 200)
 class HeldOut:
     """What an evaluation asks: the last event of every history that has one beyond training's.
 
-    `training` are the histories that models learnt from, `prefixes` everything before the last event, `targets` the last
-    events; one entry per asked user. `items` is the size of the catalogue, `events` that of the whole log.
+    `training` are the histories that models learnt from; `prefixes` everything before the last event and `targets` the last
+    events, one entry per asked user. `items` is the size of the catalogue, `users` and `events` are those of the whole log.
     """
 
     training: Histories
     prefixes: Histories
     targets: NDArray[np.int32]
     items: int
+    users: int
     events: int
 
     @classmethod
-    def of(cls, histories: Histories, hold_out: int, items: int) -> HeldOut:
-        """Users with at least one training event. Raises ValueError where `hold_out` is 0: training saw all there is."""
+    def of(
+        cls, histories: Histories, hold_out: int, items: int, learnt_from: NDArray[np.bool_] | None = None
+    ) -> HeldOut:
+        """Asks users with more than `hold_out` events; models learnt from those of `learnt_from` bool [users], all where unset.
+
+        Raises ValueError where `hold_out` is 0: training saw all there is.
+        """
         if hold_out < 1:
             raise ValueError("The model was trained on every event, so that none is left to ask for.")
         asked = np.flatnonzero(histories.lengths > hold_out)
         before = histories.without_last(1)
         prefixes = before.take(before.starts[asked], before.lengths[asked])
         targets = histories.items[histories.ends[asked] - 1]
-        return cls(histories.without_last(hold_out), prefixes, targets, items, len(histories.items))
+        training = histories.without_last(hold_out)
+        if learnt_from is not None:
+            training = training.of(learnt_from)
+        return cls(training, prefixes, targets, items, len(histories), len(histories.items))
 
 
 def ranks_of_floor(floor: Floor, held: HeldOut, *, filter_seen: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

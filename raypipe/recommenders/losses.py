@@ -2,7 +2,7 @@
 
 A loss compares one score of the item that came next with the scores of candidates that all positions share: the whole
 catalogue or a sample. Scores are made a block of positions at a time and turned into gradients at once, so that memory
-is one block of at most `_BLOCK_SCORES` scores plus the gradients, whatever the catalogue.
+is one block of `_BLOCK_SCORES` scores, or those of 16 positions, plus the gradients.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def gbce_loss(states: Tensor, table: Tensor, targets: Tensor, negatives: Tensor,
 
     σ of the positive score is raised to β = α (t (1 − 1/α) + 1/α), where α = samples / (items − 1).
     """
-    alpha = len(negatives) / (len(table) - 2)
+    alpha = len(negatives) / max(1, len(table) - 2)
     beta = alpha * (calibration * (1 - 1 / alpha) + 1 / alpha)
     positives = _wide((states * table[targets]).sum(1))
     column = _columns(negatives, len(table))[targets]

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from raypipe.recommenders.recommender import Recommender
-from raypipe.recommenders.scoring import Filters, ranks, top_k
+from raypipe.recommenders.scoring import UNRANKED, Filters, ranks, top_k
 from raypipe.recommenders.sequences import Sequences
 from raypipe.recommenders.windows import Histories
 
@@ -49,24 +50,15 @@ def target_ranks(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """How many items score above each user's target, and how many the same, itself included: int64 [users] each.
 
-    Items the model never saw are left out of the prefixes. A target it never saw, or one after nothing it knows, ranks
-    last.
+    Items the model never saw are left out of the prefixes. A target it never saw, or one after nothing it knows, is `UNRANKED`.
     """
-    was_training = model.training
-    model.eval()
-    device = model.table.device
-    prefixes = prefixes.within(model.items)
-    above = np.full(len(prefixes), model.items, np.int64)
+    above = np.full(len(prefixes), UNRANKED, np.int64)
     same = np.ones_like(above)
-    asked_of = (prefixes.lengths > 0) & (targets <= model.items)
     table = model.item_states()
-    for rows in batches_by_length(prefixes, model.max_length, np.flatnonzero(asked_of)):
-        states = model.encode(sequences_of(prefixes, rows, model.max_length).to(device))
-        seen = sequences_of(prefixes, rows).to(device) if filter_seen else None
-        asked = torch.from_numpy(targets[rows].astype(np.int64)).to(device)
-        better, equal = ranks(model.queries(states), table, asked, Filters(excluded=seen))
+    for rows, queries, seen in _queries(model, prefixes, targets <= model.items):
+        asked = torch.from_numpy(targets[rows].astype(np.int64)).to(table.device)
+        better, equal = ranks(queries, table, asked, Filters(excluded=seen if filter_seen else None))
         above[rows], same[rows] = better.cpu().numpy(), equal.cpu().numpy()
-    model.train(was_training)
     return above, same
 
 
@@ -74,33 +66,39 @@ def target_ranks(
 def candidate_scores(model: Recommender, prefixes: Histories, candidates: NDArray[np.int32]) -> NDArray[np.float32]:
     """Of the items int32 [users, candidates] after each prefix, float32 alike; −∞ for items the model never saw, and for all of
     them after nothing it knows."""
-    was_training = model.training
-    model.eval()
-    device = model.table.device
-    prefixes = prefixes.within(model.items)
     scores = np.full(candidates.shape, -np.inf, np.float32)
-    for rows in batches_by_length(prefixes, model.max_length, np.flatnonzero(prefixes.lengths)):
-        queries = model.queries(model.encode(sequences_of(prefixes, rows, model.max_length).to(device)))
+    table = model.item_states()
+    for rows, queries, _ in _queries(model, prefixes):
         known = torch.from_numpy(np.where(candidates[rows] <= model.items, candidates[rows], 0).astype(np.int64))
-        found = (model.item_states()[known.to(device)] @ queries[:, :, None])[:, :, 0].float().cpu()
+        found = (table[known.to(table.device)] @ queries[:, :, None])[:, :, 0].float().cpu()
         scores[rows] = found.masked_fill(known == 0, -torch.inf).numpy()
-    model.train(was_training)
     return scores
 
 
 @torch.no_grad()
 def top_lists(model: Recommender, prefixes: Histories, k: int, *, filter_seen: bool = True) -> NDArray[np.int64]:
     """The best k items of each prefix, int64 [users, k]; 0 where there are fewer, or nothing the model knows."""
-    was_training = model.training
-    model.eval()
-    device = model.table.device
-    prefixes = prefixes.within(model.items)
     lists = np.zeros((len(prefixes), k), np.int64)
     table = model.item_states()
-    for rows in batches_by_length(prefixes, model.max_length, np.flatnonzero(prefixes.lengths)):
-        states = model.encode(sequences_of(prefixes, rows, model.max_length).to(device))
-        seen = sequences_of(prefixes, rows).to(device) if filter_seen else None
-        items, _ = top_k(model.queries(states), table, k, Filters(excluded=seen))
+    for rows, queries, seen in _queries(model, prefixes):
+        items, _ = top_k(queries, table, k, Filters(excluded=seen if filter_seen else None))
         lists[rows] = items.cpu().numpy()
-    model.train(was_training)
     return lists
+
+
+def _queries(
+    model: Recommender, prefixes: Histories, asked: NDArray[np.bool_] | None = None
+) -> Iterator[tuple[NDArray[np.int64], Tensor, Sequences]]:
+    """Batches of the prefixes, all or those `asked` bool [users], that hold anything the model knows: rows, queries, and what
+    of it was seen. The model is in eval mode meanwhile."""
+    prefixes = prefixes.within(model.items)
+    there = prefixes.lengths > 0 if asked is None else asked & (prefixes.lengths > 0)
+    device = model.table.device
+    was_training = model.training
+    model.eval()
+    try:
+        for rows in batches_by_length(prefixes, model.max_length, np.flatnonzero(there)):
+            states = model.encode(sequences_of(prefixes, rows, model.max_length).to(device))
+            yield rows, model.queries(states), sequences_of(prefixes, rows).to(device)
+    finally:
+        model.train(was_training)

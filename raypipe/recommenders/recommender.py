@@ -62,7 +62,7 @@ class Recommender(nn.Module):
         vectors = functional.embedding(items, self.table)
         if self.guided is None:
             return vectors
-        return torch.cat([vectors, functional.embedding(items, self.item_block)], -1)
+        return torch.cat([vectors, functional.embedding(items, self.item_block).to(vectors.dtype)], -1)
 
     def personal(self, states: Tensor, users: Tensor | None) -> Tensor:
         """States [n, width] with what is known of their users beyond the history: nothing, or a block; keys int64 [n]."""
@@ -82,7 +82,7 @@ class Recommender(nn.Module):
 
     def item_states(self) -> Tensor:
         """[items + 1, width]; row 0 is padding."""
-        return self.table if self.guided is None else torch.cat([self.table, self.item_block], 1)
+        return self.table if self.guided is None else torch.cat([self.table, self.item_block.to(self.table.dtype)], 1)
 
     def queries(self, states: Tensor, seeds: Tensor | None = None) -> Tensor:
         """[batch, width], what item states are multiplied with; the states themselves where a model says no other.

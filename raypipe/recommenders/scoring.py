@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from raypipe.recommenders.sequences import Sequences
 
 BLOCK_SCORES = 2**22
 """Held at a time, whatever the catalogue."""
+UNRANKED = 2**31 - 1
+"""How many items are above a target that has no score: beyond every cutoff, however few items there are."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,28 @@ def top_k(queries: Tensor, table: Tensor, k: int, filters: Filters = EVERYTHING)
     return torch.where(scores == -math.inf, 0, indices), scores
 
 
+def most_popular(
+    popular: Sequence[int], allowed: NDArray[np.bool_], k: int, excluded: Collection[int] = ()
+) -> NDArray[np.int64]:
+    """At most k allowed items, int64, for whom a model knows nothing of: the `popular` first, and then the others by index.
+
+    `popular` item indices, most events first, of as many items as a checkpoint tells of; `allowed` bool [items + 1];
+    `excluded` item indices of any catalogue.
+    """
+    found = [item for item in popular if allowed[item] and item not in excluded][:k]
+    if len(found) < k:
+        others = allowed.copy()
+        others[0] = False
+        others[[item for item in (*popular, *excluded) if item < len(others)]] = False
+        found += np.flatnonzero(others)[: k - len(found)].tolist()
+    return np.array(found, np.int64)
+
+
 def ranks(queries: Tensor, table: Tensor, targets: Tensor, filters: Filters = EVERYTHING) -> tuple[Tensor, Tensor]:
     """How many items score above each user's target and how many the same, the target included: int64 [batch] each.
 
-    The target is a candidate even where a filter would take it out. One whose score is NaN ranks below every item; of other
-    items such a score is the lowest there is.
+    The target is a candidate even where a filter would take it out. One whose score is NaN is `UNRANKED`; of other items such
+    a score is the lowest there is.
     """
     blocks = _blocks(len(table) - 1, len(queries))
     if len(blocks) == 1:
@@ -67,7 +89,7 @@ def ranks(queries: Tensor, table: Tensor, targets: Tensor, filters: Filters = EV
     for rows in blocks:
         more = _counted(queries @ table[rows].T, rows, targets, own, filters)
         above, same = above + more[0], same + more[1]
-    return _last_where_nan(own, len(table) - 1, above, same)
+    return _unranked_where_nan(own, above, same)
 
 
 def ranks_among(scores: Tensor, targets: Tensor, filters: Filters = EVERYTHING) -> tuple[Tensor, Tensor]:
@@ -75,13 +97,13 @@ def ranks_among(scores: Tensor, targets: Tensor, filters: Filters = EVERYTHING) 
     own = scores.gather(1, targets[:, None])[:, 0].float()
     rows = slice(1, scores.shape[1])
     above, same = _counted(scores[:, rows].clone(), rows, targets, own, filters)
-    return _last_where_nan(own, scores.shape[1] - 1, above, same + 1)
+    return _unranked_where_nan(own, above, same + 1)
 
 
-def _last_where_nan(own: Tensor, items: int, above: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
+def _unranked_where_nan(own: Tensor, above: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
     """No score compares with NaN, which would leave such a target alone on the first place."""
     unknown = own.isnan()
-    return above.masked_fill(unknown, items), same.masked_fill(unknown, 1)
+    return above.masked_fill(unknown, UNRANKED), same.masked_fill(unknown, 1)
 
 
 def _counted(scores: Tensor, rows: slice, targets: Tensor, own: Tensor, filters: Filters) -> tuple[Tensor, Tensor]:

@@ -89,7 +89,8 @@ class Windows:
     """Windows of at most `max_length` inputs over histories, and the batches of every step.
 
     A history of n events has n − 1 targets. Its windows end at its end and are cut backwards, so that the newest has
-    the most context. With `whole` (masked training) a window is max_length − 1 events, its own targets.
+    the most context. With `whole` (masked training) a window is its own targets, and its last event stands where a prefix
+    that is asked about has its mask.
 
     `ties` int32 [events] numbers the groups of events whose order means nothing, in order; every epoch draws another
     order within each.
@@ -100,13 +101,12 @@ class Windows:
     ) -> None:
         self.histories, self.whole, self.ties = histories, whole, ties
         targets = histories.lengths if whole else histories.lengths - 1
-        size = max_length - 1 if whole else max_length
-        pieces = np.maximum(-(-targets // size), 0)
+        pieces = np.maximum(-(-targets // max_length), 0)
         self.users = np.repeat(np.arange(len(histories)), pieces)
         nth_from_end = np.arange(int(pieces.sum())) - np.repeat(pieces.cumsum() - pieces, pieces)
         # `stop` is where the inputs end, exclusive: the last target lies there.
-        stops = np.repeat(histories.ends - (0 if whole else 1), pieces) - nth_from_end * size
-        self.starts = np.maximum(stops - size, histories.starts[self.users])
+        stops = np.repeat(histories.ends - (0 if whole else 1), pieces) - nth_from_end * max_length
+        self.starts = np.maximum(stops - max_length, histories.starts[self.users])
         self.lengths = stops - self.starts
         self._epoch: tuple[int, int, int] | None = None
         self._drawn = histories

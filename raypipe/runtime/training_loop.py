@@ -18,7 +18,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from raypipe.runtime.averaging import WeightAverage
+from raypipe.runtime.averaging import WeightAverage, held_of
 from raypipe.runtime.memory import WorkingMemory
 from raypipe.runtime.trainer import MODEL, PartialTask, TrainerConfig, TrainingTask, ValidatedTask
 
@@ -91,9 +91,11 @@ class _Worker:
             if self.validate_every and (step % self.validate_every == 0 or step == self.steps):
                 self._validate(step)
             if step % self.config.checkpoint_every == 0 and step < self.steps:
+                if problem := self._broken():
+                    return {"diverged": problem}
                 self._checkpoint(time.monotonic() - started, final=False)
         self._record(pending)
-        if problem := self._diverged():
+        if problem := self._diverged() or self._broken():
             return {"diverged": problem}
         seconds = self.seconds + time.monotonic() - started
         self._checkpoint(time.monotonic() - started, final=True)
@@ -102,25 +104,38 @@ class _Worker:
     def _validate(self, step: int) -> None:
         """Every rank validates its share of examples with the whole weights."""
         assert isinstance(self.task, ValidatedTask), "validate_every is set for a task that has no validation"
-        module = self.engine.module
-        module.eval()
         with self._averaged():
-            with _gathered(list(module.parameters()), self.config.zero_stage):
-                total = torch.tensor(self.task.validate(module, self.rank, self.world), device=self.engine.device)
+            module = self._whole_module().eval()
+            total = torch.tensor(self.task.validate(module, self.rank, self.world), device=self.engine.device)
             dist.all_reduce(total)
             metric = (total[0] / total[1]).item()
             # One that is no number is no best, and is none to be beaten either.
             if math.isfinite(metric) and metric > max(self._validated(), default=-math.inf):
-                self.best = dict(self._weights())
-        module.train()
+                self.best = dict(self._weights(here=self.rank == 0))
+        self.engine.module.train()
         self.validations.append((step, metric))
         if self.rank == 0:
             self.board.post.remote(f"step {step}/{self.steps}  validation {metric:.4f}")
 
-    def _weights(self) -> Mapping[str, Tensor]:
-        """What is stored of the module, on rank 0; every rank must call it."""
+    def _whole_module(self) -> nn.Module:
+        """The module in no pieces; every rank must call it.
+
+        Under ZeRO-3 a copy: each layer of the module itself is gathered for its forward and given back after it, by all ranks
+        together, and their shares of what is validated may be of unequal numbers of batches.
+        """
+        if self.config.zero_stage < 3:
+            return self.engine.module
+        module = self.task.build()
+        dtypes = {name: weight.dtype for name, weight in self.engine.module.named_parameters()}
+        module.load_state_dict(self._weights(here=True), strict=False)
+        for name, weight in module.named_parameters():
+            weight.data = weight.data.to(dtypes[name])
+        return module.to(self.engine.device)
+
+    def _weights(self, *, here: bool) -> Mapping[str, Tensor]:
+        """What is stored of the module, `here` or nowhere; every rank must call it."""
         keeps = self.task.keeps if isinstance(self.task, PartialTask) else lambda name: True
-        return _whole_weights(self.engine.module, self.config.zero_stage, keeps, here=self.rank == 0)
+        return _whole_weights(self.engine.module, self.config.zero_stage, keeps, here=here)
 
     def _averaged(self) -> AbstractContextManager[None]:
         """The module holds what is to be validated and stored."""
@@ -135,16 +150,26 @@ class _Worker:
         return [value if math.isfinite(value) else -math.inf for _, value in self.validations]
 
     def _diverged(self) -> str:
-        """What to tell of the first step whose loss is no number; empty where there is none."""
-        step = next((at for at, loss in enumerate(self.losses) if not math.isfinite(loss)), None)
-        if step is None:
-            return ""
+        """What to tell of the first newly recorded step whose loss is no number; empty where there is none."""
+        first = max(0, len(self.losses) - _RECORDED_AT_ONCE)
+        step = next((at for at in range(first, len(self.losses)) if not math.isfinite(self.losses[at])), None)
+        return "" if step is None else f"The loss of step {step} is {self.losses[step]}.{self._circumstances(step)}"
+
+    def _broken(self) -> str:
+        """What to tell where weights are no numbers, which a loss shows one step later; every rank must call it."""
+        finite = all(bool(torch.isfinite(held).all()) for held in held_of(self.engine.module))
+        broken = torch.tensor(float(not finite), device=self.engine.device)
+        dist.all_reduce(broken)
+        step = len(self.losses) - 1
+        return f"Weights after step {step} are no numbers.{self._circumstances(step)}" if broken.item() else ""
+
+    def _circumstances(self, step: int) -> str:
         held = ""
         if isinstance(self.task, ValidatedTask):
             held = f" Its batch held {self.task.describe(step, self.config.seed, self.config.batch_size)}."
         kept = step - step % self.config.checkpoint_every
         good = f"The last good checkpoint is that of step {kept}." if kept else "There was no checkpoint before it."
-        return f"The loss of step {step} is {self.losses[step]}.{held} {good}"
+        return f"{held} {good}"
 
     def _progress(self, step: int, started: float) -> float:
         """The share of the run that is over, of its steps or of its time, whichever is more; the same on every rank."""
@@ -190,7 +215,7 @@ class _Worker:
                 self.average.save(folder / self._average_file)
             if final:
                 with self._averaged():
-                    last = self._weights()
+                    last = self._weights(here=self.rank == 0)
                 if self.rank == 0:
                     self.task.save(self.best or last, folder / MODEL)
             metrics = {"step": len(self.losses), "loss": self.losses[-1]}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from raypipe.recommenders.ranking import batches_by_length, sequences_of
 from raypipe.recommenders.recommender import Recommender
-from raypipe.recommenders.scoring import Filters, top_k
+from raypipe.recommenders.scoring import Filters, most_popular, top_k
 from raypipe.recommenders.sequences import Sequences
 from raypipe.recommenders.windows import Histories
 from raypipe.serving.catalogue import ServedCatalogue
@@ -162,8 +162,7 @@ def _excluded(requests: Sequence[tuple[ModelInputs, ListSpec]]) -> Sequences | N
 def _popular(popular: Sequence[int], allowed: NDArray[np.bool_], inputs: ModelInputs, spec: ListSpec) -> Ranked:
     excluded = set(spec.deny.tolist() if spec.deny is not None else ())
     excluded |= set(inputs.items.tolist()) if spec.filter_seen else set()
-    fits = [item for item in popular if allowed[item] and item not in excluded]
-    return Ranked(np.array(fits[: spec.count], np.int64), None)
+    return Ranked(most_popular(popular, allowed, spec.count, excluded), None)
 
 
 def _seed(items: U64) -> np.int64:

@@ -5,9 +5,9 @@ would write at once: histories read and batched in order of length beforehand, b
 Ours is the work of one worker from reading its bucket to the staged, checksummed Parquet file, by the workers' own clocks:
 starting Ray and the one Delta transaction come once a night, whatever the users.
 
-Figures: `vs_bare_loop` (median of the rounds' ratios of users/s per worker), `worker_peak_mb` and
-`worker_peak_mb_few` (largest resident set of a worker with all and with a hundredth of the users), `users_per_s` (of the
-whole command with all users, by the wall).
+Figures: `vs_bare_loop` (median of the rounds' ratios of users/s per worker), `worker_peak_mb`, `worker_peak_mb_compared` and
+`worker_peak_mb_few` (largest resident set of a worker with all users, with those of the rounds and with a hundredth, whose
+buckets are too small for one whole batch), `users_per_s` (of the whole command with all users, by the wall).
 """
 
 from __future__ import annotations
@@ -84,17 +84,19 @@ def main() -> None:
         few, compared, all_users = (
             make_workspace(folder, users) for users in (given.users // 100, given.compared, given.users)
         )
-        ratios = []
+        ratios, peaks = [], []
         for number in range(given.rounds):
-            mine, _, _ = ours(compared, workers=1)
+            mine, _, peak_compared = ours(compared, workers=1)
             bare = bare_loop(compared)
             print(f"round {number}: raypipe {mine:,.0f} users/s a worker, bare loop {bare:,.0f}", file=sys.stderr)
             ratios.append(mine / bare)
+            peaks.append(peak_compared)
         _, _, peak_few = ours(few, workers=2)
         _, seconds, peak = ours(all_users, workers=2)
     figures = {
         "vs_bare_loop": round(statistics.median(ratios), 3),
         "worker_peak_mb": round(peak),
+        "worker_peak_mb_compared": round(max(peaks)),
         "worker_peak_mb_few": round(peak_few),
         "users_per_s": round(given.users / seconds),
     }

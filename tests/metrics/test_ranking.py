@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import ndcg_score
 
+from raypipe.metrics import lists as lists_metrics
 from raypipe.metrics.lists import collapse, coverage, diversity, novelty
 from raypipe.metrics.published import published
 from raypipe.metrics.ranking import Mean, candidate_metrics, hit_rate, ndcg, ranking_metrics, reciprocal_rank
@@ -54,6 +55,14 @@ def test_the_interval_is_that_of_a_mean() -> None:
     values = np.array([0.0, 1.0, 1.0, 0.0, 1.0])
     assert Mean.of(values).half_width == pytest.approx(1.96 * values.std(ddof=1) / np.sqrt(5))
     assert np.isnan(Mean.of(np.array([])).value)
+
+
+def test_diversity_is_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    found, vectors = rng.integers(0, 9, (50, 4)), rng.normal(size=(9, 3)).astype(np.float32)
+    whole = diversity(found, vectors)
+    monkeypatch.setattr(lists_metrics, "_LISTS_AT_ONCE", 7)
+    assert diversity(found, vectors) == pytest.approx(whole)
 
 
 def test_lists_are_told_apart_by_coverage_novelty_and_diversity() -> None:

@@ -188,6 +188,27 @@ def test_users_of_items_the_model_never_saw_are_cold(raypipe: Run, trained: str,
     expected = model.encode(Sequences.of([[4]]))[0].detach().numpy()
     states = rows_of(trained, "hidden_states")
     np.testing.assert_allclose(states["half", 0]["state"], expected, rtol=1e-5, atol=1e-5)
+    # There stays nothing to say of who is cold, which is no reason to write everybody else of the bucket anew.
+    written = files_of_bucket(trained, "cold")
+    log = write_log(files / "one.csv", [(users_of_other_buckets(trained, "cold")[0], "i1", START + DAY)])
+    assert raypipe("ingest", "--workspace", trained, "--log.path", log, "--log.columns.time", "time").code == 0
+    assert counted(raypipe("extract", "--workspace", trained)) == {"computed": 1, "unchanged": USERS, "cold": 1}
+    assert files_of_bucket(trained, "cold") == written
+
+
+def files_of_bucket(uri: str, user: str) -> list[str]:
+    """The files with the states of the user's bucket."""
+    table, histories = (Workspace(uri).tables[name] for name in ("hidden_states", "histories"))
+    rows = histories.read(histories.version(), ["user_id", "bucket"]).to_pylist()
+    (bucket,) = (row["bucket"] for row in rows if row["user_id"] == user)
+    return [file.path for file in table.files(table.version(), bucket=bucket)]
+
+
+def users_of_other_buckets(uri: str, user: str) -> list[str]:
+    histories = Workspace(uri).tables["histories"]
+    rows = histories.read(histories.version(), ["user_id", "bucket"]).to_pylist()
+    (bucket,) = (row["bucket"] for row in rows if row["user_id"] == user)
+    return [row["user_id"] for row in rows if row["bucket"] != bucket]
 
 
 def test_what_dreamrec_samples_is_the_same_in_every_batch() -> None:

@@ -89,7 +89,7 @@ def test_a_figure_that_is_no_number_passes_no_gate() -> None:
     _check(gate, "sasrec/new", {**good, "champion.NDCG@10": math.nan})
 
 
-def test_the_release_in_force_is_judged_on_a_catalogue_that_grew(raypipe: Run, trained: str, files) -> None:
+def test_the_release_in_force_is_judged_on_a_catalogue_that_grew(raypipe: Run, trained: str, files, tmp_path) -> None:
     assert raypipe("release", "--workspace", trained, "--recommender", "sasrec").code == 0
     catalogue = files / "more.csv"
     catalogue.write_text("item_id,title\n" + "".join(f"i{n},Title {n}\n" for n in range(1, 31)) + "new,Brand New\n")
@@ -101,6 +101,37 @@ def test_the_release_in_force_is_judged_on_a_catalogue_that_grew(raypipe: Run, t
     ended = raypipe("evaluate", "--workspace", trained)
     assert ended.code == 0, ended.stderr
     assert 0.8 < ended.metrics["sasrec.HR@10"] < 1
+    lenient = ("--gate.least_share", 0, "--no-gate.beats_popularity")
+    judged = raypipe("release", "--workspace", trained, "--recommender", spoiled(trained, tmp_path), *lenient)
+    assert judged.code == 0, judged.stderr
+    assert judged.metrics["champion.NDCG@10"] > 0.5
+
+
+def test_what_was_trained_on_every_event_is_neither_judged_nor_compared_with(
+    raypipe: Run, trained: str, tmp_path
+) -> None:
+    store = Store(trained)
+    model = Models(store).newest("sasrec")
+    assert model is not None
+    good = f"sasrec/{model.hash}"
+    assert raypipe("release", "--workspace", trained, "--recommender", good).code == 0
+    folder = store.local_path(f"{model.folder}/checkpoint")
+    (tmp_path / "whole").mkdir()
+    for file in ("recommender.json", "model.safetensors"):
+        (tmp_path / "whole" / file).write_bytes((folder / file).read_bytes())
+    whole = Models(store).add("sasrec", tmp_path / "whole", "all events", {**model.lineage, "hold_out": 0})
+    refused = raypipe("release", "--workspace", trained, "--recommender", f"sasrec/{whole.hash}")
+    assert refused.code == 2
+    assert "was trained on every event" in one_paragraph(refused.stderr)
+    assert champion(trained) == good
+    releases = Releases(store)
+    leaky = Release(f"sasrec/{whole.hash}", catalogue=0)
+    releases.add(leaky)
+    releases.point("champion", leaky)
+    ended = raypipe("release", "--workspace", trained, "--recommender", good)
+    assert ended.code == 0, ended.stderr
+    assert "is not compared with it" in ended.stderr
+    assert "champion.NDCG@10" not in ended.metrics
 
 
 def test_what_is_not_there_cannot_be_released(raypipe: Run, trained: str) -> None:

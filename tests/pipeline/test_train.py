@@ -171,6 +171,7 @@ def test_without_anything_to_learn_there_is_one_paragraph(
     ("options", "told"),
     [
         (("--hold_out", 0), "validation asks for a held-out event"),
+        (("--hold_out", 1), "the last one is for `evaluate`"),
         (("--recommender.heads", 5), "width 16 cannot be shared by 5 heads"),
         (("--recommender.model", "magic"), "recommender.model"),
         (("--recommender.dreamrec.sampling_steps", 900), "more than the 500 steps there are"),
@@ -182,6 +183,25 @@ def test_a_wrong_config_is_refused_before_anything_is_read(
     ended = raypipe("train", "--workspace", tmp_path / "none", *SMALL, *options)
     assert ended.code == 2
     assert told in one_paragraph(ended.stderr)
+
+
+def test_a_dreamrec_starts_from_the_vectors_of_what_saw_no_more_than_it(raypipe: Run, chains: str, files: Path) -> None:
+    assert raypipe("train", "--workspace", chains, *SMALL, "--trainer.steps", 2).code == 0
+    catalogue = files / "more.csv"
+    catalogue.write_text((files / "items.csv").read_text() + "new1,Brand New\nnew2,Brand Newer\n")
+    log = write_log(files / "more_log.csv", [("u1", "new1", START + 100)])
+    words = ("--log.path", log, "--log.columns.time", "time", "--catalogue.path", catalogue)
+    assert raypipe("ingest", "--workspace", chains, *words).code == 0
+    table = ("--recommender.model", "dreamrec", "--recommender.dreamrec.table", "sasrec", "--trainer.steps", 2)
+    started = raypipe("train", "--workspace", chains, *SMALL, *table, "--trainer.validate_every", "null")
+    assert started.code == 0, started.stderr
+    assert "validation_ndcg" not in started.metrics
+    model = Models(Store(chains)).newest("dreamrec")
+    assert model is not None
+    assert "NDCG" not in Store(chains).read(f"{model.folder}/checkpoint/README.md").decode()
+    leaky = raypipe("train", "--workspace", chains, *SMALL, *table, "--held_out_share", 0.1)
+    assert leaky.code == 2
+    assert "10% of them are held out here" in one_paragraph(leaky.stderr)
 
 
 def test_a_model_of_another_catalogue_is_refused(raypipe: Run, chains: str, tmp_path: Path, files: Path) -> None:

@@ -12,6 +12,7 @@ from raypipe.recommenders.evaluation import HeldOut, evaluate_floor, evaluate_mo
 from raypipe.recommenders.floors import Popularity, Transitions
 from raypipe.recommenders.ranking import batches_by_length, target_ranks, top_lists
 from raypipe.recommenders.recommender import Recommender
+from raypipe.recommenders.scoring import UNRANKED
 from raypipe.recommenders.sequences import Sequences
 from raypipe.recommenders.windows import Histories
 
@@ -54,6 +55,15 @@ def test_ranks_are_those_of_sorting_every_item(lists: list[list[int]], model: Re
 def test_a_trained_on_log_has_nothing_left_to_ask(lists: list[list[int]]) -> None:
     with pytest.raises(ValueError, match="none is left to ask for"):
         HeldOut.of(of(lists), 0, ITEMS)
+
+
+def test_what_was_learnt_from_is_what_floors_and_cold_items_count(lists: list[list[int]], model: Recommender) -> None:
+    learnt_from = np.arange(len(lists)) % 2 == 0
+    held = HeldOut.of(of(lists), 2, ITEMS, learnt_from)
+    everybody = HeldOut.of(of(lists), 2, ITEMS)
+    assert held.targets.tolist() == everybody.targets.tolist(), "everybody is asked all the same"
+    assert held.training.items.tolist() == [item for items in lists[::2] for item in items[:-2]]
+    assert (held.users, held.events) == (len(lists), sum(map(len, lists)))
 
 
 def test_floors_count_what_they_say() -> None:
@@ -111,7 +121,7 @@ def test_what_a_model_never_saw_is_left_out_and_never_hit(model: Recommender) ->
     above, same = target_ranks(model, held.prefixes, held.targets)
     known = target_ranks(model, of([[1, 2, 3]]), np.array([4], np.int32))
     assert (above[0], same[0]) == (known[0][0], known[1][0])
-    assert (above[1:].tolist(), same[1:].tolist()) == ([ITEMS, ITEMS], [1, 1])
+    assert (above[1:].tolist(), same[1:].tolist()) == ([UNRANKED, UNRANKED], [1, 1])
     assert evaluate_model(model, held)["HR@20"].value <= 1 / 3
     assert top_lists(model, held.prefixes, 3)[2].tolist() == [0, 0, 0]
 

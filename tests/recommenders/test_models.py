@@ -19,6 +19,7 @@ from raypipe.recommenders.losses import bce_loss
 from raypipe.recommenders.noise import seeded_normal
 from raypipe.recommenders.recommender import Recommender, freeze, weights_hash
 from raypipe.recommenders.sequences import Sequences
+from raypipe.recommenders.windows import Histories, Windows
 
 ITEMS = 40
 MODELS = ["gru4rec", "caser", "sasrec", "sasrec rotary", "bert4rec", "dreamrec", "mf"]
@@ -128,6 +129,21 @@ def test_a_planted_answer_is_learnt_and_shuffled_targets_are_not(name: str) -> N
         rates[shuffled] = float((best == answers).float().mean())
     assert rates[False] > 0.95
     assert rates[True] < 0.15
+
+
+def test_bert4rec_has_learnt_every_place_it_is_asked_at() -> None:
+    """A prefix that fills the window has its mask in the last place, where training's windows must have had one."""
+    model = config("bert4rec", dropout=0.0).build(ITEMS)
+    histories = Histories(np.arange(40, dtype=np.int32) % ITEMS + 1, np.array([40]))
+    windows = Windows(histories, model.max_length, whole=True)
+    for step in range(windows.steps_per_epoch(1)):
+        batch = windows.batch(step, 0, 0, 1, 1)
+        model.loss(
+            {name: torch.from_numpy(getattr(batch, name)) for name in ("items", "targets", "lengths")}
+        ).backward()
+    (places,) = (weight for weight in model.parameters() if weight.shape[0] == model.max_length)
+    assert places.grad is not None
+    assert (places.grad.norm(dim=1) > 0).all()
 
 
 def batch_of(model: Recommender, lists: list[list[int]]) -> dict[str, Tensor]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from raypipe.metrics.ranking import ndcg
 from raypipe.recommenders import scoring
-from raypipe.recommenders.scoring import Filters, ranks, top_k
+from raypipe.recommenders.scoring import UNRANKED, Filters, most_popular, ranks, top_k
 from raypipe.recommenders.sequences import Sequences
 
 BATCH, ITEMS, WIDTH = 9, 53, 4
@@ -88,7 +89,7 @@ def test_a_score_that_is_no_number_is_the_worst(block: None) -> None:
     targets = torch.arange(1, BATCH + 1)
     expected = [values.clone() for values in ranks(queries, table, targets)]
     queries[4] = math.nan
-    expected[0][4], expected[1][4] = ITEMS, 1
+    expected[0][4], expected[1][4] = UNRANKED, 1
     above, same = ranks(queries, table, targets)
     assert (above.tolist(), same.tolist()) == (expected[0].tolist(), expected[1].tolist())
     assert ndcg(above.numpy()[[4]], same.numpy()[[4]], 10).tolist() == [0.0]
@@ -118,6 +119,15 @@ def test_what_has_no_score_is_never_listed(block: None, chosen: Filters) -> None
             assert items[row].tolist() == expected + [0] * rest
             assert scores[row].tolist() == full[row, expected].tolist() + [-math.inf] * rest
         assert items[6].tolist() == [0] * k
+
+
+def test_whom_nothing_is_known_of_is_told_what_is_popular_and_then_the_rest() -> None:
+    allowed = np.array([True, True, False, True, True, True, True])
+    assert most_popular([4, 2, 1], allowed, 2).tolist() == [4, 1]
+    assert most_popular([4, 2, 1], allowed, 4).tolist() == [4, 1, 3, 5]
+    # Item 9 came after the model.
+    assert most_popular([4, 2, 1], allowed, 9, excluded={4, 5, 9}).tolist() == [1, 3, 6]
+    assert most_popular([2], allowed & ~allowed, 3).tolist() == []
 
 
 def test_minus_zero_is_zero() -> None:

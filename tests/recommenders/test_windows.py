@@ -43,7 +43,7 @@ def test_whole_windows_hold_every_event_once(histories: Histories) -> None:
     seen: Counter[int] = Counter()
     for step in range(windows.steps_per_epoch(1)):
         batch = windows.batch(step, 0, 0, 1, 1)
-        assert batch.lengths.max() <= 9
+        assert batch.lengths.max() <= 10
         seen.update(batch.items.tolist())
     assert seen == Counter(histories.items.tolist())
 

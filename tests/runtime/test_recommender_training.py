@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from raypipe.recommenders.attribute_scores import AttributeScores
 from raypipe.recommenders.checkpoint import load_recommender
@@ -22,17 +23,17 @@ TRAINER = TrainerConfig(
 )
 
 
-def task(folder: Path, **options: object) -> RecommenderTask:
+def task(folder: Path, lengths: NDArray[np.int64], **options: object) -> RecommenderTask:
     rng = np.random.default_rng(0)
-    lengths = rng.integers(2, 20, 50)
-    users = np.arange(50) * 7
+    count = len(lengths)
+    users = np.arange(count) * 7
     histories = Histories(rng.integers(1, ITEMS + 1, int(lengths.sum())).astype(np.int32), lengths.cumsum(), users)
     values = {"width": 8, "hidden": 16, "max_length": 10, "dropout": 0.0, **options}
     config = RecommenderConfig.model_validate(values)
-    held = rng.integers(1, ITEMS + 1, 50).astype(np.int32)
+    held = rng.integers(1, ITEMS + 1, count).astype(np.int32)
     start = None
     if config.guided.used:
-        items, mine = (rng.normal(5, 2, (rows, 2)).astype(np.float32) for rows in (ITEMS + 1, 50))
+        items, mine = (rng.normal(5, 2, (rows, 2)).astype(np.float32) for rows in (ITEMS + 1, count))
         scores = AttributeScores(("dark", "funny"), items, mine, users, {})
         start = fuse(scores, config.guided, config.width, None, histories.counts(ITEMS) > 0, 0)
     prepare_training(folder, histories, held, {"items": ITEMS, "hash": "x"}, config, 0, start)
@@ -41,7 +42,8 @@ def task(folder: Path, **options: object) -> RecommenderTask:
 
 def train(folder: Path, workers: int, stage: int, **options: object) -> TrainingResult:
     config = TRAINER.model_copy(update={"workers": workers, "zero_stage": stage})
-    return fit(task(folder / "data", **options), config, "run", folder / "out")
+    lengths = np.random.default_rng(1).integers(2, 20, 50)
+    return fit(task(folder / "data", lengths, **options), config, "run", folder / "out")
 
 
 @pytest.mark.parametrize(
@@ -67,3 +69,14 @@ def test_two_workers_with_sharded_weights_learn_what_one_learns(options: dict[st
     for name, weight in weights[0].items():
         # Adam turns the sign of a gradient that is nearly zero into a step of the learning rate.
         np.testing.assert_allclose(weights[1][name].numpy(), weight.numpy(), atol=3 * TRAINER.lr)
+
+
+def test_ranks_of_sharded_weights_validate_unequal_numbers_of_batches(tmp_path: Path) -> None:
+    """The even ones of these users, 4,800 events, take two batches, and the odd ones, 400, take one."""
+    prepared = task(tmp_path / "data", np.tile([60, 5], 80), max_length=60)
+    found = []
+    for workers, stage in ((1, 0), (2, 3)):
+        config = TRAINER.model_copy(update={"workers": workers, "zero_stage": stage, "steps": 2, "average": 0.5})
+        found.append(fit(prepared, config, f"run{workers}", tmp_path / f"out{workers}").validations)
+    ((_, alone),), ((_, shared),) = found
+    assert shared == pytest.approx(alone, abs=0.02)

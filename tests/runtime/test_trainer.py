@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from raypipe.config import is_shaping
+from raypipe.errors import RaypipeError
 from raypipe.language.backbone import load_backbone
 from raypipe.language.builtin import BuiltinLmConfig
 from raypipe.language.catalogue import Catalogue
@@ -232,6 +233,28 @@ def test_the_best_validation_gives_the_weights_and_patience_ends_the_run(
     )
     for name, weight in weights(result).items():
         torch.testing.assert_close(weight, weights(short)[name], rtol=1e-5, atol=1e-6)
+
+
+class Breaking(nn.Module):
+    """Its loss is a number, and its gradient none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return (0 * self.weight).square().sum().sqrt()
+
+
+class BreakingTask(RegressionTask):
+    def build(self) -> nn.Module:
+        return Breaking()
+
+
+def test_weights_that_are_no_numbers_are_not_stored(tmp_path: Path) -> None:
+    with pytest.raises(RaypipeError, match="Weights after step 0 are no numbers"):
+        fit(BreakingTask(tmp_path), CONFIG.model_copy(update={"steps": 1}), "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_batch_must_reach_every_worker():
