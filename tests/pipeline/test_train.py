@@ -187,9 +187,8 @@ def test_a_wrong_config_is_refused_before_anything_is_read(
 
 def test_a_dreamrec_starts_from_the_vectors_of_what_saw_no_more_than_it(raypipe: Run, chains: str, files: Path) -> None:
     assert raypipe("train", "--workspace", chains, *SMALL, "--trainer.steps", 2).code == 0
-    catalogue = files / "more.csv"
-    catalogue.write_text((files / "items.csv").read_text() + "new1,Brand New\nnew2,Brand Newer\n")
-    log = write_log(files / "more_log.csv", [("u1", "new1", START + 100)])
+    catalogue = write_catalogue(files / "more.csv", ITEMS + 2)
+    log = write_log(files / "more_log.csv", [("u1", f"i{ITEMS + 1}", START + 100)])
     words = ("--log.path", log, "--log.columns.time", "time", "--catalogue.path", catalogue)
     assert raypipe("ingest", "--workspace", chains, *words).code == 0
     table = ("--recommender.model", "dreamrec", "--recommender.dreamrec.table", "sasrec", "--trainer.steps", 2)
