@@ -34,6 +34,7 @@ from raypipe.language.trie import answer_tokens
 
 _MARKER = "prepared.json"
 _EXAMPLES_AT_ONCE = 1024
+_WHITENED_ON = 20_000
 
 
 def prepare_alignment(
@@ -134,6 +135,10 @@ class AlignmentTask:
         """The adapted model; forward(batch) is the mean cross-entropy of the answers."""
         self._backbone = load_backbone(self.lm, device="cpu")
         model = build_adapter(self._backbone, self.card, self.seed)
+        for (source, config), vectors in zip(sorted(self.card.config.projectors.items()), self._vectors, strict=True):
+            if config.whitened:
+                some = np.linspace(0, len(vectors) - 1, min(len(vectors), _WHITENED_ON)).astype(np.int64)
+                model.projectors[source].whiten(torch.from_numpy(vectors[some]))  # type: ignore[operator]
         self._kept = {name for name, weight in model.named_parameters() if weight.requires_grad}
         return model
 

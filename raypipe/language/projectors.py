@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from raypipe.config import Config, shaping
 
+# Of the largest direction's: *m*, one of SASRec's states is constant but for rounding.
+_LEAST_VARIANCE = 1e-4
+
 
 class ProjectorConfig(Config):
     """How vectors [count, width] become tokens of the language model."""
@@ -24,6 +27,10 @@ class ProjectorConfig(Config):
     positions: int = shaping(10, "places that learned_positions weighs, the last one last", ge=1)
     tokens: int = shaping(1, "tokens that a qformer makes of the vectors", ge=1)
     heads: int = shaping(4, "attention heads of a qformer", ge=1)
+    whitened: bool = shaping(
+        False,
+        "vectors pass a layer of their own first, which starts as what makes them uncorrelated, each direction as large",
+    )
 
     def build(self, width: int, hidden: int) -> Projector:
         """From vectors of `width` to embeddings of `hidden`."""
@@ -51,6 +58,22 @@ class Projector(nn.Module):
             self.layers = nn.Sequential(nn.Linear(width, hidden // 2), nn.GELU(), nn.Linear(hidden // 2, hidden))
         else:
             self.layers = _QFormer(width, hidden, config.tokens, config.heads)
+        self.enter: nn.Module = nn.Linear(width, width) if config.whitened else nn.Identity()
+
+    @torch.no_grad()
+    def whiten(self, sample: Tensor) -> None:
+        """Lets the layer that vectors pass first start as the whitening of these, [n, width], that changes them least (ZCA).
+
+        Most of what states differ by lies in a few directions, and what tells the last item in the others: a language model reads
+        it far sooner where these are as large. A direction in which nothing differs stays nothing.
+        """
+        centred = sample.double() - sample.double().mean(0)
+        sizes, axes = torch.linalg.eigh(centred.T @ centred / max(1, len(sample)))
+        scales = sizes.clamp(min=_LEAST_VARIANCE * float(sizes.max()) or 1.0).rsqrt()
+        weight = axes * scales @ axes.T
+        assert isinstance(self.enter, nn.Linear)
+        self.enter.weight.copy_(weight)
+        self.enter.bias.copy_(-weight @ sample.double().mean(0))
 
     def forward(self, vectors: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [batch, tokens, hidden] of vectors [batch, count, width], and which of these are there, bool alike.
@@ -59,6 +82,7 @@ class Projector(nn.Module):
         """
         if self.config.pool == "learned_positions":
             vectors, known = self._pooled(vectors * known[..., None]), known.any(1, keepdim=True)
+        vectors = self.enter(vectors)
         if isinstance(self.layers, _QFormer):
             tokens = self.layers(vectors, known)
             return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)

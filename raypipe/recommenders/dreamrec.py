@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import model_validator
@@ -66,6 +66,8 @@ class DreamRecOptions(Config):
 
 class DreamRec(Recommender):
     """States are guidance vectors; `score` generates the oracle item of each and ranks by the inner product with it."""
+
+    queries_are_items: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -29,6 +29,7 @@ class Recommender(nn.Module):
     """
 
     causal: ClassVar[bool] = True
+    queries_are_items: ClassVar[bool] = False  # of items that need not exist: vectors among theirs
     # Of guided models: float [items + 1, attributes], float [users, attributes], int64 [users].
     item_block: Tensor
     user_block: Tensor

@@ -1,6 +1,7 @@
 """The prompts of RecInterpreter's tasks (arXiv 2310.20487, section 3.3), each in paraphrases.
 
-{state} stands for the soft token of a history, {before} and {after} for those on both sides of one event, {item} for an item's.
+{state} stands for the soft token of a history, {before} and {after} for those on both sides of one event, {item} for an item's. All
+of them stand right before the answer: *m*, with words behind them a small language model reads next to nothing from them.
 """
 
 from __future__ import annotations
@@ -12,30 +13,30 @@ from raypipe.language.templates import Templates, require_marks
 
 _RECOVERY = Templates(
     training=(
-        "The history of this person is {state}. The items chosen, oldest first:",
-        "{state} stands for what somebody chose. In order, that was:",
-        "List the titles behind {state}, oldest first:",
-        "Somebody's choices were {state}. Their titles, oldest first:",
-        "Read {state} and name what was chosen, in order:",
-        "What did the person behind {state} choose, oldest first?",
+        "The titles behind this history, oldest first: {state}",
+        "What somebody chose, in order: {state}",
+        "List the titles that were chosen, oldest first: {state}",
+        "Somebody's choices in titles, oldest first: {state}",
+        "Read this and name what was chosen, in order: {state}",
+        "What did this person choose, oldest first? {state}",
     ),
-    test=("Somebody's past is {state}. Name what was chosen, oldest first:",),
+    test=("Somebody's past in titles, oldest first: {state}",),
 )
 _RESIDUAL = Templates(
     training=(
-        "Before: {before}. After: {after}. What was chosen in between is:",
-        "A choice turned {before} into {after}. Its title:",
-        "From {before} to {after} by choosing:",
-        "First there was {before}, and then {after}. The title chosen meanwhile:",
-        "The step from {before} to {after} is one title:",
-        "What was chosen between {before} and {after}?",
+        "The title chosen between these two: {before}{after}",
+        "A choice turned the first into the second. Its title: {before}{after}",
+        "From the one to the other by choosing: {before}{after}",
+        "The one title between before and after: {before}{after}",
+        "The step between these is one title: {before}{after}",
+        "What was chosen in between? {before}{after}",
     ),
-    test=("First {before}, then {after}. The one title chosen meanwhile:",),
+    test=("First the one, then the other. The one title chosen meanwhile: {before}{after}",),
 )
 _ITEM = (
-    "The title of {item} is:",
-    "{item} stands for one title:",
-    "Name the one title {item}:",
+    "The one title that this is: {item}",
+    "This stands for one title: {item}",
+    "Name the one title: {item}",
 )
 
 

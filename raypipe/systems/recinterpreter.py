@@ -5,8 +5,8 @@ Residual: from two, of what was before and after one event, the title of that ev
 vectors, it also puts into words what a recommender would have next: the oracle of DreamRec (section 3.4), and the query of
 any other. Templates of training and of tests are disjoint.
 
-A small language model learns both far sooner where it also learns every item's title from the item's own vector, which lies
-where the states do (`catalogue_repeats`; not in the paper).
+A small language model learns both far sooner where states are whitened and stand right before the answer, and where it also
+learns every item's title, from the state after that item alone (`whitened`, `catalogue_repeats`; not in the paper).
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from raypipe.language.prompt import Prompt, Vectors
 from raypipe.language.soft_prompts import Injection, SoftExample
 from raypipe.language.templates import fill
 from raypipe.metrics.recovery import recovered, recovered_places, rouge_l, titles_in, valid_ratio
+from raypipe.recommenders.prefixes import prefix_states
 from raypipe.recommenders.scoring import top_k
+from raypipe.recommenders.windows import Histories
 from raypipe.systems.interpreter_prompts import InterpreterPrompts
 from raypipe.systems.judges import Rubric
 from raypipe.systems.preference import PREFERENCE, RULE, EnginePreference, OverlapRule, PreferenceJudge, preferences
@@ -58,12 +60,13 @@ class InterpreterConfig(Config):
     )
     projector: Literal["linear", "mlp", "qformer"] = shaping("linear", "as published; the others for comparison")
     tokens: int = shaping(1, "tokens that a qformer makes of one state", ge=1)
+    whitened: bool = shaping(False, "the projector's first layer starts as the whitening of the states")
     injection: Injection = shaping("replace", "tokens of states replace what the model reads, or are added to a word")
     lora: LoraOptions | None = shaping(None, "unset: the language model is frozen")
     embeddings: bool = shaping(False, "the language model's embedding table and head are trained too")
     full: bool = shaping(False, "every weight of the language model is trained; set lora to null")
     catalogue_repeats: int = shaping(
-        0, "how often each item's title is learnt from the item's own vector, beside the tasks", ge=0
+        0, "how often each item's title is learnt, from the state after it alone or, with after: item, its vector", ge=0
     )
     constrained: bool = shaping(False, "titles are decoded among the catalogue's; the published tables do without")
     prompts: InterpreterPrompts = shaping(InterpreterPrompts)
@@ -121,7 +124,13 @@ class RecInterpreter:
         """One projector reads the states of both tasks."""
         config = self.config
         pool: Literal["each", "learned_positions"] = "each" if config.pool == "last" else config.pool
-        projector = ProjectorConfig(kind=config.projector, pool=pool, positions=config.titles, tokens=config.tokens)
+        projector = ProjectorConfig(
+            kind=config.projector,
+            pool=pool,
+            positions=config.titles,
+            tokens=config.tokens,
+            whitened=config.whitened,
+        )
         return AdapterConfig(
             projectors={SOURCE: projector},
             injection=config.injection,
@@ -146,11 +155,21 @@ class RecInterpreter:
                 if len(reading.before.values):
                     template = self.prompts.residual.training[rng.integers(len(self.prompts.residual.training))]
                     yield SoftExample(residual_prompt(template, reading), reading.title)
+        if not self.config.catalogue_repeats:
+            return
+        vectors = self._item_vectors(source)
         for _ in range(self.config.catalogue_repeats):
-            for number, title in enumerate(source.titles, start=1):
+            for vector, title in zip(vectors, source.titles, strict=True):
                 template = self.prompts.item[rng.integers(len(self.prompts.item))]
-                vector = Vectors(source.item_states[number][None], SOURCE)
-                yield SoftExample(fill(template, {"item": vector}), title)
+                yield SoftExample(fill(template, {"item": Vectors(vector[None], SOURCE)}), title)
+
+    def _item_vectors(self, source: Source) -> NDArray[np.float32]:
+        """Of every item, what residual's other side is where it was chosen: its vector, or the state after it alone."""
+        if self.config.after == "item":
+            return source.item_states[1:]
+        count = len(source.titles)
+        alone = Histories(np.arange(1, count + 1, dtype=np.int32), np.arange(1, count + 1))
+        return prefix_states(source.recommender, alone, np.arange(count), np.ones(count, np.int64))
 
     def readings(self, source: Source, rows: NDArray[np.int64], events: NDArray[np.int64]) -> Iterator[Reading]:
         """Of the first `events` [n] of the histories in `rows` [n], in order; before a first event is no vector."""
@@ -354,11 +373,17 @@ def _outcomes(engine: Engine, prompts: Sequence[Prompt], decoding: Decoding, cho
 
 @torch.no_grad()
 def oracles_of(source: Source, readings: Sequence[Reading]) -> list[Oracle]:
-    """What the recommender would have next after each history."""
+    """What the recommender would have next after each history: DreamRec's oracle, or the mean of item vectors by how likely another
+    recommender finds each, as long as these are."""
     model = source.recommender
     states = torch.from_numpy(np.concatenate([reading.after.values[-1:] for reading in readings]))
     queries = model.queries(states.to(model.table.device))
-    nearest, _ = top_k(queries, torch.from_numpy(source.item_states).to(queries.device), 1)
+    table = torch.from_numpy(source.item_states).to(queries.device)
+    nearest, _ = top_k(queries, table, 1)
     titles = source.titles_of(nearest[:, 0].tolist())
-    vectors = queries.float().cpu().numpy()
+    oracles = queries.float()
+    if not model.queries_are_items:
+        oracles = (oracles @ table[1:].T).softmax(1) @ table[1:]
+        oracles = oracles * (table[1:].norm(dim=1).mean() / oracles.norm(dim=1, keepdim=True).clamp(min=1e-12))
+    vectors = oracles.cpu().numpy()
     return [Oracle(Vectors(vector[None], SOURCE), title) for vector, title in zip(vectors, titles, strict=True)]

@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     def aligned(recommender: str, *more: str) -> dict[str, Any]:
         recipe = str(ROOT / f"jobs/train/{recommender}-{given.dataset}.yaml")
         width = ["--recommender.width", str(given.width)] if given.width else []
-        trained = run("train", "--config", recipe, *workspace, *share, *width)["models"][recommender]
+        seed = ["--trainer.seed", str(given.seed)]
+        trained = run("train", "--config", recipe, *workspace, *share, *width, *seed)["models"][recommender]
         return run("align", *words, "--model", f"{recommender}/{trained}", *more, *given.options)
 
     stored: list[str] = []

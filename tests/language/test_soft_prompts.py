@@ -128,6 +128,29 @@ def test_learned_places_begin_with_the_last_vector_and_leave_out_what_is_not_the
     torch.testing.assert_close(shorter, tokens[:1])
 
 
+@pytest.mark.parametrize("rows", [500, 2])
+def test_a_whitened_projector_starts_where_every_direction_is_as_large(rows: int) -> None:
+    """But for one in which nothing differs, and however few vectors there are to tell by."""
+    plain = ProjectorConfig().build(WIDTH, 8)
+    torch.manual_seed(0)
+    mixed = torch.randn(rows, WIDTH) @ torch.diag(10.0 ** -torch.arange(WIDTH)) @ torch.randn(WIDTH, WIDTH) + 3
+    mixed[:, 0] = mixed[:, 1]
+    torch.manual_seed(1)
+    whitened = ProjectorConfig(whitened=True).build(WIDTH, 8)
+    whitened.whiten(mixed)
+    assert {name for name, _ in whitened.named_parameters()} - {name for name, _ in plain.named_parameters()} == {
+        "enter.weight",
+        "enter.bias",
+    }
+    entered = whitened.enter(mixed).detach()
+    assert entered.isfinite().all()
+    torch.testing.assert_close(entered.mean(0), torch.zeros(WIDTH), atol=1e-3, rtol=0)
+    spread = torch.linalg.eigvalsh(entered.T @ entered / rows)
+    assert spread.max() == pytest.approx(1, abs=1e-2)
+    tokens, _ = whitened(mixed[:, None], torch.ones(rows, 1, dtype=torch.bool))
+    torch.testing.assert_close(tokens[:, 0], whitened.layers(entered))
+
+
 def test_a_qformer_does_not_see_what_is_not_there() -> None:
     former = ProjectorConfig(kind="qformer", tokens=3).build(WIDTH, 8)
     values, known = torch.randn(1, 5, WIDTH), torch.tensor([[False, False, True, True, True]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 from raypipe.engines.engine import Outcome, OutcomeError
 from raypipe.language.adapters import LoraOptions
 from raypipe.language.prompt import Vectors
+from raypipe.recommenders.sequences import Sequences
 from raypipe.systems.interpreter_prompts import InterpreterPrompts
 from raypipe.systems.recexplainer import ExplainerConfig
 from raypipe.systems.recinterpreter import (
@@ -20,7 +22,7 @@ from raypipe.systems.recinterpreter import (
     residual_figures,
 )
 from raypipe.systems.source import Source
-from tests.systems.sources import LENGTHS, source_of
+from tests.systems.sources import ITEMS, LENGTHS, source_of
 
 
 @pytest.fixture(scope="module")
@@ -83,15 +85,19 @@ def words(template: str) -> str:
     return re.sub(r"\{\w+\}", "", template)
 
 
-def test_each_item_s_title_is_learnt_from_its_own_vector_as_often_as_is_said(source: Source) -> None:
-    config = InterpreterConfig(catalogue_repeats=2)
+@pytest.mark.parametrize("after", ["state", "item"])
+def test_each_item_s_title_is_learnt_as_often_as_is_said(source: Source, after: Literal["state", "item"]) -> None:
+    """From what the other side of its own residual would be: the state after it alone, or its vector."""
+    config = InterpreterConfig(catalogue_repeats=2, after=after)
     found = [
         mine for mine in made(source, config) if mine.prompt.words in {words(text) for text in config.prompts.item}
     ]
     assert [mine.answer for mine in found] == [*source.titles, *source.titles]
     vectors = np.concatenate([vectors_of(mine)[0] for mine in found])
-    np.testing.assert_array_equal(vectors, np.concatenate([source.item_states[1:], source.item_states[1:]]))
-    assert len(made(source, config)) - len(found) == len(made(source, InterpreterConfig()))
+    alone = Sequences.of([[item] for item in range(1, ITEMS + 1)])
+    expected = source.item_states[1:] if after == "item" else source.recommender.encode(alone).detach().numpy()
+    np.testing.assert_allclose(vectors, np.concatenate([expected, expected]), rtol=1e-5, atol=1e-5)
+    assert len(made(source, config)) - len(found) == len(made(source, InterpreterConfig(after=after)))
 
 
 def test_all_weights_and_updates_of_them_are_not_trained_at_once() -> None:
