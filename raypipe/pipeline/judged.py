@@ -106,13 +106,16 @@ def sample_explanations(workspace: Workspace, cache: ModelCache, variant: str, c
     users, explained = chosen["user_id"].to_pylist(), chosen["item_index"].to_numpy().astype(np.int32)
     prefixes = _prefixes(chosen["user_id"].combine_chunks(), histories)
     labels = _labels(loaded, prefixes, explained)
+    shown_last = int(adapter.lineage["options"]["titles"])
     for row, label in zip(chosen.to_pylist(), labels, strict=True):
         items, item, text = histories[row["user_id"]], row["item_index"], row["text"]
         history = [titles[one - 1] for one in items]
-        shown = ("\n".join(history), titles[item - 1], label or "undecided", row["decision"], text)
+        # Of the whole history a title may tell, but what is told is of the events that the explanation was asked from.
+        asked_from = "\n".join(history[-shown_last:])
+        shown = (asked_from, titles[item - 1], label or "undecided", row["decision"], text)
         cases.append(dict(zip(EXPLANATION_PIECES, shown, strict=True)))
         found = unfounded(text, history, titles[item - 1], names)
-        counts = value_counts(values[one - 1] for one in items)
+        counts = value_counts(values[one - 1] for one in items[-shown_last:])
         beside = bool(found.titles or found.quoted)
         rule.append(
             explanations.rule_explanation_rating(row["decision"], label, text, kinds, counts, values[item - 1], beside)

@@ -13,10 +13,12 @@ from raypipe.pipeline.report_figures import FLOORS, Cell, Figure
 Kind = Literal["floor", "model", "beside", "published"]
 _PLACES: dict[Kind, int] = {"floor": 0, "model": 1, "beside": 1, "published": 2}
 _CONTROLS = re.compile(
-    r"\b(shuffled|random|reduced|zero-shot|constant|another user's|most frequent"
+    r"\b(shuffled|random|reduced|zero-shot|again|base(?! LM)|constant|another user's|most frequent"
     r"|no (states|users|summary|summaries|prompt|knowledge|reasoning))"
 )
+_SURROGATES = re.compile(r"\b(surrogate|student)$")
 _CEILINGS = ("exact count",)
+_PUBLISHED_PROTOCOL = "whole catalogue, seen items filtered"
 _NOT_BETTER_WHEN_HIGHER = re.compile(r"untouched|users$")
 
 
@@ -63,8 +65,8 @@ SECTIONS = (
     ),
     Section(
         "Judged",
-        "Means are of ratings from 0 to 3; agreement is Cohen's kappa; coherence is the squared error with which the recommender's "
-        "score is read from the words, beside that of its mean.",
+        "Means are of ratings from 0 to 3; agreement is Cohen's kappa with quadratic weights; coherence is the squared error with "
+        "which the recommender's score is read from the words, beside that of its mean.",
         re.compile(r".*\.(mean|rated|share_\d)$|agreement\.|coherence\.|distinction\."),
         judged=False,
     ),
@@ -148,7 +150,7 @@ def _table(dataset: str, section: Section, protocol: str, figures: Sequence[Figu
     rows = rows_of(figures)
     metrics = sorted({figure.metric for figure in figures}, key=_metric_order)
     if section.judged:
-        rows += _known(dataset, metrics, rows)
+        rows += _known(dataset, metrics, rows, protocol)
     rows.sort(key=lambda row: _PLACES[row.kind])
     best = {
         metric: max(values)
@@ -200,12 +202,14 @@ def _family(row: Row) -> tuple[str, str]:
     return _bare(row.model).split(", ")[0].split(" ")[0], row.recommender
 
 
-def _known(dataset: str, metrics: Sequence[str], rows: Sequence[Row]) -> list[Row]:
-    """What others published of these models on this data, and what chance gives."""
+def _known(dataset: str, metrics: Sequence[str], rows: Sequence[Row], protocol: str) -> list[Row]:
+    """What others published of these models on this data by this protocol, and what chance gives."""
     found = []
     chance = {metric: Cell(CHANCE[metric], None, None, ()) for metric in metrics if metric in CHANCE}
     if chance:
         found.append(Row("chance", "", "floor", chance))
+    if _PUBLISHED_PROTOCOL not in protocol:
+        return found
     names = dict.fromkeys(_bare(row.model).split(" ")[0] for row in rows if row.kind == "model")
     for name in names:
         figures = published_on(dataset, name.lower())
@@ -292,7 +296,8 @@ def _not_better(table: ReportTable, metric: str) -> list[str]:
                 f"{_named(row)} does not reach {floor.model}: {metric} {value:.4f} against {floor.cells[metric].value:.4f}."
                 for floor in above[:1]
             ]
-        if row.kind == "beside" and is_control(row.model):
+        role = "control" if is_control(row.model) else "surrogate" if _SURROGATES.search(_bare(row.model)) else ""
+        if row.kind == "beside" and role:
             owners = [
                 one
                 for one in rows
@@ -301,7 +306,7 @@ def _not_better(table: ReportTable, metric: str) -> list[str]:
                 and _bare(one.model) == own_name(row.model)
             ]
             found += [
-                f"The control {_named(row)} is as good as {_named(one)}: {metric} {value:.4f} against "
+                f"The {role} {_named(row)} is as good as {_named(one)}: {metric} {value:.4f} against "
                 f"{one.cells[metric].value:.4f}."
                 for one in owners
                 if value >= one.cells[metric].value

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 
@@ -33,7 +33,7 @@ from raypipe.storage.models import Model, Models, find_model
 from raypipe.storage.tables import ABSENT
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.summaries import SummariesConfig
-from raypipe.systems.trsr import NAME, TrsrConfig
+from raypipe.systems.trsr import NAME, Shown, TrsrConfig, shown_summaries
 
 JOB = "rerank"
 STEP_VERSION = 2
@@ -47,9 +47,7 @@ class RerankOptions(CapOptions, ModelCache):
         lambda: EngineConfig(lm=BUILTIN), "what scores; lm is the one the model was trained beside"
     )
     model: str = shaping("sasrec", "the recommender whose lists, of `recommend`, are put in order")
-    summaries: Literal["hierarchical", "recurrent"] | None = shaping(
-        None, "whose summaries are shown, of `summarize`; null for none"
-    )
+    summaries: Shown = shaping("trained", "summaries of `summarize` that are shown; trained: those it was trained with")
     micro_batch: int = free(64, "users a worker gives the engine at a time", ge=1)
 
 
@@ -65,6 +63,7 @@ class _Ranker:
     model: Model
     lm: Model | None
     options: TrsrConfig
+    summaries: str | None
     recipe: str
 
     @classmethod
@@ -94,17 +93,18 @@ class _Ranker:
                 "Name that one with --engine.lm, or train another with `raypipe align --system trsr`.",
             )
         options = TrsrConfig.model_validate(model.lineage["options"]).undisturbed()
+        summaries = shown_summaries(config.summaries, model.lineage)
         recipe = fingerprint(
             {
                 "step": STEP_VERSION,
-                "config": config.shaping_values(),
+                "config": {**config.shaping_values(), "summaries": summaries},
                 "engine": identity,
                 "options": options.shaping_values(),
                 # With the counts that stand beside its weights.
                 "ranker": model.hash,
             }
         )
-        return cls(model, lm, options, recipe)
+        return cls(model, lm, options, summaries, recipe)
 
 
 def run_rerank(config: RerankConfig) -> JobResult:
@@ -122,7 +122,7 @@ def run_rerank(config: RerankConfig) -> JobResult:
     variant = f"{JOB}-{recommender}"
     writes = [TABLE] if canary is None else []
     with open_session(workspace, JOB, writes, config.cluster, config.lock_lease_s) as session:
-        shown = ["summaries"] if config.summaries is not None else []
+        shown = ["summaries"] if ranker.summaries is not None else []
         inputs = session.versions("histories", "items", "rejects", TABLE, *shown)
         base = {TABLE: inputs[TABLE] if canary is None else ABSENT}
         task = RerankTask(
@@ -133,7 +133,7 @@ def run_rerank(config: RerankConfig) -> JobResult:
             versions={**inputs, **base},
             lists=f"recommend-{recommender}",
             lists_version=inputs[TABLE],
-            summaries=SummariesConfig(paradigm=config.summaries).variant if config.summaries is not None else None,
+            summaries=ranker.summaries and SummariesConfig.model_validate({"paradigm": ranker.summaries}).variant,
             ranker=ranker.model,
             lm=ranker.lm,
             engine=config.engine,
@@ -180,7 +180,8 @@ def _check_written(task: RerankTask) -> None:
         )
     if task.summaries is not None and not there("summaries", task.versions["summaries"], task.summaries):
         raise UsageError(
-            f"There are no summaries of the variant {task.summaries} yet.", "Run `raypipe summarize` first."
+            f"There are no summaries of the variant {task.summaries} yet.",
+            "Run `raypipe summarize` first, or rank without with --summaries null.",
         )
 
 

@@ -1,6 +1,7 @@
 """What ranks stored candidates, how well, and at what cost: LLM-TRSR, its controls, and what does without a language model.
 
-Everybody sees the last `history` events of a user and no more, and counts and recommenders know nothing from the cut on.
+Everybody sees the last `history` events of a user, but for summaries, which tell of what `summarize` reads of the same history.
+Counts and recommenders know nothing from the cut on.
 """
 
 from __future__ import annotations

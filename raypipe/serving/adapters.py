@@ -22,7 +22,7 @@ from raypipe.systems.lancer import LancerConfig
 from raypipe.systems.lancer_lists import stored_config
 from raypipe.systems.recexplainer import ExplainerConfig, RecExplainer
 from raypipe.systems.recinterpreter import InterpreterConfig, RecInterpreter
-from raypipe.systems.trsr import Past, Trsr, TrsrConfig
+from raypipe.systems.trsr import Past, Trsr, TrsrConfig, shown_summaries
 
 EXPLAINER, INTERPRETER, RANKER, WRITER = "recexplainer", "recinterpreter", "trsr", "lancer"
 
@@ -30,9 +30,10 @@ EXPLAINER, INTERPRETER, RANKER, WRITER = "recexplainer", "recinterpreter", "trsr
 @dataclass(frozen=True)
 class Ranker:
     """An LLM-TRSR, stored in `folder`, that asks in words of the catalogue; its tokenizer is that of the language model `lm`, of
-    which it may read `context` tokens, None for all it can."""
+    which it may read `context` tokens, None for all it can. `summaries` are those it is shown, None for none."""
 
     options: TrsrConfig
+    summaries: str | None
     folder: Path
     lm: str
     context: int | None
@@ -121,7 +122,8 @@ def _ranker(
         return None
     engine, options = config.language.engine, TrsrConfig.model_validate(model.lineage["options"]).undisturbed()
     lm = engine.lm if engine.lm != OF_RELEASE else lm_of(models, release.lm, Path(config.model_cache))
-    ranker = Ranker(options, folder, lm, engine.context, catalogue)
+    summaries = shown_summaries(config.language.ranking, model.lineage)
+    ranker = Ranker(options, summaries, folder, lm, engine.context, catalogue)
     if config.language.replicas:
         try:
             _ = ranker.trsr

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import model_validator
 
@@ -11,6 +11,7 @@ from raypipe.engines.checks import AnswerChecks
 from raypipe.engines.engine import Decoding, EngineConfig
 from raypipe.runtime.job import ModelCache
 from raypipe.systems.summaries import SummariesConfig
+from raypipe.systems.trsr import Shown
 
 OF_RELEASE = "release"
 """Names the language model of the release that is served."""
@@ -77,9 +78,7 @@ class LanguageOptions(Config):
     checks: AnswerChecks = shaping(AnswerChecks, "when an explanation is none")
     reading: Decoding = shaping(Decoding, "decoding of what is read from a recommender's states")
     summaries: SummariesConfig = shaping(SummariesConfig, "of a given history, as of `summarize`")
-    ranking: Literal["hierarchical", "recurrent"] | None = shaping(
-        None, "whose summaries of a user are shown to what ranks, as `rerank --summaries`; null for none"
-    )
+    ranking: Shown = shaping("trained", "summaries of a user that are shown to what ranks, as `rerank --summaries`")
     answer_tokens: int = shaping(96, "most tokens of an item's line that is written, as of `recommend`", ge=1)
 
     @property

@@ -189,7 +189,7 @@ class LmRequestBuilder:
             candidates, unknown = ranked.items.astype(np.int32), []
         if not len(candidates):
             raise RefusedQueryError("no_such_item", "There is no item of the catalogue to be put in order.")
-        text = user.summaries.get(self.config.language.ranking or "")
+        text = user.summaries.get(ranker.summaries or "")
         summaries = PastSummaries({0: [(0, text)]} if text else {})
         histories = Histories(items, np.array([len(items)]), np.array([user.inputs.user]))
         trsr, rows = ranker.trsr.of(histories, summaries), np.zeros(1, np.int64)

@@ -47,6 +47,16 @@ class Frame(Config):
     join: str = shaping(" ->", "what follows every item", min_length=1)
 
 
+class Perturbation(Config):
+    """What is put in the place of the words around items."""
+
+    lead: str | None = shaping(None, "unset: that of the frame", min_length=1)
+    join: str | None = shaping(None, "unset: that of the frame", min_length=1)
+
+    def of(self, frame: Frame) -> Frame:
+        return Frame(lead=self.lead or frame.lead, join=self.join or frame.join)
+
+
 class LancerPrompts(Config):
     """How items are written, and what stands around them."""
 
@@ -55,23 +65,27 @@ class LancerPrompts(Config):
     training: tuple[Frame, ...] = shaping(
         (), "other frames of training, drawn as often as that one: figures hang less on the words"
     )
-    perturbed: tuple[Frame, ...] = free(
+    perturbed: tuple[Perturbation, ...] = free(
         (
-            Frame(lead="Someone picked these, the oldest first:"),
-            Frame(lead="History:"),
-            Frame(join=","),
-            Frame(lead="What comes next?", join=" |"),
+            Perturbation(lead="Someone picked these, the oldest first:"),
+            Perturbation(lead="History:"),
+            Perturbation(join=","),
+            Perturbation(lead="What comes next?", join=" |"),
         ),
-        "frames in which it is asked too, none of training's: how far figures hang on the words",
+        "other words in which it is asked too, none of training's: how far figures hang on them",
     )
 
     @model_validator(mode="after")
     def _lines_hold_titles(self) -> LancerPrompts:
         if self.line.count(_TITLE) != 1 or self.line.count(_ATTRIBUTES) > 1:
             raise ValueError(f"the line {self.line!r} needs {_TITLE} once, and may have {_ATTRIBUTES}")
-        if set(self.perturbed) & {self.frame, *self.training}:
+        if set(self.perturbed_frames) & {self.frame, *self.training}:
             raise ValueError("a perturbed frame is one of training's")
         return self
+
+    @property
+    def perturbed_frames(self) -> list[Frame]:
+        return [one.of(self.frame) for one in self.perturbed]
 
 
 class LancerConfig(Config):

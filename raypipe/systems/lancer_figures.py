@@ -41,7 +41,7 @@ def measured(
     config, histories, targets = writer.lancer.config, evaluated.histories(), evaluated.held.targets.tolist()
     found: dict[str, dict[str, Mean]] = {}
     frames: dict[str, Frame | None] = {NAME: None}
-    frames |= {f"perturbed {number}": frame for number, frame in enumerate(config.prompts.perturbed, 1)}
+    frames |= {f"perturbed {number}": frame for number, frame in enumerate(config.prompts.perturbed_frames, 1)}
     for name, frame in frames.items():
         lists = writer.lists(histories, frame=frame, targets=targets, tell=_progress(tell, name))
         found[name] = _figures(lists, evaluated, config, whole=name == NAME)

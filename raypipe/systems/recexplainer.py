@@ -9,7 +9,7 @@ the cut have one (section 4.1). Tasks, with their counts for N interactions of U
     T3   interest     yes from its best fifth, no from its worse half         2U, one pair a user
     T4   item         title of a vector, attributes, nearest item             one for each item and field
     T5   replay       other examples, so that the model keeps its language    as given
-    T6   history      the titles behind a state, every prefix                 N − U
+    T6   history      the titles behind a state, every prefix                 N − U, of users of two events or more
     T6b  summary      a written summary of what stands before the cut         one a user that has one
 
 Explanations are asked for and, as published, never learnt. A language model too small to write them unasked can learn the

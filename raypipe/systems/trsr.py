@@ -18,7 +18,7 @@ from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import repeat
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,8 @@ from raypipe.systems.boosted_trees import TreesConfig
 from raypipe.systems.candidate_facts import FORM, Facts, text_neighbours, text_vectors
 
 NAME = "trsr"
+Shown = Literal["trained", "hierarchical", "recurrent"] | None
+"""The paradigm of the summaries that are shown, None for none; `trained` is that of the training."""
 TRAINING = {"epochs": 5, "lr": 1e-4, "validate_every": 1}
 """As published: the best of the epochs by validation is kept."""
 YES, NO = "yes", "no"
@@ -67,6 +69,11 @@ class CandidateOptions(Config):
 
     negatives: int = shaping(20, "items a user never chose, beside the one that came next", ge=1)
     seed: int = shaping(0, "of the draw, which also follows from the user's id and history", ge=0)
+
+
+def shown_summaries(wanted: Shown, lineage: Mapping[str, Any]) -> str | None:
+    """The paradigm that a ranker of this lineage is shown, None for none."""
+    return lineage.get("summaries") if wanted == "trained" else wanted
 
 
 class TrsrConfig(Config):

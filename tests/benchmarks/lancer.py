@@ -96,7 +96,7 @@ def rows_of(metrics: Mapping[str, float], given: argparse.Namespace, machine: st
         f"trained on {given.trained_on}" if given.trained_on else "",
         given.label,
     ]
-    name = ", ".join(["LANCER", *filter(None, apart)])
+    name = " ".join(["LANCER", *filter(None, apart)])
     shared = {
         "dataset": given.dataset,
         "seed": given.seed,

@@ -94,10 +94,10 @@ def run(*words: str) -> dict[str, Any]:
 
 
 def merge(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Put `rows` in the place of those of the same models, beside the same recommenders where they have one, and seed."""
+    """Put `rows` in the place of those of the same models, beside the same recommenders where they have one, seed and protocol."""
 
-    def key(row: dict[str, Any]) -> tuple[str, str, int]:
-        return row["model"], row.get("recommender", ""), row["seed"]
+    def key(row: dict[str, Any]) -> tuple[str, str, int, str]:
+        return row["model"], row.get("recommender", ""), row["seed"], row["protocol"]
 
     old = json.loads(path.read_text()) if path.exists() else []
     named = {key(row) for row in rows}

@@ -116,11 +116,18 @@ def test_what_is_swept_reaches_the_job_it_is_of(monkeypatch: pytest.MonkeyPatch)
     assert {Path(path).name for path in jobs.option("align", "--config")} == {"recinterpreter-ml-100k-terse.yaml"}
 
 
-def test_rows_take_the_place_of_those_of_the_same_model_recommender_and_seed(tmp_path: Path) -> None:
-    def row(recommender: str, value: float, seed: int = 0) -> dict[str, Any]:
-        return {"model": "RecInterpreter", "recommender": recommender, "seed": seed, "value": value}
+def test_rows_take_the_place_of_those_of_the_same_model_recommender_seed_and_protocol(tmp_path: Path) -> None:
+    def row(recommender: str, value: float, seed: int = 0, protocol: str = "all") -> dict[str, Any]:
+        model = {"model": "RecInterpreter", "recommender": recommender, "seed": seed}
+        return {**model, "protocol": protocol, "value": value}
 
     path = tmp_path / "golden.json"
     merge(path, [row("sasrec", 0.1), row("gru4rec", 0.2), row("sasrec", 0.3, seed=1)])
     merge(path, [row("sasrec", 0.4)])
-    assert json.loads(path.read_text()) == [row("gru4rec", 0.2), row("sasrec", 0.4), row("sasrec", 0.3, seed=1)]
+    merge(path, [row("sasrec", 0.5, protocol="last 100")])
+    assert json.loads(path.read_text()) == [
+        row("gru4rec", 0.2),
+        row("sasrec", 0.4),
+        row("sasrec", 0.5, protocol="last 100"),
+        row("sasrec", 0.3, seed=1),
+    ]

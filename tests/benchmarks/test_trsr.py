@@ -64,7 +64,13 @@ def test_rows_bear_the_names_of_what_ranked(monkeypatch: pytest.MonkeyPatch) -> 
         ("LLM-TRSR", "above no summary: Recall@3 low"): 0.05,
         ("LLM-TRSR", "summary_calls"): 30,
     }
-    assert {row["protocol"] for row in rows} == {"leave-one-out, 21 candidates, 9 users"}
+    assert {row["protocol"] for row in rows} == {"leave-one-out, 21 candidates, last 25 events shown, 9 users"}
+
+
+def test_rows_of_another_length_of_histories_stand_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of floors and of the recommender too, which are told by their names alone."""
+    _, _, rows = given(monkeypatch, "--label", "history 100", "--", "--trsr.history", "100")
+    assert {row["protocol"] for row in rows} == {"leave-one-out, 21 candidates, last 100 events shown, 9 users"}
 
 
 def test_the_command_makes_the_row_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,10 +87,15 @@ def test_the_command_makes_the_row_again(monkeypatch: pytest.MonkeyPatch) -> Non
     assert vars(again) == vars(read)
 
 
-def test_summaries_are_compared_with_none_of_the_same_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, jobs, _ = given(monkeypatch, "--paired", "--summaries", "hierarchical", "--block_items", "3")
-    assert [job[0] for job in jobs] == ["ingest", "lm", "train", *["summarize"] * 3, "align", "align"]
-    assert [option(job, "--summaries.hold_out") for job in jobs[3:6]] == ["1", "2", "3"]
+@pytest.mark.parametrize(("dataset", "cuts"), [("amazon-industrial", 3), ("ml-100k", 6)])
+def test_summaries_are_compared_with_none_of_the_same_recipe(
+    monkeypatch: pytest.MonkeyPatch, dataset: str, cuts: int
+) -> None:
+    """Of every place that is learnt, and of the one that is asked about."""
+    words = ("--dataset", dataset, "--paired", "--summaries", "hierarchical", "--block_items", "3")
+    _, jobs, _ = given(monkeypatch, *words)
+    assert [job[0] for job in jobs] == ["ingest", "lm", "train", *["summarize"] * cuts, "align", "align"]
+    assert [option(job, "--summaries.hold_out") for job in jobs[3:-2]] == [str(cut + 1) for cut in range(cuts)]
     assert [option(job, "--summaries") for job in jobs[-2:]] == ["null", "hierarchical"]
-    assert option(jobs[-1], "--trsr.against") == "trsr/t7"
+    assert option(jobs[-1], "--trsr.against") == f"trsr/t{cuts + 4}"
     assert option(jobs[-1], "--trsr.block_items") == "3"

@@ -28,6 +28,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import yaml
+
 from tests.benchmarks.recommenders import ROOT, log_options, merge, run
 
 SYSTEM = "LLM-TRSR"
@@ -76,9 +78,13 @@ def summarised(given: argparse.Namespace, workspace: Sequence[str]) -> list[str]
         return ["null"]
     blocks = ["--summaries.paradigm", given.summaries, "--summaries.block_items", str(given.block_items)]
     # Recurrent ones tell of every block's past; hierarchical ones of each event that is learnt are written one by one.
-    for cut in (1,) if given.summaries == "recurrent" else (1, 2, 3):
+    for cut in (1,) if given.summaries == "recurrent" else range(1, recipe_of(given)["positions"] + 2):
         run("summarize", *workspace, *blocks, "--summaries.hold_out", str(cut))
     return [given.summaries, "--trsr.block_items", str(given.block_items)]
+
+
+def recipe_of(given: argparse.Namespace) -> dict[str, Any]:
+    return dict(yaml.safe_load((ROOT / f"jobs/align/trsr-{given.dataset}.yaml").read_text()))
 
 
 def rows_of(result: Mapping[str, Any], given: argparse.Namespace, machine: str) -> list[dict[str, Any]]:
@@ -92,10 +98,12 @@ def rows_of(result: Mapping[str, Any], given: argparse.Namespace, machine: str) 
         given.label,
     ]
     model = " ".join([SYSTEM, *filter(None, apart)])
+    named = given.options.index("--trsr.history") + 1 if "--trsr.history" in given.options else None
+    history = recipe_of(given)["trsr"]["history"] if named is None else given.options[named]
     shared = {
         "dataset": given.dataset,
         "seed": given.seed,
-        "protocol": f"leave-one-out, 21 candidates, {metrics['asked']} users",
+        "protocol": f"leave-one-out, 21 candidates, last {history} events shown, {metrics['asked']} users",
         "machine": machine,
         "command": f"make bench NAME=trsr ARGS={shlex.quote(shlex.join(_words(given)))}",
     }

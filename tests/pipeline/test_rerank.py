@@ -25,7 +25,6 @@ from tests.pipeline.small_logs import CHAIN_ITEMS, CHAIN_USERS, GENRES, START, n
 from tests.untrained import store_untrained_ranker
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
-SHOWN = ("--summaries", "hierarchical")
 
 
 @pytest.fixture
@@ -40,7 +39,7 @@ def listed(tmp_path: Path) -> str:
     tokenizer = train_tokenizer([" ".join(texts)] * 5, ["yes", "no"], [], 500)
     save_untrained(lm, BuiltinLmConfig(size="tiny", context=512), tokenizer)
     Models(Store(uri)).add("lm", lm, "untrained", {})
-    store_untrained_ranker(uri, TrsrConfig(prompt=TERSE, facts=True), lm)
+    store_untrained_ranker(uri, TrsrConfig(prompt=TERSE, facts=True), lm, summaries="hierarchical")
     return uri
 
 
@@ -81,7 +80,8 @@ def expected(uri: str, row: dict) -> list[float]:
 
 
 def test_lists_are_put_in_order_by_what_the_language_model_finds_likely(raypipe: Run, listed: str, files: Path) -> None:
-    words = ("rerank", "--workspace", listed, *SHOWN)
+    # It is shown the summaries it was trained with.
+    words = ("rerank", "--workspace", listed)
     # A cap leaves users for the next run, which loses none.
     capped = raypipe(*words, "--max_calls", 10 * LENGTH)
     assert capped.code == 0, capped.stderr

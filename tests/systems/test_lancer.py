@@ -160,6 +160,14 @@ def test_every_event_but_the_first_is_learnt_once_in_an_epoch_wherever_stretches
     assert [float(half["count"]) for half in halves] == [learnt / 2] * 2
 
 
+def test_what_is_not_perturbed_is_as_in_training() -> None:
+    prompts = LancerPrompts(frame=Frame(lead="So far:", join=";"))
+    frames = [(frame.lead, frame.join) for frame in prompts.perturbed_frames]
+    assert frames[1:] == [("History:", ";"), ("So far:", ","), ("What comes next?", " |")]
+    with pytest.raises(ValidationError, match="a perturbed frame is one of training's"):
+        LancerPrompts.model_validate({"frame": {"join": ";"}, "perturbed": [{"join": ";"}]})
+
+
 def test_training_draws_a_frame_for_each_stretch_and_validation_asks_in_the_first(lm: Path, tmp_path: Path) -> None:
     frames = [{"lead": "History:"}, {"join": ";"}]
     prompts = {"line": "{title}", "perturbed": (), "training": frames}
