@@ -20,7 +20,12 @@ _RECOVERY = Templates(
         "Read this and name what was chosen, in order: {state}",
         "What did this person choose, oldest first? {state}",
     ),
-    test=("Somebody's past in titles, oldest first: {state}",),
+    test=(
+        "The titles of this history, in order: {state}",
+        "Name the titles, oldest first: {state}",
+        "What was chosen, in order? {state}",
+        "Somebody's past in titles, oldest first: {state}",
+    ),
 )
 _RESIDUAL = Templates(
     training=(
@@ -31,7 +36,12 @@ _RESIDUAL = Templates(
         "The step between these is one title: {before}{after}",
         "What was chosen in between? {before}{after}",
     ),
-    test=("First the one, then the other. The one title chosen meanwhile: {before}{after}",),
+    test=(
+        "The one title chosen meanwhile: {before}{after}",
+        "What came between these two? {before}{after}",
+        "One title stands between these: {before}{after}",
+        "Which title was chosen in between? {before}{after}",
+    ),
 )
 _ITEM = (
     "The one title that this is: {item}",
