@@ -78,7 +78,7 @@ def joined_once(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> 
     assert main(["ingest", *shared, *words, "--cluster.workers", "1"]) == 0
     assert main(["train", *shared, *CHAIN_TRAINING]) == 0
     titles = [f"Title {n}" for n in range(1, CHAIN_ITEMS + 1)]
-    tokenizer = train_tokenizer([*titles, *asked_templates()] * 5, titles, [], 600)
+    tokenizer = train_tokenizer([*titles, *asked_templates()] * 5, titles, [], 900)
     save_untrained(folder / "lm", BuiltinLmConfig(size="small", context=128), tokenizer)
     Models(Store(str(folder / "workspace"))).add("lm", folder / "lm", "untrained", {"hold_out": 1})
     return folder / "workspace"
