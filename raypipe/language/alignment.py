@@ -136,7 +136,7 @@ class AlignmentTask:
         self._backbone = load_backbone(self.lm, device="cpu")
         model = build_adapter(self._backbone, self.card, self.seed)
         for (source, config), vectors in zip(sorted(self.card.config.projectors.items()), self._vectors, strict=True):
-            if config.whitened:
+            if config.whitened and len(vectors):
                 some = np.linspace(0, len(vectors) - 1, min(len(vectors), _WHITENED_ON)).astype(np.int64)
                 model.projectors[source].whiten(torch.from_numpy(vectors[some]))  # type: ignore[operator]
         self._kept = {name for name, weight in model.named_parameters() if weight.requires_grad}

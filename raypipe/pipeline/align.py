@@ -57,7 +57,7 @@ from raypipe.systems.system import System
 from raypipe.systems.trsr import TrsrConfig
 
 JOB = "align"
-STEP_VERSION = 3
+STEP_VERSIONS = {"recinterpreter": 4, "recexplainer": 3}
 _TRAINING: dict[str, Mapping[str, object]] = {
     "recinterpreter": recinterpreter.TRAINING,
     "recexplainer": recexplainer.TRAINING,
@@ -214,7 +214,7 @@ def _joined(config: AlignConfig) -> JobResult:
     catalogue = inputs.source.catalogue
     recipe = fingerprint(
         {
-            "step": STEP_VERSION,
+            "step": STEP_VERSIONS[config.system],
             "config": config.shaping_values(),
             "system": [system.name, config.chosen().shaping_values()],
             "recommender": inputs.recommender,

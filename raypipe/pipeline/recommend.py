@@ -34,7 +34,7 @@ from raypipe.storage.workspace import Workspace
 from raypipe.systems.lancer import NAME as LANCER
 
 JOB = "recommend"
-STEP_VERSION = 1
+STEP_VERSION = 2
 
 
 class RecommendOptions(EncodeOptions):

@@ -13,7 +13,7 @@ from raypipe.pipeline.report_figures import FLOORS, Cell, Figure
 Kind = Literal["floor", "model", "beside", "published"]
 _PLACES: dict[Kind, int] = {"floor": 0, "model": 1, "beside": 1, "published": 2}
 _CONTROLS = re.compile(
-    r"\b(shuffled|random|reduced|zero-shot|again|base(?! LM)|constant|another user's|most frequent"
+    r"\b(shuffled|random|reduced|zero-shot|again\b|base\b(?! LM)|constant|another user's|most frequent"
     r"|no (states|users|summary|summaries|prompt|knowledge|reasoning))"
 )
 _SURROGATES = re.compile(r"\b(surrogate|student)$")

@@ -47,7 +47,9 @@ class RerankOptions(CapOptions, ModelCache):
         lambda: EngineConfig(lm=BUILTIN), "what scores; lm is the one the model was trained beside"
     )
     model: str = shaping("sasrec", "the recommender whose lists, of `recommend`, are put in order")
-    summaries: Shown = shaping("trained", "summaries of `summarize` that are shown; trained: those it was trained with")
+    summaries: Shown = shaping(
+        "trained", "whose summaries are shown, of `summarize`; trained: as in its training; null for none"
+    )
     micro_batch: int = free(64, "users a worker gives the engine at a time", ge=1)
 
 

@@ -55,9 +55,9 @@ def target_ranks(
     above = np.full(len(prefixes), UNRANKED, np.int64)
     same = np.ones_like(above)
     table = model.item_states()
-    for rows, queries, seen in _queries(model, prefixes, targets <= model.items):
+    for rows, queries, filters in _queries(model, prefixes, targets <= model.items, filter_seen=filter_seen):
         asked = torch.from_numpy(targets[rows].astype(np.int64)).to(table.device)
-        better, equal = ranks(queries, table, asked, Filters(excluded=seen if filter_seen else None))
+        better, equal = ranks(queries, table, asked, filters)
         above[rows], same[rows] = better.cpu().numpy(), equal.cpu().numpy()
     return above, same
 
@@ -68,7 +68,7 @@ def candidate_scores(model: Recommender, prefixes: Histories, candidates: NDArra
     them after nothing it knows."""
     scores = np.full(candidates.shape, -np.inf, np.float32)
     table = model.item_states()
-    for rows, queries, _ in _queries(model, prefixes):
+    for rows, queries, _ in _queries(model, prefixes, filter_seen=False):
         known = torch.from_numpy(np.where(candidates[rows] <= model.items, candidates[rows], 0).astype(np.int64))
         found = (table[known.to(table.device)] @ queries[:, :, None])[:, :, 0].float().cpu()
         scores[rows] = found.masked_fill(known == 0, -torch.inf).numpy()
@@ -80,17 +80,17 @@ def top_lists(model: Recommender, prefixes: Histories, k: int, *, filter_seen: b
     """The best k items of each prefix, int64 [users, k]; 0 where there are fewer, or nothing the model knows."""
     lists = np.zeros((len(prefixes), k), np.int64)
     table = model.item_states()
-    for rows, queries, seen in _queries(model, prefixes):
-        items, _ = top_k(queries, table, k, Filters(excluded=seen if filter_seen else None))
+    for rows, queries, filters in _queries(model, prefixes, filter_seen=filter_seen):
+        items, _ = top_k(queries, table, k, filters)
         lists[rows] = items.cpu().numpy()
     return lists
 
 
 def _queries(
-    model: Recommender, prefixes: Histories, asked: NDArray[np.bool_] | None = None
-) -> Iterator[tuple[NDArray[np.int64], Tensor, Sequences]]:
+    model: Recommender, prefixes: Histories, asked: NDArray[np.bool_] | None = None, *, filter_seen: bool
+) -> Iterator[tuple[NDArray[np.int64], Tensor, Filters]]:
     """Batches of the prefixes, all or those `asked` bool [users], that hold anything the model knows: rows, queries, and what
-    of it was seen. The model is in eval mode meanwhile."""
+    may be recommended. The model is in eval mode meanwhile."""
     prefixes = prefixes.within(model.items)
     there = prefixes.lengths > 0 if asked is None else asked & (prefixes.lengths > 0)
     device = model.table.device
@@ -99,6 +99,7 @@ def _queries(
     try:
         for rows in batches_by_length(prefixes, model.max_length, np.flatnonzero(there)):
             states = model.encode(sequences_of(prefixes, rows, model.max_length).to(device))
-            yield rows, model.queries(states), sequences_of(prefixes, rows).to(device)
+            seen = sequences_of(prefixes, rows).to(device) if filter_seen else None
+            yield rows, model.queries(states), Filters(excluded=seen)
     finally:
         model.train(was_training)

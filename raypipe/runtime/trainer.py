@@ -40,7 +40,8 @@ class TrainingTask(Protocol):
     """What is trained: pickled to every worker, opened there."""
 
     def build(self) -> nn.Module:
-        """The module to train, on CPU; its forward(batch) returns the mean loss of the batch as a scalar."""
+        """The module to train, on CPU; its forward(batch) returns the mean loss of the batch as a scalar. Under ZeRO-3 each
+        validation builds another, to hold the whole weights."""
         ...
 
     def steps_per_epoch(self, batch_size: int) -> int: ...

@@ -78,7 +78,7 @@ class LanguageOptions(Config):
     checks: AnswerChecks = shaping(AnswerChecks, "when an explanation is none")
     reading: Decoding = shaping(Decoding, "decoding of what is read from a recommender's states")
     summaries: SummariesConfig = shaping(SummariesConfig, "of a given history, as of `summarize`")
-    ranking: Shown = shaping("trained", "summaries of a user that are shown to what ranks, as `rerank --summaries`")
+    ranking: Shown = shaping("trained", "whose summaries of a user are shown to what ranks, as `rerank --summaries`")
     answer_tokens: int = shaping(96, "most tokens of an item's line that is written, as of `recommend`", ge=1)
 
     @property

@@ -6,8 +6,8 @@ Ours is the work of one worker from reading its bucket to the staged, checksumme
 starting Ray and the one Delta transaction come once a night, whatever the users.
 
 Figures: `vs_bare_loop` (median of the rounds' ratios of users/s per worker), `worker_peak_mb`, `worker_peak_mb_compared` and
-`worker_peak_mb_few` (largest resident set of a worker with all users, with those of the rounds and with a hundredth, whose
-buckets are too small for one whole batch), `users_per_s` (of the whole command with all users, by the wall).
+`worker_peak_mb_few` (largest resident set of a worker with all users, with those of the rounds and with a hundredth; what was
+freed, up to 256 MB, stays at hand between buckets), `users_per_s` (of the whole command with all users, by the wall).
 """
 
 from __future__ import annotations

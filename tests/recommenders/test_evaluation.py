@@ -57,7 +57,7 @@ def test_a_trained_on_log_has_nothing_left_to_ask(lists: list[list[int]]) -> Non
         HeldOut.of(of(lists), 0, ITEMS)
 
 
-def test_what_was_learnt_from_is_what_floors_and_cold_items_count(lists: list[list[int]], model: Recommender) -> None:
+def test_what_was_learnt_from_is_what_floors_and_cold_items_count(lists: list[list[int]]) -> None:
     learnt_from = np.arange(len(lists)) % 2 == 0
     held = HeldOut.of(of(lists), 2, ITEMS, learnt_from)
     everybody = HeldOut.of(of(lists), 2, ITEMS)
