@@ -62,6 +62,18 @@ def built(folder: Path, model: str, **changes: object) -> tuple[RecommenderTask,
     return made, found, scores
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_blocks_that_stay_in_float32_are_no_hindrance_to_training_in_bfloat16(model: str, tmp_path: Path) -> None:
+    """As DeepSpeed casts: parameters alone."""
+    made, found, _ = built(tmp_path, model)
+    for weight in found.parameters():
+        weight.data = weight.data.bfloat16()
+    loss = found(made.batch(0, 0, 0, 1, 4))
+    loss.backward()
+    assert loss.isfinite()
+    assert found.item_states().dtype == torch.bfloat16
+
+
 def test_scores_stand_in_standard_deviations_of_the_items_and_what_was_not_read_in_the_middle() -> None:
     scores = scores_of()
     scores.items[4, 1] = scores.users[2, 0] = np.nan

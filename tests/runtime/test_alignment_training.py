@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from raypipe.language.adapters import AdapterCard, AdapterConfig, LoraOptions, load_adapter
@@ -72,6 +73,25 @@ def train(prepared: Path, out: Path, **changes: object) -> TrainingResult:
 @pytest.fixture(scope="module")
 def single(prepared: Path, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> TrainingResult:
     return train(prepared, tmp_path_factory.mktemp("single"))
+
+
+def test_a_whitened_projector_starts_from_the_vectors_of_training_and_is_stored(lm: str, tmp_path: Path) -> None:
+    """Of a source of which training holds no vector there is nothing to start from."""
+    config = AdapterConfig(projectors=dict.fromkeys(("user", "item"), ProjectorConfig(whitened=True)))
+    card = AdapterCard(config, {"user": 4, "item": 3}, "lm-hash", "sasrec/1")
+    backbone = load_backbone(lm, device="cpu")
+    vectors = np.random.default_rng(0).normal(3, (9, 1, 1, 0.1), (50, 4)).astype(np.float32)
+    examples = [SoftExample(Prompt.of("the user ", Vectors(one[None], "user")), "Alien") for one in vectors]
+    prepare_alignment(tmp_path / "data", examples, backbone, backbone.ends[0], 64, lm, card, seed=0)
+    task = AlignmentTask(tmp_path / "data")
+    model = task.build()
+    entered = model.projectors["user"].enter(torch.from_numpy(vectors)).detach().numpy()
+    np.testing.assert_allclose(np.cov(entered.T, bias=True), np.eye(4), atol=0.01)
+    weights = {name: weight.detach() for name, weight in model.named_parameters() if task.keeps(name)}
+    task.save(weights, tmp_path / "adapter")
+    again = load_adapter(tmp_path / "adapter", load_backbone(lm, device="cpu"), "lm-hash", "sasrec/1")
+    found = again.projectors["user"].enter(torch.from_numpy(vectors)).detach().numpy()
+    np.testing.assert_array_equal(found, entered)
 
 
 def test_an_adapter_learns_to_name_what_a_state_holds_and_changes_no_other_weight(

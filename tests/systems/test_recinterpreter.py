@@ -18,6 +18,7 @@ from raypipe.systems.recexplainer import ExplainerConfig
 from raypipe.systems.recinterpreter import (
     InterpreterConfig,
     RecInterpreter,
+    oracles_of,
     recovery_figures,
     residual_figures,
 )
@@ -179,6 +180,11 @@ def test_the_oracle_is_what_the_recommender_would_have_next_and_its_title_the_ne
     figures = system.measured(source, Naming(), 100, 8)
     assert figures["oracle"] == 1.0
     assert figures["no states: oracle"] == 0.0
+    if model == "sasrec":  # which has no oracles of its own: what stands for one lies where training's item vectors do
+        rows = np.arange(3)
+        oracles = oracles_of(source, list(system.readings(source, rows, source.histories.lengths[rows])))
+        lengths = [float(np.linalg.norm(oracle.vector.values)) for oracle in oracles]
+        assert lengths == pytest.approx([np.linalg.norm(source.item_states[1:], axis=1).mean()] * 3, rel=1e-5)
 
 
 @pytest.mark.parametrize(
