@@ -89,7 +89,13 @@ def _explain(error: ValidationError, config_type: type[Config]) -> tuple[str, st
         return f"Unknown config key {place!r}.", f"{hint}Known here: {', '.join(known)}."
     if first["type"] == "missing":
         return f"The config key {place!r} is missing.", f"Add --{place} VALUE, or the key to the config file."
-    return f"Config key {place!r} is {first.get('input')!r}: {first['msg']}.", f"Correct --{place}."
+    if first["type"] != "value_error":
+        return f"Config key {place!r} is {first.get('input')!r}: {first['msg']}.", f"Correct --{place}."
+    told = str(first["ctx"]["error"])
+    if isinstance(first["input"], Mapping):
+        # Options of which none is wrong by itself: their values would tell the reader nothing.
+        return f"{f'--{place}: ' if place else ''}{told[0].upper()}{told[1:]}.", "Correct the options this is about."
+    return f"Config key {place!r} is {first['input']!r}: {told}.", f"Correct --{place}."
 
 
 def _keys(config_type: type[Config], path: Sequence[str | int]) -> list[str]:

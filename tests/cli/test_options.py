@@ -13,6 +13,7 @@ from raypipe.pipeline.explain import ExplainConfig
 from raypipe.pipeline.ingest import IngestConfig
 from raypipe.pipeline.nightly import NightlyConfig
 from raypipe.pipeline.summarize import SummarizeConfig
+from raypipe.pipeline.train import TrainConfig
 
 
 def write(folder: Path, text: str) -> str:
@@ -42,6 +43,18 @@ def test_options_may_be_spelled_with_an_equals_sign_and_hold_any_text() -> None:
     config = parse_config("ingest", IngestConfig, ["--log.path=my log, the 2nd.csv", "--log.columns.time=naïve 🎬"])
     assert config.log is not None
     assert (config.log.path, config.log.columns.time) == ("my log, the 2nd.csv", "naïve 🎬")
+
+
+def test_options_that_do_not_fit_each_other_are_told_in_their_own_words() -> None:
+    cases = {
+        ("--hold_out", "1"): r"^Validation asks for a held-out event, .*validate_every to null. Correct the options",
+        ("--recommender.heads", "3"): r"^--recommender: Width 64 cannot be shared by 3 heads: choose a multiple. Correct",
+        ("--recommender.heads", "zero"): r"^Config key 'recommender.heads' is 'zero': .* Correct --recommender.heads.",
+    }
+    for options, problem in cases.items():
+        with pytest.raises(UsageError, match=problem) as refused:
+            parse_config("train", TrainConfig, list(options))
+        assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ RANKED_TRAINING = (
     *("--recommender.width", "8", "--recommender.hidden", "16", "--recommender.max_length", "8"),
     *("--recommender.dropout", "0", "--trainer.batch_size", "16", "--trainer.lr", "0.01"),
     *("--trainer.warmup_steps", "2", "--trainer.steps", "20", "--trainer.device", "cpu", "--hold_out", "1"),
+    *("--trainer.validate_every", "null"),
 )
 ALIGN_TRSR = (
     *("--system", "trsr", "--trsr.prompt", TERSE, "--positions", "2", "--trainer.batch_size", "16"),
