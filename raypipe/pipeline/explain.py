@@ -39,7 +39,7 @@ from raypipe.storage.workspace import Workspace
 from raypipe.systems.recexplainer import ExplainerConfig
 
 JOB = "explain"
-STEP_VERSION = 2
+STEP_VERSION = 3
 
 
 class ExplainOptions(CapOptions, ModelCache):

@@ -41,7 +41,7 @@ class PromptPieces:
         """A history of item indices, and the state [width] after it."""
         history = SEPARATOR.join(self.titles[item - 1] for item in items[-self.most :])
         vector = Vectors(state[None], USER)
-        pieces: dict[Form, Piece] = {"text": history, "vectors": vector, "both": [vector, f": {history}"]}
+        pieces: dict[Form, Piece] = {"text": history, "vectors": vector, "both": [f"{history} ", vector]}
         return pieces[self.form]
 
     def item(self, item: int) -> Piece:
@@ -54,7 +54,7 @@ class PromptPieces:
     ) -> ExplanationRequest:
         """Whether the item fits a history and the state after it, and why, with an eye on `focus` where there is one."""
         pieces: dict[str, Piece] = {"user": self.user(items, state), "item": self.item(item), "focus": focus}
-        explanation = prompts.explanation.test[0] + (prompts.focus if focus else "")
+        explanation = (prompts.focus if focus else "") + prompts.explanation.test[0]
         return ExplanationRequest(fill(prompts.interest.test[0], pieces), fill(explanation, pieces))
 
     def items(self, items: Sequence[int]) -> Piece:

@@ -1,7 +1,8 @@
 """The questions of RecExplainer's tasks (arXiv 2311.10947, section 3.1), each in paraphrases; none shows an item's id.
 
 {user} stands for a history, as titles, as the recommender's state, or as both; {item} and {items} for titles, item vectors, or
-both.
+both. They stand right before the answer: *m*, with words behind them a small language model reads next to nothing from
+vectors. Tests ask their templates in turn, the first one where there is one question: one alone can mislead a small model.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from pydantic import model_validator
 
 from raypipe.config import Config, shaping
-from raypipe.language.templates import Templates
+from raypipe.language.templates import Templates, require_marks
 
 _MARKS = {
     "next_item": ("user",),
@@ -22,121 +23,128 @@ _MARKS = {
     "summary": ("user",),
     "explanation": ("user", "item"),
 }
+_NEXT_ITEM = Templates(
+    training=(
+        "What will be chosen next by who chose {user}",
+        "The best item to recommend after these choices: {user}",
+        "Recommend one item to a person with this history: {user}",
+        "Name the item that fits best next to: {user}",
+        "The next one should be, after {user}",
+    ),
+    test=(
+        "Recommend the next item to somebody with these choices: {user}",
+        "The item that fits best after these: {user}",
+        "What should be chosen next, after {user}",
+    ),
+)
+_RANKING = Templates(
+    training=(
+        "Sort {items} by how well they fit who chose {user}",
+        "Put in order, the best first: {items}. Choices so far: {user}",
+        "Rank {items} for a person with this history: {user}",
+        "From best to worst, order {items} for who chose {user}",
+        "Which of {items} fit most, and which least? The choices: {user}",
+    ),
+    test=(
+        "Order {items} from best to worst for somebody with these choices: {user}",
+        "Sort {items}, the best first, for a person who chose {user}",
+        "Rank {items} by how well they fit these choices: {user}",
+    ),
+)
+_INTEREST = Templates(
+    training=(
+        "Would {item} be liked by who chose {user}",
+        "Does {item} fit these choices so far: {user}",
+        "Is {item} something for a person with this history: {user}",
+        "Is {item} to be recommended after {user}",
+        "Will {item} be liked? The choices: {user}",
+    ),
+    test=(
+        "Will {item} be liked by somebody with these choices: {user}",
+        "Does {item} fit a person who chose {user}",
+        "Is {item} something for who chose {user}",
+    ),
+)
+_HISTORY = Templates(
+    training=(
+        "What does this stand for, oldest first? {user}",
+        "Titles that were chosen, oldest first: {user}",
+        "The choices behind this, oldest first: {user}",
+        "The titles of a person's history, oldest first: {user}",
+        "Choices so far, in order: {user}",
+    ),
+    test=(
+        "The titles of this history, oldest first: {user}",
+        "Name what was chosen, in order: {user}",
+        "What was chosen, oldest first? {user}",
+    ),
+)
+_EXPLANATION = Templates(
+    training=(
+        "Would {item} be liked? Answer, and say why. Somebody chose {user}",
+        "Does {item} fit? Answer yes or no, and explain it. Choices so far: {user}",
+        "Explain whether {item} is something for who chose {user}",
+        "Is {item} to be recommended? Say yes or no, and how it fits the choices. A person's history: {user}",
+        "Will {item} be liked? Explain the answer. Given the choices {user}",
+    ),
+    test=(
+        "Will {item} be liked? Answer yes or no, sum up what the choices have in common, and explain how the item fits them or "
+        "does not. These were somebody's choices: {user}",
+    ),
+)
 
 
 class ExplainerPrompts(Config):
     """By task; see the module."""
 
-    next_item: Templates = shaping(
-        lambda: Templates(
-            training=(
-                "Somebody chose {user}. What will be chosen next?",
-                "After {user}, the best item to recommend is:",
-                "Given the choices {user}, recommend one item.",
-                "A person's history: {user}. Name the item that fits best next.",
-                "Choices so far: {user}. The next one should be:",
-            ),
-            test=("These were somebody's choices: {user}. Recommend the next item.",),
-        ),
-        "T1",
-    )
-    ranking: Templates = shaping(
-        lambda: Templates(
-            training=(
-                "Somebody chose {user}. Sort by how well they fit: {items}.",
-                "Choices so far: {user}. Put in order, the best first: {items}.",
-                "For who chose {user}, rank these: {items}.",
-                "A person's history: {user}. From best to worst, order {items}.",
-                "Given the choices {user}, which of these fit most, and which least? {items}.",
-            ),
-            test=("These were somebody's choices: {user}. Order these from best to worst: {items}.",),
-        ),
-        "T2",
-    )
-    interest: Templates = shaping(
-        lambda: Templates(
-            training=(
-                "Somebody chose {user}. Would they like {item}?",
-                "Choices so far: {user}. Does {item} fit them?",
-                "Is {item} something for who chose {user}?",
-                "A person's history: {user}. Is {item} to be recommended?",
-                "Given the choices {user}, will {item} be liked?",
-            ),
-            test=("These were somebody's choices: {user}. Will they like {item}?",),
-        ),
-        "T3",
-    )
+    next_item: Templates = shaping(lambda: _NEXT_ITEM, "T1")
+    ranking: Templates = shaping(lambda: _RANKING, "T2")
+    interest: Templates = shaping(lambda: _INTEREST, "T3")
     title: Templates = shaping(
         lambda: Templates(
-            training=("The title of {item} is:", "What is {item} called?", "{item} stands for the item:"),
-            test=("Name {item}.",),
+            training=("The title of the item: {item}", "What is it called? {item}", "This stands for the item: {item}"),
+            test=("Name the item: {item}",),
         ),
         "T4, of an item's vector",
     )
     attribute: Templates = shaping(
         lambda: Templates(
             training=(
-                "The {attribute} of {item}:",
-                "What is the {attribute} of {item}?",
-                "{item} has the {attribute}:",
+                "The {attribute} of the item: {item}",
+                "What is the {attribute}? {item}",
+                "Of this item, the {attribute}: {item}",
             ),
-            test=("Tell the {attribute} of {item}.",),
+            test=("Tell the {attribute} of: {item}",),
         ),
         "T4",
     )
     similar: Templates = shaping(
         lambda: Templates(
-            training=("The item most like {item} is:", "Which item is nearest to {item}?", "{item} is most like:"),
-            test=("Name the item most similar to {item}.",),
+            training=("The item most like this: {item}", "Which item is nearest? {item}", "Most alike to {item}"),
+            test=("Name the item most similar to {item}",),
         ),
         "T4",
     )
-    history: Templates = shaping(
-        lambda: Templates(
-            training=(
-                "List what {user} stands for, oldest first:",
-                "{user} chose, oldest first:",
-                "The choices behind {user}, oldest first:",
-                "A person's history: {user}. Its titles, oldest first:",
-                "Choices so far: {user}. In order, they are:",
-            ),
-            test=("These were somebody's choices: {user}. Name them, oldest first.",),
-        ),
-        "T6, of a state alone",
-    )
+    history: Templates = shaping(lambda: _HISTORY, "T6, of a state alone")
     summary: Templates = shaping(
         lambda: Templates(
             training=(
-                "Somebody chose {user}. Summarise what they like.",
-                "What does who chose {user} prefer?",
-                "A person's history: {user}. Sum up the taste behind it.",
+                "Summarise what is liked by who chose {user}",
+                "What is preferred by a person with these choices? {user}",
+                "Sum up the taste behind a person's history: {user}",
             ),
-            test=("These were somebody's choices: {user}. Describe the taste behind them.",),
+            test=("Describe the taste behind these choices: {user}",),
         ),
         "T6b",
     )
-    explanation: Templates = shaping(
-        lambda: Templates(
-            training=(
-                "Somebody chose {user}. Would they like {item}? Answer, and say why.",
-                "Choices so far: {user}. Does {item} fit them? Answer yes or no, and explain it.",
-                "Explain whether {item} is something for who chose {user}.",
-                "A person's history: {user}. Is {item} to be recommended? Say yes or no, and how it fits the choices.",
-                "Given the choices {user}, will {item} be liked? Explain the answer.",
-            ),
-            test=(
-                "These were somebody's choices: {user}. Will they like {item}? Answer yes or no, sum up what the choices have "
-                "in common, and explain how the item fits them or does not.",
-            ),
-        ),
-        "asked and, as published, never trained on",
+    explanation: Templates = shaping(lambda: _EXPLANATION, "asked and, as published, never trained on")
+    focus: str = shaping(
+        "Attend to the {focus} most. ", "put before it where explanations are to attend to something"
     )
-    focus: str = shaping(" Attend to the {focus} most.", "put behind it where explanations are to attend to something")
 
     @model_validator(mode="after")
     def _marks(self) -> ExplainerPrompts:
         for name, marks in _MARKS.items():
             getattr(self, name).require(marks)
-        if "{focus}" not in self.focus:
-            raise ValueError("focus needs the mark {focus}")
+        require_marks([self.focus], ["focus"])
         return self
