@@ -138,9 +138,7 @@ class ExplainerPrompts(Config):
         "T6b",
     )
     explanation: Templates = shaping(lambda: _EXPLANATION, "asked and, as published, never trained on")
-    focus: str = shaping(
-        "Attend to the {focus} most. ", "put before it where explanations are to attend to something"
-    )
+    focus: str = shaping("Attend to the {focus} most. ", "put before it where explanations are to attend to something")
 
     @model_validator(mode="after")
     def _marks(self) -> ExplainerPrompts:
