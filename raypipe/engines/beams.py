@@ -52,7 +52,8 @@ def search(
     soft: SoftRows | None = None,
     trie: AnswerTrie | None = None,
 ) -> Iterator[tuple[int, list[Hypothesis]]]:
-    """Of each prompt, longest first, its number and at most `decoding.beams` answers, best first.
+    """Of each prompt, longest first, its number and at most `decoding.beams` answers, best first: none where the model's logits
+    are no numbers.
 
     A batch holds at most `batch_tokens` of prompts and answers over all beams, or one prompt; `soft` and `trie` as in `decode`.
     """
@@ -112,7 +113,6 @@ class _Search:
             if hypothesis.walk is None or hypothesis.chosen not in known:
                 known.add(hypothesis.chosen)
                 found.append(hypothesis)
-        assert found, "some token is always likelier than none: these logits are no numbers"
         return found[: self.beams]
 
 
@@ -175,7 +175,7 @@ class _Batch:
         most = min(2 * self.beams, beams * vocabulary)
         best = totals.topk(most)
         if best.values[:, 0].isnan().any():  # NaN counts as the largest: one beam's would push out all others.
-            best = totals.nan_to_num(nan=-torch.inf, posinf=torch.inf).topk(most)
+            best = totals.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).topk(most)
         parents: list[list[int]] = []
         for search, values, places in zip(self.searches, best.values.tolist(), best.indices.tolist(), strict=True):
             goes_on = bool(search.live)

@@ -32,13 +32,14 @@ _ENDED_SHARE_COPIED = 0.5
 class Answer:
     """The tokens generated for prompt number `prompt`, without the end mark, and whether the model ended them.
 
-    `chosen` are the texts of an answer that is held to given ones.
+    `chosen` are the texts of an answer that is held to given ones. `broken`: the model found no number for what comes next.
     """
 
     prompt: int
     tokens: list[int]
     ended: bool
     chosen: tuple[int, ...] = ()
+    broken: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,40 +244,44 @@ class _Batch:
         if self.trie is not None:
             walks = [self._walks[number] for number in self.prompts[rows].tolist()]
             logits = constrained(one_end(logits, self.ends), [walk.next_tokens for walk in walks])
-        chosen = _chosen(logits, self.temperature, draws)
+        chosen, finite = _chosen(logits, self.temperature, draws)
         if self.trie is not None:
-            self._follow(rows[self.live[rows]], chosen[self.live[rows]])
+            follows = self.live[rows] & finite
+            self._follow(rows[follows], chosen[follows])
         stops = torch.isin(chosen, self.ends)
-        goes_on = self.live[rows] & ~stops
+        goes_on = self.live[rows] & ~stops & finite
         writing = rows[goes_on]
         self.answers[writing, self.taken[writing]] = chosen[goes_on]
         self.taken[writing] += 1
         self.newest[rows] = chosen
         # A row that has ended is still read, and a model may have no more positions than its context.
         self.position[writing] += 1
-        done = self.live[rows] & (stops | (self.taken[rows] >= self.most))
+        done = self.live[rows] & (stops | ~finite | (self.taken[rows] >= self.most))
         if done.any():
             ended = rows[done]
             self.live[ended] = False
-            told = zip(self.prompts[ended].tolist(), self.taken[ended].tolist(), stops[done].tolist(), strict=True)
-            for (number, taken, stopped), tokens in zip(told, self.answers[ended].tolist(), strict=True):
+            columns = (self.prompts[ended], self.taken[ended], stops[done], ~finite[done], self.answers[ended])
+            for number, taken, stopped, broken, tokens in zip(*(each.tolist() for each in columns), strict=True):
                 walk = self._walks.get(number)
-                self._done.append(Answer(number, tokens[:taken], stopped, walk.chosen if walk else ()))
+                self._done.append(Answer(number, tokens[:taken], stopped, walk.chosen if walk else (), broken))
 
     def _follow(self, rows: Tensor, chosen: Tensor) -> None:
         for number, token in zip(self.prompts[rows].tolist(), chosen.tolist(), strict=True):
             self._walks[number] = self._walks[number].after(token)
 
 
-def _chosen(logits: Tensor, temperature: float, draws: Tensor | None) -> Tensor:
-    """The next token of each row: the likeliest, or the one at quantile `draws` of the tempered distribution."""
+def _chosen(logits: Tensor, temperature: float, draws: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The next token of each row: the likeliest, or the one at quantile `draws` of the tempered distribution; and whether there is
+    one, which there is not among logits that are no numbers."""
     if draws is None:
-        return logits.argmax(-1)
+        best, chosen = logits.max(-1)
+        return chosen, best.isfinite()
     # float64, so that the sum over a large vocabulary does not depend on how it is split.
     cumulative = torch.softmax(logits.double() / temperature, -1).cumsum(-1)
     quantiles = draws.unsqueeze(1).double() * cumulative[:, -1:]
     # On the right of it, so that no token of probability 0 is ever drawn.
-    return torch.searchsorted(cumulative, quantiles, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
+    chosen = torch.searchsorted(cumulative, quantiles, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
+    return chosen, cumulative[:, -1].isfinite()
 
 
 def _draws(seeds: Sequence[int], count: int) -> Tensor:

@@ -35,6 +35,8 @@ ErrorKind = Literal[
     "timeout",
     "server_error",
     "bad_response",
+    # of the model, whose weights are damaged or overflow in its dtype
+    "not_finite",
     # of the answer
     "empty_output",
     "declined",

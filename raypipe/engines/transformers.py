@@ -10,6 +10,7 @@ Not covered: paged memory, several GPUs. The engine `vllm` has both.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -26,6 +27,7 @@ from raypipe.engines.engine import (
     Decoding,
     FinishReason,
     Outcome,
+    OutcomeError,
     Piece,
     Scores,
     lacking,
@@ -44,6 +46,11 @@ from raypipe.language.trie import AnswerTrie, answer_tokens
 if TYPE_CHECKING:
     from raypipe.engines.engine import EngineConfig
 
+_NOT_FINITE = OutcomeError(
+    "not_finite",
+    "The language model found no number for what comes next. Its weights are damaged, or overflow in its dtype: check the checkpoint "
+    "on a few prompts, or choose float32.",
+)
 _TRIES_KEPT = 2  # systems ask for one text, and for a list; what writes items, of a catalogue and of the one before
 
 
@@ -127,7 +134,10 @@ class TransformersEngine:
         fitting, rows, soft = self._longest_first(encoded)
         asked = [tokens[index] for index in fitting]
         for number, logprobs in score(self.backbone, rows, asked, self._batch_tokens, soft):
-            yield Scores(fitting[number], tuple(logprobs), len(rows[number]))
+            if any(map(math.isnan, logprobs)):
+                yield Scores(fitting[number], tokens_in=len(rows[number]), error=_NOT_FINITE)
+            else:
+                yield Scores(fitting[number], tuple(logprobs), len(rows[number]))
 
     def _encoded(self, prompts: Sequence[Prompt], room: Sequence[int]) -> tuple[dict[int, Encoded], list[Outcome]]:
         return encode_prompts(self.backbone, prompts, room, self.context, self._adapter)
@@ -158,6 +168,8 @@ class TransformersEngine:
 
     def _searched(self, index: int, tokens_in: int, found: Sequence[Hypothesis], choices: Choices | None) -> Outcome:
         beams = tuple(Beam(self._text(beam.tokens, beam.chosen, choices), beam.logprob, beam.chosen) for beam in found)
+        if not found:
+            return Outcome(index, tokens_in=tokens_in, error=_NOT_FINITE)
         best = found[0]
         reason: FinishReason = "stop" if best.ended else "length"
         return Outcome(index, beams[0].text, tokens_in, len(best.tokens), reason, chosen=best.chosen, beams=beams)
@@ -167,6 +179,8 @@ class TransformersEngine:
         return [prompt_seed(decoding.seed, prompts[index].key) for index in fitting] if decoding.temperature else []
 
     def _outcome(self, index: int, tokens_in: int, answer: Answer, text: str) -> Outcome:
+        if answer.broken:
+            return Outcome(index, tokens_in=tokens_in, tokens_out=len(answer.tokens), error=_NOT_FINITE)
         reason: FinishReason = "stop" if answer.ended else "length"
         return Outcome(index, text, tokens_in, len(answer.tokens), reason, chosen=answer.chosen)
 

@@ -36,7 +36,6 @@ from raypipe.systems.candidate_facts import Facts
 from raypipe.systems.trsr import Past, PastSummaries, Trsr, TrsrConfig, best_first
 
 TABLE = "recommendations"
-_TOO_LONG = ("prompt_too_long", "A prompt about one of the list's items is longer than the language model reads.")
 
 
 @dataclass(frozen=True)
@@ -206,11 +205,11 @@ class RerankBucket:
         found: list[_Ranked] = []
         for scored in trsr.scores(self.engine, rows, sets):
             order = best_first(scored.yes)
-            for mine, yes, best, tokens, refused in zip(
-                items[scored.part], scored.yes, order, scored.tokens.tolist(), scored.refused.tolist(), strict=True
-            ):
-                reason, message = _TOO_LONG if refused else ("", "")
-                found.append(_Ranked(mine[best], yes[best], reason, message, len(mine), tokens))
+            columns = (items[scored.part], scored.yes, order, scored.tokens.tolist())
+            for at, (mine, yes, best, tokens) in enumerate(zip(*columns, strict=True)):
+                error = scored.errors.get(at)
+                why = ("", "") if error is None else (error.kind, f"About one of the list's items: {error.message}")
+                found.append(_Ranked(mine[best], yes[best], *why, len(mine), tokens))
         return found
 
     @cached_property

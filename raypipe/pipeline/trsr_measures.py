@@ -91,7 +91,7 @@ def measure(
         tokens = refused = 0
         for scored in trsr.scores(engine, inputs.rows, sets, control):
             scores[scored.part] = scored.yes
-            tokens, refused = tokens + int(scored.tokens.sum()), refused + int(scored.refused.sum())
+            tokens, refused = tokens + int(scored.tokens.sum()), refused + len(scored.errors)
             if time.monotonic() - told > _SHOWN_EVERY_S:
                 told = time.monotonic()
                 say(f"{NAME}: {control or 'candidates'}: {scored.part.stop:,} of {len(sets):,} users ranked")

@@ -30,10 +30,11 @@ from raypipe.storage.models import Models, find_model
 from raypipe.storage.releases import Release
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.explanations import NO, YES, Explanation, ExplanationRequest, explain
+from raypipe.systems.interpreter_figures import SEPARATOR
 from raypipe.systems.lancer import NAME as LANCER
 from raypipe.systems.lancer_lists import ListWriter, build_writer, stored_config
 from raypipe.systems.paradigms import build_summarizer
-from raypipe.systems.recinterpreter import SEPARATOR, InterpreterConfig
+from raypipe.systems.recinterpreter import InterpreterConfig
 from raypipe.systems.summaries import Block, UserSummary
 from raypipe.systems.trsr import likelihoods
 
@@ -99,10 +100,11 @@ class Rank:
 
 
 @dataclass(frozen=True)
-class Likelihoods:
-    """Of the first answer to each prompt; None where a prompt cannot be read."""
+class RankScores:
+    """How likely the first answer to each prompt is, or the `reason` why one of them has no answer."""
 
-    yes: NDArray[np.float64] | None
+    yes: NDArray[np.float64]
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class Failed:
 
 
 TOO_LONG = Failed("too_much", "This does not fit what the language model reads at once.")
-Result = Explanation | Outcome | UserSummary | Likelihoods | WrittenList | Failed
+Result = Explanation | Outcome | UserSummary | RankScores | WrittenList | Failed
 
 
 @dataclass(frozen=True)
@@ -327,9 +329,12 @@ class LmEngines:
         tasks = [one.task for one in pending if isinstance(one.task, Rank)]
         prompts = [prompt for task in tasks for prompt in task.prompts]
         answers = [task.answers for task in tasks for _ in task.prompts]
-        yes, _ = likelihoods(loaded.engine, prompts, answers)
+        found = likelihoods(loaded.engine, prompts, answers)
         ends = np.cumsum([len(task.prompts) for task in tasks])
-        return [Likelihoods(None if np.isnan(mine).any() else mine) for mine in np.split(yes, ends[:-1])]
+        reasons = dict.fromkeys(range(len(tasks)), "")
+        for number, error in found.errors.items():
+            reasons[int(np.searchsorted(ends, number, side="right"))] = error.kind
+        return [RankScores(yes, reasons[at]) for at, yes in enumerate(np.split(found.yes, ends[:-1]))]
 
     def _write_lists(self, loaded: LoadedEngine, pending: Sequence[PendingTask]) -> Sequence[Result]:
         tasks = [one.task for one in pending if isinstance(one.task, WriteList)]

@@ -22,9 +22,9 @@ from raypipe.serving.lm_engines import (
     Explain,
     Failed,
     Generate,
-    Likelihoods,
     ModelKey,
     Rank,
+    RankScores,
     Result,
     Summarize,
     Task,
@@ -52,23 +52,22 @@ from raypipe.serving.recommending import ListSpec, known_histories, state_of
 from raypipe.serving.served import Served
 from raypipe.serving.service import RefusedQueryError, ResolvedUser, Service, origin, shown_items
 from raypipe.systems.explanations import Explanation
+from raypipe.systems.interpreter_figures import SEPARATOR, title_in
 from raypipe.systems.recexplainer import RecExplainer
 from raypipe.systems.recinterpreter import (
-    SEPARATOR,
     Reading,
     RecInterpreter,
     oracle_prompt,
     oracles_of,
     recovery_prompt,
     residual_prompt,
-    title_in,
 )
 from raypipe.systems.summaries import UserSummary, blocks_of
 from raypipe.systems.trsr import PastSummaries, best_first
 
 LmQuery = ExplainQuery | InterpretQuery | ResidualQuery | OracleQuery | SummaryQuery | RerankQuery | NextQuery
 LmAnswer = ExplainAnswer | InterpretAnswer | TitleAnswer | SummaryAnswer | RerankAnswer | NextAnswer
-R = TypeVar("R", Explanation, Outcome, UserSummary, Likelihoods, WrittenList)
+R = TypeVar("R", Explanation, Outcome, UserSummary, RankScores, WrittenList)
 
 
 @dataclass(frozen=True)
@@ -196,9 +195,10 @@ class LmRequestBuilder:
         (prompts,) = trsr.prompts(rows, 0, candidates[None], trsr.summaries(rows, 0))
 
         def answer(result: Result) -> RerankAnswer:
-            yes = _result_as(result, Likelihoods).yes
-            if yes is None:
-                raise _no_answer("prompt_too_long")
+            ranked = _result_as(result, RankScores)
+            if ranked.reason:
+                raise _no_answer(ranked.reason)
+            yes = ranked.yes
             ids, titles = served.catalogue.ids, served.catalogue.titles
             pairs = [(int(candidates[place]) - 1, float(yes[place])) for place in best_first(yes).tolist()]
             found = [RerankedItem(item_id=ids[at], title=titles[at], score=score) for at, score in pairs]
@@ -244,7 +244,7 @@ class LmRequestBuilder:
         (reading,) = system.readings(source, np.array([0]), np.array([length]))
         titles = system.config.titles
         if isinstance(query, InterpretQuery):
-            prompt = recovery_prompt(system.prompts.recovery.test[0], reading)
+            prompt = recovery_prompt(system.recovery.test[0], reading)
             return self._text_request(served, user, adapter, prompt, titles, _interpreted(served.source.known, reading))
         template = system.prompts.residual.test[0]
         if isinstance(query, ResidualQuery):

@@ -27,6 +27,22 @@ _RECOVERY = Templates(
         "Somebody's past in titles, oldest first: {state}",
     ),
 )
+_RECOVERY_OF_A_SET = Templates(
+    training=(
+        "Titles that were chosen before: {state}",
+        "What somebody chose, in any order: {state}",
+        "List titles of this history: {state}",
+        "Some of a person's choices in titles: {state}",
+        "Read this and name what was chosen: {state}",
+        "What did this person choose? {state}",
+    ),
+    test=(
+        "The titles of this history, in any order: {state}",
+        "Name titles that were chosen: {state}",
+        "What was chosen before? {state}",
+        "Somebody's past in titles: {state}",
+    ),
+)
 _RESIDUAL = Templates(
     training=(
         "The title chosen between these two: {before}{after}",
@@ -53,13 +69,15 @@ _ITEM = (
 class InterpreterPrompts(Config):
     """The templates of the tasks."""
 
-    recovery: Templates = shaping(lambda: _RECOVERY, "mark {state}")
+    recovery: Templates = shaping(lambda: _RECOVERY, "mark {state}; of titles oldest first")
+    recovery_of_a_set: Templates = shaping(lambda: _RECOVERY_OF_A_SET, "mark {state}; of titles in any order")
     residual: Templates = shaping(lambda: _RESIDUAL, "marks {before} and {after}")
     item: tuple[str, ...] = shaping(lambda: _ITEM, "mark {item}; learnt, and never asked", min_length=1)
 
     @model_validator(mode="after")
     def _marks(self) -> InterpreterPrompts:
         self.recovery.require(["state"])
+        self.recovery_of_a_set.require(["state"])
         self.residual.require(["before", "after"])
         require_marks(self.item, ["item"])
         return self

@@ -27,11 +27,11 @@ from raypipe.language.adapters import AdapterConfig, LoraOptions, check_updates
 from raypipe.language.projectors import ProjectorConfig
 from raypipe.language.prompt import Prompt, Vectors
 from raypipe.language.soft_prompts import Injection, SoftExample
-from raypipe.language.templates import fill
-from raypipe.metrics.recovery import recovered, recovered_places, rouge_l, titles_in, valid_ratio
+from raypipe.language.templates import Templates, fill
 from raypipe.recommenders.prefixes import prefix_states
 from raypipe.recommenders.scoring import top_k
 from raypipe.recommenders.windows import Histories
+from raypipe.systems.interpreter_figures import SEPARATOR, recovery_figures, residual_figures, title_in
 from raypipe.systems.interpreter_prompts import InterpreterPrompts
 from raypipe.systems.judges import Rubric
 from raypipe.systems.preference import PREFERENCE, RULE, EnginePreference, OverlapRule, PreferenceJudge, preferences
@@ -40,7 +40,6 @@ from raypipe.systems.projection import AdaptedLm, probed
 from raypipe.systems.source import Source, drawn_places
 
 SOURCE = "state"
-SEPARATOR = "; "
 TRAINING = {"epochs": 100, "batch_size": 16, "lr": 1e-3, "weight_decay": 1e-6}
 """As its code has it; the paper says nothing of it."""
 _USERS_AT_ONCE = 256
@@ -52,6 +51,11 @@ class InterpreterConfig(Config):
     """What is read, from which states, and how they become tokens."""
 
     titles: int = shaping(10, "last events of a history that recovery names", ge=1)
+    ordered: bool = shaping(
+        True,
+        "they are learnt oldest first, as published; else in an order drawn for each history, so that greedy decoding begins with "
+        "the likeliest of them",
+    )
     pool: Literal["last", "learned_positions"] = shaping(
         "last", "the state after the last event, or as released a learned sum of the states after each of these"
     )
@@ -120,6 +124,11 @@ class RecInterpreter:
         self.config, self.prompts = config, config.prompts
 
     @property
+    def recovery(self) -> Templates:
+        """The templates of recovery, of titles in order or of their set."""
+        return self.prompts.recovery if self.config.ordered else self.prompts.recovery_of_a_set
+
+    @property
     def adapter(self) -> AdapterConfig:
         """One projector reads the states of both tasks."""
         config = self.config
@@ -150,8 +159,9 @@ class RecInterpreter:
             chosen = rows[start : start + _USERS_AT_ONCE]
             owners, events = drawn_places(chosen, source.histories.lengths[chosen], positions, rng)
             for reading in self.readings(source, owners, events):
-                template = self.prompts.recovery.training[rng.integers(len(self.prompts.recovery.training))]
-                yield SoftExample(recovery_prompt(template, reading), SEPARATOR.join(reading.history))
+                template = self.recovery.training[rng.integers(len(self.recovery.training))]
+                titles = reading.history if self.config.ordered else rng.permutation(reading.history).tolist()
+                yield SoftExample(recovery_prompt(template, reading), SEPARATOR.join(titles))
                 if len(reading.before.values):
                     template = self.prompts.residual.training[rng.integers(len(self.prompts.residual.training))]
                     yield SoftExample(residual_prompt(template, reading), reading.title)
@@ -273,7 +283,7 @@ class RecInterpreter:
         targets = [mine[-self.config.titles :] for mine in items]
         states = np.concatenate([reading.after.values[-1:] for reading in readings])
         before = np.concatenate([reading.before.values[-1:] for reading in readings])
-        prompts = [recovery_prompt(self.prompts.recovery.test[0], reading) for reading in readings]
+        prompts = [recovery_prompt(self.recovery.test[0], reading) for reading in readings]
         vectors = {
             "states": states,
             "tokens": lm.tokens([reading.after for reading in readings]),
@@ -288,7 +298,7 @@ class RecInterpreter:
         """Recovery of every reading, then residual, and then the oracle where there is one; test templates in turn."""
         if control == "shuffled states":
             readings, oracles = [*readings[1:], *readings[:1]], [*oracles[1:], *oracles[:1]]
-        recovery, residual = self.prompts.recovery.test, self.prompts.residual.test
+        recovery, residual = self.recovery.test, self.prompts.residual.test
         prompts = [recovery_prompt(recovery[at % len(recovery)], mine) for at, mine in enumerate(readings)]
         prompts += [residual_prompt(residual[at % len(residual)], mine) for at, mine in enumerate(readings)]
         for at, (mine, oracle) in enumerate(zip(readings, oracles, strict=False)):
@@ -321,46 +331,6 @@ def residual_prompt(template: str, reading: Reading) -> Prompt:
 def oracle_prompt(template: str, reading: Reading, oracle: Oracle) -> Prompt:
     """The residual's prompt after the history, with what the recommender would have next on the other side."""
     return fill(template, {"before": reading.after, "after": oracle.vector})
-
-
-def recovery_figures(
-    answers: Sequence[str], histories: Sequence[Sequence[str]], known: Collection[str]
-) -> dict[str, float]:
-    """Of answers to recovery, beside the titles asked for, oldest first: means over users.
-
-    `recovery` the share of the titles named, `recovery by place 1` that of the newest event and so on, `order` the share of
-    answers that are exactly the titles in order, `valid` the share of what is named that the catalogue has, `rouge_l`.
-    """
-    named = [titles_in(answer, known, SEPARATOR) for answer in answers]
-    figures = {
-        "recovery": [recovered(mine, history) for mine, history in zip(named, histories, strict=True)],
-        "order": [float(mine == list(history)) for mine, history in zip(named, histories, strict=True)],
-        "valid": [valid_ratio(mine, known) for mine in named],
-        "rouge_l": [
-            rouge_l(answer, SEPARATOR.join(history)) for answer, history in zip(answers, histories, strict=True)
-        ],
-    }
-    places = [recovered_places(mine, history)[::-1] for mine, history in zip(named, histories, strict=True)]
-    for place in range(max(map(len, places), default=0)):
-        found = [float(mine[place]) for mine in places if place < len(mine)]
-        figures[f"recovery by place {place + 1}"] = found
-    return {name: float(np.mean(values)) if values else 0.0 for name, values in figures.items()}
-
-
-def residual_figures(answers: Sequence[str], titles: Sequence[str], known: Collection[str]) -> dict[str, float]:
-    """Of answers to residual: `residual` the share that are the title exactly, `residual valid` that are any title."""
-    given = [title_in(answer, known) for answer in answers]
-    right = [mine == title for mine, title in zip(given, titles, strict=True)]
-    return {
-        "residual": float(np.mean(right)) if right else 0.0,
-        "residual valid": float(np.mean([mine in known for mine in given])) if given else 0.0,
-    }
-
-
-def title_in(answer: str, known: Collection[str]) -> str:
-    """The title an answer is, without a full stop that is none of it."""
-    answer = answer.strip()
-    return answer if answer in known else answer.removesuffix(".")
 
 
 def _outcomes(engine: Engine, prompts: Sequence[Prompt], decoding: Decoding, choices: Choices | None) -> list[Outcome]:

@@ -27,7 +27,7 @@ from scipy.sparse import csr_array
 
 from raypipe.config import Config, free, shaping
 from raypipe.data.candidates import CandidateSets, draw_unseen
-from raypipe.engines.engine import Engine
+from raypipe.engines.engine import Engine, OutcomeError
 from raypipe.language.adapters import AdapterConfig, LoraOptions, check_updates
 from raypipe.language.answers import telling_beginnings
 from raypipe.language.backbone import PromptTokenizer
@@ -276,12 +276,13 @@ class Trsr:
             yield self._scored(engine, part, [prompt for prompts in asked for prompt in prompts])
 
     def _scored(self, engine: Engine, part: slice, prompts: Sequence[Prompt]) -> Scored:
-        yes, tokens = likelihoods(engine, prompts, [self.answers] * len(prompts))
-        users = part.stop - part.start
-        found = yes.reshape(users, -1)
+        found, users = likelihoods(engine, prompts, [self.answers] * len(prompts)), part.stop - part.start
+        each = len(prompts) // users
+        errors = {number // each: error for number, error in found.errors.items()}
+        yes = found.yes.reshape(users, each)
         # Who cannot be asked about one candidate is asked about none: all are alike, which is chance.
-        refused = np.asarray(np.isnan(found).any(1))
-        return Scored(part, np.where(refused[:, None], 0, found), tokens.reshape(users, -1).sum(1), refused)
+        yes[list(errors)] = 0
+        return Scored(part, yes, found.tokens.reshape(users, each).sum(1), errors)
 
     def facts(self, back: int = 0) -> Facts:
         """By the counts of all but the last `back` events of those who are not held out."""
@@ -313,25 +314,36 @@ class Trsr:
 
 @dataclass(frozen=True)
 class Scored:
-    """Of a `part` of the users [n] the probability of yes [n, candidates], the tokens of the prompts int64 [n], and whose prompts
-    were too long, bool [n]."""
+    """Of a `part` of the users [n] the probability of yes [n, candidates], the tokens of the prompts int64 [n], and why those have no
+    answer who have none, by their number in the part."""
 
     part: slice
     yes: NDArray[np.float64]
     tokens: NDArray[np.int64]
-    refused: NDArray[np.bool_]
+    errors: Mapping[int, OutcomeError]
 
 
-def likelihoods(
-    engine: Engine, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """How likely the first of the two answers to each prompt is, NaN where it cannot be read, and the tokens of the prompts."""
+@dataclass(frozen=True)
+class Likelihoods:
+    """Of each prompt how likely the first of its two answers is, float64, NaN where there is none, the tokens of the prompt, int64,
+    and why there is none, by the prompt's number."""
+
+    yes: NDArray[np.float64]
+    tokens: NDArray[np.int64]
+    errors: Mapping[int, OutcomeError]
+
+
+def likelihoods(engine: Engine, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> Likelihoods:
+    """Of the first of the two answers to each prompt."""
     yes, tokens = np.full(len(prompts), np.nan), np.zeros(len(prompts), np.int64)
+    errors: dict[int, OutcomeError] = {}
     for scores in engine.score(prompts, answers):
         tokens[scores.index] = scores.tokens_in
         if scores.error is None:
             yes[scores.index] = 1 / (1 + np.exp(scores.logprobs[1] - scores.logprobs[0]))
-    return yes, tokens
+        else:
+            errors[scores.index] = scores.error
+    return Likelihoods(yes, tokens, errors)
 
 
 def best_first(yes: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -164,7 +164,7 @@ def test_states_are_read_as_the_engine_of_batch_reads_them(service: LocalService
     system = served.adapters["recinterpreter"].system
     state = recommender.encode(Sequences.of([history])).detach().numpy()
     reading = Reading(Vectors(state, "state"), Vectors(state, "state"), Vectors(state, "state"), [])
-    prompt = recovery_prompt(system.prompts.recovery.test[0], reading)
+    prompt = recovery_prompt(system.recovery.test[0], reading)
     (outcome,) = engine.generate([prompt], Decoding(max_new_tokens=TOKENS))
     answer = service.post("interpret", asks).json()
     assert answer["text"] == outcome.text

@@ -13,14 +13,13 @@ from raypipe.engines.engine import Outcome, OutcomeError
 from raypipe.language.adapters import LoraOptions
 from raypipe.language.prompt import Vectors
 from raypipe.recommenders.sequences import Sequences
+from raypipe.systems.interpreter_figures import recovery_figures, residual_figures
 from raypipe.systems.interpreter_prompts import InterpreterPrompts
 from raypipe.systems.recexplainer import ExplainerConfig
 from raypipe.systems.recinterpreter import (
     InterpreterConfig,
     RecInterpreter,
     oracles_of,
-    recovery_figures,
-    residual_figures,
 )
 from raypipe.systems.source import Source
 from tests.systems.sources import ITEMS, LENGTHS, source_of
@@ -72,13 +71,33 @@ def test_learned_positions_see_the_states_of_the_titles_and_never_a_later_one(so
     assert system.adapter.projectors["state"].tokens_of(3) == 1
 
 
-def test_training_uses_every_template_of_its_own_and_none_of_the_tests(source: Source) -> None:
+@pytest.mark.parametrize("ordered", [True, False])
+def test_training_uses_every_template_of_its_own_and_none_of_the_tests(source: Source, ordered: bool) -> None:
     prompts = InterpreterPrompts()
-    training = {words(template) for template in (*prompts.recovery.training, *prompts.residual.training)}
-    test = {words(template) for template in (*prompts.recovery.test, *prompts.residual.test)}
-    found = {mine.prompt.words for seed in range(5) for mine in made(source, InterpreterConfig(), seed)}
+    recovery = prompts.recovery if ordered else prompts.recovery_of_a_set
+    training = {words(template) for template in (*recovery.training, *prompts.residual.training)}
+    test = {words(template) for template in (*recovery.test, *prompts.residual.test)}
+    config = InterpreterConfig(ordered=ordered)
+    found = {mine.prompt.words for seed in range(5) for mine in made(source, config, seed)}
     assert found == training
     assert not found & test
+    asked = Silent()
+    RecInterpreter(config).measured(source, asked, 100, 8)
+    assert {prompt.words for prompt in asked.prompts} <= test
+
+
+def test_titles_in_any_order_are_those_of_the_history_each_as_often_the_first(source: Source) -> None:
+    recovery = {words(template) for template in InterpreterPrompts().recovery.training}
+    firsts = np.zeros(3)
+    for seed in range(30):
+        ordered, drawn = (made(source, InterpreterConfig(titles=3, ordered=order), seed) for order in (True, False))
+        for one, other in zip(ordered, drawn, strict=True):
+            if one.prompt.words in recovery:
+                history, titles = one.answer.split("; "), other.answer.split("; ")
+                assert sorted(titles) == sorted(history)
+                firsts[history.index(titles[0])] += len(history) == 3
+    np.testing.assert_allclose(firsts / firsts.sum(), 1 / 3, atol=0.08)
+    assert firsts.sum() > 300
 
 
 def words(template: str) -> str:
