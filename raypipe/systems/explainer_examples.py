@@ -70,9 +70,16 @@ class ExplainerExamples:
     """Examples of the chosen tasks in the given forms, from users who are not held out."""
 
     def __init__(
-        self, source: Source, forms: Sequence[Form], titles: int, prompts: ExplainerPrompts, rng: np.random.Generator
+        self,
+        source: Source,
+        forms: Sequence[Form],
+        titles: int,
+        prompts: ExplainerPrompts,
+        rng: np.random.Generator,
+        *,
+        ordered: bool = True,
     ) -> None:
-        self.source, self.prompts, self.rng, self.titles = source, prompts, rng, titles
+        self.source, self.prompts, self.rng, self.titles, self.ordered = source, prompts, rng, titles, ordered
         self.shown = {form: PromptPieces(form, source.titles, source.item_states, titles) for form in forms}
         self.alone = PromptPieces("vectors", source.titles, source.item_states, titles)
 
@@ -151,8 +158,9 @@ class ExplainerExamples:
         states = self.source.states(rows, events)
         for row, count, state in zip(rows.tolist(), events.tolist(), states, strict=True):
             items = self.source.items(row, count)
-            titles = SEPARATOR.join(self.source.titles_of(items[-self.titles :]))
-            yield self._asked(self.prompts.history, {"user": self.alone.user(items, state)}, titles)
+            titles = self.source.titles_of(items[-self.titles :])
+            titles = titles if self.ordered else self.rng.permutation(titles).tolist()
+            yield self._asked(self.prompts.history, {"user": self.alone.user(items, state)}, SEPARATOR.join(titles))
 
     def _summaries(self, rows: NDArray[np.int64]) -> Iterator[SoftExample]:
         rows = np.array([row for row in rows.tolist() if row in self.source.summaries], np.int64)

@@ -20,6 +20,7 @@ _MARKS = {
     "attribute": ("item", "attribute"),
     "similar": ("item",),
     "history": ("user",),
+    "history_as_a_set": ("user",),
     "summary": ("user",),
     "explanation": ("user", "item"),
 }
@@ -79,6 +80,20 @@ _HISTORY = Templates(
         "What was chosen, oldest first? {user}",
     ),
 )
+_HISTORY_AS_A_SET = Templates(
+    training=(
+        "What does this stand for? {user}",
+        "Titles that were chosen: {user}",
+        "Some of the choices behind this: {user}",
+        "The titles of a person's history, in any order: {user}",
+        "Choices so far: {user}",
+    ),
+    test=(
+        "The titles of this history, in any order: {user}",
+        "Name what was chosen: {user}",
+        "What was chosen? {user}",
+    ),
+)
 _EXPLANATION = Templates(
     training=(
         "Would {item} be liked? Answer, and say why. Somebody chose {user}",
@@ -125,7 +140,8 @@ class ExplainerPrompts(Config):
         ),
         "T4",
     )
-    history: Templates = shaping(lambda: _HISTORY, "T6, of a state alone")
+    history: Templates = shaping(lambda: _HISTORY, "T6, of a state alone, oldest first")
+    history_as_a_set: Templates = shaping(lambda: _HISTORY_AS_A_SET, "T6 in any order")
     summary: Templates = shaping(
         lambda: Templates(
             training=(

@@ -27,7 +27,7 @@ _RECOVERY = Templates(
         "Somebody's past in titles, oldest first: {state}",
     ),
 )
-_RECOVERY_OF_A_SET = Templates(
+_RECOVERY_AS_A_SET = Templates(
     training=(
         "Titles that were chosen before: {state}",
         "What somebody chose, in any order: {state}",
@@ -70,14 +70,14 @@ class InterpreterPrompts(Config):
     """The templates of the tasks."""
 
     recovery: Templates = shaping(lambda: _RECOVERY, "mark {state}; of titles oldest first")
-    recovery_of_a_set: Templates = shaping(lambda: _RECOVERY_OF_A_SET, "mark {state}; of titles in any order")
+    recovery_as_a_set: Templates = shaping(lambda: _RECOVERY_AS_A_SET, "mark {state}; of titles in any order")
     residual: Templates = shaping(lambda: _RESIDUAL, "marks {before} and {after}")
     item: tuple[str, ...] = shaping(lambda: _ITEM, "mark {item}; learnt, and never asked", min_length=1)
 
     @model_validator(mode="after")
     def _marks(self) -> InterpreterPrompts:
         self.recovery.require(["state"])
-        self.recovery_of_a_set.require(["state"])
+        self.recovery_as_a_set.require(["state"])
         self.residual.require(["before", "after"])
         require_marks(self.item, ["item"])
         return self

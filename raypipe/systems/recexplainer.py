@@ -77,6 +77,10 @@ class ExplainerConfig(Config):
     )
     tasks: tuple[Task, ...] = shaping(_ALL, "leave one out to see what it gives, or add explanation", min_length=1)
     titles: int = shaping(10, "last titles of a history that are shown and asked for", ge=1)
+    ordered: bool = shaping(
+        True,
+        "T6's titles are learnt oldest first; else in an order drawn for each history, the likeliest first when it is asked",
+    )
     projector: ProjectorConfig = shaping(lambda: ProjectorConfig(kind="mlp"), "of users and of items, one for each")
     injection: Injection = shaping("add", "tokens of vectors are added to a word's of their own, or replace it")
     lora: LoraOptions | None = shaping(LoraOptions, "updates of the language model; null leaves it as it is")
@@ -120,6 +124,12 @@ class RecExplainer:
         )
 
     @property
+    def prompts(self) -> ExplainerPrompts:
+        """T6's templates are those of titles in order, or of their set."""
+        prompts = self.config.prompts
+        return prompts if self.config.ordered else prompts.model_copy(update={"history": prompts.history_as_a_set})
+
+    @property
     def forms(self) -> tuple[Form, ...]:
         """In which training puts users and items."""
         if self.config.variant == "H" and self.config.hybrid == "paper":
@@ -135,7 +145,9 @@ class RecExplainer:
                 "items, and nothing is left to ask about.",
                 "Align on a larger catalogue.",
             )
-        examples = ExplainerExamples(source, self.forms, self.config.titles, self.config.prompts, rng)
+        examples = ExplainerExamples(
+            source, self.forms, self.config.titles, self.prompts, rng, ordered=self.config.ordered
+        )
         yield from examples.of_users(self.config.tasks, users, positions)
         if "T4" in self.config.tasks:
             yield from examples.of_items(self.config.catalogue_repeats)
@@ -168,7 +180,7 @@ class RecExplainer:
         found: dict[str, float] = {"asked": len(rows)}
         for shift, prefix in enumerate(("", f"{CONTROL}: ")):
             questions = HeldOutPrompts.of(
-                source, rows, taught, self.shown(source.titles, source.item_states), self.config.prompts, shift
+                source, rows, taught, self.shown(source.titles, source.item_states), self.prompts, shift
             )
             figures = self._figures(source, rows, taught, questions, engine, most_tokens)
             found |= {prefix + name: round(value, 4) for name, value in figures.items()}

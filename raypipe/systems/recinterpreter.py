@@ -126,7 +126,7 @@ class RecInterpreter:
     @property
     def recovery(self) -> Templates:
         """The templates of recovery, of titles in order or of their set."""
-        return self.prompts.recovery if self.config.ordered else self.prompts.recovery_of_a_set
+        return self.prompts.recovery if self.config.ordered else self.prompts.recovery_as_a_set
 
     @property
     def adapter(self) -> AdapterConfig:

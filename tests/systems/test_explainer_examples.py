@@ -133,6 +133,12 @@ def test_a_history_is_read_from_its_state_alone_oldest_first(source: Source) -> 
         for count in range(1, LENGTHS[row] + 1)
     )
     assert answers == expected
+    config = ExplainerConfig(variant="I", titles=3, tasks=("T6",), ordered=False)
+    drawn = list(config.build().examples(source, 100, 100, np.random.default_rng(0)))
+    found = Counter("; ".join(sorted(example.answer.split("; "))) for example in drawn)
+    assert found == Counter("; ".join(sorted(answer.split("; "))) for answer in expected.elements())
+    assert sum(example.answer in expected for example in drawn) < len(drawn) / 2
+    assert all(is_asked_by(example.prompt, PROMPTS.history_as_a_set) for example in drawn)
 
 
 def test_summaries_are_learnt_of_users_who_have_one_and_are_not_held_out(source: Source) -> None:

@@ -74,7 +74,7 @@ def test_learned_positions_see_the_states_of_the_titles_and_never_a_later_one(so
 @pytest.mark.parametrize("ordered", [True, False])
 def test_training_uses_every_template_of_its_own_and_none_of_the_tests(source: Source, ordered: bool) -> None:
     prompts = InterpreterPrompts()
-    recovery = prompts.recovery if ordered else prompts.recovery_of_a_set
+    recovery = prompts.recovery if ordered else prompts.recovery_as_a_set
     training = {words(template) for template in (*recovery.training, *prompts.residual.training)}
     test = {words(template) for template in (*recovery.test, *prompts.residual.test)}
     config = InterpreterConfig(ordered=ordered)
