@@ -188,7 +188,9 @@ class RecInterpreter:
         counts = events - firsts + 1
         offsets = np.concatenate([[0], counts.cumsum()])
         needed = np.repeat(firsts - offsets[:-1], counts) + np.arange(offsets[-1])
-        states = source.states(np.repeat(rows, counts), needed)
+        # Readings of one history share most of the states they need.
+        pairs, places = np.unique(np.stack([np.repeat(rows, counts), needed], 1), axis=0, return_inverse=True)
+        states = source.states(pairs[:, 0], pairs[:, 1])[places.ravel()]
         for at, (row, count) in enumerate(zip(rows.tolist(), events.tolist(), strict=True)):
             mine = states[offsets[at] : offsets[at + 1]]
             items = source.items(row, count)
