@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from raypipe.data.candidates import CandidateSets, candidate_sets
-from raypipe.engines.engine import EngineConfig, Scores
+from raypipe.engines.engine import EngineConfig, OutcomeError, Scores
 from raypipe.language.adapters import AdapterCard
 from raypipe.language.alignment import prepare_alignment
 from raypipe.language.backbone import Backbone, load_backbone
@@ -223,9 +223,24 @@ def test_whose_prompts_are_too_long_is_at_chance_and_counted(lm: str, backbone: 
     system = trsr(backbone, past(long, hold_out=1))
     engine = EngineConfig(lm=lm, device="cpu", threads=1).build()
     (told,) = system.scores(engine, np.array([0, 1]), asked(system, [0, 1]))
-    assert told.refused.tolist() == [True, False]
+    assert {user: error.kind for user, error in told.errors.items()} == {0: "prompt_too_long"}
     assert (told.yes[0] == 0).all()
     assert len(set(told.yes[1].tolist())) > 1
+
+
+class Damaged(Unsure):
+    """Has no number for the fourth prompt."""
+
+    def score(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> list[Scores]:
+        found = super().score(prompts, answers)
+        return [*found[:3], Scores(3, tokens_in=5, error=OutcomeError("not_finite", "no number")), *found[4:]]
+
+
+def test_who_has_no_answer_about_one_candidate_is_told_why(backbone: Backbone) -> None:
+    system, rows = trsr(backbone, past(PastSummaries())), np.array([0, 1, 2])
+    (told,) = system.scores(Damaged(), rows, asked(system, [0, 1, 2]))  # type: ignore[arg-type]
+    assert {user: error.message for user, error in told.errors.items()} == {0: "no number"}
+    assert [set(yes) for yes in told.yes.tolist()] == [{0.0}, {0.5}, {0.5}]
 
 
 def trained(system: Trsr, lm: str, folder: Path, steps: int, answers: int = 0) -> RankingTask:
