@@ -13,6 +13,8 @@ import os
 # Of every process that tests start, before any of them knows torch: threads that wait for each other's cores took twice
 # the processor time of one (measured).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ray Train looks every two seconds whether a training has ended: as long as some of them take here.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
 import socket
 import subprocess
