@@ -167,9 +167,9 @@ class TransformersEngine:
         return trie
 
     def _searched(self, index: int, tokens_in: int, found: Sequence[Hypothesis], choices: Choices | None) -> Outcome:
-        beams = tuple(Beam(self._text(beam.tokens, beam.chosen, choices), beam.logprob, beam.chosen) for beam in found)
         if not found:
             return Outcome(index, tokens_in=tokens_in, error=_NOT_FINITE)
+        beams = tuple(Beam(self._text(beam.tokens, beam.chosen, choices), beam.logprob, beam.chosen) for beam in found)
         best = found[0]
         reason: FinishReason = "stop" if best.ended else "length"
         return Outcome(index, beams[0].text, tokens_in, len(best.tokens), reason, chosen=best.chosen, beams=beams)

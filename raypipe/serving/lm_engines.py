@@ -329,12 +329,13 @@ class LmEngines:
         tasks = [one.task for one in pending if isinstance(one.task, Rank)]
         prompts = [prompt for task in tasks for prompt in task.prompts]
         answers = [task.answers for task in tasks for _ in task.prompts]
-        found = likelihoods(loaded.engine, prompts, answers)
-        ends = np.cumsum([len(task.prompts) for task in tasks])
-        reasons = dict.fromkeys(range(len(tasks)), "")
-        for number, error in found.errors.items():
-            reasons[int(np.searchsorted(ends, number, side="right"))] = error.kind
-        return [RankScores(yes, reasons[at]) for at, yes in enumerate(np.split(found.yes, ends[:-1]))]
+        found, scores, start = likelihoods(loaded.engine, prompts, answers), [], 0
+        for task in tasks:
+            stop = start + len(task.prompts)
+            reason = next((found.errors[number].kind for number in range(start, stop) if number in found.errors), "")
+            scores.append(RankScores(found.yes[start:stop], reason))
+            start = stop
+        return scores
 
     def _write_lists(self, loaded: LoadedEngine, pending: Sequence[PendingTask]) -> Sequence[Result]:
         tasks = [one.task for one in pending if isinstance(one.task, WriteList)]

@@ -77,9 +77,8 @@ def test_everybodys_top_recommendation_is_decided_and_put_into_words(raypipe: Ru
     wrong = 1 - yes / 120
     assert judged.metrics["rule.share_0"] == pytest.approx(wrong, abs=0.25)
     assert judged.metrics["rule.rated"] == 1
-    # Who is decided about rightly is rated 1 to 3 for what is said.
-    right = 1 - judged.metrics["rule.share_0"]
-    assert 0 < right <= judged.metrics["rule.mean"] <= 3 * right
+    # Who is decided about rightly is rated 1, and more where what is said of choices and item is right too, as of some it is.
+    assert 0 < 1 - judged.metrics["rule.share_0"] < judged.metrics["rule.mean"]
     assert judged.metrics["coherence.users"] == 40
     assert judged.metrics["coherence.mse"] < 2 * judged.metrics["coherence.constant"]
 
