@@ -93,8 +93,9 @@ def _explain(error: ValidationError, config_type: type[Config]) -> tuple[str, st
         return f"Config key {place!r} is {first.get('input')!r}: {first['msg']}.", f"Correct --{place}."
     told = str(first["ctx"]["error"])
     if isinstance(first["input"], Mapping):
-        # Options of which none is wrong by itself: their values would tell the reader nothing.
-        return f"{f'--{place}: ' if place else ''}{told[0].upper()}{told[1:]}.", "Correct the options this is about."
+        # Options of which none is wrong by itself: their values would tell the reader nothing. Often the first word is
+        # an option's or a model's name, so it keeps its case.
+        return f"{f'--{place}: ' if place else ''}{told}.", "Correct the options this is about."
     return f"Config key {place!r} is {first['input']!r}: {told}.", f"Correct --{place}."
 
 

@@ -47,11 +47,11 @@ def test_options_may_be_spelled_with_an_equals_sign_and_hold_any_text() -> None:
 
 def test_options_that_do_not_fit_each_other_are_told_in_their_own_words() -> None:
     cases = {
-        ("--hold_out", "1"): r"^Validation asks for a held-out event, .*validate_every to null. Correct the options",
+        ("--hold_out", "1"): r"^validation asks for a held-out event, .*validate_every to null. Correct the options",
         (
             "--recommender.heads",
             "3",
-        ): r"^--recommender: Width 64 cannot be shared by 3 heads: choose a multiple. Correct",
+        ): r"^--recommender: width 64 cannot be shared by 3 heads: choose a multiple. Correct",
         ("--recommender.heads", "zero"): r"^Config key 'recommender.heads' is 'zero': .* Correct --recommender.heads.",
     }
     for options, problem in cases.items():
