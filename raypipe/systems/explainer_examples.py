@@ -77,9 +77,9 @@ class ExplainerExamples:
         prompts: ExplainerPrompts,
         rng: np.random.Generator,
         *,
-        ordered: bool = True,
+        listed: bool = True,
     ) -> None:
-        self.source, self.prompts, self.rng, self.titles, self.ordered = source, prompts, rng, titles, ordered
+        self.source, self.prompts, self.rng, self.titles, self.listed = source, prompts, rng, titles, listed
         self.shown = {form: PromptPieces(form, source.titles, source.item_states, titles) for form in forms}
         self.alone = PromptPieces("vectors", source.titles, source.item_states, titles)
 
@@ -159,8 +159,8 @@ class ExplainerExamples:
         for row, count, state in zip(rows.tolist(), events.tolist(), states, strict=True):
             items = self.source.items(row, count)
             titles = self.source.titles_of(items[-self.titles :])
-            titles = titles if self.ordered else self.rng.permutation(titles).tolist()
-            yield self._asked(self.prompts.history, {"user": self.alone.user(items, state)}, SEPARATOR.join(titles))
+            answer = SEPARATOR.join(titles) if self.listed else titles[self.rng.integers(len(titles))]
+            yield self._asked(self.prompts.history, {"user": self.alone.user(items, state)}, answer)
 
     def _summaries(self, rows: NDArray[np.int64]) -> Iterator[SoftExample]:
         rows = np.array([row for row in rows.tolist() if row in self.source.summaries], np.int64)

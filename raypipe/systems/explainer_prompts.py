@@ -20,7 +20,7 @@ _MARKS = {
     "attribute": ("item", "attribute"),
     "similar": ("item",),
     "history": ("user",),
-    "history_as_a_set": ("user",),
+    "history_of_one": ("user",),
     "summary": ("user",),
     "explanation": ("user", "item"),
 }
@@ -80,18 +80,18 @@ _HISTORY = Templates(
         "What was chosen, oldest first? {user}",
     ),
 )
-_HISTORY_AS_A_SET = Templates(
+_HISTORY_OF_ONE = Templates(
     training=(
-        "What does this stand for? {user}",
-        "Titles that were chosen: {user}",
-        "Some of the choices behind this: {user}",
-        "The titles of a person's history, in any order: {user}",
-        "Choices so far: {user}",
+        "What does this stand for? One title: {user}",
+        "A title that was chosen: {user}",
+        "One of the choices behind this: {user}",
+        "Any title of a person's history: {user}",
+        "One of the choices so far: {user}",
     ),
     test=(
-        "The titles of this history, in any order: {user}",
-        "Name what was chosen: {user}",
-        "What was chosen? {user}",
+        "A title of this history: {user}",
+        "Name one thing that was chosen: {user}",
+        "What was one of the choices? {user}",
     ),
 )
 _EXPLANATION = Templates(
@@ -141,7 +141,7 @@ class ExplainerPrompts(Config):
         "T4",
     )
     history: Templates = shaping(lambda: _HISTORY, "T6, of a state alone, oldest first")
-    history_as_a_set: Templates = shaping(lambda: _HISTORY_AS_A_SET, "T6 in any order")
+    history_of_one: Templates = shaping(lambda: _HISTORY_OF_ONE, "T6, of one of the titles")
     summary: Templates = shaping(
         lambda: Templates(
             training=(

@@ -27,20 +27,20 @@ _RECOVERY = Templates(
         "Somebody's past in titles, oldest first: {state}",
     ),
 )
-_RECOVERY_AS_A_SET = Templates(
+_RECOVERY_OF_ONE = Templates(
     training=(
-        "Titles that were chosen before: {state}",
-        "What somebody chose, in any order: {state}",
-        "List titles of this history: {state}",
-        "Some of a person's choices in titles: {state}",
-        "Read this and name what was chosen: {state}",
-        "What did this person choose? {state}",
+        "A title that was chosen before: {state}",
+        "One of the titles somebody chose: {state}",
+        "One title of this history: {state}",
+        "Any one of a person's choices: {state}",
+        "Read this and name one title that was chosen: {state}",
+        "Name something this person chose. {state}",
     ),
     test=(
-        "The titles of this history, in any order: {state}",
-        "Name titles that were chosen: {state}",
-        "What was chosen before? {state}",
-        "Somebody's past in titles: {state}",
+        "Any title of this history: {state}",
+        "Name one of the titles that were chosen: {state}",
+        "What was one of the choices before? {state}",
+        "A title from somebody's past: {state}",
     ),
 )
 _RESIDUAL = Templates(
@@ -70,14 +70,14 @@ class InterpreterPrompts(Config):
     """The templates of the tasks."""
 
     recovery: Templates = shaping(lambda: _RECOVERY, "mark {state}; of titles oldest first")
-    recovery_as_a_set: Templates = shaping(lambda: _RECOVERY_AS_A_SET, "mark {state}; of titles in any order")
+    recovery_of_one: Templates = shaping(lambda: _RECOVERY_OF_ONE, "mark {state}; of one of the titles")
     residual: Templates = shaping(lambda: _RESIDUAL, "marks {before} and {after}")
     item: tuple[str, ...] = shaping(lambda: _ITEM, "mark {item}; learnt, and never asked", min_length=1)
 
     @model_validator(mode="after")
     def _marks(self) -> InterpreterPrompts:
         self.recovery.require(["state"])
-        self.recovery_as_a_set.require(["state"])
+        self.recovery_of_one.require(["state"])
         self.residual.require(["before", "after"])
         require_marks(self.item, ["item"])
         return self

@@ -53,6 +53,7 @@ from raypipe.systems.projection import AdaptedLm, probed
 from raypipe.systems.source import Source, drawn_places
 from raypipe.systems.surrogates import Lessons, LinearConfig, StudentConfig, TreeConfig, surrogate_figures
 from raypipe.systems.teacher import CANDIDATES, Taught, teach, teachable
+from raypipe.systems.title_search import likeliest, searching
 
 Variant = Literal["B", "I", "H"]
 CONTROL = "shuffled users"
@@ -77,9 +78,10 @@ class ExplainerConfig(Config):
     )
     tasks: tuple[Task, ...] = shaping(_ALL, "leave one out to see what it gives, or add explanation", min_length=1)
     titles: int = shaping(10, "last titles of a history that are shown and asked for", ge=1)
-    ordered: bool = shaping(
+    listed: bool = shaping(
         True,
-        "T6's titles are learnt oldest first; else in an order drawn for each history, the likeliest first when it is asked",
+        "T6's titles are one answer, oldest first; else one of them, drawn for each history, and those that a search finds "
+        "likeliest are named",
     )
     projector: ProjectorConfig = shaping(lambda: ProjectorConfig(kind="mlp"), "of users and of items, one for each")
     injection: Injection = shaping("add", "tokens of vectors are added to a word's of their own, or replace it")
@@ -125,9 +127,9 @@ class RecExplainer:
 
     @property
     def prompts(self) -> ExplainerPrompts:
-        """T6's templates are those of titles in order, or of their set."""
+        """T6's templates are those of the list of titles, or of one of them."""
         prompts = self.config.prompts
-        return prompts if self.config.ordered else prompts.model_copy(update={"history": prompts.history_as_a_set})
+        return prompts if self.config.listed else prompts.model_copy(update={"history": prompts.history_of_one})
 
     @property
     def forms(self) -> tuple[Form, ...]:
@@ -146,7 +148,7 @@ class RecExplainer:
                 "Align on a larger catalogue.",
             )
         examples = ExplainerExamples(
-            source, self.forms, self.config.titles, self.prompts, rng, ordered=self.config.ordered
+            source, self.forms, self.config.titles, self.prompts, rng, listed=self.config.listed
         )
         yield from examples.of_users(self.config.tasks, users, positions)
         if "T4" in self.config.tasks:
@@ -245,9 +247,10 @@ class RecExplainer:
     ) -> dict[str, float]:
         one, five = self.choices(source) or (None, None)
         refused: dict[str, int] = {}
-        answers, refused["T1"] = _texts(engine, questions.next_item, most_tokens, one, _BEAMS)
+        several = Decoding(max_new_tokens=most_tokens, beams=_BEAMS)
+        answers, refused["T1"] = _texts(engine, questions.next_item, several, one)
         lists = [[text.strip() for text in texts] for texts in answers]
-        answers, refused["T2"] = _texts(engine, questions.ranking, most_tokens, five)
+        answers, refused["T2"] = _texts(engine, questions.ranking, Decoding(max_new_tokens=most_tokens), five)
         ranked = [titles_in(texts[0], source.known) for texts in answers]
         favourites = source.titles_of(taught.favourites.tolist())
         orders = [
@@ -262,19 +265,28 @@ class RecExplainer:
         }
         if self.config.variant != "B":
             histories = [source.titles_of(source.before_cut(row)[-self.config.titles :]) for row in rows.tolist()]
-            answers, refused["T6"] = _texts(engine, questions.history, most_tokens)
-            told = [titles_in(texts[0], source.known) for texts in answers]
+            told, refused["T6"] = self._histories(source, engine, questions.history, most_tokens)
             figures |= reconstruction_figures(told, histories, source.known)
         counts = {f"refused {task}": float(count) for task, count in refused.items()}
         return {name: mean.value for name, mean in figures.items()} | counts
 
+    def _histories(
+        self, source: Source, engine: Engine, prompts: Sequence[Prompt], most_tokens: int
+    ) -> tuple[list[list[str]], int]:
+        """The titles that are named of each history, and how often none could be asked for."""
+        if self.config.listed:
+            answers, refused = _texts(engine, prompts, Decoding(max_new_tokens=most_tokens))
+            return [titles_in(texts[0], source.known) for texts in answers], refused
+        answers, refused = _texts(engine, prompts, searching(self.config.titles, most_tokens))
+        return [likeliest(texts, self.config.titles) for texts in answers], refused
+
 
 def _texts(
-    engine: Engine, prompts: Sequence[Prompt], most_tokens: int, choices: Choices | None = None, beams: int = 1
+    engine: Engine, prompts: Sequence[Prompt], decoding: Decoding, choices: Choices | None = None
 ) -> tuple[list[list[str]], int]:
     """Of each prompt what the engine answers, best first, one empty text where it cannot; and how often it cannot."""
     texts, refused = [[""]] * len(prompts), 0
-    for outcome in engine.generate(prompts, Decoding(max_new_tokens=most_tokens, beams=beams), choices):
+    for outcome in engine.generate(prompts, decoding, choices):
         texts[outcome.index] = [beam.text for beam in outcome.beams] or [outcome.text]
         refused += outcome.error is not None
     return texts, refused

@@ -6,7 +6,9 @@ vectors, it also puts into words what a recommender would have next: the oracle 
 any other. Templates of training and of tests are disjoint.
 
 A small language model learns both far sooner where states are whitened and stand right before the answer, and where it also
-learns every item's title, from the state after that item alone (`whitened`, `catalogue_repeats`; not in the paper).
+learns every item's title, from the state after that item alone (`whitened`, `catalogue_repeats`; not in the paper). What it
+says first of a list it reads from the state, and the rest from what it said: where titles are answers of their own, of which
+the likeliest are named (`listed`: false; ours), all of them come from the state.
 """
 
 from __future__ import annotations
@@ -38,11 +40,13 @@ from raypipe.systems.preference import PREFERENCE, RULE, EnginePreference, Overl
 from raypipe.systems.probes import LabelledVectors
 from raypipe.systems.projection import AdaptedLm, probed
 from raypipe.systems.source import Source, drawn_places
+from raypipe.systems.title_search import likeliest, searching
 
 SOURCE = "state"
 TRAINING = {"epochs": 100, "batch_size": 16, "lr": 1e-3, "weight_decay": 1e-6}
 """As its code has it; the paper says nothing of it."""
 _USERS_AT_ONCE = 256
+_TITLES_OF_A_PLACE = 2  # that are answers of their own: neighbouring places share most of their titles
 CONTROLS = ("shuffled states", "no states")
 NEAREST = "nearest item"
 
@@ -51,10 +55,10 @@ class InterpreterConfig(Config):
     """What is read, from which states, and how they become tokens."""
 
     titles: int = shaping(10, "last events of a history that recovery names", ge=1)
-    ordered: bool = shaping(
+    listed: bool = shaping(
         True,
-        "they are learnt oldest first, as published; else in an order drawn for each history, so that greedy decoding begins with "
-        "the likeliest of them",
+        "they are one answer, oldest first, as published; else each is an answer of its own, and those that a search finds "
+        "likeliest are named",
     )
     pool: Literal["last", "learned_positions"] = shaping(
         "last", "the state after the last event, or as released a learned sum of the states after each of these"
@@ -125,8 +129,8 @@ class RecInterpreter:
 
     @property
     def recovery(self) -> Templates:
-        """The templates of recovery, of titles in order or of their set."""
-        return self.prompts.recovery if self.config.ordered else self.prompts.recovery_as_a_set
+        """The templates of recovery, of the list of titles or of one of them."""
+        return self.prompts.recovery if self.config.listed else self.prompts.recovery_of_one
 
     @property
     def adapter(self) -> AdapterConfig:
@@ -159,9 +163,9 @@ class RecInterpreter:
             chosen = rows[start : start + _USERS_AT_ONCE]
             owners, events = drawn_places(chosen, source.histories.lengths[chosen], positions, rng)
             for reading in self.readings(source, owners, events):
-                template = self.recovery.training[rng.integers(len(self.recovery.training))]
-                titles = reading.history if self.config.ordered else rng.permutation(reading.history).tolist()
-                yield SoftExample(recovery_prompt(template, reading), SEPARATOR.join(titles))
+                for answer in self._recovered(reading, rng):
+                    template = self.recovery.training[rng.integers(len(self.recovery.training))]
+                    yield SoftExample(recovery_prompt(template, reading), answer)
                 if len(reading.before.values):
                     template = self.prompts.residual.training[rng.integers(len(self.prompts.residual.training))]
                     yield SoftExample(residual_prompt(template, reading), reading.title)
@@ -172,6 +176,13 @@ class RecInterpreter:
             for vector, title in zip(vectors, source.titles, strict=True):
                 template = self.prompts.item[rng.integers(len(self.prompts.item))]
                 yield SoftExample(fill(template, {"item": Vectors(vector[None], SOURCE)}), title)
+
+    def _recovered(self, reading: Reading, rng: np.random.Generator) -> list[str]:
+        """What recovery learns of a history."""
+        if self.config.listed:
+            return [SEPARATOR.join(reading.history)]
+        count = min(_TITLES_OF_A_PLACE, len(reading.history))
+        return rng.choice(np.array(reading.history, object), count, replace=False).tolist()
 
     def _item_vectors(self, source: Source) -> NDArray[np.float32]:
         """Of every item, what residual's other side is where it was chosen: its vector, or the state after it alone."""
@@ -219,16 +230,20 @@ class RecInterpreter:
         random, nearest = source.titles_of(drawn.tolist()), [oracle.title for oracle in told]
         histories = [reading.history for reading in readings]
         decoding = Decoding(max_new_tokens=most_tokens)
+        recovering = decoding if self.config.listed else searching(self.config.titles, most_tokens)
         several, one = self.choices(source) or (None, None)
         found: dict[str, float] = {"asked": len(readings)}
         for control in ("", *CONTROLS):
             prompts = self.questions(readings, told, control)
             count = len(readings)
             outcomes = [
-                *_outcomes(engine, prompts[:count], decoding, several),
+                *_outcomes(engine, prompts[:count], recovering, several),
                 *_outcomes(engine, prompts[count:], decoding, one),
             ]
-            answers = [outcome.text for outcome in outcomes]
+            answers = [
+                SEPARATOR.join(likeliest((beam.text for beam in outcome.beams), self.config.titles)) or outcome.text
+                for outcome in outcomes
+            ]
             prefix = f"{control}: " if control else ""
             figures = self.figures(answers, readings, told, source.known)
             for number, task in enumerate(("recovery", "residual", "oracle") if told else ("recovery", "residual")):
@@ -260,7 +275,8 @@ class RecInterpreter:
         """Of recovery, and of residual and the oracle."""
         if not self.config.constrained:
             return ()
-        return [Choices(tuple(source.titles), SEPARATOR, most) for most in (self.config.titles, 1)]
+        listed = self.config.titles if self.config.listed else 1
+        return [Choices(tuple(source.titles), SEPARATOR, most) for most in (listed, 1)]
 
     def beside(
         self, source: Source, lm: AdaptedLm, bare: Engine, users: int, positions: int, asked: int, most_tokens: int

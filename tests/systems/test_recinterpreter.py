@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Literal
 
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from raypipe.engines.engine import Outcome, OutcomeError
+from raypipe.engines.engine import Beam, Outcome, OutcomeError
 from raypipe.language.adapters import LoraOptions
 from raypipe.language.prompt import Vectors
 from raypipe.recommenders.sequences import Sequences
@@ -71,13 +72,13 @@ def test_learned_positions_see_the_states_of_the_titles_and_never_a_later_one(so
     assert system.adapter.projectors["state"].tokens_of(3) == 1
 
 
-@pytest.mark.parametrize("ordered", [True, False])
-def test_training_uses_every_template_of_its_own_and_none_of_the_tests(source: Source, ordered: bool) -> None:
+@pytest.mark.parametrize("listed", [True, False])
+def test_training_uses_every_template_of_its_own_and_none_of_the_tests(source: Source, listed: bool) -> None:
     prompts = InterpreterPrompts()
-    recovery = prompts.recovery if ordered else prompts.recovery_as_a_set
+    recovery = prompts.recovery if listed else prompts.recovery_of_one
     training = {words(template) for template in (*recovery.training, *prompts.residual.training)}
     test = {words(template) for template in (*recovery.test, *prompts.residual.test)}
-    config = InterpreterConfig(ordered=ordered)
+    config = InterpreterConfig(listed=listed)
     found = {mine.prompt.words for seed in range(5) for mine in made(source, config, seed)}
     assert found == training
     assert not found & test
@@ -86,18 +87,56 @@ def test_training_uses_every_template_of_its_own_and_none_of_the_tests(source: S
     assert {prompt.words for prompt in asked.prompts} <= test
 
 
-def test_titles_in_any_order_are_those_of_the_history_each_as_often_the_first(source: Source) -> None:
-    recovery = {words(template) for template in InterpreterPrompts().recovery.training}
-    firsts = np.zeros(3)
+def test_titles_that_are_answers_of_their_own_are_two_of_each_history_all_alike_likely(source: Source) -> None:
+    templates = InterpreterPrompts()
+    listed = {words(template) for template in templates.recovery.training}
+    alone = {words(template) for template in templates.recovery_of_one.training}
+    drawn = np.zeros(3)
     for seed in range(30):
-        ordered, drawn = (made(source, InterpreterConfig(titles=3, ordered=order), seed) for order in (True, False))
-        for one, other in zip(ordered, drawn, strict=True):
-            if one.prompt.words in recovery:
-                history, titles = one.answer.split("; "), other.answer.split("; ")
-                assert sorted(titles) == sorted(history)
-                firsts[history.index(titles[0])] += len(history) == 3
-    np.testing.assert_allclose(firsts / firsts.sum(), 1 / 3, atol=0.08)
-    assert firsts.sum() > 300
+        histories = [
+            mine.answer.split("; ")
+            for mine in made(source, InterpreterConfig(titles=3), seed)
+            if mine.prompt.words in listed
+        ]
+        answers = iter(
+            [
+                mine.answer
+                for mine in made(source, InterpreterConfig(titles=3, listed=False), seed)
+                if mine.prompt.words in alone
+            ]
+        )
+        for history in histories:
+            mine = [next(answers) for _ in history[:2]]
+            assert not Counter(mine) - Counter(history)
+            for title in mine if len(set(history)) == 3 else ():
+                drawn[history.index(title)] += 1
+        assert next(answers, None) is None
+    np.testing.assert_allclose(drawn / drawn.sum(), 1 / 3, atol=0.05)
+    assert drawn.sum() > 600
+
+
+def test_the_likeliest_answers_of_a_search_are_the_titles_that_are_named(source: Source) -> None:
+    """As many as histories show, none twice; residual is asked greedily as ever."""
+    asked: list[tuple[int, int]] = []
+    rows = source.rows(held_out=True, least=2, most=100, rng=np.random.default_rng(0))
+    histories = [source.titles_of(source.before_cut(row)[-3:]) for row in rows.tolist()]
+
+    class Searching:
+        def generate(self, prompts, decoding, choices=None):
+            asked.append((decoding.beams, len(prompts)))
+            for index, history in zip(range(len(prompts)), histories, strict=False):
+                # Three different ones stand before the oldest.
+                texts = [history[2], f" {history[2]}", "", "Nothing of this name", history[1], history[0]]
+                yield Outcome(index, texts[0], beams=tuple(Beam(text, -1.0) for text in texts))
+
+    figures = RecInterpreter(InterpreterConfig(titles=3, listed=False)).measured(source, Searching(), 100, 8)
+    assert asked == [(6, len(rows)), (1, len(rows))] * 3
+    assert figures["recovery by place 1"] == figures["recovery by place 2"] == 1.0
+    assert figures["recovery by place 3"] == np.mean(
+        [history[0] in history[1:] for history in histories if len(history) == 3]
+    )
+    assert figures["valid"] == pytest.approx(2 / 3, abs=1e-3)
+    assert figures["no states: recovery"] == figures["recovery"] > 0.6
 
 
 def words(template: str) -> str:
@@ -141,13 +180,12 @@ def test_an_oracle_is_asked_for_after_learning_from_item_vectors(source: Source)
     assert figures["oracle"] == 0.0
 
 
-def test_decoding_among_titles_asks_for_one_or_for_as_many_as_a_history_shows(source: Source) -> None:
+@pytest.mark.parametrize("listed", [True, False])
+def test_decoding_among_titles_asks_for_one_or_for_as_many_as_a_history_shows(source: Source, listed: bool) -> None:
     found = Silent()
-    RecInterpreter(InterpreterConfig(titles=3, constrained=True)).measured(source, found, 100, 8)
-    assert {(choices.texts, choices.most) for choices in found.choices} == {
-        (tuple(source.titles), 3),
-        (tuple(source.titles), 1),
-    }
+    RecInterpreter(InterpreterConfig(titles=3, constrained=True, listed=listed)).measured(source, found, 100, 8)
+    assert {choices.texts for choices in found.choices} == {tuple(source.titles)}
+    assert {choices.most for choices in found.choices} == ({3, 1} if listed else {1})
 
 
 class Refusing:
