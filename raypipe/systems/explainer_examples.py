@@ -16,7 +16,7 @@ from raypipe.metrics.text import item_values, value_counts
 from raypipe.systems.explainer_prompts import ExplainerPrompts
 from raypipe.systems.explanations import NO, YES, ExplanationRequest, reference_explanation
 from raypipe.systems.source import Source, drawn_places
-from raypipe.systems.teacher import Taught, most_similar, teach, teachable
+from raypipe.systems.teacher import CANDIDATES, Taught, most_similar, teach, teachable
 
 USER, ITEM = "user", "item"
 SEPARATOR = "; "
@@ -78,8 +78,10 @@ class ExplainerExamples:
         rng: np.random.Generator,
         *,
         listed: bool = True,
+        pairs: int = 1,
     ) -> None:
-        self.source, self.prompts, self.rng, self.titles, self.listed = source, prompts, rng, titles, listed
+        self.source, self.prompts, self.rng, self.titles = source, prompts, rng, titles
+        self.listed, self.pairs = listed, pairs
         self.shown = {form: PromptPieces(form, source.titles, source.item_states, titles) for form in forms}
         self.alone = PromptPieces("vectors", source.titles, source.item_states, titles)
 
@@ -114,6 +116,17 @@ class ExplainerExamples:
                 nearest = self.source.titles[int(similar[row]) - 1]
                 yield self._asked(self.prompts.similar, {"item": item}, nearest)
 
+    def of_lists(self, repeats: int) -> Iterator[SoftExample]:
+        """The titles of several items in turn, each item in so many lists."""
+        count = len(self.source.titles)
+        for _ in range(repeats):
+            drawn = self.rng.permutation(count) + 1
+            for at in range(0, count, CANDIDATES):
+                items = drawn[at : at + CANDIDATES].tolist()
+                for shown in self.shown.values():
+                    answer = SEPARATOR.join(self.source.titles_of(items))
+                    yield self._asked(self.prompts.titles, {"items": shown.items(items)}, answer)
+
     def _at_positions(
         self, tasks: Sequence[Task], rows: NDArray[np.int64], events: NDArray[np.int64]
     ) -> Iterator[SoftExample]:
@@ -123,9 +136,7 @@ class ExplainerExamples:
             return
         taught = teach(self.source, rows, events, self.rng)
         orders = taught.orders
-        # Of each user one of their places, all alike likely.
-        _, firsts, counts = np.unique(rows, return_index=True, return_counts=True)
-        pairs = set((firsts + self.rng.integers(counts)).tolist())
+        pairs = set(self._some_of_each(rows).tolist())
         for at, (row, count) in enumerate(zip(rows.tolist(), events.tolist(), strict=True)):
             items = self.source.items(row, count)
             for shown in self.shown.values():
@@ -147,6 +158,12 @@ class ExplainerExamples:
                     item, answer = both[self.rng.integers(2)]
                     pieces = {"user": user, "item": shown.item(item)}
                     yield self._asked(self.prompts.explanation, pieces, self._explained(answer, items, item))
+
+    def _some_of_each(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Of each row's places in `rows` as many as there are to be pairs, all alike likely."""
+        order = np.lexsort((self.rng.random(len(rows)), rows))
+        _, firsts, counts = np.unique(rows[order], return_index=True, return_counts=True)
+        return order[np.arange(len(rows)) - np.repeat(firsts, counts) < self.pairs]
 
     def _explained(self, answer: str, items: Sequence[int], item: int) -> str:
         attributes = self.source.catalogue.attributes

@@ -17,6 +17,7 @@ _MARKS = {
     "ranking": ("user", "items"),
     "interest": ("user", "item"),
     "title": ("item",),
+    "titles": ("items",),
     "attribute": ("item", "attribute"),
     "similar": ("item",),
     "history": ("user",),
@@ -121,6 +122,17 @@ class ExplainerPrompts(Config):
             test=("Name the item: {item}",),
         ),
         "T4, of an item's vector",
+    )
+    titles: Templates = shaping(
+        lambda: Templates(
+            training=(
+                "The titles of these items, in turn: {items}",
+                "Name each of: {items}",
+                "One title after another: {items}",
+            ),
+            test=("Name these items in turn: {items}",),
+        ),
+        "T4, of several items",
     )
     attribute: Templates = shaping(
         lambda: Templates(

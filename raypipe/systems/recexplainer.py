@@ -6,14 +6,16 @@ the cut have one (section 4.1). Tasks, with their counts for N interactions of U
 
     T1   next item    the recommender's best unseen item                      N − 2U
     T2   ranking      five unseen items in its order                          N − 2U
-    T3   interest     yes from its best fifth, no from its worse half         2U, one pair a user
+    T3   interest     yes from its best fifth, no from its worse half         2U, one pair a user (`pairs`)
     T4   item         title of a vector, attributes, nearest item             one for each item and field
     T5   replay       other examples, so that the model keeps its language    as given
     T6   history      the titles behind a state, every prefix                 N − U, of users of two events or more
     T6b  summary      a written summary of what stands before the cut         one a user that has one
 
 Explanations are asked for and, as published, never learnt. A language model too small to write them unasked can learn the
-reference that a rule writes of attribute values (`explanation`, ours).
+reference that a rule writes of attribute values (`explanation`, ours). Ours as well: more pairs and T4 of several items at
+once (`catalogue_lists`), for a language model too small to learn from 2U examples to compare, or to tell vectors apart that
+stand side by side; and T6 of one title at a time (`listed`).
 """
 
 from __future__ import annotations
@@ -89,6 +91,12 @@ class ExplainerConfig(Config):
     embeddings: bool = shaping(False, "the language model's embedding table and head are trained too, as its code does")
     full: bool = shaping(False, "every weight of the language model is trained; set lora to null")
     catalogue_repeats: int = shaping(1, "how often T4 goes over all items", ge=1)
+    catalogue_lists: int = shaping(
+        0,
+        "in how many lists of five each item is, whose titles T4 learns in turn; T2 asks for such lists in order",
+        ge=0,
+    )
+    pairs: int = shaping(1, "T3: of how many places of each user, where there are as many, a pair is learnt", ge=1)
     constrained: bool = shaping(False, "titles are decoded among the catalogue's; the published tables do without")
     prompts: ExplainerPrompts = shaping(ExplainerPrompts)
 
@@ -148,11 +156,18 @@ class RecExplainer:
                 "Align on a larger catalogue.",
             )
         examples = ExplainerExamples(
-            source, self.forms, self.config.titles, self.prompts, rng, listed=self.config.listed
+            source,
+            self.forms,
+            self.config.titles,
+            self.prompts,
+            rng,
+            listed=self.config.listed,
+            pairs=self.config.pairs,
         )
         yield from examples.of_users(self.config.tasks, users, positions)
         if "T4" in self.config.tasks:
             yield from examples.of_items(self.config.catalogue_repeats)
+            yield from examples.of_lists(self.config.catalogue_lists)
         if "T5" in self.config.tasks:
             yield from source.replay
 

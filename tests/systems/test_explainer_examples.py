@@ -151,6 +151,31 @@ def state_of(example: SoftExample) -> tuple[float, ...]:
     return tuple(vectors.values[0].round(3).tolist())
 
 
+def test_pairs_are_of_as_many_places_of_each_user_as_are_asked_for_or_there_are(source: Source) -> None:
+    made = ExplainerExamples(source, ["vectors"], 3, PROMPTS, np.random.default_rng(0), pairs=3)
+    users = Counter(example.prompt.segments[-1].values.tobytes() for example in made.of_users(["T3"], 100, 100))
+    assert set(users.values()) == {2}  # a yes and a no at each place
+    assert len(users) == np.minimum(TRAINED - 1, 3).sum()
+
+
+def test_lists_name_each_item_as_often_as_is_said_in_the_order_they_are_shown(source: Source) -> None:
+    made = ExplainerExamples(source, ["text", "vectors"], 3, PROMPTS, np.random.default_rng(0))
+    lists = list(made.of_lists(4))
+    assert Counter(title for example in lists for title in example.answer.split("; ")) == dict.fromkeys(
+        source.titles, 8
+    )
+    for example in lists:
+        titles = example.answer.split("; ")
+        vectors = [segment.values[0] for segment in example.prompt.segments if isinstance(segment, Vectors)]
+        if vectors:
+            items = np.stack([source.item_states[source.titles.index(title) + 1] for title in titles])
+            np.testing.assert_array_equal(vectors, items)
+        else:
+            assert example.answer in example.prompt.text
+    assert list(made.of_lists(0)) == []
+    assert all(is_asked_by(example.prompt, PROMPTS.titles) for example in lists)
+
+
 def test_summaries_are_learnt_of_users_who_have_one_and_are_not_held_out(source: Source) -> None:
     held_out, trained = int(np.flatnonzero(HELD_OUT)[0]), int(np.flatnonzero(~HELD_OUT)[0])
     told = replace(source, summaries={held_out: "Nobody may read this.", trained: "Likes War."})
