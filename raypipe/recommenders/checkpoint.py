@@ -51,7 +51,8 @@ def save_recommender(folder: Path, card: Card, weights: Mapping[str, Tensor]) ->
 
 
 def load_recommender(folder: Path, device: torch.device | str = "cpu") -> tuple[Recommender, Card]:
-    """The model in eval mode and its card. Raises UsageError where the folder holds none or another's weights."""
+    """The model in eval mode and its card. Raises UsageError where the folder holds none, a damaged one, or another's
+    weights."""
     try:
         told = json.loads((folder / _CARD).read_text())
         weights = load_file(folder / _WEIGHTS, device=str(device))
@@ -76,6 +77,12 @@ def load_recommender(folder: Path, device: torch.device | str = "cpu") -> tuple[
         raise UsageError(
             f"The weights in {folder} are another model's: {name} is {found.get(name)} and not {expected.get(name)}.",
             "Do not edit recommender.json, nor mix files of two models.",
+        )
+    if broken := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+        # Each of its scores would be no number: lists would be empty, and nobody would be told why.
+        raise UsageError(
+            f"The recommender in {folder} is damaged: {broken[0]} holds weights that are no finite numbers.",
+            "Train it again, or restore it.",
         )
     model.load_state_dict(weights)
     return model.eval(), card

@@ -176,6 +176,14 @@ def test_a_checkpoint_that_is_none_or_damaged_or_anothers_is_refused(tmp_path: P
     save_recommender(tmp_path, Card(config("sasrec"), {"items": ITEMS + 1}, []), model.state_dict())
     with pytest.raises(UsageError, match="another model's: table is"):
         load_recommender(tmp_path)
+    for broken in (torch.nan, torch.inf):
+        weights = config("sasrec").build(ITEMS + 1).state_dict()
+        weights["table"][3, 0] = broken
+        save_recommender(tmp_path, Card(config("sasrec"), {"items": ITEMS + 1}, []), weights)
+        with pytest.raises(
+            UsageError, match=r"damaged: table holds weights that are no finite numbers\. Train it again"
+        ):
+            load_recommender(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"no tensors here at all")
     with pytest.raises(UsageError, match="damaged"):
         load_recommender(tmp_path)
