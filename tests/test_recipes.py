@@ -81,7 +81,7 @@ def test_guided_scores_see_no_more_than_the_recommenders_they_are_for(data: str)
 def test_another_set_of_prompts_is_a_recipe_and_a_task_left_out_an_option() -> None:
     terse = parse_config("align", AlignConfig, ["--config", str(ALIGNMENTS / "recinterpreter-ml-100k-terse.yaml")])
     plain = parse_config("align", AlignConfig, ["--config", str(ALIGNMENTS / "recinterpreter-ml-100k.yaml")])
-    assert terse.recinterpreter.prompts.recovery.training == ("Titles: {state}",)
+    assert terse.recinterpreter.prompts.recovery_of_one.training == ("Any title: {state}",)
     assert terse.recinterpreter.prompts != plain.recinterpreter.prompts
     assert terse.model_copy(update={"recinterpreter": plain.recinterpreter}) == plain
     words = ["--config", str(ALIGNMENTS / "recexplainer-ml-100k.yaml"), "--recexplainer.tasks", "T1,T3,T4,T6"]
