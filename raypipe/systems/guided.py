@@ -33,6 +33,7 @@ from raypipe.systems.guided_attributes import Attribute
 NAME = "guided"
 """Under which scores are stored."""
 
+_ATTRIBUTES = "{attributes}"
 Loss = Literal["sampled_softmax", "bpr"]
 
 _ITEM = """Below is an item.
@@ -48,21 +49,25 @@ Answer:"""
 
 
 class GuidedPrompts(Config):
-    """What is asked about an item and about a user."""
+    """What is asked about an item and about a user. An answer names the attributes, so that a question which is read by what is
+    expected of its answer may leave them out."""
 
-    item: str = shaping(_ITEM, "marks {item}, {attributes} and {top}")
-    user: str = shaping(_USER, "marks {items}, {attributes} and {top}")
+    item: str = shaping(_ITEM, "marks {item}, {top} and, unless answers alone name them, {attributes}")
+    user: str = shaping(_USER, "marks {items}, {top} and, unless answers alone name them, {attributes}")
 
     @model_validator(mode="after")
     def _marks(self) -> GuidedPrompts:
-        for template, marks in (
-            (self.item, ("item", "attributes", "top")),
-            (self.user, ("items", "attributes", "top")),
-        ):
-            if any(template.count(f"{{{mark}}}") != 1 for mark in marks):
+        for template, marks in ((self.item, ("item", "top")), (self.user, ("items", "top"))):
+            if any(template.count(f"{{{mark}}}") != 1 for mark in marks) or template.count(_ATTRIBUTES) > 1:
                 named = ", ".join(f"{{{mark}}}" for mark in marks)
-                raise ValueError(f"the template {template!r} needs each of {named} once")
+                raise ValueError(
+                    f"the template {template!r} needs each of {named} once, and {_ATTRIBUTES} at most once"
+                )
         return self
+
+    @property
+    def show_attributes(self) -> bool:
+        return _ATTRIBUTES in self.item and _ATTRIBUTES in self.user
 
 
 class GuidedConfig(Config):
@@ -99,6 +104,15 @@ class GuidedConfig(Config):
         if self.tuned and self.lora is None and not self.embeddings:
             raise ValueError(
                 "tuned without lora or embeddings trains nothing: leave one of them, or set tuned to false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _attributes_are_shown_where_they_are_needed(self) -> GuidedConfig:
+        if not self.prompts.show_attributes and (self.described or self.reading == "parsed"):
+            raise ValueError(
+                f"a template without {_ATTRIBUTES} neither describes them nor tells who writes the answer which there are: "
+                "put the mark in, or set described to false and reading to expected"
             )
         return self
 

@@ -118,9 +118,22 @@ def test_a_question_shows_the_item_or_the_last_items_and_the_attributes() -> Non
     short = rating_of(text_characters=0)
     assert "tale" not in short.item_prompt(short.item_lines()[3]).text
     with pytest.raises(ValidationError, match="needs each of"):
-        GuidedPrompts(user="{items} on {top}")
+        GuidedPrompts(user="on {top}")
+    with pytest.raises(ValidationError, match="at most once"):
+        GuidedPrompts(user="{items} on {top} {attributes} {attributes}")
     with pytest.raises(ValidationError, match="trains nothing"):
         GuidedConfig(lora=None)
+
+
+def test_a_question_may_leave_the_attributes_to_its_answer() -> None:
+    plain = GuidedPrompts(item="{item}, 1 to {top}:", user="{items}\n1 to {top}:")
+    rating = rating_of(prompts=plain, described=False)
+    assert rating.item_prompt("Film 4").text == "Film 4, 1 to 10:"
+    assert rating.user_prompt(["Film 4", "Film 5"]).text == "Film 4\nFilm 5\n1 to 10:"
+    assert rating.words == ['{"grim": ', ', "merry": ', "}"]
+    for given in ({"described": True}, {"described": False, "reading": "parsed"}):
+        with pytest.raises(ValidationError, match="put the mark in, or set described to false and reading to expected"):
+            GuidedConfig.model_validate({"prompts": plain, **given})
 
 
 def test_users_are_shown_by_as_many_last_items_as_there_is_room_for(backbone: Backbone) -> None:
