@@ -46,7 +46,7 @@ SOURCE = "state"
 TRAINING = {"epochs": 100, "batch_size": 16, "lr": 1e-3, "weight_decay": 1e-6}
 """As its code has it; the paper says nothing of it."""
 _USERS_AT_ONCE = 256
-_TITLES_OF_A_PLACE = 2  # that are answers of their own: neighbouring places share most of their titles
+_TITLES_OF_A_PLACE = 4  # that are answers of their own: neighbouring places share most of their titles
 CONTROLS = ("shuffled states", "no states")
 NEAREST = "nearest item"
 

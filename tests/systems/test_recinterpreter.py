@@ -87,31 +87,26 @@ def test_training_uses_every_template_of_its_own_and_none_of_the_tests(source: S
     assert {prompt.words for prompt in asked.prompts} <= test
 
 
-def test_titles_that_are_answers_of_their_own_are_two_of_each_history_all_alike_likely(source: Source) -> None:
+def test_titles_that_are_answers_of_their_own_are_four_of_each_history_all_alike_likely(source: Source) -> None:
     templates = InterpreterPrompts()
-    listed = {words(template) for template in templates.recovery.training}
-    alone = {words(template) for template in templates.recovery_of_one.training}
-    drawn = np.zeros(3)
+    drawn = np.zeros(6)
     for seed in range(30):
-        histories = [
-            mine.answer.split("; ")
-            for mine in made(source, InterpreterConfig(titles=3), seed)
-            if mine.prompt.words in listed
-        ]
-        answers = iter(
+        listed, alone = (
             [
-                mine.answer
-                for mine in made(source, InterpreterConfig(titles=3, listed=False), seed)
-                if mine.prompt.words in alone
+                example.answer
+                for example in made(source, InterpreterConfig(titles=6, listed=together), seed)
+                if example.prompt.words in {words(template) for template in asked.training}
             ]
+            for together, asked in ((True, templates.recovery), (False, templates.recovery_of_one))
         )
-        for history in histories:
-            mine = [next(answers) for _ in history[:2]]
+        answers = iter(alone)
+        for history in (answer.split("; ") for answer in listed):
+            mine = [next(answers) for _ in history[:4]]
             assert not Counter(mine) - Counter(history)
-            for title in mine if len(set(history)) == 3 else ():
+            for title in mine if len(set(history)) == 6 else ():
                 drawn[history.index(title)] += 1
         assert next(answers, None) is None
-    np.testing.assert_allclose(drawn / drawn.sum(), 1 / 3, atol=0.05)
+    np.testing.assert_allclose(drawn / drawn.sum(), 1 / 6, atol=0.02)
     assert drawn.sum() > 600
 
 
