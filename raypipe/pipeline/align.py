@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import ValidationError, model_validator
 
-from raypipe.config import free, merge, shaping
+from raypipe.config import first_problem, free, merge, shaping
 from raypipe.engines.engine import Decoding, EngineConfig
 from raypipe.errors import UsageError
 from raypipe.language.adapters import AdapterCard, build_adapter, load_adapter, read_card
@@ -378,9 +378,9 @@ def _transferred(
     try:
         options = AlignOptions.model_validate({"system": name, name: anew})
     except ValidationError as error:
-        told = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise UsageError(
-            f"The adapter {adapter.name} cannot be measured so: {told}.", "Change the options of its system."
+            f"The adapter {adapter.name} cannot be measured so: {first_problem(error)}.",
+            "Change the options of its system, or train it anew where an older version of raypipe made it.",
         ) from None
     system = options.chosen().build()
     metrics = inputs.measure(config, system, folder)

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from raypipe.config import first_problem
 from raypipe.errors import UsageError
 from raypipe.storage.evaluations import Evaluation, Measured
 from raypipe.storage.fingerprint import fingerprint
@@ -101,7 +102,7 @@ def read_golden(path: str) -> list[Figure]:
     except OSError as error:
         raise UsageError(f"The golden table {path} cannot be read: {error.strerror}.", "Check --golden.") from None
     except (ValidationError, ValueError) as error:
-        told = _first(error) if isinstance(error, ValidationError) else f"it is no JSON ({error})"
+        told = first_problem(error) if isinstance(error, ValidationError) else f"it is no JSON ({error})"
         raise UsageError(
             f"{path} is no golden table: {told}.",
             "Name files of rows with dataset, model, metric and value, as the benchmarks write them.",
@@ -120,12 +121,6 @@ def read_golden(path: str) -> list[Figure]:
         for row in rows
         if math.isfinite(row.value)
     ]
-
-
-def _first(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    place = ".".join(map(str, problem["loc"]))
-    return f"{place}: {problem['msg']}" if place else problem["msg"]
 
 
 def figures_of(evaluations: Sequence[Evaluation], dataset: str) -> list[Figure]:

@@ -12,7 +12,7 @@ from pydantic import ValidationError, field_validator
 from sklearn.decomposition import NMF
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
 
-from raypipe.config import Config, shaping
+from raypipe.config import Config, first_problem, shaping
 from raypipe.errors import UsageError
 from raypipe.language.catalogue import Catalogue
 
@@ -70,10 +70,7 @@ def find_attributes(domain: str, catalogue: Catalogue, count: int) -> tuple[Attr
             f"Name {', '.join(known)}, {CATALOGUE}, or a YAML file of attributes.",
         ) from None
     except (yaml.YAMLError, ValidationError) as error:
-        told = str(error)
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            told = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        told = first_problem(error) if isinstance(error, ValidationError) else str(error)
         raise UsageError(
             f"{domain} holds no list of attributes: {told}.",
             "Write `attributes:` and of each its name, description, low and high, as in raypipe/systems/domains/movies.yaml.",
