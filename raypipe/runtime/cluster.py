@@ -15,6 +15,8 @@ from raypipe.errors import UnavailableError, UsageError
 _LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 # A process a training that looks for nodes about to be taken away; a cluster of one machine goes with its only one.
 _WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+# What Ray says when it could not start in time.
+_LATE = "timed out during startup"
 # A private cluster claims at least this many, so that training with two workers never waits for a second core.
 _MIN_CPUS = 2
 
@@ -72,6 +74,14 @@ class ClusterConfig(Config):
             raise (UnavailableError if passing else UsageError)(
                 f"Ray could not be reached at {address or 'this machine'}: {str(error).splitlines()[0]}",
                 "Check `ray status`, RAY_ADDRESS and RAY_AUTH_TOKEN, or leave --cluster.address out to run on this machine.",
+            ) from error
+        except Exception as error:
+            # Ray has no type of its own for this.
+            if _LATE not in str(error):
+                raise
+            raise UnavailableError(
+                "Ray did not start on this machine in the time that it gives itself: too much else runs here.",
+                "Submit the same command again when less does.",
             ) from error
         if callable(on_term) and threading.current_thread() is threading.main_thread():
             # Ray's core puts a crash handler of its own on SIGTERM; a job should stop cleanly instead.

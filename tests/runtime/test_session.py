@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from raypipe.errors import UnavailableError
 from raypipe.runtime.cluster import ClusterConfig
 from raypipe.runtime.session import Session, recover, settled_versions
 from raypipe.storage.ledger import Publish, Run
@@ -89,3 +90,23 @@ def test_a_canary_does_not_hide_that_nothing_changed(workspace: Workspace) -> No
     run_of(session, "canary").finish(DONE)
     assert session.is_current("recipe", pins)
     assert not session.is_current("another recipe", pins)
+
+
+def test_a_cluster_that_starts_too_late_is_told_with_the_remedy_and_any_other_error_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def late(**_: object) -> None:
+        raise Exception("The current node timed out during startup. This could happen because some raylet failed.")
+
+    def broken(**_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.init", late)
+    with pytest.raises(
+        UnavailableError, match=r"^Ray did not start .* Submit the same command again when less does\.$"
+    ):
+        ClusterConfig().connect()
+    monkeypatch.setattr("ray.init", broken)
+    with pytest.raises(OSError, match="No space left"):
+        ClusterConfig().connect()
