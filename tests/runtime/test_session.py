@@ -102,6 +102,7 @@ def test_a_cluster_that_starts_too_late_is_told_with_the_remedy_and_any_other_er
         raise OSError("No space left on device")
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # whatever other tests of this process have started
     monkeypatch.setattr("ray.init", late)
     with pytest.raises(
         UnavailableError, match=r"^Ray did not start .* Submit the same command again when less does\.$"
