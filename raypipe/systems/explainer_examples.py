@@ -162,7 +162,9 @@ class ExplainerExamples:
     def _some_of_each(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Of each row's places in `rows` as many as there are to be pairs, all alike likely."""
         _, firsts, counts = np.unique(rows, return_index=True, return_counts=True)
-        if self.pairs == 1:  # Several draws in place of one sort: a training of the published tasks is repeated exactly.
+        if (
+            self.pairs == 1
+        ):  # Several draws in place of one sort: a training of the published tasks is repeated exactly.
             return firsts + self.rng.integers(counts)
         order = np.lexsort((self.rng.random(len(rows)), rows))
         _, firsts, counts = np.unique(rows[order], return_index=True, return_counts=True)
@@ -198,10 +200,14 @@ class ExplainerExamples:
 
 @dataclass(frozen=True)
 class HeldOutPrompts:
-    """What is asked about held-out users after their last event before the cut, and the labels."""
+    """What is asked about held-out users after their last event before the cut, and the labels.
+
+    `candidates` asks about each one's five in turn what `liked` and `disliked` ask about one.
+    """
 
     next_item: list[Prompt]
     ranking: list[Prompt]
+    candidates: list[Prompt]
     liked: list[Prompt]
     disliked: list[Prompt]
     history: list[Prompt]
@@ -218,14 +224,15 @@ class HeldOutPrompts:
         """`shift`: everybody is put as the user so many places further on, a control."""
         users, states = np.roll(rows, -shift), np.roll(taught.states, -shift, axis=0)
         alone = PromptPieces("vectors", shown.titles, shown.vectors, shown.most)
-        found = HeldOutPrompts([], [], [], [], [])
+        found = HeldOutPrompts([], [], [], [], [], [])
         for at, (row, state) in enumerate(zip(users.tolist(), states, strict=True)):
             items = source.items(row, int(source.histories.lengths[row]))
             user = {"user": shown.user(items, state)}
-            candidates = shown.items(taught.candidates[at].tolist())
+            candidates = taught.candidates[at].tolist()
             for asked, templates, pieces in (
                 (found.next_item, prompts.next_item, user),
-                (found.ranking, prompts.ranking, {**user, "items": candidates}),
+                (found.ranking, prompts.ranking, {**user, "items": shown.items(candidates)}),
+                *((found.candidates, prompts.interest, {**user, "item": shown.item(item)}) for item in candidates),
                 (found.liked, prompts.interest, {**user, "item": shown.item(int(taught.liked[at]))}),
                 (found.disliked, prompts.interest, {**user, "item": shown.item(int(taught.disliked[at]))}),
                 (found.history, prompts.history, {"user": alone.user(items, state)}),

@@ -35,7 +35,13 @@ from raypipe.language.projectors import ProjectorConfig
 from raypipe.language.prompt import Prompt, Vectors
 from raypipe.language.soft_prompts import Injection, SoftExample
 from raypipe.language.templates import fill
-from raypipe.metrics.alignment import decisions, ranking_figures, reconstruction_figures, retrieval_figures
+from raypipe.metrics.alignment import (
+    decisions,
+    order_ndcg,
+    ranking_figures,
+    reconstruction_figures,
+    retrieval_figures,
+)
 from raypipe.metrics.ranking import Mean
 from raypipe.metrics.recovery import titles_in
 from raypipe.systems.explainer_examples import (
@@ -189,6 +195,9 @@ class RecExplainer:
     def measured(self, source: Source, engine: Engine, asked: int, most_tokens: int) -> dict[str, float]:
         """How far the model predicts what the recommender says of held-out users; beside it, asked as somebody else.
 
+        `T2 NDCG@5` is of the order that the model writes, `by interest` (ours) of the one by how likely yes is of each candidate,
+        as T3 asks: a small model tells the better item long before it writes five in order.
+
         `refused` of a task is how many of its questions could not be asked, as where they are longer than the context: they count
         as answers that say nothing.
         """
@@ -271,11 +280,14 @@ class RecExplainer:
         orders = [
             source.titles_of(mine[order].tolist()) for mine, order in zip(taught.candidates, taught.orders, strict=True)
         ]
+        likelihoods, refused["T2 by interest"] = _likelihoods(engine, questions.candidates)
+        interest = (likelihoods[:, 0] - likelihoods[:, 1]).reshape(taught.candidates.shape)
         likelihoods, refused["T3"] = _likelihoods(engine, [*questions.liked, *questions.disliked])
         yes, no = likelihoods.T
         figures = {
             **retrieval_figures(lists, favourites, source.known),
             **ranking_figures(ranked, orders),
+            "T2 NDCG@5 by interest": Mean.of(order_ndcg(np.take_along_axis(interest, taught.orders, 1))),
             "T3 accuracy": Mean.of(decisions(yes, no, np.arange(len(yes)) < len(questions.liked))),
         }
         if self.config.variant != "B":

@@ -46,7 +46,7 @@ CHAIN_TRAINING = (
 EXPLAINER = (
     *("--system", "recexplainer", "--recexplainer.variant", "H", "--recexplainer.hybrid", "code"),
     *("--recexplainer.titles", "3", "--recexplainer.lora.rank", "16", "--recexplainer.lora.dropout", "0"),
-    *("--held_out_share", "0.25", "--answer_tokens", "48", "--trainer.epochs", "6", "--trainer.lr", "0.004"),
+    *("--held_out_share", "0.25", "--answer_tokens", "48", "--trainer.epochs", "10", "--trainer.lr", "0.004"),
     *("--trainer.schedule", "linear", "--trainer.batch_size", "16", "--trainer.device", "cpu"),
     *("--recexplainer.tasks", '["T1", "T3", "T6", "explanation"]'),
 )

@@ -214,6 +214,9 @@ def test_questions_use_the_tests_templates_and_a_control_asks_as_somebody_else(s
     assert len(set(as_own)) == len(rows)
     candidates = source.titles_of(taught.candidates[0].tolist())
     assert all(title in other.ranking[0].text for title in candidates)
+    assert len(other.candidates) == 5 * len(rows)
+    assert all(title in prompt.text for title, prompt in zip(candidates, other.candidates[:5], strict=True))
+    assert as_own[0] in other.candidates[4].text
     assert [len(prompt.segments) for prompt in own.history] == [2] * len(rows)
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from raypipe.engines.engine import EngineConfig
+from raypipe.engines.engine import EngineConfig, Scores
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
+from raypipe.language.prompt import Prompt
+from raypipe.metrics.alignment import order_ndcg
 from raypipe.systems.recexplainer import CONTROL, ExplainerConfig
+from raypipe.systems.source import Source
 from tests.systems.sources import HELD_OUT, LENGTHS, source_of
 
 TITLES = 3
@@ -42,3 +49,37 @@ def test_questions_that_cannot_be_asked_are_counted_by_task(lm: Path) -> None:
     assert told["refused T3"] >= 2 * shown
     # Everybody is asked about once in the control too, as somebody else.
     assert told[f"{CONTROL}: refused T1"] == shown
+
+
+def scored(source: Source, opinion: float) -> Callable[..., list[Scores]]:
+    """As `Engine.score`: yes about an item is as likely as the recommender scores it for that history, times `opinion`."""
+    rows = np.arange(len(LENGTHS))
+    scores = opinion * source.recommender.score(torch.from_numpy(source.states(rows, LENGTHS))).detach().numpy()
+    histories = ["; ".join(source.titles_of(source.items(row, int(LENGTHS[row]))[-TITLES:])) for row in rows]
+
+    def score(prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> list[Scores]:
+        found = []
+        for index, prompt in enumerate(prompts):
+            (user,) = (row for row, history in enumerate(histories) if prompt.text.endswith(history))
+            asked = re.search(r"Film (\d+)", prompt.text.removesuffix(histories[user]))
+            assert asked
+            found.append(Scores(index, (float(scores[user, int(asked[1])]), 0.0), 5))
+        return found
+
+    return score
+
+
+@pytest.mark.parametrize(
+    ("opinion", "ndcg"),
+    [(1, 1), (0, 0.6131), (-1, order_ndcg(np.arange(5.0)[None])[0])],
+    ids=["the recommender's", "none", "the opposite"],
+)
+def test_candidates_are_ordered_by_how_likely_yes_is_about_each(
+    lm: Path, monkeypatch: pytest.MonkeyPatch, opinion: float, ndcg: float
+) -> None:
+    source, engine = source_of(), EngineConfig(lm=str(lm), device="cpu").build()
+    monkeypatch.setattr(engine, "score", scored(source, opinion))
+    figures = ExplainerConfig(variant="B", titles=TITLES).build().measured(source, engine, 100, 8)
+    assert figures["T2 NDCG@5 by interest"] == pytest.approx(ndcg, abs=1e-4)
+    if opinion == 1:
+        assert figures[f"{CONTROL}: T2 NDCG@5 by interest"] < 1
