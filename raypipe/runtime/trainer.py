@@ -17,6 +17,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -44,7 +45,9 @@ class TrainingTask(Protocol):
         validation builds another, to hold the whole weights."""
         ...
 
-    def steps_per_epoch(self, batch_size: int) -> int: ...
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """How many such batches all examples fill, at least one."""
+        ...
 
     def batch(self, step: int, seed: int, rank: int, world: int, batch_size: int) -> Any:
         """This rank's share of the global batch of `step`, name → tensor: a function of the arguments alone."""
@@ -152,12 +155,18 @@ def fit(task: TrainingTask, config: TrainerConfig, run: str, out: Path) -> Train
     """Trains `task` and writes its checkpoint to `out`, which appears whole or not at all.
 
     Ray must be initialised. `run` names the training in `config.storage` (default: beside `out`); the same name goes on
-    where that run stopped, so it must contain a hash of everything that shapes the result. Raises RaypipeError where the
-    loss is no number any more, and ray.train.v2.api.exceptions.TrainingFailedError when more than `max_failures` workers
-    failed.
+    where that run stopped, so it must contain a hash of everything that shapes the result. Raises UsageError where there are
+    fewer examples than workers, RaypipeError where the loss is no number any more, and
+    ray.train.v2.api.exceptions.TrainingFailedError when more than `max_failures` workers failed.
     """
     if config.validate_every is not None and not isinstance(task, ValidatedTask):
         raise UsageError("This training has nothing to be validated on.", "Leave out --trainer.validate_every.")
+    # Of a copy: what a task has opened here is not to be pickled to every worker.
+    if (examples := copy(task).steps_per_epoch(1)) < config.workers:
+        raise UsageError(
+            f"{config.workers} workers are too many for {examples} examples: each learns from a share of every batch.",
+            f"Set --trainer.workers to {examples} or less.",
+        )
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer

@@ -49,6 +49,16 @@ def rows_of(uri: str, variant: str = "explain-recexplainer-h") -> dict[tuple[str
     return found
 
 
+def test_a_language_model_predicts_what_the_recommender_does_and_controls_do_not(raypipe: Run, explaining: str) -> None:
+    ended = raypipe("align", "--workspace", explaining, *EXPLAINER)  # stored, with the figures of its training
+    assert (ended.code, ended.status) == (0, "nothing_to_do"), ended.stderr
+    metrics = ended.metrics
+    assert metrics["T1 HR@5"] > 0.6
+    assert metrics["T6 HCR"] > 0.2
+    for name in ("T1 HR@5", "T6 HCR"):
+        assert metrics[f"shuffled users: {name}"] < 0.5 * metrics[name]
+
+
 def test_everybodys_top_recommendation_is_decided_and_put_into_words(raypipe: Run, explaining: str) -> None:
     ended = raypipe("explain", "--workspace", explaining, *SHORT)
     assert (ended.code, ended.status) == (0, "ok"), ended.stderr

@@ -162,6 +162,12 @@ def test_without_anything_to_learn_there_is_one_paragraph(
     short = raypipe("train", "--workspace", uri, *SMALL)
     assert short.code == 2
     assert "No history has two events" in one_paragraph(short.stderr)
+    few = str(tmp_path / "few")
+    ingest_chains(raypipe, few, files, users=5, length=5)
+    shared = raypipe("train", "--workspace", few, *SMALL, "--trainer.workers", 6)
+    assert shared.code == 2
+    assert "6 workers are too many for 5 examples" in one_paragraph(shared.stderr)
+    assert "--trainer.workers to 5" in shared.stderr
     none = raypipe("evaluate", "--workspace", uri)
     assert none.code == 2
     assert "No model sasrec is stored" in one_paragraph(none.stderr)
