@@ -109,7 +109,8 @@ class AlignOptions(TrainingOptions, ModelCache):
     )
     summaries: Literal["hierarchical", "recurrent"] | None = free(
         None,
-        "whose summaries recexplainer learns to write, and trsr shows: of `summarize --summaries.hold_out`, the same as here",
+        "whose summaries recexplainer learns to write, and trsr shows, a stored one those it was made with unless told: of "
+        "`summarize --summaries.hold_out`, the same as here",
     )
     hold_out: int = shaping(1, "last events of every user that training never sees", ge=0)
     held_out_share: float = shaping(
@@ -189,6 +190,9 @@ class _Inputs:
 
 def run_align(config: AlignConfig) -> JobResult:
     """Train the adapter unless one of this recipe is stored, and measure it. Raises UsageError before work starts."""
+    if config.system == "trsr" and config.adapter is not None and "summaries" not in config.model_fields_set:
+        stored = find_model(Models(config.open_workspace().store), config.adapter)
+        config = config.model_copy(update={"summaries": stored.lineage.get("summaries")})
     result = _joined(config)
     record(config, result)
     return result

@@ -78,6 +78,13 @@ def test_everybody_s_candidates_are_ranked_by_all_and_models_are_compared_user_b
     # A stored one is asked again with less to go by.
     again = raypipe(*words, "--adapter", named)
     assert again.metrics["MRR@3"] == metrics["MRR@3"]
+    # It is shown the summaries that it was made with, unless it is told to go without.
+    knowing = f"trsr/{shown.result['models']['trsr']}"
+    same = raypipe(*words, "--adapter", knowing)
+    assert same.metrics["MRR@3"] == shown.metrics["MRR@3"]
+    without = raypipe(*words, "--adapter", knowing, "--summaries", "null")
+    assert without.code == 0, without.stderr
+    assert without.metrics["tokens_asked"] < same.metrics["tokens_asked"]
     bare = raypipe(*words, "--adapter", named, "--trsr.recent", 0)
     assert bare.metrics["tokens_asked"] < 0.9 * again.metrics["tokens_asked"]
 
