@@ -190,6 +190,7 @@ class _Inputs:
 
 def run_align(config: AlignConfig) -> JobResult:
     """Train the adapter unless one of this recipe is stored, and measure it. Raises UsageError before work starts."""
+    # Before it is asked and recorded: both have to name the same summaries.
     if config.system == "trsr" and config.adapter is not None and "summaries" not in config.model_fields_set:
         stored = find_model(Models(config.open_workspace().store), config.adapter)
         config = config.model_copy(update={"summaries": stored.lineage.get("summaries")})

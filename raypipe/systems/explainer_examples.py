@@ -161,10 +161,9 @@ class ExplainerExamples:
 
     def _some_of_each(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Of each row's places in `rows` as many as there are to be pairs, all alike likely."""
-        _, firsts, counts = np.unique(rows, return_index=True, return_counts=True)
-        if (
-            self.pairs == 1
-        ):  # Several draws in place of one sort: a training of the published tasks is repeated exactly.
+        if self.pairs == 1:
+            # The draws of the published tasks, one a row, so that what was trained on them can be trained again.
+            _, firsts, counts = np.unique(rows, return_index=True, return_counts=True)
             return firsts + self.rng.integers(counts)
         order = np.lexsort((self.rng.random(len(rows)), rows))
         _, firsts, counts = np.unique(rows[order], return_index=True, return_counts=True)
