@@ -29,20 +29,39 @@ def retrieval_figures(
 
     A title that comes again takes no place; one that no catalogue knows does.
     """
-    distinct = [list(dict.fromkeys(answer)) for answer in answers]
-    above = np.array(
-        [mine.index(title) if title in mine else _NOWHERE for mine, title in zip(distinct, right, strict=True)],
-        np.int64,
-    )
+    above = _places(answers, right)
     return {
-        **retrieval_metrics(above, np.ones_like(above), k),
+        f"T1 HR@{k}": Mean.of(hit_rate(above, np.ones_like(above), k)),
+        f"T1 NDCG@{k}": Mean.of(ndcg(above, np.ones_like(above), k)),
         "T1 valid": Mean.of(np.array([valid_ratio(answer, known) for answer in answers], np.float64)),
     }
 
 
-def retrieval_metrics(above: NDArray[np.int64], same: NDArray[np.int64], k: int = 5) -> dict[str, Mean]:
-    """T1 from how many items stand above f's best unseen one and how many beside it, itself included, as for `hit_rate`."""
-    return {f"T1 HR@{k}": Mean.of(hit_rate(above, same, k)), f"T1 NDCG@{k}": Mean.of(ndcg(above, same, k))}
+def unseen_retrieval_figures(
+    answers: Sequence[Sequence[str]], right: Sequence[str], seen: Sequence[Collection[str]], k: int = 5
+) -> dict[str, Mean]:
+    """`T1 HR@k unseen` and `T1 NDCG@k unseen` (ours): titles of a user's own history take no place, as they have none in f's
+    list. Without that, an answer that names them first is wrong even where its order is f's own."""
+    unseen = [[title for title in answer if title not in own] for answer, own in zip(answers, seen, strict=True)]
+    above = _places(unseen, right)
+    return unseen_retrieval_metrics(above, np.ones_like(above), k)
+
+
+def unseen_retrieval_metrics(above: NDArray[np.int64], same: NDArray[np.int64], k: int = 5) -> dict[str, Mean]:
+    """The same from how many unseen items stand above f's best and how many beside it, itself included, as for `hit_rate`."""
+    return {
+        f"T1 HR@{k} unseen": Mean.of(hit_rate(above, same, k)),
+        f"T1 NDCG@{k} unseen": Mean.of(ndcg(above, same, k)),
+    }
+
+
+def _places(answers: Sequence[Sequence[str]], right: Sequence[str]) -> NDArray[np.int64]:
+    """How many distinct titles stand above the right one."""
+    distinct = [list(dict.fromkeys(answer)) for answer in answers]
+    return np.array(
+        [mine.index(title) if title in mine else _NOWHERE for mine, title in zip(distinct, right, strict=True)],
+        np.int64,
+    )
 
 
 def ranking_figures(answers: Sequence[Sequence[str]], orders: Sequence[Sequence[str]]) -> dict[str, Mean]:

@@ -79,7 +79,7 @@ def _series(figures: Sequence[Figure], metrics: Sequence[str]) -> list[Series]:
 def _projection(figures: Sequence[Figure]) -> list[Plot]:
     """What probes read on the way from a state to words, beside the words."""
     found = []
-    for metric in ("recovery", "T1 HR@5"):
+    for metric in ("recovery", "T1 HR@5", "T1 HR@5 unseen"):
         rows = rows_of(figure for figure in figures if figure.metric == metric)
         for own in (row for row in rows if row.kind == "model"):
             cells: dict[str, Cell] = {

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from raypipe.config import Config, shaping
 from raypipe.metrics.ranking import Mean, hit_rate
-from raypipe.recommenders.scoring import ranks_among
+from raypipe.recommenders.scoring import Filters, ranks_among
+from raypipe.recommenders.sequences import Sequences
 from raypipe.systems.early_stopping import EarlyStopping
 
 CONTROL = "shuffled states"
@@ -32,12 +33,14 @@ class LabelledVectors:
     """Vectors to read and what stands behind each.
 
     `vectors` float32 [n, width]; for what lies between two states, both side by side. `targets` item indices (1…items) of
-    each row, at least one: the last items of a history, or a single one. `users` int64 [n] says whose each row is.
+    each row, at least one: the last items of a history, or a single one. `users` int64 [n] says whose each row is. `seen`
+    are items that are no target of a row, and take no place in `unseen hit@5`.
     """
 
     vectors: NDArray[np.float32]
     targets: Sequence[Sequence[int]]
     users: NDArray[np.int64]
+    seen: Sequence[Sequence[int]] = ()
 
     def of_others(self) -> LabelledVectors:
         """The control: every row with a vector of another user. Raises ValueError where one user has most of the rows."""
@@ -47,7 +50,7 @@ class LabelledVectors:
             raise ValueError("Half of the rows at most may be one user's, so that all can have a vector of another's.")
         vectors = np.empty_like(self.vectors)
         vectors[order] = self.vectors[np.roll(order, shift)]
-        return LabelledVectors(vectors, self.targets, self.users)
+        return LabelledVectors(vectors, self.targets, self.users, self.seen)
 
 
 class ProbeConfig(Config):
@@ -99,7 +102,8 @@ def probe_figures(probe: Probe, rows: LabelledVectors) -> dict[str, Mean]:
     """What the probe tells of the rows' targets, and under `shuffled states: ` what it does from others' vectors.
 
     `recovered`: the share of a row's k distinct targets among its k best items, comparable with `recovery` of an answer's
-    titles; for one target the accuracy. `hit@5`: the share of the targets among the best five.
+    titles; for one target the accuracy. `hit@5`: the share of the targets among the best five; `unseen hit@5`, where rows say
+    what was seen, among the best five that were not.
     """
     figures = _figures(probe, rows)
     return figures | {f"{CONTROL}: {name}": mean for name, mean in _figures(probe, rows.of_others()).items()}
@@ -108,13 +112,18 @@ def probe_figures(probe: Probe, rows: LabelledVectors) -> dict[str, Mean]:
 @torch.no_grad()
 def _figures(probe: Probe, rows: LabelledVectors) -> dict[str, Mean]:
     scores = probe(torch.from_numpy(rows.vectors))
-    recovered, hits = np.zeros(len(rows.targets)), np.zeros(len(rows.targets))
+    recovered, hits, unseen = np.zeros((3, len(rows.targets)))
     for row, targets in enumerate(rows.targets):
         distinct = torch.tensor(sorted(set(targets)))
         above, same = ranks_among(scores[row].expand(len(distinct), -1), distinct)
         recovered[row] = hit_rate(above.numpy(), same.numpy(), len(distinct)).mean()
         hits[row] = hit_rate(above.numpy(), same.numpy(), _HIT).mean()
-    return {"recovered": Mean.of(recovered), f"hit@{_HIT}": Mean.of(hits)}
+        if rows.seen:
+            seen = Filters(excluded=Sequences.of([rows.seen[row]] * len(distinct)))
+            above, same = ranks_among(scores[row].expand(len(distinct), -1), distinct, seen)
+            unseen[row] = hit_rate(above.numpy(), same.numpy(), _HIT).mean()
+    figures = {"recovered": Mean.of(recovered), f"hit@{_HIT}": Mean.of(hits)}
+    return figures | ({f"unseen hit@{_HIT}": Mean.of(unseen)} if rows.seen else {})
 
 
 def _shares(targets: Sequence[Sequence[int]], items: int) -> csr_array:

@@ -67,14 +67,14 @@ def probed(
     learnt: Mapping[str, LabelledVectors],
     asked: Mapping[str, LabelledVectors],
     items: int,
-    name: str,
-    figure: str = "recovered",
+    named: Mapping[str, str],
 ) -> dict[str, float]:
-    """By kind of vectors, the `figure` of a probe that learnt from some on the others' targets, as `probe of KIND: NAME`; a
-    control's has its own name between."""
+    """By kind of vectors, the figures of a probe that learnt from some on the others' targets, as `probe of KIND: NAME`; a
+    control's has its own name between. `named` says what each of `probe_figures` is called."""
     found: dict[str, float] = {}
     for kind, rows in learnt.items():
         figures = probe_figures(ProbeConfig().fit(rows, items), asked[kind])
-        found[f"probe of {kind}: {name}"] = round(figures[figure].value, 4)
-        found[f"probe of {kind}: {CONTROL}: {name}"] = round(figures[f"{CONTROL}: {figure}"].value, 4)
+        for figure, name in named.items():
+            found[f"probe of {kind}: {name}"] = round(figures[figure].value, 4)
+            found[f"probe of {kind}: {CONTROL}: {name}"] = round(figures[f"{CONTROL}: {figure}"].value, 4)
     return found

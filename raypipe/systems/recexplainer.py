@@ -21,6 +21,7 @@ stand side by side; and T6 of one title at a time (`listed`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -41,6 +42,7 @@ from raypipe.metrics.alignment import (
     ranking_figures,
     reconstruction_figures,
     retrieval_figures,
+    unseen_retrieval_figures,
 )
 from raypipe.metrics.ranking import Mean
 from raypipe.metrics.recovery import titles_in
@@ -70,6 +72,7 @@ TRAINING = {"epochs": 10, "batch_size": 64, "lr": 1e-4}
 _ALL: tuple[Task, ...] = ("T1", "T2", "T3", "T4", "T5", "T6", "T6b")
 _ASKED: dict[Variant, Form] = {"B": "text", "I": "vectors", "H": "both"}
 _BEAMS = 5
+_UNSEEN_SEARCHED = 10  # so that five are left
 _SURROGATES: dict[str, LinearConfig | TreeConfig | StudentConfig] = {
     "linear surrogate": LinearConfig(),
     "tree surrogate": TreeConfig(),
@@ -195,6 +198,9 @@ class RecExplainer:
     def measured(self, source: Source, engine: Engine, asked: int, most_tokens: int) -> dict[str, float]:
         """How far the model predicts what the recommender says of held-out users; beside it, asked as somebody else.
 
+        `T1 HR@5 unseen` (ours) leaves out titles of the user's own history, as the recommender's list does: *m*, of five that
+        a small model names the user has seen two or three.
+
         `T2 NDCG@5` is of the order that the model writes, `by interest` (ours) of the one by how likely yes is of each candidate,
         as T3 asks: a small model tells the better item long before it writes five in order.
 
@@ -223,8 +229,10 @@ class RecExplainer:
         learnt = drawn_places(rows, source.histories.lengths[rows], positions, rng)
         rows = self._asked(source, asked)
         told = rows, source.histories.lengths[rows]
-        sides = [self._probed(source, lm, *places) for places in (learnt, told)]
-        found = probed(sides[0], sides[1], source.recommender.items, "T1 HR@5", "hit@5")
+        seen = [source.before_cut(row) for row in rows.tolist()]
+        reading = {kind: replace(mine, seen=seen) for kind, mine in self._probed(source, lm, *told).items()}
+        named = {"hit@5": "T1 HR@5", "unseen hit@5": "T1 HR@5 unseen"}
+        found = probed(self._probed(source, lm, *learnt), reading, source.recommender.items, named)
         lessons = [
             Lessons.of(source, owners[enough], events[enough], np.random.default_rng(0))
             for owners, events in (learnt, told)
@@ -274,6 +282,10 @@ class RecExplainer:
         several = Decoding(max_new_tokens=most_tokens, beams=_BEAMS)
         answers, refused["T1"] = _texts(engine, questions.next_item, several, one)
         lists = [[text.strip() for text in texts] for texts in answers]
+        seen = [set(source.titles_of(source.before_cut(row))) for row in rows.tolist()]
+        wide = searching(_UNSEEN_SEARCHED, most_tokens)
+        answers, refused["T1 unseen"] = _texts(engine, questions.next_item, wide, one)
+        searched = [likeliest(texts, wide.beams) for texts in answers]
         answers, refused["T2"] = _texts(engine, questions.ranking, Decoding(max_new_tokens=most_tokens), five)
         ranked = [titles_in(texts[0], source.known) for texts in answers]
         favourites = source.titles_of(taught.favourites.tolist())
@@ -286,6 +298,7 @@ class RecExplainer:
         yes, no = likelihoods.T
         figures = {
             **retrieval_figures(lists, favourites, source.known),
+            **unseen_retrieval_figures(searched, favourites, seen),
             **ranking_figures(ranked, orders),
             "T2 NDCG@5 by interest": Mean.of(order_ndcg(np.take_along_axis(interest, taught.orders, 1))),
             "T3 accuracy": Mean.of(decisions(yes, no, np.arange(len(yes)) < len(questions.liked))),

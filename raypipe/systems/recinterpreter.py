@@ -290,7 +290,10 @@ class RecInterpreter:
         rows = source.rows(held_out=True, least=2, most=asked, rng=np.random.default_rng(0))
         told = self._probed(source, lm, rows, source.histories.lengths[rows])
         items = source.recommender.items
-        return {**probed(learnt[0], told[0], items, "recovery"), **probed(learnt[1], told[1], items, "residual")}
+        return {
+            **probed(learnt[0], told[0], items, {"recovered": "recovery"}),
+            **probed(learnt[1], told[1], items, {"recovered": "residual"}),
+        }
 
     def _probed(
         self, source: Source, lm: AdaptedLm, rows: NDArray[np.int64], events: NDArray[np.int64]

@@ -5,8 +5,8 @@ weight for every item and how lately it was chosen, and a tree of questions abou
 `Floor` does, and `surrogate_figures` measures whatever does: floors and f itself too.
 
 Of a SASRec of width 64 on MovieLens-100k, learnt at 8,480 places of 848 users and asked after the last event of 95 others (T1
-HR@5, T2, T3): linear .67, .93, .96 in 8 s of one core; tree .22, .86, .90 in 2 s; student .46, .77, .79 in 24 s, because it learns
-f's best item alone; transitions .40, .84, .89.
+HR@5 unseen, T2, T3): linear .67, .93, .96 in 8 s of one core; tree .22, .86, .90 in 2 s; student .46, .77, .79 in 24 s, because
+it learns f's best item alone; transitions .40, .84, .89.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from scipy.sparse import csr_array, hstack
 from scipy.sparse.linalg import lsqr
 
 from raypipe.config import Config, shaping
-from raypipe.metrics.alignment import decisions, order_ndcg, retrieval_metrics
+from raypipe.metrics.alignment import decisions, order_ndcg, unseen_retrieval_metrics
 from raypipe.metrics.ranking import Mean
 from raypipe.recommenders.config import RecommenderConfig
 from raypipe.recommenders.floors import Floor
@@ -202,7 +202,7 @@ class Student:
 
 
 def surrogate_figures(surrogate: Floor, learnt: Lessons, asked: Lessons) -> dict[str, Mean]:
-    """T1 to T3 of `asked`, named as in `alignment`: HR@5 and NDCG@5 of f's best item, NDCG@5 of five candidates, accuracy.
+    """T1 to T3 of `asked`, named as in `alignment`: HR@5 and NDCG@5 of f's best unseen item, NDCG@5 of five candidates, accuracy.
 
     For T3 an item's rank among the unseen is the answer: Yes up to the rank that is right for most of `learnt`.
     """
@@ -211,7 +211,7 @@ def surrogate_figures(surrogate: Floor, learnt: Lessons, asked: Lessons) -> dict
     ranks = np.concatenate([liked, disliked])
     right = decisions(-ranks, np.full(len(ranks), -threshold), np.arange(len(ranks)) < len(liked))
     return {
-        **retrieval_metrics(favourites[:, 0], favourites[:, 1]),
+        **unseen_retrieval_metrics(favourites[:, 0], favourites[:, 1]),
         "T2 NDCG@5": Mean.of(ndcgs),
         "T3 accuracy": Mean.of(right),
     }

@@ -15,6 +15,7 @@ from raypipe.metrics.alignment import (
     ranking_figures,
     reconstruction_figures,
     retrieval_figures,
+    unseen_retrieval_figures,
 )
 
 ORDER = ["Alien", "Aliens", "Alien³", "Heat", "Big"]
@@ -43,6 +44,13 @@ def test_in_retrieval_a_repeated_title_takes_no_place_and_an_unknown_one_does() 
     figures = retrieval_figures(answers, ["Alien"] * 2, KNOWN)
     assert figures["T1 NDCG@5"].value == pytest.approx((1 / np.log2(3) + 1 / np.log2(4)) / 2)
     assert figures["T1 valid"].value == pytest.approx((1 + 1 / 3) / 2)
+
+
+def test_titles_a_user_has_seen_take_no_place_among_the_unseen() -> None:
+    answers = [["Heat", "Big", "Heet", "Alien"], ["Heat", "Alien"], ["Alien"], ["Heat"] * 9, ["Big"]]
+    figures = unseen_retrieval_figures(answers, ["Alien"] * 5, [{"Heat", "Big"}, set(), {"Alien"}, set(), {"Big"}])
+    assert figures["T1 HR@5 unseen"].value == pytest.approx(2 / 5)
+    assert figures["T1 NDCG@5 unseen"].value == pytest.approx((1 / np.log2(3) + 1 / np.log2(3)) / 5)
 
 
 def test_every_order_scores_as_in_scikit_learn_and_a_random_one_6131() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -48,6 +50,18 @@ def test_less_is_read_of_noisier_vectors_and_of_noise_nothing() -> None:
     }
     assert read[0.0] > read[3.0] + 0.2 > read[1000.0] + 0.3
     assert read[1000.0] == pytest.approx(4 / ITEMS, abs=0.03)
+
+
+def test_what_was_seen_takes_no_place_among_the_best_five() -> None:
+    probe = ProbeConfig(kind="linear", training=QUICK).fit(sets_of(0), ITEMS)
+    told = sets_of(1)
+    seen, seventh = [[1, 2, 3, 4, 5, 6]] * len(told.users), replace(told, targets=[[7]] * len(told.users))
+    with torch.no_grad():
+        probe.layers.bias[:] = -torch.arange(ITEMS + 1) * 1e4  # the smaller an item, the better, whatever the vector
+    assert "unseen hit@5" not in probe_figures(probe, seventh)
+    figures = probe_figures(probe, replace(seventh, seen=seen))
+    assert figures["hit@5"].value == 0
+    assert figures["unseen hit@5"].value == figures["shuffled states: unseen hit@5"].value == 1
 
 
 def test_a_hidden_layer_reads_what_is_not_linear() -> None:

@@ -57,7 +57,7 @@ def test_a_probe_finds_what_is_there_and_its_control_does_not() -> None:
         items = rng.integers(1, 21, count)
         return LabelledVectors(codes[items], items[:, None].tolist(), np.arange(count))
 
-    found = probed({"states": rows(400)}, {"states": rows(200)}, 20, "residual")
+    found = probed({"states": rows(400)}, {"states": rows(200)}, 20, {"recovered": "residual"})
     assert found["probe of states: residual"] > 0.95
     assert found["probe of states: shuffled states: residual"] < 0.15
 
@@ -81,4 +81,6 @@ def test_systems_probe_every_stage_on_the_way_into_words(
     assert all(0 <= value <= 1 for value in found.values())
     if isinstance(config, ExplainerConfig):
         assert {model.split(": ")[0] for model in found} >= {"linear surrogate", "tree surrogate", "student"}
-        assert found["in-context LM: T1 HR@5"] == 0
+        assert found["in-context LM: T1 HR@5"] == found["in-context LM: T1 HR@5 unseen"] == 0
+        for kind in kinds:
+            assert found[f"probe of {kind}: T1 HR@5 unseen"] >= found[f"probe of {kind}: T1 HR@5"]
