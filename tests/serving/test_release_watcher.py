@@ -17,7 +17,6 @@ from raypipe.serving.config import ServiceConfig
 from raypipe.serving.queries import RecommendAnswer, RecommendQuery
 from raypipe.serving.release_watcher import ReleaseWatcher
 from raypipe.serving.serve import ServeConfig, run_serve
-from raypipe.serving.served import UnfitError
 from raypipe.serving.service import RefusedQueryError
 from raypipe.storage.models import Model, Models
 from raypipe.storage.online import OnlineStoreDownError, open_online_store
@@ -114,21 +113,30 @@ def test_a_user_whose_state_is_of_an_older_history_is_ranked_by_the_new_one(rayp
     assert [item["score"] for item in by_user["items"]] == pytest.approx(scores, rel=1e-5)
 
 
-def test_a_release_that_does_not_answer_is_refused_and_the_old_one_stays(ready: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        pytest.param(np.nan, "weights that are no finite numbers", id="damaged weights"),
+        pytest.param(1e37, "its lists are too short", id="scores that overflow"),
+    ],
+)
+def test_a_release_that_does_not_answer_is_refused_and_the_old_one_stays(
+    ready: str, tmp_path: Path, change: float, reason: str
+) -> None:
     service = LocalService(ready)
     service.post("recommend", {"history": ["i1"], "only": {"genre": "War"}})
     old = service.get("release").json()["release"]
-    bad = changed(ready, tmp_path / "bad", np.nan)
+    bad = changed(ready, tmp_path / "bad", change)
     service.backend.watcher.poll()
     told = service.get("release").json()
     assert told["release"] == old
-    assert "its lists are too short" in told["refused"][bad.hash]
+    assert reason in told["refused"][bad.hash]
     assert service.post("recommend", {"user_id": "u1"}).status_code == 200
     # A replica that starts now serves the one that was fit; one of a service that never ran has none.
     assert LocalBackend(ServiceConfig(workspace=ready)).watcher.served.target.release == old
     releases = Releases(Store(ready))
     releases.point("served", releases.get(bad.hash))
-    with pytest.raises(UnfitError, match="its lists are too short"):
+    with pytest.raises(RaypipeError, match=reason):
         run_serve(ServeConfig(workspace=ready))
 
 
