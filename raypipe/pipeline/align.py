@@ -35,7 +35,7 @@ from raypipe.pipeline.lancer import run_lancer
 from raypipe.pipeline.loaded import BUILTIN, Loaded, chosen_lm
 from raypipe.pipeline.replay import read_replay
 from raypipe.pipeline.sequences import histories_hash, pinned_versions, read_histories
-from raypipe.pipeline.training_folders import TrainingOptions
+from raypipe.pipeline.training_folders import TrainingOptions, prepared_once
 from raypipe.pipeline.trsr import run_trsr
 from raypipe.recommenders.recommender import freeze, weights_hash
 from raypipe.runtime.job import JobConfig, JobResult, ModelCache
@@ -325,8 +325,9 @@ def _train(
     backbone = load_backbone(str(inputs.lm), device="cpu")
     build_adapter(backbone, card)  # what cannot be built is told here, and not by a worker
     rng = np.random.default_rng(config.trainer.seed)
-    try:
-        counts = prepare_alignment(
+
+    def prepare() -> dict[str, int]:
+        return prepare_alignment(
             folder / "data",
             system.examples(inputs.source, config.users, config.positions, rng),
             backbone,
@@ -336,6 +337,9 @@ def _train(
             card,
             config.trainer.seed,
         )
+
+    try:
+        counts = prepared_once(folder / "data", inputs.lm, prepare)
     except ValueError as error:
         raise UsageError(str(error), "Ask for fewer titles, or name a language model of a longer context.") from None
     say(f"{JOB}: training on {counts['examples']:,} examples, {counts['tokens']:,} tokens")

@@ -28,6 +28,7 @@ from raypipe.pipeline.held_out import Cut, are_held_out
 from raypipe.pipeline.job import model_result
 from raypipe.pipeline.loaded import chosen_lm
 from raypipe.pipeline.sequences import catalogue_of, histories_hash, pinned_versions, read_histories
+from raypipe.pipeline.training_folders import prepared_once
 from raypipe.recommenders.attribute_scores import AttributeScores, save_scores
 from raypipe.recommenders.checkpoint import catalogue_card
 from raypipe.recommenders.windows import Histories
@@ -222,8 +223,9 @@ def _tuned(
     owners, events = drawn_places(rows, inputs.histories.lengths[rows] - 1, config.positions, rng)
     targets = inputs.histories.items[inputs.histories.starts[owners] + events]
     card = AdapterCard(guided.adapter, {}, inputs.lm_hash, "")
-    try:
-        counts = prepare_tuning(
+
+    def prepare() -> dict[str, int]:
+        return prepare_tuning(
             folder / "data",
             questions.ids(questions.of_items()),
             questions.ids(questions.of_users(inputs.firsts(owners, events))),
@@ -234,6 +236,9 @@ def _tuned(
             guided,
             config.trainer.seed,
         )
+
+    try:
+        counts = prepared_once(folder / "data", inputs.lm, prepare)
     except ValueError as error:
         raise UsageError(str(error), "Ingest more users, or lower --held_out_share.") from None
     build_adapter(questions.backbone, card)  # what cannot be built is told here, and not by a worker

@@ -18,7 +18,7 @@ from raypipe.language.pretraining import LmDataConfig, LmTask, prepare_lm
 from raypipe.pipeline.held_out import are_held_out
 from raypipe.pipeline.job import model_result
 from raypipe.pipeline.sequences import pinned_versions
-from raypipe.pipeline.training_folders import TrainingOptions
+from raypipe.pipeline.training_folders import TrainingOptions, prepared_once
 from raypipe.runtime.job import JobConfig, JobResult
 from raypipe.runtime.progress import say
 from raypipe.runtime.trainer import TrainerConfig, fit
@@ -86,10 +86,11 @@ def _train(
         items["text"].to_pylist(),
     )
     before = histories_before_cut(histories["items"].to_pylist(), config.hold_out)
-    counts = prepare_lm(folder / "data", before, catalogue, config.data)
+    data = folder / "data"
+    counts = prepared_once(data, None, lambda: prepare_lm(data, before, catalogue, config.data))
     say(f"lm: training on {counts['examples']:,} examples, {counts['tokens']:,} tokens")
     config.cluster.connect()
-    trained = fit(LmTask(folder / "data"), config.trainer, folder.name, folder / "checkpoint")
+    trained = fit(LmTask(data), config.trainer, folder.name, folder / "checkpoint")
     lineage = {
         "job": JOB,
         "versions": versions,

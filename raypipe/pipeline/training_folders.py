@@ -9,6 +9,7 @@ import json
 import shutil
 import socket
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from raypipe.config import Config, free, shaping
@@ -19,6 +20,7 @@ from raypipe.storage.store import Store
 from raypipe.storage.workspace import Workspace
 
 _NOTE = "outside.json"
+_COUNTS = "counts.json"
 
 
 class TrainingOptions(Config):
@@ -69,6 +71,23 @@ class TrainingOptions(Config):
         if self.trainer.storage:
             places.append(f"{self.trainer.storage.rstrip('/')}/{name}-*")
         return places
+
+
+def prepared_once(folder: Path, lm: Path | None, prepare: Callable[[], Mapping[str, float]]) -> dict[str, float]:
+    """What `prepare` counted as it filled `folder`: now, or before this training was interrupted, which took hours of many users.
+
+    The folder belongs to one recipe, so that it holds what would be prepared again; but for where the language model lies, which
+    is read from there by all workers.
+    """
+    told = folder / _COUNTS
+    if told.is_file() and (earlier := json.loads(told.read_text()))["lm"] == str(lm):
+        return dict(earlier["counts"])
+    told.unlink(missing_ok=True)
+    counts = dict(prepare())
+    written = told.with_suffix(".part")
+    written.write_text(json.dumps({"lm": str(lm), "counts": counts}))
+    written.replace(told)
+    return counts
 
 
 def trainings_outside(store: Store, folder: str = "staging") -> list[str]:

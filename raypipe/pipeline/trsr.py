@@ -28,6 +28,7 @@ from raypipe.pipeline.job import model_result
 from raypipe.pipeline.loaded import Loaded, chosen_lm
 from raypipe.pipeline.past_summaries import past_summaries
 from raypipe.pipeline.sequences import catalogue_of, histories_hash, pinned_versions, read_histories
+from raypipe.pipeline.training_folders import prepared_once
 from raypipe.pipeline.trsr_measures import RankingInputs, check_comparable, compared, measure, ranker_of, save_ranks
 from raypipe.recommenders.recommender import freeze
 from raypipe.runtime.job import JobResult
@@ -139,10 +140,11 @@ def _train(
     trsr = ranker_of(config.trsr, inputs, backbone)
     build_adapter(backbone, card)  # what cannot be built is told here, and not by a worker
     rng = np.random.default_rng(config.trainer.seed)
-    if _left(config):
-        _prepare_validation(config, inputs, trsr, folder / "data")
-    try:
-        counts = prepare_alignment(
+
+    def prepare() -> dict[str, int]:
+        if _left(config):
+            _prepare_validation(config, inputs, trsr, folder / "data")
+        return prepare_alignment(
             folder / "data",
             trsr.examples(config.users, config.positions, _left(config), rng),
             backbone,
@@ -152,6 +154,9 @@ def _train(
             card,
             config.trainer.seed,
         )
+
+    try:
+        counts = prepared_once(folder / "data", inputs.lm, prepare)
     except ValueError as error:
         raise UsageError(str(error), "Ingest longer histories, or name a language model of a longer context.") from None
     say(f"{NAME}: training on {counts['examples']:,} examples, {counts['tokens']:,} tokens")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from raypipe.errors import RaypipeError
-from raypipe.pipeline.training_folders import TrainingOptions, trainings_outside
+from raypipe.pipeline.training_folders import TrainingOptions, prepared_once, trainings_outside
 from raypipe.runtime.trainer import TrainerConfig
 from raypipe.storage.store import Store
 from raypipe.storage.workspace import Workspace
@@ -91,6 +91,52 @@ def test_trainings_of_a_workspace_on_s3_keep_histories_outside_of_it(
     options.remove_training(workspace, "lm-1")
     assert not folder.exists()
     assert workspace.store.list("staging") == []
+
+
+def test_what_was_prepared_whole_is_not_prepared_again(tmp_path: Path) -> None:
+    ended: list[str] = []
+
+    def prepare() -> dict[str, int]:
+        (tmp_path / "tokens").write_text("begun")
+        if not ended:
+            ended.append("killed")
+            raise KeyboardInterrupt
+        ended.append("whole")
+        return {"examples": len(ended)}
+
+    with pytest.raises(KeyboardInterrupt):
+        prepared_once(tmp_path, Path("lm"), prepare)
+    assert prepared_once(tmp_path, Path("lm"), prepare) == {"examples": 2}
+    assert prepared_once(tmp_path, Path("lm"), prepare) == {"examples": 2}
+    assert ended == ["killed", "whole"]
+    # Workers read the language model from the folder that is noted: it may lie elsewhere when the training goes on.
+    assert prepared_once(tmp_path, Path("moved"), prepare) == {"examples": 3}
+
+
+def test_a_resumed_training_of_a_language_model_reads_what_was_prepared(
+    raypipe: Run, small_chains: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (
+        "lm",
+        "--workspace",
+        small_chains,
+        "--trainer.steps",
+        2,
+        "--trainer.device",
+        "cpu",
+        "--work_folder",
+        tmp_path / "w",
+    )
+    with monkeypatch.context() as broken:
+        broken.setattr(
+            "raypipe.pipeline.lm.fit", lambda *_: (_ for _ in ()).throw(RaypipeError("The driver dies here."))
+        )
+        assert raypipe(*words).code == 1
+    monkeypatch.setattr("raypipe.pipeline.lm.prepare_lm", lambda *_: pytest.fail("prepared again"))
+    ended = raypipe(*words)
+    assert (ended.code, ended.status) == (0, "ok"), ended.stderr
+    assert ended.metrics["examples"] > 0
+    assert names(tmp_path / "w") == []
 
 
 def test_what_cannot_be_deleted_is_told_and_fails_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
