@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
 import yaml
 from pydantic import ValidationError, field_validator
-from sklearn.decomposition import NMF
-from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
 
 from raypipe.config import Config, first_problem, shaping
 from raypipe.errors import UsageError
@@ -83,9 +82,14 @@ def derived_attributes(catalogue: Catalogue, count: int) -> tuple[Attribute, ...
     Topics are the parts of a non-negative factorisation of TF-IDF (Lee & Seung 1999); a field's value is one word of it. Raises
     UsageError where the catalogue's words do not tell its items apart.
     """
+    # Every job that aligns imports this module, and scikit-learn takes as long to import as torch.
+    from sklearn.decomposition import NMF
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
+
     texts = catalogue.texts or [""] * len(catalogue.titles)
     documents = list(zip(catalogue.titles, catalogue.attributes, texts, strict=True))
-    vectorizer = TfidfVectorizer(analyzer=_words, min_df=_RAREST, max_df=_MOST_COMMON)
+    telling = partial(_words, of_no_topic=ENGLISH_STOP_WORDS)
+    vectorizer = TfidfVectorizer(analyzer=telling, min_df=_RAREST, max_df=_MOST_COMMON)
     try:
         weights = vectorizer.fit_transform(documents)
     except ValueError:
@@ -115,9 +119,9 @@ def derived_attributes(catalogue: Catalogue, count: int) -> tuple[Attribute, ...
     return tuple(named.values())
 
 
-def _words(document: tuple[str, Mapping[str, Sequence[str]], str]) -> Iterator[str]:
+def _words(document: tuple[str, Mapping[str, Sequence[str]], str], of_no_topic: Collection[str]) -> Iterator[str]:
     title, attributes, text = document
     yield from (value.lower() for values in attributes.values() for value in values)
     for word in _WORD.findall(f"{title} {text}".lower()):
-        if word not in ENGLISH_STOP_WORDS:
+        if word not in of_no_topic:
             yield word
