@@ -18,10 +18,11 @@ from torch import Tensor
 from raypipe.pipeline.rejects import WORKER_DIED, blocked_users, stage_rejected
 from raypipe.pipeline.user_rows import UserRows
 from raypipe.recommenders.checkpoint import load_recommender
+from raypipe.recommenders.prefixes import prefix_states
 from raypipe.recommenders.ranking import batches_by_length, sequences_of
 from raypipe.recommenders.recommender import Recommender
 from raypipe.recommenders.scoring import Filters, top_k
-from raypipe.recommenders.windows import Histories
+from raypipe.recommenders.windows import Histories, stretches
 from raypipe.runtime.session import output_table
 from raypipe.runtime.units import UnitContext
 from raypipe.storage.fingerprint import schema_hash
@@ -147,6 +148,7 @@ class EncodeBucket:
         if not len(work):
             return [], [], 0
         known = state.histories.within(self.model.items)
+        events = state.histories.offsets_within(self.model.items)
         is_warm = known.lengths[work] > 0
         made: list[pa.Table] = []
         failed: list[int] = []
@@ -156,7 +158,8 @@ class EncodeBucket:
                 continue
             context.journal([names[place] for place in batch])
             for block in self._blocks(known, batch):
-                made.append(self.task.rows.warm(self.model, known, block, state.seeds[block]))
+                rows = self.task.rows.warm(self.model, known, block, state.seeds[block])
+                made.append(_at_events(rows, known.starts, events))
         cold = work[~is_warm]
         if len(cold) and (rows := self.task.rows.cold(cold)) is not None:
             return [*made, rows], failed, 0
@@ -208,9 +211,17 @@ class EncodeBucket:
         return staged
 
 
+def _at_events(rows: pa.Table, starts: NDArray[np.int64], events: NDArray[np.int64]) -> pa.Table:
+    """Rows with a `position` among the events a model knows, `starts` [users] their first ones, at that among all events."""
+    if "position" not in rows.column_names:
+        return rows
+    at = starts[rows["place"].to_numpy()] + rows["position"].to_numpy()
+    return rows.set_column(rows.column_names.index("position"), "position", pa.array(events[at].astype(np.int32)))
+
+
 @dataclass(frozen=True)
 class States:
-    """The state of every history (`last`), or of every position of it (`all`).
+    """The state of every history (`last`), or of every prefix of it (`all`): after each event, and as if nothing had followed.
 
     With `queries`, what the model multiplies item vectors with instead: DreamRec's oracles. Those of a last position are
     the very ones that `recommend` ranks by.
@@ -224,16 +235,17 @@ class States:
         self, model: Recommender, known: Histories, places: NDArray[np.int64], seeds: NDArray[np.int64]
     ) -> pa.Table:
         device = model.table.device
-        sequences = sequences_of(known, places, model.max_length).to(device)
+        lengths = known.lengths[places]
         if self.positions == "last":
-            states, owners = model.encode(sequences), places
-            at = known.lengths[places] - 1
+            states, owners, at = (
+                model.encode(sequences_of(known, places, model.max_length).to(device)),
+                places,
+                lengths - 1,
+            )
         else:
-            states = model.encode_all(sequences)
-            rows = sequences.rows.cpu().numpy()
-            owners = places[rows]
-            at = sequences.offsets.cpu().numpy() + np.maximum(known.lengths[owners] - model.max_length, 0)
-            seeds = seeds[rows] ^ (known.lengths[owners] - 1 - at)
+            owners, at = np.repeat(places, lengths), stretches(np.zeros_like(lengths), lengths)
+            states = torch.from_numpy(prefix_states(model, known, owners, at + 1)).to(device)
+            seeds = np.repeat(seeds, lengths) ^ (np.repeat(lengths, lengths) - 1 - at)
         if self.queries:
             states = model.queries(states, torch.from_numpy(seeds).to(device))
         return pa.table(

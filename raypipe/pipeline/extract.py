@@ -6,7 +6,6 @@ import time
 from typing import Literal
 
 from raypipe.config import shaping
-from raypipe.errors import UsageError
 from raypipe.pipeline.encode import EncodeConfig, EncodeOptions, Encoding, run_encoding
 from raypipe.pipeline.encode_units import States
 from raypipe.pipeline.loaded import Loaded
@@ -14,13 +13,15 @@ from raypipe.runtime.job import JobResult
 from raypipe.storage.fingerprint import fingerprint
 
 JOB = "extract"
-STEP_VERSION = 1
+STEP_VERSION = 2
 
 
 class ExtractOptions(EncodeOptions):
     """Which states."""
 
-    positions: Literal["last", "all"] = shaping("last", "one state per user, or one after every event of the window")
+    positions: Literal["last", "all"] = shaping(
+        "last", "one state per user, after the last event, or one after every event"
+    )
     vectors: Literal["states", "queries"] = shaping(
         "states", "the states, or what item vectors are multiplied with: dreamrec's oracles"
     )
@@ -41,10 +42,6 @@ def run_extract(config: ExtractConfig) -> JobResult:
     workspace = config.open_workspace()
     workspace.require_info()
     loaded = Loaded.of(config, workspace, config.model)
-    if config.positions == "all" and not loaded.recommender.causal:
-        raise UsageError(
-            f"{loaded.model.name} has one state per prefix, not one per position.", "Extract with `--positions last`."
-        )
     recipe = state_recipe(loaded.model.hash, config.positions, config.vectors)
     oracles = config.vectors == "queries"
     variant = (

@@ -63,6 +63,11 @@ class Histories:
         kept = np.concatenate([[0], inside.cumsum()])
         return Histories(self.items[inside], kept[self.ends], self.users)
 
+    def offsets_within(self, items: int) -> NDArray[np.int64]:
+        """Of each event that `within` keeps its place in the whole history, from 0."""
+        inside = self.items <= items
+        return stretches(np.zeros_like(self.lengths), self.lengths)[inside]
+
     def counts(self, items: int) -> NDArray[np.int64]:
         """int64 [items + 1], how often each item occurs."""
         return np.bincount(self.items, minlength=items + 1).astype(np.int64)

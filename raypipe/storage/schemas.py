@@ -79,6 +79,7 @@ HISTORIES = _spec(
     ("bucket",),
     ("user_id",),
 )
+# `position` is the place in the whole history, from 0, of the last event that the state has read.
 HIDDEN_STATES = _spec(
     "hidden_states",
     [("user_id", pa.string()), ("position", pa.int32()), ("state", _STATE), ("change_key", pa.string())],

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import model_validator
+from torch.nn import functional
 
 from raypipe.config import Config, free, shaping
 from raypipe.engines.engine import Choices, Decoding, Engine, EngineConfig, Outcome
@@ -365,16 +366,16 @@ def _outcomes(engine: Engine, prompts: Sequence[Prompt], decoding: Decoding, cho
 @torch.no_grad()
 def oracles_of(source: Source, readings: Sequence[Reading]) -> list[Oracle]:
     """What the recommender would have next after each history: DreamRec's oracle, or the mean of item vectors by how likely another
-    recommender finds each, as long as these are."""
+    recommender finds each, as long as these are. Each with the title of the item nearest to it by cosine: the best one of a
+    recommender need not be, of such a mean."""
     model = source.recommender
     states = torch.from_numpy(np.concatenate([reading.after.values[-1:] for reading in readings]))
     queries = model.queries(states.to(model.table.device))
     table = torch.from_numpy(source.item_states).to(queries.device)
-    nearest, _ = top_k(queries, table, 1)
-    titles = source.titles_of(nearest[:, 0].tolist())
     oracles = queries.float()
     if not model.queries_are_items:
         oracles = (oracles @ table[1:].T).softmax(1) @ table[1:]
         oracles = oracles * (table[1:].norm(dim=1).mean() / oracles.norm(dim=1, keepdim=True).clamp(min=1e-12))
-    vectors = oracles.cpu().numpy()
+    nearest, _ = top_k(functional.normalize(oracles, dim=1), functional.normalize(table, dim=1), 1)
+    titles, vectors = source.titles_of(nearest[:, 0].tolist()), oracles.cpu().numpy()
     return [Oracle(Vectors(vector[None], SOURCE), title) for vector, title in zip(vectors, titles, strict=True)]
