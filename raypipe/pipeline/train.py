@@ -125,8 +125,8 @@ def run_train(config: TrainConfig) -> JobResult:
 def protocol(config: TrainOptions) -> dict[str, str]:
     """The switches that move recommenders' figures most, in words."""
     return {
-        "loss": config.recommender.loss.kind,
-        "history": f"last {config.recommender.max_length} items",
+        "loss": config.recommender.objective,
+        "history": f"last {config.recommender.items_seen} items",
         "windows": "all positions",
     }
 

@@ -60,6 +60,23 @@ class RecommenderConfig(Config):
             raise ValueError(f"guided is for {', '.join(_GUIDED)}, and the model is {self.model}")
         return self
 
+    @property
+    def items_seen(self) -> int:
+        """How many last items of a history a state sees."""
+        if self.model == "caser":
+            return min(self.caser.window, self.max_length)
+        return self.max_length - (self.model == "bert4rec")  # whose last place asks
+
+    @property
+    def objective(self) -> str:
+        """What training makes small, in words."""
+        if self.model == "bert4rec":
+            return f"{self.loss.kind} of masked items"
+        if self.model == "dreamrec":
+            rounding = self.dreamrec.rounding
+            return "squared error of item vectors" + (f" and {rounding:g} × {self.loss.kind}" if rounding else "")
+        return self.loss.kind
+
     def shaping_values(self) -> dict[str, Any]:
         """Without a guided block what it was before there were any: nothing is trained anew."""
         values = super().shaping_values()

@@ -48,7 +48,11 @@ def main() -> None:
     filtered = given.dataset != "amazon-industrial"  # whose users buy the same item again
     switch = [] if filtered else ["--no-filter_seen"]
     metrics = run("evaluate", *workspace, "--model", model, *switch)["metrics"]
-    protocol = f"leave-one-out, whole catalogue, seen items {'filtered' if filtered else 'kept'}, best validation"
+    # Training validates with seen items filtered, whatever is evaluated.
+    chosen = (
+        "seen items filtered, best validation" if filtered else "seen items kept, best validation with them filtered"
+    )
+    protocol = f"leave-one-out, whole catalogue, {chosen}"
     options = " -- " + " ".join(given.options) if given.options else ""
     rows = [
         {

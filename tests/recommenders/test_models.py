@@ -59,6 +59,28 @@ def test_no_state_moves_when_the_future_is_edited(name: str) -> None:
     torch.testing.assert_close(before[6:7], prefix, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_state_sees_as_many_items_as_the_protocol_says(name: str) -> None:
+    chosen = config(name)
+    model, history = chosen.build(ITEMS).eval(), some_histories()[1]
+    for back, is_seen in ((chosen.items_seen, True), (chosen.items_seen + 1, False)):
+        edited = list(history)
+        edited[-back] = edited[-back] % ITEMS + 1
+        before, after = (model.encode(Sequences.of([items])) for items in (history, edited))
+        assert torch.allclose(before, after, rtol=0, atol=1e-7) != is_seen
+
+
+def test_what_training_makes_small_is_told() -> None:
+    told = {name: config(name).objective for name in ("sasrec", "bert4rec", "dreamrec")}
+    assert told == {
+        "sasrec": "softmax",
+        "bert4rec": "softmax of masked items",
+        "dreamrec": "squared error of item vectors",
+    }
+    rounded = config("dreamrec", dreamrec={"steps": 20, "rounding": 0.5})
+    assert rounded.objective == "squared error of item vectors and 0.5 × softmax"
+
+
 def test_bert4rec_has_a_negative_for_each_masked_item() -> None:
     batch = {"items": torch.arange(1, 13), "lengths": torch.tensor([5, 7]), "negatives": torch.arange(12, 0, -1)}
     for masked in (1.0, 0.4):
