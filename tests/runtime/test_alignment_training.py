@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from raypipe.language.adapters import AdapterCard, AdapterConfig, LoraOptions, load_adapter
 from raypipe.language.alignment import AlignmentTask, prepare_alignment
@@ -18,6 +21,7 @@ from raypipe.language.prompt import Prompt, Vectors
 from raypipe.language.soft_prompts import SoftExample, collate, encode
 from raypipe.recommenders.recommender import weights_hash
 from raypipe.runtime.trainer import TrainerConfig, TrainingResult, fit
+from tests.runtime.dying import die_once
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 WORDS = ("Alien", "Brazil", "Casablanca", "Dune Dune Dune")
@@ -34,6 +38,25 @@ CARD = AdapterCard(
 CONFIG = TrainerConfig(
     steps=60, batch_size=8, lr=6e-3, warmup_steps=2, weight_decay=0, device="cpu", checkpoint_every=25
 )
+
+
+class Mortal(AlignmentTask):
+    """A task whose worker is killed at step 30, the first time it gets there."""
+
+    def __init__(self, folder: Path, deaths: Path) -> None:
+        super().__init__(folder)
+        self.deaths = deaths
+
+    def __reduce__(self):
+        return type(self), (self.folder, self.deaths)
+
+    def batch(self, step: int, seed: int, rank: int, world: int, batch_size: int) -> dict[str, Tensor]:
+        if step == 30:
+            die_once(self.deaths)
+        return super().batch(step, seed, rank, world, batch_size)
+
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 def example(place: int) -> SoftExample:
@@ -106,6 +129,15 @@ def test_an_adapter_learns_to_name_what_a_state_holds_and_changes_no_other_weigh
         batch = collate([prompt])
         logits = backbone.model(inputs_embeds=model.embed(batch), attention_mask=batch["mask"]).logits[0, -1]
         assert logits.argmax() == backbone.tokenizer(f" {word}", add_special_tokens=False)["input_ids"][0]
+
+
+def test_a_killed_worker_changes_no_loss_and_no_weight(single: TrainingResult, prepared: Path, tmp_path: Path) -> None:
+    killed = fit(Mortal(prepared, tmp_path), CONFIG, "alignment", tmp_path / "adapter")
+    assert (tmp_path / "died").exists()
+    assert killed.losses == single.losses
+    mine, theirs = (load_file(result.folder / "adapter.safetensors") for result in (killed, single))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(weight, theirs[name]) for name, weight in mine.items())
 
 
 @pytest.mark.parametrize("stage", [2, 3])

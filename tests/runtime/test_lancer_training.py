@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +21,7 @@ from raypipe.runtime.trainer import TrainerConfig, TrainingResult, fit
 from raypipe.systems.lancer import LancerConfig
 from raypipe.systems.lancer_examples import LancerTrainingData, prepare_lancer
 from raypipe.systems.lancer_training import LancerTask
+from tests.runtime.dying import die_once
 
 LINES = [f"Film {n}" for n in range(1, 9)]
 CONFIG = TrainerConfig(
@@ -48,15 +47,8 @@ class Mortal(LancerTask):
         return type(self), (self.folder, self.deaths)
 
     def batch(self, step: int, seed: int, rank: int, world: int, batch_size: int) -> dict[str, Tensor]:
-        if step == 8 and not (self.deaths / "died").exists():
-            (self.deaths / "died").touch()
-            deadline = time.monotonic() + 60  # Ray counts a checkpoint once its controller has polled it.
-            snapshots = self.deaths / "training"
-            while time.monotonic() < deadline and not any(
-                '"checkpoint_' in file.read_text() for file in snapshots.glob("*/checkpoint_manager_snapshot.json")
-            ):
-                time.sleep(0.1)
-            os._exit(1)
+        if step == 8:
+            die_once(self.deaths)
         return super().batch(step, seed, rank, world, batch_size)
 
 

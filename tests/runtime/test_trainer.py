@@ -1,9 +1,7 @@
 """Training under a real Ray and a real DeepSpeed: sharding changes no result, nor does a killed worker."""
 
 import math
-import os
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from raypipe.language.instructions import InstructionConfig
 from raypipe.language.pretraining import LmDataConfig, LmTask, prepare_lm
 from raypipe.runtime.averaging import WeightAverage
 from raypipe.runtime.trainer import TrainerConfig, TrainingResult, fit
+from tests.runtime.dying import die_once
 
 CONFIG = TrainerConfig(
     workers=2, steps=12, batch_size=8, lr=1e-2, warmup_steps=3, checkpoint_every=5, device="cpu", max_failures=1
@@ -52,23 +51,12 @@ class RegressionTask:
         return 12
 
     def batch(self, step: int, seed: int, rank: int, world: int, batch_size: int) -> dict[str, Tensor]:
-        if step == self.dies_at and rank == 1 and not (self.deaths / "died").exists():
-            (self.deaths / "died").touch()
-            self._wait_for_checkpoint(step)
-            os._exit(1)
+        if step == self.dies_at and rank == 1:
+            die_once(self.deaths, checkpointed=step > CONFIG.checkpoint_every)
         with (self.deaths / f"steps-{rank}").open("a") as log:
             log.write(f"{step}\n")
         x = torch.randn(batch_size, 6, generator=torch.Generator().manual_seed(seed * 1000 + step))
         return {"x": x[rank::world], "y": x.sum(1, keepdim=True)[rank::world]}
-
-    def _wait_for_checkpoint(self, step: int) -> None:
-        """Ray counts a checkpoint once its controller has polled it, seconds after the worker reported it."""
-        snapshots = self.deaths / "training"
-        deadline = time.monotonic() + 60
-        while step > CONFIG.checkpoint_every and time.monotonic() < deadline:
-            if any('"checkpoint_' in file.read_text() for file in snapshots.glob("*/checkpoint_manager_snapshot.json")):
-                return
-            time.sleep(0.1)
 
     def save(self, weights: Mapping[str, Tensor], folder: Path) -> None:
         folder.mkdir()

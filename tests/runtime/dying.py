@@ -1,0 +1,29 @@
+"""How the worker of a test's training dies."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import ray
+
+# Workers cannot import a module of the tests, so that it travels whole.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+_WAITED_S = 60
+
+
+def die_once(folder: Path, *, checkpointed: bool = True) -> None:
+    """Kills the process that calls it, the first time; where a checkpoint of the training in `folder` is to be there, once it is
+    counted: Ray does that when its controller has polled it, seconds after the worker reported it."""
+    if (folder / "died").exists():
+        return
+    (folder / "died").touch()
+    deadline = time.monotonic() + _WAITED_S
+    while checkpointed and time.monotonic() < deadline:
+        snapshots = (folder / "training").glob("*/checkpoint_manager_snapshot.json")
+        if any('"checkpoint_' in file.read_text() for file in snapshots):
+            break
+        time.sleep(0.1)
+    os._exit(1)
