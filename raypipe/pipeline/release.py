@@ -21,7 +21,7 @@ from raypipe.runtime.job import JobConfig, JobResult, ModelCache
 from raypipe.runtime.progress import say
 from raypipe.storage.locks import hold
 from raypipe.storage.models import Models, find_model
-from raypipe.storage.releases import Release, Releases
+from raypipe.storage.releases import Release, Releases, Verdict
 from raypipe.storage.workspace import Workspace
 
 JOB = "release"
@@ -102,13 +102,14 @@ def promote(config: ReleaseConfig, workspace: Workspace, recommender: str, lm: s
             return {}
         releases.point("candidate", releases.add(candidate))
         metrics = _judged(config, workspace, named, champion.recommender)
+        gate = config.gate.model_dump(mode="json")
         try:
             _check(config.gate, named, metrics)
-        except RefusedError:
-            releases.judge(named, False, metrics)
+        except RefusedError as refusal:
+            releases.judge(named, Verdict(False, metrics, gate, (refusal.problem, refusal.remedy)))
             raise
         releases.point("champion", candidate)
-        releases.judge(named, True, metrics)
+        releases.judge(named, Verdict(True, metrics, gate))
     say(f"Release {candidate.hash[:12]} is in force: {named}")
     return metrics
 

@@ -337,3 +337,36 @@ def test_a_night_trains_judges_recommends_and_a_refusal_keeps_the_release_in_for
     assert raypipe("online", "--workspace", trained).metrics["states"] == CHAIN_USERS - 1
     # Judged once: the same night again has nothing to do, and refuses nothing.
     assert raypipe(*short, "--date", "2026-01-07").status == "nothing_to_do"
+
+
+def test_a_refusal_is_told_again_until_a_night_has_ended_with_it_and_belongs_to_its_gate(
+    raypipe: Run, trained: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert raypipe("release", "--workspace", trained, "--recommender", "sasrec").code == 0
+    words = ("nightly", "--workspace", trained, "--summarize.engine.engine", "echo", "--train_policy", "nightly")
+    words += tuple(str(word).replace("--", "--train.") for word in CHAIN_TRAINING)
+    words += ("--train.trainer.steps", 1, "--date")
+    releases, nights = Releases(Store(trained)), Nights(Store(trained))
+    before = releases.named("champion")
+
+    def fail(*_: object) -> None:
+        raise RaypipeError("The machine went down.", "Submit it again.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nightly, "run_summarize", fail)
+        assert raypipe(*words, "2026-01-05").code == 1
+        assert nights.dates() == []
+    again = raypipe(*words, "2026-01-05")
+    assert (again.code, again.status, nights.dates()) == (3, "refused", ["2026-01-05"]), again.stderr
+    assert "of the release in force, which stays" in again.stderr
+    later = raypipe(*words, "2026-01-06")
+    assert (later.code, later.status) == (0, "nothing_to_do")
+    champion = releases.named("champion")
+    assert before is not None
+    assert champion is not None
+    assert champion.recommender == before.recommender
+    looser = raypipe(*words, "2026-01-06", "--gate.least_share", 0, "--no-gate.beats_popularity")
+    assert (looser.code, looser.status) == (0, "ok"), looser.stderr
+    champion = releases.named("champion")
+    assert champion is not None
+    assert champion.recommender != before.recommender
