@@ -20,6 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from pydantic import model_validator
+
 from raypipe.config import free, shaping
 from raypipe.errors import RaypipeError, RefusedError, UsageError
 from raypipe.pipeline.cards import write_cards
@@ -70,6 +72,15 @@ class NightlyConfig(ExplainPolicy, JobConfig):
         "loads the published night into the online store, for example --online.keep 1; unset: `raypipe online` does",
     )
     cards: int = free(12, "users shown in the night's cards", ge=0)
+
+    @model_validator(mode="after")
+    def _gate_needs_an_event(self) -> NightlyConfig:
+        if self.train_policy == "nightly" and not self.train.hold_out:
+            raise ValueError(
+                "the gate asks a new recommender for the last event of every user, which training sees with train.hold_out 0: "
+                "set train.hold_out to 2 or more, to 1 if nothing is validated, or train_policy to never"
+            )
+        return self
 
     def shared(self) -> dict[str, Any]:
         """What every step takes from the night."""

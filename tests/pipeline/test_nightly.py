@@ -198,6 +198,25 @@ def test_dates_that_make_no_sense_are_refused_before_work_starts(
     assert not (tmp_path / "workspace").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (
+            ("--train.hold_out", 0, "--train.trainer.validate_every", "null"),
+            "set train.hold_out to 2 or more, to 1 if nothing is validated, or train_policy to never.",
+        ),
+        (("--gate.metric", "NDGC@10"), "Config key 'gate.metric' is 'NDGC@10': `evaluate` has no such metric; it has"),
+    ],
+)
+def test_a_training_that_no_gate_can_judge_is_refused_before_work_starts(
+    raypipe: Run, tmp_path: Path, options: tuple[object, ...], problem: str
+) -> None:
+    ended = raypipe("nightly", "--workspace", tmp_path / "workspace", "--train_policy", "nightly", *options)
+    assert (ended.code, ended.status) == (2, "failed")
+    assert problem in one_paragraph(ended.stderr)
+    assert not (tmp_path / "workspace").exists()
+
+
 def test_a_step_that_fails_leaves_the_night_before_in_force(
     raypipe: Run, summarised: str, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
