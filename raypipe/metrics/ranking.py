@@ -59,7 +59,14 @@ def candidate_metrics(above: Counts, same: Counts, cutoffs: tuple[int, ...] = (3
     return {f"{name}@{k}": function(above, same, k) for k in cutoffs for name, function in functions.items()}
 
 
-def ranking_metrics(above: Counts, same: Counts, cutoffs: tuple[int, ...] = (5, 10, 20)) -> dict[str, Mean]:
+RANKING = {
+    f"{name}@{k}": (function, k)
+    for k in (5, 10, 20)
+    for name, function in {"HR": hit_rate, "NDCG": ndcg, "MRR": reciprocal_rank}.items()
+}
+"""The metrics of `ranking_metrics` by name, each with its function and its cutoff."""
+
+
+def ranking_metrics(above: Counts, same: Counts) -> dict[str, Mean]:
     """HR, NDCG and MRR at each cutoff, by name: `NDCG@10`."""
-    functions = {"HR": hit_rate, "NDCG": ndcg, "MRR": reciprocal_rank}
-    return {f"{name}@{k}": Mean.of(function(above, same, k)) for k in cutoffs for name, function in functions.items()}
+    return {name: Mean.of(function(above, same, k)) for name, (function, k) in RANKING.items()}

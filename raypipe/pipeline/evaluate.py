@@ -128,7 +128,8 @@ def held_out(workspace: Workspace, models: Sequence[Model]) -> HeldOut:
 def table(rows: dict[str, dict[str, Mean]], protocol: dict[str, str], users: int) -> str:
     """Metrics as lines, models and floors as columns, each with its 95 % interval."""
     switches = ", ".join(f"{name}: {value}" for name, value in protocol.items())
-    names = list(dict.fromkeys(name for means in rows.values() for name in means))
+    told = (name for means in rows.values() for name, mean in means.items() if not math.isnan(mean.value))
+    names = list(dict.fromkeys(told))
     wide = max(map(len, names))
     lines = [f"{users:,} users, the whole catalogue, {switches}", " " * wide + "".join(f"{row:>18}" for row in rows)]
     for name in names:

@@ -20,6 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from pydantic import model_validator
+
 from raypipe.config import free, shaping
 from raypipe.errors import RaypipeError, RefusedError, UsageError
 from raypipe.pipeline.cards import write_cards
@@ -70,6 +72,15 @@ class NightlyConfig(ExplainPolicy, JobConfig):
         "loads the published night into the online store, for example --online.keep 1; unset: `raypipe online` does",
     )
     cards: int = free(12, "users shown in the night's cards", ge=0)
+
+    @model_validator(mode="after")
+    def _gate_needs_an_event(self) -> NightlyConfig:
+        if self.train_policy == "nightly" and not self.train.hold_out:
+            raise ValueError(
+                "the gate asks a new recommender for the last event of every user, which training sees with train.hold_out 0: "
+                "set train.hold_out to 2 or more, to 1 if nothing is validated, or train_policy to never"
+            )
+        return self
 
     def shared(self) -> dict[str, Any]:
         """What every step takes from the night."""
@@ -140,6 +151,7 @@ def _run_night(config: NightlyConfig, date: str) -> JobResult:
     workspace = config.open_workspace()
     results: dict[str, JobResult] = {}
     passes: Counter[str] = Counter()
+    trained = ""
     refusal: RefusedError | None = None
     champion = Releases(workspace.store).named("champion")
     if champion is not None and (explaining := config.of_release(workspace, champion)) is not None:
@@ -165,8 +177,10 @@ def _run_night(config: NightlyConfig, date: str) -> JobResult:
     if engine.reads_checkpoint and engine.lm == BUILTIN:
         lm = take("lm", lambda: _train_once(config, workspace, shared)).models[MODEL]
     if config.train_policy == "nightly":
-        trained = take("train", lambda: run_train(TrainConfig(**shared, **dict(config.train))))
-        refusal = _judge(config, workspace, trained, lm)
+        training = take("train", lambda: run_train(TrainConfig(**shared, **dict(config.train))))
+        ((name, content),) = training.models.items()
+        trained = f"{name}/{content}"
+        refusal = _judge(config, workspace, trained, training.status == "ok", lm)
     release = _in_force(config, workspace, lm)
     explaining = config.of_release(workspace, release)
     if explaining is None and config.explain_policy == "nightly":
@@ -192,7 +206,10 @@ def _run_night(config: NightlyConfig, date: str) -> JobResult:
     if refusal is not None:
         say(f"{JOB}: {refusal.problem} {refusal.remedy}")
         status = "refused"
-    return _result(workspace, results, status, tables, parts, time.monotonic() - started)
+    ended = _result(workspace, results, status, tables, parts, time.monotonic() - started)
+    if refusal is not None:
+        Releases(workspace.store).tell(trained)  # last, so that a night that was interrupted refuses again
+    return ended
 
 
 def _published(
@@ -245,13 +262,15 @@ def _metrics(results: Mapping[str, JobResult]) -> dict[str, dict[str, Any]]:
     return {name: dict(result.metrics) for name, result in results.items()}
 
 
-def _judge(config: NightlyConfig, workspace: Workspace, trained: JobResult, lm: str) -> RefusedError | None:
-    """Put a newly trained recommender in force, or tell why not. One that was judged before is not judged again."""
-    ((name, content),) = trained.models.items()
-    named = f"{name}/{content}"
+def _judge(config: NightlyConfig, workspace: Workspace, named: str, is_new: bool, lm: str) -> RefusedError | None:
+    """Put a newly trained recommender in force, or tell why not. One that passed, or that this very gate refused, is not judged
+    again; a refusal with which no night has ended yet is told again."""
     releases = Releases(workspace.store)
-    if trained.status == "nothing_to_do" and releases.was_judged(named):
-        return None
+    if not is_new and (verdict := releases.verdict(named)) is not None:
+        if verdict.passed:
+            return None
+        if verdict.gate == config.gate.model_dump(mode="json"):
+            return None if verdict.told else RefusedError(*verdict.refusal)
     if (champion := releases.named("champion")) is not None and champion.adapters:
         lm = champion.lm
     try:

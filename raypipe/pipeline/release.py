@@ -9,19 +9,21 @@ from __future__ import annotations
 import math
 from dataclasses import asdict
 
+from pydantic import field_validator
+
 from raypipe.config import Config, free, shaping
 from raypipe.errors import RefusedError, UsageError
 from raypipe.language.adapters import read_card
 from raypipe.language.checkpoint import checkpoint_hash, resolve_checkpoint
 from raypipe.pipeline.evaluate import held_out
 from raypipe.pipeline.loaded import BUILTIN, Loaded, find_builtin_lm
-from raypipe.recommenders.evaluation import evaluate_floor, evaluate_model
+from raypipe.recommenders.evaluation import METRICS, evaluate_floor, evaluate_model
 from raypipe.recommenders.floors import Popularity
 from raypipe.runtime.job import JobConfig, JobResult, ModelCache
 from raypipe.runtime.progress import say
 from raypipe.storage.locks import hold
 from raypipe.storage.models import Models, find_model
-from raypipe.storage.releases import Release, Releases
+from raypipe.storage.releases import Release, Releases, Verdict
 from raypipe.storage.workspace import Workspace
 
 JOB = "release"
@@ -33,6 +35,13 @@ class GateConfig(Config):
     metric: str = shaping("NDCG@10", "of `evaluate`, on the last event of every user")
     least_share: float = shaping(0.98, "of the champion's figure", ge=0)
     beats_popularity: bool = shaping(True, "better than recommending what is popular")
+
+    @field_validator("metric")
+    @classmethod
+    def _is_known(cls, metric: str) -> str:
+        if metric not in METRICS:
+            raise ValueError(f"`evaluate` has no such metric; it has {', '.join(METRICS)}")
+        return metric
 
 
 class ReleaseConfig(JobConfig, ModelCache):
@@ -102,13 +111,14 @@ def promote(config: ReleaseConfig, workspace: Workspace, recommender: str, lm: s
             return {}
         releases.point("candidate", releases.add(candidate))
         metrics = _judged(config, workspace, named, champion.recommender)
+        gate = config.gate.model_dump(mode="json")
         try:
             _check(config.gate, named, metrics)
-        except RefusedError:
-            releases.judge(named, False, metrics)
+        except RefusedError as refusal:
+            releases.judge(named, Verdict(False, metrics, gate, (refusal.problem, refusal.remedy)))
             raise
         releases.point("champion", candidate)
-        releases.judge(named, True, metrics)
+        releases.judge(named, Verdict(True, metrics, gate))
     say(f"Release {candidate.hash[:12]} is in force: {named}")
     return metrics
 
@@ -167,8 +177,6 @@ def _judged(config: ReleaseConfig, workspace: Workspace, candidate: str, champio
     held = held_out(workspace, [one.model for one in loaded.values()])
     metric = config.gate.metric
     known = {name: evaluate_model(one.recommender, held) for name, one in loaded.items()}
-    if metric not in known[candidate]:
-        raise UsageError(f"There is no metric {metric}.", f"Known are: {', '.join(known[candidate])}.")
     figures = {"candidate": known[candidate][metric].value}
     if champion in known:
         figures["champion"] = known[champion][metric].value

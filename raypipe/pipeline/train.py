@@ -150,7 +150,7 @@ def _train(
     items: list[str],
     folder: Path,
 ) -> tuple[TrainingResult, dict[str, float]]:
-    _, histories = read_histories(workspace, versions["histories"], config.held_out_share)
+    users, histories = read_histories(workspace, versions["histories"], config.held_out_share)
     seen = histories.without_last(config.hold_out)
     ties = None
     if config.shuffle_ties:
@@ -167,6 +167,7 @@ def _train(
             config.trainer.seed,
             start,
             ties,
+            ids=users,
         )
     except ValueError as error:
         raise UsageError(

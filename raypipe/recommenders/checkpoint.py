@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from raypipe.config import first_problem
 from raypipe.errors import UsageError
 from raypipe.recommenders.config import RecommenderConfig
 from raypipe.recommenders.recommender import Recommender
 from raypipe.storage.fingerprint import fingerprint
 
+_FORMAT = 1
 _CARD = "recommender.json"
 _WEIGHTS = "model.safetensors"
 
@@ -40,7 +43,7 @@ def save_recommender(folder: Path, card: Card, weights: Mapping[str, Tensor]) ->
     """Writes a checkpoint; `weights` by the names of the built model's state."""
     folder.mkdir(parents=True, exist_ok=True)
     told = {
-        "format": 1,
+        "format": _FORMAT,
         "config": card.config.model_dump(mode="json"),
         "catalogue": dict(card.catalogue),
         "popular": list(card.popular),
@@ -51,8 +54,8 @@ def save_recommender(folder: Path, card: Card, weights: Mapping[str, Tensor]) ->
 
 
 def load_recommender(folder: Path, device: torch.device | str = "cpu") -> tuple[Recommender, Card]:
-    """The model in eval mode and its card. Raises UsageError where the folder holds none, a damaged one, or another's
-    weights."""
+    """The model in eval mode and its card. Raises UsageError where the folder holds none, a damaged one, one of a
+    newer raypipe, or another's weights."""
     try:
         told = json.loads((folder / _CARD).read_text())
         weights = load_file(folder / _WEIGHTS, device=str(device))
@@ -65,11 +68,8 @@ def load_recommender(folder: Path, device: torch.device | str = "cpu") -> tuple[
         raise UsageError(
             f"The recommender in {folder} is damaged: {error}.", "Train it again, or restore it."
         ) from None
-    attributes, users = told.get("blocks", (0, 0))
-    card = Card(
-        RecommenderConfig.model_validate(told["config"]), told["catalogue"], told["popular"], (attributes, users)
-    )
-    model = card.config.build(int(card.catalogue["items"]), blocks=card.blocks).to(device)
+    card = _card(folder, told)
+    model = card.config.build(card.catalogue["items"], blocks=card.blocks).to(device)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if expected != found:
@@ -86,6 +86,31 @@ def load_recommender(folder: Path, device: torch.device | str = "cpu") -> tuple[
         )
     model.load_state_dict(weights)
     return model.eval(), card
+
+
+def _card(folder: Path, told: Any) -> Card:
+    """What recommender.json tells. Raises UsageError where it is damaged or of a newer raypipe."""
+    try:
+        if told["format"] > _FORMAT:
+            raise UsageError(
+                f"The recommender in {folder} was made by a newer raypipe: its format is {told['format']}, and this one reads "
+                f"{_FORMAT}.",
+                "Upgrade raypipe, or train it again with this one.",
+            )
+        attributes, users = told.get("blocks", (0, 0))
+        catalogue = {**told["catalogue"], "items": int(told["catalogue"]["items"])}
+        config = RecommenderConfig.model_validate(told["config"])
+        return Card(config, catalogue, told["popular"], (attributes, users))
+    except ValidationError as error:
+        raise UsageError(
+            f"The recommender in {folder} has options that this raypipe does not take: {first_problem(error)}.",
+            "Upgrade raypipe where a newer one made it, else train it again, or restore it.",
+        ) from None
+    except (KeyError, TypeError, ValueError) as error:
+        why = f"has no {error}" if isinstance(error, KeyError) else f"is not one of `raypipe train`: {error}"
+        raise UsageError(
+            f"The recommender in {folder} is damaged: {_CARD} {why}.", "Train it again, or restore it."
+        ) from None
 
 
 def catalogue_card(item_ids: Sequence[str], count: int | None = None) -> dict[str, object]:

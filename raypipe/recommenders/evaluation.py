@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from raypipe.metrics.lists import collapse, coverage, diversity, novelty
-from raypipe.metrics.ranking import Mean, hit_rate, ranking_metrics
+from raypipe.metrics.ranking import RANKING, Mean, hit_rate, ranking_metrics
 from raypipe.recommenders.floors import Floor
 from raypipe.recommenders.ranking import batches_by_length, sequences_of, target_ranks, top_lists
 from raypipe.recommenders.recommender import Recommender
@@ -19,6 +20,15 @@ from raypipe.recommenders.windows import Histories
 _CUTOFF = 10
 _COLD_EVENTS = 5
 _LENGTHS = (10, 20, 50, 100, 200)
+_BANDS: dict[str, tuple[float, float]] = {
+    f"HR@{_CUTOFF} length {f'{low + 1}–{high}' if high else f'> {low}'}": (low, high or math.inf)
+    for low, high in zip((0, *_LENGTHS), (*_LENGTHS, None), strict=True)
+}
+_COLD = f"HR@{_CUTOFF} cold items"
+_LISTS = (f"coverage@{_CUTOFF}", f"novelty@{_CUTOFF}", f"diversity@{_CUTOFF}", "collapse")
+
+METRICS = (*RANKING, *_BANDS, _COLD, *_LISTS)
+"""All that `evaluate_model` tells, in its order."""
 
 
 @dataclass(frozen=True)
@@ -77,26 +87,17 @@ def evaluate_floor(floor: Floor, held: HeldOut, *, filter_seen: bool = True) -> 
 
 
 def evaluate_model(model: Recommender, held: HeldOut, *, filter_seen: bool = True) -> dict[str, Mean]:
-    """HR, NDCG and MRR; HR@10 by length of the prefix and for items of few training events; coverage, novelty (bits)
-    and diversity of the lists of ten; collapse of the item vectors."""
+    """HR, NDCG and MRR; HR@10 by length of the prefix and for items of few training events, NaN where they are nobody's;
+    coverage, novelty (bits) and diversity of the lists of ten; collapse of the item vectors. By the names of `METRICS`."""
     above, same = target_ranks(model, held.prefixes, held.targets, filter_seen=filter_seen)
     metrics = ranking_metrics(above, same)
     hits = hit_rate(above, same, _CUTOFF)
     lengths = held.prefixes.lengths
-    for low, high in zip((0, *_LENGTHS), (*_LENGTHS, None), strict=True):
-        chosen = (lengths > low) & (lengths <= high if high is not None else True)
-        if chosen.any():
-            name = f"HR@{_CUTOFF} length {low + 1}–{high}" if high is not None else f"HR@{_CUTOFF} length > {low}"
-            metrics[name] = Mean.of(hits[chosen])
+    metrics |= {name: Mean.of(hits[(lengths > low) & (lengths <= high)]) for name, (low, high) in _BANDS.items()}
     counts = held.training.counts(held.items)
     cold = counts[held.targets] < _COLD_EVENTS
-    metrics[f"HR@{_CUTOFF} cold items"] = Mean.of(hits[cold])
+    metrics[_COLD] = Mean.of(hits[cold])
     lists = top_lists(model, held.prefixes, min(_CUTOFF, model.items), filter_seen=filter_seen)
     vectors = model.item_states().detach().cpu().numpy()
-    exact = {
-        f"coverage@{_CUTOFF}": coverage(lists, held.items),
-        f"novelty@{_CUTOFF}": novelty(lists, counts),
-        f"diversity@{_CUTOFF}": diversity(lists, vectors),
-        "collapse": collapse(vectors),
-    }
-    return metrics | {name: Mean(value, 0.0) for name, value in exact.items()}
+    exact = (coverage(lists, held.items), novelty(lists, counts), diversity(lists, vectors), collapse(vectors))
+    return metrics | {name: Mean(value, 0.0) for name, value in zip(_LISTS, exact, strict=True)}

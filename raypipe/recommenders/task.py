@@ -11,6 +11,7 @@
     user_block.npy   float32 [users, attributes], and
     user_keys.npy    int64 [users], whose blocks these are
     users.npy        int64 [users], the keys of the histories' users; only where there are blocks
+    ids.arrow        the ids of the histories' users, for a person to read; only where they are known
     prepared.json    model, catalogue, sampling; written last: its existence means that the rest is complete
 """
 
@@ -23,8 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
+from pyarrow import feather
 from torch import Tensor, nn
 
 from raypipe.metrics.ranking import ndcg
@@ -35,6 +38,8 @@ from raypipe.recommenders.ranking import target_ranks
 from raypipe.recommenders.windows import Histories, Windows
 
 _MARKER = "prepared.json"
+_IDS = "ids.arrow"
+_DESCRIBED_USERS = 10
 _VALIDATED_USERS = 10_000
 _VALIDATION_CUTOFF = 10
 _POPULAR = 1000
@@ -49,9 +54,10 @@ def prepare_training(
     seed: int,
     start: Start | None = None,
     ties: NDArray[np.int32] | None = None,
+    ids: pa.Array | None = None,
 ) -> None:
     """Writes the folder a task trains from. `catalogue` is the checkpoint's card: {"items": count, "hash": …}; `start`
-    where not all is drawn; `ties` as for `Windows`.
+    where not all is drawn; `ties` as for `Windows`; `ids` are those of the histories' users.
 
     Raises ValueError where there is nothing to learn from.
     """
@@ -71,6 +77,9 @@ def prepare_training(
         (folder / f"{name}.npy").unlink(missing_ok=True)
         if values is not None:
             np.save(folder / f"{name}.npy", values)
+    (folder / _IDS).unlink(missing_ok=True)
+    if ids is not None:
+        feather.write_feather(pa.table({"user_id": ids}), folder / _IDS)
     card = {
         "config": config.model_dump(mode="json"),
         "catalogue": dict(catalogue),
@@ -132,10 +141,14 @@ class RecommenderTask:
         return tensors
 
     def describe(self, step: int, seed: int, batch_size: int) -> str:
-        """Whose events are in the batch of `step`."""
+        """Whose events are in the batch of `step`: the ids of ten users at most, numbers of histories where ids are not known."""
         users = np.unique(self._windows.batch(step, seed, 0, 1, batch_size).users)
-        shown = ", ".join(map(str, users[:10]))
-        return f"histories number {shown}{', …' if len(users) > 10 else ''} of the training data"
+        more = f" and {len(users) - _DESCRIBED_USERS} more" if len(users) > _DESCRIBED_USERS else ""
+        users = users[:_DESCRIBED_USERS]
+        if not (self.folder / _IDS).exists():
+            return f"histories number {', '.join(map(str, users))}{more} of the training data"
+        ids = feather.read_table(self.folder / _IDS)["user_id"].take(users)
+        return f"events of the users {', '.join(ids.to_pylist())}{more}"
 
     def validate(self, module: nn.Module, rank: int, world: int) -> tuple[float, float]:
         """Sum of NDCG@10 over this rank's share of validated users, and their number; seen items are filtered."""

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+import traceback
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +30,13 @@ from raypipe.config import Config, free, shaping
 from raypipe.errors import RaypipeError, UsageError
 
 if TYPE_CHECKING:
+    from ray.train.v2.api.exceptions import TrainingFailedError
     from torch import Tensor, nn
 
 MODEL = "model"
 """The folder of a checkpoint that holds what the task saved."""
+# Nodes that KubeRay or an autoscaler starts have this label, and machines of a cluster of its own have not.
+_NODE_GROUP = "ray.io/node-group"
 _CURVE_POINTS = 100
 _END_STEPS = 10
 
@@ -156,8 +160,8 @@ def fit(task: TrainingTask, config: TrainerConfig, run: str, out: Path) -> Train
 
     Ray must be initialised. `run` names the training in `config.storage` (default: beside `out`); the same name goes on
     where that run stopped, so it must contain a hash of everything that shapes the result. Raises UsageError where there are
-    fewer examples than workers, RaypipeError where the loss is no number any more, and
-    ray.train.v2.api.exceptions.TrainingFailedError when more than `max_failures` workers failed.
+    fewer examples than workers or the cluster has no room for them, and RaypipeError where the loss is no number any more or
+    more than `max_failures` workers failed.
     """
     if config.validate_every is not None and not isinstance(task, ValidatedTask):
         raise UsageError("This training has nothing to be validated on.", "Leave out --trainer.validate_every.")
@@ -170,6 +174,7 @@ def fit(task: TrainingTask, config: TrainerConfig, run: str, out: Path) -> Train
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
 
     from raypipe.runtime.training_loop import train_on_worker
     from raypipe.runtime.training_progress import shown_on_stderr
@@ -177,36 +182,68 @@ def fit(task: TrainingTask, config: TrainerConfig, run: str, out: Path) -> Train
     gpu = config.device == "cuda" or (
         config.device == "auto" and ray.cluster_resources().get("GPU", 0) >= config.workers
     )
+    needed = {"CPU": config.cpus_per_worker, **({"GPU": 1} if gpu else {})}
+    check_room(config.workers, needed, ray.nodes())
     out.parent.mkdir(parents=True, exist_ok=True)
-    with shown_on_stderr() as board:
-        result = TorchTrainer(
-            train_on_worker,
-            train_loop_config={"task": task, "config": config, "board": board, "gpu": gpu},
-            torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-            scaling_config=ScalingConfig(
-                num_workers=config.workers,
-                use_gpu=gpu,
-                resources_per_worker={"CPU": config.cpus_per_worker, **({"GPU": 1} if gpu else {})},
-            ),
-            run_config=RunConfig(
-                # A checkpoint fits the stage and number of workers that wrote it and no other.
-                name=f"{run}-workers{config.workers}-zero{config.zero_stage}",
-                storage_path=config.storage or str(out.parent.resolve() / "training"),
-                failure_config=FailureConfig(max_failures=config.max_failures),
-                checkpoint_config=CheckpointConfig(num_to_keep=2),
-            ),
-        ).fit()
+    storage = config.storage or str(out.parent.resolve() / "training")
+    try:
+        with shown_on_stderr() as board:
+            result = TorchTrainer(
+                train_on_worker,
+                train_loop_config={"task": task, "config": config, "board": board, "gpu": gpu},
+                torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+                scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=gpu, resources_per_worker=needed),
+                run_config=RunConfig(
+                    # A checkpoint fits the stage and number of workers that wrote it and no other.
+                    name=f"{run}-workers{config.workers}-zero{config.zero_stage}",
+                    storage_path=storage,
+                    failure_config=FailureConfig(max_failures=config.max_failures),
+                    checkpoint_config=CheckpointConfig(num_to_keep=2),
+                ),
+            ).fit()
+    except TrainingFailedError as error:
+        raise RaypipeError(
+            f"The training failed and was given up: {_told(error)}.",
+            f"Once the reason is gone, the same command goes on from the last checkpoint under {storage}, where there is one; "
+            "--trainer.max_failures says how many failures of workers a training survives.",
+        ) from error
     if problem := result.return_value.get("diverged"):
         raise RaypipeError(
             problem,
             "Lower the learning rate or `clip`, or train in float32; the weights before that step are in the last "
-            f"checkpoint under {config.storage or out.parent.resolve() / 'training'}.",
+            f"checkpoint under {storage}.",
         )
     assert result.checkpoint is not None, "a finished run has reported its last checkpoint"
     with result.checkpoint.as_directory() as checkpoint:
         _place(Path(checkpoint) / MODEL, out)
     told = result.return_value
     return TrainingResult(out, told["losses"], told["seconds"], [(at, value) for at, value in told["validations"]])
+
+
+def check_room(workers: int, needed: Mapping[str, int], nodes: Sequence[Mapping[str, Any]]) -> None:
+    """Raises UsageError where so many workers, each with the resources `needed` of one node, will never fit on these `nodes`, as
+    `ray.nodes()` tells of them; on those that an autoscaler starts Ray waits for more."""
+    alive = [node for node in nodes if node["Alive"]]
+    if any(_NODE_GROUP in node["Labels"] for node in alive):
+        return
+    room = sum(min(int(node["Resources"].get(name, 0) // count) for name, count in needed.items()) for node in alive)
+    if room < workers:
+        has = (f"{sum(node['Resources'].get(name, 0) for node in alive):.0f} {name}s" for name in ("CPU", "GPU"))
+        each = " and ".join(f"{count} {name}{'s' if count > 1 else ''}" for name, count in needed.items())
+        raise UsageError(
+            f"{workers} training workers with {each} each do not fit on the cluster, which has {' and '.join(has)} on "
+            f"{len(alive)} nodes: room for {room}.",
+            "Lower --trainer.workers or --trainer.cpus_per_worker, "
+            + ("train with --trainer.device cpu, " if "GPU" in needed else "")
+            + "or add nodes.",
+        )
+
+
+def _told(error: TrainingFailedError) -> str:
+    """The first line of what the workers, or Ray's controller, died of; of several that differ the first two."""
+    causes = getattr(error, "worker_failures", {}).values() or [getattr(error, "controller_failure", error)]
+    lines = ("".join(traceback.format_exception_only(cause)).splitlines()[0] for cause in causes)
+    return "; ".join([*dict.fromkeys(lines)][:2]).removesuffix(".")
 
 
 def remove_checkpoints(config: TrainerConfig, run: str) -> None:

@@ -8,9 +8,9 @@ points to one, and moving it is one write. `champion` is what batch and serving 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 from raypipe.errors import UsageError
 from raypipe.storage.fingerprint import canonical_json, fingerprint
@@ -32,6 +32,18 @@ class Release:
     @property
     def hash(self) -> str:
         return fingerprint(asdict(self))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate of these options said of a recommender: `refusal` is the problem and the remedy, empty where it passed, and
+    `told` whether a night has ended with it. Verdicts of before these were kept have none of them."""
+
+    passed: bool
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    gate: Mapping[str, Any] = field(default_factory=dict)
+    refusal: Sequence[str] = ()
+    told: bool = False
 
 
 class Releases:
@@ -62,13 +74,20 @@ class Releases:
         """Delete the release of this hash."""
         self.store.delete([f"releases/{name}.json"])
 
-    def judge(self, recommender: str, passed: bool, metrics: Mapping[str, float]) -> None:
-        """Keep the gate's verdict on a recommender (NAME/HASH)."""
-        verdict = {"passed": passed, "metrics": dict(metrics)}
-        self.store.put(_verdict(recommender), canonical_json(verdict).encode())
+    def judge(self, recommender: str, verdict: Verdict) -> None:
+        """Keep the gate's verdict on a recommender (NAME/HASH), in the place of an earlier one."""
+        self.store.put(_verdict(recommender), canonical_json(asdict(verdict)).encode())
 
-    def was_judged(self, recommender: str) -> bool:
-        return self.store.get(_verdict(recommender)) is not None
+    def verdict(self, recommender: str) -> Verdict | None:
+        """The last one on a recommender; None where it was not judged."""
+        data = self.store.get(_verdict(recommender))
+        return None if data is None else Verdict(**json.loads(data))
+
+    def tell(self, recommender: str) -> None:
+        """Note that a night has ended with this recommender's refusal."""
+        verdict = self.verdict(recommender)
+        assert verdict is not None, f"{recommender} was never judged"
+        self.judge(recommender, replace(verdict, told=True))
 
     def all(self) -> list[Release]:
         """Oldest first."""

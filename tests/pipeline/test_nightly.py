@@ -198,6 +198,25 @@ def test_dates_that_make_no_sense_are_refused_before_work_starts(
     assert not (tmp_path / "workspace").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (
+            ("--train.hold_out", 0, "--train.trainer.validate_every", "null"),
+            "set train.hold_out to 2 or more, to 1 if nothing is validated, or train_policy to never.",
+        ),
+        (("--gate.metric", "NDGC@10"), "Config key 'gate.metric' is 'NDGC@10': `evaluate` has no such metric; it has"),
+    ],
+)
+def test_a_training_that_no_gate_can_judge_is_refused_before_work_starts(
+    raypipe: Run, tmp_path: Path, options: tuple[object, ...], problem: str
+) -> None:
+    ended = raypipe("nightly", "--workspace", tmp_path / "workspace", "--train_policy", "nightly", *options)
+    assert (ended.code, ended.status) == (2, "failed")
+    assert problem in one_paragraph(ended.stderr)
+    assert not (tmp_path / "workspace").exists()
+
+
 def test_a_step_that_fails_leaves_the_night_before_in_force(
     raypipe: Run, summarised: str, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,3 +356,36 @@ def test_a_night_trains_judges_recommends_and_a_refusal_keeps_the_release_in_for
     assert raypipe("online", "--workspace", trained).metrics["states"] == CHAIN_USERS - 1
     # Judged once: the same night again has nothing to do, and refuses nothing.
     assert raypipe(*short, "--date", "2026-01-07").status == "nothing_to_do"
+
+
+def test_a_refusal_is_told_again_until_a_night_has_ended_with_it_and_belongs_to_its_gate(
+    raypipe: Run, trained: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert raypipe("release", "--workspace", trained, "--recommender", "sasrec").code == 0
+    words = ("nightly", "--workspace", trained, "--summarize.engine.engine", "echo", "--train_policy", "nightly")
+    words += tuple(str(word).replace("--", "--train.") for word in CHAIN_TRAINING)
+    words += ("--train.trainer.steps", 1, "--date")
+    releases, nights = Releases(Store(trained)), Nights(Store(trained))
+    before = releases.named("champion")
+
+    def fail(*_: object) -> None:
+        raise RaypipeError("The machine went down.", "Submit it again.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nightly, "run_summarize", fail)
+        assert raypipe(*words, "2026-01-05").code == 1
+        assert nights.dates() == []
+    again = raypipe(*words, "2026-01-05")
+    assert (again.code, again.status, nights.dates()) == (3, "refused", ["2026-01-05"]), again.stderr
+    assert "of the release in force, which stays" in again.stderr
+    later = raypipe(*words, "2026-01-06")
+    assert (later.code, later.status) == (0, "nothing_to_do")
+    champion = releases.named("champion")
+    assert before is not None
+    assert champion is not None
+    assert champion.recommender == before.recommender
+    looser = raypipe(*words, "2026-01-06", "--gate.least_share", 0, "--no-gate.beats_popularity")
+    assert (looser.code, looser.status) == (0, "ok"), looser.stderr
+    champion = releases.named("champion")
+    assert champion is not None
+    assert champion.recommender != before.recommender

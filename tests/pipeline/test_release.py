@@ -144,7 +144,7 @@ def test_what_is_not_there_cannot_be_released(raypipe: Run, trained: str) -> Non
             "--adapters",
             '["recexplainer-h"]',
         ): "--adapters alone changes the release in force, and none with a recommender is",
-        ("--recommender", "sasrec", "--gate.metric", "Luck@10"): "There is no metric Luck@10",
+        ("--recommender", "sasrec", "--gate.metric", "Luck@10"): "`evaluate` has no such metric; it has HR@5, NDCG@5",
     }
     for options, told in cases.items():
         ended = raypipe("release", "--workspace", trained, *options)

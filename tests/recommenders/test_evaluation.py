@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from raypipe.recommenders import evaluation
 from raypipe.recommenders.config import RecommenderConfig
-from raypipe.recommenders.evaluation import HeldOut, evaluate_floor, evaluate_model, ranks_of_floor
+from raypipe.recommenders.evaluation import METRICS, HeldOut, evaluate_floor, evaluate_model, ranks_of_floor
 from raypipe.recommenders.floors import Popularity, Transitions
 from raypipe.recommenders.ranking import batches_by_length, target_ranks, top_lists
 from raypipe.recommenders.recommender import Recommender
@@ -142,4 +144,6 @@ def test_lists_beyond_accuracy_are_told(lists: list[list[int]], model: Recommend
     assert metrics["novelty@10"].value > 0
     assert 0 < metrics["diversity@10"].value < 2
     assert 0 < metrics["collapse"].value < 1
-    assert "HR@10 length 1–10" in metrics
+    assert metrics["HR@10 length 1–10"].value >= 0
+    assert math.isnan(metrics["HR@10 length > 200"].value), "nobody has so many events"
+    assert tuple(metrics) == METRICS

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -208,6 +211,31 @@ def test_a_checkpoint_that_is_none_or_damaged_or_anothers_is_refused(tmp_path: P
             load_recommender(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"no tensors here at all")
     with pytest.raises(UsageError, match="damaged"):
+        load_recommender(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda told: told.pop("config"), r"is damaged: recommender\.json has no 'config'\. Train it again"),
+        (lambda told: told.pop("format"), r"is damaged: recommender\.json has no 'format'"),
+        (lambda told: told["catalogue"].pop("items"), r"is damaged: recommender\.json has no 'items'"),
+        (lambda told: told.update(blocks=3), r"is damaged: recommender\.json is not one of `raypipe train`"),
+        (
+            lambda told: told["config"].update(heads_of_tomorrow=2),
+            r"does not take: heads_of_tomorrow: .* Upgrade raypipe",
+        ),
+        (lambda told: told.update(format=2), r"made by a newer raypipe: its format is 2.*Upgrade raypipe"),
+    ],
+)
+def test_a_card_that_is_damaged_or_of_a_newer_raypipe_is_refused(
+    change: Callable[[dict[str, Any]], object], problem: str, tmp_path: Path
+) -> None:
+    save_recommender(tmp_path, Card(config("sasrec"), {"items": ITEMS}, []), config("sasrec").build(ITEMS).state_dict())
+    told = json.loads((tmp_path / "recommender.json").read_text())
+    change(told)
+    (tmp_path / "recommender.json").write_text(json.dumps(told))
+    with pytest.raises(UsageError, match=problem):
         load_recommender(tmp_path)
 
 

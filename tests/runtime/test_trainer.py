@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from raypipe.config import is_shaping
-from raypipe.errors import RaypipeError
+from raypipe.errors import RaypipeError, UsageError
 from raypipe.language.backbone import load_backbone
 from raypipe.language.builtin import BuiltinLmConfig
 from raypipe.language.catalogue import Catalogue
 from raypipe.language.instructions import InstructionConfig
 from raypipe.language.pretraining import LmDataConfig, LmTask, prepare_lm
 from raypipe.runtime.averaging import WeightAverage
-from raypipe.runtime.trainer import TrainerConfig, TrainingResult, fit
+from raypipe.runtime.trainer import TrainerConfig, TrainingResult, check_room, fit
 from tests.runtime.dying import die_once
 
 CONFIG = TrainerConfig(
@@ -243,6 +243,59 @@ def test_weights_that_are_no_numbers_are_not_stored(tmp_path: Path) -> None:
     with pytest.raises(RaypipeError, match="Weights after step 0 are no numbers"):
         fit(BreakingTask(tmp_path), CONFIG.model_copy(update={"steps": 1}), "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+class Refusing(RegressionTask):
+    """Cannot read what it needs at step 8, until the test has mended it."""
+
+    def batch(self, step: int, seed: int, rank: int, world: int, batch_size: int) -> dict[str, Tensor]:
+        if step == 8 and not (self.deaths / "mended").exists():
+            self._wait_for_checkpoint(step)
+            raise ValueError("row 8 is torn\nand so are its columns")
+        return super().batch(step, seed, rank, world, batch_size)
+
+
+def test_a_training_that_is_given_up_tells_why_and_goes_on_when_submitted_again(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"workers": 1, "max_failures": 0})
+    with pytest.raises(RaypipeError, match=r"given up: ValueError: row 8 is torn\. Once") as told:
+        fit(Refusing(tmp_path), config, "run", tmp_path / "out")
+    assert str(tmp_path / "training") in told.value.remedy
+    assert told.value.exit_code == 1
+    (tmp_path / "mended").touch()
+    assert fit(Refusing(tmp_path), config, "run", tmp_path / "out").steps == 12
+    assert (tmp_path / "steps-0").read_text().split().count("4") == 1, "it goes on from the checkpoint at 5"
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"workers": 4}, "4 training workers with 1 CPU each do not fit on the cluster, which has 2 CPUs"),
+        ({"workers": 1, "cpus_per_worker": 3}, "1 training workers with 3 CPUs each do not fit"),
+        ({"workers": 1, "device": "cuda"}, r"with 1 CPU and 1 GPU each do not fit.*--trainer\.device cpu"),
+    ],
+)
+def test_workers_without_room_are_refused_before_ray_waits_for_ever(
+    options: dict[str, object], problem: str, tmp_path: Path
+) -> None:
+    if "device" in options and ray.cluster_resources().get("GPU"):
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(UsageError, match=problem):
+        fit(RegressionTask(tmp_path), CONFIG.model_copy(update=options), "run", tmp_path / "out")
+    assert not (tmp_path / "training").exists()
+
+
+def test_room_is_counted_by_node_and_an_autoscaler_may_add_some() -> None:
+    node = {"Alive": True, "Labels": {}, "Resources": {"CPU": 3.0, "GPU": 1.0}}
+    check_room(2, {"CPU": 2}, [node, node])
+    check_room(2, {"CPU": 1, "GPU": 1}, [node, node])
+    for workers, needed, nodes in (
+        (3, {"CPU": 2}, [node, node]),
+        (3, {"CPU": 1, "GPU": 1}, [node, node]),
+        (2, {"CPU": 2}, [node, node | {"Alive": False}]),
+    ):
+        with pytest.raises(UsageError, match=f"room for {workers - 1}"):
+            check_room(workers, needed, nodes)
+    check_room(9, {"CPU": 8, "GPU": 2}, [node | {"Labels": {"ray.io/node-group": "workers"}}])
 
 
 def test_a_batch_must_reach_every_worker():
