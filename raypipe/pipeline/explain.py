@@ -180,9 +180,9 @@ def run_explain(config: ExplainConfig) -> JobResult:
     explainer = Explainer.of(config, workspace)
     pairs = read_pairs(config, workspace, explainer)
     canary = config.canary_users(workspace)
-    # Which pairs are asked for makes another run, and no row another one.
+    # Which pairs are asked for, and what is counted of them, makes another run, and no row another one.
     listed = pairs.to_pylist() if pairs is not None else None
-    run_recipe = fingerprint({"recipe": explainer.recipe, "pairs": listed})
+    run_recipe = fingerprint({"recipe": explainer.recipe, "pairs": listed, "figures": FIGURES})
     variant = explainer.variant(config)
     writes = [TABLE] if canary is None else []
     with open_session(workspace, JOB, writes, config.cluster, config.lock_lease_s) as session:
@@ -237,6 +237,7 @@ def _result(
         "rejected": counts.rejected,
         **counts.skipped,
         "yes_share": round(facts["yes"] / explained, 4) if explained else None,
+        "contradicting_share": round(facts["contradicting"] / explained, 4) if explained else None,
         "unfounded_share": round(facts["unfounded"] / explained, 4) if explained else None,
     }
     if counts.skipped.get("capped"):

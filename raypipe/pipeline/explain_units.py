@@ -35,12 +35,13 @@ from raypipe.storage.schemas import EXPLANATIONS
 from raypipe.storage.tables import StagedFile
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.explainer_examples import PromptPieces
-from raypipe.systems.explanations import Explanation, ExplanationRequest, explain
+from raypipe.systems.explanations import Explanation, ExplanationRequest, contradicts, explain
 from raypipe.systems.recexplainer import ExplainerConfig
 
 TABLE = "explanations"
-FIGURES = ("explained", "yes", "unfounded")
-"""Facts of a receipt: of new explanations their number, and how many say yes and name what they have no ground for."""
+FIGURES = ("explained", "yes", "contradicting", "unfounded")
+"""Facts of a receipt: of new explanations their number, and how many say yes, how many texts begin with the other answer than
+was decided, and how many name what they have no ground for."""
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,8 @@ class ExplainBucket:
             found = unfounded(result.text, history, self.titles[int(items[at]) - 1], self.vocabulary)
             beside += bool(found.titles or found.quoted)
         yes = sum(result.decision == "yes" for result in good.values())
-        return dict(zip(FIGURES, (len(good), yes, beside), strict=True))
+        contradicting = sum(contradicts(result.decision, result.text) for result in good.values())
+        return dict(zip(FIGURES, (len(good), yes, contradicting, beside), strict=True))
 
 
 def _names(pairs: pa.Table) -> list[str]:
