@@ -238,6 +238,7 @@ class ExplainBucket:
                 [(results[at].reason, results[at].message) for at in failed],
                 rows["change_key"].to_pylist(),
                 _names(rows),
+                rows["item_index"].to_pylist(),
             )
         return staged
 

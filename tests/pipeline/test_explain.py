@@ -15,6 +15,7 @@ from raypipe.storage.nights import Nights
 from raypipe.storage.releases import Releases
 from raypipe.storage.store import Store
 from raypipe.storage.workspace import Workspace
+from raypipe.systems.explanations import contradicts
 from tests.conftest import Run
 from tests.engines.chat_server import ChatServer
 from tests.ground import one_paragraph
@@ -70,6 +71,8 @@ def test_everybodys_top_recommendation_is_decided_and_put_into_words(raypipe: Ru
     # How well a tiny model decides is for the golden tables; here, that what it decided is what is told.
     yes = sum(row["decision"] == "yes" for row in rows.values())
     assert ended.metrics["yes_share"] == pytest.approx(yes / 120, abs=1e-4)
+    contradicting = sum(contradicts(row["decision"], row["text"]) for row in rows.values())
+    assert ended.metrics["contradicting_share"] == pytest.approx(contradicting / 120, abs=1e-4)
     assert sum("The choices are" in row["text"] for row in rows.values()) > 50
     assert ended.result["cost"]["calls"] >= 2 * 120
     assert ended.result["cost"]["tokens_out"] > 0
@@ -220,6 +223,9 @@ def test_what_does_not_fit_is_rejected_with_its_reason_and_stops_a_run_where_it_
     rejects = newest(explaining, "rejects").to_pylist()
     assert len(rejects) == ended.metrics["rejected"]
     assert {row["reason"] for row in rejects} == {"prompt_too_long"}
+    recommended = {row["user_id"]: row["items"][0] for row in newest(explaining, "recommendations").to_pylist()}
+    for row in rejects:
+        assert json.loads(row["row"]) == {"user_id": row["key"], "item_index": recommended[row["key"]]}
 
     # Rejected with one length of answer, they stay so until they are given another chance.
     blocked = raypipe("explain", "--workspace", explaining, *long, "--max_reject_rate", "1")
