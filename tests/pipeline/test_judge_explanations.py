@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,17 +45,18 @@ def scored(ingested: str, tmp_path: Path) -> dict[str, float]:
     return scores
 
 
-def write(uri: str, variant: str, texts: dict[str, str]) -> None:
-    """Explanations of `ITEM`, by user, as `explain` publishes them."""
+def write(uri: str, variant: str, texts: dict[str, str], items: Sequence[int] = (ITEM,)) -> None:
+    """Explanations of `items`, by user, as `explain` publishes them."""
     workspace = Workspace(uri)
     table, buckets = workspace.tables["explanations"], workspace.require_info().buckets
+    pairs = [(user, item) for user in texts for item in items]
     rows = pa.table(
         {
-            "user_id": list(texts),
-            "item_index": pa.array([ITEM] * len(texts), pa.int32()),
-            "decision": ["yes"] * len(texts),
-            "text": list(texts.values()),
-            "change_key": ["planted"] * len(texts),
+            "user_id": [user for user, _ in pairs],
+            "item_index": pa.array([item for _, item in pairs], pa.int32()),
+            "decision": ["yes"] * len(pairs),
+            "text": [texts[user] for user, _ in pairs],
+            "change_key": ["planted"] * len(pairs),
         }
     )
     places = stable_hash(rows["user_id"].combine_chunks()) % np.uint64(buckets)
@@ -132,3 +134,11 @@ def test_shuffled_words_tell_no_score_and_few_users_are_not_judged_for_it(
     few = raypipe(*JUDGE, ingested, "--sample", 9)
     assert (few.metrics["coherence.users"], few.metrics["coherence.mse"]) == (9, None)
     assert "coherence wants explanations of 10 users, and there are 9" in few.stderr
+
+
+def test_users_are_counted_once_however_many_explanations_each_has(
+    raypipe: Run, ingested: str, scored: dict[str, float]
+) -> None:
+    write(ingested, f"{MINE}-pairs", words_of(scored, 0), (ITEM, ITEM + 1))
+    figures = raypipe(*JUDGE, ingested, "--explanations", f"{MINE}-pairs").metrics
+    assert (figures["users"], figures["coherence.users"], figures["cases"]) == (25, 25, 50)
