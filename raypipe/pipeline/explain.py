@@ -236,9 +236,7 @@ def _result(
         "computed": counts.ok,
         "rejected": counts.rejected,
         **counts.skipped,
-        "yes_share": round(facts["yes"] / explained, 4) if explained else None,
-        "contradicting_share": round(facts["contradicting"] / explained, 4) if explained else None,
-        "unfounded_share": round(facts["unfounded"] / explained, 4) if explained else None,
+        **{f"{name}_share": round(facts[name] / explained, 4) if explained else None for name in FIGURES[1:]},
     }
     if counts.skipped.get("capped"):
         say(f"{JOB}: a cap or the deadline left {counts.skipped['capped']:,} pairs for the next run")

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ import torch
 from raypipe.engines.checks import AnswerChecks
 from raypipe.engines.engine import Decoding, Engine, EngineConfig
 from raypipe.language.titles import distinct_titles
-from raypipe.metrics.explanations import unfounded
-from raypipe.metrics.text import Vocabulary
+from raypipe.metrics.text import item_values
+from raypipe.metrics.unfounded import Titles
 from raypipe.pipeline.micro_batches import run_micro_batches, used
 from raypipe.pipeline.rejects import blocked_users, stage_rejected
 from raypipe.pipeline.user_rows import UserRows
@@ -39,9 +40,9 @@ from raypipe.systems.explanations import Explanation, ExplanationRequest, contra
 from raypipe.systems.recexplainer import ExplainerConfig
 
 TABLE = "explanations"
-FIGURES = ("explained", "yes", "contradicting", "unfounded")
+FIGURES = ("explained", "yes", "contradicting", "unchosen", "made_up")
 """Facts of a receipt: of new explanations their number, and how many say yes, how many texts begin with the other answer than
-was decided, and how many name what they have no ground for."""
+was decided, how many name titles beside the user's and the item's, and how many name titles that no item has."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ class ExplainBucket:
         self.blocked = blocked_users(task.workspace, task.versions["rejects"], TABLE, task.variant)
         items = task.workspace.tables["items"].read(task.versions["items"]).sort_by("index")
         self.titles = distinct_titles(items["title"].to_pylist(), items["item_id"].to_pylist())
-        self.vocabulary = Vocabulary(self.titles)
+        values = chain.from_iterable(item_values(dict(pairs)) for pairs in items["attributes"].to_pylist())
+        self.known = Titles(self.titles, values)
         self.contents = items["content_hash"].combine_chunks()
 
     @cached_property
@@ -245,14 +247,14 @@ class ExplainBucket:
     def _figures(self, state: UserRows, work: pa.Table, results: dict[int, Explanation]) -> dict[str, int]:
         good = {at: result for at, result in results.items() if not result.reason}
         places, items = work["place"].to_numpy(), work["item_index"].to_numpy()
-        beside = 0
+        found = []
         for at, result in good.items():
             history = {self.titles[item - 1] for item in _items(state.histories, int(places[at]))}
-            found = unfounded(result.text, history, self.titles[int(items[at]) - 1], self.vocabulary)
-            beside += bool(found.titles or found.quoted)
+            found.append(self.known.unfounded(result.text, history, self.titles[int(items[at]) - 1]))
         yes = sum(result.decision == "yes" for result in good.values())
         contradicting = sum(contradicts(result.decision, result.text) for result in good.values())
-        return dict(zip(FIGURES, (len(good), yes, contradicting, beside), strict=True))
+        unchosen, made_up = sum(bool(one.unchosen) for one in found), sum(bool(one.made_up) for one in found)
+        return dict(zip(FIGURES, (len(good), yes, contradicting, unchosen, made_up), strict=True))
 
 
 def _names(pairs: pa.Table) -> list[str]:

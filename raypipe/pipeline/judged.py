@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from raypipe.errors import UsageError
 from raypipe.language.adapters import read_card
 from raypipe.language.titles import distinct_titles
-from raypipe.metrics.explanations import coherence, distinction, unfounded
+from raypipe.metrics.explanations import coherence, distinction
 from raypipe.metrics.text import Vocabulary, item_values, rule_summary_rating, value_counts
+from raypipe.metrics.unfounded import Titles
 from raypipe.pipeline.cards import choose_users
 from raypipe.pipeline.loaded import Loaded
 from raypipe.pipeline.sequences import user_keys
@@ -100,7 +101,8 @@ def sample_explanations(workspace: Workspace, cache: ModelCache, variant: str, c
     loaded = Loaded.of(cache, workspace, read_card(cache.fetch(workspace, adapter)).recommender)
     titles = distinct_titles(loaded.items["title"].to_pylist(), loaded.items["item_id"].to_pylist())
     values = [tuple(sorted(item_values(dict(pairs)))) for pairs in loaded.items["attributes"].to_pylist()]
-    names, kinds = Vocabulary(titles), Vocabulary(chain.from_iterable(values))
+    kinds = Vocabulary(chain.from_iterable(values))
+    names = Titles(titles, kinds.values)
     cases: list[Case] = []
     rule: list[int | None] = []
     users, explained = chosen["user_id"].to_pylist(), chosen["item_index"].to_numpy().astype(np.int32)
@@ -114,9 +116,9 @@ def sample_explanations(workspace: Workspace, cache: ModelCache, variant: str, c
         asked_from = "\n".join(history[-shown_last:])
         shown = (asked_from, titles[item - 1], label or "undecided", row["decision"], text)
         cases.append(dict(zip(EXPLANATION_PIECES, shown, strict=True)))
-        found = unfounded(text, history, titles[item - 1], names)
+        found = names.unfounded(text, history, titles[item - 1])
         counts = value_counts(values[one - 1] for one in items[-shown_last:])
-        beside = bool(found.titles or found.quoted)
+        beside = bool(found.unchosen or found.made_up)
         rule.append(
             explanations.rule_explanation_rating(row["decision"], label, text, kinds, counts, values[item - 1], beside)
         )

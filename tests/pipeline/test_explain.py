@@ -10,6 +10,7 @@ import pytest
 
 from raypipe.cli.main import main
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
+from raypipe.metrics.unfounded import Titles
 from raypipe.storage.models import Models
 from raypipe.storage.nights import Nights
 from raypipe.storage.releases import Releases
@@ -20,7 +21,7 @@ from tests.conftest import Run
 from tests.engines.chat_server import ChatServer
 from tests.ground import one_paragraph
 from tests.made import retitle
-from tests.pipeline.small_logs import CHAIN_ITEMS, EXPLAINER, START, newest, write_catalogue, write_log
+from tests.pipeline.small_logs import CHAIN_ITEMS, EXPLAINER, GENRES, START, newest, write_catalogue, write_log
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 # A tiny model leaves some out: those are asked for again.
@@ -73,6 +74,14 @@ def test_everybodys_top_recommendation_is_decided_and_put_into_words(raypipe: Ru
     assert ended.metrics["yes_share"] == pytest.approx(yes / 120, abs=1e-4)
     contradicting = sum(contradicts(row["decision"], row["text"]) for row in rows.values())
     assert ended.metrics["contradicting_share"] == pytest.approx(contradicting / 120, abs=1e-4)
+    titles = Titles([f"Title {n}" for n in range(1, CHAIN_ITEMS + 1)], GENRES)
+    histories = {row["user_id"]: row["items"] for row in newest(explaining, "histories").to_pylist()}
+    found = [
+        titles.unfounded(row["text"], [f"Title {one}" for one in histories[user]], f"Title {item}")
+        for (user, item), row in rows.items()
+    ]
+    for name, told in (("unchosen", [one.unchosen for one in found]), ("made_up", [one.made_up for one in found])):
+        assert ended.metrics[f"{name}_share"] == pytest.approx(sum(map(bool, told)) / 120, abs=1e-4)
     assert sum("The choices are" in row["text"] for row in rows.values()) > 50
     assert ended.result["cost"]["calls"] >= 2 * 120
     assert ended.result["cost"]["tokens_out"] > 0
