@@ -192,7 +192,12 @@ def run_explain(config: ExplainConfig) -> JobResult:
         scope = WHOLE if canary is None else fingerprint({"users": canary})
         if scope == WHOLE and session.is_current(run_recipe, inputs):
             return JobResult(JOB, "nothing_to_do", cost=cost_of(Usage(), time.monotonic() - started))
-        facts = {"variant": variant, "model": explainer.adapter.hash, "engine": config.engine.engine}
+        facts = {
+            "variant": variant,
+            "model": explainer.adapter.hash,
+            "engine": config.engine.engine,
+            "recipe": explainer.recipe,
+        }
         run = session.run(run_recipe, inputs, base, scope, facts)
         task = explainer.task(config, workspace, {**inputs, **base}, pairs, scope, canary)
         units = [Unit("users", index) for index in range(session.info.buckets)]

@@ -165,9 +165,7 @@ class ExplainBucket:
         pairs = pairs.append_column("place", place).filter(
             pc.and_(pc.is_valid(place), pc.greater(pairs["item_index"], 0))
         )
-        content = self.contents.take(pc.subtract(pairs["item_index"], 1))
-        index = pc.cast(pairs["item_index"], pa.string())
-        keys = pc.binary_join_element_wise(state.change_keys.take(pairs["place"]), index, content, "-")
+        keys = pair_keys(state.change_keys.take(pairs["place"]), pairs["item_index"], self.contents)
         return pairs.append_column("change_key", keys).sort_by([("user_id", "ascending"), ("item_index", "ascending")])
 
     def _explain(self, state: UserRows, work: pa.Table, context: UnitContext) -> dict[int, Explanation]:
@@ -255,6 +253,12 @@ class ExplainBucket:
         contradicting = sum(contradicts(result.decision, result.text) for result in good.values())
         unchosen, made_up = sum(bool(one.unchosen) for one in found), sum(bool(one.made_up) for one in found)
         return dict(zip(FIGURES, (len(good), yes, contradicting, unchosen, made_up), strict=True))
+
+
+def pair_keys(user_keys: pa.ChunkedArray, items: pa.ChunkedArray, contents: pa.Array) -> pa.ChunkedArray:
+    """Change keys of pairs: of the user's, the item's index, and what its words are, `contents` being those of all items."""
+    content = contents.take(pc.subtract(items, 1))
+    return pc.binary_join_element_wise(user_keys, pc.cast(items, pa.string()), content, "-")
 
 
 def _names(pairs: pa.Table) -> list[str]:

@@ -112,6 +112,9 @@ def test_a_night_explains_what_is_new_alone(raypipe: Run, explaining: str, files
     catalogue = write_catalogue(files / "items.csv", CHAIN_ITEMS)
     words = ("--log.path", log, "--log.columns.time", "time", "--catalogue.path", catalogue)
     assert raypipe("ingest", "--workspace", explaining, *words).code == 0
+    judge = ("judge", "--workspace", explaining, "--what", "explanations", "--sample", "120")
+    judged = raypipe(*judge).metrics
+    assert (judged["cases"], judged["stale"]) == (len(before) - 1, 1)
     assert raypipe("recommend", "--workspace", explaining, "--length", "3").code == 0
     ended = raypipe("explain", "--workspace", explaining, *SHORT)
     assert (ended.metrics["computed"], ended.metrics["unchanged"]) == (1, 119)
@@ -120,6 +123,8 @@ def test_a_night_explains_what_is_new_alone(raypipe: Run, explaining: str, files
         pair: row for pair, row in before.items() if pair[0] != "u1"
     }
     assert len(after) == 120
+    judged = raypipe(*judge).metrics
+    assert (judged["cases"], judged["stale"]) == (120, 0)
 
     # An item has another title: why it is recommended is told anew.
     item = next(index for _, index in sorted(after))
