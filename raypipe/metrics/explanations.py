@@ -1,4 +1,4 @@
-"""What a free-text explanation names that is not there, and what its words give away.
+"""What the words of free-text explanations give away.
 
 Distinction and coherence are RecExplainer's (arXiv 2311.10947): can a classifier tell which system wrote an explanation, and
 can a regressor read f's score of the item from it. Theirs are language models; here both are linear in TF-IDF weights of
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,40 +18,11 @@ from scipy.optimize import minimize
 from scipy.sparse import csr_array
 from scipy.special import logsumexp
 
-from raypipe.metrics.text import Vocabulary
-
-_QUOTED = re.compile(r'"([^"\n]+)"|“([^”\n]+)”')
 _WORD = re.compile(r"\w+")
 _STEPS = 300
 
 Floats = NDArray[np.float64]
 _Loss = Callable[[Floats], tuple[float, Floats]]
-
-
-@dataclass(frozen=True)
-class Unfounded:
-    """`titles` of the catalogue that are beside the point, and what is `quoted` as if a title and is none."""
-
-    titles: tuple[str, ...]
-    quoted: tuple[str, ...]
-
-
-def unfounded(text: str, history_titles: Collection[str], item_title: str, titles: Vocabulary) -> Unfounded:
-    """What an explanation names beyond the user's history and the recommended item.
-
-    Not covered: made-up titles without double quotes around them. Titles that are everyday words count as named wherever
-    the word stands in the title's spelling ("Speed" at the start of a sentence), and words quoted for another reason as titles.
-    """
-    founded = {*history_titles, item_title}
-    quoted = dict.fromkeys((straight or curly).strip() for straight, curly in _QUOTED.findall(text))
-    return Unfounded(
-        tuple(title for title in titles.named(text) if title not in founded),
-        tuple(
-            piece
-            for piece in quoted
-            if not any(form in founded or form in titles.values for form in (piece, piece.rstrip(".,;:!?")))
-        ),
-    )
 
 
 @dataclass(frozen=True)

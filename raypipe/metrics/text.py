@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 
 TOP = 3
@@ -34,7 +34,10 @@ class Vocabulary:
 
     def named(self, text: str) -> tuple[str, ...]:
         """The distinct values named in `text`, in order of first mention."""
-        found: dict[str, None] = {}
+        return tuple(dict.fromkeys(value for _, value in self.found(text)))
+
+    def found(self, text: str) -> Iterator[tuple[int, str]]:
+        """Where a value stands in `text`, and which: in order, no two in one place."""
         end = 0
         for match in _HEAD.finditer(text):
             lengths = self._lengths.get(match.group())
@@ -46,10 +49,9 @@ class Vocabulary:
             for length in lengths:
                 value = text[start : start + length]
                 if value in self.values and not _BOUND_AFTER.match(text, start + length):
-                    found[value] = None
+                    yield start, value
                     end = start + length
                     break
-        return tuple(found)
 
     def named_lately(self, text: str) -> tuple[str, ...]:
         """The distinct values named after the word "Lately"."""

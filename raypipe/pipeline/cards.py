@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -71,17 +71,21 @@ def choose_users(
     count: int,
     table: str = "summaries",
     columns: Sequence[str] = ("user_id", "summary"),
+    keep: Callable[[pa.Table, pa.Table], pa.Table] = lambda rows, owners: rows,
 ) -> tuple[pa.Table, dict[str, list[int]]]:
-    """`count` rows and their users' items, from as few buckets as hold them: millions of users are not read."""
+    """`count` rows and their users' items, from as few buckets as hold them: millions of users are not read.
+
+    `keep` gives of a bucket's rows and its users' histories (user_id, items, history_key) the rows that may be chosen.
+    """
     source = workspace.tables[table]
     chosen = source.read_files([], list(columns))
     history: dict[str, list[int]] = {}
     by_bucket = {file.partition["bucket"]: file for file in files}
     for bucket, file in sorted(by_bucket.items(), key=lambda pair: int(pair[0])):
-        rows = source.read_files([file], list(columns))
+        owners = workspace.tables["histories"].read(histories, ["user_id", "items", "history_key"], bucket=bucket)
+        rows = keep(source.read_files([file], list(columns)), owners)
         order = np.argsort(stable_hash(rows["user_id"].combine_chunks()), kind="stable")[: count - chosen.num_rows]
         rows = rows.take(pa.array(order))
-        owners = workspace.tables["histories"].read(histories, ["user_id", "items"], bucket=bucket)
         mine = owners.filter(pc.is_in(owners["user_id"], value_set=rows["user_id"].combine_chunks()))
         history.update(zip(mine["user_id"].to_pylist(), mine["items"].to_pylist(), strict=True))
         chosen = pa.concat_tables([chosen, rows])

@@ -180,9 +180,9 @@ def run_explain(config: ExplainConfig) -> JobResult:
     explainer = Explainer.of(config, workspace)
     pairs = read_pairs(config, workspace, explainer)
     canary = config.canary_users(workspace)
-    # Which pairs are asked for makes another run, and no row another one.
+    # Which pairs are asked for, and what is counted of them, makes another run, and no row another one.
     listed = pairs.to_pylist() if pairs is not None else None
-    run_recipe = fingerprint({"recipe": explainer.recipe, "pairs": listed})
+    run_recipe = fingerprint({"recipe": explainer.recipe, "pairs": listed, "figures": FIGURES})
     variant = explainer.variant(config)
     writes = [TABLE] if canary is None else []
     with open_session(workspace, JOB, writes, config.cluster, config.lock_lease_s) as session:
@@ -192,7 +192,12 @@ def run_explain(config: ExplainConfig) -> JobResult:
         scope = WHOLE if canary is None else fingerprint({"users": canary})
         if scope == WHOLE and session.is_current(run_recipe, inputs):
             return JobResult(JOB, "nothing_to_do", cost=cost_of(Usage(), time.monotonic() - started))
-        facts = {"variant": variant, "model": explainer.adapter.hash, "engine": config.engine.engine}
+        facts = {
+            "variant": variant,
+            "model": explainer.adapter.hash,
+            "engine": config.engine.engine,
+            "recipe": explainer.recipe,
+        }
         run = session.run(run_recipe, inputs, base, scope, facts)
         task = explainer.task(config, workspace, {**inputs, **base}, pairs, scope, canary)
         units = [Unit("users", index) for index in range(session.info.buckets)]
@@ -236,8 +241,7 @@ def _result(
         "computed": counts.ok,
         "rejected": counts.rejected,
         **counts.skipped,
-        "yes_share": round(facts["yes"] / explained, 4) if explained else None,
-        "unfounded_share": round(facts["unfounded"] / explained, 4) if explained else None,
+        **{f"{name}_share": round(facts[name] / explained, 4) if explained else None for name in FIGURES[1:]},
     }
     if counts.skipped.get("capped"):
         say(f"{JOB}: a cap or the deadline left {counts.skipped['capped']:,} pairs for the next run")

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ import torch
 from raypipe.engines.checks import AnswerChecks
 from raypipe.engines.engine import Decoding, Engine, EngineConfig
 from raypipe.language.titles import distinct_titles
-from raypipe.metrics.explanations import unfounded
-from raypipe.metrics.text import Vocabulary
+from raypipe.metrics.text import item_values
+from raypipe.metrics.unfounded import Titles
 from raypipe.pipeline.micro_batches import run_micro_batches, used
 from raypipe.pipeline.rejects import blocked_users, stage_rejected
 from raypipe.pipeline.user_rows import UserRows
@@ -35,12 +36,13 @@ from raypipe.storage.schemas import EXPLANATIONS
 from raypipe.storage.tables import StagedFile
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.explainer_examples import PromptPieces
-from raypipe.systems.explanations import Explanation, ExplanationRequest, explain
+from raypipe.systems.explanations import Explanation, ExplanationRequest, contradicts, explain
 from raypipe.systems.recexplainer import ExplainerConfig
 
 TABLE = "explanations"
-FIGURES = ("explained", "yes", "unfounded")
-"""Facts of a receipt: of new explanations their number, and how many say yes and name what they have no ground for."""
+FIGURES = ("explained", "yes", "contradicting", "unchosen", "made_up")
+"""Facts of a receipt: of new explanations their number, and how many say yes, how many texts begin with the other answer than
+was decided, how many name titles beside the user's and the item's, and how many name titles that no item has."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ class ExplainBucket:
         self.blocked = blocked_users(task.workspace, task.versions["rejects"], TABLE, task.variant)
         items = task.workspace.tables["items"].read(task.versions["items"]).sort_by("index")
         self.titles = distinct_titles(items["title"].to_pylist(), items["item_id"].to_pylist())
-        self.vocabulary = Vocabulary(self.titles)
+        values = chain.from_iterable(item_values(dict(pairs)) for pairs in items["attributes"].to_pylist())
+        self.known = Titles(self.titles, values)
         self.contents = items["content_hash"].combine_chunks()
 
     @cached_property
@@ -162,9 +165,7 @@ class ExplainBucket:
         pairs = pairs.append_column("place", place).filter(
             pc.and_(pc.is_valid(place), pc.greater(pairs["item_index"], 0))
         )
-        content = self.contents.take(pc.subtract(pairs["item_index"], 1))
-        index = pc.cast(pairs["item_index"], pa.string())
-        keys = pc.binary_join_element_wise(state.change_keys.take(pairs["place"]), index, content, "-")
+        keys = pair_keys(state.change_keys.take(pairs["place"]), pairs["item_index"], self.contents)
         return pairs.append_column("change_key", keys).sort_by([("user_id", "ascending"), ("item_index", "ascending")])
 
     def _explain(self, state: UserRows, work: pa.Table, context: UnitContext) -> dict[int, Explanation]:
@@ -237,19 +238,27 @@ class ExplainBucket:
                 [(results[at].reason, results[at].message) for at in failed],
                 rows["change_key"].to_pylist(),
                 _names(rows),
+                rows["item_index"].to_pylist(),
             )
         return staged
 
     def _figures(self, state: UserRows, work: pa.Table, results: dict[int, Explanation]) -> dict[str, int]:
         good = {at: result for at, result in results.items() if not result.reason}
         places, items = work["place"].to_numpy(), work["item_index"].to_numpy()
-        beside = 0
+        found = []
         for at, result in good.items():
             history = {self.titles[item - 1] for item in _items(state.histories, int(places[at]))}
-            found = unfounded(result.text, history, self.titles[int(items[at]) - 1], self.vocabulary)
-            beside += bool(found.titles or found.quoted)
+            found.append(self.known.unfounded(result.text, history, self.titles[int(items[at]) - 1]))
         yes = sum(result.decision == "yes" for result in good.values())
-        return dict(zip(FIGURES, (len(good), yes, beside), strict=True))
+        contradicting = sum(contradicts(result.decision, result.text) for result in good.values())
+        unchosen, made_up = sum(bool(one.unchosen) for one in found), sum(bool(one.made_up) for one in found)
+        return dict(zip(FIGURES, (len(good), yes, contradicting, unchosen, made_up), strict=True))
+
+
+def pair_keys(user_keys: pa.ChunkedArray, items: pa.ChunkedArray, contents: pa.Array) -> pa.ChunkedArray:
+    """Change keys of pairs: of the user's, the item's index, and what its words are, `contents` being those of all items."""
+    content = contents.take(pc.subtract(items, 1))
+    return pc.binary_join_element_wise(user_keys, pc.cast(items, pa.string()), content, "-")
 
 
 def _names(pairs: pa.Table) -> list[str]:

@@ -80,7 +80,7 @@ def run_judge(config: JudgeConfig) -> JobResult:
         judge = EngineJudge(engine.build(), rubric)
         ratings[name] = judge.rate(sample.cases)
         spent += Usage(judge.calls, judge.tokens_in, judge.tokens_out)
-    metrics = {"users": len(sample.users), **_figures(ratings), **sample.figures}
+    metrics = {"users": len(set(sample.users)), "cases": len(sample.cases), **_figures(ratings), **sample.figures}
     key = fingerprint(
         {
             "judges": identities,
@@ -138,7 +138,7 @@ def _figures(ratings: Mapping[str, Sequence[int | None]]) -> dict[str, Any]:
 def _say(ratings: Mapping[str, Sequence[int | None]], metrics: Mapping[str, Any]) -> None:
     for name in ratings:
         say(
-            f"{JOB}: {name} rates {metrics[f'{name}.mean']} of {HIGHEST} and rated {metrics[f'{name}.rated']:.0%} of the users"
+            f"{JOB}: {name} rates {metrics[f'{name}.mean']} of {HIGHEST} and rated {metrics[f'{name}.rated']:.0%} of the cases"
         )
     for pair in (pair for pair in metrics if pair.startswith("agreement.")):
         say(f"{JOB}: {pair.replace('.', ' ')} {metrics[pair]}")

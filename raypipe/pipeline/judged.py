@@ -8,18 +8,22 @@ from itertools import chain
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
 from raypipe.errors import UsageError
 from raypipe.language.adapters import read_card
 from raypipe.language.titles import distinct_titles
-from raypipe.metrics.explanations import coherence, distinction, unfounded
+from raypipe.metrics.explanations import coherence, distinction
 from raypipe.metrics.text import Vocabulary, item_values, rule_summary_rating, value_counts
+from raypipe.metrics.unfounded import Titles
 from raypipe.pipeline.cards import choose_users
+from raypipe.pipeline.explain_units import pair_keys
 from raypipe.pipeline.loaded import Loaded
 from raypipe.pipeline.sequences import user_keys
 from raypipe.pipeline.summary_state import PromptCatalogue
+from raypipe.pipeline.user_rows import change_keys
 from raypipe.recommenders.prefixes import prefix_states
 from raypipe.recommenders.ranking import target_ranks
 from raypipe.recommenders.windows import Histories
@@ -80,9 +84,11 @@ def sample_summaries(workspace: Workspace, summaries: SummariesConfig, count: in
 
 
 def sample_explanations(workspace: Workspace, cache: ModelCache, variant: str, count: int) -> Sample:
-    """The newest explanations of one variant; what is right is what the recommender behind the adapter says.
+    """The newest explanations of one variant that are of today's histories and items; what is right is what the recommender behind
+    the adapter says.
 
-    Raises UsageError where there are none.
+    The figure `stale` is how many others there were in the buckets read, None where no run tells how to know them. Raises
+    UsageError where there are none.
     """
     tables = workspace.tables
     versions = {name: tables[name].version() for name in ("items", "histories", "explanations")}
@@ -94,13 +100,24 @@ def sample_explanations(workspace: Workspace, cache: ModelCache, variant: str, c
             f"The workspace {workspace.uri} has no explanations {variant}.",
             "Run `raypipe explain` first, or name others with --explanations.",
         )
-    columns = ["user_id", "item_index", "decision", "text"]
-    chosen, histories = choose_users(workspace, files, versions["histories"], count, "explanations", columns)
-    adapter = _who_explained(workspace, variant)
+    columns = ["user_id", "item_index", "decision", "text", "change_key"]
+    adapter, recipe = _who_explained(workspace, variant)
+    contents = tables["items"].read(versions["items"], ["index", "content_hash"]).sort_by("index")["content_hash"]
+    current = _Current(recipe, contents.combine_chunks())
+    chosen, histories = choose_users(
+        workspace, files, versions["histories"], count, "explanations", columns, current.keep
+    )
+    if not chosen.num_rows:
+        raise UsageError(
+            f"No explanation {variant} is of a history and an item as they are now.", "Run `raypipe explain` again."
+        )
+    if current.stale:
+        say(f"judge: {current.stale:,} explanations are of histories or items that have changed since, and left out")
     loaded = Loaded.of(cache, workspace, read_card(cache.fetch(workspace, adapter)).recommender)
     titles = distinct_titles(loaded.items["title"].to_pylist(), loaded.items["item_id"].to_pylist())
     values = [tuple(sorted(item_values(dict(pairs)))) for pairs in loaded.items["attributes"].to_pylist()]
-    names, kinds = Vocabulary(titles), Vocabulary(chain.from_iterable(values))
+    kinds = Vocabulary(chain.from_iterable(values))
+    names = Titles(titles, kinds.values)
     cases: list[Case] = []
     rule: list[int | None] = []
     users, explained = chosen["user_id"].to_pylist(), chosen["item_index"].to_numpy().astype(np.int32)
@@ -114,26 +131,48 @@ def sample_explanations(workspace: Workspace, cache: ModelCache, variant: str, c
         asked_from = "\n".join(history[-shown_last:])
         shown = (asked_from, titles[item - 1], label or "undecided", row["decision"], text)
         cases.append(dict(zip(EXPLANATION_PIECES, shown, strict=True)))
-        found = unfounded(text, history, titles[item - 1], names)
+        found = names.unfounded(text, history, titles[item - 1])
         counts = value_counts(values[one - 1] for one in items[-shown_last:])
-        beside = bool(found.titles or found.quoted)
+        beside = bool(found.unchosen or found.made_up)
         rule.append(
             explanations.rule_explanation_rating(row["decision"], label, text, kinds, counts, values[item - 1], beside)
         )
     told = _coherence(loaded, prefixes, explained, chosen["text"].to_pylist(), users)
     apart = _distinctions(workspace, versions["explanations"], variant, chosen)
-    return Sample(users, cases, rule, {**told, **apart})
+    stale = current.stale if recipe is not None else None
+    return Sample(users, cases, rule, {"stale": stale, **told, **apart})
 
 
-def _who_explained(workspace: Workspace, variant: str) -> Model:
-    """The adapter that wrote what is published: that of the newest run, where the ledger has one, else the newest of its name."""
+@dataclass
+class _Current:
+    """Which explanations are of today's histories and items, and how many are not; `recipe` None: all are taken to be."""
+
+    recipe: str | None
+    contents: pa.Array
+    stale: int = 0
+
+    def keep(self, rows: pa.Table, owners: pa.Table) -> pa.Table:
+        if self.recipe is None:
+            return rows
+        keys = change_keys(owners["history_key"].combine_chunks(), self.recipe)
+        places = pc.index_in(rows["user_id"], value_set=owners["user_id"].combine_chunks())
+        wanted = pair_keys(pa.chunked_array([keys]).take(places), rows["item_index"], self.contents)
+        kept = rows.filter(pc.equal(rows["change_key"], wanted))
+        self.stale += rows.num_rows - kept.num_rows
+        return kept
+
+
+def _who_explained(workspace: Workspace, variant: str) -> tuple[Model, str | None]:
+    """The adapter that wrote what is published, and its recipe: those of the newest run, where the ledger has one, else the newest
+    of its name, and None; None too for a run of an older raypipe."""
+    recipe: str | None = None
     name = variant.removeprefix("explain-").removesuffix("-pairs")
     for run in workspace.ledger("explain").finished():
         facts = run.manifest["facts"]
         if facts["variant"] == variant:
-            name = f"{name}/{facts['model']}"
+            name, recipe = f"{name}/{facts['model']}", facts.get("recipe")
             break
-    return find_model(Models(workspace.store), name)
+    return find_model(Models(workspace.store), name), recipe
 
 
 def _prefixes(users: pa.Array, histories: Mapping[str, Sequence[int]]) -> Histories:

@@ -47,17 +47,22 @@ def stage_rejected(
     outcomes: Sequence[tuple[str, str]],
     change_keys: Sequence[str],
     names: Sequence[str] | None = None,
+    items: Sequence[int] | None = None,
 ) -> list[StagedFile]:
     """Users whose row of `table` could not be computed: stages them with their reason and message, `outcomes`.
 
-    `names` are their rows in the unit's journal, where these are not their ids.
+    `names` are their rows in the unit's journal, where these are not their ids; `items` the indices of the items that the rows
+    are of too, where they are of a user and an item.
     """
+    rejected: list[dict[str, str | int]] = [{"user_id": user} for user in users]
+    if items is not None:
+        rejected = [{**row, "item_index": item} for row, item in zip(rejected, items, strict=True)]
     deaths = [context.deaths.get(name, 0) for name in (users if names is None else names)]
     columns = {
         "key": pa.array(users, pa.string()),
         "reason": pa.array([reason for reason, _ in outcomes], pa.string()),
         "message": pa.array([message for _, message in outcomes], pa.string()),
-        "row": pa.array([row_json({"user_id": user}) for user in users], pa.string()),
+        "row": pa.array([row_json(row) for row in rejected], pa.string()),
         "attempts": pa.array([1 + count for count in deaths], pa.int32()),
         "change_key": pa.array(change_keys, pa.string()),
     }

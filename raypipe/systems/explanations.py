@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,12 @@ from raypipe.metrics.text import Vocabulary, top_values
 
 YES, NO = "Yes", "No"
 """The answers a decision is made between."""
+
+# An answer ends there, or a statement follows: "No. It …", "No, …", "Yes it …". "No wonder" and "Yes Man" are no answers.
+_ANSWER = re.compile(
+    r"\W*(yes|no)\b(?=\s*$|\s*\n|[^\w\s'’-]|\s+[-–—:]|\s+(?:it|this|that|these|those|the|they|i|he|she|we|you|there|because)\b)",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,15 @@ def reference_explanation(answer: str, title: str, history: Counter[str], values
     return f"{answer}. {taste} {title} is {_listed(values)}, {fits}."
 
 
+def contradicts(decision: str, text: str) -> bool:
+    """Whether a text begins with the other answer than `decision`, "yes" or "no": they are answers to two prompts.
+
+    Not covered: a text that answers further on, in other words or in another language.
+    """
+    answer = _ANSWER.match(text)
+    return answer is not None and answer[1].lower() != decision
+
+
 def rule_explanation_rating(
     decision: str,
     label: str | None,
@@ -101,10 +117,11 @@ def rule_explanation_rating(
 ) -> int:
     """What a rule that counts gives an explanation, by RecExplainer's rubric (section 4.3).
 
-    0: not the recommender's decision (`label`, None where it has none). 1: no attribute value of the history or the item, or
-    titles named that have no ground (`beside`). 3: a value most of the history has, and one of the item's. 2: one of the two.
+    0: not the recommender's decision (`label`, None where it has none), or a text that contradicts it. 1: no attribute value of
+    the history or the item, or titles named that have no ground (`beside`). 3: a value most of the history has, and one of the
+    item's. 2: one of the two.
     """
-    if label is not None and decision != label:
+    if contradicts(decision, text) or (label is not None and decision != label):
         return 0
     named = set(vocabulary.named(text))
     taste, item = bool(named & top_values(history)), bool(named & set(values))

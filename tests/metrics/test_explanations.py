@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import PredefinedSplit, cross_val_predict
 from sklearn.pipeline import make_pipeline
 
-from raypipe.metrics.explanations import coherence, distinction, unfounded
+from raypipe.metrics.explanations import coherence, distinction
 from raypipe.metrics.text import Vocabulary
 
 TITLES = Vocabulary(
@@ -65,19 +65,6 @@ def test_a_hundred_thousand_titles_are_found_as_by_one_expression_of_all_and_fas
         of_text = [title for title in listed if title in text]
         longest = "|".join(map(re.escape, sorted(of_text, key=len, reverse=True)))
         assert named == tuple(dict.fromkeys(re.findall(rf"(?<!\w)(?:{longest})(?!\w)", text)))
-
-
-def test_what_is_neither_of_the_history_nor_recommended_is_unfounded() -> None:
-    told = unfounded(
-        'You liked Alien and "Big"; "Aliens," like “Airplane!” and “Alien 9”, is a "classic". Not "M*A*S*H". "Alien 9"!',
-        ["Alien", "Big"],
-        "Airplane!",
-        TITLES,
-    )
-    assert told.titles == ("Aliens", "M*A*S*H")
-    assert told.quoted == ("Alien 9", "classic")
-    clean = unfounded("You liked Alien, so Big.", ["Alien"], "Big", TITLES)
-    assert (clean.titles, clean.quoted) == ((), ())
 
 
 def written(cases: int, seed: int, habit: str = "", share: float = 0.0) -> list[str]:

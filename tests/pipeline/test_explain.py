@@ -10,16 +10,18 @@ import pytest
 
 from raypipe.cli.main import main
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
+from raypipe.metrics.unfounded import Titles
 from raypipe.storage.models import Models
 from raypipe.storage.nights import Nights
 from raypipe.storage.releases import Releases
 from raypipe.storage.store import Store
 from raypipe.storage.workspace import Workspace
+from raypipe.systems.explanations import contradicts
 from tests.conftest import Run
 from tests.engines.chat_server import ChatServer
 from tests.ground import one_paragraph
 from tests.made import retitle
-from tests.pipeline.small_logs import CHAIN_ITEMS, EXPLAINER, START, newest, write_catalogue, write_log
+from tests.pipeline.small_logs import CHAIN_ITEMS, EXPLAINER, GENRES, START, newest, write_catalogue, write_log
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 # A tiny model leaves some out: those are asked for again.
@@ -70,6 +72,16 @@ def test_everybodys_top_recommendation_is_decided_and_put_into_words(raypipe: Ru
     # How well a tiny model decides is for the golden tables; here, that what it decided is what is told.
     yes = sum(row["decision"] == "yes" for row in rows.values())
     assert ended.metrics["yes_share"] == pytest.approx(yes / 120, abs=1e-4)
+    contradicting = sum(contradicts(row["decision"], row["text"]) for row in rows.values())
+    assert ended.metrics["contradicting_share"] == pytest.approx(contradicting / 120, abs=1e-4)
+    titles = Titles([f"Title {n}" for n in range(1, CHAIN_ITEMS + 1)], GENRES)
+    histories = {row["user_id"]: row["items"] for row in newest(explaining, "histories").to_pylist()}
+    found = [
+        titles.unfounded(row["text"], [f"Title {one}" for one in histories[user]], f"Title {item}")
+        for (user, item), row in rows.items()
+    ]
+    for name, told in (("unchosen", [one.unchosen for one in found]), ("made_up", [one.made_up for one in found])):
+        assert ended.metrics[f"{name}_share"] == pytest.approx(sum(map(bool, told)) / 120, abs=1e-4)
     assert sum("The choices are" in row["text"] for row in rows.values()) > 50
     assert ended.result["cost"]["calls"] >= 2 * 120
     assert ended.result["cost"]["tokens_out"] > 0
@@ -100,6 +112,9 @@ def test_a_night_explains_what_is_new_alone(raypipe: Run, explaining: str, files
     catalogue = write_catalogue(files / "items.csv", CHAIN_ITEMS)
     words = ("--log.path", log, "--log.columns.time", "time", "--catalogue.path", catalogue)
     assert raypipe("ingest", "--workspace", explaining, *words).code == 0
+    judge = ("judge", "--workspace", explaining, "--what", "explanations", "--sample", "120")
+    judged = raypipe(*judge).metrics
+    assert (judged["cases"], judged["stale"]) == (len(before) - 1, 1)
     assert raypipe("recommend", "--workspace", explaining, "--length", "3").code == 0
     ended = raypipe("explain", "--workspace", explaining, *SHORT)
     assert (ended.metrics["computed"], ended.metrics["unchanged"]) == (1, 119)
@@ -108,6 +123,8 @@ def test_a_night_explains_what_is_new_alone(raypipe: Run, explaining: str, files
         pair: row for pair, row in before.items() if pair[0] != "u1"
     }
     assert len(after) == 120
+    judged = raypipe(*judge).metrics
+    assert (judged["cases"], judged["stale"]) == (120, 0)
 
     # An item has another title: why it is recommended is told anew.
     item = next(index for _, index in sorted(after))
@@ -220,6 +237,9 @@ def test_what_does_not_fit_is_rejected_with_its_reason_and_stops_a_run_where_it_
     rejects = newest(explaining, "rejects").to_pylist()
     assert len(rejects) == ended.metrics["rejected"]
     assert {row["reason"] for row in rejects} == {"prompt_too_long"}
+    recommended = {row["user_id"]: row["items"][0] for row in newest(explaining, "recommendations").to_pylist()}
+    for row in rejects:
+        assert json.loads(row["row"]) == {"user_id": row["key"], "item_index": recommended[row["key"]]}
 
     # Rejected with one length of answer, they stay so until they are given another chance.
     blocked = raypipe("explain", "--workspace", explaining, *long, "--max_reject_rate", "1")

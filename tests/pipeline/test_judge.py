@@ -22,7 +22,7 @@ def test_an_endpoint_and_the_rule_rate_the_same_users(raypipe: Run, summarised: 
         ended = raypipe("judge", "--workspace", summarised, "--judges", json.dumps(judges), "--sample", "20")
         asked = server.prompts
     assert (ended.code, ended.status, ended.metrics["users"], len(asked)) == (0, "ok", 20, 20)
-    assert ended.result["cost"]["calls"] == 20
+    assert (ended.metrics["cases"], ended.result["cost"]["calls"]) == (20, 20)
     (path,) = [entry.path for entry in Store(summarised).list("judgements")]
     report = json.loads(Store(summarised).read(path))
     ratings = report["ratings"]["endpoint"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,10 @@ import pytest
 import torch
 
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
+from raypipe.pipeline.user_rows import change_keys
 from raypipe.recommenders.config import RecommenderConfig
 from raypipe.recommenders.sequences import Sequences
+from raypipe.storage import ledger
 from raypipe.storage.hashing import stable_hash
 from raypipe.storage.models import Models
 from raypipe.storage.workspace import Workspace
@@ -44,17 +47,20 @@ def scored(ingested: str, tmp_path: Path) -> dict[str, float]:
     return scores
 
 
-def write(uri: str, variant: str, texts: dict[str, str]) -> None:
-    """Explanations of `ITEM`, by user, as `explain` publishes them."""
+def write(
+    uri: str, variant: str, texts: dict[str, str], items: Sequence[int] = (ITEM,), keys: Mapping[str, str] | None = None
+) -> None:
+    """Explanations of `items`, by user, as `explain` publishes them; `keys` are users' change keys."""
     workspace = Workspace(uri)
     table, buckets = workspace.tables["explanations"], workspace.require_info().buckets
+    pairs = [(user, item) for user in texts for item in items]
     rows = pa.table(
         {
-            "user_id": list(texts),
-            "item_index": pa.array([ITEM] * len(texts), pa.int32()),
-            "decision": ["yes"] * len(texts),
-            "text": list(texts.values()),
-            "change_key": ["planted"] * len(texts),
+            "user_id": [user for user, _ in pairs],
+            "item_index": pa.array([item for _, item in pairs], pa.int32()),
+            "decision": ["yes"] * len(pairs),
+            "text": [texts[user] for user, _ in pairs],
+            "change_key": [(keys or {}).get(user, "planted") for user, _ in pairs],
         }
     )
     places = stable_hash(rows["user_id"].combine_chunks()) % np.uint64(buckets)
@@ -64,6 +70,18 @@ def write(uri: str, variant: str, texts: dict[str, str]) -> None:
         for part in parts
     ]
     table.publish(staged, mode="overwrite", app=f"test:{variant}", number=1, replaces=parts)
+
+
+def finished_run(uri: str, **facts: str) -> ledger.Run:
+    """As if the newest adapter had explained."""
+    workspace = Workspace(uri)
+    writer = Models(workspace.store).newest("recexplainer-h")
+    assert writer is not None
+    manifest = {"recipe": "r", "pins": {}, "base": {}, "scope": "all"}
+    facts = {"variant": MINE, "model": writer.hash, **facts}
+    run = workspace.ledger("explain").start("e" * 32, {**manifest, "facts": facts})
+    run.finish({"status": "ok", "metrics": {}, "tables": {}})
+    return run
 
 
 def words_of(scores: dict[str, float], seed: int) -> dict[str, str]:
@@ -103,12 +121,9 @@ def test_explanations_are_judged_by_who_wrote_them(
 ) -> None:
     """And not by a newer adapter of the same name, beside another recommender."""
     write(ingested, MINE, words_of(scored, 0))
-    ledger, models = Workspace(ingested).ledger("explain"), Models(Workspace(ingested).store)
+    models = Models(Workspace(ingested).store)
     writer = models.newest("recexplainer-h")
-    assert writer is not None
-    manifest = {"recipe": "r", "pins": {}, "base": {}, "scope": "all"}
-    run = ledger.start("e" * 32, {**manifest, "facts": {"variant": MINE, "model": writer.hash}})
-    run.finish({"status": "ok", "metrics": {}, "tables": {}})
+    run = finished_run(ingested)
     before = raypipe(*JUDGE, ingested).metrics
     other = RECOMMENDER.model_copy(update={"width": 12, "hidden": 12})
     recommender = store_untrained(ingested, other)
@@ -132,3 +147,38 @@ def test_shuffled_words_tell_no_score_and_few_users_are_not_judged_for_it(
     few = raypipe(*JUDGE, ingested, "--sample", 9)
     assert (few.metrics["coherence.users"], few.metrics["coherence.mse"]) == (9, None)
     assert "coherence wants explanations of 10 users, and there are 9" in few.stderr
+
+
+def test_users_are_counted_once_however_many_explanations_each_has(
+    raypipe: Run, ingested: str, scored: dict[str, float]
+) -> None:
+    write(ingested, f"{MINE}-pairs", words_of(scored, 0), (ITEM, ITEM + 1))
+    figures = raypipe(*JUDGE, ingested, "--explanations", f"{MINE}-pairs").metrics
+    assert (figures["users"], figures["coherence.users"], figures["cases"]) == (25, 25, 50)
+
+
+def test_explanations_of_older_histories_or_of_another_recipe_are_left_out_and_told(
+    raypipe: Run, ingested: str, scored: dict[str, float]
+) -> None:
+    items, histories = newest(ingested, "items").sort_by("index"), newest(ingested, "histories")
+    content = items["content_hash"][ITEM - 1].as_py()
+    now, other = (change_keys(histories["history_key"].combine_chunks(), of).to_pylist() for of in ("recipe", "other"))
+    users = histories["user_id"].to_pylist()
+    keys = {user: f"{key}-{ITEM}-{content}" for user, key in zip(users, now, strict=True)}
+    # Of another recipe, of another item's words, and of a history that is not there any more.
+    keys |= {users[0]: f"{other[0]}-{ITEM}-{content}", users[1]: f"{now[1]}-{ITEM}-other", users[2]: keys[users[3]]}
+    write(ingested, MINE, words_of(scored, 0), keys=keys)
+    untold = raypipe(*JUDGE, ingested).metrics
+    assert (untold["cases"], untold["stale"]) == (25, None)
+    run = finished_run(ingested, recipe="recipe")
+    told = raypipe(*JUDGE, ingested)
+    assert (told.metrics["cases"], told.metrics["stale"]) == (22, 3)
+    assert "3 explanations are of histories or items that have changed since" in told.stderr
+    judgement = json.loads(Workspace(ingested).store.read(f"judgements/{told.result['run_key']}.json"))
+    assert set(judgement["users"]) == set(users[3:])
+    # A sample is of those that stand.
+    assert raypipe(*JUDGE, ingested, "--sample", 22).metrics["cases"] == 22
+    run.store.delete_folder(run.folder)
+    finished_run(ingested, recipe="newer")
+    none = raypipe(*JUDGE, ingested)
+    assert (none.code, "is of a history and an item as they are now" in none.stderr) == (2, True)

@@ -1,0 +1,158 @@
+"""Titles that a free-text explanation names without ground: known ones that are beside the point, and ones that exist nowhere."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+from raypipe.metrics.text import Vocabulary
+
+_QUOTED = re.compile(r'"([^"\n]+)"|“([^”\n]+)”')
+_YEAR = re.compile(r" \((?:1[89]|20)\d\d\)")
+_INTRODUCED = re.compile(r"\b(?:such as|like)\s+", re.IGNORECASE)
+_CLAUSE_END = re.compile(r"[,;:!?()\"“”\n]|\.(?:\s|$)|$")
+_WORD = re.compile(r"\S+")
+_OPENING, _CLOSING = "\"“'‘([*_", '"”'
+
+_ARTICLES = frozenset(["The", "A", "An", "Le", "La", "Les", "Il", "El", "Los", "Las", "Der", "Die", "Das"])
+# Within a title these may be small.
+_SMALL = frozenset(
+    [
+        *("a", "an", "the", "and", "&", "or", "of", "in", "on", "to", "for", "at", "by", "with", "from"),
+        *("de", "la", "le", "du", "des", "et", "der", "die", "und", "van", "von"),
+    ]
+)
+_LINKS = frozenset(["and", "or", "&"])
+# What goes on behind a title; behind "American" goes on "comedies".
+_AFTER = frozenset(["but", "because", "which", "that", "is", "are", "was", "were", "as", "since", "so", "while"])
+
+_MARK = re.compile(r" \[[^\]]*\]$")  # as `distinct_titles` puts it behind
+_LAST_YEAR = re.compile(rf"{_YEAR.pattern}$")
+_ASIDE = re.compile(r" \([^)]*\)")
+
+
+@dataclass(frozen=True)
+class Unfounded:
+    """Titles of the catalogue that are beside the point, `unchosen`, and titles `made_up`, which no item has."""
+
+    unchosen: tuple[str, ...]
+    made_up: tuple[str, ...]
+
+
+class Titles:
+    """The titles of a catalogue, and the `values` of its attributes, which are no titles; compiled once."""
+
+    def __init__(self, titles: Collection[str], values: Iterable[str]) -> None:
+        self._titles, self._values = Vocabulary(titles), Vocabulary(values)
+        self._spellings = Vocabulary(chain.from_iterable(map(_spellings, titles)))
+
+    def unfounded(self, text: str, history_titles: Collection[str], item_title: str) -> Unfounded:
+        """What an explanation names beyond the user's history and the recommended item.
+
+        Taken for titles are what stands in double quotes, capitalised words before a year in parentheses, and capitalised words
+        right behind "such as" or "like" up to the next comma or the sentence's end. Those that no item has are made up, where they
+        are no attribute values either. A title of the catalogue is none of them, also without its year, what is behind its
+        colon or its words in parentheses, with its article in front, or with another year behind it.
+
+        Not covered: made-up titles in other places. Persons and places behind "like", words quoted for another reason, and words
+        capitalised for another reason before a year, count as titles. Titles that are everyday words count as named wherever
+        the word stands in the title's spelling ("Speed" at the start of a sentence).
+        """
+        founded = {*history_titles, item_title}
+        known = [(start, start + len(spelling)) for start, spelling in self._spellings.found(text)]
+        made_up = chain(self._quoted(text), self._dated(text, known), self._introduced(text, known))
+        return Unfounded(
+            tuple(title for title in self._titles.named(text) if title not in founded), tuple(dict.fromkeys(made_up))
+        )
+
+    def _quoted(self, text: str) -> Iterator[str]:
+        for straight, curly in _QUOTED.findall(text):
+            piece = (straight or curly).strip()
+            forms = {piece, piece.rstrip(".,;:!?")}
+            if piece and not forms & self._spellings.values and not forms & self._values.values:
+                yield piece
+
+    def _dated(self, text: str, known: list[tuple[int, int]]) -> Iterator[str]:
+        """Capitalised words before a year, which neither belongs to a known title nor stands right behind one."""
+        for year in _YEAR.finditer(text):
+            if any(start < year.start() <= end for start, end in known):
+                continue
+            name = _name_before(text[: year.start()])
+            if name and name[_article(name) :] not in self._values.values:
+                yield name + year[0]
+
+    def _introduced(self, text: str, known: list[tuple[int, int]]) -> Iterator[str]:
+        """Capitalised words behind "such as" or "like"; those before a year are `_dated`."""
+        for found in _INTRODUCED.finditer(text):
+            if any(start <= found.start() < end for start, end in known):
+                continue
+            for start, end in _names_behind(text, found.end()):
+                name = text[start:end]
+                is_known = any(at <= start + _article(name) and end <= to for at, to in known)
+                if not is_known and not self._values.named(name):
+                    yield name
+
+
+def _spellings(title: str) -> set[str]:
+    """A title as it is, and shorter, as people write it."""
+    whole = _MARK.sub("", title).strip()
+    year = _LAST_YEAR.search(whole)
+    name = whole[: year.start()] if year else whole
+    names = {name, _ASIDE.sub("", name)}
+    names |= {one.partition(":")[0] for one in names}
+    for one in list(names):
+        rest, comma, article = one.rpartition(", ")
+        if comma and article in _ARTICLES:
+            names |= {rest, f"{article} {rest}"}
+    return {title, whole, *names, *(f"{one}{year[0]}" for one in names if year)}
+
+
+def _name_before(text: str) -> str:
+    """The capitalised words that a text ends with, small ones between them; empty where there are none."""
+    words: list[str] = []
+    for written in reversed(text.rpartition("\n")[2].split()):
+        word = written.lstrip(_OPENING)
+        if not (_is_capitalised(word) or word in _SMALL) or word[-1] in _CLOSING:
+            break
+        if words and (word[-1] in ".!?;" or (word[-1] == "," and not (len(words) == 1 and words[0] in _ARTICLES))):
+            break
+        words.insert(0, word)
+        if word != written:
+            break
+    while words and words[0] in _SMALL:
+        del words[0]
+    return " ".join(words)
+
+
+def _names_behind(text: str, start: int) -> Iterator[tuple[int, int]]:
+    """Where the names stand that a clause begins with, joined by "and" or "or"; without one that a year or a noun goes on."""
+    end = _CLAUSE_END.search(text, start).start()  # type: ignore[union-attr]  # the text's end is one
+    names: list[list[tuple[int, int]]] = [[]]
+    goes_on = any(_YEAR.match(text, at) for at in (end - 1, end + 1))
+    for word in _WORD.finditer(text, start, end):
+        if word[0] in _LINKS:
+            names.append([])
+        elif _is_capitalised(word[0]) or word[0] in _SMALL:
+            # A small word is within a name, not before it.
+            if names[-1] or word[0] not in _SMALL:
+                names[-1].append(word.span())
+        else:
+            goes_on = word[0] not in _AFTER
+            break
+    for number, words in enumerate(names):
+        while words and text[slice(*words[-1])] in _SMALL:
+            del words[-1]
+        if words and not (goes_on and number == len(names) - 1) and text[words[0][0] : words[-1][1]] != "I":
+            yield words[0][0], words[-1][1]
+
+
+def _article(name: str) -> int:
+    """The letters of the article that a name begins with, and of the space behind it."""
+    first, space, _ = name.partition(" ")
+    return len(first) + 1 if space and first in _ARTICLES else 0
+
+
+def _is_capitalised(word: str) -> bool:
+    return word[:1].isupper() or word[:1].isdigit()
