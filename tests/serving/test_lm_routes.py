@@ -206,7 +206,7 @@ def test_what_hangs_on_the_release_alone_is_made_once(ready_lm: str, monkeypatch
     service = LocalService(ready_lm, language=SHORT)
     recommender = service.backend.watcher.served.recommender
     monkeypatch.setattr("raypipe.engines.transformers.AnswerTrie", counted("tries", AnswerTrie))
-    monkeypatch.setattr("raypipe.serving.lm_engines.Choices", counted("choices", Choices))
+    monkeypatch.setattr("raypipe.systems.title_search.Choices", counted("choices", Choices))
     monkeypatch.setattr(type(recommender), "item_states", counted("item states", type(recommender).item_states))
     answers = [
         [
