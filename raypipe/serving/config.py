@@ -66,6 +66,9 @@ class ReadingOptions(Config):
     """How titles are read from a recommender's states: asked for and decoded as `align` does."""
 
     max_new_tokens: int = shaping(256, "most tokens of one answer, as `align --answer_tokens`", ge=1)
+    constrained: bool = shaping(
+        True, "titles are decoded among the catalogue's, whatever the adapter was measured with"
+    )
 
 
 class LanguageOptions(Config):

@@ -212,10 +212,8 @@ class LmEngines:
         found = [ModelKey(release.lm)]
         for name, content in release.adapters.items():
             adapter = f"{name}/{content}"
-            lineage = find_model(self._models, adapter).lineage
-            held = lineage.get("system") == LANCER or (
-                lineage.get("system") == INTERPRETER and lineage["options"]["constrained"]
-            )
+            system = find_model(self._models, adapter).lineage.get("system")
+            held = system == LANCER or (system == INTERPRETER and self.config.language.reading.constrained)
             found.append(ModelKey(release.lm, adapter, catalogue if held else None))
         return found
 

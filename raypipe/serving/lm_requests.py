@@ -267,9 +267,8 @@ class LmRequestBuilder:
                 raise _no_answer(outcome.error.kind)
             return build(task.question.answer(outcome).strip(), _facts(served, user, adapter))
 
-        assert isinstance(adapter.system, RecInterpreter)
         key = self._key(served, adapter)
-        if adapter.system.config.constrained:
+        if self.config.language.reading.constrained:
             key = replace(key, catalogue=served.catalogue_version)
         return LmRequest(key, task, answer)
 

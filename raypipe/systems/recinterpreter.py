@@ -76,7 +76,11 @@ class InterpreterConfig(Config):
     catalogue_repeats: int = shaping(
         0, "how often each item's title is learnt, from the state after it alone or, with after: item, its vector", ge=0
     )
-    constrained: bool = shaping(False, "titles are decoded among the catalogue's; the published tables do without")
+    constrained: bool = shaping(
+        False,
+        "when it is measured, titles are decoded among the catalogue's; the published tables do without, and `serve` has a "
+        "switch of its own",
+    )
     prompts: InterpreterPrompts = shaping(InterpreterPrompts)
     judges: dict[str, EngineConfig] = free(
         dict,

@@ -1,9 +1,10 @@
-"""Titles read from states over HTTP: those that batch names, held to the catalogue or not."""
+"""Titles read from states over HTTP: those that batch names, and held to the catalogue by the service's own switch."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,8 +35,9 @@ def first_test_templates() -> InterpreterPrompts:
     return InterpreterPrompts.model_validate(first)
 
 
-def service_of(uri: str, options: InterpreterConfig) -> LocalService:
-    """One whose adapter that reads states says of itself that it was trained and measured with these options."""
+def service_of(uri: str, options: InterpreterConfig, *, held: bool | None = None) -> LocalService:
+    """One whose adapter that reads states says of itself that it was trained and measured with these options; `held` as the
+    service is set, None for its default."""
     store = Store(uri)
     model = Models(store).newest("recinterpreter")
     assert model is not None
@@ -43,7 +45,8 @@ def service_of(uri: str, options: InterpreterConfig) -> LocalService:
     told = json.loads(card.read_text())
     told["lineage"]["options"] = options.model_dump(mode="json")
     card.write_text(json.dumps(told))
-    return LocalService(uri, language=SHORT)
+    reading: dict[str, Any] = {"max_new_tokens": TOKENS} | ({} if held is None else {"constrained": held})
+    return LocalService(uri, f"held-{held}", language={**SHORT, "reading": reading})
 
 
 def batch_answers(uri: str, service: LocalService, options: InterpreterConfig) -> dict[tuple[str, ...], list[str]]:
@@ -76,7 +79,7 @@ def test_batch_and_online_read_the_same_titles(ready_lm: str, listed: bool, cons
     options = InterpreterConfig(
         after="item", titles=TITLES, listed=listed, constrained=constrained, prompts=first_test_templates()
     )
-    service = service_of(ready_lm, options)
+    service = service_of(ready_lm, options, held=constrained)
     known = service.backend.watcher.served.source.known
     expected = batch_answers(ready_lm, service, options)
     assert len(expected) == len(HISTORIES)
@@ -96,3 +99,25 @@ def test_batch_and_online_read_the_same_titles(ready_lm: str, listed: bool, cons
         if not listed:
             assert len(set(titles)) == len(titles) == TITLES
     assert service.post("interpret", asks[0]).json() == answers["interpret"][0]
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_the_service_says_whether_titles_are_held_to_the_catalogue_and_not_the_adapter(
+    ready_lm: str, measured: bool
+) -> None:
+    """They are unless it is told otherwise; explanations are free either way."""
+    options = InterpreterConfig(after="item", titles=TITLES, constrained=measured)
+    asks = {"history": ["i3", "i4", "i5"]}
+    held, free = service_of(ready_lm, options), service_of(ready_lm, options, held=False)
+    known = held.backend.watcher.served.source.known
+    read = held.post("interpret", asks).json()
+    assert read["text"] == SEPARATOR.join(read["titles"])
+    assert read["titles"]
+    assert set(read["titles"]) <= known
+    assert not set(free.post("interpret", asks).json()["titles"]) & known
+    for route in ("residual", "oracle"):
+        assert held.post(route, asks).json()["title"] in known
+        assert free.post(route, asks).json()["title"] is None
+    explained = held.post("explain", asks).json()
+    assert explained == free.post("explain", asks).json()
+    assert explained["text"] not in known
