@@ -62,6 +62,15 @@ class ReplicaOptions(Config):
         return self
 
 
+class ReadingOptions(Config):
+    """How titles are read from a recommender's states: asked for and decoded as `align` does."""
+
+    max_new_tokens: int = shaping(256, "most tokens of one answer, as `align --answer_tokens`", ge=1)
+    constrained: bool = shaping(
+        True, "titles are decoded among the catalogue's, whatever the adapter was measured with"
+    )
+
+
 class LanguageOptions(Config):
     """The language model of the release, in processes of its own, and what it is asked for."""
 
@@ -76,7 +85,7 @@ class LanguageOptions(Config):
     )
     explanation: Decoding = shaping(lambda: Decoding(max_new_tokens=150), "decoding of explanations, as of `explain`")
     checks: AnswerChecks = shaping(AnswerChecks, "when an explanation is none")
-    reading: Decoding = shaping(Decoding, "decoding of what is read from a recommender's states")
+    reading: ReadingOptions = shaping(ReadingOptions, "of titles from a recommender's states")
     summaries: SummariesConfig = shaping(SummariesConfig, "of a given history, as of `summarize`")
     ranking: Shown = shaping("trained", "whose summaries of a user are shown to what ranks, as `rerank --summaries`")
     answer_tokens: int = shaping(96, "most tokens of an item's line that is written, as of `recommend`", ge=1)

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,12 +29,12 @@ from raypipe.storage.models import Models, find_model
 from raypipe.storage.releases import Release
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.explanations import NO, YES, Explanation, ExplanationRequest, explain
-from raypipe.systems.interpreter_figures import SEPARATOR
 from raypipe.systems.lancer import NAME as LANCER
 from raypipe.systems.lancer_lists import ListWriter, build_writer, stored_config
 from raypipe.systems.paradigms import build_summarizer
 from raypipe.systems.recinterpreter import InterpreterConfig
 from raypipe.systems.summaries import Block, UserSummary
+from raypipe.systems.title_search import ONE_TITLE, TitleQuestion
 from raypipe.systems.trsr import likelihoods
 
 ECHO = "echo"
@@ -78,10 +77,10 @@ class Explain:
 
 @dataclass(frozen=True)
 class Generate:
-    """To answer a prompt, where the adapter is held to titles with at most so many of them."""
+    """To answer a prompt that asks for titles."""
 
     prompt: Prompt
-    titles: int = 1
+    question: TitleQuestion = ONE_TITLE
 
 
 @dataclass(frozen=True)
@@ -149,12 +148,12 @@ class PendingTask:
 
 @dataclass(frozen=True)
 class LoadedEngine:
-    """What answers: an engine, and over it what writes items, where its adapter was trained to; by their most titles the choices
-    that answers are held to, if they are."""
+    """What answers: an engine, and over it what writes items, where its adapter was trained to; by question the choices that
+    answers are held to, if they are."""
 
     engine: Engine
     writer: ListWriter | None = None
-    choices: Mapping[int, Choices] = field(default_factory=dict)
+    choices: Mapping[TitleQuestion, Choices] = field(default_factory=dict)
 
 
 class LmEngines:
@@ -213,8 +212,8 @@ class LmEngines:
         found = [ModelKey(release.lm)]
         for name, content in release.adapters.items():
             adapter = f"{name}/{content}"
-            lineage = find_model(self._models, adapter).lineage
-            held = lineage.get("system") == LANCER or _titles(lineage)
+            system = find_model(self._models, adapter).lineage.get("system")
+            held = system == LANCER or (system == INTERPRETER and self.config.language.reading.constrained)
             found.append(ModelKey(release.lm, adapter, catalogue if held else None))
         return found
 
@@ -239,8 +238,8 @@ class LmEngines:
                 for source, width in sorted(widths.widths.items())
             ]
             prompt = Prompt.of("Is this read: ", *soft, "?")
-        for choices in loaded.choices.values():
-            (outcome,) = engine.generate([prompt], self.config.language.reading, choices)
+        for question in loaded.choices:
+            (outcome,) = self._titles(loaded, question, [prompt])
             if outcome.error is not None:
                 return False
         if engine.capabilities.logprobs:
@@ -282,9 +281,11 @@ class LmEngines:
             return LoadedEngine(engine)
         assert isinstance(engine, TransformersEngine)
         catalogue = ServedCatalogue.of(self.workspace.tables["items"].read(key.catalogue)).for_prompts
-        if several := _titles(adapter.lineage):
-            texts = tuple(catalogue.titles)
-            return LoadedEngine(engine, choices={most: Choices(texts, SEPARATOR, most) for most in (several, 1)})
+        if adapter.lineage.get("system") == INTERPRETER:
+            system = InterpreterConfig.model_validate(adapter.lineage["options"]).build()
+            titles = tuple(catalogue.titles)
+            questions = (system.recovery_question, ONE_TITLE)
+            return LoadedEngine(engine, choices={question: question.choices(titles) for question in questions})
         options = stored_config(adapter.name, adapter.lineage)
         return LoadedEngine(
             engine, build_writer(options, catalogue, reader, engine, self.config.language.answer_tokens)
@@ -313,12 +314,16 @@ class LmEngines:
     def _generate(self, loaded: LoadedEngine, pending: Sequence[PendingTask]) -> Sequence[Result]:
         tasks = [one.task for one in pending if isinstance(one.task, Generate)]
         found: list[Result] = [Failed("internal", "No answer.")] * len(tasks)
-        for titles in dict.fromkeys(task.titles for task in tasks):
-            mine = [at for at, task in enumerate(tasks) if task.titles == titles]
-            prompts = [tasks[at].prompt for at in mine]
-            for outcome in loaded.engine.generate(prompts, self.config.language.reading, loaded.choices.get(titles)):
+        for question in dict.fromkeys(task.question for task in tasks):
+            mine = [at for at, task in enumerate(tasks) if task.question == question]
+            for outcome in self._titles(loaded, question, [tasks[at].prompt for at in mine]):
                 found[mine[outcome.index]] = outcome
         return found
+
+    def _titles(self, loaded: LoadedEngine, question: TitleQuestion, prompts: Sequence[Prompt]) -> Iterator[Outcome]:
+        """One outcome for each prompt that asks this, in any order."""
+        decoding = question.decoding(self.config.language.reading.max_new_tokens)
+        return loaded.engine.generate(prompts, decoding, loaded.choices.get(question))
 
     def _summarize(self, loaded: LoadedEngine, pending: Sequence[PendingTask]) -> Sequence[Result]:
         blocks = {str(at): one.task.blocks for at, one in enumerate(pending) if isinstance(one.task, Summarize)}
@@ -347,11 +352,3 @@ class LmEngines:
             for at, items, logprobs, unread in zip(mine, written.items, written.logprobs, written.unread, strict=True):
                 found[at] = TOO_LONG if unread else WrittenList(items, logprobs)
         return found
-
-
-def _titles(lineage: Mapping[str, Any]) -> int:
-    """Most titles of an answer, where an adapter that reads states is held to them; else 0."""
-    if lineage.get("system") != INTERPRETER:
-        return 0
-    options = InterpreterConfig.model_validate(lineage["options"])
-    return options.titles if options.constrained else 0

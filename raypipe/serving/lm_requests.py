@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import numpy as np
 
 from raypipe.engines.engine import Outcome
-from raypipe.language.prompt import Prompt
 from raypipe.metrics.recovery import titles_in
 from raypipe.recommenders.windows import Histories
 from raypipe.serving.adapters import EXPLAINER, INTERPRETER, RANKER, WRITER, Ranker, ServedAdapter, adapters_of_kind
@@ -242,38 +241,36 @@ class LmRequestBuilder:
             raise _nothing_known()
         source = replace(served.source, histories=histories, held_out=np.zeros(1, bool))
         (reading,) = system.readings(source, np.array([0]), np.array([length]))
-        titles = system.config.titles
         if isinstance(query, InterpretQuery):
             prompt = recovery_prompt(system.recovery.test[0], reading)
-            return self._text_request(served, user, adapter, prompt, titles, _interpreted(served.source.known, reading))
+            task, build = Generate(prompt, system.recovery_question), _interpreted(served.source.known, reading)
+            return self._text_request(served, user, adapter, task, build)
         template = system.prompts.residual.test[0]
         if isinstance(query, ResidualQuery):
-            prompt = residual_prompt(template, reading)
-            return self._text_request(served, user, adapter, prompt, 1, _named(served.source.known, reading.title))
+            task = Generate(residual_prompt(template, reading))
+            return self._text_request(served, user, adapter, task, _named(served.source.known, reading.title))
         (oracle,) = oracles_of(source, [reading])
-        prompt = oracle_prompt(template, reading, oracle)
-        return self._text_request(served, user, adapter, prompt, 1, _named(served.source.known, oracle.title))
+        task = Generate(oracle_prompt(template, reading, oracle))
+        return self._text_request(served, user, adapter, task, _named(served.source.known, oracle.title))
 
     def _text_request(
         self,
         served: Served,
         user: ResolvedUser,
         adapter: ServedAdapter,
-        prompt: Prompt,
-        titles: int,
+        task: Generate,
         build: Callable[[str, dict[str, Any]], LmAnswer],
     ) -> LmRequest:
         def answer(result: Result) -> LmAnswer:
             outcome = _result_as(result, Outcome)
             if outcome.error is not None:
                 raise _no_answer(outcome.error.kind)
-            return build(outcome.text.strip(), _facts(served, user, adapter))
+            return build(task.question.answer(outcome).strip(), _facts(served, user, adapter))
 
-        assert isinstance(adapter.system, RecInterpreter)
         key = self._key(served, adapter)
-        if adapter.system.config.constrained:
+        if self.config.language.reading.constrained:
             key = replace(key, catalogue=served.catalogue_version)
-        return LmRequest(key, Generate(prompt, titles), answer)
+        return LmRequest(key, task, answer)
 
     def _key(self, served: Served, adapter: ServedAdapter | None = None) -> ModelKey:
         if not self.config.language.replicas:

@@ -149,7 +149,8 @@ class ExplainAnswer(AdapterAnswer):
 
 
 class InterpretAnswer(AdapterAnswer):
-    """`titles` that the language model named, and the `history` they should be: both oldest first."""
+    """`titles` that the language model named, and the `history` they should be: both oldest first. Titles of an adapter that
+    learnt each as an answer of its own are the likeliest first."""
 
     titles: list[str]
     history: list[str]

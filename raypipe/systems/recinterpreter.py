@@ -41,7 +41,7 @@ from raypipe.systems.preference import PREFERENCE, RULE, EnginePreference, Overl
 from raypipe.systems.probes import LabelledVectors
 from raypipe.systems.projection import AdaptedLm, probed
 from raypipe.systems.source import Source, drawn_places
-from raypipe.systems.title_search import likeliest, searching
+from raypipe.systems.title_search import ONE_TITLE, TitleQuestion
 
 SOURCE = "state"
 TRAINING = {"epochs": 100, "batch_size": 16, "lr": 1e-3, "weight_decay": 1e-6}
@@ -77,7 +77,11 @@ class InterpreterConfig(Config):
     catalogue_repeats: int = shaping(
         0, "how often each item's title is learnt, from the state after it alone or, with after: item, its vector", ge=0
     )
-    constrained: bool = shaping(False, "titles are decoded among the catalogue's; the published tables do without")
+    constrained: bool = shaping(
+        False,
+        "when it is measured, titles are decoded among the catalogue's; the published tables do without, and `serve` has a "
+        "switch of its own",
+    )
     prompts: InterpreterPrompts = shaping(InterpreterPrompts)
     judges: dict[str, EngineConfig] = free(
         dict,
@@ -132,6 +136,11 @@ class RecInterpreter:
     def recovery(self) -> Templates:
         """The templates of recovery, of the list of titles or of one of them."""
         return self.prompts.recovery if self.config.listed else self.prompts.recovery_of_one
+
+    @property
+    def recovery_question(self) -> TitleQuestion:
+        """What recovery asks for; residual and the oracle ask for one title."""
+        return TitleQuestion(self.config.titles, searched=not self.config.listed)
 
     @property
     def adapter(self) -> AdapterConfig:
@@ -230,21 +239,15 @@ class RecInterpreter:
         drawn = np.random.default_rng(0).integers(len(source.titles), size=len(told)) + 1
         random, nearest = source.titles_of(drawn.tolist()), [oracle.title for oracle in told]
         histories = [reading.history for reading in readings]
-        decoding = Decoding(max_new_tokens=most_tokens)
-        recovering = decoding if self.config.listed else searching(self.config.titles, most_tokens)
-        several, one = self.choices(source) or (None, None)
+        recovery, (held, one) = self.recovery_question, self.choices(source) or (None, None)
         found: dict[str, float] = {"asked": len(readings)}
         for control in ("", *CONTROLS):
             prompts = self.questions(readings, told, control)
             count = len(readings)
-            outcomes = [
-                *_outcomes(engine, prompts[:count], recovering, several),
-                *_outcomes(engine, prompts[count:], decoding, one),
-            ]
-            answers = [
-                SEPARATOR.join(likeliest((beam.text for beam in outcome.beams), self.config.titles)) or outcome.text
-                for outcome in outcomes
-            ]
+            recovered = _outcomes(engine, prompts[:count], recovery.decoding(most_tokens), held)
+            others = _outcomes(engine, prompts[count:], ONE_TITLE.decoding(most_tokens), one)
+            outcomes = [*recovered, *others]
+            answers = [*map(recovery.answer, recovered), *map(ONE_TITLE.answer, others)]
             prefix = f"{control}: " if control else ""
             figures = self.figures(answers, readings, told, source.known)
             for number, task in enumerate(("recovery", "residual", "oracle") if told else ("recovery", "residual")):
@@ -276,8 +279,7 @@ class RecInterpreter:
         """Of recovery, and of residual and the oracle."""
         if not self.config.constrained:
             return ()
-        listed = self.config.titles if self.config.listed else 1
-        return [Choices(tuple(source.titles), SEPARATOR, most) for most in (listed, 1)]
+        return [question.choices(source.titles) for question in (self.recovery_question, ONE_TITLE)]
 
     def beside(
         self, source: Source, lm: AdaptedLm, bare: Engine, users: int, positions: int, asked: int, most_tokens: int

@@ -44,6 +44,8 @@ SHORT = {
     "checks": {"retries": 0, "most_characters": 100_000},
     "summaries": {"block_decoding": {"max_new_tokens": TOKENS}, "merge_decoding": {"max_new_tokens": TOKENS}},
 }
+FREE = {"max_new_tokens": TOKENS, "constrained": False}
+"""Reading that is held to no titles."""
 
 
 def add_lm_release(uri: str, folder: Path) -> Release:

@@ -36,7 +36,7 @@ from raypipe.systems.recinterpreter import Reading, recovery_prompt
 from tests.conftest import Run
 from tests.made import add_item
 from tests.pipeline.small_logs import CHAIN_ITEMS, newest
-from tests.serving.lm_release import SHORT, TOKENS
+from tests.serving.lm_release import FREE, SHORT, TOKENS
 from tests.serving.local_service import LocalService
 
 CHECKS = ("--checks.retries", "0", "--checks.most_characters", "100000")
@@ -146,9 +146,9 @@ def test_adapters_are_chosen_by_name_and_answer_by_themselves(service: LocalServ
         assert "it has rec" in refused.json()["error"]["message"]
 
 
-def test_states_are_read_as_the_engine_of_batch_reads_them(service: LocalService) -> None:
-    uri = service.config.workspace
-    store = Store(uri)
+def test_states_are_read_as_the_engine_of_batch_reads_them(shared_lm: str) -> None:
+    service = LocalService(shared_lm, "free", language={**SHORT, "reading": FREE})
+    store = Store(shared_lm)
     champion = Releases(store).named("champion")
     assert champion is not None
     folders = {
@@ -188,12 +188,6 @@ def test_states_are_read_as_the_engine_of_batch_reads_them(service: LocalService
 
 def test_what_hangs_on_the_release_alone_is_made_once(ready_lm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Item states, what answers are held to, and its tries, of a list and of one title, however often they are asked for."""
-    model = Models(Store(ready_lm)).newest("recinterpreter")
-    assert model is not None
-    card = Store(ready_lm).local_path(f"{model.folder}/model.json")
-    told = json.loads(card.read_text())
-    told["lineage"]["options"]["constrained"] = True
-    card.write_text(json.dumps(told))
     made: Counter[str] = Counter()
 
     def counted(name: str, make: Callable[..., Any]) -> Callable[..., Any]:
@@ -206,7 +200,7 @@ def test_what_hangs_on_the_release_alone_is_made_once(ready_lm: str, monkeypatch
     service = LocalService(ready_lm, language=SHORT)
     recommender = service.backend.watcher.served.recommender
     monkeypatch.setattr("raypipe.engines.transformers.AnswerTrie", counted("tries", AnswerTrie))
-    monkeypatch.setattr("raypipe.serving.lm_engines.Choices", counted("choices", Choices))
+    monkeypatch.setattr("raypipe.systems.title_search.Choices", counted("choices", Choices))
     monkeypatch.setattr(type(recommender), "item_states", counted("item states", type(recommender).item_states))
     answers = [
         [
