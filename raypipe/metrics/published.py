@@ -40,6 +40,7 @@ _FIGURES = {
 _EXPLAINED = ("T1 HR@5", "T2 NDCG@5", "T3 accuracy", "T6 HCR")
 _AMONG_21 = ("Recall@3", "MRR@3")
 _GENERATED = ("Recall@5", "NDCG@5")
+_CUTOFFS = (3, 5, 10)
 _OF_PAPERS: list[tuple[str, str, str, tuple[str, ...], dict[str, dict[str, tuple[float, ...]]]]] = [
     (
         "RecExplainer",
@@ -87,8 +88,21 @@ SYSTEMS: Mapping[tuple[str, str], Published] = {
 """(system, data set of its paper) → figures. Guided refinement's are relative gains of 10–50 % (arXiv 2504.11658), and of
 RecInterpreter (arXiv 2310.20487) there is no table."""
 
+PUBLISHED_BY: Mapping[str, tuple[str, ...]] = {system: metrics for system, _, _, metrics, _ in _OF_PAPERS}
+"""System → the metrics that its paper has figures of."""
+
 CHANCE: Mapping[str, float] = {"T2 NDCG@5": 0.6131, "T2 NDCG@5 by interest": 0.6131, "T3 accuracy": 0.5}
 """What an order without an opinion is worth."""
+
+
+def chance_among(candidates: int) -> dict[str, float]:
+    """As `CHANCE`, of so many candidates of which one is relevant."""
+    found = {}
+    for k in _CUTOFFS:
+        places = range(1, min(k, candidates) + 1)
+        found[f"Recall@{k}"] = len(places) / candidates
+        found[f"MRR@{k}"] = sum(1 / place for place in places) / candidates
+    return found
 
 
 def published(users: int, events: int, model: str) -> Published | None:

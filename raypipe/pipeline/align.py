@@ -27,7 +27,7 @@ from raypipe.language.catalogue import Catalogue
 from raypipe.language.checkpoint import checkpoint_hash
 from raypipe.language.titles import distinct_titles
 from raypipe.pipeline.align_record import record
-from raypipe.pipeline.asked_anew import asked_anew, tell_stored
+from raypipe.pipeline.asked_anew import as_trained, asked_anew, tell_stored
 from raypipe.pipeline.guided import run_guided
 from raypipe.pipeline.held_out import Cut, are_held_out
 from raypipe.pipeline.job import model_result
@@ -190,10 +190,8 @@ class _Inputs:
 
 def run_align(config: AlignConfig) -> JobResult:
     """Train the adapter unless one of this recipe is stored, and measure it. Raises UsageError before work starts."""
-    # Before it is asked and recorded: both have to name the same summaries.
-    if config.system == "trsr" and config.adapter is not None and "summaries" not in config.model_fields_set:
-        stored = find_model(Models(config.open_workspace().store), config.adapter)
-        config = config.model_copy(update={"summaries": stored.lineage.get("summaries")})
+    # Before it is asked and recorded: both have to be of the same cut and summaries.
+    config = as_trained(config)
     result = _joined(config)
     record(config, result)
     return result

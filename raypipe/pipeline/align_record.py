@@ -60,11 +60,7 @@ def record(config: AlignConfig, result: JobResult) -> None:
     if away:
         anew["trained_in"] = home.uri.rstrip("/").rsplit("/", 1)[-1]
     options = {**lineage.get("options", {}), **anew}
-    share = config.held_out_share
-    if config.system in ("trsr", "lancer") and not away:
-        # They ask everybody: who was held out, was when they were trained.
-        share = float(lineage.get("held_out_share", 0.0))
-    cut = Cut(config.hold_out, share)
+    cut = Cut(config.hold_out, config.held_out_share)
     Evaluations(workspace.store).put(
         Evaluation(
             job="align",

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raypipe.config import Config
+from raypipe.errors import UsageError
 from raypipe.runtime.progress import say
-from raypipe.storage.models import Model
+from raypipe.storage.models import Model, Models, find_model
+from raypipe.storage.workspace import Workspace
+
+if TYPE_CHECKING:
+    from raypipe.pipeline.align import AlignConfig
 
 _READS_STATES = {"constrained", "judges", "rubric"}
 _OPTIONS = {
@@ -17,6 +22,37 @@ _OPTIONS = {
     # Of the prompts only what they are perturbed by.
     "lancer": {"constrained", "beams", "filter_seen", "cold_events", "shown", "prompts"},
 }
+
+
+_CUT = {"hold_out": 0, "held_out_share": 0.0}
+"""Of an older lineage, which does not say."""
+
+
+def as_trained(config: AlignConfig) -> AlignConfig:
+    """With the cut, and unless told the summaries, of a stored adapter that asks everybody: floors, facts and trees beside it are
+    of what it learnt from. Where it comes from another workspace, the cut is that of the data here.
+
+    Raises UsageError where another cut is given.
+    """
+    if config.adapter is None or config.system not in ("trsr", "lancer"):
+        return config
+    workspace = config.open_workspace()
+    if config.adapter_workspace is not None and Workspace(config.adapter_workspace).uri != workspace.uri:
+        return config
+    adapter = find_model(Models(workspace.store), config.adapter)
+    if adapter.lineage.get("system") != config.system:
+        return config  # told where it is asked
+    trained = {name: adapter.lineage.get(name, default) for name, default in _CUT.items()}
+    for name, value in trained.items():
+        if name in config.model_fields_set and getattr(config, name) != value:
+            raise UsageError(
+                f"{adapter.name}/{adapter.hash} was trained with --{name} {value}, and what stands beside it has to know as much: "
+                f"--{name} {getattr(config, name)} is another cut.",
+                f"Leave out --{name}, or train one of that cut.",
+            )
+    if config.system == "trsr" and "summaries" not in config.model_fields_set:
+        trained["summaries"] = adapter.lineage.get("summaries")
+    return config.model_copy(update=trained)
 
 
 def asked_anew(system: str, given: Config, stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -55,11 +55,19 @@ def load_reader(folder: Path, device: str) -> Recommender:
     return load_recommender(folder, device)[0]
 
 
+@dataclass(frozen=True)
+class Made:
+    """`rows` of users, and by the place of those who have none their reason and message."""
+
+    rows: pa.Table
+    failed: Mapping[int, tuple[str, str]] = field(default_factory=dict)
+
+
 class Rows(Protocol):
     """What a job makes of users; columns of its table, `place` standing for the user."""
 
-    def warm(self, model: Any, known: Histories, places: NDArray[np.int64], seeds: NDArray[np.int64]) -> pa.Table:
-        """Rows of the users at `places`, of whose histories `known` holds what the model has seen; one seed each."""
+    def warm(self, model: Any, known: Histories, places: NDArray[np.int64], seeds: NDArray[np.int64]) -> Made:
+        """Of the users at `places`, of whose histories `known` holds what the model has seen; one seed each."""
         ...
 
     def cold(self, places: NDArray[np.int64]) -> pa.Table | None:
@@ -143,23 +151,24 @@ class EncodeBucket:
 
     def _rows(
         self, state: UserRows, work: NDArray[np.int64], names: Sequence[str], context: UnitContext
-    ) -> tuple[list[pa.Table], list[int], int]:
-        """Tables of new rows, the places of users that failed, and how many were skipped as cold."""
+    ) -> tuple[list[pa.Table], dict[int, tuple[str, str]], int]:
+        """Tables of new rows, why users failed, by their places, and how many were skipped as cold."""
         if not len(work):
-            return [], [], 0
+            return [], {}, 0
         known = state.histories.within(self.model.items)
         events = state.histories.offsets_within(self.model.items)
         is_warm = known.lengths[work] > 0
         made: list[pa.Table] = []
-        failed: list[int] = []
+        failed: dict[int, tuple[str, str]] = {}
         for batch in self._batches(known, work[is_warm], names, context.deaths):
             if context.deaths.get(names[batch[0]], 0) >= MAX_DEATHS:
-                failed += batch.tolist()
+                failed |= dict.fromkeys(batch.tolist(), WORKER_DIED)
                 continue
             context.journal([names[place] for place in batch])
             for block in self._blocks(known, batch):
-                rows = self.task.rows.warm(self.model, known, block, state.seeds[block])
-                made.append(_at_events(rows, known.starts, events))
+                found = self.task.rows.warm(self.model, known, block, state.seeds[block])
+                made.append(_at_events(found.rows, known.starts, events))
+                failed |= found.failed
         cold = work[~is_warm]
         if len(cold) and (rows := self.task.rows.cold(cold)) is not None:
             return [*made, rows], failed, 0
@@ -181,7 +190,7 @@ class EncodeBucket:
         return batches_by_length(known, self.model.max_length, batch)
 
     def _stage(
-        self, state: UserRows, made: list[pa.Table], failed: list[int], context: UnitContext
+        self, state: UserRows, made: list[pa.Table], failed: Mapping[int, tuple[str, str]], context: UnitContext
     ) -> dict[str, Sequence]:
         task = self.task
         spec = task.workspace.tables[task.output].spec
@@ -198,15 +207,16 @@ class EncodeBucket:
         partition: dict[str, str | int] = {"variant": task.variant, "bucket": state.bucket}
         staged: dict[str, Sequence] = {task.output: [table.stage(rows, context.file_name(), partition)]}
         if failed:
+            places = pa.array(list(failed))
             staged["rejects"] = stage_rejected(
                 task.workspace,
                 task.scope,
                 context,
                 task.output,
                 task.variant,
-                state.users.take(pa.array(failed)).to_pylist(),
-                [WORKER_DIED] * len(failed),
-                state.change_keys.take(pa.array(failed)).to_pylist(),
+                state.users.take(places).to_pylist(),
+                list(failed.values()),
+                state.change_keys.take(places).to_pylist(),
             )
         return staged
 
@@ -231,9 +241,7 @@ class States:
     queries: bool
 
     @torch.no_grad()
-    def warm(
-        self, model: Recommender, known: Histories, places: NDArray[np.int64], seeds: NDArray[np.int64]
-    ) -> pa.Table:
+    def warm(self, model: Recommender, known: Histories, places: NDArray[np.int64], seeds: NDArray[np.int64]) -> Made:
         device = model.table.device
         lengths = known.lengths[places]
         if self.positions == "last":
@@ -248,13 +256,12 @@ class States:
             seeds = np.repeat(seeds, lengths) ^ (np.repeat(lengths, lengths) - 1 - at)
         if self.queries:
             states = model.queries(states, torch.from_numpy(seeds).to(device))
-        return pa.table(
-            {
-                "place": pa.array(owners),
-                "position": pa.array(at.astype(np.int32)),
-                "state": list_column(states.float().cpu().numpy()),
-            }
-        )
+        columns = {
+            "place": pa.array(owners),
+            "position": pa.array(at.astype(np.int32)),
+            "state": list_column(states.float().cpu().numpy()),
+        }
+        return Made(pa.table(columns))
 
     def cold(self, places: NDArray[np.int64]) -> None:
         return None
@@ -273,22 +280,19 @@ class Recommendations:
     popular: NDArray[np.int32]
 
     @torch.no_grad()
-    def warm(
-        self, model: Recommender, known: Histories, places: NDArray[np.int64], seeds: NDArray[np.int64]
-    ) -> pa.Table:
+    def warm(self, model: Recommender, known: Histories, places: NDArray[np.int64], seeds: NDArray[np.int64]) -> Made:
         device = model.table.device
         states = model.encode(sequences_of(known, places, model.max_length).to(device))
         seen = sequences_of(known, places).to(device) if self.filter_seen else None
         allowed = torch.from_numpy(self.allowed).to(device)
         queries = model.queries(states, torch.from_numpy(seeds).to(device))
         items, scores = top_k(queries, model.item_states(), self.k, Filters(allowed, seen))
-        return pa.table(
-            {
-                "place": pa.array(places),
-                "items": list_column(items.cpu().numpy().astype(np.int32)),
-                "scores": list_column(scores.cpu().numpy()),
-            }
-        )
+        columns = {
+            "place": pa.array(places),
+            "items": list_column(items.cpu().numpy().astype(np.int32)),
+            "scores": list_column(scores.cpu().numpy()),
+        }
+        return Made(pa.table(columns))
 
     def cold(self, places: NDArray[np.int64]) -> pa.Table:
         items = np.broadcast_to(self.popular, (len(places), len(self.popular)))

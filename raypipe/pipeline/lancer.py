@@ -268,9 +268,6 @@ def _measured_anew(
     cut, trained = Cut(config.hold_out, config.held_out_share), list[Model]()
     named_lm = adapter.lineage["lm_model"]
     if home.store.uri == workspace.store.uri:
-        # Who is held out was decided when it was trained, and floors learn from all the others, as it did.
-        cut = replace(cut, held_out_share=float(adapter.lineage.get("held_out_share", 0.0)))
-        cut.check_events(adapter)
         trained = [adapter, *([find_model(Models(home.store), named_lm)] if named_lm else [])]
     lm = _language_model(config, home, adapter)
     inputs = _Inputs(*_known(workspace, versions, cut, trained), lm, adapter.lineage["lm"], named_lm)

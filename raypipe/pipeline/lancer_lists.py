@@ -13,7 +13,7 @@ from torch import Tensor
 from raypipe.errors import UsageError
 from raypipe.language.catalogue import Catalogue
 from raypipe.language.checkpoint import checkpoint_hash, resolve_checkpoint
-from raypipe.pipeline.encode_units import list_column
+from raypipe.pipeline.encode_units import Made, list_column
 from raypipe.pipeline.sequences import catalogue_of
 from raypipe.recommenders.windows import Histories
 from raypipe.runtime.job import ModelCache
@@ -82,7 +82,8 @@ def writer_of(
 
 @dataclass(frozen=True)
 class WrittenLists:
-    """The first k items that are written for a history; implements `Rows`. Where fewer are, the rest is item 0 with −∞.
+    """The first k items that are written for a history; implements `Rows`. Where fewer are, the rest is item 0 with −∞, and
+    for whom the language model writes nothing there is no row.
 
     `allowed` bool [items + 1]. A score is the log-probability of the line that was taken for the item.
     """
@@ -91,7 +92,7 @@ class WrittenLists:
     filter_seen: bool
     allowed: NDArray[np.bool_]
 
-    def warm(self, model: Writer, known: Histories, places: NDArray[np.int64], seeds: NDArray[np.int64]) -> pa.Table:
+    def warm(self, model: Writer, known: Histories, places: NDArray[np.int64], seeds: NDArray[np.int64]) -> Made:
         mine = known.take(known.starts[places], known.lengths[places])
         histories = [items.tolist() for items in np.split(mine.items, mine.ends[:-1])]
         written = model.lists.lists(histories, filter_seen=self.filter_seen)
@@ -101,7 +102,16 @@ class WrittenLists:
             kept = [place for place, item in enumerate(found) if self.allowed[item]][: self.k]
             items[row, : len(kept)] = [found[place] for place in kept]
             scores[row, : len(kept)] = [logprobs[place] for place in kept]
-        return pa.table({"place": pa.array(places), "items": list_column(items), "scores": list_column(scores)})
+        good = np.array([error is None for error in written.errors], bool)
+        columns = {
+            "place": pa.array(places[good]),
+            "items": list_column(items[good]),
+            "scores": list_column(scores[good]),
+        }
+        pairs = zip(places.tolist(), written.errors, strict=True)
+        return Made(
+            pa.table(columns), {place: (error.kind, error.message) for place, error in pairs if error is not None}
+        )
 
     def cold(self, places: NDArray[np.int64]) -> None:
         return None

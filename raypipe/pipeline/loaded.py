@@ -32,9 +32,15 @@ class Loaded:
 
     @classmethod
     def of(cls, config: ModelCache, workspace: Workspace, named: str) -> Loaded:
-        """`named` as for `find_model`. Raises UsageError for a model that is not there or knows other items."""
+        """`named` as for `find_model`. Raises UsageError for a model that is not there, is no recommender or knows other items."""
         version = pinned_versions(workspace)["items"]
         model = find_model(Models(workspace.store), named)
+        if model.lineage.get("job") == "align":
+            raise UsageError(
+                f"The model {named} is an adapter that `raypipe align` made, and no recommender.",
+                f"`raypipe align --system {model.lineage['system']} --adapter {named}` measures it; what is named here is made by "
+                "`raypipe train`.",
+            )
         recommender, card = load_recommender(config.fetch(workspace, model))
         items = workspace.tables["items"].read(version).sort_by("index")
         check_catalogue(card.catalogue, items["item_id"].to_pylist(), named)

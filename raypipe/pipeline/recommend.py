@@ -35,6 +35,8 @@ from raypipe.systems.lancer import NAME as LANCER
 
 JOB = "recommend"
 STEP_VERSION = 2
+_WRITTEN_STEP_VERSION = 3
+"""Of lists that a language model writes."""
 
 
 class RecommendOptions(EncodeOptions):
@@ -86,7 +88,7 @@ def _written(config: RecommendConfig, workspace: Workspace, model: Model) -> Enc
     allowed = _enough(allowed_items(items, config), config.length)
     recipe = fingerprint(
         {
-            "step": STEP_VERSION,
+            "step": _WRITTEN_STEP_VERSION,
             "model": model.hash,
             "lm": load.lm_hash,
             "lines": content_digest(*load.options.lines(load.catalogue), *load.options.contents(load.catalogue)),

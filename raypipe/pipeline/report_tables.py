@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from raypipe.metrics.published import CHANCE, SYSTEMS, published_on
+from raypipe.metrics.published import CHANCE, PUBLISHED_BY, SYSTEMS, chance_among, published_on
 from raypipe.pipeline.report_figures import FLOORS, Cell, Figure
 
 Kind = Literal["floor", "model", "beside", "published"]
@@ -19,6 +19,7 @@ _CONTROLS = re.compile(
 _SURROGATES = re.compile(r"\b(surrogate|student)$")
 _CEILINGS = ("exact count",)
 _PUBLISHED_PROTOCOL = "whole catalogue, seen items filtered"
+_CANDIDATES = re.compile(r"\b(\d+) candidates\b")
 _NOT_BETTER_WHEN_HIGHER = re.compile(r"untouched|users$")
 
 
@@ -88,7 +89,7 @@ SECTIONS = (
     Section(
         "Cost",
         "Of training and of asking; seconds are wall clock.",
-        re.compile(r"(.*_)?(seconds|tokens|steps|examples|calls|weights)\b|tokens_|latency"),
+        re.compile(r"(.*_)?(seconds|tokens|steps|examples|calls|weights)\b|(.*_)?tokens_|summary_users|latency"),
         judged=False,
     ),
 )
@@ -205,7 +206,9 @@ def _family(row: Row) -> tuple[str, str]:
 def _known(dataset: str, metrics: Sequence[str], rows: Sequence[Row], protocol: str) -> list[Row]:
     """What others published of these models on this data by this protocol, and what chance gives."""
     found = []
-    chance = {metric: Cell(CHANCE[metric], None, None, ()) for metric in metrics if metric in CHANCE}
+    drawn = _CANDIDATES.search(protocol)
+    worth = {**CHANCE, **(chance_among(int(drawn[1])) if drawn else {})}
+    chance = {metric: Cell(worth[metric], None, None, ()) for metric in metrics if metric in worth}
     if chance:
         found.append(Row("chance", "", "floor", chance))
     if _PUBLISHED_PROTOCOL not in protocol:
@@ -251,19 +254,33 @@ def _metric_order(metric: str) -> tuple[int, int, str]:
 
 def findings(tables: Iterable[ReportTable]) -> list[str]:
     """What should be read first: the best model beside its floor and what is published, models that are below a floor, and
-    controls that are as good as what they control."""
+    ablations, controls and surrogates that are as good as what they stand beside."""
     found = []
     for table in tables:
         if not table.section.judged:
             continue
-        for metric in _headlines(table):
-            found += _best(table, metric) + _not_better(table, metric)
+        metrics = _headlines(table)
+        for metric in metrics:
+            found += _best(table, metric)
+        found += _not_better(table, metrics)
     return list(dict.fromkeys(found))
 
 
 def _headlines(table: ReportTable) -> list[str]:
+    """What a system is published by, of unseen titles too; and the first of the usual metrics where a model has none of these."""
+    models = [row for row in table.rows if row.kind == "model"]
+    published = {metric for row in models for metric in _published_by(row)}
+    found = [metric for metric in table.metrics if metric.removesuffix(" unseen") in published]
+    if found and all(any(metric in row.cells for metric in found) for row in models):
+        return found
     wanted = ("NDCG@10", "NDCG@5", "MRR@3", "recovery", "T1 HR@5 unseen", "T1 HR@5", "attribute_precision")
-    return [metric for metric in wanted if metric in table.metrics][:1]
+    usual = [metric for metric in wanted if metric in table.metrics][:1]
+    return [*found, *(metric for metric in usual if metric not in found)]
+
+
+def _published_by(row: Row) -> tuple[str, ...]:
+    name = _bare(row.model)
+    return next((metrics for system, metrics in PUBLISHED_BY.items() if re.match(rf"{system}(?!\w)", name)), ())
 
 
 def _best(table: ReportTable, metric: str) -> list[str]:
@@ -284,34 +301,41 @@ def _best(table: ReportTable, metric: str) -> list[str]:
     return [told + "."]
 
 
-def _not_better(table: ReportTable, metric: str) -> list[str]:
-    rows = [row for row in table.rows if metric in row.cells]
-    floors = [row for row in rows if row.kind == "floor"]
+def _not_better(table: ReportTable, metrics: Sequence[str]) -> list[str]:
+    """A sentence of two rows, with all of the metrics by which it is so."""
+    floors = [row for row in table.rows if row.kind == "floor"]
     found = []
-    for row in rows:
-        value = row.cells[metric].value
-        if row.kind == "model":
-            above = [floor for floor in floors if floor.cells[metric].value >= value]
-            found += [
-                f"{_named(row)} does not reach {floor.model}: {metric} {value:.4f} against {floor.cells[metric].value:.4f}."
-                for floor in above[:1]
-            ]
+    for row in table.rows:
+        if row.kind == "model" and floors:
+            floor = max(floors, key=lambda one: len(_as_good(one, row, metrics)))
+            if above := _as_good(floor, row, metrics):
+                found.append(f"{_named(row)} does not reach {floor.model}: {_against(row, floor, above)}.")
         role = "control" if is_control(row.model) else "surrogate" if _SURROGATES.search(_bare(row.model)) else ""
         if row.kind == "beside" and role:
             owners = [
                 one
-                for one in rows
+                for one in table.rows
                 if one.kind == "model"
                 and one.recommender == row.recommender
                 and _bare(one.model) == own_name(row.model)
             ]
             found += [
-                f"The {role} {_named(row)} is as good as {_named(one)}: {metric} {value:.4f} against "
-                f"{one.cells[metric].value:.4f}."
+                f"The {role} {_named(row)} is as good as {_named(one)}: {_against(row, one, reached)}."
                 for one in owners
-                if value >= one.cells[metric].value
+                if (reached := _as_good(row, one, metrics))
             ]
     return found
+
+
+def _as_good(row: Row, other: Row, metrics: Sequence[str]) -> list[str]:
+    """The metrics of both by which `row` is not below `other`."""
+    both = [metric for metric in metrics if metric in row.cells and metric in other.cells]
+    return [metric for metric in both if row.cells[metric].value >= other.cells[metric].value]
+
+
+def _against(row: Row, other: Row, metrics: Sequence[str]) -> str:
+    pairs = ((metric, row.cells[metric].value, other.cells[metric].value) for metric in metrics)
+    return ", ".join(f"{metric} {value:.4f} against {others:.4f}" for metric, value, others in pairs)
 
 
 def _named(row: Row) -> str:

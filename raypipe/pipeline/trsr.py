@@ -45,7 +45,7 @@ from raypipe.systems.trsr_training import RankingTask, prepare_validation
 if TYPE_CHECKING:
     from raypipe.pipeline.align import AlignConfig
 
-STEP_VERSION = 3
+STEP_VERSION = 4
 
 
 def run_trsr(config: AlignConfig) -> JobResult:
@@ -142,9 +142,12 @@ def _train(
     rng = np.random.default_rng(config.trainer.seed)
 
     def prepare() -> dict[str, int]:
+        left_out = {}
         if _left(config):
-            _prepare_validation(config, inputs, trsr, folder / "data")
-        return prepare_alignment(
+            left_out["validation_left_out"] = _prepare_validation(
+                config, inputs, trsr, backbone.context, folder / "data"
+            )
+        return left_out | prepare_alignment(
             folder / "data",
             trsr.examples(config.users, config.positions, _left(config), rng),
             backbone,
@@ -195,8 +198,8 @@ def _train(
     return model
 
 
-def _prepare_validation(config: AlignConfig, inputs: RankingInputs, trsr: Trsr, folder: Path) -> None:
-    """Of the asked the last event before the cut, among as many candidates, drawn anew."""
+def _prepare_validation(config: AlignConfig, inputs: RankingInputs, trsr: Trsr, context: int, folder: Path) -> int:
+    """Of the asked the last event before the cut, among as many candidates, drawn anew; how many are left out."""
     histories, options = inputs.past.histories, config.trsr.candidates
     rows = inputs.rows[~inputs.past.held_out[inputs.rows]]
     seen = histories.take(histories.starts[rows], histories.lengths[rows])
@@ -207,8 +210,14 @@ def _prepare_validation(config: AlignConfig, inputs: RankingInputs, trsr: Trsr, 
         seen.users, seeds, targets, seen.items, seen.lengths, len(trsr.lines), options.negatives
     )
     rows = rows[filled]
+    if not len(rows):
+        raise UsageError(
+            f"Of the {len(inputs.rows):,} users who are asked nobody can validate: they are held out from training, or leave fewer "
+            f"than {options.negatives} items unseen.",
+            "Raise --asked, lower --held_out_share, or set --trainer.validate_every to null.",
+        )
     prompts = trsr.prompts(rows, 1, sets.items, trsr.summaries(rows, 1))
-    prepare_validation(folder, prompts, sets.places, trsr.tokenizer, trsr.answers)
+    return prepare_validation(folder, prompts, sets.places, trsr.tokenizer, trsr.answers, context)
 
 
 def _measured_anew(
@@ -217,7 +226,6 @@ def _measured_anew(
     """A stored model asked with what is given here: other summaries, fewer items, summaries that are missing or wrong."""
     if adapter.lineage.get("system") != NAME:
         raise UsageError(f"The model {adapter.name} is none of this system.", "Name one made by `align --system trsr`.")
-    Cut(config.hold_out, 0.0).check_events(adapter)
     options = TrsrConfig.model_validate(asked_anew(NAME, config.trsr, adapter.lineage["options"]))
     inputs = _read(config.model_copy(update={NAME: options}), workspace, versions)
     metrics, _ = measure(config, options, inputs, config.fetch(workspace, adapter))

@@ -116,10 +116,11 @@ class WriteList:
 
 @dataclass(frozen=True)
 class WrittenList:
-    """Items, the best first, and the log-probability of each one's line."""
+    """Items, the best first, and the log-probability of each one's line, or the `reason` why nothing was written."""
 
     items: Sequence[int]
     logprobs: Sequence[float]
+    reason: str = ""
 
 
 Task = Explain | Generate | Summarize | Rank | WriteList
@@ -349,6 +350,6 @@ class LmEngines:
         for filter_seen in {task.filter_seen for task in tasks}:
             mine = [at for at, task in enumerate(tasks) if task.filter_seen == filter_seen]
             written = loaded.writer.lists([tasks[at].history for at in mine], filter_seen=filter_seen)
-            for at, items, logprobs, unread in zip(mine, written.items, written.logprobs, written.unread, strict=True):
-                found[at] = TOO_LONG if unread else WrittenList(items, logprobs)
+            for at, items, logprobs, error in zip(mine, written.items, written.logprobs, written.errors, strict=True):
+                found[at] = WrittenList(items, logprobs, "" if error is None else error.kind)
         return found

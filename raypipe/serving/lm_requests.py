@@ -220,6 +220,8 @@ class LmRequestBuilder:
 
         def answer(result: Result) -> NextAnswer:
             written = _result_as(result, WrittenList)
+            if written.reason:
+                raise _no_answer(written.reason)
             pairs = [pair for pair in zip(written.items, written.logprobs, strict=True) if allowed[pair[0]]]
             found = [
                 NextItem(item_id=ids[item - 1], title=titles[item - 1], score=score)
@@ -333,4 +335,6 @@ def _nothing_known() -> RefusedQueryError:
 def _no_answer(reason: str) -> RefusedQueryError:
     if reason == "prompt_too_long":
         return RefusedQueryError(TOO_LONG.code, TOO_LONG.message)
+    if reason == "not_finite":
+        return RefusedQueryError("no_answer", "The language model found no number for what comes next.")
     return RefusedQueryError("no_answer", f"The language model found no words that pass the checks: {reason}.")

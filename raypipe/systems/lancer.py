@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pydantic import model_validator
 
 from raypipe.config import Config, free, shaping
-from raypipe.engines.engine import Beam, Choices, Decoding, Engine
+from raypipe.engines.engine import Beam, Choices, Decoding, Engine, OutcomeError
 from raypipe.language.adapters import AdapterConfig, LoraOptions
 from raypipe.language.backbone import PromptTokenizer
 from raypipe.language.catalogue import Catalogue
@@ -217,16 +217,16 @@ class Lancer:
 
     def answers(
         self, engine: Engine, prompts: Sequence[Prompt], most_tokens: int
-    ) -> tuple[list[list[Beam]], dict[str, float]]:
-        """What was written for each prompt, best first, and `refused`, how many could not be asked, and tokens."""
+    ) -> tuple[list[list[Beam]], list[OutcomeError | None], float]:
+        """What was written for each prompt, best first, why nothing was, and the tokens that were read for all."""
         found: list[list[Beam]] = [[] for _ in prompts]
-        told = {"refused": 0.0, "tokens_asked": 0.0}
+        errors: list[OutcomeError | None] = [None] * len(prompts)
+        tokens = 0.0
         decoding = Decoding(max_new_tokens=most_tokens, beams=self.config.beams)
         for outcome in engine.generate(prompts, decoding, self.choices()):
-            told["refused"] += outcome.error is not None
-            told["tokens_asked"] += outcome.tokens_in
-            found[outcome.index] = list(outcome.beams)
-        return found, told
+            found[outcome.index], errors[outcome.index] = list(outcome.beams), outcome.error
+            tokens += outcome.tokens_in
+        return found, errors, tokens
 
     @cached_property
     def _costs(self) -> NDArray[np.int64]:

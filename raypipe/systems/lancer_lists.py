@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raypipe.engines.engine import EngineConfig
+from raypipe.engines.engine import EngineConfig, OutcomeError
 from raypipe.engines.transformers import TransformersEngine
 from raypipe.errors import UsageError
 from raypipe.language.catalogue import Catalogue
@@ -23,20 +23,20 @@ _USERS_AT_ONCE = 128
 
 @dataclass(frozen=True)
 class Lists:
-    """Items of each user, best first, the log-probability of the first line that was taken for each, and how all of the answers
-    were grounded."""
+    """Items of each user, best first, the log-probability of the first line that was taken for each, how all of the answers
+    were grounded, and why nothing was written for those for whom nothing was."""
 
     items: list[list[int]]
     logprobs: list[list[float]]
     exact: list[NDArray[np.bool_]]
     margins: list[NDArray[np.float32]]
-    refused: float
+    errors: list[OutcomeError | None]
     tokens: float
 
     @property
-    def unread(self) -> list[bool]:
-        """Whose prompt could not be read, so that nothing was written."""
-        return [not len(mine) for mine in self.exact]
+    def refused(self) -> int:
+        """For how many nothing was written."""
+        return sum(error is not None for error in self.errors)
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,11 @@ class ListWriter:
         """
         filter_seen = self.lancer.config.filter_seen if filter_seen is None else filter_seen
         read = histories if read is None else read
-        found = Lists([], [], [], [], 0.0, 0.0)
-        refused = tokens = 0.0
+        found, tokens = Lists([], [], [], [], [], 0.0), 0.0
         for start in range(0, len(histories), _USERS_AT_ONCE):
             part = slice(start, start + _USERS_AT_ONCE)
             prompts = self.lancer.prompts(histories[part], read[part], frame)
-            answers, told = self.lancer.answers(self.engine, prompts, self.answer_tokens)
+            answers, errors, read_tokens = self.lancer.answers(self.engine, prompts, self.answer_tokens)
             grounded = self.grounding.ground([beam.text for mine in answers for beam in mine])
             ends = np.cumsum([len(mine) for mine in answers])[:-1]
             items = np.split(grounded.nearest + 1, ends)
@@ -83,10 +82,11 @@ class ListWriter:
                 found.logprobs.append([beams[place].logprob for place in mine.values()])
             found.exact.extend(np.split(grounded.exact, ends))
             found.margins.extend(np.split(grounded.margin, ends))
-            refused, tokens = refused + told["refused"], tokens + told["tokens_asked"]
+            found.errors.extend(errors)
+            tokens += read_tokens
             if tell is not None:
                 tell(min(part.stop, len(histories)), len(histories))
-        return replace(found, refused=refused, tokens=tokens)
+        return replace(found, tokens=tokens)
 
 
 def stored_config(name: str, lineage: Mapping[str, Any]) -> LancerConfig:

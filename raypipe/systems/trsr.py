@@ -60,6 +60,7 @@ Recent items:
 Candidate: {candidate}
 Answer:"""
 _USERS_AT_ONCE = 256
+_PROMPTS_AT_ONCE = 5_000
 _MOST_CHARACTERS = 10_000  # of an item's text, of whose words its likeness to others is made
 _DISTURBED = np.uint64(0x5851F42D4C957F2D)
 
@@ -270,8 +271,9 @@ class Trsr:
     ) -> Iterator[Scored]:
         """Of the candidates of users, whose histories are in `rows` [n], after all they did before the cut."""
         summaries = self.summaries(rows, 0, control)
-        for start in range(0, len(rows), _USERS_AT_ONCE):
-            part = slice(start, min(start + _USERS_AT_ONCE, len(rows)))
+        at_once = max(1, _PROMPTS_AT_ONCE // sets.items.shape[1])
+        for start in range(0, len(rows), at_once):
+            part = slice(start, min(start + at_once, len(rows)))
             asked = list(self.prompts(rows[part], 0, sets.items[part], summaries[part]))
             yield self._scored(engine, part, [prompt for prompts in asked for prompt in prompts])
 

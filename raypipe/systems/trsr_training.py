@@ -37,18 +37,34 @@ def prepare_validation(
     places: NDArray[np.int64],
     tokenizer: PromptTokenizer,
     answers: Sequence[str],
-) -> None:
+    context: int,
+) -> int:
     """The prompts of each user's candidates, and the candidate that came next. Before `prepare_alignment`, whose marker says
-    that all is there."""
+    that all is there.
+
+    Who has a prompt that is longer than `context` with its answer is left out, and how many these are is returned. Raises
+    ValueError where nobody is left.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    ids = [mine for prompts in asked for mine in tokenizer.encode([prompt.text for prompt in prompts])]
+    endings = answer_tokens(tokenizer, answers)
+    room = context - max(map(len, endings))
+    ids: list[Sequence[int]] = []
+    kept: list[int] = []
+    for place, prompts in zip(places.tolist(), asked, strict=True):
+        mine = tokenizer.encode([prompt.text for prompt in prompts])
+        if max(map(len, mine)) <= room:
+            ids += mine
+            kept.append(place)
+    if not kept:
+        raise ValueError(f"Of {len(places):,} users who validate nobody's prompts fit the context of {context} tokens.")
     np.savez(
         folder / _FILE,
         tokens=np.concatenate([np.asarray(mine, np.int32) for mine in ids]),
         ends=np.cumsum([len(mine) for mine in ids]),
-        answers=np.array(answer_tokens(tokenizer, answers)),
-        places=places,
+        answers=np.array(endings),
+        places=np.array(kept),
     )
+    return len(places) - len(kept)
 
 
 class RankingTask(AlignmentTask):

@@ -51,7 +51,7 @@ def test_floors_are_rows_of_their_own_and_what_stands_beside_a_model_is_named_af
     training = {"seconds": 3.0, "steps": 7, "losses": [], "validations": []}
     options = {"filter_seen": True, "beams": 10}
     model = stored(home, tmp_path / "m", "lancer", seed=2, options=options, config={}, training=training)
-    config = AlignConfig(workspace=home, system="lancer")
+    config = AlignConfig(workspace=home, system="lancer", held_out_share=0)
     record(config, JobResult("align", "ok", models={"lancer": model.hash}, metrics=METRICS))
     figures = {(one.model, one.metric): one for one in figures_of(Evaluations(Store(home)).all(), "shop")}
     assert figures["LANCER", "Recall@5"].value == 0.3
@@ -74,13 +74,14 @@ def test_what_ranks_candidates_without_a_language_model_has_rows_of_its_own(home
     metrics |= {"gru4rec: Recall@3": 0.4, "above 123: Recall@3": 0.1, "above 123: Recall@3 low": 0.02}
     metrics |= {"Recall@3 after 3 to 9 events": 0.5, "Recall@3 after 10 to 24 events": 0.7}
     beside = stored(home, tmp_path / "g", "gru4rec")
-    config = AlignConfig(workspace=home, system="trsr", model=f"gru4rec/{beside.hash}")
+    config = AlignConfig(workspace=home, system="trsr", held_out_share=0, model=f"gru4rec/{beside.hash}")
     record(config, JobResult("align", "ok", models={"trsr": model.hash}, metrics=metrics))
     figures = figures_of(Evaluations(Store(home)).all(), "shop")
     assert {one.protocol for one in figures} == {TRSR_PROTOCOL.format(50)}
     ranking, compared = tables_of("shop", [one for one in figures if one.metric != "asked"])[:2]
     kinds = {row.model: row.kind for row in ranking.rows}
     assert kinds == {
+        "chance": "floor",
         "LLM-TRSR": "model",
         "LLM-TRSR, no summaries": "beside",
         "boosted trees on facts": "model",
@@ -128,7 +129,7 @@ def test_what_ranks_the_same_candidates_by_itself_is_a_row_of_its_own(home: str,
     }
     stored(home, tmp_path / "s", "sasrec")
     record(
-        AlignConfig(workspace=home, system="trsr"),
+        AlignConfig(workspace=home, system="trsr", held_out_share=0),
         JobResult("align", "ok", models={"trsr": model.hash}, metrics=metrics),
     )
     figures = {(one.model, one.metric): one.value for one in figures_of(Evaluations(Store(home)).all(), "shop")}

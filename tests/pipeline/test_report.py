@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from raypipe.metrics.published import chance_among
 from raypipe.pipeline.report_drawings import plots_of
 from raypipe.pipeline.report_figures import Figure, labels, proper
 from raypipe.pipeline.report_plots import ticks
@@ -169,6 +170,46 @@ def test_a_second_training_the_base_and_surrogates_are_no_models_of_their_own() 
         "T1 HR@5 unseen: RecExplainer-H has 0.5000.",
         "The surrogate RecExplainer-H, linear surrogate is as good as RecExplainer-H: T1 HR@5 unseen 0.7000 against 0.5000.",
     ]
+
+
+def test_a_system_is_judged_by_what_it_is_published_by() -> None:
+    """By NDCG@10 alone LANCER would be above what it is made of without prompts."""
+    models = {"LANCER": (0.11, 0.07, 0.10), "LANCER no prompts": (0.12, 0.08, 0.09), "SASRec": (0.3, 0.2, 0.25)}
+    metrics = ("Recall@5", "NDCG@5", "NDCG@10")
+    figures = [
+        figure(model, metric, value)
+        for model, values in models.items()
+        for metric, value in zip(metrics, values, strict=True)
+    ]
+    mine = [one for one in figures if one.model != "SASRec"]
+    ablation = "The control LANCER no prompts is as good as LANCER: Recall@5 0.1200 against 0.1100, NDCG@5 0.0800 against 0.0700."
+    assert findings(tables_of("shop", mine)) == ["Recall@5: LANCER has 0.1100.", "NDCG@5: LANCER has 0.0700.", ablation]
+    other = [figure("SASRec", "NDCG@10", 0.25)]
+    assert "NDCG@10: SASRec is best with 0.2500." in findings(tables_of("shop", [*mine, *other]))
+    unseen = [figure("RecExplainer-H", metric, 0.5) for metric in ("T1 HR@5", "T1 HR@5 unseen")]
+    told = findings(tables_of("shop", unseen))
+    assert told == ["T1 HR@5: RecExplainer-H has 0.5000.", "T1 HR@5 unseen: RecExplainer-H has 0.5000."]
+
+
+def test_candidates_in_no_order_stand_beside_those_that_are_ranked() -> None:
+    protocol = "leave-one-out, 21 candidates, last 25 events shown"
+    ranked = [replace(figure("LLM-TRSR", metric, 0.05), protocol=protocol) for metric in ("Recall@3", "MRR@3")]
+    (table,) = tables_of("shop", ranked)
+    chance = {metric: cell.value for metric, cell in table.rows[0].cells.items()}
+    assert (table.rows[0].model, chance["Recall@3"]) == ("chance", 3 / 21)
+    assert chance["MRR@3"] == pytest.approx((1 + 1 / 2 + 1 / 3) / 21)
+    assert findings([table])[-1] == (
+        "LLM-TRSR does not reach chance: Recall@3 0.0500 against 0.1429, MRR@3 0.0500 against 0.0873."
+    )
+    (whole,) = tables_of("shop", [figure("SASRec", "Recall@3", 0.2)])
+    assert [row.model for row in whole.rows] == ["SASRec"]
+    assert chance_among(2)["Recall@3"] == 1
+
+
+def test_what_summaries_cost_is_told_under_cost() -> None:
+    names = ("summary_calls", "summary_tokens_in", "summary_tokens_out", "summary_users", "tokens_asked")
+    (table,) = tables_of("shop", [figure("LLM-TRSR", name, 7) for name in names])
+    assert (table.section.title, set(table.metrics)) == ("Cost", set(names))
 
 
 def test_no_figure_is_left_out() -> None:

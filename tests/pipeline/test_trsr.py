@@ -8,17 +8,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from raypipe.language.alignment import prepare_alignment
+from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
 from raypipe.pipeline import trsr
 from raypipe.storage.evaluations import Evaluations
 from raypipe.storage.store import Store
 from tests.conftest import Run
 from tests.ground import one_paragraph
-from tests.pipeline.ranked_logs import ALIGN_TRSR, LAST, RANKED_USERS
-from tests.pipeline.small_logs import newest
+from tests.made import make_ready
+from tests.pipeline.ranked_logs import ALIGN_TRSR, LAST, RANKED_USERS, TERSE
+from tests.pipeline.small_logs import CHAIN_ITEMS, newest
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
 
-
+@pytest.mark.usefixtures("ray_cluster")
 def test_everybody_s_candidates_are_ranked_by_all_and_models_are_compared_user_by_user(
     raypipe: Run, ranked: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,6 +94,7 @@ def test_everybody_s_candidates_are_ranked_by_all_and_models_are_compared_user_b
     assert "ranked other candidates" in one_paragraph(anew.stderr)
 
 
+@pytest.mark.usefixtures("ray_cluster")
 def test_the_epoch_that_ranks_best_is_kept(raypipe: Run, ranked: str) -> None:
     words = ("align", "--workspace", ranked, *ALIGN_TRSR, "--trainer.steps", 8, "--trainer.validate_every", 1)
     ended = raypipe(*words)
@@ -100,6 +102,19 @@ def test_the_epoch_that_ranks_best_is_kept(raypipe: Run, ranked: str) -> None:
     assert 0 <= ended.metrics["validation_recalls"] <= 3
 
 
+def test_who_validates_nothing_is_told(raypipe: Run, tmp_path: Path) -> None:
+    """The one user who is asked is held out from training."""
+    uri, lm = str(tmp_path / "workspace"), tmp_path / "lm"
+    make_ready(uri)
+    titles = [f"Title {n}" for n in range(1, CHAIN_ITEMS + 1)]
+    save_untrained(lm, BuiltinLmConfig(size="tiny"), train_tokenizer([*titles, TERSE, " yes no"] * 5, titles, [], 500))
+    words = ("align", "--workspace", uri, "--lm", lm, *ALIGN_TRSR, "--trainer.validate_every", 1)
+    ended = raypipe(*words, "--asked", 1, "--held_out_share", 0.9)
+    assert ended.code == 2
+    assert "Of the 1 users who are asked nobody can validate" in one_paragraph(ended.stderr)
+
+
+@pytest.mark.usefixtures("ray_cluster")
 def test_what_has_read_the_answers_or_cannot_be_asked_is_refused(raypipe: Run, ranked: str) -> None:
     cases = {
         ("--hold_out", "0"): "none is left to ask for",

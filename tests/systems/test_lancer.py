@@ -217,7 +217,7 @@ def test_a_reasoning_prompt_tells_what_words_do_not_and_is_the_items_that_were_r
     world.trained(400)
     found = world.figures()
     ablated = prepared(lm, tmp_path / "ablated", reasoning=False, first_epochs=0, first_stage="both")
-    ablated.trained(150)
+    ablated.trained(400)
     without = ablated.figures()
     assert weights_hash(load_backbone(str(lm), device="cpu").model) == before
     # Three films of a user's round are left when the last is known, and nobody says which.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from raypipe.language.prompt import Prompt
 from raypipe.metrics.ranking import candidate_metrics
 from raypipe.recommenders.windows import Histories
 from raypipe.storage.hashing import mix
-from raypipe.systems.trsr import NOTHING, Past, PastSummaries, Trsr, TrsrConfig
+from raypipe.systems.trsr import NOTHING, Past, PastSummaries, Trsr, TrsrConfig, likelihoods
 from raypipe.systems.trsr_training import RankingTask, prepare_validation
 
 KINDS = ("dark", "funny", "grim", "sweet")
@@ -164,10 +164,17 @@ def test_what_is_held_out_is_in_no_text_that_training_reads(backbone: Backbone) 
     positives = [example for example in learnt(system, positions=10) if example.answer == "yes"]
     assert len(positives) == 6 * USERS
     assert not [example for example in positives if "Unmistakable" in example.prompt.text]
-    asked_first = {f"next title: {catalogue.titles[item - 1]} ?" for item in unique[EVENTS - 2 :: EVENTS]}
+    # What validation asks for, the last event before the cut, is learnt no more than what comes after it.
     kept = [example for example in learnt(system, positions=10, left=1) if example.answer == "yes"]
     assert len(kept) == 5 * USERS
-    assert asked_first  # what validation asks for is learnt no more than what comes after the cut
+    asked_first = [
+        prompts[0].text
+        for prompts in system.prompts(
+            np.arange(USERS), 1, unique[EVENTS - 2 :: EVENTS, None], system.summaries(np.arange(USERS), 1)
+        )
+    ]
+    assert not {example.prompt.text for example in kept} & {*asked_first}
+    assert {example.prompt.text for example in positives} >= {*asked_first}
 
 
 def test_summaries_go_missing_and_astray_for_as_many_users_as_asked(backbone: Backbone) -> None:
@@ -293,7 +300,7 @@ def test_validation_is_the_sum_of_recalls_of_the_model_as_it_is_over_all_workers
     rows = np.arange(10)
     sets = asked(system, rows)
     prompts = list(system.prompts(rows, 0, sets.items, system.summaries(rows, 0)))
-    prepare_validation(tmp_path, prompts, sets.places, backbone, system.answers)
+    assert prepare_validation(tmp_path, prompts, sets.places, backbone, system.answers, 512) == 0
     task = trained(system, lm, tmp_path, steps=1)
     module = task.build()
     engine = EngineConfig(lm=lm, device="cpu", threads=1).build()
@@ -303,6 +310,55 @@ def test_validation_is_the_sum_of_recalls_of_the_model_as_it_is_over_all_workers
     assert count == 10
     assert total / count == pytest.approx(sum(figures[f"Recall@{k}"].mean() for k in (3, 5, 10)))
     assert "likes" in task.describe(0, 0, 8)
+
+
+def test_who_does_not_fit_the_context_does_not_validate(lm: str, backbone: Backbone, tmp_path: Path) -> None:
+    known = PastSummaries({row: [(7, "dark " * (600 if row % 2 else 1))] for row in range(4)})
+    system = trsr(backbone, past(known, hold_out=1), recent=2)
+    rows = np.arange(4)
+    sets = asked(system, [0, 1, 2, 3])
+    prompts = list(system.prompts(rows, 0, sets.items, system.summaries(rows, 0)))
+    assert prepare_validation(tmp_path, prompts, sets.places, backbone, system.answers, backbone.context) == 2
+    told = np.load(tmp_path / "validation.npz")
+    assert told["places"].tolist() == sets.places[::2].tolist()
+    lengths = np.diff(told["ends"], prepend=0)
+    assert (len(lengths), lengths.max() < backbone.context) == (2 * 21, True)
+    task = trained(system, lm, tmp_path, steps=0)
+    total, count = task.validate(task.build(), 0, 1)
+    assert (count, 0 <= total <= 6) == (2, True)
+    with pytest.raises(ValueError, match="Of 2 users who validate nobody's prompts fit the context of 512 tokens"):
+        prepare_validation(tmp_path, prompts[1::2], sets.places[1::2], backbone, system.answers, backbone.context)
+
+
+def test_many_candidates_are_asked_about_in_few_users_at_a_time(
+    lm: str, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three users with 300 candidates each, as each prompt by itself."""
+    monkeypatch.setattr("raypipe.systems.trsr._PROMPTS_AT_ONCE", 700)
+    system = trsr(backbone, past(summaries(7)), recent=1)
+    rows, draw = np.arange(3), np.random.default_rng(0)
+    sets = CandidateSets(rows, draw.integers(1, ITEMS + 1, (3, 300)).astype(np.int32), np.zeros(3, np.int64))
+    engine = EngineConfig(lm=lm, device="cpu", threads=1).build()
+    asked_at_once: list[int] = []
+
+    class Counted:
+        def score(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> Iterator[Scores]:
+            asked_at_once.append(len(prompts))
+            return engine.score(prompts, answers)
+
+    found = list(system.scores(Counted(), rows, sets))  # type: ignore[arg-type]
+    assert asked_at_once == [600, 300]
+    assert [(scored.part.start, scored.part.stop) for scored in found] == [(0, 2), (2, 3)]
+    yes = np.concatenate([scored.yes for scored in found])
+    prompts = list(system.prompts(rows, 0, sets.items, system.summaries(rows, 0)))
+    for user, place in zip(draw.integers(0, 3, 30), draw.integers(0, 300, 30), strict=True):
+        alone = likelihoods(engine, [prompts[user][place]], [system.answers])
+        assert yes[user, place] == pytest.approx(alone.yes[0], abs=1e-5)
+    monkeypatch.setattr("raypipe.systems.trsr._PROMPTS_AT_ONCE", 100)
+    asked_at_once.clear()
+    single = np.concatenate([scored.yes for scored in system.scores(Counted(), rows, sets)])  # type: ignore[arg-type]
+    assert asked_at_once == [300, 300, 300]
+    np.testing.assert_allclose(single, yes, atol=1e-5)
 
 
 @pytest.mark.parametrize(
