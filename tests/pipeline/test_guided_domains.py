@@ -55,7 +55,7 @@ def test_items_and_users_are_scored_on_all_of_a_list(raypipe: Run, tmp_path: Pat
     assert scores.names == tuple(one.name for one in find_attributes(domain, catalogue, 10))
     for table in (scores.items[1:], scores.users):
         assert table.shape[1] == 10
-        assert ((1 <= table) & (table <= 10)).all()
+        assert ((table >= 1) & (table <= 10)).all()
     # What is said of them moves the scores: no two kinds are scored alike, and of one kind the titles alone differ.
     of_kind = [scores.items[1:][number::3].mean(0) for number in range(3)]
     assert all(np.abs(of_kind[one] - of_kind[other]).max() > 1e-4 for one, other in ((0, 1), (0, 2), (1, 2)))
