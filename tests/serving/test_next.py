@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
+from raypipe.engines.engine import Engine, OutcomeError
+from raypipe.language.prompt import Prompt
+from raypipe.systems.lancer import Lancer
 from tests.conftest import Run
 from tests.made import add_item, publish
 from tests.pipeline.small_logs import newest
@@ -85,6 +89,18 @@ def test_what_cannot_be_continued_is_told(service: LocalService, ready: str) -> 
     refused = crowded.post("next", {"history": ["i1", "i2"]})
     assert (refused.status_code, refused.json()["error"]["code"]) == (413, "too_much")
     assert LocalService(ready).post("next", {"history": ["i1"]}).json()["error"]["code"] == "no_adapter"
+
+
+def test_weights_without_numbers_are_not_told_as_a_history_that_is_too_long(
+    service: LocalService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(lancer: Lancer, engine: Engine, prompts: Sequence[Prompt], most_tokens: int) -> Any:
+        return [[]] * len(prompts), [OutcomeError("not_finite", "no number")] * len(prompts), 0.0
+
+    monkeypatch.setattr(Lancer, "answers", damaged)
+    refused = service.post("next", {"history": ["i1", "i2"]})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (422, "no_answer")
+    assert "found no number" in refused.json()["error"]["message"]
 
 
 def test_a_night_with_a_title_that_cannot_be_written_is_refused_and_the_night_before_answers(
