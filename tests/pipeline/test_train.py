@@ -104,7 +104,7 @@ def test_nothing_held_out_is_in_what_training_reads(raypipe: Run, chains: str, m
     seen = []
     prepare = task.prepare_training
 
-    def watched(folder, histories, held, *rest):
+    def watched(folder, histories, held, *rest, **named):
         seen.append((histories, held))
         raise ValueError("enough")
 
