@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from raypipe.config import Config
 from raypipe.errors import UsageError
+from raypipe.pipeline.held_out import Cut
 from raypipe.runtime.progress import say
 from raypipe.storage.models import Model, Models, find_model
 from raypipe.storage.workspace import Workspace
@@ -32,7 +33,7 @@ def as_trained(config: AlignConfig) -> AlignConfig:
     """With the cut, and unless told the summaries, of a stored adapter that asks everybody: floors, facts and trees beside it are
     of what it learnt from. Where it comes from another workspace, the cut is that of the data here.
 
-    Raises UsageError where another cut is given.
+    Raises UsageError where another cut is given, and for an adapter that has read every event.
     """
     if config.adapter is None or config.system not in ("trsr", "lancer"):
         return config
@@ -43,6 +44,7 @@ def as_trained(config: AlignConfig) -> AlignConfig:
     if adapter.lineage.get("system") != config.system:
         return config  # told where it is asked
     trained = {name: adapter.lineage.get(name, default) for name, default in _CUT.items()}
+    Cut(max(1, trained["hold_out"]), 0.0).check_events(adapter)
     for name, value in trained.items():
         if name in config.model_fields_set and getattr(config, name) != value:
             raise UsageError(

@@ -111,7 +111,7 @@ def test_unseen_users_are_those_whom_no_training_has_seen(
     own = Models(Store(ready)).add("lm", lm, "another", {"hold_out": 1, "held_out_share": of_lm})
     named = f"{own.name}/{own.hash}"
     store_untrained_writer(ready, WRITER, lm, hold_out=1, held_out_share=of_adapter, lm_model=named)
-    words = ("--system", "lancer", "--adapter", "lancer", "--held_out_share", "0.9", "--answer_tokens", "4")
+    words = ("--system", "lancer", "--adapter", "lancer", "--answer_tokens", "4")
     ended = raypipe("align", "--workspace", ready, *words)
     assert ended.code == 0, ended.stderr
     np.testing.assert_array_equal(told[0].unseen, held_out(ready, least))
