@@ -1,4 +1,4 @@
-"""How the worker of a test's training dies."""
+"""How the worker of a test's training dies, and what it waits for."""
 
 from __future__ import annotations
 
@@ -15,15 +15,20 @@ _WAITED_S = 60
 
 
 def die_once(folder: Path, *, checkpointed: bool = True) -> None:
-    """Kills the process that calls it, the first time; where a checkpoint of the training in `folder` is to be there, once it is
-    counted: Ray does that when its controller has polled it, seconds after the worker reported it."""
+    """Kills the process that calls it, the first time; where a checkpoint is to be there, once that is counted."""
     if (folder / "died").exists():
         return
     (folder / "died").touch()
+    if checkpointed:
+        wait_for_checkpoint(folder)
+    os._exit(1)
+
+
+def wait_for_checkpoint(folder: Path) -> None:
+    """Until Ray counts one of the training in `folder`: when its controller has polled it, seconds after the worker reported it."""
     deadline = time.monotonic() + _WAITED_S
-    while checkpointed and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
         snapshots = (folder / "training").glob("*/checkpoint_manager_snapshot.json")
         if any('"checkpoint_' in file.read_text() for file in snapshots):
-            break
+            return
         time.sleep(0.1)
-    os._exit(1)

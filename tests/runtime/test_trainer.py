@@ -22,7 +22,7 @@ from raypipe.language.instructions import InstructionConfig
 from raypipe.language.pretraining import LmDataConfig, LmTask, prepare_lm
 from raypipe.runtime.averaging import WeightAverage
 from raypipe.runtime.trainer import TrainerConfig, TrainingResult, check_room, fit
-from tests.runtime.dying import die_once
+from tests.runtime.dying import die_once, wait_for_checkpoint
 
 CONFIG = TrainerConfig(
     workers=2, steps=12, batch_size=8, lr=1e-2, warmup_steps=3, checkpoint_every=5, device="cpu", max_failures=1
@@ -250,7 +250,7 @@ class Refusing(RegressionTask):
 
     def batch(self, step: int, seed: int, rank: int, world: int, batch_size: int) -> dict[str, Tensor]:
         if step == 8 and not (self.deaths / "mended").exists():
-            self._wait_for_checkpoint(step)
+            wait_for_checkpoint(self.deaths)
             raise ValueError("row 8 is torn\nand so are its columns")
         return super().batch(step, seed, rank, world, batch_size)
 
