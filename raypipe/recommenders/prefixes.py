@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain
 
 import numpy as np
 import torch
@@ -31,45 +30,36 @@ def prefix_states(
         raise ValueError("A prefix has at least one event, and no more than its history.")
     states = np.zeros((len(rows), model.width), np.float32)
     within = events <= model.max_length if model.causal else np.zeros(len(rows), bool)
-    for some, found in chain(
-        _read_at_once(model, histories, rows, events, np.flatnonzero(within)),
-        _read_one_by_one(model, histories, rows, events, np.flatnonzero(~within)),
-    ):
-        states[some] = found.float().cpu().numpy()
+    for asked, read in ((within, _read_at_once), (~within, _read_one_by_one)):
+        places = np.flatnonzero(asked)
+        for some, found in read(model, histories, rows[places], events[places]):
+            states[places[some]] = found.float().cpu().numpy()
     return states
 
 
 def _read_at_once(
-    model: Recommender,
-    histories: Histories,
-    rows: NDArray[np.int64],
-    events: NDArray[np.int64],
-    chosen: NDArray[np.int64],
+    model: Recommender, histories: Histories, rows: NDArray[np.int64], events: NDArray[np.int64]
 ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
-    """Some of `chosen` and their states, of a causal model's prefixes within its window: each history once, as far as asked."""
-    chosen = chosen[np.argsort(rows[chosen], kind="stable")]
-    owners, starts, counts = np.unique(rows[chosen], return_index=True, return_counts=True)
-    asked = histories.take(
-        histories.starts[owners], np.maximum.reduceat(events[chosen], starts) if len(starts) else starts
-    )
+    """Places in `rows` and their states, of prefixes within the window of a causal model: each history once, as far as asked."""
+    order = np.argsort(rows, kind="stable")
+    owners, starts, counts = np.unique(rows[order], return_index=True, return_counts=True)
+    longest = np.zeros(len(owners), np.int64)
+    np.maximum.at(longest, np.repeat(np.arange(len(owners)), counts), events[order])
+    asked = histories.take(histories.starts[owners], longest)
     for batch in batches_by_length(asked, model.max_length):
         sequences = sequences_of(asked, batch).to(model.table.device)
-        some = chosen[stretches(starts[batch], counts[batch])]
+        some = order[stretches(starts[batch], counts[batch])]
         begins = (sequences.ends - sequences.lengths).cpu().numpy()
         at = np.repeat(begins, counts[batch]) + events[some] - 1
         yield some, model.encode_all(sequences)[torch.from_numpy(at).to(model.table.device)]
 
 
 def _read_one_by_one(
-    model: Recommender,
-    histories: Histories,
-    rows: NDArray[np.int64],
-    events: NDArray[np.int64],
-    chosen: NDArray[np.int64],
+    model: Recommender, histories: Histories, rows: NDArray[np.int64], events: NDArray[np.int64]
 ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
-    for start in range(0, len(chosen), _PREFIXES_AT_ONCE):
-        some = chosen[start : start + _PREFIXES_AT_ONCE]
-        lengths = np.minimum(events[some], model.max_length)
-        prefixes = histories.take(histories.starts[rows[some]] + events[some] - lengths, lengths)
+    for start in range(0, len(rows), _PREFIXES_AT_ONCE):
+        chosen = np.arange(start, min(start + _PREFIXES_AT_ONCE, len(rows)))
+        lengths = np.minimum(events[chosen], model.max_length)
+        prefixes = histories.take(histories.starts[rows[chosen]] + events[chosen] - lengths, lengths)
         for batch in batches_by_length(prefixes, model.max_length):
-            yield some[batch], model.encode(sequences_of(prefixes, batch).to(model.table.device))
+            yield chosen[batch], model.encode(sequences_of(prefixes, batch).to(model.table.device))
