@@ -23,8 +23,6 @@ _OPTIONS = {
     # Of the prompts only what they are perturbed by.
     "lancer": {"constrained", "beams", "filter_seen", "cold_events", "shown", "prompts"},
 }
-
-
 _CUT = {"hold_out": 0, "held_out_share": 0.0}
 """Of an older lineage, which does not say."""
 

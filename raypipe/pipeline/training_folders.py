@@ -74,7 +74,7 @@ class TrainingOptions(Config):
 
 
 def prepared_once(folder: Path, lm: Path | None, prepare: Callable[[], Mapping[str, float]]) -> dict[str, float]:
-    """What `prepare` counted as it filled `folder`: now, or before this training was interrupted, which took hours of many users.
+    """What `prepare` counted as it filled `folder`: now, or before this training was interrupted; of many users it takes long.
 
     The folder belongs to one recipe, so that it holds what would be prepared again; but for where the language model lies, which
     is read from there by all workers.

@@ -301,8 +301,7 @@ def _whole_weights(
 
 
 def _imported_deepspeed() -> Any:
-    """DeepSpeed without MLflow, which only its autotuner asks for, and which takes longer to import than all else that a worker
-    does (*m*, 2 of 5 s)."""
+    """DeepSpeed without MLflow, which its autotuner alone asks for: *m*, 2 of the 5 s that a worker's imports take."""
     absent = "mlflow" not in sys.modules
     if absent:
         sys.modules["mlflow"] = None  # type: ignore[assignment]  # what Python documents for "cannot be imported"

@@ -216,9 +216,8 @@ class Silent:
 @pytest.mark.parametrize("model", ["sasrec", "dreamrec"])
 def test_the_oracle_is_what_the_recommender_would_have_next_and_its_title_the_nearest_item(model: str) -> None:
     source = source_of(model)
-    with (
-        torch.no_grad()
-    ):  # vectors of one length, as an untrained recommender has them, would be nearest by any measure
+    # Vectors of one length, as an untrained recommender has them, would be nearest by any measure.
+    with torch.no_grad():
         source.recommender.table *= torch.linspace(0.2, 3, len(source.recommender.table))[:, None]
     system = RecInterpreter(InterpreterConfig(after="item"))
     told: list[list[str]] = []
