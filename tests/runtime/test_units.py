@@ -7,7 +7,6 @@ import gc
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -277,15 +276,6 @@ def test_the_first_seconds_show_no_progress_and_later_ones_rate_and_time_left() 
         progress.step(50)
     assert progress.line(progress._started + 10) == "summarize: 5/10  15 rows/s  0:17 left"
     assert progress.line(time.monotonic()).startswith("summarize: 5/10")
-
-
-def test_a_row_that_fills_the_memory_is_blamed_though_ray_names_no_actor(tmp_path: Path) -> None:
-    program = [sys.executable, "-m", "tests.runtime.heavy_row", str(tmp_path / "workspace")]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    ended = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=240)
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    assert ended.stdout.splitlines()[-1] == f"3 {{'heavy': {MAX_DEATHS}}}"
-    assert ended.stderr.count("A worker died while it worked on bucket-000001") == MAX_DEATHS
 
 
 def test_deaths_that_nothing_explains_end_the_phase(run: Run) -> None:

@@ -14,7 +14,8 @@ from raypipe.runtime.units import UnitContext, run_units
 from raypipe.storage.ledger import MAX_DEATHS, Counts, Ledger, Receipt, Unit
 from raypipe.storage.store import Store
 
-ROOM, STEP = 1.5 * 2**30, 200 * 2**20
+# Room for Ray and its workers as they start, not for the row.
+ROOM, STEP = 3 * 2**30, 200 * 2**20
 
 
 class Heavy:
