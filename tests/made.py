@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from raypipe.pipeline.encode_units import Recommendations, States
 from raypipe.pipeline.extract import state_recipe
+from raypipe.pipeline.recommender_rows import Recommendations, States
 from raypipe.pipeline.user_rows import UserRows
 from raypipe.recommenders.checkpoint import Card, catalogue_card, load_recommender, save_recommender
 from raypipe.recommenders.config import RecommenderConfig
@@ -101,7 +101,7 @@ def compute(uri: str) -> None:
         parts = []
         for bucket in range(BUCKETS):
             state = UserRows(workspace, bucket, table, variant, recipe, version, -1)
-            made = rows.warm(model, state.histories, np.arange(len(state.users)), state.seeds).rows
+            made = rows.warm(model, state.histories, np.arange(len(state.users)), state.seeds)
             place = made["place"]
             made = made.drop(["place"]).append_column("user_id", state.users.take(place))
             made = made.append_column("change_key", state.change_keys.take(place))

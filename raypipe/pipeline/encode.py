@@ -1,10 +1,10 @@
-"""What `extract` and `recommend` share: a recommender over every user whose history, model or options changed."""
+"""What `extract` and `recommend` share: a model over every user whose history, model or options changed."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,16 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raypipe.config import free, shaping
-from raypipe.pipeline.encode_units import EncodeBucket, EncodeTask, Loads, Rows, list_column, load_reader
+from raypipe.pipeline.encode_units import EncodeBucket, EncodeTask, Makes, list_column
 from raypipe.pipeline.job import BatchConfig, cost_of
+from raypipe.pipeline.recommender_rows import ByRecommender, Rows
+from raypipe.runtime.budget import Budget, Limits
 from raypipe.runtime.job import JobResult, ModelCache
 from raypipe.runtime.progress import say
 from raypipe.runtime.session import Session, bucket_parts, open_session, output_table
+from raypipe.runtime.units import Gate
 from raypipe.storage.fingerprint import fingerprint
-from raypipe.storage.ledger import WHOLE, Counts, Publish, Run, Unit, Usage, counts_of
+from raypipe.storage.ledger import WHOLE, Publish, Receipt, Run, Unit, Usage, counts_of, usage_of
 from raypipe.storage.models import Model
 from raypipe.storage.tables import ABSENT
 from raypipe.storage.workspace import Workspace
@@ -42,7 +45,7 @@ class EncodeConfig(EncodeOptions, BatchConfig):
 
 @dataclass(frozen=True)
 class Encoding:
-    """What a job computes: rows of `output` under `variant`, by a recipe that names all that shapes them.
+    """What a job computes: rows of `output` under `variant`, by a recipe that names all that shapes them, within `limits`.
 
     `item_states` [items + 1, width], the model's item vectors, are published too, under the same variant.
     """
@@ -51,13 +54,20 @@ class Encoding:
     output: str
     variant: str
     recipe: str
-    rows: Rows
+    makes: Makes
     item_states: NDArray[np.float32] | None = None
-    load: Loads = load_reader
+    limits: Limits = field(default_factory=Limits)
+    gate: Gate | None = None
 
     @property
     def writes(self) -> tuple[str, ...]:
         return (self.output,) if self.item_states is None else (self.output, "item_states")
+
+
+def by_recommender(config: EncodeConfig, workspace: Workspace, model: Model, rows: Rows) -> ByRecommender:
+    """`rows` by that model, as configured."""
+    cache = Path(config.model_cache)
+    return ByRecommender(workspace, model, rows, config.micro_batch_positions, cache, config.device)
 
 
 def run_encoding(
@@ -83,21 +93,18 @@ def run_encoding(
             encoding.variant,
             encoding.recipe,
             {**inputs, **base},
-            model,
-            encoding.rows,
-            encoding.load,
+            encoding.makes,
             pa.array(canary, pa.string()) if canary is not None else None,
-            config.micro_batch_positions,
-            Path(config.model_cache),
-            config.device,
         )
+        if encoding.limits.any:
+            config.cluster.connect()
+        budget = Budget(encoding.limits, run.spent("users"))
         units = [Unit("users", index) for index in range(session.info.buckets)]
-        receipts = session.phase(run, units, partial(EncodeBucket, task), encoding.job)
-        counts = counts_of(receipts.values())
+        receipts = session.phase(run, units, partial(EncodeBucket, task, budget), encoding.job, encoding.gate)
         parts = bucket_parts(receipts.values(), encoding.variant, (encoding.output,))
         if encoding.item_states is not None:
             parts += _item_states(session, run, encoding.variant, encoding.item_states[1:], base["item_states"])
-        result = _finish(session, run, encoding, parts, counts, started)
+        result = _finish(session, run, encoding, parts, receipts.values(), started)
     if result.status == "ok":
         params = {"model": model.hash, "variant": encoding.variant, "scope": scope[:12]}
         tracking.log_run(encoding.job, run.run_key, params, {**result.metrics, **result.cost})
@@ -120,9 +127,17 @@ def _item_states(session: Session, run: Run, variant: str, states: NDArray[np.fl
 
 
 def _finish(
-    session: Session, run: Run, encoding: Encoding, parts: Sequence[Publish], counts: Counts, started: float
+    session: Session,
+    run: Run,
+    encoding: Encoding,
+    parts: Sequence[Publish],
+    receipts: Collection[Receipt],
+    started: float,
 ) -> JobResult:
-    seconds = time.monotonic() - started
+    counts, usage = counts_of(receipts), usage_of(receipts)
+    if counts.skipped["capped"]:
+        say(f"{encoding.job}: a cap or the deadline left {counts.skipped['capped']:,} users for the next run")
+    cost = {**cost_of(usage, time.monotonic() - started), "money": round(encoding.limits.money(usage), 6)}
     metrics: dict[str, Any] = {
         "users": counts.rows_in,
         "computed": counts.ok,
@@ -139,7 +154,7 @@ def _finish(
         run.run_key,
         tables,
         metrics=metrics,
-        cost=cost_of(Usage(), seconds),
+        cost=cost,
     )
     published = session.publish(run, parts, result)
     if run.manifest["scope"] != WHOLE:

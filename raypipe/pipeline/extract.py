@@ -6,9 +6,9 @@ import time
 from typing import Literal
 
 from raypipe.config import shaping
-from raypipe.pipeline.encode import EncodeConfig, EncodeOptions, Encoding, run_encoding
-from raypipe.pipeline.encode_units import States
+from raypipe.pipeline.encode import EncodeConfig, EncodeOptions, Encoding, by_recommender, run_encoding
 from raypipe.pipeline.loaded import Loaded
+from raypipe.pipeline.recommender_rows import States
 from raypipe.runtime.job import JobResult
 from raypipe.storage.fingerprint import fingerprint
 
@@ -47,7 +47,7 @@ def run_extract(config: ExtractConfig) -> JobResult:
     variant = (
         f"{JOB}-{loaded.model.name}" + ("-queries" if oracles else "") + ("-all" if config.positions == "all" else "")
     )
-    rows = States(config.positions, oracles)
+    makes = by_recommender(config, workspace, loaded.model, States(config.positions, oracles))
     states = loaded.recommender.item_states().detach().float().numpy()
-    encoding = Encoding(JOB, "hidden_states", variant, recipe, rows, states)
+    encoding = Encoding(JOB, "hidden_states", variant, recipe, makes, states)
     return run_encoding(config, workspace, loaded.model, encoding, started)

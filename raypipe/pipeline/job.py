@@ -66,7 +66,7 @@ class CapOptions(Config):
         return Limits(self.max_calls, self.max_tokens, self.max_cost, deadline, self.price_in, self.price_out)
 
     def money(self, usage: Usage) -> float:
-        return (usage.tokens_in * self.price_in + usage.tokens_out * self.price_out) / 1e6
+        return self.limits().money(usage)
 
 
 class BatchConfig(JobConfig):

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from torch import Tensor
 
 from raypipe.errors import UsageError
 from raypipe.language.catalogue import Catalogue
 from raypipe.language.checkpoint import checkpoint_hash, resolve_checkpoint
 from raypipe.pipeline.encode_units import Made, list_column
+from raypipe.pipeline.micro_batches import run_micro_batches, used
 from raypipe.pipeline.sequences import catalogue_of
+from raypipe.pipeline.user_rows import UserRows
 from raypipe.recommenders.windows import Histories
+from raypipe.runtime.budget import Budget
 from raypipe.runtime.job import ModelCache
+from raypipe.runtime.units import UnitContext
+from raypipe.storage.ledger import Usage
 from raypipe.storage.models import Model, Models, find_model
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.lancer import LancerConfig
@@ -24,30 +30,11 @@ from raypipe.systems.lancer_lists import ListWriter, load_writer, stored_config
 
 
 @dataclass(frozen=True)
-class Writer:
-    """A loaded model; implements `Reader`."""
-
-    lists: ListWriter
-
-    @property
-    def items(self) -> int:
-        return len(self.lists.lancer.lines)
-
-    @property
-    def max_length(self) -> int:
-        config = self.lists.lancer.config
-        return max(config.shown, config.reads)
-
-    @property
-    def table(self) -> Tensor:
-        return self.lists.grounding.table
-
-
-@dataclass(frozen=True)
 class LoadsWriter:
-    """Makes a writer of an adapter and its language model, `lm_model` of the workspace or the hub's `lm`; implements `Loads`."""
+    """Makes a writer of the stored `adapter` and its language model, `lm_model` of the workspace or the hub's `lm`; picklable."""
 
     workspace: Workspace
+    adapter: Model
     lm_model: Model | None
     lm: str
     lm_hash: str
@@ -56,62 +43,104 @@ class LoadsWriter:
     answer_tokens: int
     cache: Path
 
-    def __call__(self, folder: Path, device: str) -> Writer:
-        stored, models = self.lm_model, Models(self.workspace.store)
-        lm = resolve_checkpoint(self.lm) if stored is None else models.fetch(stored, self.cache)
-        return Writer(load_writer(self.options, self.catalogue, str(lm), folder, self.answer_tokens, device))
+    @classmethod
+    def of(
+        cls, config: ModelCache, workspace: Workspace, model: Model, items: pa.Table, answer_tokens: int
+    ) -> LoadsWriter:
+        """Of the stored `model` and the catalogue `items`. Raises UsageError where its language model is not there any more."""
+        catalogue = catalogue_of(items)
+        options = stored_config(model.name, model.lineage)
+        named, path = model.lineage["lm_model"], model.lineage["lm_path"]
+        lm_model = find_model(Models(workspace.store), named) if named else None
+        lm = config.fetch(workspace, lm_model) if lm_model is not None else resolve_checkpoint(path)
+        if (content := checkpoint_hash(lm)) != model.lineage["lm"]:
+            raise UsageError(
+                f"What lies in {lm} is not the language model that {model.name}/{model.hash[:12]} was trained beside.",
+                "Restore it, or train again with `raypipe align --system lancer`.",
+            )
+        cache = Path(config.model_cache)
+        return cls(workspace, model, lm_model, path, content, options, catalogue, answer_tokens, cache)
 
-
-def writer_of(
-    config: ModelCache, workspace: Workspace, model: Model, items: pa.Table, answer_tokens: int
-) -> LoadsWriter:
-    """Of the stored `model` and the catalogue `items`. Raises UsageError where its language model is not there any more."""
-    catalogue = catalogue_of(items)
-    options = stored_config(model.name, model.lineage)
-    named, path = model.lineage["lm_model"], model.lineage["lm_path"]
-    lm_model = find_model(Models(workspace.store), named) if named else None
-    lm = config.fetch(workspace, lm_model) if lm_model is not None else resolve_checkpoint(path)
-    if (content := checkpoint_hash(lm)) != model.lineage["lm"]:
-        raise UsageError(
-            f"What lies in {lm} is not the language model that {model.name}/{model.hash[:12]} was trained beside.",
-            "Restore it, or train again with `raypipe align --system lancer`.",
-        )
-    cache = Path(config.model_cache)
-    return LoadsWriter(workspace, lm_model, path, content, options, catalogue, answer_tokens, cache)
+    def load(self, device: str) -> ListWriter:
+        models = Models(self.workspace.store)
+        lm = resolve_checkpoint(self.lm) if self.lm_model is None else models.fetch(self.lm_model, self.cache)
+        adapter = models.fetch(self.adapter, self.cache)
+        return load_writer(self.options, self.catalogue, str(lm), adapter, self.answer_tokens, device)
 
 
 @dataclass(frozen=True)
-class WrittenLists:
-    """The first k items that are written for a history; implements `Rows`. Where fewer are, the rest is item 0 with −∞, and
+class _Written:
+    """A user's list, [≤ k] each, best first, or why there is none; either way what it took. Implements `Result`."""
+
+    items: Sequence[int] = ()
+    scores: Sequence[float] = ()
+    reason: str = ""
+    message: str = ""
+    calls: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+
+
+@dataclass(frozen=True)
+class ByWriter:
+    """The first k items that are written for a history; implements `Makes`. Where fewer are, the rest is item 0 with −∞, and
     for whom the language model writes nothing there is no row.
 
-    `allowed` bool [items + 1]. A score is the log-probability of the line that was taken for the item.
+    `allowed` bool [items + 1]. A score is the log-probability of the line that was taken for the item. A user without any item
+    of the catalogue is cold.
     """
 
+    loads: LoadsWriter
+    device: str
     k: int
     filter_seen: bool
     allowed: NDArray[np.bool_]
+    micro_batch: int
 
-    def warm(self, model: Writer, known: Histories, places: NDArray[np.int64], seeds: NDArray[np.int64]) -> Made:
-        mine = known.take(known.starts[places], known.lengths[places])
-        histories = [items.tolist() for items in np.split(mine.items, mine.ends[:-1])]
-        written = model.lists.lists(histories, filter_seen=self.filter_seen)
-        items = np.zeros((len(places), self.k), np.int32)
-        scores = np.full((len(places), self.k), -np.inf, np.float32)
-        for row, (found, logprobs) in enumerate(zip(written.items, written.logprobs, strict=True)):
-            kept = [place for place, item in enumerate(found) if self.allowed[item]][: self.k]
-            items[row, : len(kept)] = [found[place] for place in kept]
-            scores[row, : len(kept)] = [logprobs[place] for place in kept]
-        good = np.array([error is None for error in written.errors], bool)
-        columns = {
-            "place": pa.array(places[good]),
-            "items": list_column(items[good]),
-            "scores": list_column(scores[good]),
-        }
-        pairs = zip(places.tolist(), written.errors, strict=True)
-        return Made(
-            pa.table(columns), {place: (error.kind, error.message) for place, error in pairs if error is not None}
+    @cached_property
+    def writer(self) -> ListWriter:
+        # Loaded at the first changed user: a night without changes loads no weights.
+        return self.loads.load(self.device)
+
+    def make(
+        self, state: UserRows, work: NDArray[np.int64], names: Sequence[str], context: UnitContext, budget: Budget
+    ) -> Made:
+        known = state.histories.within(len(self.loads.catalogue.titles))
+        warm = work[known.lengths[work] > 0]
+        written = run_micro_batches(
+            [names[place] for place in warm],
+            self.micro_batch,
+            context,
+            budget,
+            read=lambda rows: known.take(known.starts[warm[rows]], known.lengths[warm[rows]]),
+            weigh=lambda histories: len(histories.lengths),
+            most=self._most,
+            run=self._lists,
+            rejected=lambda row, *why: _Written((), (), *why),
         )
+        good = {row: mine for row, mine in written.items() if not mine.reason}
+        failed = {int(warm[row]): (mine.reason, mine.message) for row, mine in written.items() if mine.reason}
+        skipped = {"cold": len(work) - len(warm), "capped": len(warm) - len(written)}
+        return Made([self._table(warm, good)] if good else [], failed, skipped, used(written.values()))
 
-    def cold(self, places: NDArray[np.int64]) -> None:
-        return None
+    def _most(self, users: int) -> Usage:
+        return Usage(users, users * self.writer.engine.context, users * self.writer.answer_tokens)
+
+    def _lists(self, histories: Histories) -> list[_Written]:
+        asked = [items.tolist() for items in np.split(histories.items, histories.ends[:-1])]
+        lists = self.writer.lists(asked, filter_seen=self.filter_seen)
+        found = []
+        for items, logprobs, outcome in zip(lists.items, lists.logprobs, lists.outcomes, strict=True):
+            kept = [place for place, item in enumerate(items) if self.allowed[item]][: self.k]
+            why = ("", "") if outcome.error is None else (outcome.error.kind, outcome.error.message)
+            spent = outcome.calls, outcome.tokens_in, outcome.tokens_out
+            found.append(_Written([items[at] for at in kept], [logprobs[at] for at in kept], *why, *spent))
+        return found
+
+    def _table(self, warm: NDArray[np.int64], good: Mapping[int, _Written]) -> pa.Table:
+        items = np.zeros((len(good), self.k), np.int32)
+        scores = np.full((len(good), self.k), -np.inf, np.float32)
+        for row, mine in enumerate(good.values()):
+            items[row, : len(mine.items)], scores[row, : len(mine.items)] = mine.items, mine.scores
+        places = pa.array(warm[list(good)])
+        return pa.table({"place": places, "items": list_column(items), "scores": list_column(scores)})

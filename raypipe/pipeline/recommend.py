@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from raypipe.config import shaping
+from raypipe.config import free, shaping
 from raypipe.data.id_lists import read_ids
 from raypipe.data.recommendable import (
     UnknownValueError,
@@ -19,10 +19,13 @@ from raypipe.data.recommendable import (
     unknown_denied,
 )
 from raypipe.errors import UsageError
-from raypipe.pipeline.encode import EncodeConfig, EncodeOptions, Encoding, run_encoding
-from raypipe.pipeline.encode_units import Recommendations
-from raypipe.pipeline.lancer_lists import WrittenLists, writer_of
+from raypipe.pipeline.encode import EncodeConfig, EncodeOptions, Encoding, by_recommender, run_encoding
+from raypipe.pipeline.encode_units import Makes
+from raypipe.pipeline.job import CapOptions
+from raypipe.pipeline.lancer_lists import ByWriter, LoadsWriter
 from raypipe.pipeline.loaded import Loaded
+from raypipe.pipeline.recommender_rows import Recommendations
+from raypipe.pipeline.rejects import RejectGate
 from raypipe.pipeline.sequences import pinned_versions
 from raypipe.recommenders.scoring import most_popular
 from raypipe.runtime.job import JobResult
@@ -39,14 +42,15 @@ _WRITTEN_STEP_VERSION = 3
 """Of lists that a language model writes."""
 
 
-class RecommendOptions(EncodeOptions):
-    """How long the lists are and what may be in them."""
+class RecommendOptions(CapOptions, EncodeOptions):
+    """How long the lists are, what may be in them, and what a language model that writes them may spend."""
 
     length: int = shaping(10, "items of each list", ge=1)
     filter_seen: bool = shaping(True, "nothing of a user's own history")
     deny: str | None = shaping(None, "file of item ids that nobody is recommended, a line each")
     only: dict[str, str] = shaping(dict, "attribute → value that an item must have, for example genres: Drama")
     answer_tokens: int = shaping(96, "most tokens of an item's line, where a language model writes them (lancer)", ge=1)
+    micro_batch: int = free(64, "users a worker gives a language model at a time (lancer)", ge=1)
 
 
 class RecommendConfig(RecommendOptions, EncodeConfig):
@@ -77,29 +81,34 @@ def run_recommend(config: RecommendConfig) -> JobResult:
     )
     popular = most_popular(loaded.card.popular, allowed, config.length).astype(np.int32)
     rows = Recommendations(config.length, config.filter_seen, allowed, popular)
-    encoding = Encoding(JOB, "recommendations", f"{JOB}-{loaded.model.name}", recipe, rows)
+    encoding = _encoding(config, loaded.model, recipe, by_recommender(config, workspace, loaded.model, rows))
     return run_encoding(config, workspace, loaded.model, encoding, started)
 
 
 def _written(config: RecommendConfig, workspace: Workspace, model: Model) -> Encoding:
     """Lists that a language model writes."""
     items = workspace.tables["items"].read(pinned_versions(workspace)["items"]).sort_by("index")
-    load = writer_of(config, workspace, model, items, config.answer_tokens)
+    loads = LoadsWriter.of(config, workspace, model, items, config.answer_tokens)
     allowed = _enough(allowed_items(items, config), config.length)
     recipe = fingerprint(
         {
             "step": _WRITTEN_STEP_VERSION,
             "model": model.hash,
-            "lm": load.lm_hash,
-            "lines": content_digest(*load.options.lines(load.catalogue), *load.options.contents(load.catalogue)),
+            "lm": loads.lm_hash,
+            "lines": content_digest(*loads.options.lines(loads.catalogue), *loads.options.contents(loads.catalogue)),
             "answer_tokens": config.answer_tokens,
             "length": config.length,
             "filter_seen": config.filter_seen,
             "allowed": content_digest(np.packbits(allowed).tobytes().hex()),
         }
     )
-    rows = WrittenLists(config.length, config.filter_seen, allowed)
-    return Encoding(JOB, "recommendations", f"{JOB}-{model.name}", recipe, rows, load=load)
+    makes = ByWriter(loads, config.device, config.length, config.filter_seen, allowed, config.micro_batch)
+    return _encoding(config, model, recipe, makes)
+
+
+def _encoding(config: RecommendConfig, model: Model, recipe: str, makes: Makes) -> Encoding:
+    limits, gate = config.limits(), RejectGate(config.max_reject_rate)
+    return Encoding(JOB, "recommendations", f"{JOB}-{model.name}", recipe, makes, limits=limits, gate=gate)
 
 
 def _enough(allowed: NDArray[np.bool_], length: int) -> NDArray[np.bool_]:

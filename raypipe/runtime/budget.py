@@ -28,12 +28,15 @@ class Limits:
     def any(self) -> bool:
         return any(limit is not None for limit in (self.calls, self.tokens, self.cost, self.deadline))
 
+    def money(self, usage: Usage) -> float:
+        """What so much costs, by the prices."""
+        return (usage.tokens_in * self.price_in + usage.tokens_out * self.price_out) / 1e6
+
     def allows(self, spent: Usage) -> bool:
-        cost = (spent.tokens_in * self.price_in + spent.tokens_out * self.price_out) / 1e6
         return (
             (self.calls is None or spent.calls <= self.calls)
             and (self.tokens is None or spent.tokens_in + spent.tokens_out <= self.tokens)
-            and (self.cost is None or cost <= self.cost)
+            and (self.cost is None or self.money(spent) <= self.cost)
         )
 
 

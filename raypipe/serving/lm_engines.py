@@ -222,7 +222,8 @@ class LmEngines:
         """Raises UnfitError where there is no answer, or one that is no number."""
         if loaded.writer is not None:
             written = loaded.writer.lists([[1]])
-            fit = not written.refused and all(map(math.isfinite, written.logprobs[0]))
+            answered = written.outcomes[0].error is None
+            fit = answered and all(map(math.isfinite, written.logprobs[0]))
         else:
             fit = self._answers_probes(key, loaded)
         if not fit:
@@ -350,6 +351,7 @@ class LmEngines:
         for filter_seen in {task.filter_seen for task in tasks}:
             mine = [at for at, task in enumerate(tasks) if task.filter_seen == filter_seen]
             written = loaded.writer.lists([tasks[at].history for at in mine], filter_seen=filter_seen)
-            for at, items, logprobs, error in zip(mine, written.items, written.logprobs, written.errors, strict=True):
-                found[at] = WrittenList(items, logprobs, "" if error is None else error.kind)
+            rows = zip(mine, written.items, written.logprobs, written.outcomes, strict=True)
+            for at, items, logprobs, outcome in rows:
+                found[at] = WrittenList(items, logprobs, "" if outcome.error is None else outcome.error.kind)
         return found

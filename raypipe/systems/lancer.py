@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from typing import Literal
 
 import numpy as np
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from pydantic import model_validator
 
 from raypipe.config import Config, free, shaping
-from raypipe.engines.engine import Beam, Choices, Decoding, Engine, OutcomeError
+from raypipe.engines.engine import Choices, Decoding, Engine, Outcome
 from raypipe.language.adapters import AdapterConfig, LoraOptions
 from raypipe.language.backbone import PromptTokenizer
 from raypipe.language.catalogue import Catalogue
@@ -215,18 +216,10 @@ class Lancer:
         """What answers are held to; nothing where they are free."""
         return Choices(tuple(self.lines)) if self.config.constrained else None
 
-    def answers(
-        self, engine: Engine, prompts: Sequence[Prompt], most_tokens: int
-    ) -> tuple[list[list[Beam]], list[OutcomeError | None], float]:
-        """What was written for each prompt, best first, why nothing was, and the tokens that were read for all."""
-        found: list[list[Beam]] = [[] for _ in prompts]
-        errors: list[OutcomeError | None] = [None] * len(prompts)
-        tokens = 0.0
+    def answers(self, engine: Engine, prompts: Sequence[Prompt], most_tokens: int) -> list[Outcome]:
+        """What was written for each prompt, in their order; its beams best first, none where nothing was."""
         decoding = Decoding(max_new_tokens=most_tokens, beams=self.config.beams)
-        for outcome in engine.generate(prompts, decoding, self.choices()):
-            found[outcome.index], errors[outcome.index] = list(outcome.beams), outcome.error
-            tokens += outcome.tokens_in
-        return found, errors, tokens
+        return sorted(engine.generate(prompts, decoding, self.choices()), key=attrgetter("index"))
 
     @cached_property
     def _costs(self) -> NDArray[np.int64]:

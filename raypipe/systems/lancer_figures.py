@@ -84,7 +84,10 @@ def _figures(lists: Lists, evaluated: EvaluationSet, config: LancerConfig, *, wh
     figures = rank_figures(*ranks_of_lists(lists.items, targets, candidates.tolist()), evaluated, config)
     if not whole:
         return {name: figures[name] for name in figures if name.split("@")[-1] in {str(k) for k in _CUTOFFS}}
-    told = {"refused": float(lists.refused), "tokens_asked": lists.tokens}
+    told = {
+        "refused": float(sum(outcome.error is not None for outcome in lists.outcomes)),
+        "tokens_asked": float(sum(outcome.tokens_in for outcome in lists.outcomes)),
+    }
     told["listed"] = float(np.mean([len(mine) for mine in lists.items]))
     told |= {f"grounding {name}": value for name, value in grounding_figures(lists.exact, lists.margins).items()}
     return figures | {name: Mean(value, 0.0) for name, value in told.items()}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from raypipe.engines.engine import EngineConfig, OutcomeError
+from raypipe.engines.engine import EngineConfig, Outcome
 from raypipe.engines.transformers import TransformersEngine
 from raypipe.errors import UsageError
 from raypipe.language.catalogue import Catalogue
@@ -24,19 +24,13 @@ _USERS_AT_ONCE = 128
 @dataclass(frozen=True)
 class Lists:
     """Items of each user, best first, the log-probability of the first line that was taken for each, how all of the answers
-    were grounded, and why nothing was written for those for whom nothing was."""
+    were grounded, and what the engine said."""
 
     items: list[list[int]]
     logprobs: list[list[float]]
     exact: list[NDArray[np.bool_]]
     margins: list[NDArray[np.float32]]
-    errors: list[OutcomeError | None]
-    tokens: float
-
-    @property
-    def refused(self) -> int:
-        """For how many nothing was written."""
-        return sum(error is not None for error in self.errors)
+    outcomes: list[Outcome]
 
 
 @dataclass(frozen=True)
@@ -65,11 +59,12 @@ class ListWriter:
         """
         filter_seen = self.lancer.config.filter_seen if filter_seen is None else filter_seen
         read = histories if read is None else read
-        found, tokens = Lists([], [], [], [], [], 0.0), 0.0
+        found = Lists([], [], [], [], [])
         for start in range(0, len(histories), _USERS_AT_ONCE):
             part = slice(start, start + _USERS_AT_ONCE)
             prompts = self.lancer.prompts(histories[part], read[part], frame)
-            answers, errors, read_tokens = self.lancer.answers(self.engine, prompts, self.answer_tokens)
+            outcomes = self.lancer.answers(self.engine, prompts, self.answer_tokens)
+            answers = [outcome.beams for outcome in outcomes]
             grounded = self.grounding.ground([beam.text for mine in answers for beam in mine])
             ends = np.cumsum([len(mine) for mine in answers])[:-1]
             items = np.split(grounded.nearest + 1, ends)
@@ -82,11 +77,10 @@ class ListWriter:
                 found.logprobs.append([beams[place].logprob for place in mine.values()])
             found.exact.extend(np.split(grounded.exact, ends))
             found.margins.extend(np.split(grounded.margin, ends))
-            found.errors.extend(errors)
-            tokens += read_tokens
+            found.outcomes.extend(outcomes)
             if tell is not None:
                 tell(min(part.stop, len(histories)), len(histories))
-        return replace(found, tokens=tokens)
+        return found
 
 
 def stored_config(name: str, lineage: Mapping[str, Any]) -> LancerConfig:

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from raypipe.cli.main import main
-from raypipe.pipeline.encode_units import Recommendations, list_column
+from raypipe.pipeline.encode_units import list_column
+from raypipe.pipeline.recommender_rows import Recommendations
 from raypipe.pipeline.rejects import WORKER_DIED, stage_rejected
 from raypipe.recommenders.checkpoint import load_recommender
 from raypipe.recommenders.config import RecommenderConfig
@@ -224,8 +225,8 @@ def test_what_dreamrec_samples_is_the_same_in_every_batch() -> None:
     known = Histories(np.array([item for items in lists for item in items], np.int32), np.cumsum(list(map(len, lists))))
     seeds = np.array([11, 12, 13, 14])
     rows = Recommendations(ITEMS, False, np.arange(ITEMS + 1) > 0, np.zeros(0, np.int32))
-    together = rows.warm(model, known, np.arange(4), seeds).rows.to_pylist()
-    alone = [rows.warm(model, known, np.array([n]), seeds[n : n + 1]).rows.to_pylist()[0] for n in range(4)]
+    together = rows.warm(model, known, np.arange(4), seeds).to_pylist()
+    alone = [rows.warm(model, known, np.array([n]), seeds[n : n + 1]).to_pylist()[0] for n in range(4)]
     for row, single in zip(together, alone, strict=True):
         np.testing.assert_allclose(row["scores"], single["scores"], rtol=1e-3, atol=1e-3)
     # The same history of two users: their own samples.

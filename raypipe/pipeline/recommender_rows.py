@@ -1,0 +1,194 @@
+"""What a recommender makes of users: their states, or the items it ranks first for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from raypipe.pipeline.encode_units import Made, list_column
+from raypipe.pipeline.rejects import WORKER_DIED
+from raypipe.pipeline.user_rows import UserRows
+from raypipe.recommenders.checkpoint import load_recommender
+from raypipe.recommenders.prefixes import prefix_states
+from raypipe.recommenders.ranking import batches_by_length, sequences_of
+from raypipe.recommenders.recommender import Recommender
+from raypipe.recommenders.scoring import Filters, top_k
+from raypipe.recommenders.windows import Histories, stretches
+from raypipe.runtime.budget import Budget
+from raypipe.runtime.units import UnitContext
+from raypipe.storage.ledger import MAX_DEATHS, Usage
+from raypipe.storage.models import Model, Models
+from raypipe.storage.workspace import Workspace
+
+
+class Rows(Protocol):
+    """What a job makes of users; columns of its table, `place` standing for the user."""
+
+    def warm(
+        self, model: Recommender, known: Histories, places: NDArray[np.int64], seeds: NDArray[np.int64]
+    ) -> pa.Table:
+        """Of the users at `places`, of whose histories `known` holds what the model has seen; one seed each."""
+        ...
+
+    def cold(self, places: NDArray[np.int64]) -> pa.Table | None:
+        """Rows of users of whom the model knows nothing; None where there is nothing to say."""
+        ...
+
+
+@dataclass(frozen=True)
+class ByRecommender:
+    """`rows` by the stored recommender `model`; implements `Makes`.
+
+    Items the model never saw are left out of a history. A user without any item it knows is cold: skipped, unless there are
+    rows for such users.
+    """
+
+    workspace: Workspace
+    model: Model
+    rows: Rows
+    micro_batch_positions: int
+    model_cache: Path
+    device: str
+
+    @cached_property
+    def recommender(self) -> Recommender:
+        # Loaded at the first changed user: a night without changes loads no weights.
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return load_recommender(Models(self.workspace.store).fetch(self.model, self.model_cache), device)[0]
+
+    def make(
+        self, state: UserRows, work: NDArray[np.int64], names: Sequence[str], context: UnitContext, budget: Budget
+    ) -> Made:
+        known = state.histories.within(self.recommender.items)
+        events = state.histories.offsets_within(self.recommender.items)
+        is_warm = known.lengths[work] > 0
+        made: list[pa.Table] = []
+        failed: dict[int, tuple[str, str]] = {}
+        left = int(is_warm.sum())
+        for batch in self._batches(known, work[is_warm], names, context.deaths):
+            # A recommender costs no calls: the deadline alone can refuse.
+            if not budget.take(Usage()):
+                break
+            left -= len(batch)
+            if context.deaths.get(names[batch[0]], 0) >= MAX_DEATHS:
+                failed |= dict.fromkeys(batch.tolist(), WORKER_DIED)
+                continue
+            context.journal([names[place] for place in batch])
+            for block in self._blocks(known, batch):
+                rows = self.rows.warm(self.recommender, known, block, state.seeds[block])
+                made.append(_at_events(rows, known.starts, events))
+        cold = work[~is_warm]
+        skipped = {"cold": len(cold), "capped": left}
+        if len(cold) and (rows_of_cold := self.rows.cold(cold)) is not None:
+            made.append(rows_of_cold)
+            skipped["cold"] = 0
+        return Made(made, failed, skipped)
+
+    def _batches(
+        self, known: Histories, users: NDArray[np.int64], names: Sequence[str], suspects: Mapping[str, int]
+    ) -> Iterator[NDArray[np.int64]]:
+        """Users of like length together; suspects alone and last, so that a poison row costs its neighbours nothing."""
+        alone = np.array([names[place] in suspects for place in users], bool)
+        yield from batches_by_length(known, self.recommender.max_length, users[~alone], self.micro_batch_positions)
+        for place in users[alone]:
+            yield np.array([place])
+
+    def _blocks(self, known: Histories, batch: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+        """A micro-batch as a GPU takes it, whole, or in the smaller batches that a CPU is fast at."""
+        if self.recommender.table.is_cuda:
+            return iter([batch])
+        return batches_by_length(known, self.recommender.max_length, batch)
+
+
+def _at_events(rows: pa.Table, starts: NDArray[np.int64], events: NDArray[np.int64]) -> pa.Table:
+    """Rows with a `position` among the events a model knows, `starts` [users] their first ones, at that among all events."""
+    if "position" not in rows.column_names:
+        return rows
+    at = starts[rows["place"].to_numpy()] + rows["position"].to_numpy()
+    return rows.set_column(rows.column_names.index("position"), "position", pa.array(events[at].astype(np.int32)))
+
+
+@dataclass(frozen=True)
+class States:
+    """The state of every history (`last`), or of every prefix of it (`all`): after each event, and as if nothing had followed.
+
+    With `queries`, what the model multiplies item vectors with instead: DreamRec's oracles. Those of a last position are
+    the very ones that `recommend` ranks by.
+    """
+
+    positions: str
+    queries: bool
+
+    @torch.no_grad()
+    def warm(
+        self, model: Recommender, known: Histories, places: NDArray[np.int64], seeds: NDArray[np.int64]
+    ) -> pa.Table:
+        device = model.table.device
+        lengths = known.lengths[places]
+        if self.positions == "last":
+            states, owners, at = (
+                model.encode(sequences_of(known, places, model.max_length).to(device)),
+                places,
+                lengths - 1,
+            )
+        else:
+            owners, at = np.repeat(places, lengths), stretches(np.zeros_like(lengths), lengths)
+            states = torch.from_numpy(prefix_states(model, known, owners, at + 1)).to(device)
+            seeds = np.repeat(seeds, lengths) ^ (np.repeat(lengths, lengths) - 1 - at)
+        if self.queries:
+            states = model.queries(states, torch.from_numpy(seeds).to(device))
+        columns = {
+            "place": pa.array(owners),
+            "position": pa.array(at.astype(np.int32)),
+            "state": list_column(states.float().cpu().numpy()),
+        }
+        return pa.table(columns)
+
+    def cold(self, places: NDArray[np.int64]) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Recommendations:
+    """The best k items of every history; to users of whom the model knows nothing, what is popular.
+
+    `allowed` bool [items + 1] over the model's items; `popular` int32 [≤ k], what is recommended to these.
+    """
+
+    k: int
+    filter_seen: bool
+    allowed: NDArray[np.bool_]
+    popular: NDArray[np.int32]
+
+    @torch.no_grad()
+    def warm(
+        self, model: Recommender, known: Histories, places: NDArray[np.int64], seeds: NDArray[np.int64]
+    ) -> pa.Table:
+        device = model.table.device
+        states = model.encode(sequences_of(known, places, model.max_length).to(device))
+        seen = sequences_of(known, places).to(device) if self.filter_seen else None
+        allowed = torch.from_numpy(self.allowed).to(device)
+        queries = model.queries(states, torch.from_numpy(seeds).to(device))
+        items, scores = top_k(queries, model.item_states(), self.k, Filters(allowed, seen))
+        columns = {
+            "place": pa.array(places),
+            "items": list_column(items.cpu().numpy().astype(np.int32)),
+            "scores": list_column(scores.cpu().numpy()),
+        }
+        return pa.table(columns)
+
+    def cold(self, places: NDArray[np.int64]) -> pa.Table:
+        items = np.broadcast_to(self.popular, (len(places), len(self.popular)))
+        # Scores of popularity and of a model cannot be compared.
+        scores = np.full(items.shape, np.nan, np.float32)
+        return pa.table({"place": pa.array(places), "items": list_column(items), "scores": list_column(scores)})
