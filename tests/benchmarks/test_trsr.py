@@ -64,13 +64,18 @@ def test_rows_bear_the_names_of_what_ranked(monkeypatch: pytest.MonkeyPatch) -> 
         ("LLM-TRSR", "above no summary: Recall@3 low"): 0.05,
         ("LLM-TRSR", "summary_calls"): 30,
     }
-    assert {row["protocol"] for row in rows} == {"leave-one-out, 21 candidates, last 25 events shown, 9 users"}
+    asked = "leave-one-out, 21 candidates, last 25 events shown, 9 users"
+    protocols = {row["model"]: row["protocol"] for row in rows}
+    assert protocols.pop("sasrec") == asked
+    assert set(protocols.values()) == {f"{asked}, summaries of all before"}
 
 
 def test_rows_of_another_length_of_histories_stand_beside(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of floors and of the recommender too, which are told by their names alone."""
     _, _, rows = given(monkeypatch, "--label", "history 100", "--", "--trsr.history", "100")
-    assert {row["protocol"] for row in rows} == {"leave-one-out, 21 candidates, last 100 events shown, 9 users"}
+    assert {row["protocol"].partition(", summaries")[0] for row in rows} == {
+        "leave-one-out, 21 candidates, last 100 events shown, 9 users"
+    }
 
 
 def test_the_command_makes_the_row_again(monkeypatch: pytest.MonkeyPatch) -> None:

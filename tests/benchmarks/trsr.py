@@ -107,7 +107,13 @@ def rows_of(result: Mapping[str, Any], given: argparse.Namespace, machine: str) 
         "machine": machine,
         "command": f"make bench NAME=trsr ARGS={shlex.quote(shlex.join(_words(given)))}",
     }
-    return [{**shared, **row(model, metric, value)} for metric, value in metrics.items() if is_figure(metric)]
+    rows = [{**shared, **row(model, metric, value)} for metric, value in metrics.items() if is_figure(metric)]
+    read = {"recurrent": "all before", "hierarchical": "the last 50"}.get(given.summaries)
+    for told in rows if read is not None else []:
+        # What ranks without a language model reads no summary.
+        if told["model"].startswith(SYSTEM):
+            told["protocol"] += f", summaries of {read}"
+    return rows
 
 
 def row(model: str, metric: str, value: float) -> dict[str, Any]:
