@@ -18,6 +18,7 @@ from raypipe.language.soft_prompts import SoftPromptLm, collate, encode
 from raypipe.systems.probes import CONTROL, LabelledVectors, ProbeConfig, probe_figures
 
 _PROMPTS_AT_ONCE = 64
+_ENCODED_AT_ONCE = 4096  # of every place of everybody they would fill gigabytes
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,18 @@ class AdaptedLm:
         self, prompts: Sequence[Prompt], function: Callable[[Mapping[str, Tensor]], Tensor]
     ) -> NDArray[np.float32]:
         config, widths, device = self.card.config.projectors, self.card.widths, self.model.lm.device
-        encoded = [encode(self.backbone, prompt, config, widths) for prompt in prompts]
-        order = np.argsort([len(one.ids) for one in encoded], kind="stable")
         found = []
-        for start in range(0, len(order), _PROMPTS_AT_ONCE):
-            batch = collate([encoded[row] for row in order[start : start + _PROMPTS_AT_ONCE]], left=True)
-            found.append(function({name: tensor.to(device) for name, tensor in batch.items()}).float().cpu())
-        return torch.cat(found).numpy()[np.argsort(order)]
+        for first in range(0, len(prompts), _ENCODED_AT_ONCE):
+            encoded = [
+                encode(self.backbone, prompt, config, widths) for prompt in prompts[first : first + _ENCODED_AT_ONCE]
+            ]
+            order = np.argsort([len(one.ids) for one in encoded], kind="stable")
+            made = []
+            for start in range(0, len(order), _PROMPTS_AT_ONCE):
+                batch = collate([encoded[row] for row in order[start : start + _PROMPTS_AT_ONCE]], left=True)
+                made.append(function({name: tensor.to(device) for name, tensor in batch.items()}).float().cpu())
+            found.append(torch.cat(made).numpy()[np.argsort(order)])
+        return np.concatenate(found)
 
 
 def probed(
