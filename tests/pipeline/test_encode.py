@@ -155,6 +155,17 @@ def test_lists_are_the_exact_best_and_hold_nothing_seen(raypipe: Run, trained: s
     assert counted(raypipe("recommend", "--workspace", trained, "--length", 6)) == {"computed": USERS}
 
 
+def test_after_the_deadline_nobody_is_worked_on_and_the_next_run_does_it(raypipe: Run, trained: str) -> None:
+    words = ("recommend", "--workspace", trained, "--length", 5)
+    late = raypipe(*words, "--deadline", "2020-01-01T00:00:00Z")
+    assert (late.code, late.status, late.metrics["computed"]) == (0, "nothing_to_do", 0), late.stderr
+    assert late.metrics["capped"] == late.metrics["users"] > 0
+    assert f"left {late.metrics['users']} users for the next run" in late.stderr
+    assert newest(trained, "recommendations").num_rows == 0
+    ended = raypipe(*words)
+    assert (ended.metrics["computed"], ended.metrics["capped"]) == (late.metrics["users"], 0)
+
+
 def test_denied_unavailable_and_other_items_are_in_no_list(raypipe: Run, trained: str, files: Path) -> None:
     deny = files / "deny.txt"
     deny.write_text("i5\r\ni6\r\ni 7\r\n")
