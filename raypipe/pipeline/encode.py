@@ -135,8 +135,8 @@ def _finish(
     started: float,
 ) -> JobResult:
     counts, usage = counts_of(receipts), usage_of(receipts)
-    if counts.skipped["capped"]:
-        say(f"{encoding.job}: a cap or the deadline left {counts.skipped['capped']:,} users for the next run")
+    if capped := counts.skipped.get("capped"):
+        say(f"{encoding.job}: a cap or the deadline left {capped:,} users for the next run")
     cost = {**cost_of(usage, time.monotonic() - started), "money": round(encoding.limits.money(usage), 6)}
     metrics: dict[str, Any] = {
         "users": counts.rows_in,

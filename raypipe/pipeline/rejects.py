@@ -89,7 +89,7 @@ class RejectGate:
         counts = counts_of(receipts.values())
         if not self._is_too_much(counts):
             return
-        reasons = dict(pair for receipt in receipts.values() for pair in receipt.facts["reasons"].items())
+        reasons = dict(pair for receipt in receipts.values() for pair in receipt.facts.get("reasons", {}).items())
         told = " ".join(f"{reason}: {message}" for reason, message in sorted(reasons.items()))
         read = counts.ok + counts.rejected
         raise RaypipeError(
