@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raypipe.engines.engine import Engine, OutcomeError
+from raypipe.engines.engine import Engine, Outcome, OutcomeError
 from raypipe.language.prompt import Prompt
 from raypipe.systems.lancer import Lancer
 from tests.conftest import Run
@@ -94,8 +94,9 @@ def test_what_cannot_be_continued_is_told(service: LocalService, ready: str) -> 
 def test_weights_without_numbers_are_not_told_as_a_history_that_is_too_long(
     service: LocalService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def damaged(lancer: Lancer, engine: Engine, prompts: Sequence[Prompt], most_tokens: int) -> Any:
-        return [[]] * len(prompts), [OutcomeError("not_finite", "no number")] * len(prompts), 0.0
+    def damaged(lancer: Lancer, engine: Engine, prompts: Sequence[Prompt], most_tokens: int) -> list[Outcome]:
+        error = OutcomeError("not_finite", "no number")
+        return [Outcome(number, error=error) for number in range(len(prompts))]
 
     monkeypatch.setattr(Lancer, "answers", damaged)
     refused = service.post("next", {"history": ["i1", "i2"]})
