@@ -52,10 +52,10 @@ def train(folder: Path, workers: int, stage: int, **options: object) -> Training
         {},
         pytest.param({"loss": {"kind": "sampled_softmax", "negatives": 12}}, marks=pytest.mark.slow),
         pytest.param({"loss": {"kind": "gbce", "negatives": 12}}, marks=pytest.mark.slow),
-        pytest.param({"model": "gru4rec"}, marks=pytest.mark.slow),
+        *(pytest.param({"model": name}, marks=pytest.mark.slow) for name in ("gru4rec", "caser")),
         pytest.param({"guided": {"scores": "guided/1"}}, marks=pytest.mark.slow),
     ],
-    ids=["softmax", "sampled softmax", "gbce", "gru4rec", "guided"],
+    ids=["softmax", "sampled softmax", "gbce", "gru4rec", "caser", "guided"],
 )
 def test_two_workers_with_sharded_weights_learn_what_one_learns(options: dict[str, object], tmp_path: Path) -> None:
     alone = train(tmp_path / "alone", 1, 0, **options)
