@@ -148,14 +148,8 @@ def _finish(
     tables = {
         part.table: {"rows": sum(file.rows for file in part.files), "rejected": counts.rejected} for part in parts
     }
-    result = JobResult(
-        encoding.job,
-        "ok" if parts else "nothing_to_do",
-        run.run_key,
-        tables,
-        metrics=metrics,
-        cost=cost,
-    )
+    status = "ok" if parts else "nothing_to_do"
+    result = JobResult(encoding.job, status, run.run_key, tables, metrics=metrics, cost=cost)
     published = session.publish(run, parts, result)
     if run.manifest["scope"] != WHOLE:
         say(f"{encoding.job}: the canary's tables are below {session.workspace.uri}/canary/{run.run_key}")

@@ -41,7 +41,7 @@ def written_rows(uri: str) -> list[dict[str, Any]]:
 
 
 def test_a_list_that_is_not_written_tells_why(tmp_path: Path) -> None:
-    """Of three users the second's last item does not fit a prompt, and the third's cannot be read as numbers."""
+    """Of four users the second's last item does not fit a prompt, and the third's cannot be read as numbers."""
     titles = [*(f"Film {n}" for n in range(1, 12)), "Quixotic"]
     world = prepared(save_lm(tmp_path / "lm", titles), tmp_path / "made", reasoning=False, knowledge=False)
     world.trained(0)
