@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import ray
 import torch
 
 from raypipe.language.adapters import AdapterCard, AdapterConfig, LoraOptions
@@ -48,6 +49,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    ray.init(num_cpus=given.threads, include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory() as scratch:
         examples = make_examples(EXAMPLES)
         lm = given.lm or untrained(Path(scratch) / "lm", examples)

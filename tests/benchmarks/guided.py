@@ -1,7 +1,8 @@
 """Guided refinement on a real log, as a user does it: `raypipe ingest`, `lm`, `train`, `align --system guided`, `train`, `evaluate`.
 
-One run is one base recommender, one control and one seed. The base of the same seed, at its full width, is trained first: the
-item vectors of the others start from it, and `relative NDCG@10 gain` is over it. Controls:
+One run is one base recommender, one control and one seed, which is the recommenders': scores are made once, with seed 0, and shared
+by all of them. The base of the same seed, at its full width, is trained first: the item vectors of the others start from it, and
+`relative NDCG@10 gain` is over it. Controls:
 
     tuned       reduced + the scores of the tuned language model (the system itself)
     zero-shot   reduced + the scores of the language model as it is
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--users", default="trained", choices=("trained", "frozen", "absent"), help="the users' blocks")
     parser.add_argument("--lm", default="small", help="size of the built-in language model, or a folder or hub name")
     parser.add_argument("--lm_steps", type=int, default=2_500, help="of the built-in one's training")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the recommenders")
     parser.add_argument("--label", default="", help="behind the model's name in the table")
     parser.add_argument("--workspace", default=str(ROOT / "build/guided"))
     parser.add_argument("--golden", action="store_true", help="write the golden table")
@@ -111,7 +112,7 @@ def scores_of(given: argparse.Namespace, workspace: Sequence[str]) -> str:
             learnt += ["--data.prompts.text_characters", "200"]
         lm = f"builtin/{run('lm', *workspace, *cut, *learnt)['models']['lm']}"
     config = ROOT / f"jobs/align/guided-{given.dataset}.yaml"
-    words = ["--config", str(config), *workspace, *cut, "--lm", lm, "--trainer.seed", str(given.seed)]
+    words = ["--config", str(config), *workspace, *cut, "--lm", lm]
     if given.control == "zero-shot":
         words += ["--no-guided.tuned"]
     (scores,) = run("align", *words, *shlex.split(given.align))["models"].values()

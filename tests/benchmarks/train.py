@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import ray
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -162,6 +163,7 @@ def main() -> None:
     if given.variant:
         print(json.dumps(timed(given.variant, given.seconds, given.threads)))
         return
+    ray.init(num_cpus=given.threads, include_dashboard=False, log_to_driver=False)
     rounds: list[dict[str, dict[str, float]]] = []
     overheads: list[float] = []
     for number in range(given.rounds):
