@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,6 +77,14 @@ def test_rows_of_another_length_of_histories_stand_beside(monkeypatch: pytest.Mo
     assert {row["protocol"].partition(", summaries")[0] for row in rows} == {
         "leave-one-out, 21 candidates, last 100 events shown, 9 users"
     }
+
+
+def test_a_lesser_sasrec_beside_it_is_told_by_its_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, jobs, rows = given(monkeypatch, "--dataset", "ml-1m", "--sasrec", "short")
+    trained = next(job for job in jobs if job[0] == "train")
+    assert Path(str(option(trained, "--config"))).name == "sasrec-ml-1m-short.yaml"
+    assert {row["model"] for row in rows if "sasrec" in row["model"]} == {"sasrec short"}
+    assert "--sasrec short" in rows[0]["command"]
 
 
 def test_the_command_makes_the_row_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ controls and of what ranks the same candidates without a language model. Every r
     blocks of ten           --block_items 10
     disturbed summaries     --label 'half missing' -- --trsr.missing .5
     history length          --label 'history 100' -- --trsr.history 100
+    a lesser SASRec beside  --dataset ml-1m --sasrec short
 
 With `--paired` the same is trained without summaries first: how far summaries rank better than none, user by user.
 """
@@ -45,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--block_items", type=int, default=5, help="of the blocks that summaries are written of")
     parser.add_argument("--lm", default="small", choices=SIZES, help="size of the built-in language model")
     parser.add_argument("--lm_steps", type=int, default=2_500, help="of its training")
+    parser.add_argument(
+        "--sasrec", default="", help="recipe of the one beside it: jobs/train/sasrec-DATASET-RECIPE.yaml"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--label", default="", help="behind the system's name in the table")
     parser.add_argument("--paired", action="store_true", help="compare with the same without summaries, user by user")
@@ -56,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run("ingest", *workspace, *log_options(given.dataset))
     learnt = ["--data.model.size", given.lm, "--data.instructions.catalogue_repeats", "20", "--trainer.workers", "1"]
     lm = run("lm", *workspace, *learnt, "--trainer.steps", str(given.lm_steps))["models"]["lm"]
-    recipe = ROOT / f"jobs/train/sasrec-{given.dataset}.yaml"
+    recipe = ROOT / f"jobs/train/{'-'.join(filter(None, ('sasrec', given.dataset, given.sasrec)))}.yaml"
     sasrec = run("train", "--config", str(recipe), *workspace, "--trainer.seed", str(given.seed))["models"]["sasrec"]
     words = ["--config", str(ROOT / f"jobs/align/trsr-{given.dataset}.yaml"), *workspace]
     words += ["--lm", f"builtin/{lm}", "--model", f"sasrec/{sasrec}", "--trainer.seed", str(given.seed)]
@@ -108,6 +112,9 @@ def rows_of(result: Mapping[str, Any], given: argparse.Namespace, machine: str) 
         "command": f"make bench NAME=trsr ARGS={shlex.quote(shlex.join(_words(given)))}",
     }
     rows = [{**shared, **row(model, metric, value)} for metric, value in metrics.items() if is_figure(metric)]
+    for told in rows:
+        if told["model"] == "sasrec":
+            told["model"] = " ".join(filter(None, ("sasrec", given.sasrec)))
     read = {"recurrent": "all before", "hierarchical": "the last 50"}.get(given.summaries)
     for told in rows if read is not None else []:
         # What ranks without a language model reads no summary.
@@ -137,7 +144,7 @@ def is_figure(metric: str) -> bool:
 
 def _words(given: argparse.Namespace) -> list[str]:
     """The command line that is given again."""
-    named = ("dataset", "summaries", "block_items", "lm", "lm_steps", "seed", "label")
+    named = ("dataset", "summaries", "block_items", "lm", "lm_steps", "sasrec", "seed", "label")
     values = {name: getattr(given, name) for name in named}
     words = [word for name, value in values.items() if value != "" for word in (f"--{name}", str(value))]
     words += ["--paired"] if given.paired else []
