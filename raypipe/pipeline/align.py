@@ -33,6 +33,7 @@ from raypipe.pipeline.held_out import Cut, are_held_out
 from raypipe.pipeline.job import model_result
 from raypipe.pipeline.lancer import run_lancer
 from raypipe.pipeline.loaded import BUILTIN, Loaded, chosen_lm
+from raypipe.pipeline.past_summaries import check_written
 from raypipe.pipeline.replay import read_replay
 from raypipe.pipeline.sequences import histories_hash, pinned_versions, read_histories
 from raypipe.pipeline.training_folders import TrainingOptions, prepared_once
@@ -298,6 +299,7 @@ def _read_summaries(config: AlignConfig, workspace: Workspace, users: pa.Array) 
     table = workspace.tables["summaries"]
     assert config.summaries is not None
     variant = SummariesConfig(paradigm=config.summaries, hold_out=config.hold_out).variant
+    check_written(workspace, variant, config.hold_out)
     rows = table.read(table.version(), ["user_id", "summary"], variant=variant)
     if not rows.num_rows:
         raise UsageError(

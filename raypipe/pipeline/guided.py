@@ -48,7 +48,7 @@ from raypipe.systems.source import drawn_places
 if TYPE_CHECKING:
     from raypipe.pipeline.align import AlignConfig
 
-STEP_VERSION = 3
+STEP_VERSION = 4
 _SHOWN_EVERY_S = 10.0
 _BATCH_TOKENS = 4096  # of one pass, padding and answers included
 _OF_TRAINING = ("trainer", "users", "positions")  # options that mean nothing where nothing is trained
@@ -187,7 +187,16 @@ def _scored(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: 
     scores = AttributeScores(
         rating.names, np.concatenate([nothing, items]), users[order], keys[order], inputs.catalogue
     )
+    telling = [name for name, tells in zip(scores.names, scores.telling, strict=True) if tells]
+    if not telling:
+        raise UsageError(
+            "The language model scores all items alike on every attribute, which tells nothing of them.",
+            "Tune it more gently (--trainer.lr), ask it as it is with --no-guided.tuned, or name another.",
+        )
+    if len(telling) < len(scores.names):
+        say(f"{NAME}: items are told apart by {len(telling)} of {len(scores.names)} attributes alone: {', '.join(telling)}")
     save_scores(out, scores)
+    metrics["telling"] = len(telling)
     metrics |= {"items": len(items), "users": len(users), **reader.told()}
     read = items[:, ~np.isnan(items).all(0)]  # An attribute may have been named in no answer.
     metrics["spread"] = round(float(np.nanstd(read, axis=0).mean()), 4) if read.size else 0.0

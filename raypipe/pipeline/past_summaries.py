@@ -29,7 +29,8 @@ def past_summaries(
     """All that leave out at least `needed[0]` last events of the histories, which have `lengths` [users] events.
 
     Recurrent ones are of their blocks of so many items too. Raises UsageError where those that leave out so many events as
-    `needed` were not written, of recurrent ones the first alone.
+    `needed` were not written, of recurrent ones the first alone, or were written of other blocks or by a language model that
+    may have read what `needed[0]` leaves out.
     """
     table = workspace.tables["summaries"]
     version = table.version()
@@ -45,6 +46,7 @@ def past_summaries(
     for cut in range(needed[0], int(lengths.max(initial=0))):
         if _variant(paradigm, cut) not in there:
             continue
+        check_written(workspace, _variant(paradigm, cut), needed[0], block_items)
         rows = table.read(version, _COLUMNS, variant=_variant(paradigm, cut))
         places = pc.index_in(rows["user_id"], value_set=users).to_pylist()
         told = zip(places, rows["summary"].to_pylist(), rows["covered"].to_pylist(), strict=True)
@@ -70,6 +72,26 @@ def past_summaries(
             if paradigm == "recurrent":
                 _add_blocks(workspace, _variant(paradigm, cut), block_items, users, fresh, texts)
     return PastSummaries({row: sorted(mine.items()) for row, mine in texts.items()}, cost)
+
+
+def check_written(workspace: Workspace, variant: str, hold_out: int, block_items: int | None = None) -> None:
+    """Raises UsageError where the newest run that wrote summaries of this variant tells that its language model may have read
+    some of everybody's last `hold_out` events, or that its blocks were not of `block_items`."""
+    runs = (run.manifest["facts"] for run in workspace.ledger("summarize").finished())
+    facts = next((facts for facts in runs if facts["variant"] == variant), {})
+    left_out = facts.get("model_hold_out")
+    if left_out is not None and left_out < hold_out:
+        raise UsageError(
+            f"The summaries {variant} were written by lm/{facts['model']}, which may have read all but the last {left_out} events "
+            f"of every user, and {hold_out} are held out here.",
+            f"Make a language model with `raypipe lm --hold_out {hold_out}`, and write them anew with `raypipe summarize`.",
+        )
+    of = facts.get("block_items", block_items)
+    if block_items is not None and of != block_items:
+        raise UsageError(
+            f"The summaries {variant} are of blocks of {of} items and not of {block_items}.",
+            f"Say --trsr.block_items {of}, or write them anew with `raypipe summarize`.",
+        )
 
 
 def _add_blocks(

@@ -17,6 +17,8 @@ from raypipe.errors import UsageError
 
 _CARD = "scores.json"
 _VALUES = "scores.safetensors"
+LEAST_DEVIATION = 1e-3
+"""Of items' scores on an attribute that tells them apart; below it they are alike, and what is left is rounding."""
 
 
 @dataclass(frozen=True)
@@ -37,20 +39,27 @@ class AttributeScores:
 
         What could not be read stands at the mean, and so does an attribute on which all items are alike.
         """
-        there = self.items[1:][~np.isnan(self.items[1:]).all(1)].astype(np.float64)
-        if not len(there):
-            return np.zeros_like(self.items), np.zeros_like(self.users)
-        known = ~np.isnan(there)
-        counts = np.maximum(known.sum(0), 1)
-        mean = np.where(known, there, 0).sum(0) / counts
-        deviation = np.sqrt((np.where(known, there - mean, 0) ** 2).sum(0) / counts)
-        unit = np.where(deviation > 1e-6, deviation, np.inf)
+        mean, deviation = self._moments()
+        unit = np.where(deviation > LEAST_DEVIATION, deviation, np.inf)
         items, users = (
             np.nan_to_num(((rows - mean) / unit).clip(-clip, clip)).astype(np.float32)
             for rows in (self.items, self.users)
         )
         items[0] = 0
         return items, users
+
+    @property
+    def telling(self) -> NDArray[np.bool_]:
+        """[attributes]: which tell items apart."""
+        return self._moments()[1] > LEAST_DEVIATION
+
+    def _moments(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Mean and standard deviation of items' scores, [attributes] each; 0 where none could be read."""
+        items = self.items[1:].astype(np.float64)
+        known = ~np.isnan(items)
+        counts = np.maximum(known.sum(0), 1)
+        mean = np.where(known, items, 0).sum(0) / counts
+        return mean, np.sqrt((np.where(known, items - mean, 0) ** 2).sum(0) / counts)
 
 
 def along(column: NDArray[np.float32], place: float, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -32,11 +32,11 @@ from raypipe.language.backbone import load_backbone
 from raypipe.language.batching import batches_of_like_length
 from raypipe.language.number_slots import NumberForm, expected_numbers
 from raypipe.language.soft_prompts import SoftPromptLm
+from raypipe.recommenders.attribute_scores import LEAST_DEVIATION
 from raypipe.systems.guided import GuidedConfig, Loss
 
 _MARKER = "prepared.json"
 _CLIP = 3.0
-_LEAST_DEVIATION = 1e-3  # of an attribute on which a step's items are alike, which then says next to nothing
 _PREFIX = "adapted."
 
 
@@ -48,7 +48,8 @@ def recommendation_loss(users: Tensor, positives: Tensor, negatives: Tensor, sam
     divided by √attributes.
     """
     items = torch.cat([positives, negatives])
-    mean, deviation = items.mean(0), items.std(0, correction=0) + _LEAST_DEVIATION
+    # Nothing is added to the deviation: the loss of early, poor scores would fall fastest where all items had the same.
+    mean, deviation = items.mean(0), items.std(0, correction=0).clamp(min=LEAST_DEVIATION)
     users, positives, negatives = (
         ((scores - mean) / deviation).clamp(-_CLIP, _CLIP) for scores in (users, positives, negatives)
     )

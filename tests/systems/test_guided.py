@@ -211,7 +211,7 @@ def test_the_recommendation_loss_is_that_of_a_plain_loop_in_float64(kind: str) -
     same = np.zeros((4, 5), bool)
     same[1, 2] = same[3, 0] = True
     items = np.concatenate([positives, negatives])
-    mean, deviation = items.mean(0), items.std(0) + 1e-3
+    mean, deviation = items.mean(0), items.std(0)
     u, p, n = (((rows - mean) / deviation).clip(-3, 3) for rows in (users, positives, negatives))
     wanted = 0.0
     for row in range(4):
@@ -227,6 +227,17 @@ def test_the_recommendation_loss_is_that_of_a_plain_loop_in_float64(kind: str) -
         kind,  # type: ignore[arg-type]
     )
     assert float(told) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_items_that_are_scored_ever_more_alike_lower_no_loss() -> None:
+    rng = np.random.default_rng(0)
+    scores = [torch.from_numpy(rng.uniform(1, 10, (rows, 3))) for rows in (4, 4, 5)]
+    same = torch.zeros((4, 5), dtype=torch.bool)
+    losses = [
+        float(recommendation_loss(*(5 + share * (one - 5) for one in scores), same, "sampled_softmax"))
+        for share in (1, 0.1, 0.01)
+    ]
+    assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-9)
 
 
 def tuning(lm: str, folder: Path, **options: object) -> tuple[TuningTask, RatingPrompts, np.ndarray]:
