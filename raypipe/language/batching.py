@@ -15,10 +15,11 @@ def batches_of_like_length(
     rng = np.random.default_rng(seed)
     batches: list[NDArray[np.int64]] = []
     order = rng.permutation(len(lengths))
+    # Left out before they are sorted: behind it would be the longest, the same ones every time where all are sorted at once.
+    order = order[: len(order) // batch_size * batch_size or len(order)]
     for start in range(0, len(order), batch_size * _SORTED_BATCHES):
         chunk = order[start : start + batch_size * _SORTED_BATCHES]
         chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
         whole = [chunk[at : at + batch_size] for at in range(0, len(chunk), batch_size)]
         batches += [whole[i] for i in rng.permutation(len(whole))]
-    full = [batch for batch in batches if len(batch) == batch_size]
-    return full or batches
+    return batches

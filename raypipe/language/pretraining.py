@@ -97,12 +97,14 @@ def _tokenised(examples: Iterable[Example], tokenizer: Any, context: int) -> tup
             if len(prompt) + len(answer) < context:
                 pieces.append([*prompt, *answer, tokenizer.eos_token_id])
                 starts.append(len(prompt))
+    if not pieces:
+        raise ValueError(f"No example fits the context of {context} tokens.")
     ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
     return np.fromiter(chain.from_iterable(pieces), np.int32, int(ends[-1])), ends, np.array(starts, np.int32)
 
 
 class LmLoss(nn.Module):
-    """A causal LM whose forward is the mean cross-entropy of the answer tokens.
+    """A causal LM whose forward is the cross-entropy of the answer tokens, the mean over all ranks' once ranks are averaged.
 
     Logits are made only where there is something to predict: with 4,096 words and a tenth of the tokens in answers,
     the rest would cost as much as the model itself.
@@ -113,13 +115,14 @@ class LmLoss(nn.Module):
         self.lm: Any = lm
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """`tokens` int64 [batch, length], padded on the right; `labels` alike, with −100 where no loss is due."""
+        """`tokens` int64 [batch, length], padded on the right; `labels` alike, with −100 where no loss is due; `count` the answer
+        tokens of all ranks, divided by their number."""
         # Padding comes after every real token, so the causal mask alone keeps it out.
         hidden = self.lm.model(input_ids=batch["tokens"], use_cache=False).last_hidden_state  # [batch, length, width]
         labels = batch["labels"][:, 1:]
         wanted = labels != _IGNORED
         logits = self.lm.lm_head(hidden[:, :-1][wanted])  # [answer tokens, vocabulary]
-        return functional.cross_entropy(logits.float(), labels[wanted])
+        return functional.cross_entropy(logits.float(), labels[wanted], reduction="sum") / batch["count"]
 
 
 class LmTask:
@@ -156,7 +159,9 @@ class LmTask:
             lengths = self._ends - self._starts
             self._order = batches_of_like_length(lengths, (seed, epoch), batch_size)
             self._order_of = (epoch, seed, batch_size)
-        return self._padded(self._order[index][rank::world])
+        whole = self._order[index]
+        answers = self._ends[whole] - self._starts[whole] - self._answer_starts[whole]
+        return {**self._padded(whole[rank::world]), "count": torch.tensor(float(answers.sum() / world))}
 
     def save(self, weights: Mapping[str, Tensor], folder: Path) -> None:
         """Writes trained weights (by parameter name of `build()`) as a checkpoint in Hugging Face layout."""

@@ -194,7 +194,9 @@ def _scored(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: 
             "Tune it more gently (--trainer.lr), ask it as it is with --no-guided.tuned, or name another.",
         )
     if len(telling) < len(scores.names):
-        say(f"{NAME}: items are told apart by {len(telling)} of {len(scores.names)} attributes alone: {', '.join(telling)}")
+        say(
+            f"{NAME}: items are told apart by {len(telling)} of {len(scores.names)} attributes alone: {', '.join(telling)}"
+        )
     save_scores(out, scores)
     metrics["telling"] = len(telling)
     metrics |= {"items": len(items), "users": len(users), **reader.told()}

@@ -27,7 +27,7 @@ from raypipe.language.backbone import PromptTokenizer
 from raypipe.language.catalogue import Catalogue
 from raypipe.language.prompt import Prompt
 from raypipe.language.summary_prompts import SummaryPrompts
-from raypipe.language.templates import fill
+from raypipe.language.templates import fill, require_marks
 from raypipe.systems.guided_attributes import Attribute
 
 NAME = "guided"
@@ -57,12 +57,8 @@ class GuidedPrompts(Config):
 
     @model_validator(mode="after")
     def _marks(self) -> GuidedPrompts:
-        for template, marks in ((self.item, ("item", "top")), (self.user, ("items", "top"))):
-            if any(template.count(f"{{{mark}}}") != 1 for mark in marks) or template.count(_ATTRIBUTES) > 1:
-                named = ", ".join(f"{{{mark}}}" for mark in marks)
-                raise ValueError(
-                    f"the template {template!r} needs each of {named} once, and {_ATTRIBUTES} at most once"
-                )
+        for template, mark in ((self.item, "item"), (self.user, "items")):
+            require_marks([template], [mark, "top", *(["attributes"] if _ATTRIBUTES in template else [])])
         return self
 
     @property

@@ -104,12 +104,12 @@ def ranking_of_scores(
 ) -> dict[str, float]:
     """How high the dot products of normalised scores rank what users [n, attributes] chose next, int64 [n], over all items.
 
-    Beside it the same asked with the scores of the next user, and what chance gives.
+    Beside it the same asked with the scores of the next user, where there is another, and what chance gives.
     """
     asked = AttributeScores(scores.names, scores.items, users, np.arange(len(users)), scores.catalogue)
     items, mine = asked.normalised(_CLIP)
     found: dict[str, float] = {"asked": len(users)}
-    for shift, prefix in enumerate(("", f"{CONTROL}: ")):
+    for shift, prefix in enumerate(("", f"{CONTROL}: ")[: len(users)]):
         table = torch.from_numpy(np.roll(mine, shift, 0) @ items.T)
         above, same = (counts.numpy() for counts in ranks_among(table, torch.from_numpy(targets)))
         found[f"{prefix}scores HR@{_CUTOFF}"] = round(float(hit_rate(above, same, _CUTOFF).mean()), 4)

@@ -45,7 +45,7 @@ def measured(
     for name, frame in frames.items():
         lists = writer.lists(histories, frame=frame, targets=targets, tell=_progress(tell, name))
         found[name] = _figures(lists, evaluated, config, whole=name == NAME)
-    if config.reasoning:
+    if config.reasoning and len(histories) > 1:
         others = [*histories[1:], *histories[:1]]
         lists = writer.lists(histories, others, targets=targets, tell=_progress(tell, CONTROL))
         found[CONTROL] = _figures(lists, evaluated, config, whole=False)

@@ -33,6 +33,7 @@ RULE = "rule"
 """The judge who is always there; figures of others bear their names."""
 
 _LETTER = re.compile(r"\b[AB]\b")
+_ALONE = re.compile(r"\W*([AB])(?:[^\w\s]|\s*\n|\s*$)")
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,15 @@ class EnginePreference:
         cases = [{"history": "\n".join(pair.history), "one": pair.one, "other": pair.other} for pair in pairs]
         found: list[float | None] = [None] * len(pairs)
         for outcome in self.engine.generate([self.rubric.ask(case) for case in cases], self.rubric.decoding):
-            if letter := _LETTER.search(outcome.text):
-                found[outcome.index] = float(letter[0] == "A")
+            found[outcome.index] = _letter(outcome.text)
         return found
+
+
+def _letter(answer: str) -> float | None:
+    """1 for A, 0 for B: the letter an answer begins with, alone, or the only one it names; an article is no answer to tell."""
+    first = _ALONE.match(answer)
+    named = {first[1]} if first else set(_LETTER.findall(answer))
+    return float(named == {"A"}) if len(named) == 1 else None
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from raypipe.language.catalogue import Catalogue
 from raypipe.language.prompt import Prompt
 from raypipe.language.soft_prompts import SoftExample
 from raypipe.language.summary_prompts import SummaryPrompts
-from raypipe.language.templates import fill
+from raypipe.language.templates import fill, require_marks
 from raypipe.recommenders.windows import Histories
 from raypipe.storage.hashing import mix
 from raypipe.systems.boosted_trees import TreesConfig
@@ -106,10 +106,11 @@ class TrsrConfig(Config):
     @field_validator("prompt")
     @classmethod
     def _candidate_comes_last(cls, template: str) -> str:
-        marks = ("{summary}", "{recent}", "{candidate}")
-        places = [template.find(mark) for mark in marks]
-        if any(template.count(mark) != 1 for mark in marks) or places[2] != max(places):
-            raise ValueError(f"the template needs {', '.join(marks)}, each once, and the candidate last")
+        marks = ("summary", "recent", "candidate")
+        require_marks([template], marks)
+        places = [template.find(f"{{{mark}}}") for mark in marks]
+        if places[2] != max(places):
+            raise ValueError(f"the template {template!r} needs {{candidate}} behind the other marks")
         return template
 
     @model_validator(mode="after")
@@ -236,16 +237,27 @@ class Trsr:
         if control == "no summaries":
             return [None] * len(rows)
         pairs = list(zip(rows.tolist(), (self.past.histories.lengths[rows] - back).tolist(), strict=True))
-        if control == "shuffled summaries":
+        if control == "shuffled summaries" and len(pairs) > 1:
             pairs = [*pairs[1:], *pairs[:1]]
         found = [self.past.summaries.at(row, count) for row, count in pairs]
+        if control == "shuffled summaries" and len(pairs) == 1:
+            found = [self._of_another(int(rows[0]), back)]
         fates = self._fates[rows].astype(np.float64) / 2.0**64
         for place in np.flatnonzero(fates < self.config.missing + self.config.noise):
-            found[place] = None
-            if fates[place] >= self.config.missing and len(self._summarised):
-                other = self._summarised[int(self._fates[rows[place]] >> np.uint64(8)) % len(self._summarised)]
-                found[place] = self.past.summaries.at(int(other), int(self.past.histories.lengths[other]) - back)
+            missing = fates[place] < self.config.missing
+            found[place] = None if missing else self._of_another(int(rows[place]), back)
         return found
+
+    def _of_another(self, row: int, back: int) -> str | None:
+        """The summary of a drawn user who is not that of `row`; None where nobody else has one."""
+        count = len(self._summarised)
+        at = int(self._fates[row] >> np.uint64(8)) % count if count else 0
+        if count and self._summarised[at] == row:
+            at = (at + 1) % count
+        if not count or self._summarised[at] == row:
+            return None
+        other = int(self._summarised[at])
+        return self.past.summaries.at(other, int(self.past.histories.lengths[other]) - back)
 
     def prompts(
         self, rows: NDArray[np.int64], back: int, candidates: NDArray[np.int32], summaries: Sequence[str | None]

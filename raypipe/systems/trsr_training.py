@@ -1,7 +1,7 @@
 """Training of a recommender that answers yes or no, and its validation: the epoch that ranks best is kept (LLM-TRSR, section 4).
 
 Beside what `prepare_alignment` writes, the folder holds `validation.npz` where there is validation: the prompts' tokens one after
-the other, where each ends, the answers' tokens, and of each user the place of the item that came next.
+the other, where each ends, the answers' alike, and of each user the place of the item that came next.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def prepare_validation(
         folder / _FILE,
         tokens=np.concatenate([np.asarray(mine, np.int32) for mine in ids]),
         ends=np.cumsum([len(mine) for mine in ids]),
-        answers=np.array(endings),
+        answers=np.concatenate(endings),
+        answer_ends=np.cumsum([len(ending) for ending in endings]),
         places=np.array(kept),
     )
     return len(places) - len(kept)
@@ -80,7 +81,7 @@ class RankingTask(AlignmentTask):
         numbers = (mine[:, None] * count + np.arange(count)).ravel()
         prompts = [told["tokens"][bounds[n] : bounds[n + 1]].tolist() for n in numbers.tolist()]
         backbone = replace(self._backbone, model=module.lm, device=module.lm.device)
-        answers = told["answers"].tolist()
+        answers = [mine.tolist() for mine in np.split(told["answers"], told["answer_ends"][:-1])]
         scores = np.zeros(len(prompts))
         for number, logprobs in score(backbone, prompts, [answers] * len(prompts), _BATCH_TOKENS):
             scores[number] = logprobs[0] - logprobs[1]
@@ -96,5 +97,7 @@ class RankingTask(AlignmentTask):
         return "; ".join(repr(text[:_CHARACTERS]) for text in texts)
 
     @cached_property
-    def _validation(self) -> Any:
-        return np.load(self.folder / _FILE)
+    def _validation(self) -> dict[str, NDArray[Any]]:
+        # All at once: an array of an open archive is read anew whenever it is named.
+        with np.load(self.folder / _FILE) as told:
+            return dict(told)

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from raypipe.language.backbone import load_backbone
+from raypipe.language.batching import batches_of_like_length
 from raypipe.language.catalogue import Catalogue
 from raypipe.language.instructions import summary_examples
 from raypipe.language.pretraining import LmTask, prepare_lm
@@ -52,6 +53,7 @@ def test_the_loss_equals_the_textbooks(task):
 def test_padding_changes_no_loss(task):
     batch, module = task.batch(0, 0, 0, 1, 4), task.build()
     padded = {
+        **batch,
         "tokens": functional.pad(batch["tokens"], (0, 9), value=3),
         "labels": functional.pad(batch["labels"], (0, 9), value=-100),
     }
@@ -70,6 +72,28 @@ def test_an_epoch_shows_every_example_once_and_ranks_share_each_batch(task):
     assert sorted(rows(0, 2, 0) + rows(1, 2, 0)) == sorted(whole)
     assert sorted(rows(0, 1, 1)) == sorted(whole)
     assert rows(0, 1, 1) != whole
+
+
+def test_what_does_not_fill_a_batch_is_as_often_long_as_short():
+    """Of a hundred examples, of which an epoch leaves 36 out."""
+    lengths = np.arange(100)
+    taken = np.zeros(100)
+    for epoch in range(200):
+        (batch,) = batches_of_like_length(lengths, (0, epoch), 64)
+        assert len(set(batch.tolist())) == 64
+        taken[batch] += 1
+    assert taken[:50].mean() == pytest.approx(taken[50:].mean(), rel=0.05)
+    assert taken.min() > 90
+    (few,) = batches_of_like_length(lengths[:5], (0, 0), 64)
+    assert sorted(few.tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_two_ranks_with_answers_of_unequal_length_learn_what_one_learns(task):
+    module = task.build()
+    whole = module(task.batch(3, 1, 0, 1, 10))
+    shares = [module(task.batch(3, 1, rank, 2, 10)) for rank in range(2)]
+    assert shares[0].item() != pytest.approx(shares[1].item(), rel=1e-3)
+    torch.testing.assert_close(sum(shares) / 2, whole)
 
 
 def test_a_batch_is_the_same_wherever_and_whenever_it_is_asked_for(task):
@@ -100,8 +124,11 @@ def test_untrained_weights_saved_as_trained_are_the_same_checkpoint(task, tmp_pa
         assert torch.equal(again.get_parameter(name), weight)
 
 
-def test_a_folder_that_was_not_prepared_is_refused(tmp_path, tiny_data):
+def test_a_folder_that_was_not_prepared_is_refused(histories, catalogue, tmp_path, tiny_data):
     with pytest.raises(ValueError, match="call prepare_lm first"):
         LmTask(tmp_path)
+    short = tiny_data.model_copy(update={"model": tiny_data.model.model_copy(update={"context": 8})})
+    with pytest.raises(ValueError, match="No example fits the context of 8 tokens"):
+        prepare_lm(tmp_path, histories, catalogue, short)
     with pytest.raises(ValueError, match="without items"):
         prepare_lm(tmp_path, [], Catalogue([], []), tiny_data)

@@ -117,10 +117,9 @@ def test_a_question_shows_the_item_or_the_last_items_and_the_attributes() -> Non
     assert rating.words == ['{"grim": ', ', "merry": ', "}"]
     short = rating_of(text_characters=0)
     assert "tale" not in short.item_prompt(short.item_lines()[3]).text
-    with pytest.raises(ValidationError, match="needs each of"):
-        GuidedPrompts(user="on {top}")
-    with pytest.raises(ValidationError, match="at most once"):
-        GuidedPrompts(user="{items} on {top} {attributes} {attributes}")
+    for wrong in ("on {top}", "{items} on {top} {attributes} {attributes}", "{items} of {user} on {top}"):
+        with pytest.raises(ValidationError, match="each once, and no other"):
+            GuidedPrompts(user=wrong)
     with pytest.raises(ValidationError, match="trains nothing"):
         GuidedConfig(lora=None)
 

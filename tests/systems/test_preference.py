@@ -96,6 +96,27 @@ def test_an_engine_is_shown_the_history_and_both_titles_and_answers_with_a_lette
     assert (found.share, found.judged) == (0.5, pytest.approx(2 / 3))
 
 
+@pytest.mark.parametrize(
+    ("text", "preferred"),
+    [
+        ("A", 1.0),
+        (" B.", 0.0),
+        ("B: a person who likes A would", 0.0),
+        ("The letter is B", 0.0),
+        ("A fits better", 1.0),
+        ("A person with this history would prefer B.", None),
+        ("both A and B", None),
+        ("", None),
+    ],
+)
+def test_an_answer_that_may_be_an_article_or_names_both_is_none(text: str, preferred: float | None) -> None:
+    class Saying:
+        def generate(self, prompts, decoding, choices=None):
+            yield from (Outcome(index, text) for index in range(len(prompts)))
+
+    assert EnginePreference(Saying(), Rubric(prompt=PREFERENCE)).prefer(pairs(1)) == [preferred]  # type: ignore[arg-type]
+
+
 def test_what_an_oracle_names_is_judged_beside_its_nearest_item_and_a_drawn_one() -> None:
     source = source_of("sasrec")
     rows = source.rows(held_out=True, least=2, most=100, rng=np.random.default_rng(0))

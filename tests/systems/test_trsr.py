@@ -191,6 +191,18 @@ def test_summaries_go_missing_and_astray_for_as_many_users_as_asked(backbone: Ba
     assert system.summaries(rows, back, "shuffled summaries") == [*own[1:], own[0]]
 
 
+def test_whose_summary_goes_astray_is_never_shown_her_own(backbone: Backbone) -> None:
+    rows, back = np.arange(USERS), EVENTS - 7
+    named = PastSummaries({row: [(7, f"of {row}")] for row in range(USERS)})
+    astray = trsr(backbone, past(named), noise=1.0).summaries(rows, back)
+    assert not any(text in (None, f"of {row}") for row, text in enumerate(astray))
+    (shuffled,) = trsr(backbone, past(named)).summaries(rows[3:4], back, "shuffled summaries")
+    assert shuffled is not None
+    assert shuffled != "of 3"
+    alone = trsr(backbone, past(PastSummaries({3: [(7, "of 3")]})), noise=1.0)
+    assert alone.summaries(rows[3:4], back) == alone.summaries(rows[3:4], back, "shuffled summaries") == [None]
+
+
 def test_who_is_held_out_is_in_no_count_and_lends_no_summary(backbone: Backbone) -> None:
     """Their items and what was written of them are nobody else's."""
     whole, mine = histories(), np.arange(USERS) % 4 == 3
@@ -312,6 +324,23 @@ def test_validation_is_the_sum_of_recalls_of_the_model_as_it_is_over_all_workers
     assert "likes" in task.describe(0, 0, 8)
 
 
+def test_answers_of_unequal_numbers_of_tokens_validate_as_they_are_ranked(
+    lm: str, backbone: Backbone, tmp_path: Path
+) -> None:
+    system = trsr(backbone, past(summaries(7), hold_out=1), recent=2)
+    answers = [system.answers[0], f"{system.answers[1]}{system.answers[0]}"]
+    sets = asked(system, [0, 1])
+    prompts = list(system.prompts(np.arange(2), 0, sets.items, system.summaries(np.arange(2), 0)))
+    assert prepare_validation(tmp_path, prompts, sets.places, backbone, answers, 512) == 0
+    task = trained(system, lm, tmp_path, steps=0)
+    engine = EngineConfig(lm=lm, device="cpu", threads=1).build()
+    flat = [prompt for mine in prompts for prompt in mine]
+    logprobs = np.array([one.logprobs for one in engine.score(flat, [answers] * len(flat))])
+    ranks = sets.ranks((logprobs[:, 0] - logprobs[:, 1]).reshape(sets.items.shape))
+    wanted = sum(candidate_metrics(*ranks)[f"Recall@{k}"].sum() for k in (3, 5, 10))
+    assert task.validate(task.build(), 0, 1) == (pytest.approx(wanted), 2)
+
+
 def test_who_does_not_fit_the_context_does_not_validate(lm: str, backbone: Backbone, tmp_path: Path) -> None:
     known = PastSummaries({row: [(7, "dark " * (600 if row % 2 else 1))] for row in range(4)})
     system = trsr(backbone, past(known, hold_out=1), recent=2)
@@ -366,8 +395,9 @@ def test_many_candidates_are_asked_about_in_few_users_at_a_time(
     [
         ({"lora": None}, "nothing would be trained"),
         ({"full": True}, "set lora to null"),
-        ({"prompt": "{candidate} {summary} {recent}"}, "the candidate last"),
+        ({"prompt": "{candidate} {summary} {recent}"}, "behind the other marks"),
         ({"prompt": "{summary} {recent}"}, "each once"),
+        ({"prompt": "For {user}: {summary} {recent} {candidate}"}, "no other"),
         ({"missing": 0.6, "noise": 0.6}, "shares of the same users"),
     ],
 )
