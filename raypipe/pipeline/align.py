@@ -58,7 +58,7 @@ from raypipe.systems.system import System
 from raypipe.systems.trsr import TrsrConfig
 
 JOB = "align"
-STEP_VERSIONS = {"recinterpreter": 5, "recexplainer": 4}
+STEP_VERSIONS = {"recinterpreter": 6, "recexplainer": 5}
 _TRAINING: dict[str, Mapping[str, object]] = {
     "recinterpreter": recinterpreter.TRAINING,
     "recexplainer": recexplainer.TRAINING,

@@ -29,8 +29,9 @@ from raypipe.storage.models import Model, Models
 from raypipe.storage.workspace import Workspace
 
 JOB = "lm"
+_LEARNT = ["user_id", "items", "history_key"]
 MODEL = "lm"
-STEP_VERSION = 2
+STEP_VERSION = 3
 
 
 class LmOptions(TrainingOptions):
@@ -111,7 +112,16 @@ def _train(
 
 def training_histories(workspace: Workspace, version: int, most: int, held_out_share: float = 0.0) -> pa.Table:
     """Item lists and keys of at most `most` users, none of them held out, the same ones whatever their order in the table."""
-    rows = workspace.tables["histories"].read(version, ["user_id", "items", "history_key"])
-    rows = rows.filter(pa.array(~are_held_out(rows["user_id"].combine_chunks(), held_out_share)))
+    table = workspace.tables["histories"]
+    users = table.read(version, ["user_id"])["user_id"].combine_chunks()
+    hashes = np.sort(stable_hash(users.filter(pa.array(~are_held_out(users, held_out_share)))))
+    parts = [table.spec.schema.empty_table().select(_LEARNT)]
+    # A file at a time: the item lists of everybody would not fit this machine.
+    for file in table.files(version) if len(hashes) else ():
+        rows = table.read_files([file], _LEARNT)
+        users = rows["user_id"].combine_chunks()
+        wanted = ~are_held_out(users, held_out_share) & (stable_hash(users) <= hashes[:most][-1])
+        parts.append(rows.filter(pa.array(wanted)))
+    rows = pa.concat_tables(parts)
     chosen = np.argsort(stable_hash(rows["user_id"].combine_chunks()), kind="stable")[:most]
     return rows.take(pa.array(chosen)).sort_by("user_id")

@@ -11,7 +11,7 @@ from raypipe.language.catalogue import Catalogue
 from raypipe.language.titles import distinct_titles
 from raypipe.pipeline.held_out import are_held_out
 from raypipe.recommenders.windows import Histories, tie_groups
-from raypipe.storage.fingerprint import fingerprint
+from raypipe.storage.fingerprint import fingerprint_of_digits
 from raypipe.storage.hashing import stable_hash
 from raypipe.storage.tables import ABSENT
 from raypipe.storage.workspace import Workspace
@@ -57,7 +57,7 @@ def read_ties(workspace: Workspace, version: int, held_out_share: float = 0.0) -
 def histories_hash(workspace: Workspace, version: int) -> str:
     """A hash of everybody's history, whichever version holds it."""
     rows = workspace.tables["histories"].read(version, ["user_id", "history_key"]).sort_by("user_id")
-    return fingerprint({"keys": rows["history_key"].to_pylist()})
+    return fingerprint_of_digits("keys", rows["history_key"])
 
 
 def _lists(

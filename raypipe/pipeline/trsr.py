@@ -45,7 +45,7 @@ from raypipe.systems.trsr_training import RankingTask, prepare_validation
 if TYPE_CHECKING:
     from raypipe.pipeline.align import AlignConfig
 
-STEP_VERSION = 4
+STEP_VERSION = 5
 
 
 def run_trsr(config: AlignConfig) -> JobResult:

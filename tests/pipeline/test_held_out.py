@@ -44,3 +44,7 @@ def test_neither_a_recommender_nor_a_language_model_reads_them(ingested: str) ->
     assert len(read_ties(workspace, version, 0.5).items) == len(histories.items)
     for_lm = training_histories(workspace, version, 100, 0.5)["items"].to_pylist()
     assert sorted(map(len, for_lm)) == sorted(histories.lengths.tolist())
+    few = training_histories(workspace, version, 5, 0.5)["user_id"].to_pylist()
+    first = users.take(pa.array(np.argsort(stable_hash(users))[:5])).to_pylist()
+    assert few == sorted(first)
+    assert training_histories(workspace, version, 5, 1.0).num_rows == 0

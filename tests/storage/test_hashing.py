@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from raypipe.storage.fingerprint import canonical_json, fingerprint, schema_hash
+from raypipe.storage.fingerprint import canonical_json, fingerprint, fingerprint_of_digits, schema_hash
 from raypipe.storage.hashing import (
     combine_lanes,
     content_digest,
@@ -139,6 +139,14 @@ def test_content_digests_know_the_borders_of_their_parts() -> None:
     digests = [content_digest(*parts) for parts in (("a", "bc"), ("ab", "c"), ("abc",), ("abc", ""), ())]
     assert len(set(digests)) == 5
     assert len(content_digest("\ud800")) == 32  # a lone surrogate, which JSON can spell
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 200])
+def test_a_fingerprint_of_digits_is_that_of_their_list(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raypipe.storage.fingerprint._JOINED", 7)
+    digits = [f"{number:032x}" for number in range(count)]
+    chunks = pa.chunked_array([digits[:3], digits[3:]], pa.string())
+    assert fingerprint_of_digits("keys", chunks) == fingerprint({"keys": digits})
 
 
 def test_a_fingerprint_depends_on_values_and_not_on_their_order() -> None:
