@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Path, Request
@@ -143,8 +144,11 @@ async def _refused(request: Request, error: Exception) -> JSONResponse:
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
     """Where the request is wrong, without what stood there: it may be personal, and without end."""
     assert isinstance(error, RequestValidationError)
-    problems = [f"{'.'.join(str(part) for part in found['loc'])}: {found['msg']}"[:200] for found in error.errors()]
-    shown = "; ".join(problems[:_SHOWN_PROBLEMS]) + ("; …" if len(problems) > _SHOWN_PROBLEMS else "")
+    found = error.errors()
+    problems = [
+        f"{'.'.join(str(part) for part in one['loc'])}: {one['msg']}"[:200] for one in islice(found, _SHOWN_PROBLEMS)
+    ]
+    shown = "; ".join(problems) + ("; …" if len(found) > _SHOWN_PROBLEMS else "")
     return _failed(request, 422, "invalid", shown)
 
 

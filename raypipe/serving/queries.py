@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+_MOST_KEYS = 32  # of an object in a request; more than any has fields
+
+
+def _few_keys(values: Any) -> Any:
+    # Each wrong key would be an error of its own, as would without `fail_fast` each wrong element of a list: of a body of a
+    # megabyte that is half a gigabyte of errors, and seconds.
+    if isinstance(values, Mapping) and len(values) > _MOST_KEYS:
+        raise ValueError(f"has {len(values):,} keys, and {_MOST_KEYS} are the most")
+    return values
+
 
 ItemId = Annotated[str, Field(min_length=1, max_length=512)]
 UserId = Annotated[str, Field(min_length=1, max_length=512)]
@@ -13,12 +25,17 @@ UserId = Annotated[str, Field(min_length=1, max_length=512)]
 class _Query(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fields(cls, values: Any) -> Any:
+        return _few_keys(values)
+
 
 class UserOrHistory(_Query):
     """Who is asked about: a user of the night that is served, or anybody with this history, the newest item last."""
 
     user_id: UserId | None = None
-    history: list[ItemId] | None = None
+    history: list[ItemId] | None = Field(None, fail_fast=True)
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
@@ -31,17 +48,19 @@ class RecommendQuery(UserOrHistory):
     """The best items: no unavailable or denied ones, none of `deny`, only those with these attribute values."""
 
     count: int = Field(10, ge=1)
-    only: dict[str, str] = Field(
+    only: Annotated[dict[str, str], BeforeValidator(_few_keys)] = Field(
         default_factory=dict, max_length=16, description="attribute → value every item must have"
     )
-    deny: list[ItemId] = Field(default_factory=list, description="item ids that must not be in the list")
+    deny: list[ItemId] = Field(
+        default_factory=list, fail_fast=True, description="item ids that must not be in the list"
+    )
     filter_seen: bool | None = Field(None, description="nothing of the history; unset: as the service is set up")
 
 
 class ScoreQuery(UserOrHistory):
     """What the recommender gives items; comparable for one user or history."""
 
-    items: list[ItemId] = Field(min_length=1)
+    items: list[ItemId] = Field(min_length=1, fail_fast=True)
 
 
 class SummaryQuery(UserOrHistory):
@@ -76,7 +95,7 @@ class RerankQuery(UserOrHistory):
     """Items in the order of a language model that reads them, the last of the history, and a summary of the user if there is
     one."""
 
-    items: list[ItemId] | None = Field(None, min_length=1, description="unset: the recommender's best")
+    items: list[ItemId] | None = Field(None, min_length=1, fail_fast=True, description="unset: the recommender's best")
     count: int = Field(10, ge=1, description="of the recommender's best, where no items are given")
     adapter: str | None = Field(None, max_length=200, description="of the release, by name; unset: its first")
 
@@ -220,39 +239,39 @@ class Failure(BaseModel):
 
 
 class RecommendBatch(_Query):
-    queries: list[RecommendQuery] = Field(min_length=1)
+    queries: list[RecommendQuery] = Field(min_length=1, fail_fast=True)
 
 
 class ScoreBatch(_Query):
-    queries: list[ScoreQuery] = Field(min_length=1)
+    queries: list[ScoreQuery] = Field(min_length=1, fail_fast=True)
 
 
 class ExplainBatch(_Query):
-    queries: list[ExplainQuery] = Field(min_length=1)
+    queries: list[ExplainQuery] = Field(min_length=1, fail_fast=True)
 
 
 class InterpretBatch(_Query):
-    queries: list[InterpretQuery] = Field(min_length=1)
+    queries: list[InterpretQuery] = Field(min_length=1, fail_fast=True)
 
 
 class ResidualBatch(_Query):
-    queries: list[ResidualQuery] = Field(min_length=1)
+    queries: list[ResidualQuery] = Field(min_length=1, fail_fast=True)
 
 
 class OracleBatch(_Query):
-    queries: list[OracleQuery] = Field(min_length=1)
+    queries: list[OracleQuery] = Field(min_length=1, fail_fast=True)
 
 
 class SummaryBatch(_Query):
-    queries: list[SummaryQuery] = Field(min_length=1)
+    queries: list[SummaryQuery] = Field(min_length=1, fail_fast=True)
 
 
 class RerankBatch(_Query):
-    queries: list[RerankQuery] = Field(min_length=1)
+    queries: list[RerankQuery] = Field(min_length=1, fail_fast=True)
 
 
 class NextBatch(_Query):
-    queries: list[NextQuery] = Field(min_length=1)
+    queries: list[NextQuery] = Field(min_length=1, fail_fast=True)
 
 
 class RecommendAnswers(BaseModel):
