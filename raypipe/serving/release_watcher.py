@@ -16,8 +16,7 @@ from raypipe.runtime.memory import return_memory
 from raypipe.serving.config import ServiceConfig
 from raypipe.serving.queries import ReleaseStatus
 from raypipe.serving.recommending import ListSpec, ModelInputs
-from raypipe.serving.served import Served, Target, UnfitError, check, find_target, is_lasting, load, release_alone
-from raypipe.storage.nights import Nights
+from raypipe.serving.served import Served, Target, UnfitError, check, find_target, in_force, is_lasting, load
 from raypipe.storage.online import OnlineStore, OnlineStoreDownError
 from raypipe.storage.releases import Releases
 from raypipe.storage.tokens import Token, Tokens
@@ -47,7 +46,7 @@ class ReleaseWatcher:
         self.workspace = Workspace(config.workspace)
         self._unfit: dict[Target, str] = {}
         self._backoff: dict[Target, tuple[int, float]] = {}  # how often it failed, and until when it is left alone
-        self.night_in_force: str | None = None
+        self._wanted = in_force(self.workspace)
         self.tokens: Mapping[str, Token] = Tokens(self.workspace.store).valid()
         self._memory_returned = time.monotonic()
         self._recorded: deque[tuple[ModelInputs, ListSpec]] = deque(maxlen=_RECORDED)
@@ -67,9 +66,8 @@ class ReleaseWatcher:
     def poll(self) -> None:
         """Take up what is in force by now. Raises RaypipeError or OSError where it cannot be seen."""
         self.tokens = Tokens(self.workspace.store).valid()
-        night = Nights(self.workspace.store).current()
-        self.night_in_force = night.date if night is not None else None
-        target = find_target(self.workspace, self.store, self.served.target)
+        self._wanted = in_force(self.workspace)
+        target = find_target(self.workspace, self.store, self._wanted, self.served.target)
         # A release that is not served keeps no night from being served.
         targets = dict.fromkeys((target, replace(target, release=self.served.target.release)))
         # Once another one is in force, this one may come back mended.
@@ -78,6 +76,11 @@ class ReleaseWatcher:
         for one in targets:
             if one == self.served.target or self._switch(one):
                 return
+
+    @property
+    def night_in_force(self) -> str | None:
+        """Its date, whether it is served or not."""
+        return self._wanted.night or None
 
     @property
     def refused(self) -> dict[str, str]:
@@ -152,10 +155,10 @@ class ReleaseWatcher:
         start would make the store's outage the service's.
         """
         try:
-            target = find_target(self.workspace, self.store)
+            target = find_target(self.workspace, self.store, self._wanted)
         except OnlineStoreDownError as error:
             _LOG.warning("no night is served until the online store answers: %s", error)
-            target = release_alone(self.workspace)
+            target = Target(self._wanted.release)
         last = Releases(self.workspace.store).named("served")
         before = replace(target, release=last.hash) if last is not None and last.hash != target.release else None
         if self.check_lm is not None and before is not None:

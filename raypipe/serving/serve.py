@@ -60,12 +60,18 @@ def run_serve(config: ServeConfig) -> JobResult:
     service = ServiceConfig(**{name: getattr(config, name) for name in ServiceConfig.model_fields})
     store = open_online_store(config.store, workspace.store)
     # What a replica would do first: what is missing or unfit is told here, in one paragraph, and not by its log.
-    target = ReleaseWatcher(service, store).served.target
+    watcher = ReleaseWatcher(service, store)
+    target = watcher.served.target
     store.close()
     if not target.version:
         say(
-            f"{JOB}: the night in force is not loaded, or the online store does not answer, so only histories are answered until "
+            f"{JOB}: no night is loaded, or the online store does not answer, so only histories are answered until "
             "it is there; `raypipe online` loads it"
+        )
+    elif target.night != watcher.night_in_force:
+        say(
+            f"{JOB}: the night in force, of {watcher.night_in_force}, is not loaded, so that of {target.night} is served; "
+            "`raypipe online` loads it"
         )
     if not Tokens(workspace.store).valid():
         say(f"{JOB}: there is no token yet, so nobody is answered; make one with `raypipe token --name NAME`")

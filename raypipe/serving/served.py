@@ -95,33 +95,47 @@ class Served:
         return recommend(self.recommender, self.table, self.catalogue, self.popular, requests)
 
 
-def find_target(workspace: Workspace, store: OnlineStore, before: Target | None = None) -> Target:
-    """The release in force, and the night in force if its users are loaded, else still the night `before`.
+def in_force(workspace: Workspace) -> Target:
+    """The release in force, and the night in force whether its users are loaded or not.
 
-    Raises UsageError where no release is in force, OnlineStoreDownError where the store does not answer.
+    Raises UsageError where no release is in force.
     """
-    alone = release_alone(workspace)
-    night = Nights(workspace.store).current()
-    if night is not None and store.facts(version := _version(workspace.uri, canonical_json(asdict(night)))) is not None:
-        return Target(alone.release, night.date, version)
-    return replace(before, release=alone.release) if before is not None else alone
-
-
-@lru_cache(maxsize=2)
-def _version(uri: str, night: str) -> str:
-    """Of a night as its manifest has it, which is looked at all the time, while the log of its tables stays as it is."""
-    return version_of(Workspace(uri), Night(**json.loads(night)))
-
-
-def release_alone(workspace: Workspace) -> Target:
-    """The release in force without any night; raises UsageError where no release is."""
     release = Releases(workspace.store).named("champion")
     if release is None or not release.recommender:
         raise UsageError(
             f"No release is in force in the workspace {workspace.uri}.",
             "Put one there with `raypipe release --recommender NAME`.",
         )
-    return Target(release.hash)
+    night = Nights(workspace.store).current()
+    return Target(release.hash) if night is None else Target(release.hash, night.date, _version(workspace, night))
+
+
+def find_target(workspace: Workspace, store: OnlineStore, wanted: Target, before: Target | None = None) -> Target:
+    """`wanted`, what is in force, if its night's users are loaded; else its release with the night `before`, or where there was
+    none, with the night that was loaded last.
+
+    Raises OnlineStoreDownError where the store does not answer.
+    """
+    if wanted.version and store.facts(wanted.version) is not None:
+        return wanted
+    if before is not None and before.version:
+        return replace(before, release=wanted.release)
+    nights = Nights(workspace.store)
+    for version in reversed(store.versions()):
+        facts = store.facts(version)
+        if facts is not None and nights.get(facts["night"]) is not None:
+            return Target(wanted.release, facts["night"], version)
+    return Target(wanted.release)
+
+
+def _version(workspace: Workspace, night: Night) -> str:
+    return _version_of(workspace.uri, canonical_json(asdict(night)))
+
+
+@lru_cache(maxsize=2)
+def _version_of(uri: str, night: str) -> str:
+    """Of a night as its manifest has it, which is looked at all the time, while the log of its tables stays as it is."""
+    return version_of(Workspace(uri), Night(**json.loads(night)))
 
 
 def load(config: ServiceConfig, target: Target) -> Served:
@@ -151,7 +165,10 @@ def load(config: ServiceConfig, target: Target) -> Served:
         recommender.item_states(),
         catalogue,
         card.popular,
-        night is not None and night.release.get("recommender") == release.recommender,
+        # A night that was published again may be of another recommender than the version of it that is loaded.
+        night is not None
+        and night.release.get("recommender") == release.recommender
+        and _version(workspace, night) == target.version,
         time.time(),
         version,
         release.lm,

@@ -236,6 +236,44 @@ def test_a_night_is_seen_once_it_is_loaded_and_going_back_takes_one_command(rayp
     assert service.post("recommend", {"user_id": "u1"}).json()["served"]["night"] == "2026-01-05"
 
 
+def test_a_replica_that_starts_before_the_night_in_force_is_loaded_serves_the_one_that_was_loaded_last(
+    raypipe: Run, ready: str
+) -> None:
+    add_events(ready, [("u1", "i2", START + 1000), ("new", "i5", START + 1000)])
+    publish(ready, "2026-01-06")
+    # Of a night that is no more, and one that was never whole.
+    store = open_online_store(None, Store(ready))
+    store.begin("gone", 1)
+    store.complete("gone", {"night": "2026-01-04", "users": 0})
+    store.begin("begun", 1)
+
+    replica = LocalBackend(ServiceConfig(workspace=ready))
+    told = replica.release_status()
+    assert (told.night, told.night_in_force) == ("2026-01-05", "2026-01-06")
+    assert replica.service.user("u1").events == 9
+    replica.watcher.poll()
+    assert replica.release_status().night == "2026-01-05"
+
+    assert raypipe("online", "--workspace", ready).code == 0
+    replica.watcher.poll()
+    assert replica.release_status().night == "2026-01-06"
+    assert replica.service.user("u1").events == 10
+
+
+def test_states_of_a_night_that_was_published_again_with_another_recommender_are_not_used(
+    ready: str, tmp_path: Path
+) -> None:
+    service = LocalService(ready)
+    changed(ready, tmp_path / "new", 0.5)
+    publish(ready, "2026-01-05")
+    service.backend.watcher.poll()
+    history = [item["item_id"] for item in service.get("users/u1").json()["history"]]
+    by_user = service.post("recommend", {"user_id": "u1"}).json()["items"]
+    by_history = service.post("recommend", {"history": history}).json()["items"]
+    scores = [item["score"] for item in by_history]
+    assert [item["score"] for item in by_user] == pytest.approx(scores, rel=1e-5)
+
+
 @pytest.fixture
 def redis_that_keeps(tmp_path: Path) -> Iterator[RedisServer]:
     """A Redis of the test's own, to be stopped, which remembers what it held."""
