@@ -150,7 +150,8 @@ def service(values: Values) -> list[dict[str, Any]]:
         application["args"].pop("store", None)
     known = _known(values)
     cluster = _load("raycluster.yaml", known)[0]["spec"]
-    cluster["gcsFaultToleranceOptions"]["externalStorageNamespace"] = "raypipe-serve"
+    # KubeRay then takes the cluster's UID: an upgrade has two clusters at a time, which must not share their state.
+    del cluster["gcsFaultToleranceOptions"]["externalStorageNamespace"]
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         (container,) = group["template"]["spec"]["containers"]
         # Read where Ray starts, by every process of Serve.
