@@ -41,6 +41,7 @@ from raypipe.runtime.session import settled_versions
 from raypipe.storage.locks import hold
 from raypipe.storage.models import Models
 from raypipe.storage.nights import Night, Nights, check_date
+from raypipe.storage.online import open_online_store
 from raypipe.storage.releases import Release, Releases
 from raypipe.storage.tables import ABSENT
 from raypipe.storage.workspace import Workspace
@@ -153,6 +154,8 @@ def _run_night(config: NightlyConfig, date: str) -> JobResult:
     passes: Counter[str] = Counter()
     trained = ""
     refusal: RefusedError | None = None
+    if config.online is not None:
+        open_online_store(config.online.store, workspace.store).close()  # one that is not named is told before the night's work
     champion = Releases(workspace.store).named("champion")
     if champion is not None and (explaining := config.of_release(workspace, champion)) is not None:
         Explainer.of(explaining, workspace)  # what cannot explain is told before the night's work

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from raypipe.serving.queries import ReleaseStatus
+
 
 class ServingMetrics:
     """The counters of one replica; made where Ray is connected. Implements `RequestMetrics`."""
@@ -19,6 +21,9 @@ class ServingMetrics:
         self._refused = Gauge(
             "raypipe_serving_refused", "Releases and nights in force that are not served because they are unfit."
         )
+        self._night_behind = Gauge(
+            "raypipe_serving_night_behind", "1 where the night in force is not the one that is served, else 0."
+        )
 
     def request(self, route: str, status: int, code: str, seconds: float) -> None:
         self._requests.inc(1, {"route": route, "status": str(status), "code": code})
@@ -27,6 +32,7 @@ class ServingMetrics:
     def batch(self, queries: int) -> None:
         self._batch.observe(queries)
 
-    def served(self, release: str, night: str, since: float, refused: int) -> None:
-        self._since.set(since, {"release": release[:12], "night": night})
-        self._refused.set(refused)
+    def served(self, status: ReleaseStatus) -> None:
+        self._since.set(status.since, {"release": status.release[:12], "night": status.night or ""})
+        self._refused.set(len(status.refused))
+        self._night_behind.set(status.night_behind)

@@ -310,7 +310,7 @@ class SummaryAnswers(BaseModel):
 
 class ReleaseStatus(BaseModel):
     """What is served, since when (Unix seconds), and why a release, or as `night DATE` a night, was refused. `adapters`:
-    name → system."""
+    name → system; `night_behind`: the night in force, or what it was published again as, is not what is served."""
 
     release: str
     recommender: str
@@ -319,6 +319,7 @@ class ReleaseStatus(BaseModel):
     items: int
     night: str | None
     night_in_force: str | None
+    night_behind: bool
     since: float
     refused: dict[str, str]
 

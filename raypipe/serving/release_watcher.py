@@ -101,6 +101,7 @@ class ReleaseWatcher:
             items=served.recommender.items,
             night=served.target.night or None,
             night_in_force=self.night_in_force,
+            night_behind=self._wanted.version != served.target.version,
             since=served.since,
             refused=self.refused,
         )

@@ -120,8 +120,7 @@ class Replica:
 
     async def check_health(self) -> None:
         """For Ray Serve, which replaces a replica that raises here."""
-        served = self.watcher.served
-        self.metrics.served(served.target.release, served.target.night, served.since, len(self.watcher.refused))
+        self.metrics.served(self.watcher.release_status())
         health = await self.health()
         if not health.ok:
             raise RuntimeError(health.reason)

@@ -18,7 +18,7 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from raypipe.cli.main import config_type
-from raypipe.cli.options import parse_config
+from raypipe.cli.options import parse_config, validated
 
 ROOT = Path(__file__).parents[2]
 KUBERAY = ROOT / "cluster/kuberay"
@@ -244,6 +244,14 @@ def test_the_night_that_is_scheduled_is_the_nightlys_rayjob(manifests: list[dict
     assert json.loads(scheduled["data"]["rayjob.json"]) == nightly
     variables = next(one for one in of_kind(manifests, "ConfigMap") if "MLFLOW_TRACKING_URI" in one["data"])
     assert variables["data"] == {"MLFLOW_TRACKING_URI": "http://mlflow.mlflow.svc:5000", "AWS_REGION": "eu-west-1"}
+
+
+def test_the_scheduled_night_is_loaded_for_the_service(manifests: list[dict[str, Any]]) -> None:
+    (jobs,) = [one for one in of_kind(manifests, "ConfigMap") if "nightly.yaml" in one["data"]]
+    nightly = validated(config_type("nightly"), yaml.safe_load(jobs["data"]["nightly.yaml"]))
+    assert nightly.online.keep == 1
+    # Where to is a secret of the pods, those of the night as those of the service.
+    assert nightly.online.store is None
 
 
 def test_values_reach_the_manifests_with_their_types(tmp_path: Path) -> None:
