@@ -34,7 +34,8 @@ class ReleaseWatcher:
 
     A request keeps what it began with. A release that is damaged or fails its check is refused, with the reason, until another
     one is in force, and so is a night of whose catalogue the release does not answer; what was served before stays. A workspace or
-    a store that does not answer changes nothing, and is tried again: at the next poll, and then ever more rarely.
+    a store that does not answer changes nothing, and is tried again: at the next poll, and then ever more rarely. Tokens are looked
+    up beside that, as a release may take minutes to load.
     `check_lm` raises UnfitError for a release whose language model does not answer of a catalogue in that version; without it
     this polls, and marks nothing as served.
     """
@@ -47,7 +48,8 @@ class ReleaseWatcher:
         self._unfit: dict[Target, str] = {}
         self._backoff: dict[Target, tuple[int, float]] = {}  # how often it failed, and until when it is left alone
         self._wanted = in_force(self.workspace)
-        self.tokens: Mapping[str, Token] = Tokens(self.workspace.store).valid()
+        self.tokens: Mapping[str, Token] = {}
+        self.refresh_tokens()
         self._memory_returned = time.monotonic()
         self._recorded: deque[tuple[ModelInputs, ListSpec]] = deque(maxlen=_RECORDED)
         self._stop = threading.Event()
@@ -58,14 +60,18 @@ class ReleaseWatcher:
         self._recorded.append((inputs, spec))
 
     def start(self) -> None:
-        threading.Thread(target=self._run, name="release-watcher", daemon=True).start()
+        for look in (self._look, self.refresh_tokens):
+            threading.Thread(target=self._run, args=(look,), name=f"watcher-{look.__name__}", daemon=True).start()
 
     def stop(self) -> None:
         self._stop.set()
 
-    def poll(self) -> None:
-        """Take up what is in force by now. Raises RaypipeError or OSError where it cannot be seen."""
+    def refresh_tokens(self) -> None:
+        """Take up the tokens that are valid by now. Raises RaypipeError or OSError where they cannot be seen."""
         self.tokens = Tokens(self.workspace.store).valid()
+
+    def poll(self) -> None:
+        """Take up the release and the night that are in force by now. Raises RaypipeError or OSError where they cannot be seen."""
         self._wanted = in_force(self.workspace)
         target = find_target(self.workspace, self.store, self._wanted, self.served.target)
         # A release that is not served keeps no night from being served.
@@ -186,12 +192,17 @@ class ReleaseWatcher:
         if self.check_lm is not None and (last is None or last.hash != release):
             releases.point("served", releases.get(release))
 
-    def _run(self) -> None:
+    def _run(self, look: Callable[[], None]) -> None:
         while not self._stop.wait(self.config.watch_s):
             try:
-                self.poll()
-            except Exception as error:  # the next poll may see more
+                look()
+            except Exception as error:  # the next look may see more
                 _LOG.warning("what is in force cannot be seen: %s", error)
+
+    def _look(self) -> None:
+        try:
+            self.poll()
+        finally:
             if time.monotonic() - self._memory_returned >= _MEMORY_S:
                 self._return_memory()
 

@@ -112,6 +112,7 @@ class LocalService:
         self.backend = LocalBackend(self.config)
         self.metrics = CountedRequests()
         self.secret = Tokens(Store(uri)).make(token, 1000, 1000)
+        self.backend.watcher.refresh_tokens()
         self.backend.watcher.poll()
         self.api = build_api(self.backend, self.config.limits)
         self.middleware = RequestMiddleware(

@@ -36,7 +36,7 @@ def service(shared: str) -> LocalService:
 def test_every_route_but_health_asks_for_a_token(service: LocalService) -> None:
     revoked = Tokens(Store(service.config.workspace)).make("left", 10, 10)
     Tokens(Store(service.config.workspace)).revoke("left")
-    service.backend.watcher.poll()
+    service.backend.watcher.refresh_tokens()
     kinds = [(method, route.path) for route in service.api.routes for method in route.methods]  # type: ignore[attr-defined]
     assert len(kinds) > 30
     assert {"/v1/rerank", "/v1/explain/stream", "/docs"} <= {path for _, path in kinds}
@@ -61,11 +61,11 @@ def test_a_revoked_token_is_refused_and_the_others_are_not(raypipe: Run, ready: 
     made = raypipe("token", "--workspace", ready, "--name", "shop")
     secret = made.metrics["token"]
     assert "shown once" in made.stderr
-    service.backend.watcher.poll()
+    service.backend.watcher.refresh_tokens()
     assert service.get("release", secret).status_code == 200
     assert raypipe("token", "--workspace", ready).metrics == {"tokens": ["shop", "tests"]}
     assert raypipe("token", "--workspace", ready, "--revoke", "shop").code == 0
-    service.backend.watcher.poll()
+    service.backend.watcher.refresh_tokens()
     assert service.get("release", secret).status_code == 401
     assert service.get("release").status_code == 200
     assert raypipe("token", "--workspace", ready).metrics == {"tokens": ["tests"]}
@@ -86,7 +86,7 @@ def test_a_revoked_token_is_refused_and_the_others_are_not(raypipe: Run, ready: 
 def test_a_token_that_asks_too_often_is_told_when_to_come_back(ready: str) -> None:
     service = LocalService(ready)
     slow = Tokens(Store(ready)).make("slow", 0.5, 2)
-    service.backend.watcher.poll()
+    service.backend.watcher.refresh_tokens()
     assert [service.get("release", slow).status_code for _ in range(3)] == [200, 200, 429]
     refused = service.get("release", slow)
     assert refused.json()["error"]["code"] == "too_many_requests"

@@ -22,6 +22,7 @@ from raypipe.storage.models import Model, Models
 from raypipe.storage.online import OnlineStoreDownError, open_online_store
 from raypipe.storage.releases import Release, Releases
 from raypipe.storage.store import Store
+from raypipe.storage.tokens import Tokens, hash_of
 from tests.conftest import Run, unavailable
 from tests.made import add_events, publish
 from tests.pipeline.small_logs import START
@@ -317,6 +318,31 @@ def test_a_replica_that_starts_while_redis_is_down_answers_by_history_and_takes_
     assert (by_id.known, by_id.served.night) == (True, "2026-01-05")
     assert isinstance(again, RecommendAnswer)
     assert [item.item_id for item in again.items] == [item.item_id for item in by_history.items]
+
+
+def test_a_token_that_is_revoked_while_a_release_is_checked_is_refused_at_once(ready: str, tmp_path: Path) -> None:
+    tokens, checking, go_on = Tokens(Store(ready)), threading.Event(), threading.Event()
+    secret = tokens.make("shop", 10, 10)
+
+    def check_slowly(release: str, catalogue: int) -> None:
+        checking.set()
+        assert go_on.wait(300)
+
+    store = open_online_store(None, Store(ready))
+    watcher = ReleaseWatcher(ServiceConfig(workspace=ready, watch_s=0.05), store, check_slowly)
+    old, new = watcher.served.target.release, changed(ready, tmp_path / "new", 0.5)
+    watcher.start()
+    try:
+        assert checking.wait(90)
+        assert hash_of(secret) in watcher.tokens
+        tokens.revoke("shop")
+        until(lambda: not watcher.tokens)
+        assert watcher.served.target.release == old
+        go_on.set()
+        until(lambda: watcher.served.target.release == new.hash)
+    finally:
+        go_on.set()
+        watcher.stop()
 
 
 def test_memory_is_given_back_after_a_switch_and_once_a_minute(
