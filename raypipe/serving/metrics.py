@@ -21,6 +21,9 @@ class ServingMetrics:
         self._refused = Gauge(
             "raypipe_serving_refused", "Releases and nights in force that are not served because they are unfit."
         )
+        self._held_back = Gauge(
+            "raypipe_serving_held_back", "Releases and nights in force that could not be loaded, and are tried again."
+        )
         self._night_behind = Gauge(
             "raypipe_serving_night_behind", "1 where the night in force is not the one that is served, else 0."
         )
@@ -35,4 +38,5 @@ class ServingMetrics:
     def served(self, status: ReleaseStatus) -> None:
         self._since.set(status.since, {"release": status.release[:12], "night": status.night or ""})
         self._refused.set(len(status.refused))
+        self._held_back.set(len(status.held_back))
         self._night_behind.set(status.night_behind)

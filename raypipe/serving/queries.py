@@ -310,7 +310,8 @@ class SummaryAnswers(BaseModel):
 
 class ReleaseStatus(BaseModel):
     """What is served, since when (Unix seconds), and why a release, or as `night DATE` a night, was refused. `adapters`:
-    name → system; `night_behind`: the night in force, or what it was published again as, is not what is served."""
+    name → system; `night_behind`: the night in force, or what it was published again as, is not what is served;
+    `held_back`: as `refused`, why what may pass has failed, which is tried again."""
 
     release: str
     recommender: str
@@ -322,6 +323,7 @@ class ReleaseStatus(BaseModel):
     night_behind: bool
     since: float
     refused: dict[str, str]
+    held_back: dict[str, str]
 
 
 class HealthStatus(BaseModel):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from raypipe.errors import RaypipeError, UsageError
 from raypipe.runtime.memory import return_memory
@@ -29,6 +28,15 @@ _DOUBLINGS = 10
 _MEMORY_S = 60.0  # between two times that what requests freed is given back
 
 
+@dataclass(frozen=True)
+class _HeldBack:
+    """What could not be loaded: how often, until when it is left alone (monotonic seconds), and why."""
+
+    failed: int
+    until: float
+    reason: str
+
+
 class ReleaseWatcher:
     """Polls the workspace every `watch_s`, and holds what is served at the moment.
 
@@ -46,7 +54,7 @@ class ReleaseWatcher:
         self.config, self.store, self.check_lm = config, store, check_lm
         self.workspace = Workspace(config.workspace)
         self._unfit: dict[Target, str] = {}
-        self._backoff: dict[Target, tuple[int, float]] = {}  # how often it failed, and until when it is left alone
+        self._held_back: dict[Target, _HeldBack] = {}
         self._wanted = in_force(self.workspace)
         self.tokens: Mapping[str, Token] = {}
         self.refresh_tokens()
@@ -78,7 +86,7 @@ class ReleaseWatcher:
         targets = dict.fromkeys((target, replace(target, release=self.served.target.release)))
         # Once another one is in force, this one may come back mended.
         self._unfit = {one: reason for one, reason in self._unfit.items() if one in targets}
-        self._backoff = {one: backoff for one, backoff in self._backoff.items() if one in targets}
+        self._held_back = {one: held for one, held in self._held_back.items() if one in targets}
         for one in targets:
             if one == self.served.target or self._switch(one):
                 return
@@ -91,10 +99,16 @@ class ReleaseWatcher:
     @property
     def refused(self) -> dict[str, str]:
         """Why it is not served, by release, or as `night DATE` of the release that is."""
+        return self._told(self._unfit)
+
+    @property
+    def held_back(self) -> dict[str, str]:
+        """As `refused`, of what is tried again."""
+        return self._told({one: held.reason for one, held in self._held_back.items()})
+
+    def _told(self, reasons: Mapping[Target, str]) -> dict[str, str]:
         mine = self.served.target.release
-        return {
-            f"night {one.night}" if one.release == mine else one.release: reason for one, reason in self._unfit.items()
-        }
+        return {f"night {one.night}" if one.release == mine else one.release: told for one, told in reasons.items()}
 
     def release_status(self) -> ReleaseStatus:
         """What is served, and what was refused."""
@@ -110,12 +124,13 @@ class ReleaseWatcher:
             night_behind=self._wanted.version != served.target.version,
             since=served.since,
             refused=self.refused,
+            held_back=self.held_back,
         )
 
     def _switch(self, target: Target) -> bool:
         """Whether the target is served now."""
-        _, until = self._backoff.get(target, (0, -math.inf))
-        if target in self._unfit or time.monotonic() < until:
+        held = self._held_back.get(target)
+        if target in self._unfit or (held is not None and time.monotonic() < held.until):
             return False
         started = time.monotonic()
         try:
@@ -128,6 +143,7 @@ class ReleaseWatcher:
             self._reject(target, error)
             return False
         self.served = served
+        self._held_back = {one: held for one, held in self._held_back.items() if one != target}
         self._return_memory()
         _LOG.info(
             "release %s and night %s are served after %.1f s",
@@ -143,9 +159,11 @@ class ReleaseWatcher:
             self._unfit = {**self._unfit, target: str(error)}  # somebody may be reading it
             _LOG.error("%s", error)
             return
-        failed, _ = self._backoff.get(target, (0, 0.0))
+        failed = self._held_back[target].failed if target in self._held_back else 0
         wait_s = min(_MOST_WAIT_S, self.config.watch_s * 2 ** min(failed, _DOUBLINGS)) if failed else 0.0
-        self._backoff[target] = failed + 1, time.monotonic() + wait_s
+        reason = str(error) if isinstance(error, RaypipeError) else f"{type(error).__name__}; the log tells more"
+        held = _HeldBack(failed + 1, time.monotonic() + wait_s, reason)
+        self._held_back = {**self._held_back, target: held}
         _LOG.warning(
             "release %s and night %s cannot be loaded, and are tried again: %s",
             target.release[:12],

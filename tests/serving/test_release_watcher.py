@@ -169,8 +169,10 @@ def test_a_store_that_fails_once_costs_a_release_one_look(
         service.backend.watcher.poll()
     told = service.get("release").json()
     assert (told["release"], told["refused"]) == (old, {})
+    assert told["held_back"] == {new.hash: "The object store under s3://somewhere failed: 503 Slow Down Submit again."}
     service.backend.watcher.poll()
-    assert service.get("release").json()["release"] == new.hash
+    told = service.get("release").json()
+    assert (told["release"], told["held_back"]) == (new.hash, {})
 
 
 def test_what_keeps_failing_is_tried_ever_more_rarely_and_refuses_neither_release_nor_night(
@@ -194,7 +196,7 @@ def test_what_keeps_failing_is_tried_ever_more_rarely_and_refuses_neither_releas
     # At once again after the first failure, and then after a minute at most.
     assert loads == pytest.approx([0, 10, 71, 132])
     told = service.get("release").json()
-    assert (told["night"], told["refused"]) == ("2026-01-05", {})
+    assert (told["night"], told["refused"], list(told["held_back"])) == ("2026-01-05", {}, ["night 2026-01-06"])
     deny.write_text("i1\n")
     monkeypatch.setattr("raypipe.serving.release_watcher.time.monotonic", lambda: now + 200)
     watcher.poll()
