@@ -80,6 +80,9 @@ class LanguageOptions(Config):
     batching: BatchingOptions = free(lambda: BatchingOptions(size=32, wait_ms=5), "how requests to it are put together")
     ongoing: int = free(64, "requests a process works on at a time; at least two batches", ge=1)
     queued: int = free(64, "requests of a recommending process that wait for one; more get 503 and Retry-After", ge=0)
+    stall_s: float = free(
+        600.0, "seconds after which a batch that has not ended counts as hung, and its process is replaced", gt=0
+    )
     engine: EngineConfig = shaping(
         lambda: EngineConfig(lm=OF_RELEASE, threads=1), "what generates; lm `release` is that of the release"
     )

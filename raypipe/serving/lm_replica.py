@@ -32,6 +32,7 @@ from raypipe.systems.explanations import Explanation
 T = TypeVar("T")
 _LOG = logging.getLogger("raypipe.serving")
 _TRIES = 3
+_MOST_FAILURES = 3  # batches in a row, until the process counts as broken: a device that failed once fails for good
 _MOST_KEYS = 32  # that Ray Serve is told this replica has; more than a release and the one before have
 _CHECK_S = 600.0
 _LOAD_FAILED = Failed("not_ready", "The language model of the release cannot be loaded.")
@@ -49,6 +50,9 @@ class LmReplica:
         self.engines = LmEngines(config)
         self._answers, self._loads = ThreadPoolExecutor(1, "answers"), ThreadPoolExecutor(1, "loads")
         self.batcher = Batcher(self._batch, config.language.batching)
+        self._stall_s = config.language.stall_s
+        self._begun: float | None = None  # monotonic seconds, of the batch that runs
+        self._failures = 0
         # A replica that is started under load has its weights before it is asked for the first time.
         releases = Releases(self.engines.workspace.store)
         release = releases.named("served") or releases.named("champion")
@@ -96,6 +100,13 @@ class LmReplica:
             raise
         return ""
 
+    async def check_health(self) -> None:
+        """For Ray Serve, which replaces a replica that raises here."""
+        if self._begun is not None and (running_s := time.monotonic() - self._begun) > self._stall_s:
+            raise RuntimeError(f"A batch has not ended for {running_s:.0f} s.")
+        if self._failures >= _MOST_FAILURES:
+            raise RuntimeError(f"The last {self._failures} batches failed.")
+
     async def _answer(self, pending: PendingTask, key: str) -> Result:
         try:
             # Loading may take minutes: others are answered meanwhile.
@@ -108,11 +119,19 @@ class LmReplica:
 
     async def _batch(self, key: str, asked: list[tuple[LoadedEngine, PendingTask]]) -> list[Result]:
         loaded, tasks = asked[0][0], [pending for _, pending in asked]
+        self._begun = time.monotonic()
         try:
-            return await _in_thread(self._answers, partial(self.engines.answer, loaded, tasks))
+            answers = await _in_thread(self._answers, partial(self.engines.answer, loaded, tasks))
         except RaypipeError as error:
             _LOG.error("%s: %s", key, error)
-            return [_TASK_FAILED] * len(tasks)
+            answers = [_TASK_FAILED] * len(tasks)
+        except Exception:
+            self._failures += 1
+            raise
+        finally:
+            self._begun = None
+        self._failures = 0
+        return answers
 
     @serve.multiplexed(max_num_models_per_replica=_MOST_KEYS)
     async def _announce(self, key: str) -> str:

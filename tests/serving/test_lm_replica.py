@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -179,6 +180,68 @@ def test_an_engine_that_refuses_a_whole_batch_is_no_error_of_ours(
     found = asyncio.run(replica._answer(PendingTask(WriteList([3, 4], False), time.time() + 60), str(keys["lancer"])))
     assert found == Failed("not_ready", "The language model of the release cannot be asked.")
     assert "The longest text takes" in caplog.text
+
+
+def test_a_replica_whose_batch_hangs_is_not_well_until_it_ends(
+    replica: LmReplicaAlone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, keys = keys_of(replica)
+    begun, go_on, answer = threading.Event(), threading.Event(), replica.engines.answer
+
+    def hang(loaded: LoadedEngine, tasks: list[PendingTask]) -> list[Result]:
+        begun.set()
+        assert go_on.wait(60)
+        return answer(loaded, tasks)
+
+    monkeypatch.setattr(replica.engines, "answer", hang)
+    replica._stall_s = 0.2
+
+    async def asked() -> None:
+        await replica.check_health()
+        waiting = asyncio.ensure_future(replica._answer(PendingTask(TASK, time.time() + 60), str(keys[""])))
+        while not begun.is_set():
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.3)
+        with pytest.raises(RuntimeError, match="A batch has not ended"):
+            await replica.check_health()
+        go_on.set()
+        assert isinstance(await waiting, Outcome)
+        await replica.check_health()
+
+    asyncio.run(asked())
+
+
+def test_a_replica_whose_batches_fail_one_after_the_other_is_not_well(
+    replica: LmReplicaAlone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, keys = keys_of(replica)
+    answer, errors = replica.engines.answer, list[Exception]()
+
+    def fail(loaded: LoadedEngine, tasks: list[PendingTask]) -> list[Result]:
+        if errors:
+            raise errors.pop()
+        return answer(loaded, tasks)
+
+    monkeypatch.setattr(replica.engines, "answer", fail)
+
+    async def ask(*raised: Exception) -> None:
+        for error in raised:
+            errors.append(error)
+            with contextlib.suppress(RuntimeError):
+                await replica._answer(PendingTask(TASK, time.time() + 60), str(keys[""]))
+
+    async def asked() -> None:
+        broken = RuntimeError("CUDA error: an illegal memory access was encountered")
+        await ask(broken, broken)
+        await replica._answer(PendingTask(TASK, time.time() + 60), str(keys[""]))
+        # What raypipe says of a request is no fault of the process.
+        await ask(broken, broken, UsageError("Too long."), broken, broken)
+        await replica.check_health()
+        await ask(broken)
+        with pytest.raises(RuntimeError, match="The last 3 batches failed"):
+            await replica.check_health()
+
+    asyncio.run(asked())
 
 
 def test_a_check_tells_what_is_unfit_from_what_may_pass(
