@@ -134,7 +134,7 @@ class ReleaseWatcher:
             return False
         started = time.monotonic()
         try:
-            served = self._load(target)
+            served = self._load(target, self.served)
             checked = self.served.target.release, self.served.catalogue_version
             if self.check_lm is not None and (target.release, served.catalogue_version) != checked:
                 self.check_lm(target.release, served.catalogue_version)
@@ -199,8 +199,8 @@ class ReleaseWatcher:
         self._mark(served)
         return served
 
-    def _load(self, target: Target) -> Served:
-        served = load(self.config, target)
+    def _load(self, target: Target, before: Served | None = None) -> Served:
+        served = load(self.config, target, before)
         check(served, list(self._recorded))
         return served
 

@@ -59,8 +59,9 @@ class Target:
 @dataclass(frozen=True)
 class Served:
     """See the module. `table` [items + 1, width] are the recommender's item states; `states_fit`: the night's states are this
-    recommender's, and need not be computed again; `catalogue_version` is that of the items table; `lm` is the release's language
-    model, `adapters` its adapters by name; `some_users` of the night, for who wants to look around."""
+    recommender's, and need not be computed again; `catalogue_version` is that of the items table, `denied` who of it nobody is
+    recommended; `lm` is the release's language model, `adapters` its adapters by name; `some_users` of the night, for who wants to
+    look around."""
 
     target: Target
     recommender_name: str
@@ -71,6 +72,7 @@ class Served:
     states_fit: bool
     since: float
     catalogue_version: int
+    denied: frozenset[str] = frozenset()
     lm: str = ""
     adapters: Mapping[str, ServedAdapter] = field(default_factory=dict)
     some_users: Sequence[str] = ()
@@ -138,23 +140,38 @@ def _version_of(uri: str, night: str) -> str:
     return version_of(Workspace(uri), Night(**json.loads(night)))
 
 
-def load(config: ServiceConfig, target: Target) -> Served:
-    """Read the target's parts from the workspace: safetensors and JSON alone, byte for byte what was stored.
+def load(config: ServiceConfig, target: Target, before: Served | None = None) -> Served:
+    """Read the target's parts from the workspace: safetensors and JSON alone, byte for byte what was stored. What is served
+    `before` is moved to the target's night where its other parts are the target's own, so that it takes no longer than `online`
+    waits before it drops the night before.
 
     Raises UsageError for what is missing, damaged or does not belong together.
     """
     workspace = Workspace(config.workspace)
     release = Releases(workspace.store).get(target.release)
+    night = Nights(workspace.store).get(target.night) if target.night else None
+    # Items are only ever added: the newer catalogue of the two holds every item that either speaks of.
+    version = max(release.catalogue, night.tables["items"] if night is not None else 0)
+    denied = read_ids(config.deny, "deny list") if config.deny is not None else frozenset()
+    # A night that was published again may be of another recommender than the version of it that is loaded.
+    states_fit = (
+        night is not None
+        and night.release.get("recommender") == release.recommender
+        and _version(workspace, night) == target.version
+    )
+    some_users = _some_users(workspace, night) if night is not None else ()
+    if before is not None and (target.release, version, denied) == (
+        before.target.release,
+        before.catalogue_version,
+        before.denied,
+    ):
+        return replace(before, target=target, states_fit=states_fit, since=time.time(), some_users=some_users)
     models, cache = Models(workspace.store), Path(config.model_cache)
     folder = models.fetch_unharmed(find_model(models, release.recommender), cache)
     recommender, card = load_recommender(folder)
     freeze(recommender)
-    night = Nights(workspace.store).get(target.night) if target.night else None
-    # Items are only ever added: the newer catalogue of the two holds every item that either speaks of.
-    version = max(release.catalogue, night.tables["items"] if night is not None else 0)
     items = workspace.tables["items"].read(version)
     check_catalogue(card.catalogue, items.sort_by("index")["item_id"].to_pylist(), release.recommender)
-    denied = read_ids(config.deny, "deny list") if config.deny is not None else frozenset()
     if told := unknown_denied(items, denied):
         _LOG.warning("%s", told)
     catalogue = ServedCatalogue.of(items, denied)
@@ -165,15 +182,13 @@ def load(config: ServiceConfig, target: Target) -> Served:
         recommender.item_states(),
         catalogue,
         card.popular,
-        # A night that was published again may be of another recommender than the version of it that is loaded.
-        night is not None
-        and night.release.get("recommender") == release.recommender
-        and _version(workspace, night) == target.version,
+        states_fit,
         time.time(),
         version,
+        denied,
         release.lm,
         load_adapters(models, release, config, catalogue.for_prompts),
-        _some_users(workspace, night) if night is not None else (),
+        some_users,
     )
 
 

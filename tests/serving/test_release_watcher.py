@@ -184,7 +184,7 @@ def test_what_keeps_failing_is_tried_ever_more_rarely_and_refuses_neither_releas
     watcher, now = service.backend.watcher, time.monotonic()
     loads: list[float] = []
     load = watcher._load
-    monkeypatch.setattr(watcher, "_load", lambda target: loads.append(time.monotonic() - now) or load(target))
+    monkeypatch.setattr(watcher, "_load", lambda *what: loads.append(time.monotonic() - now) or load(*what))
     monkeypatch.setattr("raypipe.serving.release_watcher.time.monotonic", lambda: now)
     deny.unlink()
     add_events(ready, [("new", "i5", START + 1000)])
@@ -201,6 +201,39 @@ def test_what_keeps_failing_is_tried_ever_more_rarely_and_refuses_neither_releas
     monkeypatch.setattr("raypipe.serving.release_watcher.time.monotonic", lambda: now + 200)
     watcher.poll()
     assert service.get("release").json()["night"] == "2026-01-06"
+
+
+def test_another_night_of_the_release_and_catalogue_that_are_served_loads_no_model(
+    raypipe: Run, ready: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deny = tmp_path / "deny.txt"
+    deny.write_text("i1\n")
+    service = LocalService(ready, deny=str(deny))
+    watcher = service.backend.watcher
+    before, fetched, fetch = watcher.served, list[str](), Models.fetch_unharmed
+
+    def count(models: Models, model: Model, cache: Path) -> Path:
+        fetched.append(model.hash)
+        return fetch(models, model, cache)
+
+    monkeypatch.setattr(Models, "fetch_unharmed", count)
+    add_events(ready, [("u1", "i2", START + 1000), ("new", "i5", START + 1000)])
+    publish(ready, "2026-01-06")
+    assert raypipe("online", "--workspace", ready).code == 0
+    watcher.poll()
+    assert (fetched, watcher.served.recommender is before.recommender) == ([], True)
+    told = service.get("release").json()
+    assert (told["night"], told["night_behind"]) == ("2026-01-06", False)
+    assert told["since"] > before.since
+    assert service.get("users/u1").json()["events"] == 10
+
+    # Another deny list is another catalogue.
+    deny.write_text("i1\ni2\n")
+    publish(ready, "2026-01-07")
+    watcher.poll()
+    assert len(fetched) == 1
+    items = service.post("recommend", {"history": ["i5"], "count": 20}).json()["items"]
+    assert not {"i1", "i2"} & {item["item_id"] for item in items}
 
 
 def test_a_release_that_is_refused_keeps_no_night_from_being_served(raypipe: Run, ready: str, tmp_path: Path) -> None:
