@@ -155,7 +155,9 @@ def _run_night(config: NightlyConfig, date: str) -> JobResult:
     trained = ""
     refusal: RefusedError | None = None
     if config.online is not None:
-        open_online_store(config.online.store, workspace.store).close()  # one that is not named is told before the night's work
+        open_online_store(
+            config.online.store, workspace.store
+        ).close()  # one that is not named is told before the night's work
     champion = Releases(workspace.store).named("champion")
     if champion is not None and (explaining := config.of_release(workspace, champion)) is not None:
         Explainer.of(explaining, workspace)  # what cannot explain is told before the night's work

@@ -76,7 +76,7 @@ def run_serve(config: ServeConfig) -> JobResult:
     if not Tokens(workspace.store).valid():
         say(f"{JOB}: there is no token yet, so nobody is answered; make one with `raypipe token --name NAME`")
     _check_port(config.host, config.port, "Choose another --port.")
-    started = time.monotonic()
+    started, is_private = time.monotonic(), config.cluster.is_private
     with tempfile.TemporaryDirectory(prefix="raypipe-serve-") as folder:
         host = _prepare(config, Path(folder))
         config.cluster.connect()
@@ -93,10 +93,22 @@ def run_serve(config: ServeConfig) -> JobResult:
         except KeyboardInterrupt:
             say(f"{JOB}: stopping")
         finally:
-            serve.shutdown()
+            _end(is_private)
     return JobResult(
         JOB, "ok", metrics={"release": target.release}, cost={"seconds": round(time.monotonic() - started, 1)}
     )
+
+
+def _end(is_private: bool) -> None:
+    """Take the service away, and Ray Serve with it where nobody else has anything there."""
+    from ray import serve
+
+    from raypipe.serving.app import NAME
+
+    if is_private:
+        serve.shutdown()
+    else:
+        serve.delete(NAME)
 
 
 def _prepare(config: ServeConfig, folder: Path) -> str:

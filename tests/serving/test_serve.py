@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from raypipe.serving.serve import _end
 from raypipe.storage.releases import Releases
 from raypipe.storage.store import Store
 from tests.conftest import Run
@@ -156,6 +157,19 @@ def test_a_port_that_is_taken_is_told_before_anything_starts(running: Running) -
     ended = subprocess.run([*command, "--port", str(running.ports[0])], capture_output=True, text=True, timeout=300)
     assert ended.returncode == 2
     assert f"cannot listen on 127.0.0.1:{running.ports[0]}" in one_paragraph(ended.stderr)
+
+
+@pytest.mark.parametrize(
+    ("is_private", "ended"), [pytest.param(True, ["shutdown"], id="its own Ray"), (False, ["delete raypipe"])]
+)
+def test_on_a_cluster_of_others_a_stopped_service_takes_away_itself_alone(
+    is_private: bool, ended: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr("ray.serve.shutdown", lambda: done.append("shutdown"))
+    monkeypatch.setattr("ray.serve.delete", lambda name: done.append(f"delete {name}"))
+    _end(is_private)
+    assert done == ended
 
 
 def test_a_stopped_service_answers_what_it_has_and_leaves_nothing_behind(running: Running) -> None:
