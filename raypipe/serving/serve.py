@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import tempfile
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from raypipe.config import free
-from raypipe.errors import UsageError
+from raypipe.errors import UnavailableError, UsageError
 from raypipe.runtime.cluster import ClusterConfig
 from raypipe.runtime.job import JobResult
 from raypipe.runtime.progress import say
@@ -23,6 +26,8 @@ from raypipe.storage.workspace import Workspace
 
 JOB = "serve"
 _LOOK_S = 0.5
+_ASK_S = 5.0  # between two times that Ray Serve is asked whether it is there
+_SILENT_S = 60.0  # without an answer, until it counts as dead
 _HAPROXY_PORTS = {
     "RAY_SERVE_HAPROXY_STATS_PORT": 8404,
     "RAY_SERVE_HAPROXY_METRICS_PORT": 9101,
@@ -53,7 +58,8 @@ class ServeConfig(ServiceConfig):
 def run_serve(config: ServeConfig) -> JobResult:
     """Serve until SIGTERM or Ctrl-C, then finish the requests in hand.
 
-    Raises UsageError or UnfitError, before anything is started, where nothing can be served or the port is taken.
+    Raises UsageError or UnfitError, before anything is started, where nothing can be served or the port is taken, and
+    UnavailableError where Ray dies meanwhile.
     """
     workspace = Workspace(config.workspace)
     workspace.require_info()
@@ -84,19 +90,46 @@ def run_serve(config: ServeConfig) -> JobResult:
 
         from raypipe.serving.app import NAME, build
 
+        is_dead = False
         try:
             serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": config.port})
             serve.run(build(service), name=NAME)
             say(f"{JOB}: http://{config.host}:{config.port}/v1 answers, its description is at /docs")
-            while True:
-                time.sleep(_LOOK_S)
+            _wait_while(lambda: serve.status().applications[NAME])
+            is_dead = True
         except KeyboardInterrupt:
             say(f"{JOB}: stopping")
         finally:
-            _end(is_private)
+            if not is_dead:  # who does not answer cannot be asked to end
+                _end(is_private)
+    if is_dead:
+        raise UnavailableError(
+            f"Ray, on which the service runs, has not told of it for {_SILENT_S:.0f} s: it has died, or the service was deleted.",
+            "Start it again by the same command.",
+        )
     return JobResult(
         JOB, "ok", metrics={"release": target.release}, cost={"seconds": round(time.monotonic() - started, 1)}
     )
+
+
+def _wait_while(answers: Callable[[], object]) -> None:
+    """Return once it has returned nothing for a minute."""
+    last, stop = time.monotonic(), threading.Event()
+
+    def ask() -> None:
+        nonlocal last
+        while not stop.wait(_ASK_S):
+            # Of a Ray that is dead some calls fail, and some never return.
+            with contextlib.suppress(Exception):
+                answers()
+                last = time.monotonic()
+
+    threading.Thread(target=ask, name="pulse", daemon=True).start()
+    try:
+        while time.monotonic() - last < _SILENT_S:
+            time.sleep(_LOOK_S)
+    finally:
+        stop.set()
 
 
 def _end(is_private: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import socket
@@ -184,3 +185,21 @@ def test_a_stopped_service_answers_what_it_has_and_leaves_nothing_behind(running
     for port in running.ports:
         with socket.socket() as probe:
             assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_a_service_whose_ray_has_died_ends_with_an_error(ready: str, tmp_path: Path) -> None:
+    service = start(ready, tmp_path, "--language.replicas", "0")
+    family = psutil.Process(service.process.pid).children(recursive=True)
+    try:
+        assert service.ask("recommend", {"user_id": "u1"})[0] == 200
+        for process in family:
+            if process.name() == "raylet":
+                process.kill()
+        output, _ = service.process.communicate(timeout=300)
+        assert service.process.returncode == 1
+        assert "has not told of it for 60 s" in json.loads(output.strip().splitlines()[-1])["error"]
+    finally:
+        stop(service)
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
