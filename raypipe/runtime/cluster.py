@@ -42,8 +42,11 @@ class ClusterConfig(Config):
         """Whether Ray is started here, for this process alone."""
         return not (self.address or os.environ.get("RAY_ADDRESS"))
 
-    def connect(self) -> None:
-        """Connect once per process; raises UnavailableError where nothing answers, UsageError where it will not have us."""
+    def connect(self, metrics_port: int | None = None) -> None:
+        """Connect once per process; raises UnavailableError where nothing answers, UsageError where it will not have us.
+
+        A Ray that is started here tells its metrics on 127.0.0.1:`metrics_port`, or unset on any.
+        """
         if self.is_private:
             os.environ.setdefault(_LOOPBACK, "0")
             os.environ.setdefault(_WATCHER, "0")
@@ -64,6 +67,7 @@ class ClusterConfig(Config):
                 ray.init(
                     address="local",
                     include_dashboard=False,
+                    _metrics_export_port=metrics_port,
                     num_cpus=max(self.workers or 0, os.cpu_count() or 1, _MIN_CPUS),
                     logging_level=logging.WARNING,
                     log_to_driver=False,

@@ -51,6 +51,12 @@ class ServeConfig(ServiceConfig):
 
     host: str = free("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines in")
     port: int = free(8000, "port of the API", ge=1, le=65535)
+    metrics_port: int = free(
+        9464,
+        "port of 127.0.0.1 for Prometheus, of a service on one machine; a cluster's nodes have Ray's",
+        ge=1,
+        le=65535,
+    )
     ingress: Literal["haproxy", "python"] = free("haproxy", "what stands before the replicas; haproxy is the faster")
     cluster: ClusterConfig = free(ClusterConfig, "the Ray cluster")
 
@@ -83,9 +89,11 @@ def run_serve(config: ServeConfig) -> JobResult:
         say(f"{JOB}: there is no token yet, so nobody is answered; make one with `raypipe token --name NAME`")
     _check_port(config.host, config.port, "Choose another --port.")
     started, is_private = time.monotonic(), config.cluster.is_private
+    if is_private:
+        _check_port(LOOPBACK, config.metrics_port, "Choose another --metrics_port.")
     with tempfile.TemporaryDirectory(prefix="raypipe-serve-") as folder:
         host = _prepare(config, Path(folder))
-        config.cluster.connect()
+        config.cluster.connect(config.metrics_port)
         from ray import serve
 
         from raypipe.serving.app import NAME, build
@@ -95,6 +103,8 @@ def run_serve(config: ServeConfig) -> JobResult:
             serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": config.port})
             serve.run(build(service), name=NAME)
             say(f"{JOB}: http://{config.host}:{config.port}/v1 answers, its description is at /docs")
+            if is_private:
+                say(f"{JOB}: http://{LOOPBACK}:{config.metrics_port}/metrics is for Prometheus")
             _wait_while(lambda: serve.status().applications[NAME])
             is_dead = True
         except KeyboardInterrupt:

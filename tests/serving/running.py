@@ -75,7 +75,7 @@ def free_ports(count: int) -> tuple[int, ...]:
 
 
 def start(uri: str, folder: Path, *options: str) -> Running:
-    ports = free_ports(4)
+    ports = free_ports(5)
     environment = {
         **os.environ,
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports[1]),
@@ -85,6 +85,7 @@ def start(uri: str, folder: Path, *options: str) -> Running:
         "RAY_raylet_start_wait_time_s": "150",
     }
     command = [sys.executable, "-m", "raypipe.cli.main", "serve", "--workspace", uri, "--port", str(ports[0])]
+    command += ["--metrics_port", str(ports[4])]
     command += ["--audit", str(folder / "audit"), "--watch_s", "0.2", *options]
     secret = Tokens(Store(uri)).make("tests", 10_000, 10_000)
     with (folder / "stderr").open("w") as log:

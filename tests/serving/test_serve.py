@@ -27,7 +27,7 @@ from tests.made import LENGTH, add_events, compute, publish
 from tests.pipeline.small_logs import newest
 from tests.serving.lm_release import SHORT, TOKENS
 from tests.serving.local_service import LocalService
-from tests.serving.running import Running, burst, start, stop
+from tests.serving.running import Running, burst, start, stop, until
 from tests.serving.test_release_watcher import changed
 
 
@@ -151,6 +151,17 @@ def test_health_and_readiness_are_told_and_tokens_are_checked_in_the_replica(run
     lines = [json.loads(line) for path in running.audit.iterdir() for line in path.read_text().splitlines()]
     assert {line["token"] for line in lines} == {None, "tests", "other"}
     assert "u7" not in json.dumps([line["route"] for line in lines])
+
+
+def test_prometheus_finds_the_services_metrics_at_the_port_that_was_chosen(running: Running) -> None:
+    assert running.ask("recommend", {"user_id": "u1"})[0] == 200
+    wanted = "ray_raypipe_serving_requests_total{"
+
+    def told() -> list[str]:
+        with urllib.request.urlopen(f"http://127.0.0.1:{running.ports[4]}/metrics", timeout=60) as answer:
+            return [line for line in answer.read().decode().splitlines() if line.startswith(wanted)]
+
+    until(lambda: any('route="/v1/recommend"' in line and 'status="200"' in line for line in told()))
 
 
 def test_a_port_that_is_taken_is_told_before_anything_starts(running: Running) -> None:
