@@ -38,6 +38,7 @@ _RUN_KEY_DIGITS = 12
 # From a job's start to its driver's lease: Python, imports, and a worker node that is still to come up have their time.
 _LEASE_BY_S = 180.0
 _INSTALLS = ("pip", "conda", "uv")
+_TOKEN = "token"
 _WHERE = frozenset(JobConfig.model_fields) - {"workspace"}
 
 
@@ -154,6 +155,11 @@ def prepare(
         )
     if not issubclass(config_type(job), JobConfig):
         raise UsageError(f"{job} is no job that ends.", "Deploy the service with `serve deploy cluster/serve.yaml`.")
+    if job == _TOKEN:
+        raise UsageError(
+            "A token that a submitted job makes would stand in the cluster's logs.",
+            "Run `raypipe token` here: all it needs is the workspace.",
+        )
     parsed = parse_config(job, config_type(job), options)
     date = getattr(parsed, "date", None) or datetime.date.today().isoformat()
     if job == "nightly" and parsed.date is None:  # type: ignore[attr-defined]

@@ -94,6 +94,7 @@ def test_a_night_without_a_date_is_pinned_to_today() -> None:
     [
         (["--dry_run", "summarise"], "There is no job 'summarise' to submit"),
         (["--dry_run", "serve"], "serve is no job that ends"),
+        (["--dry_run", "token", "--name", "shop"], "would stand in the cluster's logs"),
         (["--dry_run", "summarize", "--engin.engine", "echo"], "--engine.engine"),
         (["--adress", "http://a", "summarize"], "Did you mean --address?"),
         (["--dry_run", "summarize", "--config", "/etc/hostname"], "is not in the working directory"),

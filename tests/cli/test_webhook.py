@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from raypipe.storage.workspace import Workspace
 from tests.conftest import Run
 
 
@@ -55,6 +56,14 @@ def test_the_result_is_told_whether_good_or_bad(raypipe: Run, tmp_path: Path, li
     assert good.code == 0, good.stderr
     assert listener.told == [failed.result, good.result]
     assert [told["status"] for told in listener.told] == ["failed", good.status]
+
+
+def test_a_new_token_is_for_who_asked_alone(raypipe: Run, tmp_path: Path, listener: Listener) -> None:
+    uri = str(tmp_path / "workspace")
+    Workspace(uri).decide("time", 4)
+    made = raypipe("token", "--workspace", uri, "--name", "shop", "--webhook", listener.url)
+    assert made.metrics["token"].startswith("rp_")
+    assert listener.told == [{**made.result, "metrics": {"name": "shop"}}]
 
 
 @pytest.mark.parametrize("trouble", ["refuses", "gone", "nonsense"])
