@@ -75,9 +75,9 @@ def build_api(backend: Backend, limits: LimitOptions) -> FastAPI:
         return await backend.answer(query)
 
     @app.post("/v1/recommend/batch", response_model=RecommendAnswers)
-    async def recommend_batch(batch: RecommendBatch) -> dict[str, list[Any]]:
+    async def recommend_batch(request: Request, batch: RecommendBatch) -> dict[str, list[Any]]:
         """Many lists at a time, all of one release and night."""
-        check_queries(limits, batch.queries)
+        check_queries(limits, batch.queries, request.state.charge)
         return answers_of(await backend.answer_all(batch.queries))
 
     @app.post("/v1/score", response_model=ScoreAnswer)
@@ -87,9 +87,9 @@ def build_api(backend: Backend, limits: LimitOptions) -> FastAPI:
         return await backend.answer(query)
 
     @app.post("/v1/score/batch", response_model=ScoreAnswers)
-    async def score_batch(batch: ScoreBatch) -> dict[str, list[Any]]:
+    async def score_batch(request: Request, batch: ScoreBatch) -> dict[str, list[Any]]:
         """Many at a time, all of one release and night."""
-        check_queries(limits, batch.queries)
+        check_queries(limits, batch.queries, request.state.charge)
         return answers_of(await backend.answer_all(batch.queries))
 
     @app.get("/v1/users")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Protocol
 
 from raypipe.serving.config import LimitOptions
@@ -75,10 +75,11 @@ def check_query(limits: LimitOptions, query: UserOrHistory) -> None:
             raise RefusedQueryError("too_much", f"{name} has {found:,}, and {most:,} are the most.")
 
 
-def check_queries(limits: LimitOptions, queries: Sequence[UserOrHistory]) -> None:
-    """As `check_query`, of a batch."""
+def check_queries(limits: LimitOptions, queries: Sequence[UserOrHistory], charge: Callable[[int], None]) -> None:
+    """As `check_query`, of a batch, whose token is charged for each query beside the request itself."""
     if len(queries) > limits.queries:
         raise RefusedQueryError("too_much", f"A batch has at most {limits.queries:,} queries.")
+    charge(len(queries) - 1)
     for query in queries:
         check_query(limits, query)
 

@@ -26,6 +26,7 @@ class LimitOptions(Config):
     ranked: int = free(50, "items that a language model puts in order", ge=1)
     queries: int = free(256, "queries of a batch", ge=1)
     blocks: int = free(100, "blocks of a history that is to be summarised", ge=1)
+    batch_blocks: int = free(256, "blocks of all histories of a batch that are to be summarised", ge=1)
     deadline_s: float = free(10.0, "seconds until a request is given up with 503", gt=0)
     words_s: float = free(60.0, "as deadline_s, of a request that asks the language model", gt=0)
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raypipe.engines.engine import Choices, Decoding, Engine, Outcome
+from raypipe.engines.timed import TimedEngine
 from raypipe.engines.transformers import TransformersEngine
 from raypipe.errors import UsageError
 from raypipe.language.adapters import read_card
@@ -134,6 +135,7 @@ class Failed:
     message: str
 
 
+LATE = Failed("deadline", "Nobody waited any more.")
 TOO_LONG = Failed("too_much", "This does not fit what the language model reads at once.")
 Result = Explanation | Outcome | UserSummary | RankScores | WrittenList | Failed
 
@@ -253,7 +255,7 @@ class LmEngines:
     def answer(self, loaded: LoadedEngine, pending: Sequence[PendingTask]) -> list[Result]:
         """In their order; one that nobody waits for any more is not begun."""
         now = time.time()
-        found: list[Result] = [Failed("deadline", "Nobody waited any more.")] * len(pending)
+        found: list[Result] = [LATE] * len(pending)
         due = [at for at, one in enumerate(pending) if one.until > now]
         kinds = (
             (Explain, self._explain),
@@ -329,8 +331,10 @@ class LmEngines:
 
     def _summarize(self, loaded: LoadedEngine, pending: Sequence[PendingTask]) -> Sequence[Result]:
         blocks = {str(at): one.task.blocks for at, one in enumerate(pending) if isinstance(one.task, Summarize)}
-        summarizer = build_summarizer(loaded.engine, self.config.language.summaries, "")
-        return summarizer.summarize(blocks, {})
+        # A long history takes one level of summaries after the other.
+        engine = TimedEngine(loaded.engine, max(one.until for one in pending))
+        summaries = build_summarizer(engine, self.config.language.summaries, "").summarize(blocks, {})
+        return [LATE if summary.reason == "timeout" else summary for summary in summaries]
 
     def _rank(self, loaded: LoadedEngine, pending: Sequence[PendingTask]) -> Sequence[Result]:
         tasks = [one.task for one in pending if isinstance(one.task, Rank)]

@@ -88,12 +88,20 @@ class LmRequestBuilder:
         """In their order; what needs no language model is answered, and what cannot be asked costs the others nothing."""
         served = self.service.served()
         users = self.service.resolve_users(served, queries)
+        blocks_left = self.config.limits.batch_blocks
         found: list[LmRequest | LmAnswer | RefusedQueryError] = []
         for query, user in zip(queries, users, strict=True):
             try:
                 if isinstance(user, RefusedQueryError):
                     raise user
-                found.append(self._build(served, query, user))
+                request = self._build(served, query, user)
+                if isinstance(request, LmRequest) and isinstance(request.task, Summarize):
+                    if len(request.task.blocks) > blocks_left:
+                        most = self.config.limits.batch_blocks * self.config.language.summaries.block_items
+                        told = f"Histories of a batch that are summed up have at most {most:,} items."
+                        raise RefusedQueryError("too_much", told)
+                    blocks_left -= len(request.task.blocks)
+                found.append(request)
             except RefusedQueryError as problem:
                 found.append(problem)
         return found

@@ -6,7 +6,7 @@ import json
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
 from raypipe.serving.backend import FAILURES, Backend, answers_of, check_queries, check_query
@@ -53,9 +53,9 @@ def add_lm_routes(app: FastAPI, backend: Backend, limits: LimitOptions) -> None:
         return await _answer(backend, limits, query)
 
     @app.post("/v1/explain/batch", response_model=ExplainAnswers, responses=_LM_FAILURES)
-    async def explain_batch(batch: ExplainBatch) -> dict[str, list[Any]]:
+    async def explain_batch(request: Request, batch: ExplainBatch) -> dict[str, list[Any]]:
         """Many at a time, all of one release and night."""
-        return await _answer_all(backend, limits, batch.queries)
+        return await _answer_all(request, backend, limits, batch.queries)
 
     @app.post(
         "/v1/explain/stream",
@@ -74,9 +74,9 @@ def add_lm_routes(app: FastAPI, backend: Backend, limits: LimitOptions) -> None:
         return await _answer(backend, limits, query)
 
     @app.post("/v1/interpret/batch", response_model=InterpretAnswers, responses=_LM_FAILURES)
-    async def interpret_batch(batch: InterpretBatch) -> dict[str, list[Any]]:
+    async def interpret_batch(request: Request, batch: InterpretBatch) -> dict[str, list[Any]]:
         """Many at a time, all of one release and night."""
-        return await _answer_all(backend, limits, batch.queries)
+        return await _answer_all(request, backend, limits, batch.queries)
 
     @app.post("/v1/residual", response_model=TitleAnswer, responses=_LM_FAILURES)
     async def residual(query: ResidualQuery) -> LmAnswer:
@@ -84,9 +84,9 @@ def add_lm_routes(app: FastAPI, backend: Backend, limits: LimitOptions) -> None:
         return await _answer(backend, limits, query)
 
     @app.post("/v1/residual/batch", response_model=TitleAnswers, responses=_LM_FAILURES)
-    async def residual_batch(batch: ResidualBatch) -> dict[str, list[Any]]:
+    async def residual_batch(request: Request, batch: ResidualBatch) -> dict[str, list[Any]]:
         """Many at a time, all of one release and night."""
-        return await _answer_all(backend, limits, batch.queries)
+        return await _answer_all(request, backend, limits, batch.queries)
 
     @app.post("/v1/oracle", response_model=TitleAnswer, responses=_LM_FAILURES)
     async def oracle(query: OracleQuery) -> LmAnswer:
@@ -94,9 +94,9 @@ def add_lm_routes(app: FastAPI, backend: Backend, limits: LimitOptions) -> None:
         return await _answer(backend, limits, query)
 
     @app.post("/v1/oracle/batch", response_model=TitleAnswers, responses=_LM_FAILURES)
-    async def oracle_batch(batch: OracleBatch) -> dict[str, list[Any]]:
+    async def oracle_batch(request: Request, batch: OracleBatch) -> dict[str, list[Any]]:
         """Many at a time, all of one release and night."""
-        return await _answer_all(backend, limits, batch.queries)
+        return await _answer_all(request, backend, limits, batch.queries)
 
     @app.post("/v1/rerank", response_model=RerankAnswer, responses=_LM_FAILURES)
     async def rerank(query: RerankQuery) -> LmAnswer:
@@ -104,9 +104,9 @@ def add_lm_routes(app: FastAPI, backend: Backend, limits: LimitOptions) -> None:
         return await _answer(backend, limits, query)
 
     @app.post("/v1/rerank/batch", response_model=RerankAnswers, responses=_LM_FAILURES)
-    async def rerank_batch(batch: RerankBatch) -> dict[str, list[Any]]:
+    async def rerank_batch(request: Request, batch: RerankBatch) -> dict[str, list[Any]]:
         """Many at a time, all of one release and night."""
-        return await _answer_all(backend, limits, batch.queries)
+        return await _answer_all(request, backend, limits, batch.queries)
 
     @app.post("/v1/next", response_model=NextAnswer, responses=_LM_FAILURES)
     async def next_items(query: NextQuery) -> LmAnswer:
@@ -114,9 +114,9 @@ def add_lm_routes(app: FastAPI, backend: Backend, limits: LimitOptions) -> None:
         return await _answer(backend, limits, query)
 
     @app.post("/v1/next/batch", response_model=NextAnswers, responses=_LM_FAILURES)
-    async def next_items_batch(batch: NextBatch) -> dict[str, list[Any]]:
+    async def next_items_batch(request: Request, batch: NextBatch) -> dict[str, list[Any]]:
         """Many at a time, all of one release and night."""
-        return await _answer_all(backend, limits, batch.queries)
+        return await _answer_all(request, backend, limits, batch.queries)
 
     @app.post("/v1/summary", response_model=SummaryAnswer, responses=_LM_FAILURES)
     async def summary(query: SummaryQuery) -> LmAnswer:
@@ -124,9 +124,9 @@ def add_lm_routes(app: FastAPI, backend: Backend, limits: LimitOptions) -> None:
         return await _answer(backend, limits, query)
 
     @app.post("/v1/summary/batch", response_model=SummaryAnswers, responses=_LM_FAILURES)
-    async def summary_batch(batch: SummaryBatch) -> dict[str, list[Any]]:
+    async def summary_batch(request: Request, batch: SummaryBatch) -> dict[str, list[Any]]:
         """Many at a time, all of one release and night."""
-        return await _answer_all(backend, limits, batch.queries)
+        return await _answer_all(request, backend, limits, batch.queries)
 
 
 async def _answer(backend: Backend, limits: LimitOptions, query: LmQuery) -> LmAnswer:
@@ -134,8 +134,10 @@ async def _answer(backend: Backend, limits: LimitOptions, query: LmQuery) -> LmA
     return await backend.answer_with_lm(query)
 
 
-async def _answer_all(backend: Backend, limits: LimitOptions, queries: Sequence[LmQuery]) -> dict[str, list[Any]]:
-    check_queries(limits, queries)
+async def _answer_all(
+    request: Request, backend: Backend, limits: LimitOptions, queries: Sequence[LmQuery]
+) -> dict[str, list[Any]]:
+    check_queries(limits, queries, request.state.charge)
     return answers_of(await backend.answer_all_with_lm(queries))
 
 

@@ -14,6 +14,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 from starlette.exceptions import HTTPException
@@ -40,7 +41,8 @@ class RequestMetrics(Protocol):
 
 
 class RateLimiter:
-    """A bucket of requests for each token: `burst` at once, filled again at `requests_per_s`. Of this replica alone."""
+    """A bucket of requests for each token: `burst` at once, filled again at `requests_per_s`. Of this replica alone. A batch is as
+    many as it has queries: it needs one to be taken, and who owes the rest waits the longer."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -54,6 +56,11 @@ class RateLimiter:
         allowed = left >= 1
         self._left[token.sha256] = (left - 1 if allowed else left, now)
         return 0.0 if allowed else (1 - left) / token.requests_per_s
+
+    def charge(self, token: Token, queries: int) -> None:
+        """Take so many more from a token that was allowed to ask."""
+        left, then = self._left[token.sha256]
+        self._left[token.sha256] = (left - queries, then)
 
 
 class RequestMiddleware:
@@ -105,6 +112,8 @@ class RequestMiddleware:
                 state["code"] = refusal[1]
                 await _refuse(send_with_headers, request_id, *refusal)
                 return
+            if token is not None:
+                state["charge"] = partial(self.limiter.charge, token)
             async with asyncio.timeout(wait_s):
                 await self.app(scope, _limited(receive, self.limits.body_bytes), send_with_headers)
         except TimeoutError:

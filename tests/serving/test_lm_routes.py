@@ -7,9 +7,10 @@ import gc
 import json
 import pickle
 import shutil
+import time
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from raypipe.engines.engine import Choices, Decoding, EngineConfig
+from raypipe.engines.echo import EchoEngine
+from raypipe.engines.engine import Choices, Decoding, EngineConfig, Outcome
 from raypipe.errors import UsageError
 from raypipe.language.prompt import Vectors
 from raypipe.language.trie import AnswerTrie
@@ -26,19 +28,21 @@ from raypipe.metrics.recovery import titles_in
 from raypipe.recommenders.checkpoint import load_recommender
 from raypipe.recommenders.sequences import Sequences
 from raypipe.serving.config import ServiceConfig
-from raypipe.serving.lm_engines import LmEngines, ModelKey
+from raypipe.serving.lm_engines import Failed, LmEngines, LoadedEngine, ModelKey, PendingTask, Summarize
 from raypipe.serving.queries import InterpretQuery
 from raypipe.storage.models import Models
 from raypipe.storage.releases import Releases
 from raypipe.storage.store import Store
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.recinterpreter import Reading, recovery_prompt
+from raypipe.systems.summaries import SummariesConfig, UserSummary, blocks_of
 from tests.conftest import Run
 from tests.made import add_item
 from tests.pipeline.small_logs import CHAIN_ITEMS, newest
 from tests.serving.lm_release import FREE, SHORT, TOKENS
 from tests.serving.local_service import LocalService
 
+SLOW_S = 1.0
 CHECKS = ("--checks.retries", "0", "--checks.most_characters", "100000")
 
 
@@ -268,6 +272,32 @@ def test_a_history_that_does_not_fit_is_refused_not_cut(ready_lm: str) -> None:
     assert service.post("summary", {"history": ["i1"] * 10}).json()["summaries"].keys() == {"recurrent"}
     refused = service.post("summary", {"history": ["i1"] * 11})
     assert (refused.status_code, "at most 10 items" in refused.json()["error"]["message"]) == (413, True)
+
+
+def test_the_histories_of_a_batch_share_a_bound_on_blocks(ready_lm: str) -> None:
+    service = LocalService(ready_lm, language=SHORT, limits={"batch_blocks": 3})
+    queries = [{"history": ["i1"] * length} for length in (10, 6, 5)]
+    first, second, third = service.post("summary/batch", {"queries": queries}).json()["answers"]
+    assert second == {"code": "too_much", "message": "Histories of a batch that are summed up have at most 15 items."}
+    assert {*first["summaries"], *third["summaries"]} == {"hierarchical"}
+
+
+class SlowEngine(EchoEngine):
+    """Takes `SLOW_S` for whatever it is asked at a time."""
+
+    def generate(self, *asked: Any) -> Iterator[Outcome]:
+        time.sleep(SLOW_S)
+        return super().generate(*asked)
+
+
+def test_the_next_level_of_a_summary_that_nobody_waits_for_is_not_begun(ready_lm: str) -> None:
+    engines = LmEngines(ServiceConfig(workspace=ready_lm))
+    blocks = blocks_of([f"title number {number} of the catalogue" for number in range(20)], SummariesConfig())
+    for wait_s, kind in ((60.0, UserSummary), (SLOW_S / 2, Failed)):
+        pending = PendingTask(Summarize(blocks), time.time() + wait_s)
+        (result,) = engines.answer(LoadedEngine(SlowEngine()), [pending])
+        assert isinstance(result, kind)
+    assert result == Failed("deadline", "Nobody waited any more.")
 
 
 def test_an_explanation_that_does_not_fit_is_refused_not_cut(ready_lm: str) -> None:

@@ -105,6 +105,18 @@ def test_a_bucket_fills_again_at_its_rate() -> None:
     assert [rates.wait_s(token) for _ in range(4)] == [0, 0, 0, 0.5]
 
 
+def test_a_batch_is_as_many_requests_as_it_has_queries(ready: str) -> None:
+    service = LocalService(ready)
+    slow = Tokens(Store(ready)).make("slow", 0.5, 4)
+    service.backend.watcher.refresh_tokens()
+    batch = {"queries": [{"user_id": f"u{number}"} for number in range(7)]}
+    assert service.post("recommend/batch", batch, slow).status_code == 200
+    refused = service.get("release", slow)
+    assert refused.status_code == 429
+    # Three are owed and one more is needed, at one in two seconds.
+    assert int(refused.headers["retry-after"]) in {7, 8}
+
+
 def test_what_is_too_much_is_refused_before_any_work(service: LocalService) -> None:
     cases = [
         ("recommend", {"history": ["i1"] * 51}, "history has 51, and 50 are the most."),
