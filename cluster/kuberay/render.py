@@ -158,6 +158,8 @@ def service(values: Values) -> list[dict[str, Any]]:
         container["env"] = [
             {"name": "RAY_SERVE_ENABLE_HA_PROXY", "value": "1"},
             {"name": "RAY_SERVE_HAPROXY_RETRY_ON", "value": "conn-failure empty-response"},
+            # Of an hour, unset: who sends nothing holds one of the connections that there are.
+            {"name": "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S", "value": "120"},
         ]
         container["ports"].append({"containerPort": 8000, "name": "serve"})
         group["template"]["metadata"]["labels"]["raypipe/serves"] = "true"

@@ -220,6 +220,7 @@ def test_the_service_is_the_one_of_serve_yaml(manifests: list[dict[str, Any]]) -
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         (container,) = group["template"]["spec"]["containers"]
         assert {"name": "RAY_SERVE_ENABLE_HA_PROXY", "value": "1"} in container["env"]
+        assert {"name": "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S", "value": "120"} in container["env"]
         assert {"containerPort": 8000, "name": "serve"} in container["ports"]
         assert group["template"]["metadata"]["labels"]["raypipe/serves"] == "true"
     # Nothing of it got into the others.
