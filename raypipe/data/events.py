@@ -49,11 +49,13 @@ class LogChunk:
     """Part of a split, checked: `rows_in` == rows of `events` + rows of `rejects` + `filtered`, always.
 
     `events` has the columns of EVENTS: time in Unix milliseconds (the order value in an order log), seq = position in
-    the whole log. `rejects` has those of `raypipe.data.rejects.REJECTS`.
+    the whole log. `rejects` has those of `raypipe.data.rejects.REJECTS`; `reject_users` are the ids of their users, "" for a
+    row that tells none, null for a line that never became columns.
     """
 
     events: pa.Table
     rejects: pa.Table
+    reject_users: pa.Array
     rows_in: int
     filtered: int
 
@@ -74,16 +76,18 @@ class _Verdicts:
     def good(self) -> np.ndarray:
         return self._codes == 0
 
-    def rejects(self, raw: RawRows) -> list[Reject]:
+    def rejects(self, raw: RawRows, users: pa.Array) -> list[Reject]:
+        """`users` [rows] are ids, null where there is none."""
         rows = np.flatnonzero(self._codes)
         if not rows.size:
             return []
         columns = {name: _shown(raw.table.column(name), rows) for name in raw.table.column_names}
         found = []
+        whose = users.take(pa.array(rows)).fill_null("").to_pylist()
         for place, row in enumerate(rows.tolist()):
             reason, message = self._found[self._codes[row] - 1]
             values = {name: column[place] for name, column in columns.items()}
-            found.append(Reject(int(raw.positions[row]), reason, message, row_json(values)))
+            found.append(Reject(int(raw.positions[row]), reason, message, row_json(values), whose[place]))
         return found
 
 
@@ -108,8 +112,14 @@ def cast_events(raw: RawRows, rules: EventRules, seq: int, file_name: str) -> Lo
         mask = pa.array(keep)
         kept = [column.filter(mask) if isinstance(column, pa.Array) else column[keep] for column in columns]
         events = pa.table([_nonnull(column) for column in kept], schema=EVENTS)
-    rejects = reject_table([*raw.rejects, *verdicts.rejects(raw)], file_name)
-    return LogChunk(events, rejects, rows + len(raw.rejects), int((good & ~keep).sum()))
+    rejects = sorted([*raw.rejects, *verdicts.rejects(raw, users.values)], key=lambda reject: reject.position)
+    return LogChunk(
+        events,
+        reject_table(rejects, file_name),
+        pa.array([reject.user for reject in rejects], pa.string()),
+        rows + len(raw.rejects),
+        int((good & ~keep).sum()),
+    )
 
 
 def _check_ids(table: pa.Table, column: str, role: str, verdicts: _Verdicts) -> Checked:

@@ -20,12 +20,14 @@ REJECTS = pa.schema(
 
 @dataclass(frozen=True)
 class Reject:
-    """One unusable row; `position` is its byte (text formats) or row number (Parquet) in its file."""
+    """One unusable row; `position` is its byte (text formats) or row number (Parquet) in its file, `user` whose it is: "" where
+    it tells none, None where it never became columns."""
 
     position: int
     reason: str
     message: str
     row: str
+    user: str | None = None
 
 
 def row_json(row: Mapping[str, Any]) -> str:

@@ -28,7 +28,7 @@ from raypipe.storage.hashing import digest_lanes
 from raypipe.storage.ledger import WHOLE, Counts, Publish, Receipt, Run, Unit, Usage, counts_of
 from raypipe.storage.workspace import Workspace, WorkspaceInfo, choose_buckets
 
-STEP_VERSION = 2
+STEP_VERSION = 3
 _WRITES = ("items", "histories", "logs")
 
 

@@ -6,10 +6,10 @@ import collections
 import time
 from collections.abc import Sequence
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raypipe.data.events import LogChunk
 from raypipe.data.histories import merge_histories
 from raypipe.data.rejects import REJECTS, row_json
 from raypipe.data.spills import Spill, read_item_table, read_spill
@@ -44,11 +44,11 @@ class SpillSplit:
         for chunk in read_split(split):
             rows_in += chunk.rows_in
             filtered += chunk.filtered
-            rejects.append(chunk.rejects)
-            events, unknown = self._index_items(chunk.events, split)
-            rejects.append(unknown)
-            events, dropped = self._drop_forgotten(events)
-            forgotten += dropped
+            # First of all: a forgotten user's rows are not to come back as rejects.
+            known, bad = self._without_forgotten(chunk)
+            forgotten += chunk.events.num_rows - known.num_rows + chunk.rejects.num_rows - bad.num_rows
+            events, unknown = self._index_items(known, split)
+            rejects += [bad, unknown]
             columns = (events[name].to_numpy() for name in ("index", "time", "weight"))
             spill.add(events["user_id"].combine_chunks(), *columns)
         data = spill.write(self.groups)
@@ -75,13 +75,27 @@ class SpillSplit:
             attempt=context.attempt,
         )
 
-    def _drop_forgotten(self, events: pa.Table) -> tuple[pa.Table, int]:
-        """Events without those of users who have a tombstone, and how many these were."""
+    def _without_forgotten(self, chunk: LogChunk) -> tuple[pa.Table, pa.Table]:
+        """Events and rejects without those of users who have a tombstone.
+
+        Tombstones are hashes of whole ids: whether a line that never became columns holds one cannot be told, so that nothing of
+        it is kept but its place and the reason.
+        """
         if self.tombstones.num_rows == 0:
-            return events, 0
-        users = events["user_id"].combine_chunks().dictionary_encode()
-        stay = ~is_forgotten(users.dictionary, self.tombstones)[users.indices.to_numpy()]
-        return events.filter(stay), int(np.count_nonzero(~stay))
+            return chunk.events, chunk.rejects
+        events = chunk.events.filter(self._are_known(chunk.events["user_id"].combine_chunks()))
+        stay = self._are_known(chunk.reject_users.fill_null(""))
+        rejects = chunk.rejects.set_column(
+            chunk.rejects.column_names.index("row"),
+            REJECTS.field("row"),
+            pc.if_else(pc.is_null(chunk.reject_users), row_json({}), chunk.rejects["row"]),
+        )
+        return events, rejects.filter(stay)
+
+    def _are_known(self, users: pa.Array) -> pa.Array:
+        """Who has no tombstone: bool [users]."""
+        encoded = users.dictionary_encode()
+        return pa.array(~is_forgotten(encoded.dictionary, self.tombstones)[encoded.indices.to_numpy()])
 
     def _index_items(self, events: pa.Table, split: LogSplit) -> tuple[pa.Table, pa.Table]:
         """Events with their item's index (int32, from 1), and rejects for items the catalogue does not have."""

@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raypipe.data.log import LogColumns
+from raypipe.data.log import LogColumns, LogConfig, open_log
+from raypipe.data.splits import read_split
 
 TIME = LogColumns(time="t")
 
@@ -74,6 +75,16 @@ def test_each_reason_is_found_at_its_byte(write_text, read_log):
     assert json.loads(log.rejects[9]["row"])["user_id"] == "\\xff"
     assert json.loads(log.rejects[7]["row"]) == {"line": "u,i"}
     assert read_log(path, TIME, split_bytes=1).rejects == log.rejects
+
+
+def test_a_rejected_row_tells_whose_it_is_as_an_event_would(tmp_path):
+    """A number as its id is written, whatever its column's type makes of it."""
+    path = tmp_path / "log.parquet"
+    pq.write_table(pa.table({"user_id": [17.0, None, 5.0], "item_id": ["i", "i", "i"], "t": ["noon", "5", "5"]}), path)
+    log = open_log(LogConfig(path=str(path), columns=TIME, time_unit="seconds"))
+    (chunk,) = read_split(log.splits[0])
+    assert chunk.rejects["reason"].to_pylist() == ["bad_time", "null_user"]
+    assert chunk.reject_users.to_pylist() == ["17", ""]
 
 
 def test_an_unclosed_quote_costs_one_line(write_text, read_log):

@@ -219,6 +219,36 @@ def test_what_cannot_be_used_is_rejected_with_its_reason_and_what_is_not_wanted_
     assert newest(uri, "rejects")["reason"].to_pylist() == ["null_user"]
 
 
+def test_rows_of_a_forgotten_user_that_cannot_be_used_are_no_rejects_and_are_told_nowhere(
+    raypipe: Run, tmp_path: Path, files: Path
+) -> None:
+    uri = str(tmp_path / "workspace")
+    workspace = Workspace(uri)
+    table = workspace.tables["tombstones"]
+    table.publish([table.stage(tombstone_rows(["alice"]), "one")], mode="append", app="tombstones:forget", number=1)
+    hers = [("alice", "i1", START), ("alice", "no-such-item", START), ("alice", "i1", "noon"), ("alice", "", START)]
+    others = [("u1", "no-such-item", START), ("u2", "i1", "noon"), ("", "i1", START), ("u3", "i1", START, "more")]
+    log = write_log(files / "log.csv", [*hers, ("alice", "i1"), *others, ("u4", "i1", START)])
+    words = ("ingest", "--workspace", uri, *TIME, "--log.path", log)
+    words += ("--catalogue.path", write_catalogue(files / "items.csv", 3))
+    refused = raypipe(*words)
+    assert "5 of 10 rows" in refused.stderr
+    receipts = workspace.ledger("ingest").newest().receipts()
+    assert "alice" not in refused.stderr + json.dumps(refused.result) + str(list(receipts.values()))
+    ended = raypipe(*words, "--max_reject_rate", 1)
+    counts = [ended.metrics[name] for name in ("rows_in", "events_added", "rejected", "forgotten")]
+    assert counts == [10, 1, 5, len(hers)]
+    assert "alice" not in ended.stderr
+    rejects = newest(uri, "rejects").to_pylist()
+    assert not any("alice" in str(row) for row in rejects)
+    # Of a line that is no row nobody can tell whose it is: her line and the other one have kept their place alone.
+    lines = [(row["key"], row["row"]) for row in rejects if row["reason"] == "malformed_row"]
+    at = [log.read_bytes().index(line) for line in (b"alice,i1\r", b"u3,i1")]
+    assert lines == [(f"log.csv:{place}", "{}") for place in at]
+    told = {row["reason"]: json.loads(row["row"])["user_id"] for row in rejects if row["reason"] != "malformed_row"}
+    assert told == {"unknown_item": "u1", "bad_time": "u2", "null_user": ""}
+
+
 def test_a_log_of_mostly_unusable_rows_publishes_nothing_until_that_is_allowed(
     raypipe: Run, tmp_path: Path, files: Path
 ) -> None:
