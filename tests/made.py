@@ -17,7 +17,7 @@ from raypipe.pipeline.user_rows import UserRows
 from raypipe.recommenders.checkpoint import Card, catalogue_card, load_recommender, save_recommender
 from raypipe.recommenders.config import RecommenderConfig
 from raypipe.storage.hashing import content_digest, digest_lanes, event_lanes, sequence_lanes, stable_hash, to_hex
-from raypipe.storage.models import Models
+from raypipe.storage.models import Models, find_model
 from raypipe.storage.nights import Night, Nights
 from raypipe.storage.releases import Release, Releases
 from raypipe.storage.workspace import Workspace
@@ -86,7 +86,10 @@ def compute(uri: str) -> None:
     release = Releases(workspace.store).named("champion")
     assert release is not None
     name, content = release.recommender.split("/")
-    model, card = load_recommender(workspace.store.local_path(f"models/{name}/{content}/checkpoint"))
+    models = Models(workspace.store)
+    stored = find_model(models, release.recommender)
+    folder = workspace.store.local_path(f"{stored.folder}/checkpoint")
+    model, card = load_recommender(folder, users=models.users(stored))
     allowed = np.arange(CHAIN_ITEMS + 1) > 0
     kinds = {
         "hidden_states": (f"extract-{name}", state_recipe(content), States("last", False)),

@@ -66,8 +66,9 @@ def write_attribute_cards(
             f"{loaded.model.name}/{loaded.model.hash} has no guided scores to be drawn.",
             "Train one with --recommender.guided.scores, or leave out --cards.",
         )
-    source = find_model(Models(workspace.store), named)
-    scores = load_scores(config.fetch(workspace, source))
+    models = Models(workspace.store)
+    source = find_model(models, named)
+    scores = load_scores(config.fetch(workspace, source), models.users(source))
     items, users = scores.normalised(loaded.card.config.guided.clip)
     titles = loaded.items["title"].to_pylist()
     prefixes = _chosen(held, count)
@@ -101,7 +102,9 @@ def attribute_shares(
     first recommendations of at most 1,000 users, chosen by hash. Nothing of a model without guided scores."""
     if (named := loaded.card.config.guided.scores) is None:
         return {}
-    names = load_scores(config.fetch(workspace, find_model(Models(workspace.store), named))).names
+    models = Models(workspace.store)
+    source = find_model(models, named)
+    names = load_scores(config.fetch(workspace, source), models.users(source)).names
     prefixes = _chosen(held, _SHARES_OF)
     lists = top_lists(loaded.recommender, prefixes, _SHOWN_ITEMS, filter_seen=filter_seen)
     sizes = np.abs(_parts(loaded.recommender, prefixes, lists, len(names)).astype(np.float64)).sum(1)

@@ -99,7 +99,8 @@ class ExplainBucket:
     @cached_property
     def recommender(self) -> Recommender:
         models = Models(self.task.workspace.store)
-        return freeze(load_recommender(models.fetch(self.task.recommender, self.task.model_cache))[0])
+        folder = models.fetch(self.task.recommender, self.task.model_cache)
+        return freeze(load_recommender(folder, users=models.users(self.task.recommender))[0])
 
     @cached_property
     def shown(self) -> PromptPieces:

@@ -1,14 +1,15 @@
 """`raypipe forget`: nothing of a user stays in the workspace, and no old log brings them back.
 
 A tombstone, two hashes of the id, is published together with tables that are without the user. Then goes whatever else
-named them: nights that cannot be without them, user cards, judgements, canaries' tables, spills, the ledger's rows, and the
-files of every version that still had them. Killed anywhere, the same command goes on.
+named them: nights that cannot be without them, user cards, judgements, canaries' tables, spills, the ledger's rows, what
+models keep of single users, and the files of every version that still had them. Killed anywhere, the same command goes on.
 
 The hashes hold no secret: whoever can read `tombstones` and guesses an id can check that it was forgotten.
 
 What it does not reach: weights of models that were trained on the user's events, which keep traces of them until they are
-trained anew; the logs themselves and any copy outside of the workspace, such as versions that a bucket keeps. Folders outside
-of it in which trainings that never ended keep histories are told.
+trained anew, and among which models of an older raypipe have whole rows of users: those are told. Nor the logs themselves and
+any copy outside of the workspace, such as versions that a bucket keeps. Folders outside of it in which trainings that never
+ended keep histories are told.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from raypipe.config import free
 from raypipe.errors import UsageError
 from raypipe.pipeline.forget_traces import forget_in_cards, forget_in_judgements, holds_user, rejects_to_keep
 from raypipe.pipeline.forget_units import ForgetBucket
+from raypipe.pipeline.forgotten import forgotten_keys
 from raypipe.pipeline.job import cost_of, read_users
 from raypipe.pipeline.online import OnlineConfig, run_online
 from raypipe.pipeline.rebucket import BUCKETED
@@ -40,6 +42,7 @@ from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.hashing import stable_hash
 from raypipe.storage.ledger import WHOLE, Publish, Receipt, Run, Unit, Usage, counts_of
 from raypipe.storage.locks import hold
+from raypipe.storage.model_users import forget_in_models
 from raypipe.storage.nights import Night, Nights
 from raypipe.storage.online import ADDRESS, EMBEDDED, open_online_store
 from raypipe.storage.releases import Releases
@@ -192,7 +195,7 @@ def _move_nights(workspace: Workspace, run: Run | None, users: Sequence[str] = (
     return dropped
 
 
-def _sweep(workspace: Workspace, config: ForgetConfig, users: Sequence[str]) -> dict[str, int]:
+def _sweep(workspace: Workspace, config: ForgetConfig, users: Sequence[str]) -> dict[str, Any]:
     """Everything beside the tables' newest versions that may name a user."""
     store = workspace.store
     nights = Nights(store)
@@ -203,6 +206,13 @@ def _sweep(workspace: Workspace, config: ForgetConfig, users: Sequence[str]) -> 
     forget_in_judgements(store, users)
     # Its users have numbers and no ids: who is drawn cannot be told.
     Evaluations(store).drop_pages()
+    # Of everybody who was ever forgotten: a model may have come back from a backup.
+    of_models, models = forget_in_models(store, forgotten_keys(workspace))
+    for model in models:
+        say(
+            f"{JOB}: the model {model} is of an older raypipe and has users who were forgotten among its weights. Make it anew, "
+            "and let `raypipe vacuum` delete it once no release and no other model names it"
+        )
     # Canaries are of few users and are never published, spills of runs that are over and of trainings that nobody runs.
     # Candidate sets are drawn anew when they are asked for.
     for place in trainings_outside(store):
@@ -219,7 +229,12 @@ def _sweep(workspace: Workspace, config: ForgetConfig, users: Sequence[str]) -> 
     with hold(store, ["rejects"], JOB, config.lock_lease_s):
         for name, table in workspace.tables.items():
             files += remove_unneeded(table, versions_to_keep(kept, releases, name), grace_hours=0)
-    return {"files_removed": len(files), "bytes_freed": sum(file.size for file in files)}
+    return {
+        "files_removed": len(files),
+        "bytes_freed": sum(file.size for file in files),
+        "rows_of_models_removed": of_models,
+        "models_with_users": models,
+    }
 
 
 def _load_anew(workspace: Workspace, config: ForgetConfig) -> None:

@@ -24,6 +24,7 @@ from raypipe.language.backbone import load_backbone
 from raypipe.language.checkpoint import checkpoint_hash
 from raypipe.language.prompt import Prompt
 from raypipe.pipeline.asked_anew import tell_stored
+from raypipe.pipeline.forgotten import leave_out_forgotten
 from raypipe.pipeline.held_out import Cut, are_held_out
 from raypipe.pipeline.job import model_result
 from raypipe.pipeline.loaded import chosen_lm
@@ -218,6 +219,7 @@ def _scored(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: 
         "metrics": metrics,
         "training": curve,
     }
+    leave_out_forgotten(workspace, out)
     model = Models(workspace.store).add(NAME, out, recipe, lineage)
     config.remove_training(workspace, name)
     return model

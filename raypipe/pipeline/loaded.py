@@ -41,7 +41,8 @@ class Loaded:
                 f"`raypipe align --system {model.lineage['system']} --adapter {named}` measures it; what is named here is made by "
                 "`raypipe train`.",
             )
-        recommender, card = load_recommender(config.fetch(workspace, model))
+        users = Models(workspace.store).users(model)
+        recommender, card = load_recommender(config.fetch(workspace, model), users=users)
         items = workspace.tables["items"].read(version).sort_by("index")
         check_catalogue(card.catalogue, items["item_id"].to_pylist(), named)
         return cls(model, recommender, card, items)

@@ -64,7 +64,8 @@ class ByRecommender:
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        return load_recommender(Models(self.workspace.store).fetch(self.model, self.model_cache), device)[0]
+        models = Models(self.workspace.store)
+        return load_recommender(models.fetch(self.model, self.model_cache), device, models.users(self.model))[0]
 
     def make(
         self, state: UserRows, work: NDArray[np.int64], names: Sequence[str], context: UnitContext, budget: Budget

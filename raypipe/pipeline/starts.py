@@ -71,8 +71,9 @@ def start_of(
         base = _over_all(loaded.recommender.item_states().detach().numpy(), len(items))
     if options.scores is None:
         return fuse(None, options, recommender.width, base, trained, seed)
-    model = find_model(Models(workspace.store), options.scores)
-    scores = load_scores(config.fetch(workspace, model))
+    models = Models(workspace.store)
+    model = find_model(models, options.scores)
+    scores = load_scores(config.fetch(workspace, model), models.users(model))
     check_catalogue(scores.catalogue, items, options.scores)
     cut.check(model)
     return fuse(scores, options, recommender.width, base, trained, seed)

@@ -16,6 +16,7 @@ from pydantic import model_validator
 
 from raypipe.config import shaping
 from raypipe.errors import UsageError
+from raypipe.pipeline.forgotten import leave_out_forgotten
 from raypipe.pipeline.held_out import Cut
 from raypipe.pipeline.job import model_result
 from raypipe.pipeline.sequences import histories_hash, pinned_versions, read_histories, read_ties
@@ -115,6 +116,7 @@ def run_train(config: TrainConfig) -> JobResult:
             "training": trained.curve(),
         }
         (trained.folder / "README.md").write_text(model_card(name, lineage))
+        leave_out_forgotten(workspace, trained.folder)
         model = models.add(name, trained.folder, recipe, lineage)
         config.remove_training(workspace, folder.name)
         tracking.register(model)

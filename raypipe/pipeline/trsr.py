@@ -23,6 +23,7 @@ from raypipe.language.backbone import load_backbone
 from raypipe.language.checkpoint import checkpoint_hash
 from raypipe.pipeline.asked_anew import asked_anew, tell_stored
 from raypipe.pipeline.candidates import stored_candidates
+from raypipe.pipeline.forgotten import leave_out_forgotten
 from raypipe.pipeline.held_out import Cut, are_held_out
 from raypipe.pipeline.job import model_result
 from raypipe.pipeline.loaded import Loaded, chosen_lm
@@ -177,6 +178,7 @@ def _train(
     if config.trsr.facts:
         trsr.facts().save(trained.folder)
     save_ranks(trained.folder, inputs.sets.keys, ranks)
+    leave_out_forgotten(workspace, trained.folder)
     lineage = {
         "job": "align",
         "versions": versions,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from raypipe.data.candidates import CandidateSets
 from raypipe.engines.engine import EngineConfig
@@ -28,7 +28,8 @@ from raypipe.recommenders.floors import Floor, Popularity, Transitions
 from raypipe.recommenders.ranking import batches_by_length, candidate_scores
 from raypipe.recommenders.windows import Histories
 from raypipe.runtime.progress import say
-from raypipe.storage.models import Model
+from raypipe.storage.model_users import write_users
+from raypipe.storage.models import Model, Models
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.boosted_trees import CountsAndTexts, Features
 from raypipe.systems.candidate_facts import Facts
@@ -37,6 +38,7 @@ from raypipe.systems.trsr import NAME, Control, Past, Trsr, TrsrConfig
 if TYPE_CHECKING:
     from raypipe.pipeline.align import AlignConfig
 
+# Ranks of models that were stored before rows of users had a file of their own.
 _RANKS = "ranks.safetensors"
 _SHOWN_EVERY_S = 10.0
 _COMPARED = ("Recall@3", "MRR@3")
@@ -157,7 +159,7 @@ def save_ranks(folder: Path, keys: NDArray[np.int64], ranks: Ranks) -> None:
     arrays = {"keys": keys}
     for name, (above, same) in ranks.items():
         arrays |= {f"above/{name}": above.astype(np.int32), f"same/{name}": same.astype(np.int32)}
-    save_file(arrays, folder / _RANKS)
+    write_users(folder, arrays)
 
 
 def check_comparable(other: Model, sets_key: str) -> None:
@@ -173,7 +175,7 @@ def compared(config: AlignConfig, workspace: Workspace, model: Model, other: Mod
     """How far a model ranks the same candidates better than another one, with 95 % intervals over users."""
     sides = []
     for one in (model, other):
-        told = load_file(config.fetch(workspace, one) / _RANKS)
+        told = Models(workspace.store).users(one) or load_file(config.fetch(workspace, one) / _RANKS)
         sides.append((told["keys"], candidate_metrics(told["above/"].astype(np.int64), told["same/"].astype(np.int64))))
     _, mine, others = np.intersect1d(sides[0][0], sides[1][0], return_indices=True)
     found: dict[str, float] = {}

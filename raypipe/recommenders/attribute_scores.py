@@ -1,4 +1,5 @@
-"""Scores of items and users on named attributes, and their files: `scores.json` and `scores.safetensors`."""
+"""Scores of items and users on named attributes, and their files: `scores.json` and `scores.safetensors`; the users' as
+`storage/model_users.py` says."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from raypipe.errors import UsageError
+from raypipe.storage.model_users import Rows, read_users, write_users
 
 _CARD = "scores.json"
 _VALUES = "scores.safetensors"
@@ -78,12 +80,15 @@ def save_scores(folder: Path, scores: AttributeScores) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     told = {"format": 1, "names": list(scores.names), "catalogue": dict(scores.catalogue)}
     (folder / _CARD).write_text(json.dumps(told, indent=1, ensure_ascii=False))
-    values = {"items": scores.items, "users": scores.users, "keys": scores.keys}
-    save_file({name: np.ascontiguousarray(value) for name, value in values.items()}, folder / _VALUES)
+    save_file({"items": np.ascontiguousarray(scores.items)}, folder / _VALUES)
+    write_users(folder, {"keys": scores.keys, "users": scores.users})
 
 
-def load_scores(folder: Path) -> AttributeScores:
-    """Raises UsageError where the folder holds no scores."""
+def load_scores(folder: Path, users: Rows | None = None) -> AttributeScores:
+    """`users` are those of stored scores, `Models.users`; scores that are not stored yet have them in their folder.
+
+    Raises UsageError where the folder holds no scores.
+    """
     try:
         told = json.loads((folder / _CARD).read_text())
         values = load_file(folder / _VALUES)
@@ -93,4 +98,5 @@ def load_scores(folder: Path) -> AttributeScores:
         ) from None
     except (json.JSONDecodeError, SafetensorError) as error:
         raise UsageError(f"The scores in {folder} are damaged: {error}.", "Make them again, or restore them.") from None
-    return AttributeScores(tuple(told["names"]), **values, catalogue=told["catalogue"])
+    rows = read_users(folder) if users is None else users
+    return AttributeScores(tuple(told["names"]), **values, **(rows or {}), catalogue=told["catalogue"])

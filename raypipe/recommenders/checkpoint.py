@@ -1,4 +1,5 @@
-"""A recommender on disk: `recommender.json` (what it is, over which items) and `model.safetensors`."""
+"""A recommender on disk: `recommender.json` (what it is, over which items) and `model.safetensors`; the guided blocks of users,
+where it has any, as `storage/model_users.py` says."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -19,10 +21,13 @@ from raypipe.errors import UsageError
 from raypipe.recommenders.config import RecommenderConfig
 from raypipe.recommenders.recommender import Recommender
 from raypipe.storage.fingerprint import fingerprint
+from raypipe.storage.model_users import Rows, read_users, write_users
 
 _FORMAT = 1
 _CARD = "recommender.json"
 _WEIGHTS = "model.safetensors"
+# Weights that are one user's each, by the names of their rows.
+_OF_USERS = {"keys": "user_keys", "blocks": "user_block"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Card:
     """What a checkpoint is of: which items the rows of its table are, and the most frequent ones of its training data.
 
     `catalogue` is {"items": count, "hash": of their ids in order}; `popular` are item indices, most events first; `blocks` the
-    attributes and the users of guided blocks.
+    attributes and the users of guided blocks at the training.
     """
 
     config: RecommenderConfig
@@ -50,12 +55,21 @@ def save_recommender(folder: Path, card: Card, weights: Mapping[str, Tensor]) ->
         "blocks": list(card.blocks),
     }
     (folder / _CARD).write_text(json.dumps(told, indent=1, sort_keys=True))
-    save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / _WEIGHTS)
+    of_users = {row: name for row, name in _OF_USERS.items() if card.blocks[1]}
+    if of_users:
+        write_users(folder, {row: _as_array(weights[name]) for row, name in of_users.items()})
+    shared = {name: weight for name, weight in weights.items() if name not in of_users.values()}
+    save_file({name: weight.contiguous() for name, weight in shared.items()}, folder / _WEIGHTS)
 
 
-def load_recommender(folder: Path, device: torch.device | str = "cpu") -> tuple[Recommender, Card]:
-    """The model in eval mode and its card. Raises UsageError where the folder holds none, a damaged one, one of a
-    newer raypipe, or another's weights."""
+def load_recommender(
+    folder: Path, device: torch.device | str = "cpu", users: Rows | None = None
+) -> tuple[Recommender, Card]:
+    """The model in eval mode and its card. `users` are those of a stored model, `Models.users`; one that is not stored yet has
+    them in its folder.
+
+    Raises UsageError where the folder holds none, a damaged one, one of a newer raypipe, or another's weights.
+    """
     try:
         told = json.loads((folder / _CARD).read_text())
         weights = load_file(folder / _WEIGHTS, device=str(device))
@@ -69,7 +83,12 @@ def load_recommender(folder: Path, device: torch.device | str = "cpu") -> tuple[
             f"The recommender in {folder} is damaged: {error}.", "Train it again, or restore it."
         ) from None
     card = _card(folder, told)
-    model = card.config.build(card.catalogue["items"], blocks=card.blocks).to(device)
+    if (rows := read_users(folder) if users is None else users) is not None:
+        weights |= {name: torch.from_numpy(rows[row]).to(device) for row, name in _OF_USERS.items()}
+    attributes, count = card.blocks
+    # Some of those it was trained on may have been forgotten.
+    blocks = (attributes, len(weights["user_keys"]) if "user_keys" in weights else count)
+    model = card.config.build(card.catalogue["items"], blocks=blocks).to(device)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if expected != found:
@@ -86,6 +105,11 @@ def load_recommender(folder: Path, device: torch.device | str = "cpu") -> tuple[
         )
     model.load_state_dict(weights)
     return model.eval(), card
+
+
+def _as_array(weight: Tensor) -> NDArray[Any]:
+    """NumPy knows no bfloat16."""
+    return (weight.float() if weight.is_floating_point() else weight).detach().cpu().numpy()
 
 
 def _card(folder: Path, told: Any) -> Card:

@@ -167,8 +167,8 @@ def load(config: ServiceConfig, target: Target, before: Served | None = None) ->
     ):
         return replace(before, target=target, states_fit=states_fit, since=time.time(), some_users=some_users)
     models, cache = Models(workspace.store), Path(config.model_cache)
-    folder = models.fetch_unharmed(find_model(models, release.recommender), cache)
-    recommender, card = load_recommender(folder)
+    model = find_model(models, release.recommender)
+    recommender, card = load_recommender(models.fetch_unharmed(model, cache), users=models.users(model))
     freeze(recommender)
     items = workspace.tables["items"].read(version)
     check_catalogue(card.catalogue, items.sort_by("index")["item_id"].to_pylist(), release.recommender)

@@ -1,7 +1,8 @@
 """Content-addressed models: `models/<name>/<hash>/checkpoint/` holds safetensors, JSON and nothing that could run.
 
 The hash is over the files' bytes, so the same weights are the same model wherever they were trained. `model.json` beside
-the checkpoint, written last, carries the lineage (data versions, seeds, protocol).
+the checkpoint, written last, carries the lineage (data versions, seeds, protocol); what a model keeps of single users lies
+beside the checkpoint too (`storage/model_users.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 from raypipe.errors import UsageError
 from raypipe.storage.fingerprint import canonical_json
+from raypipe.storage.model_users import FIRST_STORED, USERS, Rows, first_stored, pack, read_users, unpack
 from raypipe.storage.store import Store
 
 _ALLOWED = {".safetensors", ".json", ".txt", ".jinja", ".model", ".md"}
@@ -51,14 +53,18 @@ class Models:
         self.store = store
 
     def add(self, name: str, files: Path, recipe: str, lineage: Mapping[str, Any]) -> Model:
-        """Store the files of a checkpoint folder under the hash of their content.
+        """Store the files of a checkpoint folder under the hash of their content, the digest of its rows of users among them.
 
         `recipe` is the fingerprint of what made it. Raises UsageError on a file that is neither weights nor text.
         """
-        paths = _files(files)
+        if (users := read_users(files)) is not None:
+            (files / FIRST_STORED).write_text(first_stored(users))
+        paths = [path for path in _files(files) if path != files / USERS]
         model = Model(name, _content_hash(files, paths), recipe, dict(lineage))
         for path in paths:
             self.store.put(f"{model.folder}/checkpoint/{path.relative_to(files)}", path.read_bytes())
+        if users is not None:
+            self.store.put(f"{model.folder}/{USERS}", pack(users))
         self.store.put(f"{model.folder}/{_CARD}", canonical_json(asdict(model)).encode())
         return model
 
@@ -86,6 +92,21 @@ class Models:
         found = [model for model in self.all(name) if recipe is None or model.recipe == recipe]
         return found[-1] if found else None
 
+    def users(self, model: Model) -> Rows | None:
+        """What the model keeps of single users by now, without those who were forgotten; None for one that never kept any.
+
+        Raises UsageError where that is gone or damaged.
+        """
+        path = f"{model.folder}/{USERS}"
+        if (data := self.store.get(path)) is not None:
+            return unpack(data, self.store.object_uri(path))
+        if self.store.exists(f"{model.folder}/checkpoint/{FIRST_STORED}"):
+            raise UsageError(
+                f"What the model {model.name}/{model.hash[:12]} keeps of its users is gone: there is no {path}.",
+                "Restore it from a backup, or make the model again.",
+            )
+        return None
+
     def fetch_unharmed(self, model: Model, cache: Path) -> Path:
         """As `fetch`; raises UsageError where the files are not, byte for byte, those that were stored."""
         folder = self.fetch(model, cache)
@@ -99,7 +120,8 @@ class Models:
     def fetch(self, model: Model, cache: Path) -> Path:
         """The checkpoint as a local folder, downloaded into `cache` when it lies on an object store.
 
-        Several processes may share a cache: the folder is there whole or not at all, and its files never change.
+        Several processes may share a cache: the folder is there whole or not at all, and its files never change. What does
+        change, the rows of users, is never in it.
         """
         if self.store.is_local:
             return self.store.local_path(f"{model.folder}/checkpoint")
@@ -118,6 +140,8 @@ class Models:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=_DOWNLOAD) as beside:
             whole = Path(beside, model.hash)
             for entry in self.store.list(model.folder):
+                if entry.path == f"{model.folder}/{USERS}":
+                    continue
                 path = whole / entry.path.removeprefix(f"{model.folder}/")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self.store.download(entry.path, path)

@@ -10,11 +10,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.numpy import save_file
 
+from raypipe.pipeline.sequences import user_keys
+from raypipe.pipeline.trsr_measures import save_ranks
+from raypipe.recommenders.attribute_scores import AttributeScores, save_scores
+from raypipe.recommenders.checkpoint import Card, catalogue_card, load_recommender, save_recommender
+from raypipe.recommenders.config import RecommenderConfig
+from raypipe.recommenders.guided import GuidedOptions
+from raypipe.storage.models import Models
 from raypipe.storage.nights import Nights
 from raypipe.storage.online import open_online_store, version_of
 from raypipe.storage.store import Store
@@ -22,7 +32,7 @@ from raypipe.storage.tables import Table
 from raypipe.storage.tombstones import digest
 from raypipe.storage.workspace import Workspace
 from tests.conftest import Run, running_redis
-from tests.pipeline.small_logs import DAY, SMALL_LOG, START, newest, write_log
+from tests.pipeline.small_logs import DAY, SMALL_ITEMS, SMALL_LOG, START, newest, write_log
 from tests.pipeline.two_nights import HERS, USER, USERS
 from tests.redis_server import RedisServer
 
@@ -109,6 +119,50 @@ def test_a_forgotten_user_is_nowhere_and_stays_away(raypipe: Run, two_nights: st
     assert again.metrics["events_added"] == 1
     assert files_with_her(two_nights) == []
     assert raypipe("forget", "--workspace", two_nights, "--user", USER, *AT_ONCE).status == "nothing_to_do"
+
+
+def test_what_models_keep_of_her_goes_and_they_stay_the_models_they_were(
+    raypipe: Run, two_nights: str, tmp_path: Path
+) -> None:
+    store = Store(two_nights)
+    users = pa.array([USER, "u7", "u8"])
+    keys = np.sort(user_keys(users))
+    tastes = np.arange(6, dtype=np.float32).reshape(3, 2)
+    items = newest(two_nights, "items").sort_by("index")["item_id"].to_pylist()
+    planted = {"guided": tmp_path / "guided", "trsr": tmp_path / "trsr", "sasrec": tmp_path / "sasrec"}
+    scores = AttributeScores(("dark", "long"), np.ones((SMALL_ITEMS + 1, 2), np.float32), tastes, keys, {"items": 1})
+    save_scores(planted["guided"], scores)
+    planted["trsr"].mkdir()
+    save_ranks(planted["trsr"], keys, {"": (np.arange(3), np.ones(3, np.int64))})
+    config = RecommenderConfig(model="sasrec", width=8, max_length=5, guided=GuidedOptions(scores="guided"))
+    weights = config.build(SMALL_ITEMS, blocks=(2, 3)).state_dict()
+    weights |= {"user_keys": torch.from_numpy(keys), "user_block": torch.from_numpy(tastes)}
+    save_recommender(planted["sasrec"], Card(config, catalogue_card(items), [], (2, 3)), weights)
+    models = {name: Models(store).add(name, folder, "planted", {"hold_out": 2}) for name, folder in planted.items()}
+    old = tmp_path / "old"
+    old.mkdir()
+    save_file({"keys": keys, "users": tastes}, old / "scores.safetensors")
+    older = Models(store).add("guided", old, "older", {})
+    hers = user_keys(users)[0].tobytes()
+    before = {path: path.read_bytes() for path in (Path(two_nights) / "models").rglob("*") if path.is_file()}
+    assert sum(hers in data for data in before.values()) == 4
+
+    ended = raypipe("forget", "--workspace", two_nights, "--user", USER, *AT_ONCE)
+    assert (ended.code, ended.metrics["rows_of_models_removed"]) == (0, 3)
+    # It cannot be taken out of what a hash is over: that is told, with what to do.
+    assert ended.metrics["models_with_users"] == [f"guided/{older.hash}"]
+    assert f"guided/{older.hash} is of an older raypipe" in ended.stderr
+    after = {path: path.read_bytes() for path in before}
+    assert [path.parent.parent.name for path, data in after.items() if hers in data] == [older.hash]
+    changed = {str(path.relative_to(two_nights)) for path in before if before[path] != after[path]}
+    assert changed == {f"{model.folder}/users.safetensors" for model in models.values()}
+    left = {
+        tuple(rows["keys"].tolist()) for model in models.values() if (rows := Models(store).users(model)) is not None
+    }
+    assert left == {tuple(np.sort(user_keys(users)[1:]).tolist())}
+    folder = Models(store).fetch_unharmed(models["sasrec"], tmp_path)
+    recommender, _ = load_recommender(folder, users=Models(store).users(models["sasrec"]))
+    assert len(recommender.user_keys) == 2
 
 
 @pytest.fixture

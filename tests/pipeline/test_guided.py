@@ -16,13 +16,15 @@ from raypipe.cli.main import main
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
 from raypipe.language.catalogue import Catalogue
 from raypipe.language.number_slots import NumberForm
+from raypipe.pipeline import guided
 from raypipe.pipeline.sequences import user_keys
 from raypipe.recommenders.attribute_scores import AttributeScores, load_scores, save_scores
-from raypipe.recommenders.checkpoint import catalogue_card, load_recommender
-from raypipe.recommenders.recommender import weights_hash
+from raypipe.recommenders.checkpoint import Card, catalogue_card, load_recommender
+from raypipe.recommenders.recommender import Recommender, weights_hash
 from raypipe.storage.evaluations import Evaluations
-from raypipe.storage.models import Model, Models
+from raypipe.storage.models import Model, Models, find_model
 from raypipe.storage.store import Store
+from raypipe.storage.tombstones import tombstone_rows
 from raypipe.systems.guided import GuidedConfig, Rating
 from raypipe.systems.guided_attributes import find_attributes
 from raypipe.systems.guided_reading import RatingPrompts
@@ -128,6 +130,16 @@ def store_planted(uri: str, folder: Path, hold_out: int = 2) -> Model:
     return Models(Store(uri)).add("guided", folder, f"planted {hold_out}", lineage)
 
 
+def stored_scores(uri: str, model: Model) -> AttributeScores:
+    store = Store(uri)
+    return load_scores(store.local_path(f"{model.folder}/checkpoint"), Models(store).users(model))
+
+
+def stored_recommender(uri: str, model: Model) -> tuple[Recommender, Card]:
+    store = Store(uri)
+    return load_recommender(store.local_path(f"{model.folder}/checkpoint"), users=Models(store).users(model))
+
+
 def test_a_tuned_language_model_scores_everybody_by_what_is_before_the_cut(
     raypipe: Run, films: str, films_once: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,8 +167,7 @@ def test_a_tuned_language_model_scores_everybody_by_what_is_before_the_cut(
     assert before == {name: Models(Store(films)).all(name)[0].hash for name in ("lm", "sasrec")}
 
     (model,) = Models(Store(films)).all("guided")
-    folder = Store(films).local_path(f"{model.folder}/checkpoint")
-    scores = load_scores(folder)
+    scores = stored_scores(films, model)
     assert scores.names == ("grim", "merry")
     assert np.isfinite(scores.items[1:]).all()
     assert (scores.items[1:].min() >= 1) & (scores.items[1:].max() <= 10)
@@ -173,20 +184,38 @@ def test_a_tuned_language_model_scores_everybody_by_what_is_before_the_cut(
     again = Models(Store(films)).newest("guided")
     assert again is not None
     assert "steps" not in again.lineage["metrics"]
-    np.testing.assert_allclose(
-        load_scores(Store(films).local_path(f"{again.folder}/checkpoint")).items, scores.items, atol=1e-5
-    )
+    np.testing.assert_allclose(stored_scores(films, again).items, scores.items, atol=1e-5)
     plain = raypipe(*words, "--no-guided.tuned")
-    folder = Store(films).local_path(f"models/guided/{plain.result['models']['guided']}/checkpoint")
-    untold = load_scores(folder).items
+    as_it_is = find_model(Models(Store(films)), f"guided/{plain.result['models']['guided']}")
+    untold = stored_scores(films, as_it_is).items
     assert (abs(untold[1::2].mean(0) - untold[2::2].mean(0)) < 0.5 * gap).all(), (
         untold[1::2].mean(0) - untold[2::2].mean(0),
         gap,
     )
-    assert not (Path(folder) / "adapter.json").exists()
+    assert not Store(films).exists(f"{as_it_is.folder}/checkpoint/adapter.json")
     written = raypipe(*words, "--no-guided.tuned", "--guided.reading", "parsed", "--answer_tokens", 16)
     assert written.code == 2
     assert "Not one score could be read from" in one_paragraph(written.stderr)
+
+
+def test_who_is_forgotten_while_scores_are_made_is_not_among_them(
+    raypipe: Run, films: str, films_once: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = guided._read
+
+    def read_and_forget(config, workspace, versions):
+        inputs = read(config, workspace, versions)
+        table = workspace.tables["tombstones"]
+        table.publish([table.stage(tombstone_rows(["u7"]), "one")], mode="append", app="tombstones:forget", number=1)
+        return inputs
+
+    monkeypatch.setattr(guided, "_read", read_and_forget)
+    words = ("align", "--workspace", films, *ALIGN, "--guided.domain", films_once / "domain.yaml")
+    ended = raypipe(*words, "--no-guided.tuned")
+    assert ended.code == 0, ended.stderr
+    (model,) = Models(Store(films)).all("guided")
+    others = pa.array(user for user in histories() if user != "u7")
+    np.testing.assert_array_equal(stored_scores(films, model).keys, np.sort(user_keys(others)))
 
 
 def test_scores_that_fill_columns_change_what_is_recommended_and_nothing_else(
@@ -201,7 +230,7 @@ def test_scores_that_fill_columns_change_what_is_recommended_and_nothing_else(
     store = Store(films)
     model = Models(store).newest("sasrec")
     assert model is not None
-    recommender, card = load_recommender(store.local_path(f"{model.folder}/checkpoint"))
+    recommender, card = stored_recommender(films, model)
     # By name in the command, by content in the recipe.
     assert card.config.guided.scores == f"guided/{planted.hash}"
     assert card.config.guided.base == f"sasrec/{base.hash}"
@@ -223,7 +252,7 @@ def test_scores_that_fill_columns_change_what_is_recommended_and_nothing_else(
     for row, state in zip(lists.to_pylist(), states["state"].to_pylist(), strict=True):
         scored = matrix @ np.array(state)
         np.testing.assert_allclose(scored[np.array(row["items"]) - 1], row["scores"], rtol=1e-4, atol=1e-4)
-    assert weights_hash(load_recommender(store.local_path(f"{model.folder}/checkpoint"))[0]) == before
+    assert weights_hash(stored_recommender(films, model)[0]) == before
 
     told = raypipe("evaluate", "--workspace", films, "--model", f"sasrec/{model.hash}", "--cards", 3)
     assert told.code == 0, told.stderr

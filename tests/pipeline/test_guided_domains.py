@@ -51,7 +51,7 @@ def test_items_and_users_are_scored_on_all_of_a_list(raypipe: Run, tmp_path: Pat
     ended = raypipe("align", "--workspace", uri, "--lm", lm, *words, "--hold_out", 2, "--held_out_share", 0.25)
     assert (ended.code, ended.metrics["items"], ended.metrics["users"]) == (0, CHAIN_ITEMS, CHAIN_USERS), ended.stderr
     (model,) = Models(Store(uri)).all("guided")
-    scores = load_scores(Store(uri).local_path(f"{model.folder}/checkpoint"))
+    scores = load_scores(Store(uri).local_path(f"{model.folder}/checkpoint"), Models(Store(uri)).users(model))
     assert scores.names == tuple(one.name for one in find_attributes(domain, catalogue, 10))
     for table in (scores.items[1:], scores.users):
         assert table.shape[1] == 10

@@ -19,6 +19,7 @@ from raypipe.recommenders.recommender import Recommender
 from raypipe.recommenders.sequences import Sequences
 from raypipe.recommenders.task import RecommenderTask, prepare_training
 from raypipe.recommenders.windows import Histories
+from raypipe.storage.model_users import read_users, without
 
 ITEMS, USERS, WIDTH = 30, 12, 12
 ATTRIBUTES = ("dark", "funny", "long")
@@ -72,6 +73,9 @@ def test_blocks_that_stay_in_float32_are_no_hindrance_to_training_in_bfloat16(mo
     loss.backward()
     assert loss.isfinite()
     assert found.item_states().dtype == torch.bfloat16
+    made.save(found.state_dict(), tmp_path / "out")
+    loaded, _ = load_recommender(tmp_path / "out")
+    assert torch.equal(loaded.user_block, found.user_block.float())
 
 
 def test_scores_stand_in_standard_deviations_of_the_items_and_what_was_not_read_in_the_middle() -> None:
@@ -204,6 +208,31 @@ def test_only_what_is_said_to_be_trained_moves(
     assert {n: t.tolist() for n, t in loaded.state_dict().items()} == {
         n: t.tolist() for n, t in model.state_dict().items()
     }
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("states", ["added", "alone"])
+def test_who_is_forgotten_is_scored_as_a_stranger_and_everybody_else_as_before(
+    name: str, states: str, tmp_path: Path
+) -> None:
+    made, model, scores = built(tmp_path, name, states=states)
+    made.save(model.state_dict(), tmp_path / "out")
+    rows = read_users(tmp_path / "out")
+    assert rows is not None
+    before, _ = load_recommender(tmp_path / "out")
+    after, card = load_recommender(tmp_path / "out", users=without(rows, scores.keys[[3, 5]]))
+    assert card.blocks == (3, USERS)
+    lists = [[1 + n, 9, 2 + n] for n in range(USERS)]
+
+    def states_of(model: Recommender, keys: np.ndarray) -> Tensor:
+        sequences = Sequences.of(lists)
+        with torch.no_grad():
+            return model.encode(Sequences(sequences.items, sequences.lengths, torch.from_numpy(keys)))
+
+    strangers = scores.keys.copy()
+    strangers[[3, 5]] += 1
+    assert torch.equal(states_of(after, scores.keys), states_of(before, strangers))
+    assert not torch.equal(states_of(after, scores.keys), states_of(before, scores.keys))
 
 
 def test_users_keep_their_keys_through_every_cut_of_a_history() -> None:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load, save
 
 from raypipe.errors import UsageError
+from raypipe.storage.model_users import forget_in_models, write_users
 from raypipe.storage.models import Models
 from raypipe.storage.store import Store
+
+KEYS = np.array([-(2**61) + 5, 7, 2**60 + 9])
+TASTES = np.array([[1.5, 2.5], [3.5, 4.5], [5.5, 6.5]], np.float32)
 
 
 @pytest.fixture
@@ -125,3 +132,67 @@ def test_a_model_without_its_card_was_never_finished(models: Models, tmp_path: P
     model = models.add("lm", checkpoint(tmp_path / "a"), "recipe", {})
     models.store.delete([f"{model.folder}/model.json"])
     assert models.newest("lm") is None
+
+
+def with_users(folder: Path, tastes: np.ndarray = TASTES) -> Path:
+    write_users(checkpoint(folder), {"keys": KEYS, "tastes": tastes})
+    return folder
+
+
+def files_with(models: Models, cache: Path, data: bytes) -> list[str]:
+    """Where in the workspace and on this machine's copies the bytes are."""
+    stored = [entry.path for entry in models.store.list("models") if data in models.store.read(entry.path)]
+    return stored + [str(path) for path in cache.rglob("*") if path.is_file() and data in path.read_bytes()]
+
+
+def test_who_is_forgotten_is_in_no_file_of_a_model_that_keeps_its_name(models: Models, tmp_path: Path) -> None:
+    model = models.add("guided", with_users(tmp_path / "a"), "recipe", {})
+    folder = models.fetch_unharmed(model, tmp_path / "cache")
+    hers = KEYS[1].tobytes()
+    assert files_with(models, tmp_path / "cache", hers) == [f"{model.folder}/users.safetensors"]
+    assert forget_in_models(models.store, np.array([7, 8])) == (1, [])
+    assert files_with(models, tmp_path / "cache", hers) == []
+    assert files_with(models, tmp_path / "cache", TASTES[1].tobytes()) == []
+    rows = models.users(model)
+    assert rows is not None
+    assert {name: values.tolist() for name, values in rows.items()} == {
+        "keys": [KEYS[0], KEYS[2]],
+        "tastes": [[1.5, 2.5], [5.5, 6.5]],
+    }
+    assert models.newest("guided") == model
+    assert models.fetch_unharmed(model, tmp_path / "cache") == folder
+    assert forget_in_models(models.store, np.array([7, 8])) == (0, [])
+
+
+def test_models_that_differ_in_their_users_alone_are_two(models: Models, tmp_path: Path) -> None:
+    one = models.add("guided", with_users(tmp_path / "a"), "recipe", {})
+    again = models.add("guided", with_users(tmp_path / "b"), "recipe", {})
+    other = models.add("guided", with_users(tmp_path / "c", TASTES + 1), "recipe", {})
+    assert one.hash == again.hash != other.hash
+    assert models.users(models.add("lm", checkpoint(tmp_path / "d"), "recipe", {})) is None
+
+
+def test_rows_of_users_that_are_gone_or_damaged_are_told(models: Models, tmp_path: Path) -> None:
+    model = models.add("guided", with_users(tmp_path / "a"), "recipe", {})
+    path = f"{model.folder}/users.safetensors"
+    whole = models.store.read(path)
+    for harmed in (whole[:-1], whole[:-1] + b"\x00", whole.replace(b'"tastes"', b'"TASTES"'), b"", save(load(whole))):
+        models.store.put(path, harmed)
+        with pytest.raises(UsageError, match=r"users\.safetensors is damaged"):
+            models.users(model)
+    models.store.delete([path])
+    with pytest.raises(UsageError, match="keeps of its users is gone"):
+        models.users(model)
+
+
+def test_a_model_with_users_among_its_weights_is_named_and_stays_as_it_is(models: Models, tmp_path: Path) -> None:
+    weights = {"scores": {"keys": KEYS, "items": TASTES}, "ranker": {"user_keys": KEYS, "table": TASTES}}
+    stored = {
+        name: models.add(name, checkpoint(tmp_path / name, save(told)), "recipe", {}) for name, told in weights.items()
+    }
+    models.add("damaged", checkpoint(tmp_path / "damaged", json.dumps({"keys": 7}).encode()), "recipe", {})
+    named = [f"{name}/{stored[name].hash}" for name in ("ranker", "scores")]
+    assert forget_in_models(models.store, KEYS[2:]) == (0, named)
+    assert forget_in_models(models.store, KEYS[2:] + 1) == (0, [])
+    for model in stored.values():
+        models.fetch_unharmed(model, tmp_path / "cache")

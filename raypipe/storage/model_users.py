@@ -1,0 +1,120 @@
+"""What a model keeps of single users: beside its checkpoint, where `forget` can take it out and the model keeps its name.
+
+    models/<name>/<hash>/users.safetensors      arrays [users, ...]: `keys`, and what is kept of each; rewritten by `forget`
+    models/<name>/<hash>/checkpoint/users.json  their digest as they were first stored; never changes
+
+Whoever makes a checkpoint writes the arrays with `write_users`, and `Models.add` puts them in their place. The digest is part
+of what the model's hash is over, so that models that differ in nothing but their users are two. Readers ask the workspace each
+time, and no node keeps a copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from raypipe.errors import UsageError
+from raypipe.storage.fingerprint import canonical_json
+from raypipe.storage.store import Entry, Store
+
+USERS = "users.safetensors"
+FIRST_STORED = "users.json"
+_DIGEST = "digest"
+# Where models of before these rows had a file of their own keep their users' keys, among what the hash is over.
+_INSIDE = ("keys", "user_keys")
+
+Rows = Mapping[str, NDArray[Any]]
+"""Arrays [users, ...] by name; `keys` int64 [users] are the stable hashes of the users' ids."""
+
+
+def write_users(folder: Path, rows: Rows) -> None:
+    """Into the folder of a checkpoint that is to be stored."""
+    (folder / USERS).write_bytes(pack(rows))
+
+
+def read_users(folder: Path) -> Rows | None:
+    """Of a checkpoint that is not stored yet; None where it keeps nothing of users."""
+    path = folder / USERS
+    return unpack(path.read_bytes(), str(path)) if path.exists() else None
+
+
+def first_stored(rows: Rows) -> str:
+    """The text of `users.json`."""
+    return canonical_json({_DIGEST: _digest(rows), "users": len(rows["keys"])})
+
+
+def pack(rows: Rows) -> bytes:
+    arrays = {name: np.ascontiguousarray(values) for name, values in rows.items()}
+    return save(arrays, {_DIGEST: _digest(rows)})
+
+
+def unpack(data: bytes, where: str) -> Rows:
+    """Raises UsageError where the bytes are not what was packed."""
+    try:
+        rows = load(data)
+        is_whole = json.loads(data[8 : 8 + _header_bytes(data)])["__metadata__"][_DIGEST] == _digest(rows)
+    except (SafetensorError, ValueError, KeyError):
+        is_whole = False
+    if not is_whole:
+        raise UsageError(f"{where} is damaged.", "Restore it from a backup, or make the model again.")
+    return rows
+
+
+def without(rows: Rows, keys: NDArray[np.int64]) -> Rows:
+    """The rows of all other users."""
+    stay = ~np.isin(rows["keys"], keys)
+    return {name: values[stay] for name, values in rows.items()}
+
+
+def forget_in_models(store: Store, keys: NDArray[np.int64]) -> tuple[int, list[str]]:
+    """Takes users out of what models keep beside their checkpoints. How many rows went, and the models (NAME/HASH) that have
+    users among their weights, where nothing can be taken out.
+
+    Raises UsageError for rows that are damaged.
+    """
+    gone, kept = 0, set()
+    for entry in store.list("models"):
+        if entry.path.endswith(f"/{USERS}"):
+            rows = unpack(store.read(entry.path), store.object_uri(entry.path))
+            if hers := int(np.isin(rows["keys"], keys).sum()):
+                store.put(entry.path, pack(without(rows, keys)))
+                gone += hers
+        elif entry.path.endswith(".safetensors") and np.isin(_keys_inside(store, entry), keys).any():
+            kept.add(entry.path.removeprefix("models/").partition("/checkpoint/")[0])
+    return gone, sorted(kept)
+
+
+def _keys_inside(store: Store, entry: Entry) -> NDArray[np.int64]:
+    """The users' keys among the weights of a file, of which no more than its header is read for it."""
+    with store.open_input(entry.path) as source:
+        size = _header_bytes(source.read(8))
+        try:
+            header = json.loads(source.read(min(size, entry.size)))
+        except ValueError:  # damaged, which is told to whoever loads it
+            header = {}
+        for told in (header[name] for name in _INSIDE if name in header):
+            start, end = told["data_offsets"]
+            source.seek(8 + size + start)
+            return np.frombuffer(source.read(end - start), np.int64)
+    return np.zeros(0, np.int64)
+
+
+def _header_bytes(data: bytes) -> int:
+    """A safetensors file begins with the length of its header."""
+    return int.from_bytes(data[:8], "little")
+
+
+def _digest(rows: Rows) -> str:
+    state = hashlib.sha256()
+    for name, values in sorted(rows.items()):
+        state.update(f"{name}\0{values.dtype.str}\0{values.shape}\0".encode())
+        state.update(np.ascontiguousarray(values).tobytes())
+    return state.hexdigest()
