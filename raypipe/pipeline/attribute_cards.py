@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import compress
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from raypipe.errors import UsageError
 from raypipe.metrics.ranking import Mean
+from raypipe.pipeline.forgotten import forgotten_keys, locked_traces
 from raypipe.pipeline.loaded import Loaded
 from raypipe.recommenders.attribute_scores import along, load_scores
 from raypipe.recommenders.evaluation import HeldOut
@@ -54,11 +56,18 @@ against it. Recommendations are those after all but the last event.</small></p>
 
 
 def write_attribute_cards(
-    config: ModelCache, workspace: Workspace, loaded: Loaded, held: HeldOut, count: int, *, filter_seen: bool
+    config: ModelCache,
+    workspace: Workspace,
+    loaded: Loaded,
+    held: HeldOut,
+    count: int,
+    lease_s: float,
+    *,
+    filter_seen: bool,
 ) -> str:
     """Writes `evaluations/<model hash>/attributes.html`; returns its URI. `count` users of those that are asked, by hash.
 
-    Raises UsageError for a model that no scores are in.
+    Who is forgotten meanwhile is not among them. Raises UsageError for a model that no scores are in.
     """
     named = loaded.card.config.guided.scores
     if named is None:
@@ -84,14 +93,17 @@ def write_attribute_cards(
         standing = "" if mine is None else _standing(scores.names, mine, items, titles)
         cards.append(_card(at + 1, scores.names, history, standing, recommended))
     ends = {one["name"]: one for one in source.lineage["attributes"]}
-    page = _PAGE.format(
-        model=html.escape(f"{loaded.model.name}/{loaded.model.hash[:12]}"),
-        users=f"{len(cards)} of {len(held.targets):,} users, chosen by hash",
-        cards="\n".join(cards),
-        attributes="\n".join(_ends(ends[name], items[:, column], titles) for column, name in enumerate(scores.names)),
-    )
+    attributes = "\n".join(_ends(ends[name], items[:, column], titles) for column, name in enumerate(scores.names))
     path = Evaluations(workspace.store).page(loaded.model.hash)
-    workspace.store.put(path, page.encode())
+    with locked_traces(workspace, "evaluate", lease_s):
+        kept = list(compress(cards, ~np.isin(prefixes.users, forgotten_keys(workspace))))
+        page = _PAGE.format(
+            model=html.escape(f"{loaded.model.name}/{loaded.model.hash[:12]}"),
+            users=f"{len(kept)} of {len(held.targets):,} users, chosen by hash",
+            cards="\n".join(kept),
+            attributes=attributes,
+        )
+        workspace.store.put(path, page.encode())
     return workspace.store.object_uri(path)
 
 

@@ -2,7 +2,7 @@
 
 `candidates/<key>.parquet` holds of each user `user_key` (int64, the stable hash of the id), `items` (catalogue indices, the chosen
 one among them) and `place`, where that one stands. The key is a hash of the draw's options and of everybody's history, so
-that nothing that changes a set keeps its name; `forget` deletes all of them.
+that nothing that changes a set keeps its name; `forget` deletes all of them, and none is stored with who was forgotten since.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raypipe.data.candidates import CandidateSets, candidate_sets, history_seeds
+from raypipe.pipeline.forgotten import forgotten_keys, locked_traces
 from raypipe.pipeline.sequences import histories_hash, user_keys
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.hashing import digest_lanes
+from raypipe.storage.locks import LEASE_S
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.trsr import CandidateOptions
 
@@ -48,7 +50,10 @@ def stored_candidates(
         columns = [sets.keys, pa.array(list(sets.items), _SCHEMA.field("items").type), sets.places.astype(np.int32)]
         file = io.BytesIO()
         pq.write_table(pa.table(columns, schema=_SCHEMA), file)
-        workspace.store.create(path, file.getvalue())
+        with locked_traces(workspace, "align", LEASE_S):
+            # Of histories in which somebody is who was forgotten meanwhile nobody will ask again.
+            if not np.isin(sets.keys, forgotten_keys(workspace)).any():
+                workspace.store.create(path, file.getvalue())
         return key, sets
     rows = pq.read_table(io.BytesIO(data), schema=_SCHEMA)
     items = rows["items"].combine_chunks().flatten().to_numpy().reshape(rows.num_rows, options.negatives + 1)

@@ -47,7 +47,7 @@ def run_evaluate(config: EvaluateConfig) -> JobResult:
     held = held_out(workspace, [model])
     options = {"filter_seen": config.filter_seen}
     if config.cards:
-        page = write_attribute_cards(config, workspace, loaded, held, config.cards, **options)
+        page = write_attribute_cards(config, workspace, loaded, held, config.cards, config.lock_lease_s, **options)
         say(f"{JOB}: attributes are drawn in {page}")
     rows = {
         "popularity": evaluate_floor(Popularity(held.training, held.items), held, **options),

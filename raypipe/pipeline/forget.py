@@ -28,7 +28,7 @@ from raypipe.config import free
 from raypipe.errors import UsageError
 from raypipe.pipeline.forget_traces import forget_in_cards, forget_in_judgements, holds_user, rejects_to_keep
 from raypipe.pipeline.forget_units import ForgetBucket
-from raypipe.pipeline.forgotten import forgotten_keys
+from raypipe.pipeline.forgotten import forgotten_keys, locked_traces
 from raypipe.pipeline.job import cost_of, read_users
 from raypipe.pipeline.online import OnlineConfig, run_online
 from raypipe.pipeline.rebucket import BUCKETED
@@ -203,9 +203,12 @@ def _sweep(workspace: Workspace, config: ForgetConfig, users: Sequence[str]) -> 
     releases = Releases(store).all()
     for date in nights.dates():
         forget_in_cards(store, date, users)
-    forget_in_judgements(store, users)
-    # Its users have numbers and no ids: who is drawn cannot be told.
-    Evaluations(store).drop_pages()
+    with locked_traces(workspace, JOB, config.lock_lease_s):
+        forget_in_judgements(store, users)
+        # Its users have numbers and no ids: who is drawn cannot be told.
+        Evaluations(store).drop_pages()
+        # Candidate sets are drawn anew when they are asked for.
+        store.delete_folder("candidates")
     # Of everybody who was ever forgotten: a model may have come back from a backup.
     of_models, models = forget_in_models(store, forgotten_keys(workspace))
     for model in models:
@@ -214,10 +217,9 @@ def _sweep(workspace: Workspace, config: ForgetConfig, users: Sequence[str]) -> 
             "and let `raypipe vacuum` delete it once no release and no other model names it"
         )
     # Canaries are of few users and are never published, spills of runs that are over and of trainings that nobody runs.
-    # Candidate sets are drawn anew when they are asked for.
     for place in trainings_outside(store):
         say(f"{JOB}: a training that has not ended keeps histories outside of the workspace; delete {place}")
-    for folder in ("canary", "staging", "candidates"):
+    for folder in ("canary", "staging"):
         store.delete_folder(folder)
     for job in store.folders("ledger"):
         ledger = workspace.ledger(job)

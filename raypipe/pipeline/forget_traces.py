@@ -5,7 +5,8 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -95,13 +96,12 @@ def forget_in_judgements(store: Store, users: Sequence[str]) -> None:
     named = set(users)
     for entry in store.list("judgements"):
         report = json.loads(store.read(entry.path))
-        stay = [user not in named for user in report["users"]]
-        if all(stay):
-            continue
-        report["users"] = _kept(report["users"], stay)
-        report["ratings"] = {judge: _kept(given, stay) for judge, given in report["ratings"].items()}
-        store.put(entry.path, json.dumps(report, ensure_ascii=False, indent=1).encode())
+        if named & set(report["users"]):
+            store.put(entry.path, json.dumps(without_users(report, named), ensure_ascii=False, indent=1).encode())
 
 
-def _kept(values: Sequence[Any], stay: Sequence[bool]) -> list[Any]:
-    return [value for value, keep in zip(values, stay, strict=True) if keep]
+def without_users(report: Mapping[str, Any], users: Set[str]) -> dict[str, Any]:
+    """A judgement without what was said of the users; its figures stay."""
+    stay = [user not in users for user in report["users"]]
+    ratings = {judge: list(compress(given, stay)) for judge, given in report["ratings"].items()}
+    return {**report, "users": list(compress(report["users"], stay)), "ratings": ratings}

@@ -18,6 +18,8 @@ from pydantic import field_validator
 from raypipe.config import shaping
 from raypipe.engines.engine import EngineConfig
 from raypipe.errors import UsageError
+from raypipe.pipeline.forget_traces import without_users
+from raypipe.pipeline.forgotten import forgotten_users, locked_traces
 from raypipe.pipeline.job import cost_of
 from raypipe.pipeline.judged import EXPLANATION_PIECES, SUMMARY_PIECES, sample_explanations, sample_summaries
 from raypipe.pipeline.loaded import BUILTIN, find_builtin_lm
@@ -98,7 +100,9 @@ def run_judge(config: JudgeConfig) -> JobResult:
         "metrics": metrics,
     }
     path = f"judgements/{key}.json"
-    workspace.store.put(path, json.dumps(report, ensure_ascii=False, indent=1).encode())
+    with locked_traces(workspace, JOB, config.lock_lease_s):
+        kept = without_users(report, forgotten_users(workspace, sample.users))
+        workspace.store.put(path, json.dumps(kept, ensure_ascii=False, indent=1).encode())
     _say(ratings, metrics)
     say(f"{JOB}: every rating is in {workspace.store.object_uri(path)}")
     cost = cost_of(spent, time.monotonic() - started)

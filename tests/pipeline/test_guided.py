@@ -16,7 +16,7 @@ from raypipe.cli.main import main
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
 from raypipe.language.catalogue import Catalogue
 from raypipe.language.number_slots import NumberForm
-from raypipe.pipeline import guided
+from raypipe.pipeline import attribute_cards, guided
 from raypipe.pipeline.sequences import user_keys
 from raypipe.recommenders.attribute_scores import AttributeScores, load_scores, save_scores
 from raypipe.recommenders.checkpoint import Card, catalogue_card, load_recommender
@@ -219,7 +219,7 @@ def test_who_is_forgotten_while_scores_are_made_is_not_among_them(
 
 
 def test_scores_that_fill_columns_change_what_is_recommended_and_nothing_else(
-    raypipe: Run, films: str, tmp_path: Path
+    raypipe: Run, films: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planted = store_planted(films, tmp_path / "planted")
     options = ("--recommender.guided.scores", "guided", "--recommender.guided.base", "sasrec")
@@ -268,6 +268,20 @@ def test_scores_that_fill_columns_change_what_is_recommended_and_nothing_else(
     # Each recommendation's bars add up to its score: two attributes behind the history's part.
     per_user = np.array(bars).reshape(3, 2 + 15)[:, 2:].reshape(15, 3)
     np.testing.assert_allclose(per_user.sum(1), sums, atol=0.02)
+
+    # Who is forgotten while the page is drawn is not on it.
+    drawn = attribute_cards.top_lists
+
+    def forget_meanwhile(model, prefixes, *rest, **options):
+        (hers, *_) = [user for user in histories() if user_keys(pa.array([user]))[0] == prefixes.users[0]]
+        assert raypipe("forget", "--workspace", films, "--user", hers).metrics["rows_of_models_removed"] == 2
+        monkeypatch.setattr(attribute_cards, "top_lists", drawn)
+        return drawn(model, prefixes, *rest, **options)
+
+    monkeypatch.setattr(attribute_cards, "top_lists", forget_meanwhile)
+    again = raypipe("evaluate", "--workspace", films, "--model", f"sasrec/{model.hash}", "--cards", 3)
+    assert again.code == 0, again.stderr
+    assert re.findall(r"<h2>(User \d)", page.read_text()) == ["User 2", "User 3"]
     plain = raypipe("evaluate", "--workspace", films, "--model", f"sasrec/{base.hash}", "--cards", 3)
     assert plain.code == 2
     assert "has no guided scores to be drawn" in one_paragraph(plain.stderr)

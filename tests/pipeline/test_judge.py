@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager
 
 import pytest
 
+from raypipe.errors import UnavailableError
+from raypipe.pipeline import forget, judge
 from raypipe.pipeline.judged import sample_summaries
+from raypipe.storage.locks import hold
 from raypipe.storage.store import Store
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.summaries import SummariesConfig
@@ -37,6 +41,51 @@ def test_an_endpoint_and_the_rule_rate_the_same_users(raypipe: Run, summarised: 
     assert ended.metrics["rule.mean"] == 0
     assert all("Below is what one person chose" in prompt and "Summary: " in prompt for prompt in asked)
     assert report["judges"]["endpoint"]["http"]["model"] == "m"
+
+
+def test_who_is_forgotten_while_judges_rate_is_in_no_judgement(
+    raypipe: Run, summarised: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, sampled, asked = Store(summarised), judge.sample_summaries, judge.forgotten_users
+
+    def forget_meanwhile(*given):
+        sample = sampled(*given)
+        assert "u7" in sample.users
+        assert raypipe("forget", "--workspace", summarised, "--user", "u7").code == 0
+        return sample
+
+    def ask_under_the_lock(*given):
+        with pytest.raises(UnavailableError), locked_at_once(store):
+            pass
+        return asked(*given)
+
+    monkeypatch.setattr(judge, "sample_summaries", forget_meanwhile)
+    monkeypatch.setattr(judge, "forgotten_users", ask_under_the_lock)
+    ended = raypipe("judge", "--workspace", summarised)
+    assert (ended.code, ended.metrics["users"]) == (0, 25)
+    report = json.loads(store.read(f"judgements/{ended.result['run_key']}.json"))
+    assert set(report["users"]) == {*(f"u{n}" for n in range(1, 25)), "long"} - {"u7"}
+    assert len(report["users"]) == len(report["ratings"]["rule"]) == 24
+
+
+def test_forgetting_takes_users_out_of_judgements_under_the_lock_of_who_writes_them(
+    raypipe: Run, summarised: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swept = []
+
+    def sweep(store, users):
+        with pytest.raises(UnavailableError), locked_at_once(store):
+            pass
+        swept.append(list(users))
+
+    monkeypatch.setattr(forget, "forget_in_judgements", sweep)
+    assert raypipe("forget", "--workspace", summarised, "--user", "u7").code == 0
+    assert swept == [["u7"]]
+
+
+def locked_at_once(store: Store) -> AbstractContextManager[object]:
+    """The lock of what names users beside tables; UnavailableError where somebody holds it."""
+    return hold(store, ["traces"], "somebody else")
 
 
 def test_events_that_a_summary_leaves_out_are_not_shown_to_who_judges_it(raypipe: Run, summarised: str) -> None:
