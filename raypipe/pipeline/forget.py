@@ -26,7 +26,7 @@ import pyarrow as pa
 
 from raypipe.config import free
 from raypipe.errors import UsageError
-from raypipe.pipeline.forget_traces import forget_in_cards, forget_in_judgements, holds_user, rejects_to_keep
+from raypipe.pipeline.forget_traces import Sought, forget_in_cards, forget_in_judgements
 from raypipe.pipeline.forget_units import ForgetBucket
 from raypipe.pipeline.forgotten import forgotten_keys, locked_traces
 from raypipe.pipeline.job import cost_of, read_users
@@ -78,14 +78,15 @@ def run_forget(config: ForgetConfig) -> JobResult:
         refuse_open_runs(workspace, JOB)
         _move_nights(workspace, _last(workspace))
         base = session.versions(*_WRITES, "rejects")
-        _check_night_in_force(workspace, base, users)
+        sought = Sought(workspace, users)
+        _check_night_in_force(sought, base)
         recipe = fingerprint({"step": STEP_VERSION, "users": sorted(digest(user) for user in users)})
         run = session.run(recipe, {}, base, WHOLE, {"users": len(users)})
         places = _buckets(users, session.info.buckets)
         units = [Unit("bucket", bucket) for bucket in sorted(places)]
         receipts = session.phase(run, units, partial(ForgetBucket, workspace, base, places), JOB)
-        result = _publish(session, run, users, base, list(receipts.values()), started)
-        dropped = _move_nights(workspace, run, users)
+        result = _publish(session, run, sought, base, list(receipts.values()), started)
+        dropped = _move_nights(workspace, run, sought)
         removed = _sweep(workspace, config, users)
     _load_anew(workspace, config)
     say(f"{JOB}: {len(users):,} users have a tombstone; {result.metrics['rows_forgotten']:,} rows of theirs are gone")
@@ -110,12 +111,11 @@ def _buckets(users: Sequence[str], buckets: int) -> dict[int, list[str]]:
     return found
 
 
-def _check_night_in_force(workspace: Workspace, base: Mapping[str, int], users: Sequence[str]) -> None:
+def _check_night_in_force(sought: Sought, base: Mapping[str, int]) -> None:
     """A night in force of older tables that hold a user can be neither kept nor moved. Raises UsageError."""
-    night = Nights(workspace.store).current()
+    night = Nights(sought.workspace.store).current()
     if night is not None and any(
-        version != base.get(name) and holds_user(workspace, name, version, users)
-        for name, version in night.tables.items()
+        version != base.get(name) and sought.are_in(name, version) for name, version in night.tables.items()
     ):
         raise UsageError(
             f"The night in force, of {night.date}, reads older tables than the newest, and a user who is to be forgotten is "
@@ -127,7 +127,7 @@ def _check_night_in_force(workspace: Workspace, base: Mapping[str, int], users: 
 def _publish(
     session: Session,
     run: Run,
-    users: Sequence[str],
+    sought: Sought,
     base: Mapping[str, int],
     receipts: Sequence[Receipt],
     started: float,
@@ -135,8 +135,8 @@ def _publish(
     workspace = session.workspace
     tombstones, rejects = workspace.tables["tombstones"], workspace.tables["rejects"]
     parts = []
-    known = is_forgotten(pa.array(users, pa.string()), tombstones.read(base["tombstones"]))
-    if new := [user for user, there in zip(users, known.tolist(), strict=True) if not there]:
+    known = is_forgotten(sought.users, tombstones.read(base["tombstones"]))
+    if new := sought.users.filter(pa.array(~known)).to_pylist():
         parts.append(
             Publish("tombstones", "append", [tombstones.stage(tombstone_rows(new), f"{run.run_key[:12]}-driver")])
         )
@@ -153,13 +153,13 @@ def _publish(
             parts.append(Publish(name, "overwrite", mine, replaces))
     for values, files in rejects.partitions(base["rejects"]):
         rows = rejects.read_files(files, REJECTS.columns.names)
-        stay = rejects_to_keep(rows, str(values["table"]), users)
+        stay = sought.rejects_to_keep(rows, str(values["table"]))
         if not stay.all():
             forgotten += int((~stay).sum())
             kept = rows.filter(pa.array(stay))
             staged = [rejects.stage(kept, f"{run.run_key[:12]}-driver", values)] if kept.num_rows else []
             parts.append(Publish("rejects", "overwrite", staged, [values]))
-    metrics = {"users": len(users), "tombstones_added": len(new), "rows_forgotten": forgotten}
+    metrics = {"users": len(sought.users), "tombstones_added": len(new), "rows_forgotten": forgotten}
     status = "ok" if parts else "nothing_to_do"
     cost = cost_of(Usage(), time.monotonic() - started)
     result = JobResult(JOB, status, run.run_key, {part.table: {} for part in parts}, metrics=metrics, cost=cost)
@@ -172,8 +172,9 @@ def _last(workspace: Workspace) -> Run | None:
     return run if run is not None and "tables" in (run.result() or {}) else None
 
 
-def _move_nights(workspace: Workspace, run: Run | None, users: Sequence[str] = ()) -> int:
-    """Nights of the tables that a run replaced read its tables; those of older ones that hold a user go. How many went."""
+def _move_nights(workspace: Workspace, run: Run | None, sought: Sought | None = None) -> int:
+    """Nights of the tables that a run replaced read its tables; those of older ones that hold a user who is sought go. How many
+    went."""
     if run is None:
         return 0
     result = run.result()
@@ -189,7 +190,7 @@ def _move_nights(workspace: Workspace, run: Run | None, users: Sequence[str] = (
         if tables != dict(night.tables):
             tables |= {name: version for name, version in after.items() if before.get(name) == ABSENT}
             nights.rewrite(replace(night, tables=tables))
-        if any(holds_user(workspace, name, version, users) for name, version in tables.items()):
+        if sought is not None and any(sought.are_in(name, version) for name, version in tables.items()):
             nights.remove(date)
             dropped += 1
     return dropped

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from itertools import compress
 from typing import Any
@@ -14,69 +15,122 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from raypipe.data.jsonlines import scalar_text
 from raypipe.storage.hashing import stable_hash
 from raypipe.storage.schemas import REJECTS
 from raypipe.storage.store import Store
+from raypipe.storage.tables import StagedFile, Table
 from raypipe.storage.workspace import Workspace
 
 _ARTICLE = re.compile(r"<article><h2>User (.*?) <small>.*?</article>\n?", re.DOTALL)
 # The tables whose rejects are keyed by the user; those of logs are keyed by a place in a file.
 _OF_LOGS = "histories"
 _OF_NOBODY = "items"
+# In Arrow's dialect: what \w is not, and what JSON writes in the place of a character that is not.
+_BETWEEN_WORDS = r"[^\pL\pN_]+"
+_ESCAPED = r"\\(?:u[0-9a-fA-F]{4}|.)"
+_ROWS_AT_ONCE = 1 << 17
 
 
-def rejects_to_keep(rows: pa.Table, table: str, users: Sequence[str]) -> NDArray[np.bool_]:
-    """Which rejects of a table are of none of the users: [rows].
+class Sought:
+    """Users, and where they are. Of a workspace's files each is read once, however many versions share it.
 
     A rejected row of a log says what stood where in the log's own words, or is a line nobody could read: it is a user's
     where the id is one of its values, or stands alone in the line.
     """
-    if table == _OF_NOBODY:
-        return np.ones(rows.num_rows, bool)
-    named = set(users)
-    if table != _OF_LOGS:
-        mine = pc.is_in(rows["key"].combine_chunks(), value_set=pa.array(users, pa.string()))
-        return ~mine.to_numpy(zero_copy_only=False)
-    alone = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, users))})(?!\w)")
-    return np.array([not _is_of(json.loads(row), named, alone) for row in rows["row"].to_pylist()], bool)
+
+    def __init__(self, workspace: Workspace, users: Sequence[str]) -> None:
+        self.workspace = workspace
+        self.users = pa.array(users, pa.string())
+        self.hashes = stable_hash(self.users)
+        self.named = frozenset(users)
+        self.by_word, self.wordless = _by_word(self.users)
+        self._found: dict[tuple[str, str], bool] = {}
+
+    def are_in(self, name: str, version: int) -> bool:
+        """Whether a version of a table holds a row of one of the users."""
+        if not self.named or name in {"logs", "items", "item_states", "tombstones"}:
+            return False
+        table = self.workspace.tables[name]
+        return any(self._are_in_file(table, file) for file in table.files(version))
+
+    def _are_in_file(self, table: Table, file: StagedFile) -> bool:
+        place = (table.spec.name, file.path)
+        if place not in self._found:
+            self._found[place] = self._read(table, file)
+        return self._found[place]
+
+    def _read(self, table: Table, file: StagedFile) -> bool:
+        if table.spec.name == REJECTS.name:
+            rows = table.read_files([file], REJECTS.columns.names)
+            return not self.rejects_to_keep(rows, file.partition["table"]).all()
+        # Older versions may have fewer buckets: a user is where some of the hash's last bits say.
+        bucket = int(file.partition["bucket"])
+        bits = np.uint64((1 << max(2, bucket.bit_length())) - 1)
+        if not np.any((self.hashes & bits) == bucket):
+            return False
+        there = table.read_files([file], ["user_id"])["user_id"]
+        return bool(pc.any(pc.is_in(there, value_set=self.users)).as_py())
+
+    def rejects_to_keep(self, rows: pa.Table, table: str) -> NDArray[np.bool_]:
+        """Which rejects of a table are of none of the users: [rows]."""
+        if table == _OF_NOBODY:
+            return np.ones(rows.num_rows, bool)
+        if table != _OF_LOGS:
+            mine = pc.is_in(rows["key"].combine_chunks(), value_set=self.users)
+            return ~mine.to_numpy(zero_copy_only=False)
+        parts = (part["row"] for part in rows.select(["row"]).to_batches(_ROWS_AT_ONCE))
+        return np.concatenate([np.zeros(0, bool), *(self._log_rows_to_keep(part) for part in parts)])
+
+    def _log_rows_to_keep(self, rows: pa.Array) -> NDArray[np.bool_]:
+        """Rows of logs as JSON. Few of them hold a word of an id, and only those are looked at one by one."""
+        words = pc.split_pattern_regex(pc.replace_substring_regex(rows, _ESCAPED, " "), _BETWEEN_WORDS)
+        known = pc.is_in(words.flatten(), value_set=pa.array(self.by_word, pa.string()))
+        suspect = np.zeros(len(rows), bool)
+        suspect[pc.list_parent_indices(words).filter(known).to_numpy()] = True
+        for user in self.wordless:
+            spelled = json.dumps(user, ensure_ascii=False)[1:-1]
+            suspect |= pc.match_substring(rows, spelled).to_numpy(zero_copy_only=False)
+        stay = np.ones(len(rows), bool)
+        for place in np.flatnonzero(suspect).tolist():
+            stay[place] = not self._is_theirs(rows[place].as_py(), words[place].as_py())
+        return stay
+
+    def _is_theirs(self, row: str, words: Sequence[str]) -> bool:
+        told = json.loads(row)
+        if set(told) != {"line"}:
+            return any(value in self.named for value in _values(told))
+        line = str(told["line"])
+        suspects = {user for word in words for user in self.by_word.get(word, ())}
+        return any(_stands_alone(user, line) for user in {*suspects, *self.wordless})
 
 
-def _is_of(row: dict[str, Any], users: set[str], alone: re.Pattern[str]) -> bool:
-    if set(row) == {"line"}:
-        return alone.search(str(row["line"])) is not None
-    return any(str(value) in users for value in _values(row))
+def _by_word(users: pa.Array) -> tuple[dict[str, list[str]], list[str]]:
+    """Users by the word of their id that fewest of them have, and those whose ids have no words.
+
+    An id that stands alone in a text has its own words there, whole: between them are the signs between them in the id.
+    """
+    parts = pc.split_pattern_regex(users, _BETWEEN_WORDS).to_pylist()
+    words = {user: {*mine} - {""} for user, mine in zip(users.to_pylist(), parts, strict=True)}
+    counts = Counter(word for mine in words.values() for word in mine)
+    found: dict[str, list[str]] = {}
+    for user, mine in words.items():
+        if mine:
+            found.setdefault(min(mine, key=lambda word: (counts[word], -len(word), word)), []).append(user)
+    return found, [user for user, mine in words.items() if not mine]
 
 
-def _values(value: Any) -> Iterator[Any]:
+def _stands_alone(user: str, line: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(user)}(?!\w)", line) is not None
+
+
+def _values(value: Any) -> Iterator[str]:
+    """The values in a row, spelled as ids are."""
     if isinstance(value, dict | list):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _values(part)
-    else:
-        yield value
-
-
-def holds_user(workspace: Workspace, name: str, version: int, users: Sequence[str]) -> bool:
-    """Whether a version of a table holds a row of one of the users."""
-    table = workspace.tables[name]
-    if not users or name in {"logs", "items", "item_states", "tombstones"}:
-        return False
-    if name == REJECTS.name:
-        partitions = table.partitions(version)
-        return any(
-            not rejects_to_keep(table.read_files(files, REJECTS.columns.names), str(values["table"]), users).all()
-            for values, files in partitions
-        )
-    value_set = pa.array(users, pa.string())
-    hashes = stable_hash(value_set)
-    for values, files in table.partitions(version):
-        # Older versions may have fewer buckets: a user is where some of the hash's last bits say.
-        bucket = int(values["bucket"])
-        bits = np.uint64((1 << max(2, bucket.bit_length())) - 1)
-        if not np.any((hashes & bits) == bucket):
-            continue
-        if pc.any(pc.is_in(table.read_files(files, ["user_id"])["user_id"], value_set=value_set)).as_py():
-            return True
-    return False
+    elif value is not None:
+        yield str(scalar_text(value))
 
 
 def forget_in_cards(store: Store, date: str, users: Sequence[str]) -> None:
