@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -22,8 +23,8 @@ from raypipe.pipeline.cards import choose_users
 from raypipe.pipeline.explain_units import pair_keys
 from raypipe.pipeline.loaded import Loaded
 from raypipe.pipeline.sequences import user_keys
-from raypipe.pipeline.summary_state import PromptCatalogue
-from raypipe.pipeline.user_rows import change_keys
+from raypipe.pipeline.summary_state import PromptCatalogue, Recipes, summarised
+from raypipe.pipeline.user_rows import are_standing, change_keys
 from raypipe.recommenders.prefixes import prefix_states
 from raypipe.recommenders.ranking import target_ranks
 from raypipe.recommenders.windows import Histories
@@ -56,7 +57,11 @@ class Sample:
 
 
 def sample_summaries(workspace: Workspace, summaries: SummariesConfig, count: int) -> Sample:
-    """The newest summaries of one paradigm; UsageError where there are none."""
+    """The newest summaries of one paradigm that are of today's histories and items.
+
+    The figure `stale` is how many others there were in the buckets read, None where no run tells how to know them. Raises
+    UsageError where there are none.
+    """
     tables = workspace.tables
     versions = {name: tables[name].version() for name in ("items", "histories", "summaries")}
     files = []
@@ -67,8 +72,24 @@ def sample_summaries(workspace: Workspace, summaries: SummariesConfig, count: in
             f"The workspace {workspace.uri} has no {summaries.paradigm} summaries.",
             "Run `raypipe summarize` first, or name the other with --summaries.paradigm.",
         )
-    chosen, histories = choose_users(workspace, files, versions["histories"], count)
     catalogue = PromptCatalogue(tables["items"].read(versions["items"]), summaries)
+    recipes = _recipes(workspace, summaries.variant)
+
+    def current(rows: pa.Table, owners: pa.Table, recipes: Recipes) -> pa.Array:
+        users, _, blocks = summarised(owners, recipes, summaries, catalogue)
+        return pa.array(are_standing(rows, users, blocks.change_key))
+
+    standing = _Standing(None if recipes is None else partial(current, recipes=recipes))
+    columns = ["user_id", "summary", "change_key"]
+    chosen, histories = choose_users(
+        workspace, files, versions["histories"], count, "summaries", columns, standing.keep
+    )
+    if not chosen.num_rows:
+        raise UsageError(
+            f"No {summaries.paradigm} summary is of a history and items as they are now.",
+            "Run `raypipe summarize` again, and give what it was told of blocks and windows to `judge` too, by --summaries.",
+        )
+    standing.tell("summaries")
     vocabulary = Vocabulary(chain.from_iterable(catalogue.values))
     users, texts = chosen["user_id"].to_pylist(), chosen["summary"].to_pylist()
     cases: list[Case] = []
@@ -80,7 +101,7 @@ def sample_summaries(workspace: Workspace, summaries: SummariesConfig, count: in
         cases.append(dict(zip(SUMMARY_PIECES, ("\n".join(map(catalogue.line, window)), summary), strict=True)))
         counts = value_counts(catalogue.values[index] for index in window)
         rule.append(rule_summary_rating(vocabulary.named(summary), counts))
-    return Sample(users, cases, rule)
+    return Sample(users, cases, rule, {"stale": standing.figure})
 
 
 def sample_explanations(workspace: Workspace, cache: ModelCache, variant: str, count: int) -> Sample:
@@ -103,16 +124,22 @@ def sample_explanations(workspace: Workspace, cache: ModelCache, variant: str, c
     columns = ["user_id", "item_index", "decision", "text", "change_key"]
     adapter, recipe = _who_explained(workspace, variant)
     contents = tables["items"].read(versions["items"], ["index", "content_hash"]).sort_by("index")["content_hash"]
-    current = _Current(recipe, contents.combine_chunks())
+
+    def current(rows: pa.Table, owners: pa.Table, recipe: str) -> pa.ChunkedArray:
+        keys = change_keys(owners["history_key"].combine_chunks(), recipe)
+        places = pc.index_in(rows["user_id"], value_set=owners["user_id"].combine_chunks())
+        wanted = pair_keys(pa.chunked_array([keys]).take(places), rows["item_index"], contents.combine_chunks())
+        return pc.equal(rows["change_key"], wanted)
+
+    standing = _Standing(None if recipe is None else partial(current, recipe=recipe))
     chosen, histories = choose_users(
-        workspace, files, versions["histories"], count, "explanations", columns, current.keep
+        workspace, files, versions["histories"], count, "explanations", columns, standing.keep
     )
     if not chosen.num_rows:
         raise UsageError(
             f"No explanation {variant} is of a history and an item as they are now.", "Run `raypipe explain` again."
         )
-    if current.stale:
-        say(f"judge: {current.stale:,} explanations are of histories or items that have changed since, and left out")
+    standing.tell("explanations")
     loaded = Loaded.of(cache, workspace, read_card(cache.fetch(workspace, adapter)).recommender)
     titles = distinct_titles(loaded.items["title"].to_pylist(), loaded.items["item_id"].to_pylist())
     values = [tuple(sorted(item_values(dict(pairs)))) for pairs in loaded.items["attributes"].to_pylist()]
@@ -139,27 +166,40 @@ def sample_explanations(workspace: Workspace, cache: ModelCache, variant: str, c
         )
     told = _coherence(loaded, prefixes, explained, chosen["text"].to_pylist(), users)
     apart = _distinctions(workspace, versions["explanations"], variant, chosen)
-    stale = current.stale if recipe is not None else None
-    return Sample(users, cases, rule, {"stale": stale, **told, **apart})
+    return Sample(users, cases, rule, {"stale": standing.figure, **told, **apart})
 
 
 @dataclass
-class _Current:
-    """Which explanations are of today's histories and items, and how many are not; `recipe` None: all are taken to be."""
+class _Standing:
+    """Rows that are of today's histories and items, and how many are not. `current` tells it of rows and their users' histories;
+    None: all are taken to be."""
 
-    recipe: str | None
-    contents: pa.Array
+    current: Callable[[pa.Table, pa.Table], pa.Array | pa.ChunkedArray] | None
     stale: int = 0
 
+    @property
+    def figure(self) -> int | None:
+        return None if self.current is None else self.stale
+
     def keep(self, rows: pa.Table, owners: pa.Table) -> pa.Table:
-        if self.recipe is None:
+        if self.current is None:
             return rows
-        keys = change_keys(owners["history_key"].combine_chunks(), self.recipe)
-        places = pc.index_in(rows["user_id"], value_set=owners["user_id"].combine_chunks())
-        wanted = pair_keys(pa.chunked_array([keys]).take(places), rows["item_index"], self.contents)
-        kept = rows.filter(pc.equal(rows["change_key"], wanted))
+        kept = rows.filter(self.current(rows, owners))
         self.stale += rows.num_rows - kept.num_rows
         return kept
+
+    def tell(self, what: str) -> None:
+        if self.stale:
+            say(f"judge: {self.stale:,} {what} are of histories or items that have changed since, and left out")
+
+
+def _recipes(workspace: Workspace, variant: str) -> Recipes | None:
+    """How the newest run made the summaries of a variant; None where the ledger does not tell, as of a run of an older raypipe."""
+    for run in workspace.ledger("summarize").finished():
+        facts = run.manifest["facts"]
+        if facts["variant"] == variant:
+            return Recipes(variant, **facts["recipes"]) if "recipes" in facts else None
+    return None
 
 
 def _who_explained(workspace: Workspace, variant: str) -> tuple[Model, str | None]:
@@ -185,7 +225,9 @@ def _prefixes(users: pa.Array, histories: Mapping[str, Sequence[int]]) -> Histor
 def _labels(loaded: Loaded, prefixes: Histories, items: NDArray[np.int32]) -> list[str | None]:
     """Whether each item is in the best fifth of what its user has not seen, yes, in the worse half, no, or between."""
     above, _ = target_ranks(loaded.recommender, prefixes, items)
-    seen = [len(set(prefixes.items[start:end])) for start, end in zip(prefixes.starts, prefixes.ends, strict=True)]
+    # Of items that came after the recommender there are none among those that it ranks.
+    known = prefixes.within(loaded.recommender.items)
+    seen = [len(set(known.items[start:end])) for start, end in zip(known.starts, known.ends, strict=True)]
     place: NDArray[np.float64] = above / np.maximum(loaded.recommender.items - np.array(seen), 1)
     return ["yes" if one < LIKED else "no" if one >= DISLIKED else None for one in place.tolist()]
 

@@ -95,6 +95,7 @@ def run_summarize(config: SummarizeConfig) -> JobResult:
                 "block_items": config.summaries.block_items,
                 # What of every user the language model has not read; of one that is not the workspace's nobody knows.
                 "model_hold_out": model and int(model.lineage.get("hold_out", 0)),
+                "recipes": {"block": recipes.block, "merge": recipes.merge},
             },
         )
         task = SummaryTask(

@@ -91,22 +91,7 @@ class BucketState:
         histories = workspace.tables["histories"].read(pins.histories, ["user_id", "items"], bucket=bucket)
         if users is not None:
             histories = histories.filter(pc.is_in(histories["user_id"], value_set=users))
-        if config.hold_out:
-            histories = histories.filter(pc.greater(pc.list_value_length(histories["items"]), config.hold_out))
-        self.users: pa.Array = histories["user_id"].combine_chunks()
-        lists = histories["items"].combine_chunks()
-        ends = pc.list_value_length(lists).to_numpy().astype(np.int64).cumsum()
-        self.histories = Histories(lists.flatten().to_numpy(), ends).without_last(config.hold_out)
-        self.blocks: BucketBlocks = cut_blocks(
-            self.histories.items,
-            self.histories.lengths,
-            catalogue.lanes,
-            block_items=config.block_items,
-            window_events=config.window_events if config.paradigm == "hierarchical" else None,
-            cumulative=config.paradigm == "recurrent",
-            block_recipe=recipes.block,
-            merge_recipe=recipes.merge,
-        )
+        self.users, self.histories, self.blocks = summarised(histories, recipes, config, catalogue)
 
     @cached_property
     def before(self) -> pa.Table:
@@ -200,6 +185,28 @@ class BucketState:
     def are_of_recipe(self, change_keys: pa.ChunkedArray) -> pa.ChunkedArray:
         """Which published rows were made by the present recipe, if maybe of an older history: bool [rows]."""
         return pc.starts_with(change_keys, self.recipes.merge[:RECIPE_DIGITS])
+
+
+def summarised(
+    histories: pa.Table, recipes: Recipes, config: SummariesConfig, catalogue: PromptCatalogue
+) -> tuple[pa.Array, Histories, BucketBlocks]:
+    """Whose histories (`user_id`, `items`) have a summary, what of them it is of, and the blocks it is made of."""
+    if config.hold_out:
+        histories = histories.filter(pc.greater(pc.list_value_length(histories["items"]), config.hold_out))
+    lists = histories["items"].combine_chunks()
+    ends = pc.list_value_length(lists).to_numpy().astype(np.int64).cumsum()
+    told = Histories(lists.flatten().to_numpy(), ends).without_last(config.hold_out)
+    blocks = cut_blocks(
+        told.items,
+        told.lengths,
+        catalogue.lanes,
+        block_items=config.block_items,
+        window_events=config.window_events if config.paradigm == "hierarchical" else None,
+        cumulative=config.paradigm == "recurrent",
+        block_recipe=recipes.block,
+        merge_recipe=recipes.merge,
+    )
+    return histories["user_id"].combine_chunks(), told, blocks
 
 
 def _pieces(values: list[T], lengths: NDArray[np.int64]) -> list[list[T]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,7 @@ from raypipe.storage.workspace import Workspace
 from raypipe.systems.summaries import SummariesConfig
 from tests.conftest import Run
 from tests.engines.chat_server import ChatServer
+from tests.pipeline.small_logs import DAY, SMALL_ITEMS, SMALL_LOG, START, write_catalogue, write_log
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -96,6 +98,41 @@ def test_events_that_a_summary_leaves_out_are_not_shown_to_who_judges_it(raypipe
     assert len(cut.users) > 10
     for user, case in zip(cut.users, cut.cases, strict=True):
         assert case["items"].splitlines() == shown[user][:-1]
+
+
+def test_summaries_of_events_and_items_that_have_changed_since_are_left_out_and_told(
+    raypipe: Run, summarised: str, files: Path
+) -> None:
+    log = write_log(files / "more.csv", [("u7", "i1", START + 99 * DAY), ("stranger", "i1", START)])
+    assert raypipe("ingest", "--workspace", summarised, "--log.path", log, "--log.columns.time", "time").code == 0
+    ended = raypipe("judge", "--workspace", summarised)
+    assert (ended.code, ended.metrics["cases"], ended.metrics["stale"]) == (0, 24, 1)
+    assert "judge: 1 summaries are of histories or items that have changed since, and left out" in ended.stderr
+    report = json.loads(Store(summarised).read(f"judgements/{ended.result['run_key']}.json"))
+    assert "u7" not in report["users"]
+    titles = {f"i{n}": f"Title {n}" for n in range(1, SMALL_ITEMS + 1)} | {"i2": "Another title"}
+    words = ("ingest", "--workspace", summarised, "--catalogue.path", write_catalogue(files / "items.csv", titles))
+    assert raypipe(*words).code == 0
+    choosers = {user for user, item, _ in SMALL_LOG if item == "i2" and user != "long"}
+    ended = raypipe("judge", "--workspace", summarised)
+    report = json.loads(Store(summarised).read(f"judgements/{ended.result['run_key']}.json"))
+    assert set(report["users"]) - {"long"} == {f"u{n}" for n in range(1, 25)} - choosers - {"u7"}
+
+    narrower = raypipe("judge", "--workspace", summarised, "--summaries.window_events", 5)
+    assert narrower.metrics["stale"] > ended.metrics["stale"]
+    words = ("summarize", "--workspace", summarised, "--engine.engine", "echo")
+    assert raypipe(*words).code == 0
+    again = raypipe("judge", "--workspace", summarised)
+    assert (again.metrics["cases"], again.metrics["stale"]) == (26, 0)
+    # Of a window as the judge was told there is none.
+    other = raypipe("judge", "--workspace", summarised, "--summaries.block_items", 50)
+    assert (other.code, "No hierarchical summary is of a history and items as they are now" in other.stderr) == (
+        2,
+        True,
+    )
+    Store(summarised).delete_folder("ledger/summarize")
+    untold = raypipe("judge", "--workspace", summarised)
+    assert (untold.metrics["cases"], untold.metrics["stale"]) == (26, None)
 
 
 def test_a_workspace_without_summaries_says_what_to_run(raypipe: Run, ingested: str) -> None:
