@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -78,7 +78,7 @@ def check_written(workspace: Workspace, variant: str, hold_out: int, block_items
     """Raises UsageError where the newest run that wrote summaries of this variant tells that its language model may have read
     some of everybody's last `hold_out` events, or that its blocks were not of `block_items`."""
     runs = (run.manifest["facts"] for run in workspace.ledger("summarize").finished())
-    facts = next((facts for facts in runs if facts["variant"] == variant), {})
+    facts: dict[str, Any] = next((facts for facts in runs if facts["variant"] == variant), {})
     left_out = facts.get("model_hold_out")
     if left_out is not None and left_out < hold_out:
         raise UsageError(
