@@ -100,7 +100,7 @@ def run_encoding(
             config.cluster.connect()
         budget = Budget(encoding.limits, run.spent("users"))
         units = [Unit("users", index) for index in range(session.info.buckets)]
-        receipts = session.phase(run, units, partial(EncodeBucket, task, budget), encoding.job, encoding.gate)
+        receipts = session.phase(run, units, partial(EncodeBucket, task, budget), encoding.job, encoding.gate, budget)
         parts = bucket_parts(receipts.values(), encoding.variant, (encoding.output,))
         if encoding.item_states is not None:
             parts += _item_states(session, run, encoding.variant, encoding.item_states[1:], base["item_states"])
@@ -143,6 +143,7 @@ def _finish(
         "computed": counts.ok,
         "rejected": counts.rejected,
         **counts.skipped,
+        "stale": sum(receipt.facts["stale"] for receipt in receipts),
         "bytes_written": sum(file.size for part in parts for file in part.files),
     }
     tables = {

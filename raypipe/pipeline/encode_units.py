@@ -58,7 +58,7 @@ class EncodeTask:
 
 
 class EncodeBucket:
-    """Computes the rows of one bucket's changed users and carries the others over."""
+    """Computes the rows of one bucket's changed users and carries the others' over."""
 
     def __init__(self, task: EncodeTask, budget: Budget) -> None:
         self.task, self.budget = task, budget
@@ -93,16 +93,18 @@ class EncodeBucket:
         computed = len(work) - len(made.failed) - sum(left.values())
         counts = Counts(len(state.users), computed, len(made.failed), skipped)
         staged: dict[str, Sequence] = {}
+        places = [rows["place"].to_numpy() for rows in made.tables]
+        carried = state.carried_over(np.unique(np.concatenate([np.zeros(0, np.int64), *places])))
         # Users of whom there is nothing to say stay changed for ever: they alone are no reason to write the others anew.
-        if made.tables or made.failed or state.kept.num_rows < state.before.num_rows:
+        if made.tables or made.failed or carried.rows.num_rows < state.before.num_rows:
             context.journal([])
-            staged = self._stage(state, made, context)
+            staged = self._stage(state, made, carried.rows, context)
         schemas = {task.output: schema_hash(task.workspace.tables[task.output].spec.schema)}
         usage = made.usage + Usage(seconds=time.monotonic() - started)
-        facts = {"reasons": dict(made.failed.values())}
+        facts = {"stale": carried.stale, "reasons": dict(made.failed.values())}
         return Receipt(unit, counts, usage, staged, schemas, facts, context.attempt)
 
-    def _stage(self, state: UserRows, made: Made, context: UnitContext) -> dict[str, Sequence]:
+    def _stage(self, state: UserRows, made: Made, carried: pa.Table, context: UnitContext) -> dict[str, Sequence]:
         task = self.task
         spec = task.workspace.tables[task.output].spec
         fresh = [
@@ -113,7 +115,7 @@ class EncodeBucket:
             for rows in made.tables
         ]
         order = [(name, "ascending") for name in spec.key if name != "variant"]
-        rows = pa.concat_tables([state.kept, *fresh]).sort_by(order)
+        rows = pa.concat_tables([carried, *fresh]).sort_by(order)
         table = output_table(task.workspace, task.output, task.scope, context.run.run_key)
         partition: dict[str, str | int] = {"variant": task.variant, "bucket": state.bucket}
         staged: dict[str, Sequence] = {task.output: [table.stage(rows, context.file_name(), partition)]}

@@ -39,7 +39,7 @@ from raypipe.storage.workspace import Workspace
 from raypipe.systems.recexplainer import ExplainerConfig
 
 JOB = "explain"
-STEP_VERSION = 3
+STEP_VERSION = 4
 
 
 class ExplainOptions(CapOptions, ModelCache):
@@ -205,9 +205,8 @@ def run_explain(config: ExplainConfig) -> JobResult:
         if limits.any:
             config.cluster.connect()
         budget = Budget(limits, run.spent("users"))
-        receipts = session.phase(
-            run, units, partial(ExplainBucket, task, budget), JOB, RejectGate(config.max_reject_rate)
-        )
+        gate = RejectGate(config.max_reject_rate)
+        receipts = session.phase(run, units, partial(ExplainBucket, task, budget), JOB, gate, budget)
         parts = bucket_parts(receipts.values(), variant, (TABLE,))
         result = _result(config, run.run_key, receipts.values(), parts, started)
         published = session.publish(run, parts, result)
@@ -241,6 +240,7 @@ def _result(
         "computed": counts.ok,
         "rejected": counts.rejected,
         **counts.skipped,
+        "stale": sum(receipt.facts["stale"] for receipt in receipts),
         **{f"{name}_share": round(facts[name] / explained, 4) if explained else None for name in FIGURES[1:]},
     }
     if counts.skipped.get("capped"):

@@ -21,7 +21,7 @@ from raypipe.metrics.text import item_values
 from raypipe.metrics.unfounded import Titles
 from raypipe.pipeline.micro_batches import run_micro_batches, used
 from raypipe.pipeline.rejects import blocked_users, stage_rejected
-from raypipe.pipeline.user_rows import UserRows
+from raypipe.pipeline.user_rows import CarriedOver, UserRows, carry_over
 from raypipe.recommenders.checkpoint import load_recommender
 from raypipe.recommenders.ranking import batches_by_length, sequences_of
 from raypipe.recommenders.recommender import Recommender, freeze
@@ -75,17 +75,18 @@ class ExplainTask:
 
 @dataclass(frozen=True)
 class Due:
-    """Of one bucket: how many pairs it has, published rows that still stand, `work`, the pairs to be explained (user_id,
-    item_index, place among the bucket's users, change_key), and how many were skipped for which reason."""
+    """Of one bucket: its `pairs` (user_id, item_index, place among the bucket's users, change_key), those of them that are to be
+    explained, `work`, and how many were skipped for which reason. Only of pairs that are `shown` (user_id, item_index) may an
+    older explanation stay."""
 
-    pairs: int
-    kept: pa.Table
+    pairs: pa.Table
+    shown: pa.Table
     work: pa.Table
     skipped: dict[str, int]
 
 
 class ExplainBucket:
-    """Writes the explanations of one bucket's pairs that are new or whose history changed; the others are carried over."""
+    """Writes the explanations of one bucket's pairs that are new or whose history changed; the others' are carried over."""
 
     def __init__(self, task: ExplainTask, budget: Budget) -> None:
         self.task, self.budget = task, budget
@@ -121,15 +122,18 @@ class ExplainBucket:
         due = self.due(state)
         results = self._explain(state, due.work, context)
         failed = [at for at, result in results.items() if result.reason]
+        good = [at for at, result in results.items() if not result.reason]
+        carried = self._carried_over(state.before, due, due.work.take(pa.array(good, pa.int64())))
         skipped = {**due.skipped, "capped": due.work.num_rows - len(results)}
-        counts = Counts(due.pairs, len(results) - len(failed), len(failed), skipped)
+        counts = Counts(due.pairs.num_rows, len(good), len(failed), skipped)
         staged: dict[str, Sequence[StagedFile]] = {}
-        if results or due.kept.num_rows < state.before.num_rows:
+        if results or carried.rows.num_rows < state.before.num_rows:
             context.journal([])
-            staged = self._stage(state, due.kept, due.work, results, context)
+            staged = self._stage(state, carried.rows, due.work, results, context)
         usage = used(results.values()) + Usage(seconds=time.monotonic() - started)
         facts = {
             **self._figures(state, due.work, results),
+            "stale": carried.stale,
             "reasons": {result.reason: result.message for result in results.values() if result.reason},
         }
         return Receipt(unit, counts, usage, staged, {TABLE: schema_hash(EXPLANATIONS.schema)}, facts, context.attempt)
@@ -140,28 +144,31 @@ class ExplainBucket:
         return UserRows(task.workspace, bucket, TABLE, task.variant, task.recipe, *versions, task.users)
 
     def due(self, state: UserRows) -> Due:
-        """What of a bucket is to be explained, what stands, and what is left out."""
-        pairs = self._pairs(state)
-        kept, free, skipped = state.divide(pairs, self.blocked)
+        """What of a bucket is to be explained, and what is left out."""
+        task = self.task
+        if task.pairs is not None:
+            pairs = shown = task.pairs
+        else:
+            lists = task.workspace.tables["recommendations"].read(
+                task.versions["recommendations"], ["user_id", "items"], variant=task.recommended, bucket=state.bucket
+            )
+            lists = lists.filter(pc.greater(pc.list_value_length(lists["items"]), 0))
+            users, items = lists["user_id"].combine_chunks(), lists["items"].combine_chunks()
+            pairs = pa.table({"user_id": users, "item_index": pc.list_element(items, 0)})
+            shown = pa.table({"user_id": users.take(pc.list_parent_indices(items)), "item_index": items.flatten()})
+        pairs = self._keyed(state, pairs)
+        free, skipped = state.divide(pairs, self.blocked)
         warm = np.zeros(0, bool)
         if free.num_rows:  # A bucket without changes loads no recommender.
             known = state.histories.within(self.recommender.items)
             warm = (known.lengths[free["place"].to_numpy()] > 0) & (
                 free["item_index"].to_numpy() <= self.recommender.items
             )
-        return Due(pairs.num_rows, kept, free.filter(pa.array(warm)), {**skipped, "cold": int((~warm).sum())})
+        return Due(pairs, shown, free.filter(pa.array(warm)), {**skipped, "cold": int((~warm).sum())})
 
-    def _pairs(self, state: UserRows) -> pa.Table:
-        """user_id, item_index, place among the bucket's users, and change_key, which is of the history and of the item's words."""
-        task = self.task
-        if task.pairs is not None:
-            pairs = task.pairs
-        else:
-            lists = task.workspace.tables["recommendations"].read(
-                task.versions["recommendations"], ["user_id", "items"], variant=task.recommended, bucket=state.bucket
-            )
-            lists = lists.filter(pc.greater(pc.list_value_length(lists["items"]), 0))
-            pairs = pa.table({"user_id": lists["user_id"], "item_index": pc.list_element(lists["items"], 0)})
+    def _keyed(self, state: UserRows, pairs: pa.Table) -> pa.Table:
+        """Those of the bucket's users, with the place among these, and the change key, which is of the history and of the item's
+        words."""
         place = pc.index_in(pairs["user_id"], value_set=state.users)
         pairs = pairs.append_column("place", place).filter(
             pc.and_(pc.is_valid(place), pc.greater(pairs["item_index"], 0))
@@ -169,11 +176,22 @@ class ExplainBucket:
         keys = pair_keys(state.change_keys.take(pairs["place"]), pairs["item_index"], self.contents)
         return pairs.append_column("change_key", keys).sort_by([("user_id", "ascending"), ("item_index", "ascending")])
 
+    def _carried_over(self, before: pa.Table, due: Due, made: pa.Table) -> CarriedOver:
+        """Where these pairs are explained anew: the explanations of all others.
+
+        A user has one of what is recommended first, and one of each pair of a file. An older one may be of an item that is not
+        first any more, but not of one that is in no list: neither the deny list nor what is available is in this recipe.
+        """
+        one_of = _users if self.task.pairs is None else _names
+        shown = pc.is_in(_names(before), value_set=_names(due.shown))
+        owners = pc.if_else(shown, one_of(before), None)
+        return carry_over(before, owners, one_of(due.pairs), due.pairs["change_key"], one_of(made))
+
     def _explain(self, state: UserRows, work: pa.Table, context: UnitContext) -> dict[int, Explanation]:
         """By row of `work`."""
         task = self.task
         return run_micro_batches(
-            _names(work),
+            _names(work).to_pylist(),
             task.micro_batch,
             context,
             self.budget,
@@ -206,7 +224,7 @@ class ExplainBucket:
         ]
 
     def _stage(
-        self, state: UserRows, kept: pa.Table, work: pa.Table, results: dict[int, Explanation], context: UnitContext
+        self, state: UserRows, carried: pa.Table, work: pa.Table, results: dict[int, Explanation], context: UnitContext
     ) -> dict[str, Sequence[StagedFile]]:
         task = self.task
         good = [at for at, result in results.items() if not result.reason]
@@ -224,7 +242,7 @@ class ExplainBucket:
         table = output_table(task.workspace, TABLE, task.scope, context.run.run_key)
         order = [("user_id", "ascending"), ("item_index", "ascending")]
         partition: dict[str, str | int] = {"variant": task.variant, "bucket": state.bucket}
-        whole = pa.concat_tables([kept, fresh]).sort_by(order)
+        whole = pa.concat_tables([carried, fresh]).sort_by(order)
         staged: dict[str, Sequence[StagedFile]] = {TABLE: [table.stage(whole, context.file_name(), partition)]}
         failed = [at for at, result in results.items() if result.reason]
         if failed:
@@ -238,7 +256,7 @@ class ExplainBucket:
                 rows["user_id"].to_pylist(),
                 [(results[at].reason, results[at].message) for at in failed],
                 rows["change_key"].to_pylist(),
-                _names(rows),
+                _names(rows).to_pylist(),
                 rows["item_index"].to_pylist(),
             )
         return staged
@@ -262,12 +280,14 @@ def pair_keys(user_keys: pa.ChunkedArray, items: pa.ChunkedArray, contents: pa.A
     return pc.binary_join_element_wise(user_keys, pc.cast(items, pa.string()), content, "-")
 
 
-def _names(pairs: pa.Table) -> list[str]:
-    """Of pairs in the journal."""
-    return [
-        f"{user} {item}"
-        for user, item in zip(pairs["user_id"].to_pylist(), pairs["item_index"].to_pylist(), strict=True)
-    ]
+def _users(rows: pa.Table) -> pa.Array:
+    return rows["user_id"].combine_chunks()
+
+
+def _names(pairs: pa.Table) -> pa.Array:
+    """Of pairs, as in the journal."""
+    items = pc.cast(pairs["item_index"], pa.string())
+    return pc.binary_join_element_wise(pairs["user_id"], items, " ").combine_chunks()
 
 
 def _items(histories: Histories, place: int) -> list[int]:

@@ -13,7 +13,7 @@ from raypipe.runtime.job import JobResult
 from raypipe.storage.fingerprint import fingerprint
 
 JOB = "extract"
-STEP_VERSION = 2
+STEP_VERSION = 3
 
 
 class ExtractOptions(EncodeOptions):

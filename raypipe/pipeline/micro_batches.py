@@ -2,8 +2,9 @@
 
 * Before a micro-batch runs, the unit's journal names its rows and no others: a death makes them suspects. What is built or
   read for all rows is no row's doing and comes before (`read`, `most`).
-* Suspects run alone and last, so that a poison row costs its neighbours nothing. A row that died alone `MAX_DEATHS` times is
-  rejected as `WORKER_DIED`, and neither named nor run.
+* Suspects run alone and first, those that died alone most often before the others: a death ends the attempt, and costs what was
+  answered before it in this unit. A row that died alone `MAX_DEATHS` times is rejected as `WORKER_DIED`, and neither named nor
+  run.
 * A micro-batch runs once the budget granted a bound on what it may take. Afterwards the budget gets back what was not used,
   and the ledger is told what was.
 * A cap that does not do for a micro-batch halves it, until one row is refused. As much work as was refused is not asked for
@@ -119,8 +120,9 @@ def _leaves_room(budget: Budget, least: Usage) -> bool:
 def _cut(
     names: Sequence[str], suspects: Mapping[str, int], size: int, alike: Callable[[int], int]
 ) -> Iterator[list[int]]:
+    alone = [row for row, name in enumerate(names) if name in suspects]
+    yield from ([row] for row in sorted(alone, key=lambda row: -suspects[names[row]]))
     rest = [row for row, name in enumerate(names) if name not in suspects]
     for _, group in groupby(sorted(rest, key=alike), alike):
         mine = list(group)
         yield from (mine[start : start + size] for start in range(0, len(mine), size))
-    yield from ([row] for row, name in enumerate(names) if name in suspects)

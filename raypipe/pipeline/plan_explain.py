@@ -39,7 +39,7 @@ def plan_explanations(
     for bucket in buckets:
         rows = work.rows(bucket)
         found = work.due(rows)
-        users, seen, due = users + len(rows.users), seen + found.pairs, due + found.work.num_rows
+        users, seen, due = users + len(rows.users), seen + found.pairs.num_rows, due + found.work.num_rows
         if (left := sample - len(requests)) > 0:
             requests += work.asked(rows, found.work.slice(0, left))
     scale = workspace.tables["histories"].rows(versions["histories"]) / users if users else 0.0

@@ -37,8 +37,8 @@ from raypipe.storage.workspace import Workspace
 from raypipe.systems.lancer import NAME as LANCER
 
 JOB = "recommend"
-STEP_VERSION = 2
-_WRITTEN_STEP_VERSION = 3
+STEP_VERSION = 3
+_WRITTEN_STEP_VERSION = 4
 """Of lists that a language model writes."""
 
 

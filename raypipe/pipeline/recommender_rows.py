@@ -98,11 +98,12 @@ class ByRecommender:
     def _batches(
         self, known: Histories, users: NDArray[np.int64], names: Sequence[str], suspects: Mapping[str, int]
     ) -> Iterator[NDArray[np.int64]]:
-        """Users of like length together; suspects alone and last, so that a poison row costs its neighbours nothing."""
+        """Users of like length together; before them suspects alone, those that died most often first: a death costs what was
+        computed before it."""
         alone = np.array([names[place] in suspects for place in users], bool)
-        yield from batches_by_length(known, self.recommender.max_length, users[~alone], self.micro_batch_positions)
-        for place in users[alone]:
+        for place in sorted(users[alone].tolist(), key=lambda place: -suspects[names[place]]):
             yield np.array([place])
+        yield from batches_by_length(known, self.recommender.max_length, users[~alone], self.micro_batch_positions)
 
     def _blocks(self, known: Histories, batch: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
         """A micro-batch as a GPU takes it, whole, or in the smaller batches that a CPU is fast at."""

@@ -36,7 +36,7 @@ from raypipe.systems.summaries import SummariesConfig
 from raypipe.systems.trsr import NAME, Shown, TrsrConfig, shown_summaries
 
 JOB = "rerank"
-STEP_VERSION = 2
+STEP_VERSION = 3
 
 
 class RerankOptions(CapOptions, ModelCache):
@@ -154,9 +154,8 @@ def run_rerank(config: RerankConfig) -> JobResult:
             config.cluster.connect()
         budget = Budget(limits, run.spent("users"))
         units = [Unit("users", index) for index in range(session.info.buckets)]
-        receipts = session.phase(
-            run, units, partial(RerankBucket, task, budget), JOB, RejectGate(config.max_reject_rate)
-        )
+        gate = RejectGate(config.max_reject_rate)
+        receipts = session.phase(run, units, partial(RerankBucket, task, budget), JOB, gate, budget)
         parts = bucket_parts(receipts.values(), variant, (TABLE,))
         result = _result(config, run.run_key, receipts.values(), parts, started)
         published = session.publish(run, parts, result)
@@ -196,6 +195,7 @@ def _result(
         "computed": counts.ok,
         "rejected": counts.rejected,
         **counts.skipped,
+        "stale": sum(receipt.facts["stale"] for receipt in receipts),
         "first_moved": sum(receipt.facts["first_moved"] for receipt in receipts),
     }
     if counts.skipped.get("capped"):

@@ -20,12 +20,13 @@ from raypipe.language.catalogue import Catalogue
 from raypipe.pipeline.micro_batches import run_micro_batches, used
 from raypipe.pipeline.rejects import blocked_users, stage_rejected
 from raypipe.pipeline.sequences import catalogue_of
-from raypipe.pipeline.user_rows import UserRows
+from raypipe.pipeline.user_rows import UserRows, carry_over
 from raypipe.recommenders.windows import Histories
 from raypipe.runtime.budget import Budget
 from raypipe.runtime.session import output_table
 from raypipe.runtime.units import UnitContext
-from raypipe.storage.fingerprint import schema_hash
+from raypipe.storage.change_keys import RECIPE_DIGITS, recipes_of
+from raypipe.storage.fingerprint import fingerprint, schema_hash
 from raypipe.storage.hashing import stable_hash
 from raypipe.storage.ledger import Counts, Receipt, Unit, Usage
 from raypipe.storage.models import Model, Models
@@ -76,7 +77,7 @@ class _Ranked:
 
 
 class RerankBucket:
-    """Puts the lists of one bucket's changed users in order and carries the others over."""
+    """Puts the lists of one bucket's changed users in order and carries the others' over."""
 
     def __init__(self, task: RerankTask, budget: Budget) -> None:
         self.task, self.budget = task, budget
@@ -115,31 +116,39 @@ class RerankBucket:
         versions = task.versions["histories"], task.versions[TABLE]
         state = UserRows(task.workspace, unit.index, TABLE, task.variant, task.recipe, *versions, task.users)
         rows = self._rows(state)
-        kept, work, skipped = state.divide(rows, self.blocked)
+        work, skipped = state.divide(rows, self.blocked)
         work = work.combine_chunks()
         ranked = self._rank(state, work, context)
         failed = [at for at, mine in ranked.items() if mine.reason]
+        good = [at for at, mine in ranked.items() if not mine.reason]
+        before, made = state.before, work["user_id"].take(pa.array(good, pa.int64()))
+        carried = carry_over(before, before["user_id"], rows["user_id"], rows["change_key"], made)
         skipped |= {"capped": work.num_rows - len(ranked), "unlisted": len(state.users) - rows.num_rows}
-        counts = Counts(len(state.users), len(ranked) - len(failed), len(failed), skipped)
+        counts = Counts(len(state.users), len(good), len(failed), skipped)
         staged: dict[str, Sequence[StagedFile]] = {}
-        if ranked or kept.num_rows < state.before.num_rows:
+        if ranked or carried.rows.num_rows < before.num_rows:
             context.journal([])
-            staged = self._stage(state, kept, work, ranked, context)
+            staged = self._stage(state, carried.rows, work, ranked, context)
         usage = used(ranked.values()) + Usage(seconds=time.monotonic() - started)
         firsts = [work["items"][at][0].as_py() != mine.items[0] for at, mine in ranked.items() if not mine.reason]
         reasons = {mine.reason: mine.message for mine in ranked.values() if mine.reason}
-        facts = {"first_moved": int(sum(firsts)), "reasons": reasons}
+        facts = {"first_moved": int(sum(firsts)), "stale": carried.stale, "reasons": reasons}
         return Receipt(
             unit, counts, usage, staged, {TABLE: schema_hash(RECOMMENDATIONS.schema)}, facts, context.attempt
         )
 
     def _rows(self, state: UserRows) -> pa.Table:
         """user_id, items, summary, place among the bucket's users, and change_key, of users with a list; the key is of the
-        history, the list, the words of its items, and the summary."""
+        history, the list, the words of its items, and the summary.
+
+        The recipe that it begins with is also of the recipes of lists and summaries: an older list in order may hold what the
+        deny list of a newer recipe denies.
+        """
         task, tables = self.task, self.task.workspace.tables
         lists = tables[TABLE].read(
             task.lists_version, ["user_id", "items", "change_key"], variant=task.lists, bucket=state.bucket
         )
+        recipes = {"rerank": task.recipe, "lists": _distinct_recipes(lists)}
         lists = lists.set_column(1, "items", without_padding(lists["items"].combine_chunks()))
         places = pc.index_in(lists["user_id"], value_set=state.users)
         lists = lists.append_column("place", places)
@@ -150,6 +159,7 @@ class RerankBucket:
             told = tables["summaries"].read(
                 task.versions["summaries"], columns, variant=task.summaries, bucket=state.bucket
             )
+            recipes["summaries"] = _distinct_recipes(told)
             at = pc.index_in(lists["user_id"], value_set=told["user_id"].combine_chunks())
             summary, summary_key = told["summary"].take(at), pc.fill_null(told["change_key"].take(at), "")
         listed = lists["items"].combine_chunks()
@@ -157,7 +167,9 @@ class RerankBucket:
         words = pc.binary_join(pa.ListArray.from_arrays(_offsets(pc.list_value_length(listed)), words), "")
         shown = pc.binary_join_element_wise(lists["change_key"], summary_key, words, "-")
         hashes = [f"{value:016x}" for value in stable_hash(pa.array(shown.to_pylist(), pa.string())).tolist()]
-        keys = pc.binary_join_element_wise(state.change_keys.take(lists["place"]), pa.array(hashes, pa.string()), "-")
+        histories = state.change_keys.take(lists["place"])
+        recipe = fingerprint(recipes)[:RECIPE_DIGITS]
+        keys = pc.binary_join_element_wise(recipe, histories, pa.array(hashes, pa.string()), "-")
         return pa.table(
             {
                 "user_id": lists["user_id"],
@@ -218,7 +230,7 @@ class RerankBucket:
         return load_tokenizer(lm)
 
     def _stage(
-        self, state: UserRows, kept: pa.Table, work: pa.Table, ranked: Mapping[int, _Ranked], context: UnitContext
+        self, state: UserRows, carried: pa.Table, work: pa.Table, ranked: Mapping[int, _Ranked], context: UnitContext
     ) -> dict[str, Sequence[StagedFile]]:
         task = self.task
         good = [at for at, mine in ranked.items() if not mine.reason]
@@ -234,7 +246,7 @@ class RerankBucket:
         )
         table = output_table(task.workspace, TABLE, task.scope, context.run.run_key)
         partition: dict[str, str | int] = {"variant": task.variant, "bucket": state.bucket}
-        whole = pa.concat_tables([kept, fresh]).sort_by("user_id")
+        whole = pa.concat_tables([carried, fresh]).sort_by("user_id")
         staged: dict[str, Sequence[StagedFile]] = {TABLE: [table.stage(whole, context.file_name(), partition)]}
         if failed := [at for at, mine in ranked.items() if mine.reason]:
             rows = work.take(pa.array(failed, pa.int64()))
@@ -261,6 +273,11 @@ def without_padding(lists: pa.ListArray) -> pa.ListArray:
     owners = pc.list_parent_indices(lists).filter(there)
     lengths = np.bincount(owners.to_numpy(), minlength=len(lists))
     return pa.ListArray.from_arrays(_offsets(pa.array(lengths)), items.filter(there))
+
+
+def _distinct_recipes(rows: pa.Table) -> list[str]:
+    """A bucket's rows of one variant are all of one recipe."""
+    return sorted(pc.unique(recipes_of(rows["change_key"])).to_pylist())
 
 
 def _offsets(lengths: pa.Array) -> pa.Array:

@@ -41,6 +41,9 @@ def run_status(config: StatusConfig) -> JobResult:
     rejects = _rejects(workspace)
     for (rejected_for, reason), count in rejects.items():
         say(f"rejected for {rejected_for}: {count:,} {reason}")
+    stale = _stale(workspace)
+    for variant, count in stale.items():
+        say(f"{variant}: {count:,} older rows stand in for new ones")
     night = Nights(workspace.store).current()
     say(f"night in force: {night.date if night else 'none'}")
     metrics: dict[str, Any] = {
@@ -48,6 +51,7 @@ def run_status(config: StatusConfig) -> JobResult:
         "buckets": info.buckets,
         "open_runs": shown,
         "rejects": {f"{table}/{reason}": count for (table, reason), count in rejects.items()},
+        "stale": stale,
         "night": night.date if night else None,
     }
     return JobResult("status", "ok", tables=rows, metrics=metrics)
@@ -116,6 +120,16 @@ def _discard(workspace: Workspace, config: StatusConfig, open_runs: list[Run]) -
     with hold(workspace.store, sorted(run.manifest["base"]), "status --discard", config.lock_lease_s):
         run.abandon("discarded by hand")
     say(f"Run {run.run_key[:12]} of {run.job} was given up.")
+
+
+def _stale(workspace: Workspace) -> dict[str, int]:
+    """How many users, or pairs, each job's newest run left with older rows than they should have, by its variant."""
+    found = {}
+    for job in workspace.store.folders("ledger"):
+        run = next(workspace.ledger(job).finished(), None)
+        if run is not None and (count := (run.result() or {}).get("metrics", {}).get("stale")):
+            found[run.manifest["facts"]["variant"]] = count
+    return found
 
 
 def _rejects(workspace: Workspace) -> dict[tuple[str, str], int]:

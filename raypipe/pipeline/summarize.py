@@ -139,7 +139,8 @@ def _run_units(
     if limits.any:
         config.cluster.connect()
     budget = Budget(limits, run.spent("users"))
-    return session.phase(run, units, partial(SummarizeBucket, task, budget), JOB, RejectGate(config.max_reject_rate))
+    gate = RejectGate(config.max_reject_rate)
+    return session.phase(run, units, partial(SummarizeBucket, task, budget), JOB, gate, budget)
 
 
 def _publish(

@@ -21,13 +21,13 @@ from raypipe.pipeline.summary_state import BucketState, Pins, PromptCatalogue, R
 from raypipe.runtime.budget import Budget
 from raypipe.runtime.session import output_table
 from raypipe.runtime.units import UnitContext
+from raypipe.storage.change_keys import RECIPE_DIGITS
 from raypipe.storage.fingerprint import schema_hash
 from raypipe.storage.ledger import Counts, Receipt, Unit, Usage
 from raypipe.storage.models import Model, Models
 from raypipe.storage.schemas import BLOCK_SUMMARIES, SUMMARIES
 from raypipe.storage.tables import StagedFile
 from raypipe.storage.workspace import Workspace
-from raypipe.systems.blocks import RECIPE_DIGITS
 from raypipe.systems.paradigms import build_summarizer
 from raypipe.systems.summaries import UNFINISHED, Block, Known, SummariesConfig, Summarizer, UserSummary, Written
 
@@ -49,7 +49,7 @@ class SummaryTask:
 
 
 class SummarizeBucket:
-    """Writes the summaries of one bucket's changed users and carries the others over."""
+    """Writes the summaries of one bucket's changed users and carries the others' over."""
 
     def __init__(self, task: SummaryTask, budget: Budget) -> None:
         self.task = task
@@ -84,6 +84,9 @@ class SummarizeBucket:
         results = self._write(work, state, context)
         capped = len(work) - len(results)
         failed = [result for result in results.values() if result.reason]
+        good = [result for result in results.values() if result.summary and not result.reason]
+        made = np.array([work[result.user_id] for result in good], np.int64)
+        carried = state.carried_over(made)
         unfinished = sum(result.unfinished for result in results.values() if not result.reason)
         skipped = {
             "unchanged": len(state.users) - len(changed),
@@ -93,14 +96,15 @@ class SummarizeBucket:
         }
         counts = Counts(len(state.users), len(results) - len(failed) - unfinished, len(failed), skipped)
         staged: dict[str, Sequence[StagedFile]] = {}
-        if results or state.has_leftovers:
+        if results or carried.rows.num_rows < state.before.num_rows:
             context.journal([])
-            staged = self._stage(state, work, results, context)
+            rows = pa.concat_tables([carried.rows, self._summary_rows(state, pa.array(made), good)]).sort_by("user_id")
+            staged = self._stage(state, work, results, rows, context)
         usage = used(results.values()) + Usage(seconds=time.monotonic() - started)
         schemas = {"summaries": schema_hash(SUMMARIES.schema), "block_summaries": schema_hash(BLOCK_SUMMARIES.schema)}
         facts = {
             **self._quality(state, work, results),
-            "stale": self._stale(state, work, results),
+            "stale": carried.stale,
             "reasons": {result.reason: result.message for result in failed},
         }
         return Receipt(unit, counts, usage, staged, schemas, facts, context.attempt)
@@ -133,12 +137,17 @@ class SummarizeBucket:
         return Usage(calls * self.task.engine.most_calls, *self.summarizer.most_tokens(calls))
 
     def _stage(
-        self, state: BucketState, work: Mapping[str, int], results: Mapping[str, UserSummary], context: UnitContext
+        self,
+        state: BucketState,
+        work: Mapping[str, int],
+        results: Mapping[str, UserSummary],
+        summaries: pa.Table,
+        context: UnitContext,
     ) -> dict[str, Sequence[StagedFile]]:
         task = self.task
         partition: dict[str, str | int] = {"variant": task.recipes.variant, "bucket": state.bucket}
         name = context.file_name()
-        rows = {"summaries": self._summary_rows(state, work, results), "block_summaries": _block_rows(state, results)}
+        rows = {"summaries": summaries, "block_summaries": _block_rows(state, results)}
         staged: dict[str, Sequence[StagedFile]] = {
             table: [output_table(task.workspace, table, task.scope, context.run.run_key).stage(values, name, partition)]
             for table, values in rows.items()
@@ -157,18 +166,14 @@ class SummarizeBucket:
             )
         return staged
 
-    def _summary_rows(
-        self, state: BucketState, work: Mapping[str, int], results: Mapping[str, UserSummary]
-    ) -> pa.Table:
-        """All rows of the bucket: new ones, unchanged ones, and older ones of the same recipe where there is no new."""
-        good = [result for result in results.values() if result.summary and not result.reason]
-        users = pa.array([work[result.user_id] for result in good], pa.int64())
+    def _summary_rows(self, state: BucketState, users: pa.Array, good: Sequence[UserSummary]) -> pa.Table:
+        """New rows, of these users by number."""
         keys = state.blocks.change_key.take(users).to_pylist()
         done = [
             key[:RECIPE_DIGITS] + UNFINISHED if result.unfinished else key
             for key, result in zip(keys, good, strict=True)
         ]
-        fresh = pa.table(
+        return pa.table(
             [
                 pa.array([result.user_id for result in good], pa.string()),
                 pa.array([result.summary for result in good], pa.string()),
@@ -180,11 +185,6 @@ class SummarizeBucket:
             ],
             schema=SUMMARIES.columns,
         )
-        place = state.place_before
-        kept_users = np.flatnonzero((place >= 0) & ~np.isin(np.arange(len(place)), users.to_numpy()))
-        kept = state.before.take(pa.array(place[kept_users]))
-        kept = kept.filter(state.are_of_recipe(kept["change_key"]))
-        return pa.concat_tables([kept, fresh]).sort_by("user_id")
 
     def _carries(
         self, state: BucketState, users: pa.Array, results: Sequence[UserSummary]
@@ -206,13 +206,6 @@ class SummarizeBucket:
         finished = [result for result in results.values() if not result.reason and not result.unfinished]
         users = [work[result.user_id] for result in finished]
         return self.quality.figures(state, users, [result.summary for result in finished])
-
-    def _stale(self, state: BucketState, work: Mapping[str, int], results: Mapping[str, UserSummary]) -> int:
-        """Users left with an older summary of the same recipe."""
-        missing = [user for name, user in work.items() if name not in results or results[name].reason]
-        before = [state.place_before[user] for user in missing if state.place_before[user] >= 0]
-        keys = state.before["change_key"].take(pa.array(before, pa.int64()))
-        return int(pc.sum(state.are_of_recipe(keys)).as_py() or 0)
 
 
 def build_engine(workspace: Workspace, engine: EngineConfig, model: Model | None, cache: Path) -> Engine:

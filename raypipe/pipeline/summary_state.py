@@ -14,11 +14,12 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raypipe.metrics.text import item_values
+from raypipe.pipeline.user_rows import CarriedOver, carry_over
 from raypipe.recommenders.windows import Histories, stretches
 from raypipe.storage.hashing import digest_lanes
 from raypipe.storage.schemas import BLOCK_SUMMARIES, SUMMARIES
 from raypipe.storage.workspace import Workspace
-from raypipe.systems.blocks import RECIPE_DIGITS, BucketBlocks, cut_blocks
+from raypipe.systems.blocks import BucketBlocks, cut_blocks
 from raypipe.systems.summaries import Block, Known, SummariesConfig, Written
 
 T = TypeVar("T")
@@ -130,11 +131,10 @@ class BucketState:
         new = self.histories.lengths[changed] - covered[changed] * self._block_items
         return changed[np.argsort(-new, kind="stable")]
 
-    @cached_property
-    def has_leftovers(self) -> bool:
-        """Whether summaries were published of users who have no history any more, or by another recipe."""
-        strangers = int((self.place_before >= 0).sum()) < self.before.num_rows
-        return strangers or not pc.all(self.are_of_recipe(self.before["change_key"])).as_py()
+    def carried_over(self, made: NDArray[np.int64]) -> CarriedOver:
+        """Where the users `made`, by number, have new summaries: those of all others."""
+        users = self.users
+        return carry_over(self.before, self.before["user_id"], users, self.blocks.change_key, users.take(made))
 
     @cached_property
     def written_before(self) -> pa.Table:
@@ -181,10 +181,6 @@ class BucketState:
         # A window is one stretch of the history: from its first block to the end.
         starts = self.blocks.start[self.blocks.bounds[users]]
         return self.histories.take(starts, self.histories.ends[users] - starts)
-
-    def are_of_recipe(self, change_keys: pa.ChunkedArray) -> pa.ChunkedArray:
-        """Which published rows were made by the present recipe, if maybe of an older history: bool [rows]."""
-        return pc.starts_with(change_keys, self.recipes.merge[:RECIPE_DIGITS])
 
 
 def summarised(

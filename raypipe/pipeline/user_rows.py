@@ -1,4 +1,8 @@
-"""One user bucket as a job sees it that computes something of every user: who has changed, and what is carried over."""
+"""One user bucket as a job sees it that computes something of every user: who has changed, and what is carried over.
+
+Who has no new row keeps an older one of the same recipe, whether a cap left him out, his row was rejected, or he is blocked.
+The older row keeps its change key, so that it is made anew as soon as it can be.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,8 @@ from numpy.typing import NDArray
 
 from raypipe.pipeline.sequences import user_keys
 from raypipe.recommenders.windows import Histories
-from raypipe.storage.hashing import combine_lanes, digest_lanes, stable_hash, to_hex
+from raypipe.storage.change_keys import keys_of, recipes_of
+from raypipe.storage.hashing import digest_lanes, stable_hash
 from raypipe.storage.workspace import Workspace
 
 
@@ -21,8 +26,7 @@ from raypipe.storage.workspace import Workspace
 class UserRows:
     """Users of a bucket at the pinned versions, and the rows of one variant published of them.
 
-    A user's change key is made of the history's key and the recipe. Rows of `output` whose change key is not their
-    user's any more, or whose user is gone, are left behind.
+    A user's change key is made of the history's key and the recipe.
     """
 
     workspace: Workspace
@@ -68,36 +72,51 @@ class UserRows:
         return table.read(self.output_version, names, variant=self.variant, bucket=self.bucket)
 
     @cached_property
-    def _standing(self) -> NDArray[np.bool_]:
-        """Which rows of `before` are still right: [rows]."""
-        return are_standing(self.before, self.users, self.change_keys)
-
-    @cached_property
-    def kept(self) -> pa.Table:
-        """The rows that are carried over."""
-        return self.before.filter(pa.array(self._standing))
-
-    @cached_property
     def changed(self) -> NDArray[np.int64]:
         """The users without a standing row, by their place in `users`."""
-        known = pc.is_in(self.users, value_set=self.kept["user_id"].combine_chunks())
+        standing = pa.array(are_standing(self.before, self.users, self.change_keys))
+        known = pc.is_in(self.users, value_set=self.before["user_id"].combine_chunks().filter(standing))
         return np.flatnonzero(~known.to_numpy(zero_copy_only=False))
 
-    def divide(self, rows: pa.Table, blocked: Container[tuple[str, str]]) -> tuple[pa.Table, pa.Table, dict[str, int]]:
-        """Where a change key is of more than a history, `rows` being all that there should be: the published ones that stand,
-        those there is work for, and how many there is none for: unchanged, or `blocked` by (user, change key)."""
+    def carried_over(self, made: NDArray[np.int64]) -> CarriedOver:
+        """Where the users at the places `made` have new rows: those of all others."""
+        return carry_over(self.before, self.before["user_id"], self.users, self.change_keys, self.users.take(made))
+
+    def divide(self, rows: pa.Table, blocked: Container[tuple[str, str]]) -> tuple[pa.Table, dict[str, int]]:
+        """Where a change key is of more than a history, `rows` being all that there should be: those there is work for, and how
+        many there is none for: unchanged, or `blocked` by (user, change key)."""
         before, wanted = _identities(self.before), _identities(rows)
-        kept = self.before.filter(pc.is_in(before, value_set=wanted))
         changed = rows.filter(pc.invert(pc.is_in(wanted, value_set=before)))
         keys = zip(changed["user_id"].to_pylist(), changed["change_key"].to_pylist(), strict=True)
         work = changed.filter(pa.array([key not in blocked for key in keys], pa.bool_()))
         skipped = {"unchanged": rows.num_rows - changed.num_rows, "blocked": changed.num_rows - work.num_rows}
-        return kept, work, skipped
+        return work, skipped
+
+
+@dataclass(frozen=True)
+class CarriedOver:
+    """Published rows that are published again; `stale` users, or whatever else has rows, have older ones than they should."""
+
+    rows: pa.Table
+    stale: int
+
+
+def carry_over(before: pa.Table, owners: pa.Array, wanted: pa.Array, keys: pa.Array, made: pa.Array) -> CarriedOver:
+    """Of the published rows `before` those that stand, and older ones of the same recipe of whom nothing new is made.
+
+    `owners` [rows] says whose each is, null where it is nobody's any more and goes. `wanted` [n] are all who should have rows,
+    `keys` [n] the change keys of these rows, and `made` those who get new ones.
+    """
+    due = keys.take(pc.index_in(owners, value_set=wanted))
+    stands = pc.fill_null(pc.equal(before["change_key"], due), False)
+    of_recipe = pc.fill_null(pc.equal(recipes_of(before["change_key"]), recipes_of(due)), False)
+    older = pc.and_not(of_recipe, pc.or_(stands, pc.is_in(owners, value_set=made)))
+    return CarriedOver(before.filter(pc.or_(stands, older)), pc.count_distinct(owners.filter(older)).as_py())
 
 
 def change_keys(history_keys: pa.Array, recipe: str) -> pa.Array:
     """Of the rows that `recipe` makes of histories: [users]."""
-    return to_hex(combine_lanes(digest_lanes(history_keys), recipe))
+    return keys_of(digest_lanes(history_keys), recipe)
 
 
 def are_standing(rows: pa.Table, users: pa.Array, keys: pa.Array) -> NDArray[np.bool_]:

@@ -1,12 +1,14 @@
 """Hard caps shared by all workers of a run: what is not granted is not spent.
 
 A worker asks before each micro-batch with an upper bound (calls, prompt tokens, most generated tokens) and gives back
-what it did not use. Without caps there is no actor and nothing is asked.
+what it did not use. What a worker that died had reserved is given back by the driver: what the worker answered before is
+settled, and what its last micro-batch took nobody knows. Without caps there is no actor and nothing is asked.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,25 +61,44 @@ class Budget:
             return False
         import ray
 
-        return bool(ray.get(self._account.take.remote(most)))
+        return bool(ray.get(self._account.take.remote(_worker(), most)))
 
     def give_back(self, most: Usage, used: Usage) -> None:
         """Return what was reserved and not used."""
         if self._account is not None:
-            self._account.give_back.remote(most, used)
+            self._account.give_back.remote(_worker(), most, used)
+
+    def release(self, workers: Iterable[str]) -> None:
+        """Return all that these workers, by the ids of their actors, have reserved: they died."""
+        if self._account is not None:
+            self._account.release.remote(list(workers))
+
+
+def _worker() -> str | None:
+    """The id of the actor that asks; None in a process that is none."""
+    import ray
+
+    return ray.get_runtime_context().get_actor_id()
 
 
 class _Account:
     def __init__(self, limits: Limits, spent: Usage) -> None:
         self.limits = limits
         self.spent = spent
+        self.reserved: dict[str | None, Usage] = {}
 
-    def take(self, most: Usage) -> bool:
-        if not self.limits.allows(self.spent + most):
+    def take(self, worker: str | None, most: Usage) -> bool:
+        if not self.limits.allows(sum(self.reserved.values(), self.spent) + most):
             return False
-        self.spent = self.spent + most
+        self.reserved[worker] = self.reserved.get(worker, Usage()) + most
         return True
 
-    def give_back(self, most: Usage, used: Usage) -> None:
-        unused = Usage(used.calls - most.calls, used.tokens_in - most.tokens_in, used.tokens_out - most.tokens_out)
-        self.spent = self.spent + unused
+    def give_back(self, worker: str | None, most: Usage, used: Usage) -> None:
+        self.spent = self.spent + used
+        # One that was taken for dead may still end its micro-batch.
+        if worker in self.reserved:
+            self.reserved[worker] = self.reserved[worker] - most
+
+    def release(self, workers: list[str]) -> None:
+        for worker in workers:
+            self.reserved.pop(worker, None)

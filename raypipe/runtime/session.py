@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from raypipe.errors import RaypipeError, UsageError
+from raypipe.runtime.budget import Budget
 from raypipe.runtime.cluster import ClusterConfig
 from raypipe.runtime.job import JobResult
 from raypipe.runtime.progress import about, note, say
@@ -94,12 +95,13 @@ class Session:
         build: Callable[[], UnitWork],
         what: str,
         gate: Gate | None = None,
+        budget: Budget | None = None,
     ) -> dict[Unit, Receipt]:
         """Run the units that are left on the cluster; see `run_units`.
 
         Raises RaypipeError where receipts of an older raypipe staged files of another schema.
         """
-        receipts = run_units(run, units, build, self.cluster, what, gate)
+        receipts = run_units(run, units, build, self.cluster, what, gate, budget)
         for receipt in receipts.values():
             for table, staged_as in receipt.schemas.items():
                 if staged_as != schema_hash(self.workspace.tables[table].spec.schema):

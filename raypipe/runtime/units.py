@@ -1,9 +1,10 @@
 """Units over workers: Ray Data hands one unit at a time to a pool of actors; the ledger says which are left.
 
 Ray's own retries are off. A worker marks its attempt before the first row; when its process dies, the driver finds the
-unit by that marker, makes the rows of its journal suspects, and starts the units that are left again. A suspect runs
-alone; one that killed its process `MAX_DEATHS` times alone is rejected by the work. Deaths of the driver or of a node
-count for nothing. A process in which nothing moves for `stall_s` ends itself, and counts as dead.
+unit by that marker, makes the rows of its journal suspects, gives back what it had reserved of the budget, and starts the
+units that are left again. A suspect runs alone; one that killed its process `MAX_DEATHS` times alone is rejected by the
+work. Deaths of the driver or of a node count for nothing. A process in which nothing moves for `stall_s` ends itself, and
+counts as dead.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from raypipe.errors import RaypipeError
+from raypipe.runtime.budget import Budget
 from raypipe.runtime.cluster import ClusterConfig
 from raypipe.runtime.memory import WorkingMemory
 from raypipe.runtime.metrics import WorkMetrics
@@ -87,8 +89,9 @@ def run_units(
     cluster: ClusterConfig,
     what: str,
     gate: Gate | None = None,
+    budget: Budget | None = None,
 ) -> dict[Unit, Receipt]:
-    """Run every unit that has no receipt yet and return all receipts of the phase.
+    """Run every unit that has no receipt yet and return all receipts of the phase. `budget` is what the work asks, where it does.
 
     Raises RaypipeError where a unit failed, with what the worker said, where workers die again and again, and what `gate`
     raises; the finished units keep their receipts.
@@ -132,6 +135,8 @@ def run_units(
                 raise
             if death is not None:
                 _release_workers()
+                if budget is not None:
+                    budget.release(death.actors)
                 done = run.receipts(kind)
                 if not _account_for_death(run, [unit for unit in todo if unit not in done], death):
                     unexplained += 1

@@ -80,6 +80,14 @@ class Usage:
             self.seconds + other.seconds,
         )
 
+    def __sub__(self, other: Usage) -> Usage:
+        return Usage(
+            self.calls - other.calls,
+            self.tokens_in - other.tokens_in,
+            self.tokens_out - other.tokens_out,
+            self.seconds - other.seconds,
+        )
+
 
 @dataclass(frozen=True)
 class Receipt:

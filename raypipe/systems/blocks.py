@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from raypipe.storage.change_keys import keys_of
 from raypipe.storage.hashing import combine_lanes, prefix_lanes, sequence_lanes, to_hex
 
 Integers = NDArray[np.int64]
-RECIPE_DIGITS = 16
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,6 @@ def cut_blocks(
         first = -(-np.maximum(lengths - window_events, 0) // block_items)
     inside = number >= np.repeat(first, blocks)
     kept = blocks - first
-    change = to_hex(combine_lanes(sequence_lanes(lanes[inside], kept), merge_recipe))
     return BucketBlocks(
         np.concatenate([[0], np.cumsum(kept)]),
         number[inside],
@@ -85,5 +84,5 @@ def cut_blocks(
         to_hex(lanes[inside]),
         covered,
         covered_key,
-        pa.array([merge_recipe[:RECIPE_DIGITS] + key for key in change.to_pylist()], pa.string()),
+        keys_of(sequence_lanes(lanes[inside], kept), merge_recipe),
     )

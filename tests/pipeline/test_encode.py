@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from raypipe.cli.main import main
 from raypipe.pipeline.encode_units import list_column
+from raypipe.pipeline.extract import state_recipe
 from raypipe.pipeline.recommender_rows import Recommendations
 from raypipe.pipeline.rejects import WORKER_DIED, stage_rejected
+from raypipe.pipeline.user_rows import change_keys
 from raypipe.recommenders.checkpoint import load_recommender
 from raypipe.recommenders.config import RecommenderConfig
 from raypipe.recommenders.recommender import Recommender
@@ -166,6 +169,53 @@ def test_after_the_deadline_nobody_is_worked_on_and_the_next_run_does_it(raypipe
     assert (ended.metrics["computed"], ended.metrics["capped"]) == (late.metrics["users"], 0)
 
 
+def test_who_is_left_out_by_the_deadline_keeps_the_list_of_the_night_before(
+    raypipe: Run, trained: str, files: Path
+) -> None:
+    words = ("recommend", "--workspace", trained, "--length", 5)
+    raypipe(*words)
+    before = rows_of(trained, "recommendations")
+    changed = [f"u{n}" for n in range(0, USERS, 2)]
+    events = [(user, "i1", START + DAY) for user in changed]
+    log = write_log(files / "more.csv", [*events, ("new", "i2", START + DAY)])
+    assert raypipe("ingest", "--workspace", trained, "--log.path", log, "--log.columns.time", "time").code == 0
+    deadline = ("--deadline", "2020-01-01T00:00:00Z")
+    late = raypipe(*words, *deadline)
+    counts = ("computed", "unchanged", "capped", "stale")
+    assert [late.metrics[name] for name in counts] == [0, USERS - len(changed), len(changed) + 1, len(changed)]
+    assert rows_of(trained, "recommendations") == before
+    ended = raypipe(*words)
+    assert [ended.metrics[name] for name in counts] == [len(changed) + 1, USERS - len(changed), 0, 0]
+    after = rows_of(trained, "recommendations")
+    assert {user for user, _ in after if after[user, None] != before.get((user, None))} == {*changed, "new"}
+    # Lists of another recipe may hold what is denied by now: nobody keeps one.
+    denying = files / "deny.txt"
+    denying.write_text("i5\n")
+    other = raypipe(*words, *deadline, "--deny", denying)
+    assert [other.metrics[name] for name in counts] == [0, 0, USERS + 1, 0]
+    assert newest(trained, "recommendations").num_rows == 0
+
+
+def test_who_is_blocked_keeps_all_older_states_or_none(raypipe: Run, trained: str, files: Path, tmp_path: Path) -> None:
+    words = ("extract", "--workspace", trained, "--positions", "all")
+    raypipe(*words)
+    before = rows_of(trained, "hidden_states")
+    log = write_log(files / "more.csv", [(user, "i1", START + DAY) for user in ("u1", "u2")])
+    assert raypipe("ingest", "--workspace", trained, "--log.path", log, "--log.columns.time", "time").code == 0
+    keys = {row["user_id"]: row["history_key"] for row in newest(trained, "histories").to_pylist()}
+    model = Models(Store(trained)).newest("sasrec")
+    assert model is not None
+    (key,) = change_keys(pa.array([keys["u1"]]), state_recipe(model.hash, "all")).to_pylist()
+    reject(trained, tmp_path, "hidden_states", "extract-sasrec-all", "u1", key)
+    ended = raypipe(*words)
+    assert counted(ended) == {"computed": 1, "unchanged": USERS - 2, "blocked": 1}
+    assert ended.metrics["stale"] == 1
+    after = rows_of(trained, "hidden_states")
+    assert {row for row in after if row[0] == "u2"} == {("u2", place) for place in range(LENGTH + 1)}
+    others = {place: row for place, row in before.items() if place[0] != "u2"}
+    assert {place: row for place, row in after.items() if place[0] != "u2"} == others
+
+
 def test_denied_unavailable_and_other_items_are_in_no_list(raypipe: Run, trained: str, files: Path) -> None:
     deny = files / "deny.txt"
     deny.write_text("i5\r\ni6\r\ni 7\r\n")
@@ -252,17 +302,19 @@ def test_a_width_of_nothing_is_a_list_of_nothing() -> None:
 def test_a_user_who_killed_his_workers_is_rejected_blocked_and_can_be_retried(
     raypipe: Run, trained: str, tmp_path: Path
 ) -> None:
-    workspace = Workspace(trained)
-    run = Ledger(Store(str(tmp_path / "elsewhere")), "test").start("r" * 32, {"scope": WHOLE})
-    context = UnitContext(run, Unit("bucket", 0), 1, 60.0)
-    named = ("recommendations", "recommend-sasrec", ["u1"], [WORKER_DIED], [change_key(trained, "u1")])
-    staged = stage_rejected(workspace, WHOLE, context, *named)
-    table = workspace.tables["rejects"]
-    table.publish(staged, mode="append", app="rejects:test", number=1, replaces=[], metadata={})
+    reject(trained, tmp_path, "recommendations", "recommend-sasrec", "u1", change_key(trained, "u1"))
     words = ("recommend", "--workspace", trained, "--length", 5)
     assert counted(raypipe(*words)) == {"computed": USERS - 1, "blocked": 1}
     assert raypipe("retry-rejected", "--workspace", trained, "--table", "recommendations").metrics["retried"] == 1
     assert counted(raypipe(*words)) == {"computed": 1, "unchanged": USERS - 1}
+
+
+def reject(uri: str, tmp_path: Path, table: str, variant: str, user: str, key: str) -> None:
+    """As if the user had ended three workers of a run that was published."""
+    run = Ledger(Store(str(tmp_path / "elsewhere")), "test").start("r" * 32, {"scope": WHOLE})
+    context, workspace = UnitContext(run, Unit("bucket", 0), 1, 60.0), Workspace(uri)
+    staged = stage_rejected(workspace, WHOLE, context, table, variant, [user], [WORKER_DIED], [key])
+    workspace.tables["rejects"].publish(staged, mode="append", app="rejects:test", number=1, replaces=[], metadata={})
 
 
 def change_key(uri: str, user: str) -> str:

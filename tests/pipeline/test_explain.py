@@ -264,6 +264,52 @@ def test_a_cap_leaves_the_rest_for_the_next_run_and_a_canary_publishes_nothing(r
     assert len(rows_of(explaining)) == 120
 
 
+def test_who_is_left_out_keeps_the_older_explanation_of_what_is_still_in_the_list(
+    raypipe: Run, explaining: str, files: Path
+) -> None:
+    assert raypipe("explain", "--workspace", explaining, *SHORT).code == 0
+    before = rows_of(explaining)
+    log = write_log(files / "more.csv", [(f"u{n}", "i5", START + 100) for n in range(30)])
+    assert raypipe("ingest", "--workspace", explaining, "--log.path", log, "--log.columns.time", "time").code == 0
+    late = ("explain", "--workspace", explaining, *SHORT, "--deadline", "2020-01-01T00:00:00Z")
+    ended = raypipe(*late)
+    counts = ("computed", "unchanged", "capped", "stale")
+    assert [ended.metrics[name] for name in counts] == [0, 90, 30, 30]
+    assert rows_of(explaining) == before
+
+    # What is denied by now is in nobody's list, and not explained any more either.
+    denied = next(item for user, item in sorted(before) if user == "u1")
+    denying = files / "deny.txt"
+    denying.write_text(f"i{denied}\n")
+    recommend = ("recommend", "--workspace", explaining, "--length", "3", "--deny", denying)
+    assert raypipe(*recommend).code == 0
+    raypipe(*late)
+    listed = {row["user_id"]: row["items"] for row in newest(explaining, "recommendations").to_pylist()}
+    kept = {pair: row for pair, row in before.items() if pair[1] in listed[pair[0]]}
+    assert ("u1", denied) not in kept
+    assert 0 < len(kept) < 120
+    assert rows_of(explaining) == kept
+
+
+def test_of_a_users_pairs_a_cap_leaves_the_older_explanations_of_those_it_left_out(
+    raypipe: Run, explaining: str, files: Path
+) -> None:
+    pairs = files / "pairs.csv"
+    pairs.write_text("user_id,item_id\nu1,i3\nu1,i7\nu2,i3\n")
+    words = ("explain", "--workspace", explaining, "--pairs", pairs, *SHORT)
+    assert raypipe(*words).metrics["computed"] == 3
+    before = rows_of(explaining, "explain-recexplainer-h-pairs")
+    log = write_log(files / "more.csv", [("u1", "i5", START + 100)])
+    assert raypipe("ingest", "--workspace", explaining, "--log.path", log, "--log.columns.time", "time").code == 0
+    # A pair may take eight calls, and takes two at least.
+    capped = raypipe(*words, "--micro_batch", "1", "--max_calls", "8")
+    counts = ("computed", "unchanged", "capped", "stale")
+    assert [capped.metrics[name] for name in counts] == [1, 1, 1, 1], capped.stderr
+    after = rows_of(explaining, "explain-recexplainer-h-pairs")
+    assert after.keys() == before.keys()
+    assert [pair for pair in after if after[pair]["change_key"] != before[pair]["change_key"]] == [("u1", 3)]
+
+
 def test_what_cannot_explain_is_told_before_work_starts(raypipe: Run, explaining: str, with_lm: str) -> None:
     nothing = raypipe("explain", "--workspace", with_lm)
     assert (nothing.code, "No model recexplainer-h is stored" in nothing.stderr) == (2, True)

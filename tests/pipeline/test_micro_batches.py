@@ -139,15 +139,31 @@ def test_without_rows_nothing_is_built_or_named(run: Run) -> None:
     assert job.events == []
 
 
-def test_suspects_run_alone_and_last(run: Run) -> None:
+def test_suspects_run_alone_and_first_and_who_died_alone_before_the_others(run: Run) -> None:
     died(run, "r1", "r2")
     died(run, "r2", times=MAX_DEATHS - 1)
     job = Job(run, [1] * 6)
     results = job.work(no_caps(), size=3)
-    assert job.ran == [[0, 3, 4], [5], [1], [2]]
-    assert [journal for event, journal in job.events if event == "run"][-2:] == [["r1"], ["r2"]]
-    assert list(results) == [0, 3, 4, 5, 1, 2]
+    assert job.ran == [[2], [1], [0, 3, 4], [5]]
+    assert [journal for event, journal in job.events if event == "run"][:2] == [["r2"], ["r1"]]
+    assert list(results) == [2, 1, 0, 3, 4, 5]
     assert not any(result.reason for result in results.values())
+
+
+def test_the_deaths_of_a_poison_row_repeat_nobodys_answers(run: Run) -> None:
+    answered = []
+    # In company, then alone after the suspects before it, and from then on before everybody.
+    for _ in range(1 + MAX_DEATHS):
+        job = Job(run, [1] * 60)
+        job.poison = 7
+        with pytest.raises(AssertionError, match="poison"):
+            job.work(no_caps(), size=5)
+        answered.append([row for rows in job.ran for row in rows])
+        run.record_death(UNIT)
+    assert answered == [[0, 1, 2, 3, 4], [5, 6], [], []]
+    job = Job(run, [1] * 60)
+    assert job.work(no_caps(), size=5)[7] == Answer(7, *WORKER_DIED)
+    assert sum(map(len, job.ran)) == 59
 
 
 def test_who_died_too_often_is_rejected_without_being_run_or_named(run: Run) -> None:
@@ -155,8 +171,8 @@ def test_who_died_too_often_is_rejected_without_being_run_or_named(run: Run) -> 
     died(run, "r1", times=MAX_DEATHS)
     job = Job(run, [1] * 4)
     results = job.work(no_caps(), size=4)
-    assert job.ran == [[3], [0], [2]]
-    assert list(results) == [3, 0, 1, 2]
+    assert job.ran == [[0], [2], [3]]
+    assert list(results) == [1, 0, 2, 3]
     assert results[1] == Answer(1, *WORKER_DIED)
     assert all("r1" not in (journal or []) for _, journal in job.events)
 
@@ -168,12 +184,12 @@ def test_where_all_died_too_often_nothing_is_built(run: Run) -> None:
     assert job.events == []
 
 
-def test_rows_that_are_alike_go_together_and_suspects_behind_all_of_them(run: Run) -> None:
+def test_rows_that_are_alike_go_together_and_suspects_before_all_of_them(run: Run) -> None:
     died(run, "r1", "r6")
     job = Job(run, [1] * 7)
     lengths = [20, 5, 20, 10, 20, 10, 10]
-    assert list(job.work(no_caps(), size=2, alike=lengths.__getitem__)) == [3, 5, 0, 2, 4, 1, 6]
-    assert job.ran == [[3, 5], [0, 2], [4], [1], [6]]
+    assert list(job.work(no_caps(), size=2, alike=lengths.__getitem__)) == [1, 6, 3, 5, 0, 2, 4]
+    assert job.ran == [[1], [6], [3, 5], [0, 2], [4]]
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -247,7 +263,7 @@ def test_whatever_the_caps_and_the_deaths_no_row_runs_twice_and_no_more_is_spent
         assert rejected.isdisjoint(ran)
         assert {*ran, *rejected} == set(results)
         assert all(len(rows) == 1 for rows in job.ran if deaths.keys() & set(rows))
-        assert [row in deaths for row in ran] == sorted(row in deaths for row in ran)
+        assert [row in deaths for row in ran] == sorted((row in deaths for row in ran), reverse=True)
         spent += sum(job.weights[row] for row in ran)
         assert spent <= cap
         missed += len(results) < count

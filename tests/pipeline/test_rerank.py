@@ -25,6 +25,7 @@ from tests.pipeline.small_logs import CHAIN_ITEMS, CHAIN_USERS, GENRES, START, n
 from tests.untrained import store_untrained_ranker
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
+LATE = ("--deadline", "2020-01-01T00:00:00Z")
 
 
 @pytest.fixture
@@ -105,8 +106,12 @@ def test_lists_are_put_in_order_by_what_the_language_model_finds_likely(raypipe:
     # One user did something more: one user is asked about.
     log = write_log(files / "more.csv", [("u3", "i9", START + 100)])
     assert raypipe("ingest", "--workspace", listed, "--log.path", log, "--log.columns.time", "time").code == 0
+    late = raypipe(*words, *LATE)
+    counts = ("computed", "unchanged", "capped", "stale")
+    assert [late.metrics[name] for name in counts] == [0, CHAIN_USERS - 1, 1, 1]
+    assert lists(listed, "rerank-sasrec") == after
     again = raypipe(*words)
-    assert (again.metrics["computed"], again.metrics["unchanged"]) == (1, CHAIN_USERS - 1)
+    assert [again.metrics[name] for name in counts] == [1, CHAIN_USERS - 1, 0, 0]
     others = {user: row for user, row in lists(listed, "rerank-sasrec").items() if user != "u3"}
     assert others == {user: row for user, row in after.items() if user != "u3"}
     # An item has another title: whoever has it in the list is asked about anew.
@@ -117,6 +122,18 @@ def test_lists_are_put_in_order_by_what_the_language_model_finds_likely(raypipe:
     assert renamed.metrics["unchanged"] == CHAIN_USERS - len(holders)
     canary = raypipe(*words, "--sample", 2)
     assert (canary.status, canary.metrics["users"]) == ("ok", 2)
+
+
+def test_no_list_in_order_outlives_the_recipe_of_its_list(raypipe: Run, listed: str, files: Path) -> None:
+    words = ("rerank", "--workspace", listed, "--summaries", "null")
+    raypipe(*words)
+    assert len(lists(listed, "rerank-sasrec")) == CHAIN_USERS
+    denying = files / "deny.txt"
+    denying.write_text("i5\n")
+    assert raypipe("recommend", "--workspace", listed, "--length", LENGTH, "--deny", denying).code == 0
+    late = raypipe(*words, *LATE)
+    assert (late.metrics["capped"], late.metrics["stale"]) == (CHAIN_USERS, 0)
+    assert lists(listed, "rerank-sasrec") == {}
 
 
 def test_what_fills_a_short_list_is_no_item() -> None:

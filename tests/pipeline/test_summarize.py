@@ -312,6 +312,9 @@ def test_a_rejected_user_keeps_an_older_summary_only_if_it_is_of_the_same_recipe
     assert counted(ended)["rejected"] == 1
     assert ended.metrics["stale"] == 1
     assert summaries(ingested)["u5"] == older
+    told = raypipe("status", "--workspace", ingested)
+    assert told.metrics["stale"] == {"summarize-hierarchical": 1}
+    assert "summarize-hierarchical: 1 older rows stand in for new ones" in told.stderr
     # With another recipe the older row would be a stale mix.
     changed = raypipe("summarize", "--workspace", ingested, *ECHO, *TIGHT, "--summaries.prompts.block", BLOCK)
     assert changed.metrics["stale"] == 0

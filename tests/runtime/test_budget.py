@@ -46,6 +46,41 @@ def test_what_was_reserved_and_not_used_can_be_granted_again() -> None:
     assert not budget.take(Usage(1, 0, 0))
 
 
+@ray.remote(num_cpus=1)
+class Worker:
+    def take(self, budget: Budget, most: Usage) -> bool:
+        return budget.take(most)
+
+    def give_back(self, budget: Budget, most: Usage, used: Usage) -> None:
+        budget.give_back(most, used)
+
+    def name(self) -> str:
+        return ray.get_runtime_context().get_actor_id()
+
+
+def test_what_a_dead_worker_had_reserved_is_granted_again_and_what_it_spent_is_not() -> None:
+    budget, worker = Budget(Limits(calls=10), Usage()), Worker.remote()
+    name = ray.get(worker.name.remote())
+    assert ray.get(worker.take.remote(budget, Usage(4)))
+    ray.get(worker.give_back.remote(budget, Usage(4), Usage(1)))
+    assert ray.get(worker.take.remote(budget, Usage(8)))
+    assert budget.take(Usage(1))
+    assert not budget.take(Usage(1))
+    ray.kill(worker)
+    budget.release([name])
+    assert not budget.take(Usage(9))
+    assert budget.take(Usage(8))
+
+
+def test_who_was_taken_for_dead_and_still_answers_is_counted_with_what_it_took() -> None:
+    budget, worker = Budget(Limits(calls=10), Usage()), Worker.remote()
+    assert ray.get(worker.take.remote(budget, Usage(8)))
+    budget.release([ray.get(worker.name.remote())])
+    ray.get(worker.give_back.remote(budget, Usage(8), Usage(3)))
+    assert not budget.take(Usage(8))
+    assert budget.take(Usage(7))
+
+
 def test_what_earlier_attempts_spent_is_not_granted_again() -> None:
     budget = Budget(Limits(calls=10), Usage(calls=9))
     assert not budget.take(Usage(2, 0, 0))

@@ -17,9 +17,10 @@ import pytest
 import ray
 
 from raypipe.errors import RaypipeError, UsageError
+from raypipe.runtime.budget import Budget, Limits
 from raypipe.runtime.cluster import ClusterConfig
 from raypipe.runtime.units import UnitContext, run_units
-from raypipe.storage.ledger import MAX_DEATHS, Counts, Ledger, Receipt, Run, Unit
+from raypipe.storage.ledger import MAX_DEATHS, Counts, Ledger, Receipt, Run, Unit, Usage
 from raypipe.storage.store import Store
 
 # Ray's workers have no path to the tests.
@@ -97,6 +98,19 @@ class DiesBesideABusyOne:
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         return Receipt(unit, Counts(1, 1))
+
+
+class DiesWithAllThatIsLeft:
+    """Reserves ten calls; the first attempt ends its process with them."""
+
+    def __init__(self, budget: Budget) -> None:
+        self.budget = budget
+
+    def run(self, unit: Unit, context: UnitContext) -> Receipt:
+        granted = self.budget.take(Usage(10))
+        if context.attempt == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Receipt(unit, Counts(1, 1), facts={"granted": granted})
 
 
 class DiesWhileItIsBuilt:
@@ -220,6 +234,12 @@ def test_a_death_gives_the_other_workers_back_though_python_never_collects(run: 
         assert ray.available_resources().get("CPU") == 2
     finally:
         gc.enable()
+
+
+def test_what_a_worker_that_died_had_reserved_is_there_for_the_next_attempt(run: Run) -> None:
+    budget = Budget(Limits(calls=10), Usage())
+    receipts = run_units(run, units(1), partial(DiesWithAllThatIsLeft, budget), TWO, "test", budget=budget)
+    assert receipts[Unit("bucket", 0)].facts == {"granted": True}
 
 
 def test_a_unit_that_dies_three_times_before_it_names_a_row_is_a_clear_error(run: Run) -> None:
