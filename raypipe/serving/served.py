@@ -61,7 +61,7 @@ class Served:
     """See the module. `table` [items + 1, width] are the recommender's item states; `states_fit`: the night's states are this
     recommender's, and need not be computed again; `catalogue_version` is that of the items table, `denied` who of it nobody is
     recommended; `lm` is the release's language model, `adapters` its adapters by name; `some_users` of the night, for who wants to
-    look around."""
+    look around; `users` is of how many the recommender keeps something, which are fewer once some are forgotten."""
 
     target: Target
     recommender_name: str
@@ -76,6 +76,7 @@ class Served:
     lm: str = ""
     adapters: Mapping[str, ServedAdapter] = field(default_factory=dict)
     some_users: Sequence[str] = ()
+    users: int = 0
 
     @cached_property
     def item_states(self) -> NDArray[np.float32]:
@@ -141,7 +142,8 @@ def _version_of(uri: str, night: str) -> str:
 
 
 def load(config: ServiceConfig, target: Target, before: Served | None = None) -> Served:
-    """Read the target's parts from the workspace: safetensors and JSON alone, byte for byte what was stored. What is served
+    """Read the target's parts from the workspace: safetensors and JSON alone, byte for byte what was stored, but for who was
+    forgotten. What is served
     `before` is moved to the target's night where its other parts are the target's own, so that it takes no longer than `online`
     waits before it drops the night before.
 
@@ -160,15 +162,18 @@ def load(config: ServiceConfig, target: Target, before: Served | None = None) ->
         and _version(workspace, night) == target.version
     )
     some_users = _some_users(workspace, night) if night is not None else ()
-    if before is not None and (target.release, version, denied) == (
+    models, cache = Models(workspace.store), Path(config.model_cache)
+    model = find_model(models, release.recommender)
+    rows = models.users(model)
+    users = 0 if rows is None else len(rows["keys"])
+    if before is not None and (target.release, version, denied, users) == (
         before.target.release,
         before.catalogue_version,
         before.denied,
+        before.users,
     ):
         return replace(before, target=target, states_fit=states_fit, since=time.time(), some_users=some_users)
-    models, cache = Models(workspace.store), Path(config.model_cache)
-    model = find_model(models, release.recommender)
-    recommender, card = load_recommender(models.fetch_unharmed(model, cache), users=models.users(model))
+    recommender, card = load_recommender(models.fetch_unharmed(model, cache), users=rows)
     freeze(recommender)
     items = workspace.tables["items"].read(version)
     check_catalogue(card.catalogue, items.sort_by("index")["item_id"].to_pylist(), release.recommender)
@@ -189,6 +194,7 @@ def load(config: ServiceConfig, target: Target, before: Served | None = None) ->
         release.lm,
         load_adapters(models, release, config, catalogue.for_prompts),
         some_users,
+        users,
     )
 
 

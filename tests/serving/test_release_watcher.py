@@ -9,23 +9,26 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from raypipe.errors import RaypipeError, UsageError
+from raypipe.recommenders.guided import GuidedOptions
 from raypipe.serving.config import ServiceConfig
 from raypipe.serving.queries import RecommendAnswer, RecommendQuery
 from raypipe.serving.release_watcher import ReleaseWatcher
 from raypipe.serving.serve import ServeConfig, run_serve
 from raypipe.serving.service import RefusedQueryError
+from raypipe.storage.hashing import stable_hash
 from raypipe.storage.models import Model, Models
 from raypipe.storage.online import OnlineStoreDownError, open_online_store
 from raypipe.storage.releases import Release, Releases
 from raypipe.storage.store import Store
 from raypipe.storage.tokens import Tokens, hash_of
 from tests.conftest import Run, unavailable
-from tests.made import add_events, publish
-from tests.pipeline.small_logs import START
+from tests.made import MODEL, add_events, make_ready, publish
+from tests.pipeline.small_logs import CHAIN_USERS, START
 from tests.redis_server import RedisServer
 from tests.serving.local_service import LocalBackend, LocalService
 from tests.serving.running import until
@@ -96,6 +99,31 @@ def test_states_of_another_recommender_are_not_used(ready: str, tmp_path: Path) 
     assert [item["item_id"] for item in by_user] == [item["item_id"] for item in by_history]
     for one, other in zip(by_user, by_history, strict=True):
         assert one["score"] == pytest.approx(other["score"], rel=1e-5)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_a_recommender_keeps_of_who_is_forgotten_is_dropped_without_a_restart(
+    raypipe: Run, tmp_path: Path
+) -> None:
+    uri = str(tmp_path / "guided")
+    make_ready(uri, MODEL.model_copy(update={"guided": GuidedOptions(scores="made up")}))
+    assert raypipe("online", "--workspace", uri).code == 0
+    service = LocalService(uri)
+    before = service.post("recommend", {"user_id": "u2"}).json()["items"]
+    hers = int(stable_hash(pa.array(["u1"])).view(np.int64)[0])
+    assert hers in service.backend.watcher.served.recommender.user_keys.tolist()
+    assert raypipe("forget", "--workspace", uri, "--user", "u1", "--grace_s", 0).metrics["rows_of_models_removed"] == 1
+    service.backend.watcher.poll()
+    keys = service.backend.watcher.served.recommender.user_keys.tolist()
+    assert (hers in keys, len(keys)) == (False, CHAIN_USERS - 1)
+    assert service.post("recommend", {"user_id": "u2"}).json()["items"] == before
+    # With nobody forgotten the next night moves what is there.
+    recommender = service.backend.watcher.served.recommender
+    publish(uri, "2026-01-06")
+    assert raypipe("online", "--workspace", uri).code == 0
+    service.backend.watcher.poll()
+    assert service.backend.watcher.served.target.night == "2026-01-06"
+    assert service.backend.watcher.served.recommender is recommender
 
 
 def test_a_user_whose_state_is_of_an_older_history_is_ranked_by_the_new_one(raypipe: Run, ready: str) -> None:
