@@ -278,3 +278,11 @@ def test_what_cannot_be_loaded_is_one_paragraph(raypipe: Run, uri: str) -> None:
     assert "The Redis on 127.0.0.1 does not do as it is asked: ConnectionError" in one_paragraph(away.stderr)
     Store(uri).delete(["nights/current.json"])
     assert "No night is in force" in one_paragraph(raypipe("online", "--workspace", uri).stderr)
+
+
+def test_a_store_that_a_night_cannot_be_loaded_into_is_told_before_the_nights_work(raypipe: Run, uri: str) -> None:
+    before = Nights(Store(uri)).dates()
+    ended = raypipe("nightly", "--workspace", uri, "--date", "2026-01-09", "--online.store", "ftp://here")
+    assert ended.code == 2
+    assert "'ftp' is no kind of online store" in one_paragraph(ended.stderr)
+    assert Nights(Store(uri)).dates() == before
