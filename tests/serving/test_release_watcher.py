@@ -59,6 +59,17 @@ def promoted(uri: str, recommender: str) -> Release:
     return release
 
 
+def ranked_by_history(service: LocalService) -> list[str]:
+    """The history of u1, once it is seen that the user and the history alone are recommended the same."""
+    history = [item["item_id"] for item in service.get("users/u1").json()["history"]]
+    by_user = service.post("recommend", {"user_id": "u1"}).json()["items"]
+    by_history = service.post("recommend", {"history": history}).json()["items"]
+    assert [item["item_id"] for item in by_user] == [item["item_id"] for item in by_history]
+    scores = [item["score"] for item in by_history]
+    assert [item["score"] for item in by_user] == pytest.approx(scores, rel=1e-5)
+    return history
+
+
 def test_a_new_release_and_a_rollback_are_taken_up_without_a_failed_request(
     raypipe: Run, ready: str, tmp_path: Path
 ) -> None:
@@ -93,12 +104,7 @@ def test_states_of_another_recommender_are_not_used(ready: str, tmp_path: Path) 
     service = LocalService(ready)
     changed(ready, tmp_path / "new", 0.5)
     service.backend.watcher.poll()
-    by_user = service.post("recommend", {"user_id": "u1"}).json()["items"]
-    history = [item["item_id"] for item in service.get("users/u1").json()["history"]]
-    by_history = service.post("recommend", {"history": history}).json()["items"]
-    assert [item["item_id"] for item in by_user] == [item["item_id"] for item in by_history]
-    for one, other in zip(by_user, by_history, strict=True):
-        assert one["score"] == pytest.approx(other["score"], rel=1e-5)
+    ranked_by_history(service)
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -134,12 +140,7 @@ def test_a_user_whose_state_is_of_an_older_history_is_ranked_by_the_new_one(rayp
     service = LocalService(ready)
     by_user = service.post("recommend", {"user_id": "u1"}).json()
     assert (by_user["served"]["night"], by_user["known"]) == ("2026-01-06", True)
-    history = [item["item_id"] for item in service.get("users/u1").json()["history"]]
-    assert history[-1] == "i20"
-    by_history = service.post("recommend", {"history": history}).json()["items"]
-    assert [item["item_id"] for item in by_user["items"]] == [item["item_id"] for item in by_history]
-    scores = [item["score"] for item in by_history]
-    assert [item["score"] for item in by_user["items"]] == pytest.approx(scores, rel=1e-5)
+    assert ranked_by_history(service)[-1] == "i20"
 
 
 @pytest.mark.parametrize(
@@ -307,10 +308,9 @@ def test_a_replica_that_starts_before_the_night_in_force_is_loaded_serves_the_on
     publish(ready, "2026-01-06")
     # Of a night that is no more, and one that was never whole.
     store = open_online_store(None, Store(ready))
-    store.begin("gone", 1)
+    for version in ("gone", "begun"):
+        store.begin(version, 1)
     store.complete("gone", {"night": "2026-01-04", "users": 0})
-    store.begin("begun", 1)
-
     replica = LocalBackend(ServiceConfig(workspace=ready))
     told = replica.release_status()
     assert (told.night, told.night_in_force) == ("2026-01-05", "2026-01-06")
@@ -331,11 +331,7 @@ def test_states_of_a_night_that_was_published_again_with_another_recommender_are
     changed(ready, tmp_path / "new", 0.5)
     publish(ready, "2026-01-05")
     service.backend.watcher.poll()
-    history = [item["item_id"] for item in service.get("users/u1").json()["history"]]
-    by_user = service.post("recommend", {"user_id": "u1"}).json()["items"]
-    by_history = service.post("recommend", {"history": history}).json()["items"]
-    scores = [item["score"] for item in by_history]
-    assert [item["score"] for item in by_user] == pytest.approx(scores, rel=1e-5)
+    ranked_by_history(service)
 
 
 @pytest.fixture
