@@ -33,7 +33,7 @@ def promtool() -> str:
 
 
 def run(promtool: str, *words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([promtool, *map(str, words)], capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run([promtool, *map(str, words)], capture_output=True, text=True, timeout=300, check=False)
 
 
 def expressions() -> list[str]:
