@@ -4,33 +4,42 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError, create_model
-from pydantic_settings import BaseSettings, CliSettingsSource
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 
 from raypipe.config import Config, merge
 from raypipe.errors import UsageError
 
 C = TypeVar("C", bound=Config)
+# How pydantic-settings names the option in its two messages about a value that is no JSON.
+_UNPARSED = re.compile(r'(?:encountered for |field ")([\w.]+)')
 
 
 def parse_config(job: str, config_type: type[C], argv: Sequence[str]) -> C:
-    """The config of `job`; raises UsageError with the remedy for unknown keys, wrong types and unreadable files."""
+    """The config of `job`; raises UsageError with the remedy for unknown keys, wrong types, what is no JSON and unreadable files."""
     parser = _Parser(prog=f"raypipe {job}")
     parser.add_argument("--config", help="YAML file with the same keys, nested; options win over it")
     fields: dict[str, Any] = {name: (field.annotation, field) for name, field in config_type.model_fields.items()}
-    source: Any = CliSettingsSource(
-        create_model(config_type.__name__, __base__=BaseSettings, **fields),
-        cli_parse_args=list(argv),
-        root_parser=parser,
-        cli_implicit_flags=True,
-        cli_prefix="",
-    )
-    values = source()
+    try:
+        source: Any = CliSettingsSource(
+            create_model(config_type.__name__, __base__=BaseSettings, **fields),
+            cli_parse_args=list(argv),
+            root_parser=parser,
+            cli_implicit_flags=True,
+            cli_prefix="",
+        )
+        values = source()
+    except SettingsError as error:
+        if (found := _UNPARSED.search(str(error))) is None:
+            raise
+        raise UsageError(*_explain_json(found[1], argv, config_type)) from None
     file = option(argv, "--config")
     return validated(config_type, merge(_read_yaml(file), values) if file else values)
 
@@ -99,10 +108,42 @@ def _explain(error: ValidationError, config_type: type[Config]) -> tuple[str, st
     return f"Config key {place!r} is {first['input']!r}: {told}.", f"Correct --{place}."
 
 
+def _explain_json(name: str, argv: Sequence[str], config_type: type[Config]) -> tuple[str, str]:
+    """That an option is no JSON, and an example of what it takes."""
+    *path, last = name.split(".")
+    example = json.dumps(_example(_section(config_type, path).model_fields[last].annotation))
+    return (
+        f"--{name} is {option(argv, f'--{name}')!r}, which is not written as JSON.",
+        f"Write it for example so, names and texts in double quotes: --{name} '{example}'.",
+    )
+
+
+def _example(annotation: Any) -> Any:
+    """A value of the type, as JSON has it."""
+    origin, types = get_origin(annotation), [one for one in get_args(annotation) if one not in (type(None), ...)]
+    if origin is Literal:
+        return types[0]
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return {"NAME": _example(types[1])}
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        return [_example(types[0])]
+    if types:
+        return _example(types[0])
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        name, field = next(iter(annotation.model_fields.items()))
+        return {name: _example(field.annotation)}
+    return {bool: True, int: 1, float: 1.5}.get(annotation, "TEXT")
+
+
 def _keys(config_type: type[Config], path: Sequence[str | int]) -> list[str]:
+    return sorted(_section(config_type, path).model_fields)
+
+
+def _section(config_type: type[Config], path: Sequence[str | int]) -> type[Config]:
+    """The config under a path of keys."""
     current: Any = config_type
     for part in path:
         annotation = current.model_fields[part].annotation
         options = [annotation, *getattr(annotation, "__args__", ())]
         current = next(option for option in options if isinstance(option, type) and issubclass(option, Config))
-    return sorted(current.model_fields)
+    return current

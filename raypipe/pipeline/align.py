@@ -24,7 +24,6 @@ from raypipe.language.adapters import AdapterCard, build_adapter, load_adapter, 
 from raypipe.language.alignment import AlignmentTask, prepare_alignment
 from raypipe.language.backbone import load_backbone
 from raypipe.language.catalogue import Catalogue
-from raypipe.language.checkpoint import checkpoint_hash
 from raypipe.language.titles import distinct_titles
 from raypipe.pipeline.align_record import record
 from raypipe.pipeline.asked_anew import as_trained, asked_anew, tell_stored
@@ -32,7 +31,7 @@ from raypipe.pipeline.guided import run_guided
 from raypipe.pipeline.held_out import Cut, are_held_out
 from raypipe.pipeline.job import model_result
 from raypipe.pipeline.lancer import run_lancer
-from raypipe.pipeline.loaded import BUILTIN, Loaded, chosen_lm
+from raypipe.pipeline.loaded import BUILTIN, ChosenLm, Loaded
 from raypipe.pipeline.past_summaries import check_written
 from raypipe.pipeline.replay import read_replay
 from raypipe.pipeline.sequences import histories_hash, pinned_versions, read_histories
@@ -161,29 +160,28 @@ class _Inputs:
     """The two that are joined, what is known up to the cut, and whether nothing trained here saw who is held out."""
 
     recommender: str
-    lm: Path
-    lm_hash: str
+    lm: ChosenLm
     source: Source
     unseen: bool
 
     def check_room(self, system: System, answer_tokens: int) -> None:
         """Raises UsageError where answers are held to titles longer than an answer: before training, and not after it."""
         if held := system.choices(self.source):
-            engine = EngineConfig(lm=str(self.lm)).build()
+            engine = EngineConfig(lm=str(self.lm.folder)).build()
             for choices in held:
                 list(engine.generate([], Decoding(max_new_tokens=answer_tokens), choices))
 
     def measure(self, config: AlignConfig, system: System, adapter: Path) -> dict[str, float]:
-        engine = EngineConfig(lm=str(self.lm), adapter=str(adapter)).build()
+        engine = EngineConfig(lm=str(self.lm.folder), adapter=str(adapter)).build()
         told = system.measured(self.source, engine, config.asked, config.answer_tokens)
         refused = {name.removeprefix("refused "): n for name, n in told.items() if name.startswith("refused ") and n}
         if refused:
             counts = ", ".join(f"{n:,.0f} of {task}" for task, n in refused.items())
             say(f"{JOB}: questions that could not be asked count as answers that say nothing: {counts}")
         if config.beside:
-            backbone = load_backbone(str(self.lm), device="cpu")
-            adapted = AdaptedLm(backbone, load_adapter(adapter, backbone, self.lm_hash), read_card(adapter))
-            bare = EngineConfig(lm=str(self.lm)).build()
+            backbone = load_backbone(str(self.lm.folder), device="cpu")
+            adapted = AdaptedLm(backbone, load_adapter(adapter, backbone, self.lm.hash), read_card(adapter))
+            bare = EngineConfig(lm=str(self.lm.folder)).build()
             sizes = (config.users, config.positions, config.asked, config.answer_tokens)
             told |= system.beside(self.source, adapted, bare, *sizes)
         return {"unseen_by_all": int(self.unseen), **told}
@@ -222,7 +220,7 @@ def _joined(config: AlignConfig) -> JobResult:
             "config": config.shaping_values(),
             "system": [system.name, config.chosen().shaping_values()],
             "recommender": inputs.recommender,
-            "lm": inputs.lm_hash,
+            "lm": inputs.lm.hash,
             "histories": histories_hash(workspace, versions["histories"]),
             "titles": list(catalogue.titles),
             "summaries": sorted(inputs.source.summaries.items()),
@@ -240,7 +238,7 @@ def _joined(config: AlignConfig) -> JobResult:
         model = _train(config, workspace, inputs, system, recipe, versions)
         assert weights_hash(inputs.source.recommender) == before, "the recommender is frozen"
         tracking.register(model)
-    params = {"model": model.hash, "recommender": inputs.recommender, "lm": inputs.lm_hash[:12]}
+    params = {"model": model.hash, "recommender": inputs.recommender, "lm": inputs.lm.hash[:12]}
     tracking.log_run(JOB, recipe, params, model.lineage["metrics"])
     return model_result(JOB, model, "ok", model.lineage["metrics"], started)
 
@@ -262,8 +260,8 @@ def _read(config: AlignConfig, workspace: Workspace, version: int, adapter: Mode
     loaded = Loaded.of(config, workspace, config.model)
     freeze(loaded.recommender)
     parts = [loaded.model] if adapter is None else [loaded.model, adapter]
-    lm, own = chosen_lm(config, workspace, config.lm)
-    parts += [] if own is None else [own]
+    lm = ChosenLm.of(config, workspace, config.lm)
+    parts += [] if lm.own is None else [lm.own]
     for part in parts:
         Cut(config.hold_out, 0.0).check_events(part)
     saw = [part.name for part in parts if part.lineage.get("held_out_share", 0.0) < config.held_out_share]
@@ -291,7 +289,7 @@ def _read(config: AlignConfig, workspace: Workspace, version: int, adapter: Mode
     replay = read_replay(config.replay) if config.replay is not None else []
     summaries = _read_summaries(config, workspace, users) if config.summaries is not None else {}
     source = Source(loaded.recommender, histories, held_out, catalogue, summaries, replay)
-    return _Inputs(f"{loaded.model.name}/{loaded.model.hash}", lm, checkpoint_hash(lm), source, not saw)
+    return _Inputs(f"{loaded.model.name}/{loaded.model.hash}", lm, source, not saw)
 
 
 def _read_summaries(config: AlignConfig, workspace: Workspace, users: pa.Array) -> dict[int, str]:
@@ -320,9 +318,9 @@ def _train(
     folder = config.training_folder(workspace, name)
     width = inputs.source.recommender.width
     card = AdapterCard(
-        system.adapter, dict.fromkeys(system.adapter.projectors, width), inputs.lm_hash, inputs.recommender
+        system.adapter, dict.fromkeys(system.adapter.projectors, width), inputs.lm.hash, inputs.recommender
     )
-    backbone = load_backbone(str(inputs.lm), device="cpu")
+    backbone = load_backbone(str(inputs.lm.folder), device="cpu")
     build_adapter(backbone, card)  # what cannot be built is told here, and not by a worker
     rng = np.random.default_rng(config.trainer.seed)
 
@@ -333,13 +331,13 @@ def _train(
             backbone,
             backbone.ends[0],
             backbone.context,
-            str(inputs.lm),
+            str(inputs.lm.folder),
             card,
             config.trainer.seed,
         )
 
     try:
-        counts = prepared_once(folder / "data", inputs.lm, prepare)
+        counts = prepared_once(folder / "data", inputs.lm.folder, prepare)
     except ValueError as error:
         raise UsageError(str(error), "Ask for fewer titles, or name a language model of a longer context.") from None
     say(f"{JOB}: training on {counts['examples']:,} examples, {counts['tokens']:,} tokens")
@@ -358,7 +356,7 @@ def _train(
         "seed": config.trainer.seed,
         "system": config.system,
         "options": config.chosen().model_dump(mode="json"),
-        "lm": inputs.lm_hash,
+        **inputs.lm.lineage,
         "recommender": inputs.recommender,
         "summaries": config.summaries,
         "replay": config.replay,

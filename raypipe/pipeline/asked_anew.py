@@ -19,7 +19,7 @@ _READS_STATES = {"constrained", "judges", "rubric"}
 _OPTIONS = {
     "recinterpreter": _READS_STATES,
     "recexplainer": _READS_STATES,
-    "trsr": {"recent", "history", "missing", "noise", "controls", "candidates", "block_items"},
+    "trsr": {"recent", "history", "missing", "noise", "controls", "candidates", "block_items", "against"},
     # Of the prompts only what they are perturbed by.
     "lancer": {"constrained", "beams", "filter_seen", "cold_events", "shown", "prompts"},
 }

@@ -21,13 +21,12 @@ from raypipe.engines.engine import Engine, EngineConfig
 from raypipe.errors import UsageError
 from raypipe.language.adapters import AdapterCard, build_adapter, load_adapter
 from raypipe.language.backbone import load_backbone
-from raypipe.language.checkpoint import checkpoint_hash
 from raypipe.language.prompt import Prompt
 from raypipe.pipeline.asked_anew import tell_stored
 from raypipe.pipeline.forgotten import leave_out_forgotten
 from raypipe.pipeline.held_out import Cut, are_held_out
 from raypipe.pipeline.job import model_result
-from raypipe.pipeline.loaded import chosen_lm
+from raypipe.pipeline.loaded import ChosenLm
 from raypipe.pipeline.sequences import catalogue_of, histories_hash, pinned_versions, read_histories
 from raypipe.pipeline.training_folders import prepared_once
 from raypipe.recommenders.attribute_scores import AttributeScores, save_scores
@@ -66,8 +65,7 @@ class _Inputs:
     held_out: NDArray[np.bool_]
     unseen: float
     catalogue: dict[str, object]
-    lm: Path
-    lm_hash: str
+    lm: ChosenLm
     adapter: Model | None
 
     @property
@@ -100,7 +98,7 @@ def run_guided(config: AlignConfig) -> JobResult:
             "config": values,
             "guided": rating.config.shaping_values(),
             "attributes": [one.shaping_values() for one in rating.attributes],
-            "lm": inputs.lm_hash,
+            "lm": inputs.lm.hash,
             "adapter": inputs.adapter and inputs.adapter.hash,
             "histories": histories_hash(workspace, versions["histories"]),
             "items": fingerprint({"lines": rating.item_lines()}),
@@ -113,15 +111,15 @@ def run_guided(config: AlignConfig) -> JobResult:
             return model_result("align", model, "nothing_to_do", model.lineage["metrics"], started)
         model = _scored(config, workspace, inputs, recipe, versions)
         tracking.register(model)
-    params = {"model": model.hash, "lm": inputs.lm_hash[:12]}
+    params = {"model": model.hash, "lm": inputs.lm.hash[:12]}
     tracking.log_run(NAME, recipe, params, model.lineage["metrics"])
     return model_result("align", model, "ok", model.lineage["metrics"], started)
 
 
 def _read(config: AlignConfig, workspace: Workspace, versions: dict[str, int]) -> _Inputs:
     cut = Cut(config.hold_out, config.held_out_share)
-    lm, own = chosen_lm(config, workspace, config.lm)
-    seen = [] if own is None else [own]
+    lm = ChosenLm.of(config, workspace, config.lm)
+    seen = [] if lm.own is None else [lm.own]
     adapter = find_model(Models(workspace.store), config.adapter) if config.adapter is not None else None
     if adapter is not None:
         seen.append(adapter)
@@ -151,7 +149,7 @@ def _read(config: AlignConfig, workspace: Workspace, versions: dict[str, int]) -
     guided = config.guided
     rating = Rating(guided, find_attributes(guided.domain, catalogue, guided.attributes), catalogue)
     held_out = are_held_out(users, config.held_out_share)
-    return _Inputs(rating, histories, held_out, unseen, catalogue_card(ids), lm, checkpoint_hash(lm), adapter)
+    return _Inputs(rating, histories, held_out, unseen, catalogue_card(ids), lm, adapter)
 
 
 def _scored(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: str, versions: dict[str, int]) -> Model:
@@ -162,7 +160,7 @@ def _scored(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: 
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     rating = inputs.rating
-    questions = RatingPrompts(rating, load_backbone(str(inputs.lm), device="cpu"))
+    questions = RatingPrompts(rating, load_backbone(str(inputs.lm.folder), device="cpu"))
     metrics: dict[str, float] = {}
     curve: dict[str, Any] = {}
     if inputs.adapter is not None:
@@ -213,7 +211,7 @@ def _scored(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: 
         "seed": config.trainer.seed,
         "options": rating.config.model_dump(mode="json"),
         "attributes": [one.model_dump() for one in rating.attributes],
-        "lm": inputs.lm_hash,
+        **inputs.lm.lineage,
         "tuned": inputs.adapter and f"{inputs.adapter.name}/{inputs.adapter.hash}",
         "config": config.shaping_values(),
         "metrics": metrics,
@@ -235,7 +233,7 @@ def _tuned(
     rows = rng.permutation(there)[: config.users]
     owners, events = drawn_places(rows, inputs.histories.lengths[rows] - 1, config.positions, rng)
     targets = inputs.histories.items[inputs.histories.starts[owners] + events]
-    card = AdapterCard(guided.adapter, {}, inputs.lm_hash, "")
+    card = AdapterCard(guided.adapter, {}, inputs.lm.hash, "")
 
     def prepare() -> dict[str, int]:
         return prepare_tuning(
@@ -244,14 +242,14 @@ def _tuned(
             questions.ids(questions.of_users(inputs.firsts(owners, events))),
             targets.tolist(),
             questions.form,
-            str(inputs.lm),
+            str(inputs.lm.folder),
             card,
             guided,
             config.trainer.seed,
         )
 
     try:
-        counts = prepared_once(folder / "data", inputs.lm, prepare)
+        counts = prepared_once(folder / "data", inputs.lm.folder, prepare)
     except ValueError as error:
         raise UsageError(str(error), "Ingest more users, or lower --held_out_share.") from None
     build_adapter(questions.backbone, card)  # what cannot be built is told here, and not by a worker
@@ -274,12 +272,12 @@ class _Reader:
         self.tokens = 0
         adapter = folder if (folder / _ADAPTER[0]).is_file() else None
         if inputs.rating.config.reading == "parsed":
-            self.engine: Engine | None = EngineConfig(lm=str(inputs.lm), adapter=str(adapter or "")).build()
+            self.engine: Engine | None = EngineConfig(lm=str(inputs.lm.folder), adapter=str(adapter or "")).build()
             return
-        self.engine, backbone = None, load_backbone(str(inputs.lm))
+        self.engine, backbone = None, load_backbone(str(inputs.lm.folder))
         self.lm: Any = backbone.model
         if adapter is not None:
-            self.lm = load_adapter(adapter, backbone, inputs.lm_hash).lm
+            self.lm = load_adapter(adapter, backbone, inputs.lm.hash).lm
 
     def read(self, what: str, prompts: Sequence[Prompt]) -> NDArray[np.float32]:
         """[prompts, attributes]."""

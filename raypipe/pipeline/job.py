@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from raypipe.config import Config, free
 from raypipe.data.id_lists import read_ids
@@ -44,12 +44,24 @@ class CapOptions(Config):
     max_calls: int | None = free(None, "hard cap on model calls", ge=0)
     max_tokens: int | None = free(None, "hard cap on tokens, in and out together", ge=0)
     max_cost: float | None = free(None, "hard cap on money, by the prices, of which one has to be given", ge=0)
-    deadline: datetime | None = free(None, "no new work after this moment (ISO time)")
+    deadline: datetime | None = free(
+        None, "no new work after this moment: ISO time with its UTC offset, for example 2026-01-06T05:30:00+01:00"
+    )
     max_reject_rate: float = free(
         0.2, "share of the rows read so far whose rejection stops the run; what is done stays done", ge=0, le=1
     )
     price_in: float = free(0.0, "price of a million prompt tokens", ge=0)
     price_out: float = free(0.0, "price of a million generated tokens", ge=0)
+
+    @field_validator("deadline")
+    @classmethod
+    def _is_one_moment(cls, deadline: datetime | None) -> datetime | None:
+        if deadline is not None and deadline.tzinfo is None:
+            raise ValueError(
+                "without a UTC offset it is another moment on a machine of another time zone; write it with Z for UTC or with an "
+                f"offset, as {deadline.isoformat()}+01:00"
+            )
+        return deadline
 
     @model_validator(mode="after")
     def _money_needs_a_price(self) -> CapOptions:

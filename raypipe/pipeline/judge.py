@@ -98,6 +98,7 @@ def run_judge(config: JudgeConfig) -> JobResult:
         "users": sample.users,
         "ratings": ratings,
         "metrics": metrics,
+        "created": time.time(),
     }
     path = f"judgements/{key}.json"
     with locked_traces(workspace, JOB, config.lock_lease_s):

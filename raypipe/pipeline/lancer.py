@@ -28,7 +28,7 @@ from raypipe.pipeline.asked_anew import asked_anew, tell_stored
 from raypipe.pipeline.evaluate import table
 from raypipe.pipeline.held_out import Cut, are_held_out
 from raypipe.pipeline.job import model_result
-from raypipe.pipeline.loaded import chosen_lm
+from raypipe.pipeline.loaded import ChosenLm
 from raypipe.pipeline.sequences import catalogue_of, histories_hash, pinned_versions, read_histories
 from raypipe.recommenders.evaluation import HeldOut, ranks_of_floor
 from raypipe.recommenders.floors import Floor, Popularity, Transitions
@@ -61,9 +61,7 @@ class _Inputs:
     histories: Histories
     held_out: NDArray[np.bool_]
     unseen: NDArray[np.bool_]
-    lm: Path
-    lm_hash: str
-    lm_model: str
+    lm: ChosenLm
 
     def evaluation_set(self, hold_out: int, most: int) -> EvaluationSet:
         """At most so many users, drawn, and what was chosen last; UsageError where there is nobody."""
@@ -101,7 +99,7 @@ def run_lancer(config: AlignConfig) -> JobResult:
             "step": STEP_VERSION,
             "config": config.shaping_values(),
             "lancer": config.lancer.shaping_values(),
-            "lm": inputs.lm_hash,
+            "lm": inputs.lm.hash,
             "histories": histories_hash(workspace, versions["histories"]),
             "items": fingerprint(
                 {"lines": config.lancer.lines(inputs.catalogue), "contents": config.lancer.contents(inputs.catalogue)}
@@ -116,18 +114,17 @@ def run_lancer(config: AlignConfig) -> JobResult:
             return model_result("align", model, "nothing_to_do", model.lineage["metrics"], started)
         model = _train(config, workspace, inputs, recipe, versions)
         tracking.register(model)
-    tracking.log_run(NAME, recipe, {"model": model.hash, "lm": inputs.lm_hash[:12]}, model.lineage["metrics"])
+    tracking.log_run(NAME, recipe, {"model": model.hash, "lm": inputs.lm.hash[:12]}, model.lineage["metrics"])
     return model_result("align", model, "ok", model.lineage["metrics"], started)
 
 
 def _read(config: AlignConfig, workspace: Workspace, versions: dict[str, int]) -> _Inputs:
-    lm, own = chosen_lm(config, workspace, config.lm)
-    cut, trained = Cut(config.hold_out, config.held_out_share), [] if own is None else [own]
+    lm = ChosenLm.of(config, workspace, config.lm)
+    cut, trained = Cut(config.hold_out, config.held_out_share), [] if lm.own is None else [lm.own]
     for model in trained:
         cut.check_events(model)
-    lm_model = "" if own is None else f"{own.name}/{own.hash}"
-    inputs = _Inputs(*_known(workspace, versions, cut, trained), lm, checkpoint_hash(lm), lm_model)
-    check_lines(config.lancer, inputs.catalogue, lm, config.answer_tokens)
+    inputs = _Inputs(*_known(workspace, versions, cut, trained), lm)
+    check_lines(config.lancer, inputs.catalogue, lm.folder, config.answer_tokens)
     return inputs
 
 
@@ -180,9 +177,7 @@ def _train(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: s
         "seed": config.trainer.seed,
         "system": NAME,
         "options": config.lancer.model_dump(mode="json"),
-        "lm": inputs.lm_hash,
-        "lm_model": inputs.lm_model,
-        "lm_path": "" if inputs.lm_model else str(inputs.lm),
+        **inputs.lm.lineage,
         "config": config.shaping_values(),
         "metrics": metrics,
         "training": trained.curve(),
@@ -199,13 +194,13 @@ def _trained(config: AlignConfig, inputs: _Inputs, folder: Path, name: str) -> t
     seen = inputs.histories.without_last(config.hold_out - validated).of(~inputs.held_out)
     chosen = np.sort(np.random.default_rng(config.trainer.seed).permutation(len(seen))[: config.users])
     seen = seen.take(seen.starts[chosen], seen.lengths[chosen])
-    backbone = load_backbone(str(inputs.lm), device="cpu")
+    backbone = load_backbone(str(inputs.lm.folder), device="cpu")
     hidden = backbone.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
-    card = AdapterCard(lancer.adapter, {PREFIX: hidden} if lancer.reasoning else {}, inputs.lm_hash, "")
+    card = AdapterCard(lancer.adapter, {PREFIX: hidden} if lancer.reasoning else {}, inputs.lm.hash, "")
     told = LancerTrainingData(lancer.lines(inputs.catalogue), lancer.contents(inputs.catalogue), seen, validated)
     data, seed = folder / "data", config.trainer.seed
     try:
-        counts: dict[str, float] = dict(prepare_lancer(data, told, backbone, str(inputs.lm), card, lancer, seed))
+        counts: dict[str, float] = dict(prepare_lancer(data, told, backbone, str(inputs.lm.folder), card, lancer, seed))
     except ValueError as error:
         raise UsageError(str(error), "Ingest longer histories, or lower --hold_out.") from None
     build_adapter(backbone, card, seed)  # what cannot be built is told here, and not by a worker
@@ -231,7 +226,7 @@ def _measure(
 ) -> dict[str, float]:
     """Figures of the model, of the same model asked otherwise, and of the floors; the table of them is told."""
     found = measured(
-        evaluated, load_writer(options, inputs.catalogue, str(inputs.lm), adapter, config.answer_tokens), _tell
+        evaluated, load_writer(options, inputs.catalogue, str(inputs.lm.folder), adapter, config.answer_tokens), _tell
     )
     training, items = evaluated.held.training, evaluated.held.items
     floors: dict[str, Floor] = {
@@ -266,27 +261,27 @@ def _measured_anew(
             f"The model {adapter.name} is none of this system.", "Name one made by `align --system lancer`."
         )
     cut, trained = Cut(config.hold_out, config.held_out_share), list[Model]()
-    named_lm = adapter.lineage["lm_model"]
-    if home.store.uri == workspace.store.uri:
-        trained = [adapter, *([find_model(Models(home.store), named_lm)] if named_lm else [])]
     lm = _language_model(config, home, adapter)
-    inputs = _Inputs(*_known(workspace, versions, cut, trained), lm, adapter.lineage["lm"], named_lm)
+    if home.store.uri == workspace.store.uri:
+        trained = [adapter] if lm.own is None else [adapter, lm.own]
+    inputs = _Inputs(*_known(workspace, versions, cut, trained), lm)
     options = LancerConfig.model_validate(asked_anew(NAME, config.lancer, adapter.lineage["options"]))
-    check_lines(options, inputs.catalogue, lm, config.answer_tokens)
+    check_lines(options, inputs.catalogue, lm.folder, config.answer_tokens)
     metrics = _measure(
         config, options, inputs, inputs.evaluation_set(config.hold_out, config.asked), config.fetch(home, adapter)
     )
     return model_result("align", adapter, "ok", metrics, started)
 
 
-def _language_model(config: AlignConfig, home: Workspace, adapter: Model) -> Path:
+def _language_model(config: AlignConfig, home: Workspace, adapter: Model) -> ChosenLm:
     """The one beside which the adapter was trained."""
     if named := adapter.lineage["lm_model"]:
-        return config.fetch(home, find_model(Models(home.store), named))
-    lm = resolve_checkpoint(config.lm)
-    if checkpoint_hash(lm) != adapter.lineage["lm"]:
+        own = find_model(Models(home.store), named)
+        return ChosenLm(config.fetch(home, own), adapter.lineage["lm"], own)
+    folder = resolve_checkpoint(config.lm)
+    if (content := checkpoint_hash(folder)) != adapter.lineage["lm"]:
         raise UsageError(
             f"The adapter {adapter.name} was trained beside another language model than {config.lm}.",
             "Name that one with --lm.",
         )
-    return lm
+    return ChosenLm(folder, content, None)

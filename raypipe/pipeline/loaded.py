@@ -69,12 +69,27 @@ def find_builtin_lm(workspace: Workspace, option: str, named: str = BUILTIN) -> 
     return found[-1]
 
 
-def chosen_lm(config: ModelCache, workspace: Workspace, named: str) -> tuple[Path, Model | None]:
-    """The checkpoint's folder of --lm, and which of the workspace's own models it is, where it is one of them."""
-    if not is_builtin(named):
-        return resolve_checkpoint(named), None
-    model = find_builtin_lm(workspace, "--lm", named)
-    return config.fetch(workspace, model), model
+@dataclass(frozen=True)
+class ChosenLm:
+    """The language model beside which something is trained: its checkpoint's folder, that one's content hash, and which of the
+    workspace's own models it is, where it is one of them."""
+
+    folder: Path
+    hash: str
+    own: Model | None
+
+    @classmethod
+    def of(cls, config: ModelCache, workspace: Workspace, named: str) -> ChosenLm:
+        """By --lm: `builtin`, `builtin/HASH`, a folder or a hub name. Raises UsageError where there is none."""
+        own = find_builtin_lm(workspace, "--lm", named) if is_builtin(named) else None
+        folder = resolve_checkpoint(named) if own is None else config.fetch(workspace, own)
+        return cls(folder, checkpoint_hash(folder), own)
+
+    @property
+    def lineage(self) -> dict[str, str]:
+        """What a model that was trained beside it is stored with: `lm_model`, NAME/HASH, is found again and kept with it."""
+        named = "" if self.own is None else f"{self.own.name}/{self.own.hash}"
+        return {"lm": self.hash, "lm_model": named, "lm_path": "" if named else str(self.folder)}
 
 
 def lm_beside(config: ModelCache, workspace: Workspace, card: AdapterCard, named: str) -> Model:

@@ -112,8 +112,10 @@ def _data_set(workspace: Workspace) -> str:
 def _judged(workspace: Workspace, dataset: str) -> list[Figure]:
     """The newest ratings of everything that was judged."""
     found: dict[tuple[str, str], Figure] = {}
-    for entry in sorted(workspace.store.list("judgements"), key=lambda entry: entry.modified):
-        report = json.loads(workspace.store.read(entry.path))
+    entries = workspace.store.list("judgements")
+    # Of before `created` was told a judgement has its file's own time.
+    reports = [{"created": entry.modified, **json.loads(workspace.store.read(entry.path))} for entry in entries]
+    for report in sorted(reports, key=lambda report: report["created"]):
         # A judgement of before this was told is one of summaries.
         what = report.get("what", "summarize-hierarchical")
         for metric, value in report["metrics"].items():

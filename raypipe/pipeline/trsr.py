@@ -20,17 +20,24 @@ from raypipe.errors import UsageError
 from raypipe.language.adapters import AdapterCard, build_adapter
 from raypipe.language.alignment import prepare_alignment
 from raypipe.language.backbone import load_backbone
-from raypipe.language.checkpoint import checkpoint_hash
 from raypipe.pipeline.asked_anew import asked_anew, tell_stored
 from raypipe.pipeline.candidates import stored_candidates
 from raypipe.pipeline.forgotten import leave_out_forgotten
 from raypipe.pipeline.held_out import Cut, are_held_out
 from raypipe.pipeline.job import model_result
-from raypipe.pipeline.loaded import Loaded, chosen_lm
+from raypipe.pipeline.loaded import ChosenLm, Loaded
 from raypipe.pipeline.past_summaries import past_summaries
 from raypipe.pipeline.sequences import catalogue_of, histories_hash, pinned_versions, read_histories
 from raypipe.pipeline.training_folders import prepared_once
-from raypipe.pipeline.trsr_measures import RankingInputs, check_comparable, compared, measure, ranker_of, save_ranks
+from raypipe.pipeline.trsr_measures import (
+    ModelRanks,
+    RankingInputs,
+    check_comparable,
+    compared,
+    measure,
+    ranker_of,
+    save_ranks,
+)
 from raypipe.recommenders.recommender import freeze
 from raypipe.runtime.job import JobResult
 from raypipe.runtime.progress import say
@@ -57,9 +64,9 @@ def run_trsr(config: AlignConfig) -> JobResult:
     tracking = config.open_tracking(workspace)
     versions = pinned_versions(workspace)
     models = Models(workspace.store)
-    if config.adapter is not None:
-        return _measured_anew(config, workspace, versions, find_model(models, config.adapter), started)
     against = None if config.trsr.against is None else find_model(models, config.trsr.against)
+    if config.adapter is not None:
+        return _measured_anew(config, workspace, versions, find_model(models, config.adapter), against, started)
     inputs = _read(config, workspace, versions)
     if against is not None:
         check_comparable(against, inputs.sets_key)
@@ -68,7 +75,7 @@ def run_trsr(config: AlignConfig) -> JobResult:
             "step": STEP_VERSION,
             "config": config.shaping_values(),
             "trsr": config.trsr.shaping_values(),
-            "lm": inputs.lm_hash,
+            "lm": inputs.lm.hash,
             "recommender": inputs.recommender,
             "histories": histories_hash(workspace, versions["histories"]),
             "catalogue": fingerprint({"lines": config.trsr.lines(inputs.past.catalogue)}),
@@ -87,9 +94,9 @@ def run_trsr(config: AlignConfig) -> JobResult:
         tracking.register(model)
     metrics = dict(model.lineage["metrics"])
     if against is not None:
-        metrics |= compared(config, workspace, model, against)
+        metrics |= compared(ModelRanks.stored(config, workspace, model), config, workspace, against)
     if status == "ok":
-        tracking.log_run(NAME, recipe, {"model": model.hash, "lm": inputs.lm_hash[:12]}, metrics)
+        tracking.log_run(NAME, recipe, {"model": model.hash, "lm": inputs.lm.hash[:12]}, metrics)
     return model_result("align", model, status, metrics, started)
 
 
@@ -100,9 +107,9 @@ def _read(config: AlignConfig, workspace: Workspace, versions: dict[str, int]) -
     loaded = Loaded.of(config, workspace, config.model)
     freeze(loaded.recommender)
     cut.check_events(loaded.model)
-    lm, own = chosen_lm(config, workspace, config.lm)
-    if own is not None:
-        cut.check_events(own)
+    lm = ChosenLm.of(config, workspace, config.lm)
+    if lm.own is not None:
+        cut.check_events(lm.own)
     users, whole = read_histories(workspace, versions["histories"])
     catalogue = catalogue_of(loaded.items)
     summaries = PastSummaries()
@@ -122,7 +129,7 @@ def _read(config: AlignConfig, workspace: Workspace, versions: dict[str, int]) -
     order = np.argsort(whole.users)
     rows = order[np.searchsorted(whole.users, sets.keys, sorter=order)]
     past = Past(whole.without_last(config.hold_out), are_held_out(users, config.held_out_share), catalogue, summaries)
-    return RankingInputs(past, lm, checkpoint_hash(lm), loaded, sets, key, rows)
+    return RankingInputs(past, lm, loaded, sets, key, rows)
 
 
 def _left(config: AlignConfig) -> int:
@@ -136,8 +143,8 @@ def _train(
     """Train, measure, and only then store: who finds the model finds its figures in the lineage, and its ranks beside it."""
     name = f"{NAME}-{recipe}"
     folder = config.training_folder(workspace, name)
-    card = AdapterCard(config.trsr.adapter, {}, inputs.lm_hash, "")
-    backbone = load_backbone(str(inputs.lm), device="cpu")
+    card = AdapterCard(config.trsr.adapter, {}, inputs.lm.hash, "")
+    backbone = load_backbone(str(inputs.lm.folder), device="cpu")
     trsr = ranker_of(config.trsr, inputs, backbone)
     build_adapter(backbone, card)  # what cannot be built is told here, and not by a worker
     rng = np.random.default_rng(config.trainer.seed)
@@ -154,13 +161,13 @@ def _train(
             backbone,
             backbone.ends[0],
             backbone.context,
-            str(inputs.lm),
+            str(inputs.lm.folder),
             card,
             config.trainer.seed,
         )
 
     try:
-        counts = prepared_once(folder / "data", inputs.lm, prepare)
+        counts = prepared_once(folder / "data", inputs.lm.folder, prepare)
     except ValueError as error:
         raise UsageError(str(error), "Ingest longer histories, or name a language model of a longer context.") from None
     say(f"{NAME}: training on {counts['examples']:,} examples, {counts['tokens']:,} tokens")
@@ -189,7 +196,7 @@ def _train(
         "options": config.trsr.model_dump(mode="json"),
         "config": config.shaping_values(),
         "training": trained.curve(),
-        "lm": inputs.lm_hash,
+        **inputs.lm.lineage,
         "recommender": inputs.recommender,
         "summaries": config.summaries,
         "candidates": inputs.sets_key,
@@ -223,12 +230,21 @@ def _prepare_validation(config: AlignConfig, inputs: RankingInputs, trsr: Trsr, 
 
 
 def _measured_anew(
-    config: AlignConfig, workspace: Workspace, versions: dict[str, int], adapter: Model, started: float
+    config: AlignConfig,
+    workspace: Workspace,
+    versions: dict[str, int],
+    adapter: Model,
+    against: Model | None,
+    started: float,
 ) -> JobResult:
     """A stored model asked with what is given here: other summaries, fewer items, summaries that are missing or wrong."""
     if adapter.lineage.get("system") != NAME:
         raise UsageError(f"The model {adapter.name} is none of this system.", "Name one made by `align --system trsr`.")
     options = TrsrConfig.model_validate(asked_anew(NAME, config.trsr, adapter.lineage["options"]))
     inputs = _read(config.model_copy(update={NAME: options}), workspace, versions)
-    metrics, _ = measure(config, options, inputs, config.fetch(workspace, adapter))
+    if against is not None:
+        check_comparable(against, inputs.sets_key)
+    metrics, ranks = measure(config, options, inputs, config.fetch(workspace, adapter))
+    if against is not None:
+        metrics |= compared(ModelRanks(inputs.sets.keys, *ranks[""]), config, workspace, against)
     return model_result("align", adapter, "ok", metrics, started)

@@ -23,7 +23,7 @@ from raypipe.errors import UsageError
 from raypipe.language.backbone import Backbone, load_backbone
 from raypipe.metrics.comparison import paired_bootstrap
 from raypipe.metrics.ranking import candidate_metrics
-from raypipe.pipeline.loaded import Loaded
+from raypipe.pipeline.loaded import ChosenLm, Loaded
 from raypipe.recommenders.floors import Floor, Popularity, Transitions
 from raypipe.recommenders.ranking import batches_by_length, candidate_scores
 from raypipe.recommenders.windows import Histories
@@ -52,8 +52,7 @@ class RankingInputs:
     """What is known up to the cut and by which models, the candidates, and the users they are of, by their `rows` in the histories."""
 
     past: Past
-    lm: Path
-    lm_hash: str
+    lm: ChosenLm
     loaded: Loaded
     sets: CandidateSets
     sets_key: str
@@ -82,8 +81,8 @@ def measure(
     config: AlignConfig, options: TrsrConfig, inputs: RankingInputs, adapter: Path
 ) -> tuple[dict[str, float], Ranks]:
     """Figures and ranks of the model, of the model asked as its controls say, and of what ranks without it."""
-    engine = EngineConfig(lm=str(inputs.lm), adapter=str(adapter)).build()
-    trsr = ranker_of(options, inputs, load_backbone(str(inputs.lm), device="cpu"))
+    engine = EngineConfig(lm=str(inputs.lm.folder), adapter=str(adapter)).build()
+    trsr = ranker_of(options, inputs, load_backbone(str(inputs.lm.folder), device="cpu"))
     controls: tuple[Control, ...] = options.controls if inputs.past.summaries.texts else ()
     sets, ranks = inputs.sets, Ranks()
     metrics: dict[str, float] = {"asked": len(sets)}
@@ -171,12 +170,27 @@ def check_comparable(other: Model, sets_key: str) -> None:
         )
 
 
-def compared(config: AlignConfig, workspace: Workspace, model: Model, other: Model) -> dict[str, float]:
-    """How far a model ranks the same candidates better than another one, with 95 % intervals over users."""
-    sides = []
-    for one in (model, other):
-        told = Models(workspace.store).users(one) or load_file(config.fetch(workspace, one) / _RANKS)
-        sides.append((told["keys"], candidate_metrics(told["above/"].astype(np.int64), told["same/"].astype(np.int64))))
+@dataclass(frozen=True)
+class ModelRanks:
+    """Of each asked user, by key [users], how many candidates a model puts above the chosen one, and how many beside it."""
+
+    keys: NDArray[np.int64]
+    above: NDArray[np.int64]
+    same: NDArray[np.int64]
+
+    @classmethod
+    def stored(cls, config: AlignConfig, workspace: Workspace, model: Model) -> ModelRanks:
+        """As they were measured when the model was trained."""
+        told = Models(workspace.store).users(model) or load_file(config.fetch(workspace, model) / _RANKS)
+        return cls(told["keys"], told["above/"].astype(np.int64), told["same/"].astype(np.int64))
+
+
+def compared(ranks: ModelRanks, config: AlignConfig, workspace: Workspace, other: Model) -> dict[str, float]:
+    """How far the same candidates are ranked better than by a stored model, with 95 % intervals over users."""
+    sides = [
+        (one.keys, candidate_metrics(one.above, one.same))
+        for one in (ranks, ModelRanks.stored(config, workspace, other))
+    ]
     _, mine, others = np.intersect1d(sides[0][0], sides[1][0], return_indices=True)
     found: dict[str, float] = {}
     for figure in _COMPARED:

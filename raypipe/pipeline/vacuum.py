@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from raypipe.config import free
+from raypipe.language.checkpoint import checkpoint_hash
 from raypipe.pipeline.job import cost_of
 from raypipe.pipeline.training_folders import trainings_outside
-from raypipe.runtime.job import JobConfig, JobResult
+from raypipe.runtime.job import JobConfig, JobResult, ModelCache
 from raypipe.runtime.progress import say
 from raypipe.runtime.session import open_session, refuse_open_runs
 from raypipe.storage.evaluations import Evaluations
@@ -35,7 +36,7 @@ _DAY_S = 86_400.0
 _RUN_KEY_DIGITS = 32
 
 
-class VacuumConfig(JobConfig):
+class VacuumConfig(JobConfig, ModelCache):
     """Configuration of `vacuum`."""
 
     keep_nights: int = free(30, "newest nights that can be restored", ge=1)
@@ -95,7 +96,7 @@ def _releases_and_models(workspace: Workspace, config: VacuumConfig, tracking: T
     releases, models = Releases(workspace.store), Models(workspace.store)
     kept = _kept_releases(workspace, config)
     old = sorted(set(releases.hashes()) - {release.hash for release in kept})
-    unnamed = models_to_drop(models, kept, config.keep_models)
+    unnamed = models_to_drop(models, kept, config.keep_models, lambda lm: checkpoint_hash(config.fetch(workspace, lm)))
     if not config.dry_run:
         for name in old:
             releases.remove(name)

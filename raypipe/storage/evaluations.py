@@ -6,6 +6,7 @@ A record says all that a report needs, so that it can be told of a model that va
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -58,12 +59,13 @@ class Evaluations:
         """Store a record in the place of an older one of the same model that was `asked` the same way."""
         key = fingerprint({"job": evaluation.job, "recommender": evaluation.recommender, "asked": dict(asked)})
         path = f"{_FOLDER}/{evaluation.hash}/{key}.json"
-        self.store.put(path, canonical_json(asdict(evaluation)).encode())
+        self.store.put(path, canonical_json({**asdict(evaluation), "created": time.time()}).encode())
 
     def all(self) -> list[Evaluation]:
         """Every record, the oldest first."""
         entries = [entry for entry in self.store.list(_FOLDER) if entry.path.endswith(".json")]
-        return [_read(self.store.read(entry.path)) for entry in sorted(entries, key=lambda e: (e.modified, e.path))]
+        found = [(*_read(self.store.read(entry.path), entry.modified), entry.path) for entry in entries]
+        return [evaluation for evaluation, _, _ in sorted(found, key=lambda one: one[1:])]
 
     def page(self, content: str) -> str:
         """The path of a model's page of users."""
@@ -74,10 +76,12 @@ class Evaluations:
         self.store.delete(entry.path for entry in self.store.list(_FOLDER) if entry.path.endswith(f"/{PAGE}"))
 
 
-def _read(data: bytes) -> Evaluation:
+def _read(data: bytes, modified: float) -> tuple[Evaluation, float]:
+    """A record and when it was written, which those of before this was told only have as their file's time."""
     raw = json.loads(data)
+    created = raw.pop("created", modified)
     figures = {
         scorer: {metric: Measured(**number) for metric, number in mine.items()}
         for scorer, mine in raw.pop("figures").items()
     }
-    return Evaluation(figures=figures, **raw)
+    return Evaluation(figures=figures, **raw), created

@@ -34,12 +34,13 @@ _KILLED_S = 86_400.0  # a download that has gone on for a day was killed
 
 @dataclass(frozen=True)
 class Model:
-    """One stored model."""
+    """One stored model; `created` is when it was last added, in Unix seconds."""
 
     name: str
     hash: str
     recipe: str
     lineage: Mapping[str, Any]
+    created: float = 0.0
 
     @property
     def folder(self) -> str:
@@ -53,14 +54,15 @@ class Models:
         self.store = store
 
     def add(self, name: str, files: Path, recipe: str, lineage: Mapping[str, Any]) -> Model:
-        """Store the files of a checkpoint folder under the hash of their content, the digest of its rows of users among them.
+        """Store the files of a checkpoint folder under the hash of their content, the digest of its rows of users among them, as
+        the newest of that name.
 
         `recipe` is the fingerprint of what made it. Raises UsageError on a file that is neither weights nor text.
         """
         if (users := read_users(files)) is not None:
             (files / FIRST_STORED).write_text(first_stored(users))
         paths = [path for path in _files(files) if path != files / USERS]
-        model = Model(name, _content_hash(files, paths), recipe, dict(lineage))
+        model = Model(name, _content_hash(files, paths), recipe, dict(lineage), time.time())
         for path in paths:
             self.store.put(f"{model.folder}/checkpoint/{path.relative_to(files)}", path.read_bytes())
         if users is not None:
@@ -83,9 +85,11 @@ class Models:
         self.store.delete_folder(model.folder)
 
     def all(self, name: str) -> list[Model]:
-        """Every complete model of that name."""
+        """Every complete model of that name, the oldest first."""
         entries = [entry for entry in self.store.list(f"models/{name}") if entry.path.endswith(f"/{_CARD}")]
-        return [Model(**json.loads(self.store.read(entry.path))) for entry in sorted(entries, key=lambda e: e.modified)]
+        # Cards of before `created` was told have their file's own time, which a copy of the workspace loses.
+        found = [Model(**{"created": entry.modified, **json.loads(self.store.read(entry.path))}) for entry in entries]
+        return sorted(found, key=lambda model: (model.created, model.hash))
 
     def newest(self, name: str, recipe: str | None = None) -> Model | None:
         """The newest model of that name, of one recipe or of any."""

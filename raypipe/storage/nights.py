@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -40,13 +40,31 @@ class Nights:
         return sorted(name for name in names if _DATE.fullmatch(name))
 
     def get(self, date: str) -> Night | None:
-        data = self.store.get(f"nights/{check_date(date)}.json")
-        return None if data is None else Night(**json.loads(data))
+        """The night of that date; None where none was published. Raises UsageError where its manifest is damaged."""
+        data = self.store.get(path := f"nights/{check_date(date)}.json")
+        if data is None:
+            return None
+        try:
+            return Night(**json.loads(data))
+        except (ValueError, TypeError) as error:
+            raise UsageError(
+                f"{self.store.object_uri(path)} is damaged: {error}.",
+                "Restore it from a backup; or delete it and put another night in force with `raypipe night --restore DATE`.",
+            ) from error
 
     def current(self) -> Night | None:
-        """The night in force: the newest, or the one pointed back to."""
+        """The night in force: the newest, or the one pointed back to. Raises UsageError where what points to it is damaged."""
         data = self.store.get(_CURRENT)
-        return None if data is None else self.get(json.loads(data)["date"])
+        if data is None:
+            return None
+        try:
+            date = str(json.loads(data)["date"])
+        except (ValueError, TypeError, KeyError):
+            raise UsageError(
+                f"{self.store.object_uri(_CURRENT)}, which names the night in force, is damaged.",
+                f"Put a night in force with `raypipe night --restore DATE`. {_known(self.dates())}",
+            ) from None
+        return self.get(date)
 
     def publish(self, night: Night) -> None:
         """Write the night, then point to it: a reader sees it whole or not at all."""
@@ -68,10 +86,13 @@ class Nights:
         """Put a published night in force; raises UsageError where there is none of that date."""
         night = self.get(date)
         if night is None:
-            known = ", ".join(self.dates()[-5:]) or "none"
-            raise UsageError(f"No night of {date} was published.", f"The newest are: {known}.")
+            raise UsageError(f"No night of {date} was published.", _known(self.dates()))
         self.store.put(_CURRENT, canonical_json({"date": date}).encode())
         return night
+
+
+def _known(dates: Sequence[str]) -> str:
+    return f"The newest are: {', '.join(dates[-5:]) or 'none'}."
 
 
 def check_date(date: str) -> str:

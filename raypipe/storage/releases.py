@@ -8,6 +8,7 @@ points to one, and moving it is one write. `champion` is what batch and serving 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -53,22 +54,23 @@ class Releases:
         self.store = store
 
     def add(self, release: Release) -> Release:
-        self.store.put(f"releases/{release.hash}.json", canonical_json(asdict(release)).encode())
+        """Store a release, as the newest."""
+        told = {**asdict(release), "created": time.time()}
+        self.store.put(f"releases/{release.hash}.json", canonical_json(told).encode())
         return release
 
     def get(self, start: str) -> Release:
         """The release whose hash starts so; UsageError where there is none, or several."""
-        found = [name for name in self.hashes() if name.startswith(start)]
+        stored = self._stored()
+        found = [release for name, release in stored.items() if name.startswith(start)]
         if len(found) != 1:
-            known = ", ".join(name[:12] for name in self.hashes()) or "none"
+            known = ", ".join(name[:12] for name in stored) or "none"
             raise UsageError(f"{len(found)} releases start with {start!r}.", f"There are: {known}.")
-        return Release(**json.loads(self.store.read(f"releases/{found[0]}.json")))
+        return found[0]
 
     def hashes(self) -> list[str]:
         """Oldest first."""
-        entries = sorted(self.store.list("releases"), key=lambda entry: (entry.modified, entry.path))
-        names = (entry.path.removeprefix("releases/").removesuffix(".json") for entry in entries)
-        return [name for name in names if "/" not in name]
+        return list(self._stored())
 
     def remove(self, name: str) -> None:
         """Delete the release of this hash."""
@@ -91,17 +93,34 @@ class Releases:
 
     def all(self) -> list[Release]:
         """Oldest first."""
-        return [self.get(name) for name in self.hashes()]
+        return list(self._stored().values())
+
+    def _stored(self) -> dict[str, Release]:
+        """By hash, the oldest first."""
+        found = []
+        for entry in self.store.list("releases"):
+            name = entry.path.removeprefix("releases/").removesuffix(".json")
+            if "/" not in name:
+                release, created = _read(self.store.read(entry.path), entry.modified)
+                found.append((created, name, release))
+        return {name: release for _, name, release in sorted(found, key=lambda one: one[:2])}
 
     def named(self, alias: Alias) -> Release | None:
         """The release an alias points to; None where it points to none, or to one that is gone."""
         data = self.store.get(f"releases/aliases/{alias}.json")
         found = None if data is None else self.store.get(f"releases/{json.loads(data)['release']}.json")
-        return None if found is None else Release(**json.loads(found))
+        return None if found is None else _read(found, 0.0)[0]
 
     def point(self, alias: Alias, release: Release) -> None:
         """Move an alias; readers see the old release or the new one."""
         self.store.put(f"releases/aliases/{alias}.json", canonical_json({"release": release.hash}).encode())
+
+
+def _read(data: bytes, modified: float) -> tuple[Release, float]:
+    """A release and when it was last added, which those of before this was told only have as their file's time."""
+    told = json.loads(data)
+    created = told.pop("created", modified)
+    return Release(**told), created
 
 
 def _verdict(recommender: str) -> str:

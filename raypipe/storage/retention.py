@@ -6,7 +6,8 @@ A release is kept while a kept night or an alias names it, a model while a kept 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
+from functools import cache
 from typing import get_args
 
 from raypipe.storage.ledger import Ledger
@@ -15,7 +16,9 @@ from raypipe.storage.nights import Night, Nights
 from raypipe.storage.releases import Alias, Release, Releases
 from raypipe.storage.schemas import ITEMS
 
+_LM = "lm"
 _NAMED = re.compile(r"[\w.-]+/[0-9a-f]{32}")
+_CONTENT = re.compile(r"\b[0-9a-f]{64}\b")
 
 
 def nights_to_keep(nights: Nights, newest: int) -> list[Night]:
@@ -42,11 +45,25 @@ def releases_to_keep(releases: Releases, nights: Iterable[Night], newest: int) -
     return found
 
 
-def models_to_drop(models: Models, releases: Iterable[Release], newest: int) -> list[Model]:
-    """Models that are neither among the newest of their name, nor named by a release, nor by a model that is kept."""
-    known: Mapping[str, Model] = {
-        f"{model.name}/{model.hash}": model for name in models.names() for model in models.all(name)
-    }
+def models_to_drop(
+    models: Models, releases: Iterable[Release], newest: int, lm_content: Callable[[Model], str]
+) -> list[Model]:
+    """Models that are neither among the newest of their name, nor named by a release, nor by a model that is kept.
+
+    `lm_content` is the checkpoint hash of a stored language model, by which alone some adapters name the one they read with.
+    """
+    known = {f"{model.name}/{model.hash}": model for name in models.names() for model in models.all(name)}
+
+    @cache
+    def by_content() -> dict[str, str]:
+        return {lm_content(model): named for named, model in known.items() if model.name == _LM}
+
+    def mentioned(text: str) -> set[str]:
+        found = set(_NAMED.findall(text)) & known.keys()
+        if any(known[named].name == _LM for named in found) or not (contents := _CONTENT.findall(text)):
+            return found
+        return found | {named for content in contents if (named := by_content().get(content)) is not None}
+
     kept: set[str] = set()
     for name in models.names():
         kept |= {f"{model.name}/{model.hash}" for model in models.all(name)[-newest:]}
@@ -56,9 +73,9 @@ def models_to_drop(models: Models, releases: Iterable[Release], newest: int) -> 
         kept |= {named for named, model in known.items() if model.hash == release.lm}
     left = [named for named in kept if named in known]
     while left:
-        mentioned = set(_NAMED.findall(models.mentions(known[left.pop()])))
-        left += [named for named in mentioned - kept if named in known]
-        kept |= mentioned
+        fresh = mentioned(models.mentions(known[left.pop()])) - kept
+        left += fresh
+        kept |= fresh
     return [model for named, model in known.items() if named not in kept]
 
 

@@ -1,7 +1,7 @@
 """MLflow beside the workspace: one MLflow run per run key, found again by its tag, and the model registry.
 
 A local workspace keeps its own `mlflow.db` (sqlite, one machine). A workspace on an object store needs a tracking server. One that
-does not answer is told of: what is published and stored does not depend on it.
+does not answer, and a database that is damaged, is told of: what is published and stored does not depend on it.
 """
 
 from __future__ import annotations
@@ -100,10 +100,11 @@ class Tracking:
     @contextlib.contextmanager
     def _told(self, what: str) -> Iterator[None]:
         from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
 
         try:
             yield
-        except (MlflowException, OSError) as error:
+        except (MlflowException, SQLAlchemyError, OSError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             self.tell(f"MLflow was not told of {what}, and all else is done: {reason}")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 
 import pytest
 
+from raypipe.cli.main import config_type
 from raypipe.cli.options import parse_config
 from raypipe.config import Config
 from raypipe.errors import UsageError
@@ -14,6 +16,8 @@ from raypipe.pipeline.ingest import IngestConfig
 from raypipe.pipeline.nightly import NightlyConfig
 from raypipe.pipeline.summarize import SummarizeConfig
 from raypipe.pipeline.train import TrainConfig
+from tests.conftest import Run
+from tests.ground import one_paragraph
 
 
 def write(folder: Path, text: str) -> str:
@@ -75,6 +79,21 @@ def test_a_cap_on_money_is_refused_where_nothing_costs_any(job: str, config_type
         parse_config(job, config_type, [*cap, f"--{prefix}{price}", "2"])
 
 
+@pytest.mark.parametrize("moment", ["2026-01-06T05:30", "2026-01-06", "2026-01-06 05:30:00"])
+def test_a_deadline_names_one_moment_wherever_the_driver_runs(files: Path, moment: str) -> None:
+    for argv in (["--deadline", moment], ["--config", write(files, f"deadline: {moment}\n")]):
+        with pytest.raises(
+            UsageError, match=r"without a UTC offset .* write it with Z for UTC or with an offset"
+        ) as told:
+            parse_config("summarize", SummarizeConfig, argv)
+        assert "\n" not in str(told.value)
+    for offset, hour in (("Z", 5), ("+01:00", 4)):
+        text = f"2026-01-06T05:30:00{offset}"
+        for argv in (["--deadline", text], ["--config", write(files, f"deadline: {text}\n")]):
+            limits = parse_config("summarize", SummarizeConfig, argv).limits()
+            assert limits.deadline == datetime.datetime(2026, 1, 6, hour, 30, tzinfo=datetime.UTC).timestamp()
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -88,6 +107,28 @@ def test_a_cap_on_money_is_refused_where_nothing_costs_any(job: str, config_type
 def test_a_wrong_option_is_told_with_its_remedy(argv: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         parse_config("ingest", IngestConfig, argv)
+
+
+@pytest.mark.parametrize(
+    ("job", "option", "value", "example"),
+    [
+        ("recommend", "only", "{genres: Drama}", '{"NAME": "TEXT"}'),
+        ("recommend", "only", "genres", '{"NAME": "TEXT"}'),
+        ("ingest", "log.event_weights", "{view: 1}", '{"NAME": 1.5}'),
+        ("judge", "judges", "{bad", '{"NAME": {"engine": "echo"}}'),
+        ("train", "trainer", "{epochs", '{"workers": 1}'),
+    ],
+)
+def test_what_is_no_json_is_told_with_an_example_that_is(
+    raypipe: Run, job: str, option: str, value: str, example: str
+) -> None:
+    others = ["--log.path", "log.csv"] if job == "ingest" else []
+    ended = raypipe(job, f"--{option}", value, *others)
+    assert (ended.code, ended.status) == (2, "failed")
+    told = one_paragraph(ended.stderr)
+    assert f"--{option} is {value!r}, which is not written as JSON." in told
+    assert f"--{option} '{example}'." in told
+    parse_config(job, config_type(job), [f"--{option}", example, *others])
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ def test_words_tell_the_history_of_users_nobody_trained_on_and_controls_do_not(r
     card = read_card(store.local_path(f"{model.folder}/checkpoint"))
     assert card.recommender.startswith("sasrec/")
     assert (model.lineage["recommender"], model.lineage["lm"]) == (card.recommender, card.lm)
+    assert model.lineage["lm_model"] == f"lm/{Models(store).all('lm')[0].hash}"
     again = raypipe("align", "--workspace", with_lm, *SMALL)
     assert (again.status, again.result["models"]) == ("nothing_to_do", ended.result["models"])
     assert again.metrics == metrics

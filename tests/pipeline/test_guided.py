@@ -167,6 +167,7 @@ def test_a_tuned_language_model_scores_everybody_by_what_is_before_the_cut(
     assert before == {name: Models(Store(films)).all(name)[0].hash for name in ("lm", "sasrec")}
 
     (model,) = Models(Store(films)).all("guided")
+    assert model.lineage["lm_model"] == f"lm/{before['lm']}"
     scores = stored_scores(films, model)
     assert scores.names == ("grim", "merry")
     assert np.isfinite(scores.items[1:]).all()

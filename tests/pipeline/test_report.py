@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,12 +16,14 @@ from typing import Any
 import pytest
 
 from raypipe.metrics.published import chance_among
+from raypipe.pipeline.report import _judged as judged
 from raypipe.pipeline.report_drawings import plots_of
 from raypipe.pipeline.report_figures import Figure, labels, proper
 from raypipe.pipeline.report_plots import ticks
 from raypipe.pipeline.report_tables import findings, tables_of
 from raypipe.storage.evaluations import Evaluation, Evaluations, Measured
 from raypipe.storage.store import Store
+from raypipe.storage.workspace import Workspace
 from tests.conftest import Run, unavailable
 from tests.ground import one_paragraph
 
@@ -170,6 +173,16 @@ def test_a_second_training_the_base_and_surrogates_are_no_models_of_their_own() 
         "T1 HR@5 unseen: RecExplainer-H has 0.5000.",
         "The surrogate RecExplainer-H, linear surrogate is as good as RecExplainer-H: T1 HR@5 unseen 0.7000 against 0.5000.",
     ]
+
+
+def test_the_judgement_that_was_made_last_is_told_whenever_its_file_was_written(tmp_path: Path) -> None:
+    """Those of before `created` was told count by their file's time."""
+    workspace = Workspace(str(tmp_path))
+    for name, created, mean in (("new", {"created": 2e9}, 1.5), ("old", {"created": 1e9}, 0.5), ("older", {}, 0.7)):
+        told = {"what": "summarize-recurrent", "metrics": {"rule.mean": mean, "users": 3}, **created}
+        workspace.store.put(f"judgements/{name}.json", json.dumps(told).encode())
+    os.utime(tmp_path / "judgements/older.json", (0, 0))
+    assert [(one.metric, one.value) for one in judged(workspace, "shop")] == [("rule.mean", 1.5)]
 
 
 def test_a_system_is_judged_by_what_it_is_published_by() -> None:

@@ -11,6 +11,7 @@ from raypipe.language.alignment import prepare_alignment
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
 from raypipe.pipeline import trsr
 from raypipe.storage.evaluations import Evaluations
+from raypipe.storage.models import Models
 from raypipe.storage.store import Store
 from tests.conftest import Run
 from tests.ground import one_paragraph
@@ -34,6 +35,9 @@ def test_everybody_s_candidates_are_ranked_by_all_and_models_are_compared_user_b
     words = ("align", "--workspace", ranked, *ALIGN_TRSR)
     plain = raypipe(*words, "--beside", "--trsr.facts")
     assert (plain.code, plain.status) == (0, "ok"), plain.stderr
+    models = Models(Store(ranked))
+    (ranker,) = models.all("trsr")
+    assert ranker.lineage["lm_model"] == f"lm/{models.all('lm')[0].hash}"
     metrics = plain.metrics
     # All who have two events before the last one, whoever is held out from training among them.
     assert (metrics["asked"], metrics["refused"]) == (RANKED_USERS, 0)
@@ -86,12 +90,18 @@ def test_everybody_s_candidates_are_ranked_by_all_and_models_are_compared_user_b
     without = raypipe(*words, "--adapter", knowing, "--summaries", "null")
     assert without.code == 0, without.stderr
     assert without.metrics["tokens_asked"] < same.metrics["tokens_asked"]
-    bare = raypipe(*words, "--adapter", named, "--trsr.recent", 0)
+    bare = raypipe(*words, "--adapter", named, "--trsr.recent", 0, "--trsr.against", knowing)
+    apart = f"above {knowing.removeprefix('trsr/')[:12]}: MRR@3"
+    assert bare.metrics[apart] == pytest.approx(bare.metrics["MRR@3"] - shown.metrics["MRR@3"], abs=1e-3)
+    assert bare.metrics[f"{apart} low"] <= bare.metrics[apart] <= bare.metrics[f"{apart} high"]
+    itself = raypipe(*words, "--adapter", named, "--trsr.against", named)
+    assert {itself.metrics[name] for name in itself.metrics if name.startswith("above ")} == {0}
     assert bare.metrics["tokens_asked"] < 0.9 * again.metrics["tokens_asked"]
 
-    anew = raypipe(*words, "--trsr.candidates.seed", 1, "--trsr.against", named)
-    assert anew.code == 2
-    assert "ranked other candidates" in one_paragraph(anew.stderr)
+    for options in ((), ("--adapter", named)):
+        anew = raypipe(*words, *options, "--trsr.candidates.seed", 1, "--trsr.against", named)
+        assert anew.code == 2
+        assert "ranked other candidates" in one_paragraph(anew.stderr)
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -9,15 +9,19 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
+from raypipe.language.checkpoint import checkpoint_hash
 from raypipe.storage.locks import hold
-from raypipe.storage.models import Models
+from raypipe.storage.models import Model, Models
 from raypipe.storage.nights import Night, Nights
 from raypipe.storage.releases import Release, Releases
 from raypipe.storage.schemas import REJECTS
 from raypipe.storage.store import Store
 from raypipe.storage.workspace import Workspace
+from raypipe.systems.recexplainer import ExplainerConfig
 from tests.conftest import Run
 from tests.pipeline.small_logs import DAY, SMALL_ITEMS, SMALL_LOG, START, write_catalogue, write_log
+from tests.untrained import store_untrained_adapter
 
 SOON = ("--grace_hours", "0")
 
@@ -153,17 +157,13 @@ def test_models_go_that_no_kept_release_night_or_model_names(raypipe: Run, summa
         folder = tmp_path / f"{name}-{content}"
         folder.mkdir()
         (folder / "weights.json").write_text(f'"{content}"')
-        stored = models.add(name, folder, content, lineage)
-        moment = time.time() - 1000 + len(models.all(name))
-        os.utime(store.local_path(f"{stored.folder}/model.json"), (moment, moment))
-        return f"{name}/{stored.hash}"
+        return named(models.add(name, folder, content, lineage))
 
     of_a_night, unnamed, of_an_adapter, newest = (model("sasrec", content) for content in ("a", "b", "c", "d"))
     adapter = model("recexplainer-h", "e", recommender=of_an_adapter)
-    old, champion = releases.add(Release(unnamed)), releases.add(Release(newest, "", dict([adapter.split("/")])))
+    releases.add(Release(unnamed))
     in_a_night = releases.add(Release(of_a_night))
-    for number, release in enumerate((old, in_a_night, champion)):
-        os.utime(store.local_path(f"releases/{release.hash}.json"), (time.time() - 100 + number,) * 2)
+    champion = releases.add(Release(newest, "", dict([adapter.split("/")])))
     releases.point("champion", champion)
     nights.publish(Night("2026-01-05", {}, {"release": in_a_night.hash}))
     evaluations = f"evaluations/{unnamed.split('/')[1]}"
@@ -190,8 +190,6 @@ def test_what_the_service_starts_with_stays(raypipe: Run, summarised: str) -> No
     served, unnamed, champion = (
         releases.add(Release(f"sasrec/{number:032x}", catalogue=version)) for number, version in enumerate(versions)
     )
-    for number, release in enumerate((served, unnamed, champion)):
-        os.utime(workspace.store.local_path(f"releases/{release.hash}.json"), (time.time() - 100 + number,) * 2)
     releases.point("served", served)
     releases.point("champion", champion)
     releases.point("candidate", unnamed)
@@ -207,3 +205,48 @@ def test_what_the_service_starts_with_stays(raypipe: Run, summarised: str) -> No
     assert after.read(versions[2]) == before.slice(2)
     with pytest.raises(FileNotFoundError):
         after.read(versions[1])
+
+
+def test_the_language_model_stays_that_a_kept_adapter_reads_with_and_what_a_kept_recommender_started_from(
+    raypipe: Run, tmp_path: Path
+) -> None:
+    uri = str(tmp_path / "workspace")
+    Workspace(uri).decide("time", 4)
+    models = Models(Store(uri))
+
+    def lm(seed: int) -> tuple[Path, str]:
+        folder = tmp_path / f"lm-{seed}"
+        texts = ["Title genre user history"] * 5
+        save_untrained(folder, BuiltinLmConfig(size="tiny"), train_tokenizer(texts, [], [], 300), seed=seed)
+        return folder, named(models.add("lm", folder, "recipe", {"hold_out": 1}))
+
+    def json_model(name: str, **lineage: object) -> str:
+        folder = tmp_path / f"{name}-{len(models.all(name))}"
+        folder.mkdir()
+        (folder / "weights.json").write_text(f'"{folder.name}"')
+        return named(models.add(name, folder, folder.name, lineage))
+
+    told_by_name, told_by_content, told_by_card, unread = (lm(seed) for seed in range(4))
+    start, other_start, stranger, newest = (json_model("sasrec") for _ in range(4))
+    kept = {
+        json_model("trsr", lm="0" * 64, lm_model=told_by_name[1], lm_path=""),
+        json_model("guided", lm=checkpoint_hash(told_by_content[0])),
+        json_model("dreamrec", config={"recommender": {"dreamrec": {"table": start}}}),
+        json_model("gru4rec", config={"recommender": {"guided": {"base": other_start}}}),
+    }
+    recommender = models.newest("sasrec")
+    assert recommender is not None
+    adapter = store_untrained_adapter(uri, ExplainerConfig(), recommender, 16, told_by_card[0])
+    last = lm(9)
+    ended = raypipe("vacuum", "--workspace", uri, "--keep_models", 1, "--dry_run")
+    assert ended.metrics["models_removed"] == 2, ended.stderr
+    ended = raypipe("vacuum", "--workspace", uri, "--keep_models", 1)
+    assert (ended.code, ended.metrics["models_removed"]) == (0, 2), ended.stderr
+    left = {named(one) for name in models.names() for one in models.all(name)}
+    read = {told_by_name[1], told_by_content[1], told_by_card[1], last[1]}
+    assert left == {*kept, *read, named(adapter), start, other_start, newest}
+    assert not {unread[1], stranger} & left
+
+
+def named(model: Model) -> str:
+    return f"{model.name}/{model.hash}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -63,12 +64,36 @@ def test_what_could_run_is_no_part_of_a_model(models: Models, tmp_path: Path, na
 
 def test_the_newest_of_a_recipe_is_found(models: Models, tmp_path: Path) -> None:
     for number, recipe in enumerate(("old", "new", "new")):
-        if number == 2 and not models.store.is_local:
-            time.sleep(1.1)  # object stores date objects to the second
         models.add("lm", checkpoint(tmp_path / str(number), weights=bytes([number])), recipe, {"number": number})
     newest = [models.newest("lm", recipe) for recipe in ("old", "new", None, "never")]
     assert [model.lineage["number"] if model else None for model in newest] == [0, 2, 2, None]
     assert models.newest("recommender") is None
+
+
+def test_which_is_the_newest_survives_a_copy_of_the_workspace(tmp_path: Path) -> None:
+    """Copied in another order than made, as object stores and `cp` do, so that files' times tell of the copy."""
+    models = Models(Store(str(tmp_path / "workspace")))
+    made = [models.add("lm", checkpoint(tmp_path / str(number), bytes([number])), "recipe", {}) for number in range(3)]
+    again = models.add("lm", tmp_path / "0", "another recipe", {})
+    shutil.copytree(tmp_path / "workspace", tmp_path / "copy")
+    moment = time.time()
+    for model in reversed(made):
+        moment += 10
+        os.utime(tmp_path / "copy" / model.folder / "model.json", (moment, moment))
+    copy = Models(Store(str(tmp_path / "copy")))
+    assert copy.all("lm") == models.all("lm") == [made[1], made[2], again]
+    assert (again.hash, copy.newest("lm")) == (made[0].hash, again)
+
+
+def test_a_card_of_before_the_moment_was_told_has_its_file_s(models: Models, tmp_path: Path) -> None:
+    one, other = (
+        models.add("lm", checkpoint(tmp_path / str(number), bytes([number])), "recipe", {}) for number in range(2)
+    )
+    for model, told in ((one, {}), (other, {"created": 1.0})):
+        card = {"name": "lm", "hash": model.hash, "recipe": "recipe", "lineage": {}, **told}
+        models.store.put(f"{model.folder}/model.json", json.dumps(card).encode())
+    assert [model.hash for model in models.all("lm")] == [other.hash, one.hash]
+    assert abs(models.all("lm")[1].created - time.time()) < 600
 
 
 def test_a_fetched_model_is_a_local_folder_of_the_same_files(models: Models, tmp_path: Path) -> None:

@@ -46,6 +46,29 @@ def test_an_unknown_date_is_refused_and_the_known_ones_are_named(nights: Nights)
     assert current.date == "2026-01-01"
 
 
+@pytest.mark.parametrize("data", [b"", b'{"date": "2026-', b"[]", b'{"night": 1}'])
+def test_a_damaged_pointer_is_told_with_the_way_back(nights: Nights, data: bytes) -> None:
+    nights.publish(night := Night("2026-01-01", {}))
+    nights.store.put("nights/current.json", data)
+    with pytest.raises(UsageError, match=r"nights/current.json, which names the night in force, is damaged") as told:
+        nights.current()
+    assert told.value.remedy == (
+        "Put a night in force with `raypipe night --restore DATE`. The newest are: 2026-01-01."
+    )
+    nights.point_to("2026-01-01")
+    assert nights.current() == night
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b'{"tables": {}}'])
+def test_a_damaged_night_is_told_with_what_to_do(nights: Nights, data: bytes) -> None:
+    nights.publish(Night("2026-01-01", {}))
+    nights.publish(newest := Night("2026-01-02", {}))
+    nights.store.put("nights/2026-01-01.json", data)
+    with pytest.raises(UsageError, match=r"nights/2026-01-01.json is damaged: .* Restore it from a backup; or delete"):
+        nights.get("2026-01-01")
+    assert nights.current() == newest
+
+
 def test_cards_beside_a_night_are_no_night(nights: Nights) -> None:
     nights.publish(Night("2026-01-01", {}))
     nights.store.put("nights/2026-01-01/cards.html", b"<html>")

@@ -77,6 +77,19 @@ def test_a_server_that_does_not_answer_stops_nobody_and_is_told_of(
     assert all("127.0.0.1" in line for line in told)
 
 
+def test_a_database_that_is_damaged_stops_nobody_and_is_told_of(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    store.put("mlflow.db", b"no database " * 1000)
+    told: list[str] = []
+    tracking = Tracking(store, "auto", told.append)
+    model = Model("lm", "0" * 32, "recipe", {})
+    tracking.log_run("summarize", "a" * 32, {"engine": "echo"}, {"users": 10.0})
+    tracking.register(model)
+    tracking.unregister(model)
+    assert len(told) == 3
+    assert all("all else is done: (sqlite3.DatabaseError) file is not a database" in line for line in told)
+
+
 def test_tracking_that_is_off_opens_nothing_and_imports_nothing(tmp_path: Path) -> None:
     script = (
         "import sys; from raypipe.storage.tracking import Tracking; from raypipe.storage.store import Store;"

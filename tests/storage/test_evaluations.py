@@ -1,0 +1,43 @@
+"""What was measured: one record for each way to measure a model, in the order in which it was measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+from raypipe.storage.evaluations import Evaluation, Evaluations, Measured
+from raypipe.storage.store import Store
+
+
+def record(seed: int) -> Evaluation:
+    return Evaluation("evaluate", "sasrec", "a" * 32, "", "leave-one-out", seed, {"sasrec": {"HR@10": Measured(0.5)}})
+
+
+def test_records_come_in_the_order_of_their_making_from_a_copy_of_the_workspace_too(tmp_path: Path) -> None:
+    evaluations = Evaluations(Store(str(tmp_path / "workspace")))
+    for seed in (0, 1, 2):
+        evaluations.put(record(seed), {"seed": seed})
+    evaluations.put(record(7), {"seed": 0})
+    expected = [record(1), record(2), record(7)]
+    assert evaluations.all() == expected
+    shutil.copytree(tmp_path / "workspace", tmp_path / "copy")
+    moment = time.time()
+    for path in sorted((tmp_path / "copy/evaluations").rglob("*.json"), key=lambda path: -path.stat().st_mtime):
+        moment += 10
+        os.utime(path, (moment, moment))
+    assert Evaluations(Store(str(tmp_path / "copy"))).all() == expected
+
+
+def test_a_record_of_before_the_moment_was_told_has_its_file_s(tmp_path: Path) -> None:
+    evaluations = Evaluations(Store(str(tmp_path)))
+    for seed in (0, 1):
+        evaluations.put(record(seed), {"seed": seed})
+    for path in (tmp_path / "evaluations").rglob("*.json"):
+        told = json.loads(path.read_text())
+        if told["seed"] == 0:
+            del told["created"]
+        path.write_text(json.dumps(told | ({"created": 1.0} if told["seed"] else {})))
+    assert evaluations.all() == [record(1), record(0)]
