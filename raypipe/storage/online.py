@@ -24,7 +24,7 @@ from raypipe.storage.nights import Night
 from raypipe.storage.store import Store
 from raypipe.storage.workspace import Workspace
 
-FORMAT = 3
+FORMAT = 4
 """Of what is in a version. Raised whenever the same night would give other records, or a state another recipe: what an older raypipe
 loaded is then loaded anew."""
 TABLES = ("histories", "hidden_states", "recommendations", "summaries")
