@@ -34,7 +34,7 @@ from tests.pipeline.small_logs import START, newest, write_log
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 KINDS = ("dark", "funny")
-ITEMS, LATE, USERS = 40, 4, 60
+ITEMS, LATE, USERS = 20, 4, 60
 DOMAIN = """attributes:
 - {name: grim, description: how grim, low: not, high: very}
 - {name: merry, description: how merry, low: not, high: very}
@@ -130,6 +130,12 @@ def store_planted(uri: str, folder: Path, hold_out: int = 2) -> Model:
     return Models(Store(uri)).add("guided", folder, f"planted {hold_out}", lineage)
 
 
+def apart(items: np.ndarray) -> np.ndarray:
+    """How far the scores of the two kinds lie from each other, in standard deviations of one of them, [attributes]."""
+    some, others = items[1::2], items[2::2]
+    return abs(some.mean(0) - others.mean(0)) / np.sqrt((some.var(0) + others.var(0)) / 2)
+
+
 def stored_scores(uri: str, model: Model) -> AttributeScores:
     store = Store(uri)
     return load_scores(store.local_path(f"{model.folder}/checkpoint"), Models(store).users(model))
@@ -158,8 +164,8 @@ def test_a_tuned_language_model_scores_everybody_by_what_is_before_the_cut(
     metrics = ended.metrics
     assert (metrics["items"], metrics["users"]) == (ITEMS + LATE, USERS)
     assert metrics["loss_last"] < metrics["loss_first"]
-    # Ten of the kind's twenty-two; somebody else's scores are as often those of the other kind.
-    assert metrics["scores HR@10"] > metrics["shuffled users: scores HR@10"] + 0.1
+    # What a user has not seen of her kind fits in a list; somebody else's scores are as often those of the other kind.
+    assert metrics["scores HR@10"] > metrics["shuffled users: scores HR@10"] + 0.25
     of_users = [text for text in asked if "one person chose" in text]
     assert len(of_users) > USERS
     assert sum("Film" in text for text in of_users) == len(of_users)
@@ -173,9 +179,7 @@ def test_a_tuned_language_model_scores_everybody_by_what_is_before_the_cut(
     assert np.isfinite(scores.items[1:]).all()
     assert (scores.items[1:].min() >= 1) & (scores.items[1:].max() <= 10)
     # One word of an item's text decides who chooses it: the scores of the two kinds lie apart.
-    some, others = scores.items[1::2], scores.items[2::2]
-    gap = abs(some.mean(0) - others.mean(0))
-    assert (gap > 3 * np.sqrt((some.var(0) + others.var(0)) / 2)).all()
+    assert (apart(scores.items) > 3).all()
     np.testing.assert_array_equal(scores.keys, np.sort(user_keys(pa.array(histories()))))
     assert raypipe(*words).status == "nothing_to_do"
 
@@ -188,11 +192,7 @@ def test_a_tuned_language_model_scores_everybody_by_what_is_before_the_cut(
     np.testing.assert_allclose(stored_scores(films, again).items, scores.items, atol=1e-5)
     plain = raypipe(*words, "--no-guided.tuned")
     as_it_is = find_model(Models(Store(films)), f"guided/{plain.result['models']['guided']}")
-    untold = stored_scores(films, as_it_is).items
-    assert (abs(untold[1::2].mean(0) - untold[2::2].mean(0)) < 0.5 * gap).all(), (
-        untold[1::2].mean(0) - untold[2::2].mean(0),
-        gap,
-    )
+    assert (apart(stored_scores(films, as_it_is).items) < 0.5 * apart(scores.items)).all()
     assert not Store(films).exists(f"{as_it_is.folder}/checkpoint/adapter.json")
     written = raypipe(*words, "--no-guided.tuned", "--guided.reading", "parsed", "--answer_tokens", 16)
     assert written.code == 2

@@ -130,7 +130,7 @@ def test_what_has_read_the_answers_or_cannot_be_asked_is_refused(raypipe: Run, r
         ("--hold_out", "0"): "none is left to ask for",
         ("--hold_out", "2"): "may have read all but the last 1 events",
         ("--summaries", "hierarchical"): "no hierarchical summaries without the last 1 events",
-        ("--summaries", "recurrent", "--trsr.block_items", "3"): "are not of blocks of 3",
+        ("--summaries", "recurrent", "--trsr.block_items", "3"): "are of blocks of 5 items and not of 3",
         ("--trsr.candidates.negatives", "58"): "leaves 58 items unseen",
         ("--adapter", "sasrec"): "is none of this system",
         ("--trsr.against", "trsr/0"): "No model trsr/0 is stored",
