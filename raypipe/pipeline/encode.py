@@ -17,7 +17,7 @@ from raypipe.config import free, shaping
 from raypipe.pipeline.encode_units import EncodeBucket, EncodeTask, Makes, list_column
 from raypipe.pipeline.job import BatchConfig, cost_of
 from raypipe.pipeline.recommender_rows import ByRecommender, Rows
-from raypipe.runtime.budget import Budget, Limits
+from raypipe.runtime.budget import Limits
 from raypipe.runtime.job import JobResult, ModelCache
 from raypipe.runtime.progress import say
 from raypipe.runtime.session import Session, bucket_parts, open_session, output_table
@@ -25,6 +25,7 @@ from raypipe.runtime.units import Gate
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.ledger import WHOLE, Publish, Receipt, Run, Unit, Usage, counts_of, usage_of
 from raypipe.storage.models import Model
+from raypipe.storage.night_runs import NightRuns
 from raypipe.storage.tables import ABSENT
 from raypipe.storage.workspace import Workspace
 
@@ -71,14 +72,20 @@ def by_recommender(config: EncodeConfig, workspace: Workspace, model: Model, row
 
 
 def run_encoding(
-    config: EncodeConfig, workspace: Workspace, model: Model, encoding: Encoding, started: float
+    config: EncodeConfig,
+    workspace: Workspace,
+    model: Model,
+    encoding: Encoding,
+    started: float,
+    night: NightRuns | None = None,
 ) -> JobResult:
-    """Compute what changed and publish it; a canary's rows go to a place of their own."""
+    """Compute what changed and publish it, as a step of `night` within what it left of the caps; a canary's rows go to a place of
+    their own."""
     workspace.require_info()
     tracking = config.open_tracking(workspace)
     canary = config.canary_users(workspace)
     writes = encoding.writes if canary is None else ()
-    with open_session(workspace, encoding.job, writes, config.cluster, config.lock_lease_s) as session:
+    with open_session(workspace, encoding.job, writes, config.cluster, config.lock_lease_s, night) as session:
         inputs = session.versions("histories", "items", "rejects")
         base = session.versions(*encoding.writes) if canary is None else dict.fromkeys(encoding.writes, ABSENT)
         scope = WHOLE if canary is None else fingerprint({"users": canary})
@@ -96,9 +103,7 @@ def run_encoding(
             encoding.makes,
             pa.array(canary, pa.string()) if canary is not None else None,
         )
-        if encoding.limits.any:
-            config.cluster.connect()
-        budget = Budget(encoding.limits, run.spent("users"))
+        budget = session.budget(encoding.limits, run)
         units = [Unit("users", index) for index in range(session.info.buckets)]
         receipts = session.phase(run, units, partial(EncodeBucket, task, budget), encoding.job, encoding.gate, budget)
         parts = bucket_parts(receipts.values(), encoding.variant, (encoding.output,))

@@ -26,13 +26,13 @@ from raypipe.pipeline.explain_units import FIGURES, TABLE, ExplainBucket, Explai
 from raypipe.pipeline.job import BatchConfig, CapOptions, cost_of
 from raypipe.pipeline.loaded import BUILTIN, Loaded, is_builtin, lm_beside
 from raypipe.pipeline.rejects import RejectGate
-from raypipe.runtime.budget import Budget
 from raypipe.runtime.job import JobResult, ModelCache
 from raypipe.runtime.progress import say
 from raypipe.runtime.session import bucket_parts, open_session
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.ledger import WHOLE, Publish, Receipt, Unit, Usage, counts_of, usage_of
 from raypipe.storage.models import Model, Models, find_model
+from raypipe.storage.night_runs import NightRuns
 from raypipe.storage.releases import Release
 from raypipe.storage.tables import ABSENT
 from raypipe.storage.workspace import Workspace
@@ -167,8 +167,9 @@ class Explainer:
         )
 
 
-def run_explain(config: ExplainConfig) -> JobResult:
-    """Explanations into `explanations`, variant `explain-<adapter>`, of a file's pairs `explain-<adapter>-pairs`.
+def run_explain(config: ExplainConfig, night: NightRuns | None = None) -> JobResult:
+    """Explanations into `explanations`, variant `explain-<adapter>`, of a file's pairs `explain-<adapter>-pairs`; as a step of
+    `night` within what it left of the caps.
 
     Raises UsageError, before work starts, as `Explainer.of` does, for recommendations that are not there, and for pairs of
     users or items nobody knows.
@@ -185,7 +186,7 @@ def run_explain(config: ExplainConfig) -> JobResult:
     run_recipe = fingerprint({"recipe": explainer.recipe, "pairs": listed, "figures": FIGURES})
     variant = explainer.variant(config)
     writes = [TABLE] if canary is None else []
-    with open_session(workspace, JOB, writes, config.cluster, config.lock_lease_s) as session:
+    with open_session(workspace, JOB, writes, config.cluster, config.lock_lease_s, night) as session:
         inputs = session.versions(*input_tables(config))
         check_recommended(inputs)
         base = session.versions(TABLE) if canary is None else {TABLE: ABSENT}
@@ -201,10 +202,7 @@ def run_explain(config: ExplainConfig) -> JobResult:
         run = session.run(run_recipe, inputs, base, scope, facts)
         task = explainer.task(config, workspace, {**inputs, **base}, pairs, scope, canary)
         units = [Unit("users", index) for index in range(session.info.buckets)]
-        limits = config.limits()
-        if limits.any:
-            config.cluster.connect()
-        budget = Budget(limits, run.spent("users"))
+        budget = session.budget(config.limits(), run)
         gate = RejectGate(config.max_reject_rate)
         receipts = session.phase(run, units, partial(ExplainBucket, task, budget), JOB, gate, budget)
         parts = bucket_parts(receipts.values(), variant, (TABLE,))

@@ -11,6 +11,7 @@ from raypipe.pipeline.loaded import Loaded
 from raypipe.pipeline.recommender_rows import States
 from raypipe.runtime.job import JobResult
 from raypipe.storage.fingerprint import fingerprint
+from raypipe.storage.night_runs import NightRuns
 
 JOB = "extract"
 STEP_VERSION = 3
@@ -36,8 +37,9 @@ def state_recipe(model: str, positions: str = "last", vectors: str = "states") -
     return fingerprint({"step": STEP_VERSION, "model": model, "positions": positions, "vectors": vectors})
 
 
-def run_extract(config: ExtractConfig) -> JobResult:
-    """States into `hidden_states` and `item_states`, variant `extract-<model>` with `-queries` and `-all` as asked."""
+def run_extract(config: ExtractConfig, night: NightRuns | None = None) -> JobResult:
+    """States into `hidden_states` and `item_states`, variant `extract-<model>` with `-queries` and `-all` as asked. `night` as for
+    `run_encoding`."""
     started = time.monotonic()
     workspace = config.open_workspace()
     workspace.require_info()
@@ -50,4 +52,4 @@ def run_extract(config: ExtractConfig) -> JobResult:
     makes = by_recommender(config, workspace, loaded.model, States(config.positions, oracles))
     states = loaded.recommender.item_states().detach().float().numpy()
     encoding = Encoding(JOB, "hidden_states", variant, recipe, makes, states)
-    return run_encoding(config, workspace, loaded.model, encoding, started)
+    return run_encoding(config, workspace, loaded.model, encoding, started, night)

@@ -26,6 +26,7 @@ from raypipe.runtime.session import Session, open_session
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.hashing import digest_lanes
 from raypipe.storage.ledger import WHOLE, Counts, Publish, Receipt, Run, Unit, Usage, counts_of
+from raypipe.storage.night_runs import NightRuns
 from raypipe.storage.workspace import Workspace, WorkspaceInfo, choose_buckets
 
 STEP_VERSION = 3
@@ -48,8 +49,11 @@ class IngestConfig(IngestOptions, JobConfig):
     """Configuration of `ingest`."""
 
 
-def run_ingest(config: IngestConfig) -> JobResult:
-    """Ingest one log; see the module. Raises UsageError before work starts, RaypipeError where too much is rejected."""
+def run_ingest(config: IngestConfig, night: NightRuns | None = None) -> JobResult:
+    """Ingest one log, as a step of `night` where there is one; see the module.
+
+    Raises UsageError before work starts, RaypipeError where too much is rejected.
+    """
     started = time.monotonic()
     if config.buckets is not None and config.buckets & (config.buckets - 1):
         raise UsageError(f"buckets is {config.buckets}, which is no power of two.", "Use 4, 8, 16, ...")
@@ -59,7 +63,7 @@ def run_ingest(config: IngestConfig) -> JobResult:
     if log is not None:
         workspace.check_kind(log.kind)
     catalogue = _read_catalogue(config)
-    with open_session(workspace, "ingest", _WRITES, config.cluster, config.lock_lease_s) as session:
+    with open_session(workspace, "ingest", _WRITES, config.cluster, config.lock_lease_s, night) as session:
         base = session.versions(*_WRITES)
         if log is not None and _is_ingested(workspace, log, base["logs"]):
             say(f"ingest: {log.uri} was ingested before; skipped")

@@ -4,6 +4,7 @@ A step is skipped when nothing it reads and nothing of its recipe changed. The l
 workspace has none, and never again by this job. A recommender is trained where `train_policy` says so, and takes the
 place of the one in force only if it passes the gate; if it does not, the night is published on the old one and the job
 ends refused, exit code 3. Where `explain_policy` says so, everybody's top recommendation is explained by the release's adapter.
+What a step spends counts against its caps for the whole night: in every pass, and in every submission until the night is published.
 The manifest is written last: until then readers see the night before. It names the histories and items that states, lists,
 summaries and explanations were made of: where another job has published others meanwhile, these steps run again, which costs
 what changed. A training does not: a model may be older than what it is asked about.
@@ -28,6 +29,7 @@ from raypipe.pipeline.cards import write_cards
 from raypipe.pipeline.explain import ExplainConfig, Explainer, ExplainPolicy, run_explain
 from raypipe.pipeline.extract import ExtractConfig, ExtractOptions, run_extract
 from raypipe.pipeline.ingest import IngestConfig, IngestOptions, run_ingest
+from raypipe.pipeline.job import CapOptions, cost_of
 from raypipe.pipeline.lm import MODEL, LmConfig, LmOptions, run_lm
 from raypipe.pipeline.loaded import BUILTIN
 from raypipe.pipeline.online import OnlineConfig, OnlineOptions, run_online
@@ -38,8 +40,10 @@ from raypipe.pipeline.train import TrainConfig, TrainOptions, run_train
 from raypipe.runtime.job import JobConfig, JobResult
 from raypipe.runtime.progress import say
 from raypipe.runtime.session import settled_versions
+from raypipe.storage.ledger import Usage
 from raypipe.storage.locks import hold
 from raypipe.storage.models import Models
+from raypipe.storage.night_runs import NightRuns
 from raypipe.storage.nights import Night, Nights, check_date
 from raypipe.storage.online import open_online_store
 from raypipe.storage.releases import Release, Releases
@@ -150,8 +154,8 @@ def _ingest_options(config: NightlyConfig, date: str) -> dict[str, Any]:
 def _run_night(config: NightlyConfig, date: str) -> JobResult:
     started = time.monotonic()
     workspace = config.open_workspace()
-    results: dict[str, JobResult] = {}
-    passes: Counter[str] = Counter()
+    runs = NightRuns(workspace.store, date)
+    steps = _Steps(runs)
     trained = ""
     refusal: RefusedError | None = None
     if config.online is not None:
@@ -162,27 +166,15 @@ def _run_night(config: NightlyConfig, date: str) -> JobResult:
     if champion is not None and (explaining := config.of_release(workspace, champion)) is not None:
         Explainer.of(explaining, workspace)  # what cannot explain is told before the night's work
 
-    def take(name: str, step: Callable[[], JobResult]) -> JobResult:
-        before = time.monotonic()
-        result = step()
-        say(f"{name}: {result.status}, {time.monotonic() - before:.1f} s")
-        if name in results and result.status == "nothing_to_do":
-            return result  # what it did the last time is still all of it
-        if name in results:  # what it did and spent before it had to run again is the night's too
-            results[f"{name}.pass{passes[name]}"] = results.pop(name)
-        passes[name] += 1
-        results[name] = result
-        return result
-
     shared = config.shared()
     if config.ingest.log is not None or config.ingest.catalogue is not None:
-        take("ingest", lambda: run_ingest(IngestConfig(**shared, **_ingest_options(config, date))))
+        steps.take("ingest", lambda: run_ingest(IngestConfig(**shared, **_ingest_options(config, date)), runs))
     engine = config.summarize.engine
     lm = engine.model_name or engine.engine
     if engine.reads_checkpoint and engine.lm == BUILTIN:
-        lm = take("lm", lambda: _train_once(config, workspace, shared)).models[MODEL]
+        lm = steps.take("lm", lambda: _train_once(config, workspace, shared)).models[MODEL]
     if config.train_policy == "nightly":
-        training = take("train", lambda: run_train(TrainConfig(**shared, **dict(config.train))))
+        training = steps.take("train", lambda: run_train(TrainConfig(**shared, **dict(config.train))))
         ((name, content),) = training.models.items()
         trained = f"{name}/{content}"
         refusal = _judge(config, workspace, trained, training.status == "ok", lm)
@@ -197,24 +189,52 @@ def _run_night(config: NightlyConfig, date: str) -> JobResult:
     def compute() -> None:
         if release.recommender:
             model = {"model": release.recommender}
-            take("extract", lambda: run_extract(ExtractConfig(**shared, **dict(config.extract) | model)))
-            take("recommend", lambda: run_recommend(RecommendConfig(**shared, **dict(config.recommend) | model)))
-        take("summarize", lambda: run_summarize(SummarizeConfig(**shared, **dict(config.summarize))))
+            extract = ExtractConfig(**shared, **dict(config.extract) | model)
+            recommend = RecommendConfig(**shared, **dict(config.recommend) | model)
+            steps.take("extract", lambda: run_extract(extract, runs))
+            steps.take("recommend", lambda: run_recommend(recommend, runs))
+        steps.take("summarize", lambda: run_summarize(SummarizeConfig(**shared, **dict(config.summarize)), runs))
         if explaining is not None:
-            take("explain", lambda: run_explain(ExplainConfig(**shared, **dict(explaining))))
+            steps.take("explain", lambda: run_explain(ExplainConfig(**shared, **dict(explaining)), runs))
 
     parts = {"release": release.hash, "recommender": release.recommender, "lm": release.lm}
-    tables, is_new = _published(config, workspace, date, parts, compute, results)
+    tables, is_new = _published(config, workspace, date, parts, compute, steps)
     if (online := config.online) is not None:
-        take("online", lambda: run_online(OnlineConfig(**shared, **dict(online))))
+        steps.take("online", lambda: run_online(OnlineConfig(**shared, **dict(online))))
     status = "ok" if is_new else "nothing_to_do"
     if refusal is not None:
         say(f"{JOB}: {refusal.problem} {refusal.remedy}")
         status = "refused"
-    ended = _result(workspace, results, status, tables, parts, time.monotonic() - started)
+    ended = _result(config, workspace, steps, status, tables, parts, time.monotonic() - started)
     if refusal is not None:
-        Releases(workspace.store).tell(trained)  # last, so that a night that was interrupted refuses again
+        Releases(workspace.store).tell(trained)  # late, so that a night that was interrupted refuses again
+    runs.close()
     return ended
+
+
+class _Steps:
+    """What the steps of a night did, in all its passes and submissions."""
+
+    def __init__(self, runs: NightRuns) -> None:
+        self.runs = runs
+        self._results: dict[str, JobResult] = {}
+
+    def take(self, name: str, step: Callable[[], JobResult]) -> JobResult:
+        before = time.monotonic()
+        result = step()
+        say(f"{name}: {result.status}, {time.monotonic() - before:.1f} s")
+        self._results[name] = result
+        return result
+
+    def told(self) -> dict[str, JobResult]:
+        """By step what it did last; what it did before it had to run again is the night's too, as `NAME.pass1` and so on."""
+        runs, found = self.runs.all(), dict[str, JobResult]()
+        for name, result in self._results.items():
+            ended = [JobResult.from_dict(run.result) for run in runs if run.job == name and run.result is not None]
+            did = [one for one in ended if one.status == "ok"] or ended[-1:] or [result]
+            found |= {f"{name}.pass{number}": earlier for number, earlier in enumerate(did[:-1], 1)}
+            found[name] = did[-1]
+        return found
 
 
 def _published(
@@ -223,10 +243,10 @@ def _published(
     date: str,
     parts: Mapping[str, str],
     compute: Callable[[], None],
-    results: Mapping[str, JobResult],
+    steps: _Steps,
 ) -> tuple[dict[str, int], bool]:
-    """Run the steps that write tables, whose results come into `results`, and publish the night of what they wrote. Its tables,
-    and whether it is another than the one in force.
+    """Run the steps that write tables, which `compute` takes as `steps`, and publish the night of what they wrote. Its tables, and
+    whether it is another than the one in force.
 
     Raises RaypipeError where other histories or items were published during each of the passes.
     """
@@ -241,7 +261,7 @@ def _published(
             tables = {name: version for name, version in versions.items() if version != ABSENT}
             # Versions only grow: if those that stood before the steps stand now, no step and no line above has read others.
             if read is not None and settled_versions(workspace, *_READ) == read:
-                night = Night(date, tables, parts, _metrics(results), config.summarize.summaries.variant)
+                night = Night(date, tables, parts, _metrics(steps.told()), config.summarize.summaries.variant)
                 return tables, _publish(config, workspace, night)
     raise RaypipeError(
         f"Other jobs published histories or items during each of the {_PASSES} times that the steps of the night ran, so that what "
@@ -303,8 +323,9 @@ def _train_once(config: NightlyConfig, workspace: Workspace, shared: Mapping[str
 
 
 def _result(
+    config: NightlyConfig,
     workspace: Workspace,
-    results: Mapping[str, JobResult],
+    steps: _Steps,
     status: str,
     tables: Mapping[str, int],
     release: Mapping[str, Any],
@@ -314,12 +335,18 @@ def _result(
         name: {"version": version, "rows": workspace.tables[name].rows(version), "rejected": 0}
         for name, version in tables.items()
     }
+    results = steps.told()
     for result in results.values():
         # What a step published and another job replaced before the night came is not the night's.
         shown.update({name: dict(table) for name, table in result.tables.items() if table["version"] == tables[name]})
-    cost = {"seconds": round(seconds, 3)}
-    for name in ("calls", "tokens_in", "tokens_out", "money"):
-        cost[name] = sum(result.cost.get(name, 0) for result in results.values())
+    spent = steps.runs.all()
+    prices: dict[str, CapOptions] = {
+        "recommend": config.recommend,
+        "summarize": config.summarize,
+        "explain": config.explain,
+    }
+    money = sum(prices[run.job].money(run.spent) for run in spent if run.job in prices)
+    cost = {**cost_of(sum((run.spent for run in spent), Usage()), seconds), "money": round(money, 6)}
     metrics = {f"{name}.{key}": value for name, values in _metrics(results).items() for key, value in values.items()}
     run_key = results["summarize"].run_key
     return JobResult(JOB, status, run_key, shown, {key: str(value) for key, value in release.items()}, metrics, cost)

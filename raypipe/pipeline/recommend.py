@@ -33,6 +33,7 @@ from raypipe.runtime.progress import say
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.hashing import content_digest
 from raypipe.storage.models import Model, Models, find_model
+from raypipe.storage.night_runs import NightRuns
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.lancer import NAME as LANCER
 
@@ -57,8 +58,8 @@ class RecommendConfig(RecommendOptions, EncodeConfig):
     """Configuration of `recommend`."""
 
 
-def run_recommend(config: RecommendConfig) -> JobResult:
-    """Lists into `recommendations`, variant `recommend-<model>`; unavailable items are in none.
+def run_recommend(config: RecommendConfig, night: NightRuns | None = None) -> JobResult:
+    """Lists into `recommendations`, variant `recommend-<model>`; unavailable items are in none. `night` as for `run_encoding`.
 
     Raises UsageError where fewer than `length` items may be recommended.
     """
@@ -67,7 +68,7 @@ def run_recommend(config: RecommendConfig) -> JobResult:
     workspace.require_info()
     model = find_model(Models(workspace.store), config.model)
     if model.name == LANCER:
-        return run_encoding(config, workspace, model, _written(config, workspace, model), started)
+        return run_encoding(config, workspace, model, _written(config, workspace, model), started, night)
     loaded = Loaded.of(config, workspace, config.model)
     allowed = _enough(allowed_items(loaded.items, config)[: loaded.recommender.items + 1], config.length)
     recipe = fingerprint(
@@ -82,7 +83,7 @@ def run_recommend(config: RecommendConfig) -> JobResult:
     popular = most_popular(loaded.card.popular, allowed, config.length).astype(np.int32)
     rows = Recommendations(config.length, config.filter_seen, allowed, popular)
     encoding = _encoding(config, loaded.model, recipe, by_recommender(config, workspace, loaded.model, rows))
-    return run_encoding(config, workspace, loaded.model, encoding, started)
+    return run_encoding(config, workspace, loaded.model, encoding, started, night)
 
 
 def _written(config: RecommendConfig, workspace: Workspace, model: Model) -> Encoding:

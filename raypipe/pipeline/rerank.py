@@ -23,7 +23,6 @@ from raypipe.pipeline.job import BatchConfig, CapOptions, cost_of
 from raypipe.pipeline.loaded import BUILTIN, is_builtin, lm_beside
 from raypipe.pipeline.rejects import RejectGate
 from raypipe.pipeline.rerank_units import TABLE, RerankBucket, RerankTask
-from raypipe.runtime.budget import Budget
 from raypipe.runtime.job import JobResult, ModelCache
 from raypipe.runtime.progress import say
 from raypipe.runtime.session import bucket_parts, open_session
@@ -149,10 +148,7 @@ def run_rerank(config: RerankConfig) -> JobResult:
             return JobResult(JOB, "nothing_to_do", cost=cost_of(Usage(), time.monotonic() - started))
         facts = {"variant": variant, "model": ranker.model.hash, "engine": config.engine.engine}
         run = session.run(ranker.recipe, inputs, base, task.scope, facts)
-        limits = config.limits()
-        if limits.any:
-            config.cluster.connect()
-        budget = Budget(limits, run.spent("users"))
+        budget = session.budget(config.limits(), run)
         units = [Unit("users", index) for index in range(session.info.buckets)]
         gate = RejectGate(config.max_reject_rate)
         receipts = session.phase(run, units, partial(RerankBucket, task, budget), JOB, gate, budget)

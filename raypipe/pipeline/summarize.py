@@ -22,13 +22,13 @@ from raypipe.pipeline.rejects import RejectGate
 from raypipe.pipeline.summarize_units import SummarizeBucket, SummaryTask
 from raypipe.pipeline.summary_quality import QUALITY
 from raypipe.pipeline.summary_state import Pins, Recipes
-from raypipe.runtime.budget import Budget
 from raypipe.runtime.job import JobResult, ModelCache
 from raypipe.runtime.progress import say
 from raypipe.runtime.session import Session, bucket_parts, open_session
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.ledger import WHOLE, Receipt, Run, Unit, Usage, counts_of, usage_of
 from raypipe.storage.models import Model
+from raypipe.storage.night_runs import NightRuns
 from raypipe.storage.tables import ABSENT
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.summaries import SummariesConfig
@@ -67,8 +67,11 @@ class SummarizeConfig(SummarizeOptions, BatchConfig):
     """Configuration of `summarize`."""
 
 
-def run_summarize(config: SummarizeConfig) -> JobResult:
-    """Summarise every changed user; see the module. Raises UsageError before work starts."""
+def run_summarize(config: SummarizeConfig, night: NightRuns | None = None) -> JobResult:
+    """Summarise every changed user, as a step of `night` within what it left of the caps; see the module.
+
+    Raises UsageError before work starts.
+    """
     started = time.monotonic()
     workspace = config.open_workspace()
     tracking = config.open_tracking(workspace)
@@ -77,7 +80,7 @@ def run_summarize(config: SummarizeConfig) -> JobResult:
     recipes = config.recipes(workspace, model)
     canary = config.canary_users(workspace)
     writes = _WRITES if canary is None else ()
-    with open_session(workspace, JOB, writes, config.cluster, config.lock_lease_s) as session:
+    with open_session(workspace, JOB, writes, config.cluster, config.lock_lease_s, night) as session:
         pins = pin(session, canary)
         recipe = fingerprint({"variant": recipes.variant, "block": recipes.block, "merge": recipes.merge})
         scope = WHOLE if canary is None else fingerprint({"users": canary})
@@ -135,10 +138,7 @@ def pin(session: Session, canary: list[str] | None) -> Pins:
 def _run_units(
     config: SummarizeConfig, session: Session, run: Run, units: list[Unit], task: SummaryTask
 ) -> dict[Unit, Receipt]:
-    limits = config.limits()
-    if limits.any:
-        config.cluster.connect()
-    budget = Budget(limits, run.spent("users"))
+    budget = session.budget(config.limits(), run)
     gate = RejectGate(config.max_reject_rate)
     return session.phase(run, units, partial(SummarizeBucket, task, budget), JOB, gate, budget)
 

@@ -15,14 +15,15 @@ from functools import cached_property
 from typing import Any
 
 from raypipe.errors import RaypipeError, UsageError
-from raypipe.runtime.budget import Budget
+from raypipe.runtime.budget import Budget, Limits
 from raypipe.runtime.cluster import ClusterConfig
 from raypipe.runtime.job import JobResult
 from raypipe.runtime.progress import about, note, say
 from raypipe.runtime.units import Gate, UnitWork, run_units
 from raypipe.storage.fingerprint import fingerprint, schema_hash
-from raypipe.storage.ledger import WHOLE, Publish, Receipt, Run, Unit
+from raypipe.storage.ledger import WHOLE, Publish, Receipt, Run, Unit, Usage
 from raypipe.storage.locks import LEASE_S, Lock, hold
+from raypipe.storage.night_runs import NightRuns
 from raypipe.storage.tables import Table
 from raypipe.storage.workspace import Workspace, WorkspaceInfo
 
@@ -33,13 +34,21 @@ _POLL_S = 0.2
 
 
 class Session:
-    """A job that holds the locks of the tables it writes."""
+    """A job that holds the locks of the tables it writes; of a `night` where it is one of its steps."""
 
-    def __init__(self, workspace: Workspace, job: str, cluster: ClusterConfig, locks: Sequence[Lock]) -> None:
+    def __init__(
+        self,
+        workspace: Workspace,
+        job: str,
+        cluster: ClusterConfig,
+        locks: Sequence[Lock],
+        night: NightRuns | None = None,
+    ) -> None:
         self.workspace = workspace
         self.job = job
         self.cluster = cluster
         self._locks = locks
+        self._night = night
 
     @cached_property
     def info(self) -> WorkspaceInfo:
@@ -80,13 +89,25 @@ class Session:
         note(run_key=key)
         if (run := ledger.open(key)) is not None:
             say(f"{self.job}: resuming run {key[:12]}")
-            return run
-        for other in list(ledger.open_runs(scope)):
-            if other.publish_intent() is None:
-                other.abandon(f"run {key} took its place")
-        published = max(self.workspace.tables[table].published_number(f"{table}:{self.job}") for table in base)
-        manifest = {"recipe": recipe, "pins": dict(pins), "base": dict(base), "scope": scope, "facts": dict(facts)}
-        return ledger.start(key, {**manifest, "created": time.time()}, at_least=published + 1)
+        else:
+            for other in list(ledger.open_runs(scope)):
+                if other.publish_intent() is None:
+                    other.abandon(f"run {key} took its place")
+            if self._night is not None:
+                self._night.settle()  # a finished run of this key makes room for the new one
+            published = max(self.workspace.tables[table].published_number(f"{table}:{self.job}") for table in base)
+            manifest = {"recipe": recipe, "pins": dict(pins), "base": dict(base), "scope": scope, "facts": dict(facts)}
+            run = ledger.start(key, {**manifest, "created": time.time()}, at_least=published + 1)
+        if self._night is not None:
+            self._night.add(run)
+        return run
+
+    def budget(self, limits: Limits, run: Run) -> Budget:
+        """What the caps leave, of which all attempts of the run have spent, and in a night all its runs of this job."""
+        if not limits.any:
+            return Budget(limits, Usage())
+        self.cluster.connect()
+        return Budget(limits, run.spent("users") if self._night is None else self._night.spent(self.job))
 
     def phase(
         self,
@@ -117,13 +138,20 @@ class Session:
 
         With `buckets` the workspace has so many from then on.
         """
-        for lock in self._locks:
-            lock.check_held()
+        self._check_held()
         # Before the intent, for a run with one can no longer be given up.
         for part in parts:
             output_table(self.workspace, part.table, run.manifest["scope"], run.run_key).check_staged(part.files)
+        self._check_held()  # looking at many files takes longer than a lease
         run.intend_publish(parts, result.to_dict(), buckets)
-        return JobResult.from_dict(complete(self.workspace, run))
+        final = JobResult.from_dict(complete(self.workspace, run))
+        if self._night is not None:
+            self._night.settle()
+        return final
+
+    def _check_held(self) -> None:
+        for lock in self._locks:
+            lock.check_held()
 
 
 def bucket_parts(receipts: Iterable[Receipt], variant: str, tables: Sequence[str]) -> list[Publish]:
@@ -155,7 +183,12 @@ def refuse_open_runs(workspace: Workspace, job: str) -> None:
 
 @contextlib.contextmanager
 def open_session(
-    workspace: Workspace, job: str, writes: Sequence[str], cluster: ClusterConfig, lease_s: float = LEASE_S
+    workspace: Workspace,
+    job: str,
+    writes: Sequence[str],
+    cluster: ClusterConfig,
+    lease_s: float = LEASE_S,
+    night: NightRuns | None = None,
 ) -> Iterator[Session]:
     """Check the workspace, take the locks, complete what killed runs began to publish."""
     workspace.info()
@@ -168,7 +201,7 @@ def open_session(
                 "The workspace was being split into more buckets when it was left, which is completed now.",
                 "Submit the same command again.",
             )
-        yield Session(workspace, job, cluster, locks)
+        yield Session(workspace, job, cluster, locks, night)
 
 
 def recover(workspace: Workspace, job: str, held: set[str]) -> None:

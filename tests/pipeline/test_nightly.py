@@ -14,6 +14,7 @@ from raypipe.pipeline.summarize import SummarizeConfig, run_summarize
 from raypipe.pipeline.user_rows import change_keys
 from raypipe.runtime.job import JobResult
 from raypipe.storage.models import Models
+from raypipe.storage.night_runs import NightRuns
 from raypipe.storage.nights import Nights
 from raypipe.storage.releases import Release, Releases
 from raypipe.storage.store import Store
@@ -156,11 +157,11 @@ def test_a_backfill_that_was_killed_leaves_earlier_nights_as_they_were(
         write_log(files / f"log-{date}.csv", SMALL_LOG[day * third : (day + 1) * third if day < 2 else None])
     steps = []
 
-    def summarize(config: SummarizeConfig) -> JobResult:
+    def summarize(config: SummarizeConfig, night: NightRuns) -> JobResult:
         steps.append(config)
         if len(steps) == 2:
             raise RaypipeError("The machine went down.", "Submit it again.")
-        return run_summarize(config)
+        return run_summarize(config, night)
 
     monkeypatch.setattr(nightly, "run_summarize", summarize)
     assert raypipe(*backfill).code == 1
@@ -240,6 +241,59 @@ def test_a_step_that_fails_leaves_the_night_before_in_force(
     assert current.date == "2026-01-06"
 
 
+def test_a_night_that_is_submitted_again_spends_its_caps_once_and_tells_all_that_it_cost(
+    raypipe: Run, ingested: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("nightly", "--workspace", ingested, "--summarize.engine.engine", "echo", "--summarize.max_calls", 20)
+    words += ("--summarize.price_in", 1000, "--date")
+
+    def fail(*_: object) -> None:
+        raise RaypipeError("The cards cannot be written.", "Try again.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("raypipe.pipeline.nightly.write_cards", fail)
+        assert raypipe(*words, "2026-01-05").code == 1
+    capped = Workspace(ingested).ledger("summarize").newest()
+    assert capped is not None
+    first = capped.result()
+    assert first is not None
+    assert 0 < first["cost"]["calls"] <= 20
+    assert first["metrics"]["capped"] > 0
+    again = raypipe(*words, "2026-01-05")
+    assert (again.code, again.status) == (0, "ok"), again.stderr
+    counted = ("calls", "tokens_in", "tokens_out", "money")
+    assert {name: again.result["cost"][name] for name in counted} == {name: first["cost"][name] for name in counted}
+    told = {f"summarize.{name}": value for name, value in first["metrics"].items()}
+    assert {name: again.metrics[name] for name in told} == told
+    assert again.result["run_key"] == capped.run_key
+    published = Nights(Store(ingested)).current()
+    assert published is not None
+    assert published.metrics["summarize"] == first["metrics"]
+    # What the caps left is the next night's, and so are the caps.
+    tomorrow = raypipe(*words, "2026-01-06")
+    assert (tomorrow.status, 0 < tomorrow.result["cost"]["calls"] <= 20) == ("ok", True)
+    assert tomorrow.metrics["summarize.computed"] > 0
+
+
+def test_the_passes_of_a_night_share_its_caps(
+    raypipe: Run, ingested: str, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[int] = []
+
+    def summarize(config: SummarizeConfig, night: NightRuns) -> JobResult:
+        result = run_summarize(config, night)
+        ran.append(int(result.cost["calls"]))
+        if len(ran) == 1:
+            ingest_one(ingested, files, SMALL_ITEMS + 1)
+        return result
+
+    monkeypatch.setattr(nightly, "run_summarize", summarize)
+    words = ("--summarize.engine.engine", "echo", "--summarize.max_calls", 20, "--date", "2026-01-05")
+    ended = raypipe("nightly", "--workspace", ingested, *words)
+    assert (ended.code, len(ran)) == (0, 2), ended.stderr
+    assert ended.result["cost"]["calls"] == sum(ran) <= 20
+
+
 def ingest_one(uri: str, files: Path, item: int) -> None:
     """An event of u2 with an item that is new, as another process would."""
     log = write_log(files / f"meanwhile-{item}.csv", [("u2", f"i{item}", START + (99 + item) * DAY)])
@@ -261,11 +315,11 @@ def test_a_night_into_which_somebody_ingests_is_of_one_version_of_histories_and_
     words = ("nightly", "--workspace", trained, "--summarize.engine.engine", "echo")
     ran: list[str] = []
 
-    def summarize(config: SummarizeConfig) -> JobResult:
+    def summarize(config: SummarizeConfig, night: NightRuns) -> JobResult:
         ran.append(when)
         if ran == ["before"]:
             ingest_one(trained, files, CHAIN_ITEMS + 1)
-        result = run_summarize(config)
+        result = run_summarize(config, night)
         if ran == ["after"]:
             ingest_one(trained, files, CHAIN_ITEMS + 1)
         return result
@@ -305,10 +359,10 @@ def test_a_night_fails_where_somebody_ingests_all_the_time_and_the_one_before_st
     before = Nights(Store(summarised)).current()
     ran: list[SummarizeConfig] = []
 
-    def summarize(config: SummarizeConfig) -> JobResult:
+    def summarize(config: SummarizeConfig, night: NightRuns) -> JobResult:
         ran.append(config)
         ingest_one(summarised, files, SMALL_ITEMS + len(ran))
-        return run_summarize(config)
+        return run_summarize(config, night)
 
     with monkeypatch.context() as patch:
         patch.setattr(nightly, "run_summarize", summarize)

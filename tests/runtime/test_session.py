@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import threading
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
-from raypipe.errors import UnavailableError
+from raypipe.errors import RaypipeError, UnavailableError
 from raypipe.runtime.cluster import ClusterConfig
+from raypipe.runtime.job import JobResult
 from raypipe.runtime.session import Session, recover, settled_versions
-from raypipe.storage.ledger import Publish, Run
+from raypipe.storage.ledger import Publish, Run, Unit, Usage
+from raypipe.storage.locks import Lock, hold
+from raypipe.storage.night_runs import NightRuns
 from raypipe.storage.schemas import BLOCK_SUMMARIES, SUMMARIES
+from raypipe.storage.tables import StagedFile, Table
 from raypipe.storage.workspace import Workspace
 
 TABLES = ("block_summaries", "summaries")
@@ -66,6 +74,31 @@ def test_a_half_published_run_is_completed_although_a_canary_began_after_it(work
     assert run_of(session).run_key != whole.run_key
 
 
+def test_a_lease_that_is_lost_while_staged_files_are_looked_at_publishes_nothing(
+    s3_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = Workspace(s3_uri)
+    workspace.decide("time", 4)
+    store, values = workspace.store, {"variant": "v", "bucket": 0}
+    with contextlib.ExitStack() as successor, hold(store, ["summaries"], "sleeper") as locks:
+        session = Session(workspace, "summarize", ClusterConfig(), locks)
+        run = run_of(session)
+        staged = workspace.tables["summaries"].stage(SUMMARIES.columns.empty_table(), run.run_key, values)
+        check_staged = Table.check_staged
+
+        def slow(table: Table, files: Iterable[StagedFile]) -> None:
+            check_staged(table, files)
+            lease = store.list("locks/summaries")[-1].path
+            store.put(lease, json.dumps({**json.loads(store.read(lease)), "expires": time.time() - 1}).encode())
+            successor.enter_context(Lock(store, "summaries", "successor"))
+
+        monkeypatch.setattr(Table, "check_staged", slow)
+        parts = [Publish("summaries", "overwrite", [staged], [values])]
+        with pytest.raises(RaypipeError, match=r"lease on summaries ran out .* Nothing more was published"):
+            session.publish(run, parts, JobResult("summarize", "ok"))
+        assert (run.publish_intent(), workspace.tables["summaries"].version()) == (None, -1)
+
+
 def test_versions_are_settled_where_no_run_is_between_its_commits(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,6 +113,28 @@ def test_versions_are_settled_where_no_run_is_between_its_commits(
     publish.start()
     assert settled_versions(workspace, *TABLES) == {"block_summaries": 0, "summaries": 0}
     publish.join()
+
+
+def test_a_night_keeps_what_its_runs_spent_when_their_inputs_move_on_or_they_run_again(workspace: Workspace) -> None:
+    night, unit = NightRuns(workspace.store, "2026-01-05"), Unit("users", 0)
+    session = Session(workspace, "summarize", ClusterConfig(), [], night)
+    killed = run_of(session)
+    killed.record_usage(unit, 1, Usage(3))
+    assert run_of(session).run_key == killed.run_key
+    moved = session.run("another recipe", session.versions("histories"), session.versions(*TABLES), "all", {})
+    moved.record_usage(unit, 1, Usage(5))
+    assert killed.result() == {"status": "abandoned", "why": f"run {moved.run_key} took its place"}
+    session.publish(moved, [], JobResult("summarize", "nothing_to_do"))
+    again = session.run("another recipe", session.versions("histories"), session.versions(*TABLES), "all", {})
+    assert (again.run_key, again.spent("users")) == (moved.run_key, Usage())
+    assert [(run.run_key, run.spent.calls) for run in night.all()] == [
+        (killed.run_key, 3),
+        (moved.run_key, 5),
+        (moved.run_key, 0),
+    ]
+    # A run of nobody's night has its own caps.
+    assert run_of(session_of(workspace)).number == 4
+    assert night.spent("summarize") == Usage(8)
 
 
 def test_a_canary_does_not_hide_that_nothing_changed(workspace: Workspace) -> None:
