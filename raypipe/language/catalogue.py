@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from raypipe.language.summary_prompts import Attributes, SummaryPrompts
+from raypipe.language.summary_prompts import Attributes, SummaryPrompts, beginning
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +15,14 @@ class Catalogue:
     titles: Sequence[str]
     attributes: Sequence[Attributes]
     texts: Sequence[str] = ()
+
+    def first(self, count: int) -> Catalogue:
+        """So many items, by index."""
+        return Catalogue(self.titles[:count], self.attributes[:count], self.texts[:count])
+
+    def descriptions(self, characters: int) -> list[str]:
+        """The beginning of every item's text, on one line; empty where it has none."""
+        return [beginning(text, characters) for text in self.texts or [""] * len(self.titles)]
 
     def lines(self, prompts: SummaryPrompts) -> list[str]:
         """The line of every item, as prompts show it."""

@@ -89,7 +89,7 @@ class SummaryPrompts(Config):
         columns = [("title", title)]
         columns += [(name, ", ".join(values)) for name, values in self._shown(attributes)]
         if self.text_characters:
-            columns.append(("text", _cut(_one_line(text), self.text_characters)))
+            columns.append(("text", beginning(text, self.text_characters)))
         return "; ".join(f"{name}: {_one_line(value)}" for name, value in columns if value.strip())
 
     def block_prompt(self, item_lines: Sequence[str]) -> Prompt:
@@ -200,7 +200,9 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _cut(text: str, characters: int) -> str:
+def beginning(text: str, characters: int) -> str:
+    """At most so many characters of a text, on one line."""
+    text = _one_line(text)
     return text if len(text) <= characters else text[:characters].rstrip() + ELLIPSIS
 
 

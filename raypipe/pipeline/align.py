@@ -23,8 +23,6 @@ from raypipe.errors import UsageError
 from raypipe.language.adapters import AdapterCard, build_adapter, load_adapter, read_card
 from raypipe.language.alignment import AlignmentTask, prepare_alignment
 from raypipe.language.backbone import load_backbone
-from raypipe.language.catalogue import Catalogue
-from raypipe.language.titles import distinct_titles
 from raypipe.pipeline.align_record import record
 from raypipe.pipeline.asked_anew import as_trained, asked_anew, tell_stored
 from raypipe.pipeline.guided import run_guided
@@ -34,7 +32,7 @@ from raypipe.pipeline.lancer import run_lancer
 from raypipe.pipeline.loaded import BUILTIN, ChosenLm, Loaded
 from raypipe.pipeline.past_summaries import check_written
 from raypipe.pipeline.replay import read_replay
-from raypipe.pipeline.sequences import histories_hash, pinned_versions, read_histories
+from raypipe.pipeline.sequences import catalogue_of, histories_hash, pinned_versions, read_histories
 from raypipe.pipeline.training_folders import TrainingOptions, prepared_once
 from raypipe.pipeline.trsr import run_trsr
 from raypipe.recommenders.recommender import freeze, weights_hash
@@ -281,11 +279,8 @@ def _read(config: AlignConfig, workspace: Workspace, version: int, adapter: Mode
             f"Controls ask with another's state: it takes {_ASKED_AT_LEAST} of them, and somebody to learn from.",
             "Ingest more users, or change --held_out_share or --asked.",
         )
-    titles = distinct_titles(loaded.items["title"].to_pylist(), loaded.items["item_id"].to_pylist())
-    attributes = [dict(pairs) for pairs in loaded.items["attributes"].to_pylist()]
     # Of items that came after the recommender's training there are no vectors.
-    known = loaded.recommender.items
-    catalogue = Catalogue(titles[:known], attributes[:known])
+    catalogue = catalogue_of(loaded.items).first(loaded.recommender.items)
     replay = read_replay(config.replay) if config.replay is not None else []
     summaries = _read_summaries(config, workspace, users) if config.summaries is not None else {}
     source = Source(loaded.recommender, histories, held_out, catalogue, summaries, replay)

@@ -79,9 +79,10 @@ class ExplainerExamples:
         *,
         listed: bool = True,
         pairs: int = 1,
+        text_characters: int = 0,
     ) -> None:
         self.source, self.prompts, self.rng, self.titles = source, prompts, rng, titles
-        self.listed, self.pairs = listed, pairs
+        self.listed, self.pairs, self.text_characters = listed, pairs, text_characters
         self.shown = {form: PromptPieces(form, source.titles, source.item_states, titles) for form in forms}
         self.alone = PromptPieces("vectors", source.titles, source.item_states, titles)
 
@@ -104,15 +105,16 @@ class ExplainerExamples:
     def of_items(self, repeats: int = 1) -> Iterator[SoftExample]:
         """T4, so many times of every item."""
         similar = most_similar(self.source)
+        descriptions = self.source.catalogue.descriptions(self.text_characters)
         for row in list(range(len(similar))) * repeats:
             if self.with_vectors:
                 yield self._asked(self.prompts.title, {"item": self.alone.item(row + 1)}, self.source.titles[row])
             for shown in self.shown.values():
                 item = shown.item(row + 1)
-                for name, values in self.source.catalogue.attributes[row].items():
-                    if values:
-                        pieces = {"item": item, "attribute": name}
-                        yield self._asked(self.prompts.attribute, pieces, ", ".join(values))
+                told = {name: ", ".join(values) for name, values in self.source.catalogue.attributes[row].items()}
+                for name, answer in {**told, "description": descriptions[row]}.items():
+                    if answer:
+                        yield self._asked(self.prompts.attribute, {"item": item, "attribute": name}, answer)
                 nearest = self.source.titles[int(similar[row]) - 1]
                 yield self._asked(self.prompts.similar, {"item": item}, nearest)
 

@@ -7,7 +7,7 @@ the cut have one (section 4.1). Tasks, with their counts for N interactions of U
     T1   next item    the recommender's best unseen item                      N − 2U
     T2   ranking      five unseen items in its order                          N − 2U
     T3   interest     yes from its best fifth, no from its worse half         2U, one pair a user (`pairs`)
-    T4   item         title of a vector, attributes, nearest item             one for each item and field
+    T4   item         title of a vector, attributes, description, nearest   one for each item and field
     T5   replay       other examples, so that the model keeps its language    as given
     T6   history      the titles behind a state, every prefix                 N − U, of users of two events or more
     T6b  summary      a written summary of what stands before the cut         one a user that has one
@@ -105,6 +105,7 @@ class ExplainerConfig(Config):
         "in how many lists of five each item is, whose titles T4 learns in turn; T2 asks for such lists in order",
         ge=0,
     )
+    text_characters: int = shaping(200, "T4: characters of an item's description that are asked for", ge=0)
     pairs: int = shaping(1, "T3: of how many places of each user, where there are as many, a pair is learnt", ge=1)
     constrained: bool = shaping(False, "titles are decoded among the catalogue's; the published tables do without")
     prompts: ExplainerPrompts = shaping(ExplainerPrompts)
@@ -172,6 +173,7 @@ class RecExplainer:
             rng,
             listed=self.config.listed,
             pairs=self.config.pairs,
+            text_characters=self.config.text_characters,
         )
         yield from examples.of_users(self.config.tasks, users, positions)
         if "T4" in self.config.tasks:

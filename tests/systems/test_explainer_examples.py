@@ -38,11 +38,14 @@ def made(
     return list(made.of_users(tasks, 100, 100))
 
 
+def words_of(prompt: Prompt) -> str:
+    return "".join(segment.text for segment in prompt.segments if isinstance(segment, Text))
+
+
 def is_asked_by(prompt: Prompt, templates: Templates) -> bool:
     """Whether the prompt's words are those of one of the training's templates, whatever stands for its marks."""
-    text = "".join(segment.text for segment in prompt.segments if isinstance(segment, Text))
     patterns = [re.sub(r"\\\{\w+\\\}", ".*", re.escape(template)) for template in templates.training]
-    return any(re.fullmatch(pattern, text) for pattern in patterns)
+    return any(re.fullmatch(pattern, words_of(prompt)) for pattern in patterns)
 
 
 def test_there_are_as_many_examples_as_the_paper_counts(source: Source) -> None:
@@ -196,6 +199,18 @@ def test_items_are_told_apart_by_vector_attribute_and_neighbour(source: Source) 
     }
     genres = [example.answer for example in text if "genre" in example.prompt.text]
     assert sorted(genres) == sorted(values["genre"][0] for values in source.catalogue.attributes)
+
+
+def test_descriptions_are_asked_of_items_that_have_one_and_no_longer_than_is_said(source: Source) -> None:
+    texts = ["A ship\nis lost in space.", "", *["A tale."] * (ITEMS - 2)]
+    told = replace(source, catalogue=replace(source.catalogue, texts=texts))
+    for form in ("text", "vectors"):
+        rng = np.random.default_rng(0)
+        examples = list(ExplainerExamples(told, [form], 3, PROMPTS, rng, text_characters=14).of_items())
+        described = [example for example in examples if "description" in words_of(example.prompt)]
+        assert [example.answer for example in described] == ["A ship is lost…", *["A tale."] * (ITEMS - 2)]
+        assert all(is_asked_by(example.prompt, PROMPTS.attribute) for example in described)
+    assert len(list(ExplainerExamples(told, ["text"], 3, PROMPTS, np.random.default_rng(0)).of_items())) == 2 * ITEMS
 
 
 def test_questions_use_the_tests_templates_and_a_control_asks_as_somebody_else(source: Source) -> None:
