@@ -88,8 +88,7 @@ class SummaryPrompts(Config):
         """One item as one line, empty columns left out: "title: Alien; genre: Horror, Sci-Fi; text: In space…"."""
         columns = [("title", title)]
         columns += [(name, ", ".join(values)) for name, values in self._shown(attributes)]
-        if self.text_characters:
-            columns.append(("text", beginning(text, self.text_characters)))
+        columns.append(("text", beginning(text, self.text_characters)))
         return "; ".join(f"{name}: {_one_line(value)}" for name, value in columns if value.strip())
 
     def block_prompt(self, item_lines: Sequence[str]) -> Prompt:
@@ -201,9 +200,11 @@ def _one_line(text: str) -> str:
 
 
 def beginning(text: str, characters: int) -> str:
-    """At most so many characters of a text, on one line."""
+    """At most so many characters of a text, on one line, and a mark where there were more; nothing of 0."""
     text = _one_line(text)
-    return text if len(text) <= characters else text[:characters].rstrip() + ELLIPSIS
+    if len(text) <= characters or not characters:
+        return text[:characters]
+    return text[:characters].rstrip() + ELLIPSIS
 
 
 def _with_placeholder(template: str, placeholder: str) -> str:
