@@ -27,13 +27,16 @@ def encode_prompts(
     `room` is the most tokens of each one's answer. Vectors are read by an adapter alone, which reads words in the pieces that a
     prompt is made of, as in training.
     """
-    whole = [not prompt.has_vectors and (adapter is None or len(prompt.segments) == 1) for prompt in prompts]
+    prefix = None if adapter is None else adapter.config.prefix
+    bare = prefix is None or not prefix.vectors
+    whole = [
+        bare and not prompt.has_vectors and (adapter is None or len(prompt.segments) == 1) for prompt in prompts
+    ]
     plain = np.flatnonzero(whole).tolist()
     ids = tokenizer.encode([prompts[index].text for index in plain])
     encoded = {index: Encoded(mine, []) for index, mine in zip(plain, ids, strict=True)}
     refused = []
-    prefix = None if adapter is None else adapter.config.prefix
-    standing = prefix.knowledge if prefix is not None and not prefix.vectors else 0  # before every prompt
+    standing = prefix.knowledge if prefix is not None and bare else 0  # before every prompt
     for index, prompt in enumerate(prompts):
         error = None
         if not whole[index]:
@@ -53,16 +56,19 @@ def encode_prompts(
 
 
 def _encoded(tokenizer: PromptTokenizer, prompt: Prompt, adapter: AdapterCard) -> Encoded:
-    """Raises ValueError for vectors that the adapter does not read."""
+    """Raises ValueError for vectors that the adapter does not read, or reads and are not there."""
     config, widths = adapter.config, adapter.widths
     prefix, rest = split_prefix(prompt)
+    most = 0 if config.prefix is None else config.prefix.vectors
+    if prefix is None and most:
+        raise ValueError("The adapter reads a prefix of vectors, and the prompt does not begin with one.")
     if prefix is None:
         return encode(tokenizer, prompt, config.projectors, widths)
-    if config.prefix is None or not config.prefix.vectors:
+    if not most:
         raise ValueError("There is no prefix of vectors.")
     if prefix.values.shape[1] != widths[PREFIX]:
         raise ValueError(f"A prefix's vectors are {widths[PREFIX]} wide, and not {prefix.values.shape[1]}.")
-    last = Vectors(prefix.values[-config.prefix.vectors :], PREFIX)
+    last = Vectors(prefix.values[-most:], PREFIX)
     return replace(encode(tokenizer, rest, config.projectors, widths), prefix=last)
 
 
