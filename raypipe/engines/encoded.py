@@ -29,9 +29,7 @@ def encode_prompts(
     """
     prefix = None if adapter is None else adapter.config.prefix
     bare = prefix is None or not prefix.vectors
-    whole = [
-        bare and not prompt.has_vectors and (adapter is None or len(prompt.segments) == 1) for prompt in prompts
-    ]
+    whole = [bare and not prompt.has_vectors and (adapter is None or len(prompt.segments) == 1) for prompt in prompts]
     plain = np.flatnonzero(whole).tolist()
     ids = tokenizer.encode([prompts[index].text for index in plain])
     encoded = {index: Encoded(mine, []) for index, mine in zip(plain, ids, strict=True)}
