@@ -29,6 +29,8 @@ from raypipe.storage.night_runs import NightRuns
 from raypipe.storage.tables import ABSENT
 from raypipe.storage.workspace import Workspace
 
+_READS = ("histories", "items", "rejects")
+
 
 class EncodeOptions(ModelCache):
     """Which recommender reads the histories, and how."""
@@ -86,7 +88,9 @@ def run_encoding(
     canary = config.canary_users(workspace)
     writes = encoding.writes if canary is None else ()
     with open_session(workspace, encoding.job, writes, config.cluster, config.lock_lease_s, night) as session:
-        inputs = session.versions("histories", "items", "rejects")
+        if canary is None:
+            session.keep_finished(encoding.recipe, _READS, writes, encoding.gate)
+        inputs = session.versions(*_READS)
         base = session.versions(*encoding.writes) if canary is None else dict.fromkeys(encoding.writes, ABSENT)
         scope = WHOLE if canary is None else fingerprint({"users": canary})
         if scope == WHOLE and session.is_current(encoding.recipe, inputs):

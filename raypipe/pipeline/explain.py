@@ -187,6 +187,9 @@ def run_explain(config: ExplainConfig, night: NightRuns | None = None) -> JobRes
     variant = explainer.variant(config)
     writes = [TABLE] if canary is None else []
     with open_session(workspace, JOB, writes, config.cluster, config.lock_lease_s, night) as session:
+        gate = RejectGate(config.max_reject_rate)
+        if canary is None:
+            session.keep_finished(run_recipe, input_tables(config), writes, gate)
         inputs = session.versions(*input_tables(config))
         check_recommended(inputs)
         base = session.versions(TABLE) if canary is None else {TABLE: ABSENT}
@@ -203,7 +206,6 @@ def run_explain(config: ExplainConfig, night: NightRuns | None = None) -> JobRes
         task = explainer.task(config, workspace, {**inputs, **base}, pairs, scope, canary)
         units = [Unit("users", index) for index in range(session.info.buckets)]
         budget = session.budget(config.limits(), run)
-        gate = RejectGate(config.max_reject_rate)
         receipts = session.phase(run, units, partial(ExplainBucket, task, budget), JOB, gate, budget)
         parts = bucket_parts(receipts.values(), variant, (TABLE,))
         result = _result(config, run.run_key, receipts.values(), parts, started)

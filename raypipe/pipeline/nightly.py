@@ -231,7 +231,7 @@ class _Steps:
         runs, found = self.runs.all(), dict[str, JobResult]()
         for name, result in self._results.items():
             ended = [JobResult.from_dict(run.result) for run in runs if run.job == name and run.result is not None]
-            did = [one for one in ended if one.status == "ok"] or ended[-1:] or [result]
+            did = [one for one in ended if one.status != "nothing_to_do"] or ended[-1:] or [result]
             found |= {f"{name}.pass{number}": earlier for number, earlier in enumerate(did[:-1], 1)}
             found[name] = did[-1]
         return found

@@ -124,7 +124,10 @@ def run_rerank(config: RerankConfig) -> JobResult:
     writes = [TABLE] if canary is None else []
     with open_session(workspace, JOB, writes, config.cluster, config.lock_lease_s) as session:
         shown = ["summaries"] if ranker.summaries is not None else []
-        inputs = session.versions("histories", "items", "rejects", TABLE, *shown)
+        reads, gate = ("histories", "items", "rejects", TABLE, *shown), RejectGate(config.max_reject_rate)
+        if canary is None:
+            session.keep_finished(ranker.recipe, reads, writes, gate)
+        inputs = session.versions(*reads)
         base = {TABLE: inputs[TABLE] if canary is None else ABSENT}
         task = RerankTask(
             workspace=workspace,
@@ -150,7 +153,6 @@ def run_rerank(config: RerankConfig) -> JobResult:
         run = session.run(ranker.recipe, inputs, base, task.scope, facts)
         budget = session.budget(config.limits(), run)
         units = [Unit("users", index) for index in range(session.info.buckets)]
-        gate = RejectGate(config.max_reject_rate)
         receipts = session.phase(run, units, partial(RerankBucket, task, budget), JOB, gate, budget)
         parts = bucket_parts(receipts.values(), variant, (TABLE,))
         result = _result(config, run.run_key, receipts.values(), parts, started)

@@ -34,6 +34,7 @@ from raypipe.storage.workspace import Workspace
 from raypipe.systems.summaries import SummariesConfig
 
 JOB = "summarize"
+_READS = ("histories", "items", "rejects")
 _WRITES = ("block_summaries", "summaries")
 
 
@@ -81,8 +82,11 @@ def run_summarize(config: SummarizeConfig, night: NightRuns | None = None) -> Jo
     canary = config.canary_users(workspace)
     writes = _WRITES if canary is None else ()
     with open_session(workspace, JOB, writes, config.cluster, config.lock_lease_s, night) as session:
-        pins = pin(session, canary)
         recipe = fingerprint({"variant": recipes.variant, "block": recipes.block, "merge": recipes.merge})
+        gate = RejectGate(config.max_reject_rate)
+        if canary is None:
+            session.keep_finished(recipe, _READS, writes, gate)
+        pins = pin(session, canary)
         scope = WHOLE if canary is None else fingerprint({"users": canary})
         if scope == WHOLE and session.is_current(recipe, pins.inputs()):
             return JobResult(JOB, "nothing_to_do", cost=cost_of(Usage(), time.monotonic() - started))
@@ -114,7 +118,8 @@ def run_summarize(config: SummarizeConfig, night: NightRuns | None = None) -> Jo
             Path(config.model_cache),
         )
         units = [Unit("users", index) for index in range(session.info.buckets)]
-        receipts = _run_units(config, session, run, units, task)
+        budget = session.budget(config.limits(), run)
+        receipts = session.phase(run, units, partial(SummarizeBucket, task, budget), JOB, gate, budget)
         result = _publish(config, session, run, receipts, scope, started)
     if result.status == "ok":
         params = {
@@ -129,18 +134,10 @@ def run_summarize(config: SummarizeConfig, night: NightRuns | None = None) -> Jo
 
 def pin(session: Session, canary: list[str] | None) -> Pins:
     """The versions this run reads. A canary starts from nothing, as a first night would."""
-    versions = session.versions("histories", "items", "summaries", "block_summaries", "rejects")
+    versions = session.versions(*_READS, *_WRITES)
     if canary is not None:
         versions.update(summaries=ABSENT, block_summaries=ABSENT)
     return Pins(**versions)
-
-
-def _run_units(
-    config: SummarizeConfig, session: Session, run: Run, units: list[Unit], task: SummaryTask
-) -> dict[Unit, Receipt]:
-    budget = session.budget(config.limits(), run)
-    gate = RejectGate(config.max_reject_rate)
-    return session.phase(run, units, partial(SummarizeBucket, task, budget), JOB, gate, budget)
 
 
 def _publish(

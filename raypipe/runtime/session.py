@@ -11,6 +11,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +22,7 @@ from raypipe.runtime.job import JobResult
 from raypipe.runtime.progress import about, note, say
 from raypipe.runtime.units import Gate, UnitWork, run_units
 from raypipe.storage.fingerprint import fingerprint, schema_hash
-from raypipe.storage.ledger import WHOLE, Publish, Receipt, Run, Unit, Usage
+from raypipe.storage.ledger import WHOLE, Publish, Receipt, Run, Unit, Usage, counts_of, usage_of
 from raypipe.storage.locks import LEASE_S, Lock, hold
 from raypipe.storage.night_runs import NightRuns
 from raypipe.storage.tables import Table
@@ -85,7 +86,7 @@ class Session:
         "all" or the hash of a canary's users. An open run of another key is given up: its inputs moved on.
         """
         ledger = self.workspace.ledger(self.job)
-        key = fingerprint({"recipe": recipe, "pins": dict(pins), "base": dict(base), "scope": scope})
+        key = _run_key(recipe, pins, base, scope)
         note(run_key=key)
         if (run := ledger.open(key)) is not None:
             say(f"{self.job}: resuming run {key[:12]}")
@@ -101,6 +102,51 @@ class Session:
         if self._night is not None:
             self._night.add(run)
         return run
+
+    def keep_finished(
+        self, recipe: str, reads: Sequence[str], writes: Sequence[str], gate: Gate | None = None
+    ) -> JobResult | None:
+        """Publish what a killed run over everything has finished, where what it read has moved on since, so that it cannot go on:
+        its users who have not changed are not computed, and paid for, again. Told as `interrupted`; None where there is none.
+
+        For jobs whose units are buckets of users and whose runs tell their variant. Without the units that `gate` would start
+        again, and only where the run's own tables stand as it found them.
+        """
+        ledger, base = self.workspace.ledger(self.job), self.versions(*writes)
+        if ledger.open(_run_key(recipe, self.versions(*reads), base, WHOLE)) is not None:
+            return None  # it goes on
+        for run in list(ledger.open_runs(WHOLE)):
+            manifest, receipts = run.manifest, run.receipts("users")
+            undone = set() if gate is None else set(gate.undone(receipts))
+            kept = [receipt for unit, receipt in receipts.items() if unit not in undone and self._are_current(receipt)]
+            parts = bucket_parts(kept, manifest["facts"].get("variant", ""), writes)
+            if (
+                manifest["recipe"] != recipe
+                or manifest["base"] != base
+                or not parts
+                or run.publish_intent() is not None
+            ):
+                continue
+            say(
+                f"{self.job}: run {run.run_key[:12]} was killed and what it read has changed since; the {len(kept)} of "
+                f"{run.planned().get('users', 0)} buckets of users that it finished are published"
+            )
+            counts = counts_of(kept)
+            tables = {
+                part.table: {"rows": sum(file.rows for file in part.files), "rejected": counts.rejected}
+                for part in parts
+            }
+            metrics = {"users": counts.rows_in, "computed": counts.ok, "rejected": counts.rejected, **counts.skipped}
+            cost = asdict(usage_of(kept))
+            return self.publish(run, parts, JobResult(self.job, "interrupted", run.run_key, tables, {}, metrics, cost))
+        return None
+
+    def _are_current(self, receipt: Receipt) -> bool:
+        """Whether what a unit staged has the schemas of today."""
+        return all(
+            staged_as == schema_hash(self.workspace.tables[table].spec.schema)
+            for table, staged_as in receipt.schemas.items()
+        )
 
     def budget(self, limits: Limits, run: Run) -> Budget:
         """What the caps leave, of which all attempts of the run have spent, and in a night all its runs of this job."""
@@ -124,12 +170,11 @@ class Session:
         """
         receipts = run_units(run, units, build, self.cluster, what, gate, budget)
         for receipt in receipts.values():
-            for table, staged_as in receipt.schemas.items():
-                if staged_as != schema_hash(self.workspace.tables[table].spec.schema):
-                    raise RaypipeError(
-                        f"Run {run.run_key[:12]} was begun by a raypipe whose table {table} had another schema.",
-                        f"Give it up with `raypipe status --discard {run.run_key[:12]}` and submit again.",
-                    )
+            if not self._are_current(receipt):
+                raise RaypipeError(
+                    f"Run {run.run_key[:12]} was begun by a raypipe whose tables {', '.join(receipt.schemas)} had other schemas.",
+                    f"Give it up with `raypipe status --discard {run.run_key[:12]}` and submit again.",
+                )
         return receipts
 
     def publish(self, run: Run, parts: Sequence[Publish], result: JobResult, buckets: int | None = None) -> JobResult:
@@ -152,6 +197,10 @@ class Session:
     def _check_held(self) -> None:
         for lock in self._locks:
             lock.check_held()
+
+
+def _run_key(recipe: str, pins: Mapping[str, int], base: Mapping[str, int], scope: str) -> str:
+    return fingerprint({"recipe": recipe, "pins": dict(pins), "base": dict(base), "scope": scope})
 
 
 def bucket_parts(receipts: Iterable[Receipt], variant: str, tables: Sequence[str]) -> list[Publish]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from raypipe.storage.workspace import Workspace
 from tests.conftest import Run
 from tests.engines.chat_server import ChatServer
 from tests.ground import one_paragraph
@@ -76,6 +78,37 @@ def test_an_outage_rejects_nobody_and_the_next_run_goes_on(raypipe: Run, uri: st
     again = raypipe(*words(uri, server))
     assert again.code == 0, again.stderr
     assert (again.metrics["computed"], again.metrics["rejected"]) == (20, 1)
+
+
+def test_what_a_run_finished_is_kept_where_its_inputs_change_before_the_next(
+    raypipe: Run, uri: str, server: ChatServer, tmp_path: Path, files: Path
+) -> None:
+    whole = str(shutil.copytree(uri, tmp_path / "uninterrupted"))
+    server.down_after = 10  # the buckets have 2, 5, 7 and 7 users
+    assert raypipe(*words(uri, server)).code == 1
+    (run,) = Workspace(uri).open_runs()
+    kept = sum(receipt.counts.ok for receipt in run.receipts().values())
+    assert 0 < kept < 20
+    (asked, server.down_after) = (len(server.requests), None)
+    log = write_log(files / "more.csv", [("new", "i1", START + 9 * DAY)])
+    for workspace in (uri, whole):
+        assert raypipe("ingest", "--workspace", workspace, "--log.path", log, "--log.columns.time", "time").code == 0
+    again = raypipe(*words(uri, server))
+    assert again.code == 0, again.stderr
+    assert "was killed and what it read has changed since" in again.stderr
+    first = run.result()
+    assert first is not None
+    assert (first["status"], first["metrics"]["computed"]) == ("interrupted", kept)
+    assert again.metrics["computed"] == 21 - kept
+    assert first["metrics"]["rejected"] + again.metrics["rejected"] == 1
+    assert len(server.requests) - asked <= 21 - kept + 2  # of the unlucky one, and a probe
+    assert raypipe(*words(uri, server)).status == "nothing_to_do"
+    assert raypipe(*words(whole, server)).metrics["computed"] == 21
+    for table, key in (("summaries", ["user_id"]), ("block_summaries", ["user_id", "level", "block"])):
+        order = [(name, "ascending") for name in key]
+        found, wanted = (newest(workspace, table).sort_by(order) for workspace in (uri, whole))
+        assert found.num_rows > 20
+        assert found.equals(wanted)
 
 
 def test_calls_of_a_unit_that_never_ended_count_against_the_cap(raypipe: Run, uri: str, server: ChatServer) -> None:
