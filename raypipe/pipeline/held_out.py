@@ -24,6 +24,17 @@ def are_held_out(users: pa.Array, share: float) -> NDArray[np.bool_]:
     return (mixed >> np.uint64(11)).astype(np.float64) / 2.0**53 < share
 
 
+def some_of(users: pa.Array, among: NDArray[np.bool_], most: int) -> NDArray[np.bool_]:
+    """At most so many of those `among` the users [users], as good as drawn: by the hashes of their ids, in another order than
+    that of `are_held_out`."""
+    places = np.flatnonzero(among)
+    if len(places) <= most:
+        return among
+    chosen = np.zeros_like(among)
+    chosen[places[np.argsort(stable_hash(users).astype(np.uint64)[places], kind="stable")[:most]]] = True
+    return chosen
+
+
 @dataclass(frozen=True)
 class Cut:
     """What no training sees: the last `hold_out` events of every user, and a share of the users."""

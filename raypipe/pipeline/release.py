@@ -15,7 +15,7 @@ from raypipe.config import Config, free, shaping
 from raypipe.errors import RefusedError, UsageError
 from raypipe.language.adapters import read_card
 from raypipe.language.checkpoint import checkpoint_hash, resolve_checkpoint
-from raypipe.pipeline.evaluate import held_out
+from raypipe.pipeline.evaluate import MOST_ASKED, held_out
 from raypipe.pipeline.loaded import BUILTIN, Loaded, find_builtin_lm
 from raypipe.recommenders.evaluation import METRICS, evaluate_floor, evaluate_model
 from raypipe.recommenders.floors import Popularity
@@ -35,6 +35,7 @@ class GateConfig(Config):
     metric: str = shaping("NDCG@10", "of `evaluate`, on the last event of every user")
     least_share: float = shaping(0.98, "of the champion's figure", ge=0)
     beats_popularity: bool = shaping(True, "better than recommending what is popular")
+    asked: int = shaping(MOST_ASKED, "users asked at most, chosen by the hashes of their ids", ge=1)
 
     @field_validator("metric")
     @classmethod
@@ -174,7 +175,7 @@ def _judged(config: ReleaseConfig, workspace: Workspace, candidate: str, champio
                 "warning",
             )
             del loaded[champion]
-    held = held_out(workspace, [one.model for one in loaded.values()])
+    held = held_out(workspace, [one.model for one in loaded.values()], config.gate.asked)
     metric = config.gate.metric
     known = {name: evaluate_model(one.recommender, held) for name, one in loaded.items()}
     figures = {"candidate": known[candidate][metric].value}

@@ -36,7 +36,8 @@ class HeldOut:
     """What an evaluation asks: the last event of every history that has one beyond training's.
 
     `training` are the histories that models learnt from; `prefixes` everything before the last event and `targets` the last
-    events, one entry per asked user. `items` is the size of the catalogue, `users` and `events` are those of the whole log.
+    events, one entry per asked user, of `askable` with such an event. `items` is the size of the catalogue, `users` and `events`
+    are those of the whole log.
     """
 
     training: Histories
@@ -45,25 +46,37 @@ class HeldOut:
     items: int
     users: int
     events: int
+    askable: int
+
+    @property
+    def asks_all(self) -> bool:
+        return len(self.targets) == self.askable
 
     @classmethod
     def of(
-        cls, histories: Histories, hold_out: int, items: int, learnt_from: NDArray[np.bool_] | None = None
+        cls,
+        histories: Histories,
+        hold_out: int,
+        items: int,
+        learnt_from: NDArray[np.bool_] | None = None,
+        asked: NDArray[np.bool_] | None = None,
     ) -> HeldOut:
-        """Asks users with more than `hold_out` events; models learnt from those of `learnt_from` bool [users], all where unset.
+        """Asks users with more than `hold_out` events, of `asked` bool [users] alone where it is set; models learnt from those of
+        `learnt_from` bool [users], all where unset.
 
         Raises ValueError where `hold_out` is 0: training saw all there is.
         """
         if hold_out < 1:
             raise ValueError("The model was trained on every event, so that none is left to ask for.")
-        asked = np.flatnonzero(histories.lengths > hold_out)
+        long_enough = histories.lengths > hold_out
+        rows = np.flatnonzero(long_enough if asked is None else long_enough & asked)
         before = histories.without_last(1)
-        prefixes = before.take(before.starts[asked], before.lengths[asked])
-        targets = histories.items[histories.ends[asked] - 1]
+        prefixes = before.take(before.starts[rows], before.lengths[rows])
+        targets = histories.items[histories.ends[rows] - 1]
         training = histories.without_last(hold_out)
         if learnt_from is not None:
             training = training.of(learnt_from)
-        return cls(training, prefixes, targets, items, len(histories), len(histories.items))
+        return cls(training, prefixes, targets, items, len(histories), len(histories.items), int(long_enough.sum()))
 
 
 def ranks_of_floor(floor: Floor, held: HeldOut, *, filter_seen: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

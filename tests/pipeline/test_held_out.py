@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from raypipe.pipeline.held_out import are_held_out
+from raypipe.pipeline.held_out import are_held_out, some_of
 from raypipe.pipeline.lm import training_histories
 from raypipe.pipeline.sequences import read_histories, read_ties
 from raypipe.storage.hashing import stable_hash
@@ -30,6 +30,18 @@ def test_every_bucket_has_its_share_of_them() -> None:
     buckets = stable_hash(USERS).astype(np.uint64) % 16
     held = are_held_out(USERS, 0.2)
     assert max(abs(held[buckets == bucket].mean() - 0.2) for bucket in range(16)) < 0.05
+
+
+def test_some_are_as_many_of_those_there_are_and_the_same_whoever_else_is_there() -> None:
+    among = np.arange(len(USERS)) % 3 > 0
+    some = some_of(USERS, among, 1_000)
+    assert (some.sum(), (some & ~among).sum()) == (1_000, 0)
+    assert not (some_of(USERS, among, 500) & ~some).any()
+    # Nor are they those whom no training sees.
+    assert are_held_out(USERS, 0.2)[some].mean() == pytest.approx(0.2, abs=0.05)
+    backwards = some_of(USERS.take(pa.array(np.arange(len(USERS))[::-1])), among[::-1], 1_000)
+    assert np.array_equal(backwards[::-1], some)
+    assert np.array_equal(some_of(USERS, among, len(USERS)), among)
 
 
 def test_neither_a_recommender_nor_a_language_model_reads_them(ingested: str) -> None:

@@ -13,6 +13,7 @@ from raypipe.metrics import published
 from raypipe.recommenders.checkpoint import load_recommender
 from raypipe.recommenders.config import RecommenderConfig
 from raypipe.recommenders.task import prepare_training
+from raypipe.storage.evaluations import Evaluations
 from raypipe.storage.models import Models
 from raypipe.storage.store import Store
 from tests.conftest import Run
@@ -78,6 +79,12 @@ def test_a_planted_answer_is_learnt_stored_evaluated_and_not_trained_twice(raypi
     # What follows what is the whole secret of this log.
     assert ended.metrics["transitions.HR@10"] == 1.0
     assert "80 users, the whole catalogue, history: last 12 items, loss: softmax" in ended.stderr
+
+    some = raypipe("evaluate", "--workspace", chains, "--asked", 30)
+    assert some.stderr.startswith("30 users, the whole catalogue")
+    assert some.metrics["sasrec.HR@10"] > 0.9
+    protocols = {one.protocol.split(", whole")[0] for one in Evaluations(store).all()}
+    assert protocols == {"leave-one-out", "leave-one-out, 30 of 80 users"}
 
     told = raypipe("report", "--workspace", chains)
     assert told.code == 0, told.stderr

@@ -68,6 +68,17 @@ def test_what_was_learnt_from_is_what_floors_and_cold_items_count(lists: list[li
     assert (held.users, held.events) == (len(lists), sum(map(len, lists)))
 
 
+def test_some_are_asked_and_all_are_learnt_from(lists: list[list[int]]) -> None:
+    everybody, long_enough = HeldOut.of(of(lists), 2, ITEMS), [items for items in lists if len(items) > 2]
+    asked = np.arange(len(lists)) % 2 == 0
+    held = HeldOut.of(of(lists), 2, ITEMS, asked=asked)
+    wanted = [items for items in lists[::2] if len(items) > 2]
+    assert held.targets.tolist() == [items[-1] for items in wanted]
+    assert held.prefixes.items.tolist() == [item for items in wanted for item in items[:-1]]
+    assert held.training.items.tolist() == everybody.training.items.tolist()
+    assert (held.askable, held.asks_all, everybody.asks_all) == (len(long_enough), False, True)
+
+
 def test_floors_count_what_they_say() -> None:
     training = of([[1, 2, 3], [1, 2], [4, 2, 1]])
     popularity = Popularity(training, 5).scores(of([[1], [4]]))
