@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from raypipe.metrics.text import item_values, value_counts
 from raypipe.storage.hashing import stable_hash
-from raypipe.storage.tables import StagedFile
+from raypipe.storage.tables import ABSENT, StagedFile
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.summaries import SummariesConfig
 
@@ -42,7 +42,7 @@ def write_cards(
     items = workspace.tables["items"].read(versions["items"]).sort_by("index")
     titles = items["title"].to_pylist()
     attributes = [dict(pairs) for pairs in items["attributes"].to_pylist()]
-    files = workspace.tables["summaries"].files(versions["summaries"], variant=summaries.variant)
+    files = workspace.tables["summaries"].files(versions.get("summaries", ABSENT), variant=summaries.variant)
     users, history = choose_users(workspace, files, versions["histories"], count)
     cards = [
         _card(

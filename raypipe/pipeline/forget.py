@@ -43,6 +43,7 @@ from raypipe.storage.hashing import stable_hash
 from raypipe.storage.ledger import WHOLE, Publish, Receipt, Run, Unit, Usage, counts_of
 from raypipe.storage.locks import hold
 from raypipe.storage.model_users import forget_in_models
+from raypipe.storage.night_runs import settle_all
 from raypipe.storage.nights import Night, Nights
 from raypipe.storage.online import ADDRESS, EMBEDDED, open_online_store
 from raypipe.storage.releases import Releases
@@ -202,7 +203,7 @@ def _sweep(workspace: Workspace, config: ForgetConfig, users: Sequence[str]) -> 
     nights = Nights(store)
     kept: list[Night] = [night for date in nights.dates() if (night := nights.get(date)) is not None]
     releases = Releases(store).all()
-    for date in nights.dates():
+    for date in store.folders("nights"):  # of those that were never published too
         forget_in_cards(store, date, users)
     with locked_traces(workspace, JOB, config.lock_lease_s):
         forget_in_judgements(store, users)
@@ -220,8 +221,10 @@ def _sweep(workspace: Workspace, config: ForgetConfig, users: Sequence[str]) -> 
     # Canaries are of few users and are never published, spills of runs that are over and of trainings that nobody runs.
     for place in trainings_outside(store):
         say(f"{JOB}: a training that has not ended keeps histories outside of the workspace; delete {place}")
+    refuse_open_runs(workspace, JOB)  # a canary that began meanwhile read what held them
     for folder in ("canary", "staging"):
         store.delete_folder(folder)
+    settle_all(store)
     for job in store.folders("ledger"):
         ledger = workspace.ledger(job)
         for run_key in set(ledger.numbers().values()):

@@ -6,8 +6,8 @@ place of the one in force only if it passes the gate; if it does not, the night 
 ends refused, exit code 3. Where `explain_policy` says so, everybody's top recommendation is explained by the release's adapter.
 What a step spends counts against its caps for the whole night: in every pass, and in every submission until the night is published.
 The manifest is written last: until then readers see the night before. It names the histories and items that states, lists,
-summaries and explanations were made of: where another job has published others meanwhile, these steps run again, which costs
-what changed. A training does not: a model may be older than what it is asked about.
+summaries and explanations were made of: where another job has published others meanwhile, or rows in the place of these, the
+steps run again, which costs what changed. A training does not: a model may be older than what it is asked about.
 
 With `until` it is a backfill: one night after the other, each over the log of its date.
 """
@@ -155,7 +155,7 @@ def _run_night(config: NightlyConfig, date: str) -> JobResult:
     started = time.monotonic()
     workspace = config.open_workspace()
     runs = NightRuns(workspace.store, date)
-    steps = _Steps(runs)
+    steps = _Steps(workspace, runs)
     trained = ""
     refusal: RefusedError | None = None
     if config.online is not None:
@@ -191,11 +191,11 @@ def _run_night(config: NightlyConfig, date: str) -> JobResult:
             model = {"model": release.recommender}
             extract = ExtractConfig(**shared, **dict(config.extract) | model)
             recommend = RecommendConfig(**shared, **dict(config.recommend) | model)
-            steps.take("extract", lambda: run_extract(extract, runs))
-            steps.take("recommend", lambda: run_recommend(recommend, runs))
-        steps.take("summarize", lambda: run_summarize(SummarizeConfig(**shared, **dict(config.summarize)), runs))
+            steps.write("extract", lambda: run_extract(extract, runs))
+            steps.write("recommend", lambda: run_recommend(recommend, runs))
+        steps.write("summarize", lambda: run_summarize(SummarizeConfig(**shared, **dict(config.summarize)), runs))
         if explaining is not None:
-            steps.take("explain", lambda: run_explain(ExplainConfig(**shared, **dict(explaining)), runs))
+            steps.write("explain", lambda: run_explain(ExplainConfig(**shared, **dict(explaining)), runs))
 
     parts = {"release": release.hash, "recommender": release.recommender, "lm": release.lm}
     tables, is_new = _published(config, workspace, date, parts, compute, steps)
@@ -215,9 +215,10 @@ def _run_night(config: NightlyConfig, date: str) -> JobResult:
 class _Steps:
     """What the steps of a night did, in all its passes and submissions."""
 
-    def __init__(self, runs: NightRuns) -> None:
-        self.runs = runs
+    def __init__(self, workspace: Workspace, runs: NightRuns) -> None:
+        self.workspace, self.runs = workspace, runs
         self._results: dict[str, JobResult] = {}
+        self._left: dict[tuple[str, str], set[str]] = {}
 
     def take(self, name: str, step: Callable[[], JobResult]) -> JobResult:
         before = time.monotonic()
@@ -225,6 +226,23 @@ class _Steps:
         say(f"{name}: {result.status}, {time.monotonic() - before:.1f} s")
         self._results[name] = result
         return result
+
+    def write(self, job: str, step: Callable[[], JobResult]) -> None:
+        """As `take`, of a step that writes tables."""
+        key, ledger = self.take(job, step).run_key, self.workspace.ledger(job)
+        run = ledger.run(key) if key else ledger.newest()  # of which there was nothing left to do
+        assert run is not None, f"{job} has run"
+        after = {name: table["version"] for name, table in (run.result() or {}).get("tables", {}).items()}
+        variant = run.manifest["facts"]["variant"]
+        for name, before in run.manifest["base"].items():
+            self._left[name, variant] = self._files(name, after.get(name, before), variant)
+
+    def stand(self, versions: Mapping[str, int]) -> bool:
+        """Whether these versions of the tables have the rows that the steps left there."""
+        return all(self._files(name, versions[name], variant) == files for (name, variant), files in self._left.items())
+
+    def _files(self, table: str, version: int, variant: str) -> set[str]:
+        return {file.path for file in self.workspace.tables[table].files(version, variant=variant)}
 
     def told(self) -> dict[str, JobResult]:
         """By step what it did last; what it did before it had to run again is the night's too, as `NAME.pass1` and so on."""
@@ -248,11 +266,13 @@ def _published(
     """Run the steps that write tables, which `compute` takes as `steps`, and publish the night of what they wrote. Its tables, and
     whether it is another than the one in force.
 
-    Raises RaypipeError where other histories or items were published during each of the passes.
+    Raises RaypipeError where others published histories, items or rows in the place of the steps' during each of the passes.
     """
     for passes in range(_PASSES):
         if passes:
-            say(f"{JOB}: another job published histories or items while the steps ran, so they run again over those")
+            say(
+                f"{JOB}: another job published histories, items or other rows of the night's while it ran: its steps run again"
+            )
         read = settled_versions(workspace, *_READ)
         compute()
         # Under the lock of who forgets: nobody is taken out of the tables between their versions' reading and the manifest.
@@ -260,13 +280,13 @@ def _published(
             versions = {name: table.version() for name, table in workspace.tables.items()}
             tables = {name: version for name, version in versions.items() if version != ABSENT}
             # Versions only grow: if those that stood before the steps stand now, no step and no line above has read others.
-            if read is not None and settled_versions(workspace, *_READ) == read:
+            if read is not None and settled_versions(workspace, *_READ) == read and steps.stand(versions):
                 night = Night(date, tables, parts, _metrics(steps.told()), config.summarize.summaries.variant)
                 return tables, _publish(config, workspace, night)
     raise RaypipeError(
-        f"Other jobs published histories or items during each of the {_PASSES} times that the steps of the night ran, so that what "
-        "they made is not all of the same ones.",
-        "The night before stays in force. Stop what ingests all the time, or let it wait for the night, and submit the same "
+        f"Other jobs published histories, items or other rows of the night's during each of the {_PASSES} times that its steps ran, "
+        "so that what they made is not all of the same ones.",
+        "The night before stays in force. Stop what publishes all the time, or let it wait for the night, and submit the same "
         "command again: it computes only what changed.",
     )
 

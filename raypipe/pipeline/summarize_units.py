@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from raypipe.engines.engine import Engine, EngineConfig
 from raypipe.pipeline.micro_batches import run_micro_batches, used
-from raypipe.pipeline.rejects import blocked_users, stage_rejected
+from raypipe.pipeline.rejects import WORKER_DIED, blocked_users, stage_rejected
 from raypipe.pipeline.summary_quality import SummaryQuality
 from raypipe.pipeline.summary_state import BucketState, Pins, PromptCatalogue, Recipes
 from raypipe.runtime.budget import Budget
@@ -220,10 +220,12 @@ def _block_rows(state: BucketState, results: Mapping[str, UserSummary]) -> pa.Ta
     written = [result.written for result in results.values()]
     owners = np.repeat(np.arange(len(written)), [len(texts) for texts in written])
     users = pa.array(list(results), pa.string())
+    # Who ends the worker has written nothing, and keeps what was there.
+    asked = [user for user, result in results.items() if result.reason != WORKER_DIED[0]]
     texts = list(zip(*chain.from_iterable(written), strict=True)) or [()] * len(Written._fields)
     fresh = pa.table([users.take(pa.array(owners)), *texts], schema=BLOCK_SUMMARIES.columns)
     before = state.written_before
-    gone = pc.is_in(before["user_id"], value_set=users)
+    gone = pc.is_in(before["user_id"], value_set=pa.array(asked, pa.string()))
     stays = pc.and_(pc.is_in(before["user_id"], value_set=state.users), pc.invert(gone))
     order = [("user_id", "ascending"), ("level", "ascending"), ("block", "ascending")]
     return pa.concat_tables([before.filter(stays), fresh]).sort_by(order)

@@ -23,6 +23,7 @@ from raypipe.storage.evaluations import Evaluations
 from raypipe.storage.ledger import Usage
 from raypipe.storage.locks import hold
 from raypipe.storage.models import Models
+from raypipe.storage.night_runs import settle_all
 from raypipe.storage.nights import Nights
 from raypipe.storage.releases import Release, Releases
 from raypipe.storage.retention import models_to_drop, nights_to_keep, releases_to_keep, runs_to_drop, versions_to_keep
@@ -43,7 +44,9 @@ class VacuumConfig(JobConfig, ModelCache):
     keep_releases: int = free(10, "newest releases, beside those that kept nights and aliases name", ge=1)
     keep_models: int = free(3, "newest models of each name, beside those that kept releases and models name", ge=1)
     keep_runs: int = free(30, "newest runs of each job in the ledger", ge=1)
-    keep_days: float = free(7.0, "days for which canaries' tables and interrupted trainings are kept", ge=0)
+    keep_days: float = free(
+        7.0, "days for which canaries' tables, interrupted trainings and unpublished nights are kept", ge=0
+    )
     grace_hours: int = free(24, "hours for which files are kept that no kept version names", ge=0)
     compact_files: int = free(8, "files of one partition from which on they become one", ge=2)
     dry_run: bool = free(False, "count what would go, and delete nothing")
@@ -116,6 +119,8 @@ def _kept_releases(workspace: Workspace, config: VacuumConfig) -> list[Release]:
 
 def _runs(workspace: Workspace, config: VacuumConfig) -> int:
     found = 0
+    if not config.dry_run:
+        settle_all(workspace.store)
     for job in workspace.store.folders("ledger"):
         ledger = workspace.ledger(job)
         old = runs_to_drop(ledger, config.keep_runs)
@@ -126,11 +131,15 @@ def _runs(workspace: Workspace, config: VacuumConfig) -> int:
 
 
 def _folders(workspace: Workspace, config: VacuumConfig) -> int:
-    """Canaries' tables and what was staged for trainings that nobody resumed; spills of runs that are over go at once."""
+    """Canaries' tables, what was staged for trainings that nobody resumed, and what is left of nights that were never
+    published; spills of runs that are over go at once."""
     store, before = workspace.store, time.time() - config.keep_days * _DAY_S
+    published = set(Nights(store).dates())
     old = []
-    for parent in ("canary", "staging"):
+    for parent in ("canary", "staging", "nights"):
         for name in store.folders(parent):
+            if parent == "nights" and name in published:
+                continue
             # No run is open, and so no spill is anybody's.
             is_over = parent == "staging" and len(name) == _RUN_KEY_DIGITS
             if is_over or max((entry.modified for entry in store.list(f"{parent}/{name}")), default=0.0) < before:

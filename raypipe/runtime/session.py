@@ -11,7 +11,6 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
@@ -110,22 +109,24 @@ class Session:
         its users who have not changed are not computed, and paid for, again. Told as `interrupted`; None where there is none.
 
         For jobs whose units are buckets of users and whose runs tell their variant. Without the units that `gate` would start
-        again, and only where the run's own tables stand as it found them.
+        again, and only where the rows that it would replace stand as it found them.
         """
         ledger, base = self.workspace.ledger(self.job), self.versions(*writes)
         if ledger.open(_run_key(recipe, self.versions(*reads), base, WHOLE)) is not None:
             return None  # it goes on
         for run in list(ledger.open_runs(WHOLE)):
-            manifest, receipts = run.manifest, run.receipts("users")
+            manifest, variant = run.manifest, run.manifest["facts"].get("variant", "")
+            if manifest["recipe"] != recipe or run.publish_intent() is not None:
+                continue
+            if any(
+                self._files(name, manifest["base"][name], variant) != self._files(name, base[name], variant)
+                for name in base
+            ):
+                continue
+            receipts = run.receipts("users")
             undone = set() if gate is None else set(gate.undone(receipts))
             kept = [receipt for unit, receipt in receipts.items() if unit not in undone and self._are_current(receipt)]
-            parts = bucket_parts(kept, manifest["facts"].get("variant", ""), writes)
-            if (
-                manifest["recipe"] != recipe
-                or manifest["base"] != base
-                or not parts
-                or run.publish_intent() is not None
-            ):
+            if not (parts := bucket_parts(kept, variant, writes)):
                 continue
             say(
                 f"{self.job}: run {run.run_key[:12]} was killed and what it read has changed since; the {len(kept)} of "
@@ -137,9 +138,14 @@ class Session:
                 for part in parts
             }
             metrics = {"users": counts.rows_in, "computed": counts.ok, "rejected": counts.rejected, **counts.skipped}
-            cost = asdict(usage_of(kept))
+            usage = usage_of(kept)  # whose seconds are of all workers together, and no clock's
+            cost = {"calls": usage.calls, "tokens_in": usage.tokens_in, "tokens_out": usage.tokens_out}
             return self.publish(run, parts, JobResult(self.job, "interrupted", run.run_key, tables, {}, metrics, cost))
         return None
+
+    def _files(self, table: str, version: int, variant: str) -> set[str]:
+        """Of a variant's rows."""
+        return {file.path for file in self.workspace.tables[table].files(version, variant=variant)}
 
     def _are_current(self, receipt: Receipt) -> bool:
         """Whether what a unit staged has the schemas of today."""

@@ -72,3 +72,9 @@ class NightRuns:
         run = self._run(path, raw)
         spent, result = (Usage(**raw["spent"]), raw["result"]) if "spent" in raw else (run.spent(_USERS), run.result())
         return NightRun(run.job, run.run_key, spent, None if result and result["status"] == "abandoned" else result)
+
+
+def settle_all(store: Store) -> None:
+    """Keep what came of every night's runs that are over, before the ledger forgets their rows."""
+    for date in store.folders("nights"):
+        NightRuns(store, date).settle()

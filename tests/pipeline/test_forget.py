@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -87,6 +88,10 @@ def test_a_forgotten_user_is_nowhere_and_stays_away(raypipe: Run, two_nights: st
     drawn.parent.mkdir(parents=True)
     drawn.write_text("User 1")
     record.write_text("{}")
+    # A night that was killed before it was published has its page, and no manifest.
+    unpublished = Path(two_nights) / "nights/2026-01-09"
+    unpublished.mkdir()
+    shutil.copy(Path(two_nights) / "nights/2026-01-06/cards.html", unpublished)
     # What a writer left who was killed in the middle.
     for folder in ("tables/histories/bucket=0", "ledger/summarize", "nights"):
         (Path(two_nights) / folder / "part.parquet#1").write_bytes(b"PAR1" + USER.encode())
@@ -108,6 +113,7 @@ def test_a_forgotten_user_is_nowhere_and_stays_away(raypipe: Run, two_nights: st
     assert tables["summaries"].read(current.tables["summaries"]).num_rows == USERS - 1
     page = (Path(two_nights) / "nights/2026-01-06/cards.html").read_text()
     assert page.count("<article>") == USERS - 1
+    assert (unpublished / "cards.html").read_text() == page
     (judgement,) = (Path(two_nights) / "judgements").iterdir()
     report = json.loads(judgement.read_text())
     assert len(report["users"]) == len(report["ratings"]["rule"]) == USERS - 1

@@ -10,6 +10,7 @@ from raypipe.errors import RaypipeError
 from raypipe.pipeline import nightly
 from raypipe.pipeline.extract import state_recipe
 from raypipe.pipeline.ingest import IngestConfig, run_ingest
+from raypipe.pipeline.recommend import RecommendConfig, run_recommend
 from raypipe.pipeline.summarize import SummarizeConfig, run_summarize
 from raypipe.pipeline.user_rows import change_keys
 from raypipe.runtime.job import JobResult
@@ -327,7 +328,7 @@ def test_a_night_into_which_somebody_ingests_is_of_one_version_of_histories_and_
     monkeypatch.setattr(nightly, "run_summarize", summarize)
     night = raypipe(*words, "--date", "2026-01-05", "--online.keep", 1)
     assert (night.code, night.status) == (0, "ok"), night.stderr
-    assert "another job published histories or items while the steps ran" in night.stderr
+    assert "another job published histories, items or other rows" in night.stderr
     published = Nights(Store(trained)).current()
     assert published is not None
     tables = Workspace(trained).tables
@@ -349,6 +350,43 @@ def test_a_night_into_which_somebody_ingests_is_of_one_version_of_histories_and_
     calls = CHAIN_USERS * full_cost(CHAIN_LENGTH)
     assert night.result["cost"]["calls"] == (calls if when == "before" else calls + 2)
     assert night.result["run_key"]
+
+
+def test_a_night_is_of_the_lists_that_it_made_itself(
+    raypipe: Run, trained: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recommender = Models(Store(trained)).newest("sasrec")
+    assert recommender is not None
+    releases = Releases(Store(trained))
+    releases.point("champion", releases.add(Release(f"sasrec/{recommender.hash}", "echo")))
+    ran: list[str] = []
+
+    def summarize(config: SummarizeConfig, night: NightRuns) -> JobResult:
+        if not ran:  # somebody tries shorter lists, under the same name
+            tried = {"workspace": trained, "tracking": "off", "cluster": {"workers": 1}, "length": 2}
+            assert run_recommend(RecommendConfig.model_validate(tried)).status == "ok"
+        ran.append("summarize")
+        return run_summarize(config, night)
+
+    monkeypatch.setattr(nightly, "run_summarize", summarize)
+    words = ("--summarize.engine.engine", "echo", "--recommend.length", 3, "--date", "2026-01-05")
+    night = raypipe("nightly", "--workspace", trained, *words)
+    assert (night.code, len(ran)) == (0, 2), night.stderr
+    assert "another job published histories, items or other rows" in night.stderr
+    published = Nights(Store(trained)).current()
+    assert published is not None
+    lists = Workspace(trained).tables["recommendations"].read(published.tables["recommendations"], ["items"])
+    assert {len(items) for items in lists["items"].to_pylist()} == {3}
+
+
+def test_a_night_that_no_cap_lets_summarise_is_a_night_all_the_same(raypipe: Run, ingested: str) -> None:
+    words = ("--summarize.engine.engine", "echo", "--summarize.max_calls", 0, "--date", "2026-01-05")
+    night = raypipe("nightly", "--workspace", ingested, *words)
+    assert (night.code, night.status) == (0, "ok"), night.stderr
+    assert night.metrics["summarize.capped"] > 0
+    published = Nights(Store(ingested)).current()
+    assert published is not None
+    assert "summaries" not in published.tables
 
 
 def test_a_night_fails_where_somebody_ingests_all_the_time_and_the_one_before_stays(

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
+from raypipe.pipeline.rejects import WORKER_DIED
+from raypipe.pipeline.summarize_units import _block_rows
+from raypipe.storage.schemas import BLOCK_SUMMARIES
+from raypipe.systems.summaries import UserSummary, Written
 from tests.conftest import Run
 from tests.pipeline.small_logs import START, newest, write_catalogue, write_log
 
@@ -75,3 +81,20 @@ def test_one_event_ten_thousand_events_and_every_script(
         if paradigm == "recurrent"
         else blocks + 1 < rows["long"]["calls"] < 1.2 * blocks
     )
+
+
+def test_who_ends_the_worker_keeps_the_blocks_that_were_paid_for() -> None:
+    names = [name for name in ("deadly", "changed", "same", "gone") for _ in range(2)]
+    columns = [names, [0] * 8, [0, 1] * 4, ["key"] * 8, ["paid for"] * 8]
+    state: Any = SimpleNamespace(
+        users=pa.array(["deadly", "changed", "same"]),
+        written_before=pa.table([pa.array(column) for column in columns], BLOCK_SUMMARIES.columns.names).cast(
+            BLOCK_SUMMARIES.columns
+        ),
+    )
+    new = UserSummary("changed", "A summary.", written=[Written(0, 2, "key", "new")])
+    rows = _block_rows(state, {"deadly": UserSummary("deadly", "", *WORKER_DIED), "changed": new}).to_pylist()
+    assert [(row["user_id"], row["block"], row["text"]) for row in rows] == [
+        ("changed", 2, "new"),
+        *((name, block, "paid for") for name in ("deadly", "same") for block in range(2)),
+    ]

@@ -129,9 +129,10 @@ def test_runs_canaries_and_spills_that_are_over_go(raypipe: Run, summarised: str
         )
     store = workspace.store
     store.put(f"staging/{'9' * 32}/spill/left.arrow", b"x")
-    for folder in ("canary/old", "canary/new", "staging/sasrec-old", "staging/sasrec-new"):
+    dates = ("nights/2020-01-01", "nights/2020-01-02")  # never published, the first one long ago
+    for folder in ("canary/old", "canary/new", "staging/sasrec-old", "staging/sasrec-new", *dates):
         store.put(f"{folder}/file", b"x")
-        if folder.endswith("old"):
+        if folder.endswith(("old", "01-01")):
             os.utime(store.local_path(f"{folder}/file"), (time.time() - 10 * 86_400,) * 2)
     half, whole = (store.local_path(f"tables/summaries/{name}") for name in ("part.parquet#12", "part#12.txt"))
     for path in (half, whole):
@@ -139,11 +140,12 @@ def test_runs_canaries_and_spills_that_are_over_go(raypipe: Run, summarised: str
     assert raypipe("vacuum", "--workspace", summarised, "--dry_run").metrics["unfinished_removed"] == 1
     assert half.exists()
     ended = raypipe("vacuum", "--workspace", summarised, "--keep_runs", 2)
-    assert (ended.metrics["runs_removed"], ended.metrics["folders_removed"]) == (3, 3)
+    assert (ended.metrics["runs_removed"], ended.metrics["folders_removed"]) == (3, 4)
     assert (ended.metrics["unfinished_removed"], half.exists(), whole.exists()) == (1, False, True)
     assert sorted(workspace.ledger("example").numbers()) == [4, 5]
     assert store.folders("canary") == ["new"]
     assert store.folders("staging") == ["sasrec-new"]
+    assert store.folders("nights") == ["2020-01-02"]
     # Numbers go on where they were.
     assert workspace.ledger("example").start("a" * 32, {"base": {}, "scope": "all"}).number == 6
     assert raypipe("summarize", "--workspace", summarised, "--engine.engine", "echo").status == "nothing_to_do"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from raypipe.storage.ledger import WHOLE, Counts, Ledger, Receipt, Run, Unit, Usage
-from raypipe.storage.night_runs import NightRun, NightRuns
+from raypipe.storage.night_runs import NightRun, NightRuns, settle_all
 from raypipe.storage.nights import Nights
 from raypipe.storage.store import Store
 
@@ -58,3 +58,14 @@ def test_what_a_run_spent_stays_counted_when_the_ledger_forgets_it(store: Store)
         NightRun("summarize", "b", kept[1], DONE),
         NightRun("summarize", "b", kept[2], None),
     ]
+
+
+def test_what_a_run_spent_that_was_given_up_stays_counted_when_the_ledger_forgets_it(store: Store) -> None:
+    night = NightRuns(store, "2026-01-05")
+    given_up = begun(store, night, "a", calls=900)
+    given_up.abandon("discarded by hand")
+    settle_all(store)
+    given_up.trim()
+    assert (night.spent("summarize").calls, night.all()[0].result) == (900, None)
+    Ledger(store, "summarize").drop(given_up.number, "a")
+    assert night.spent("summarize").calls == 900
