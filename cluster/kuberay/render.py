@@ -14,6 +14,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from raypipe.runtime.cluster import ClusterConfig
 HERE = Path(__file__).parent
 SCRIPTS = HERE.parents[1] / "jobs"
 _NAME = re.compile(r"\$\{([a-z_.]+)\}")
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://(?:[^/@]*@)?[^/:@]+(?::(\d+))?(?:/|$)")
+_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "redis": 6379, "rediss": 6379}
 
 
 class Head(Config):
@@ -210,6 +213,14 @@ def _whole(quantity: str) -> int:
     return math.ceil(int(quantity.removesuffix("m")) / 1000) if quantity.endswith("m") else math.ceil(float(quantity))
 
 
+def _ports_named(values: Values) -> Iterator[int]:
+    """Of every URL among the values."""
+    for text in (values.mlflow_uri, values.redis_address, *values.environment.values()):
+        if found := _URL.match(text):
+            port = int(found[1] or _PORTS.get(text.split(":")[0], 0))
+            yield from [port] if port else []
+
+
 def _known(values: Values) -> dict[str, Any]:
     flat: dict[str, Any] = {}
 
@@ -225,6 +236,7 @@ def _known(values: Values) -> dict[str, Any]:
     import ray
 
     flat["environment"] = {"MLFLOW_TRACKING_URI": values.mlflow_uri, **values.environment}
+    flat["egress"] = [{"protocol": "TCP", "port": port} for port in sorted({443, 6443, *_ports_named(values)})]
     return flat | {"ray_version": ray.__version__, "retries": values.attempts - 1}
 
 

@@ -99,10 +99,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         result, code = _failure(job, "failed", repr(error)), 1
     # JSON has no NaN: a figure that is no number is null.
     result = json.loads(json.dumps(result), parse_constant=lambda _: None)
-    if webhook is not None:
-        notify(webhook, result)
     sys.stdout.flush()
     print(json.dumps(result, ensure_ascii=False), flush=True)
+    if webhook is not None:
+        with contextlib.suppress(KeyboardInterrupt):  # the job has ended, however long its listener takes
+            notify(webhook, result)
     return code
 
 

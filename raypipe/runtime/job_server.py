@@ -22,6 +22,8 @@ _ASKED_S = 10.0
 _LAST_WORDS_S = 5.0  # for what is left of the log of a job that has ended
 # A head that comes back, with its jobs from Redis, takes about a minute.
 _AWAY_S = 300.0
+_AWAY = (RuntimeError, ConnectionError, aiohttp.ClientError)
+_LOG_TRIES = 30
 _BIGGEST = 3
 _SERVER_ERROR = re.compile(r"status code 5\d\d")
 _CHATTY = (
@@ -127,16 +129,16 @@ class JobServer:
 
         answered = time.monotonic()
         while True:
-            try:
+            # A log that cannot be read, as of a node that is gone, keeps nobody from seeing how the job ended.
+            with contextlib.suppress(*_AWAY):
                 asyncio.run(until_ended())
+            try:
                 info = self._client.get_job_info(submission_id)
                 answered = time.monotonic()
                 if info.status.is_terminal():
                     status, message = str(info.status.value), info.message or ""
-                    return Ended(
-                        status, info.driver_exit_code, message, self._logs(submission_id, info.driver_exit_code)
-                    )
-            except (RuntimeError, ConnectionError, aiohttp.ClientError) as error:
+                    return Ended(status, info.driver_exit_code, message, self._logs(submission_id))
+            except _AWAY as error:
                 if time.monotonic() - answered > _AWAY_S:
                     raise RaypipeError(
                         f"The job server at {self.address} has not answered for {_AWAY_S:.0f} s ({_first_line(error)}).",
@@ -144,14 +146,13 @@ class JobServer:
                     ) from error
             time.sleep(_POLL_S)
 
-    def _logs(self, submission_id: str, exit_code: int | None) -> str:
-        """All that an ended job printed; nothing where its driver was lost without an exit code, and its node's files too."""
-        try:
-            return self._client.get_job_logs(submission_id)
-        except (RuntimeError, ConnectionError):
-            if exit_code is not None:
-                raise
-            return ""
+    def _logs(self, submission_id: str) -> str:
+        """All that an ended job printed; nothing where it cannot be read, as where its node and the files there are gone."""
+        for _ in range(_LOG_TRIES):
+            with contextlib.suppress(*_AWAY):
+                return str(self._client.get_job_logs(submission_id))
+            time.sleep(_POLL_S)
+        return ""
 
 
 def check_upload(folder: Path, excludes: list[str]) -> int:

@@ -78,7 +78,7 @@ def build_api(backend: Backend, limits: LimitOptions) -> FastAPI:
     async def recommend_batch(request: Request, batch: RecommendBatch) -> dict[str, list[Any]]:
         """Many lists at a time, all of one release and night."""
         check_queries(limits, batch.queries, request.state.charge)
-        return answers_of(await backend.answer_all(batch.queries))
+        return answers_of(request, await backend.answer_all(batch.queries))
 
     @app.post("/v1/score", response_model=ScoreAnswer)
     async def score(query: ScoreQuery) -> Answer:
@@ -90,7 +90,7 @@ def build_api(backend: Backend, limits: LimitOptions) -> FastAPI:
     async def score_batch(request: Request, batch: ScoreBatch) -> dict[str, list[Any]]:
         """Many at a time, all of one release and night."""
         check_queries(limits, batch.queries, request.state.charge)
-        return answers_of(await backend.answer_all(batch.queries))
+        return answers_of(request, await backend.answer_all(batch.queries))
 
     @app.get("/v1/users")
     async def users() -> Users:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Protocol
 
+from fastapi import Request
+
 from raypipe.serving.config import LimitOptions
 from raypipe.serving.lm_handler import Event
 from raypipe.serving.lm_requests import LmAnswer, LmQuery
@@ -21,7 +23,7 @@ from raypipe.serving.queries import (
     UserOrHistory,
     Users,
 )
-from raypipe.serving.service import Answer, Query, RefusedQueryError
+from raypipe.serving.service import OF_THE_SERVICE, Answer, Query, RefusedQueryError
 
 FAILURES: dict[int | str, dict[str, Any]] = {
     status: {"model": Failure} for status in (400, 401, 413, 422, 429, 500, 503)
@@ -61,6 +63,12 @@ class Backend(Protocol):
         ...
 
 
+def note_failure(request: Request, codes: Sequence[str]) -> None:
+    """Why the service failed within an answer that began well, for `RequestMiddleware`, which counts it."""
+    if mine := [code for code in codes if code in OF_THE_SERVICE]:
+        request.state.code = mine[0]
+
+
 def check_query(limits: LimitOptions, query: UserOrHistory) -> None:
     """Raises RefusedQueryError for a query that asks too much."""
     asked = {"history": (len(query.history or ()), limits.history)}
@@ -84,8 +92,9 @@ def check_queries(limits: LimitOptions, queries: Sequence[UserOrHistory], charge
         check_query(limits, query)
 
 
-def answers_of(answers: Sequence[Any]) -> dict[str, list[Any]]:
+def answers_of(request: Request, answers: Sequence[Any]) -> dict[str, list[Any]]:
     """The body of a batch's answer: a query that gets none has its problem in the place of one."""
+    note_failure(request, [answer.code for answer in answers if isinstance(answer, RefusedQueryError)])
     return {
         "answers": [
             Problem(code=answer.code, message=answer.message) if isinstance(answer, RefusedQueryError) else answer

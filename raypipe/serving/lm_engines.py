@@ -337,15 +337,17 @@ class LmEngines:
         return [LATE if summary.reason == "timeout" else summary for summary in summaries]
 
     def _rank(self, loaded: LoadedEngine, pending: Sequence[PendingTask]) -> Sequence[Result]:
-        tasks = [one.task for one in pending if isinstance(one.task, Rank)]
-        prompts = [prompt for task in tasks for prompt in task.prompts]
-        answers = [task.answers for task in tasks for _ in task.prompts]
-        found, scores, start = likelihoods(loaded.engine, prompts, answers), [], 0
-        for task in tasks:
-            stop = start + len(task.prompts)
-            reason = next((found.errors[number].kind for number in range(start, stop) if number in found.errors), "")
-            scores.append(RankScores(found.yes[start:stop], reason))
-            start = stop
+        """One after the other: a batch of them takes longer than anybody waits."""
+        scores: list[Result] = []
+        for one in pending:
+            task = one.task
+            assert isinstance(task, Rank)
+            if one.until <= time.time():
+                scores.append(LATE)
+                continue
+            found = likelihoods(loaded.engine, task.prompts, [task.answers] * len(task.prompts))
+            reason = next((found.errors[number].kind for number in sorted(found.errors)), "")
+            scores.append(RankScores(found.yes, reason))
         return scores
 
     def _write_lists(self, loaded: LoadedEngine, pending: Sequence[PendingTask]) -> Sequence[Result]:

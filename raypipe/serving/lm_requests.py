@@ -121,7 +121,7 @@ class LmRequestBuilder:
 
     def _summary(self, served: Served, query: SummaryQuery, user: ResolvedUser) -> LmRequest | LmAnswer:
         if query.user_id is not None:
-            return self.service.summaries(query.user_id)
+            return SummaryAnswer(user_id=query.user_id, summaries=dict(user.summaries), served=origin(served))
         options = self.config.language.summaries
         lines = served.catalogue.lines(user.inputs.items.tolist(), options.prompts)
         if not lines:

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
-from raypipe.serving.backend import FAILURES, Backend, answers_of, check_queries, check_query
+from raypipe.serving.backend import FAILURES, Backend, answers_of, check_queries, check_query, note_failure
 from raypipe.serving.config import LimitOptions
 from raypipe.serving.lm_handler import Event
 from raypipe.serving.lm_requests import LmAnswer, LmQuery
@@ -62,11 +62,11 @@ def add_lm_routes(app: FastAPI, backend: Backend, limits: LimitOptions) -> None:
         response_class=StreamingResponse,
         responses={**_LM_FAILURES, 200: {"content": {"text/event-stream": {}}}},
     )
-    async def explain_stream(query: ExplainQuery) -> StreamingResponse:
+    async def explain_stream(request: Request, query: ExplainQuery) -> StreamingResponse:
         """The same, told while it grows, as server-sent events: `decision`, `text` (a piece), `again` (what was told so far is
         no answer, and begins anew), and at the end `done` with the whole answer, or `error`."""
         check_query(limits, query)
-        return StreamingResponse(_server_sent(await backend.stream(query)), media_type="text/event-stream")
+        return StreamingResponse(_server_sent(request, await backend.stream(query)), media_type="text/event-stream")
 
     @app.post("/v1/interpret", response_model=InterpretAnswer, responses=_LM_FAILURES)
     async def interpret(query: InterpretQuery) -> LmAnswer:
@@ -138,9 +138,11 @@ async def _answer_all(
     request: Request, backend: Backend, limits: LimitOptions, queries: Sequence[LmQuery]
 ) -> dict[str, list[Any]]:
     check_queries(limits, queries, request.state.charge)
-    return answers_of(await backend.answer_all_with_lm(queries))
+    return answers_of(request, await backend.answer_all_with_lm(queries))
 
 
-async def _server_sent(events: AsyncIterator[Event]) -> AsyncIterator[str]:
+async def _server_sent(request: Request, events: AsyncIterator[Event]) -> AsyncIterator[str]:
     async for name, data in events:
+        if name == "error":
+            note_failure(request, [data["code"]])
         yield f"event: {name}\ndata: {json.dumps(data)}\n\n"

@@ -64,8 +64,8 @@ class ReleaseWatcher:
         self.served = self._initial()
 
     def record(self, inputs: ModelInputs, spec: ListSpec) -> None:
-        """Keep a request, in memory alone, to ask the next release the same."""
-        self._recorded.append((inputs, spec))
+        """Keep a request, in memory alone, to ask the next release the same; not the state that a night computed with this one."""
+        self._recorded.append((replace(inputs, state=None), spec))
 
     def start(self) -> None:
         for look in (self._look, self.refresh_tokens):

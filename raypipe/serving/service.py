@@ -20,7 +20,6 @@ from raypipe.serving.queries import (
     ScoreAnswer,
     ScoredItem,
     ScoreQuery,
-    SummaryAnswer,
     User,
     UserOrHistory,
     Users,
@@ -45,6 +44,8 @@ Code = Literal[
     "not_ready",
     "internal",
 ]
+OF_THE_SERVICE: frozenset[Code] = frozenset({"busy", "deadline", "store_down", "not_ready", "internal"})
+"""What keeps an answer from who has asked for nothing wrong."""
 Query = RecommendQuery | ScoreQuery
 Answer = RecommendAnswer | ScoreAnswer
 _SHOWN = 200
@@ -128,12 +129,6 @@ class Service:
         """Of the night that is served, to look around with."""
         served = self.served()
         return Users(users=list(served.some_users), served=origin(served))
-
-    def summaries(self, user_id: str) -> SummaryAnswer:
-        """What was written of a user; raises RefusedQueryError as `user`."""
-        served = self.served()
-        record = self._record(served, user_id)
-        return SummaryAnswer(user_id=user_id, summaries=dict(record.summaries or {}), served=origin(served))
 
     def _record(self, served: Served, user_id: str) -> UserRecord:
         (packed,) = self._packed(served, [user_id])

@@ -96,7 +96,7 @@ class EmbeddedStore:
         """A file forgets nothing."""
 
     def close(self) -> None:
-        for db in getattr(self._open, "read", {}).values():
+        for db, _ in getattr(self._open, "read", {}).values():
             db.close()
         self._open.read = {}
 
@@ -118,16 +118,21 @@ class EmbeddedStore:
         """This thread's connection to a complete version, which never changes again."""
         if not hasattr(self._open, "read"):
             self._open.read = {}
-        known: dict[str, sqlite3.Connection] = self._open.read
+        known: dict[str, tuple[sqlite3.Connection, int]] = self._open.read
+        path = self._path(version)
+        file = path.stat().st_ino if path.exists() else 0
+        # A file that was deleted, for who was in it is forgotten, is read on by whoever has it open.
+        if version in known and known[version][1] != file:
+            known.pop(version)[0].close()
         if version not in known:
             if self.facts(version) is None:
                 raise OnlineStoreDownError(
                     f"The online store in {self.folder} does not hold the night in force.", "Run `raypipe online`."
                 )
             for old in list(known):
-                known.pop(old).close()
-            known[version] = self._connect(version, "ro&immutable=1")
-        return known[version]
+                known.pop(old)[0].close()
+            known[version] = (self._connect(version, "ro&immutable=1"), file)
+        return known[version][0]
 
 
 @contextlib.contextmanager

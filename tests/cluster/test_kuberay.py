@@ -282,6 +282,27 @@ def test_values_that_cannot_be_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_pods_reach_the_ports_of_the_urls_that_are_given(tmp_path: Path) -> None:
+    variables = {
+        "AWS_ENDPOINT_URL": "http://minio.storage.svc:9000",
+        "HTTPS_PROXY": "http://proxy",
+        "AWS_REGION": "a:1",
+    }
+    given = (
+        "--environment",
+        json.dumps(variables),
+        "--mlflow_uri",
+        "http://mlflow:5001",
+        "--redis_address",
+        "redis://r:6380",
+    )
+    assert render(tmp_path / "out", *given) == 0
+    policies = of_kind(list(yaml.safe_load_all((tmp_path / "out/apply.yaml").read_text())), "NetworkPolicy")
+    (rules,) = [policy["spec"]["egress"] for policy in policies if "Egress" in policy["spec"]["policyTypes"]]
+    anywhere = [rule for rule in rules if "to" not in rule]
+    assert [[port["port"] for port in rule["ports"]] for rule in anywhere] == [[80, 443, 5001, 6380, 6443, 9000]]
+
+
 def test_the_readme_names_what_a_team_has_to_change() -> None:
     table = re.findall(r"^\| `([a-z_.]+)` \|", (ROOT / "cluster/README.md").read_text(), re.MULTILINE)
     given = yaml.safe_load((KUBERAY / "values.yaml").read_text())

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from raypipe.engines.engine import Outcome
+from raypipe.engines.engine import Outcome, Scores
 from raypipe.errors import AccessError, RaypipeError, UsageError
 from raypipe.language.prompt import Prompt
 from raypipe.serving.config import LanguageOptions, LimitOptions, ServiceConfig
 from raypipe.serving.lm_engines import (
+    LATE,
     Failed,
     Generate,
+    LmEngines,
     LoadedEngine,
     ModelKey,
     PendingTask,
+    Rank,
+    RankScores,
     Result,
     Task,
     WriteList,
@@ -373,3 +378,21 @@ def test_the_requests_of_a_large_batch_leave_room_for_themselves() -> None:
     assert found == [ANSWER] * most
     # Two batches of each replica: one is computed while the next one waits.
     assert max(sent) == 2 * options.batching.size == 64
+
+
+def test_ranking_that_nobody_waits_for_any_more_is_not_begun() -> None:
+    class Slow:
+        """Stands for an engine that takes a while for each prompt."""
+
+        def score(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> Iterator[Scores]:
+            for index in range(len(prompts)):
+                time.sleep(0.02)
+                yield Scores(index, (0.0, -1.0))
+
+    task = Rank([Prompt.of("Is it chosen?")] * 10, ("yes", "no"))
+    until = time.time() + 0.1
+    engines = LmEngines.__new__(LmEngines)
+    found = engines.answer(LoadedEngine(Slow()), [PendingTask(task, until) for _ in range(4)])  # type: ignore[arg-type]
+    assert isinstance(found[0], RankScores)
+    assert found[0].yes == pytest.approx([1 / (1 + math.exp(-1))] * 10)
+    assert found[1:] == [LATE] * 3

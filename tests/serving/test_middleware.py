@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 
 from raypipe.serving.config import LimitOptions
+from raypipe.serving.lm_handler import Event
 from raypipe.serving.lm_routes import add_lm_routes
 from raypipe.serving.middleware import PUBLIC_PATHS, RateLimiter, RequestMiddleware
 from raypipe.storage.online import OnlineStoreDownError
@@ -207,6 +208,13 @@ def test_requests_are_counted_by_what_became_of_them(ready: str, monkeypatch: py
     async def break_down(query: object) -> None:
         raise RuntimeError
 
+    async def not_ready(query: object) -> AsyncIterator[Event]:
+        async def events() -> AsyncIterator[Event]:
+            yield "decision", {"decision": "yes"}
+            yield "error", {"code": "not_ready", "message": "It is gone."}
+
+        return events()
+
     service.get("release")
     service.get("users/nobody")
     service.post("recommend", {"user_id": ["u1"]})
@@ -214,6 +222,11 @@ def test_requests_are_counted_by_what_became_of_them(ready: str, monkeypatch: py
     with monkeypatch.context() as broken:
         broken.setattr(service.backend.service.store, "get", fail)
         service.post("recommend", {"user_id": "u1"})
+        batch = service.post("recommend/batch", {"queries": [{"history": ["i1"]}, {"user_id": "u1"}]})
+        assert [answer.get("code") for answer in batch.json()["answers"]] == [None, "store_down"]
+    service.post("recommend/batch", {"queries": [{"user_id": "nobody"}]})
+    monkeypatch.setattr(service.backend, "stream", not_ready)
+    service.post("explain/stream", {"user_id": "u1", "item_id": "i1"})
     for answer in (hang, break_down):
         monkeypatch.setattr(service.backend, "answer", answer)
         service.post("recommend", {"user_id": "u1"})
@@ -223,6 +236,9 @@ def test_requests_are_counted_by_what_became_of_them(ready: str, monkeypatch: py
         ("/v1/recommend", 422, "invalid"),
         ("none", 413, "too_large"),
         ("/v1/recommend", 503, "store_down"),
+        ("/v1/recommend/batch", 200, "store_down"),
+        ("/v1/recommend/batch", 200, "none"),
+        ("/v1/explain/stream", 200, "not_ready"),
         ("/v1/recommend", 503, "deadline"),
         ("/v1/recommend", 500, "internal"),
     ]

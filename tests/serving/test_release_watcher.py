@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from raypipe.errors import RaypipeError, UsageError
+from raypipe.recommenders.checkpoint import load_recommender, save_recommender
 from raypipe.recommenders.guided import GuidedOptions
 from raypipe.serving.config import ServiceConfig
 from raypipe.serving.queries import RecommendAnswer, RecommendQuery
@@ -98,6 +100,22 @@ def test_a_new_release_and_a_rollback_are_taken_up_without_a_failed_request(
     assert set(served) <= {old, new.hash}
     assert service.get("release").json()["release"] == old
     assert service.post("recommend", {"user_id": "u1"}).json() == before
+
+
+def test_a_release_of_another_width_is_taken_up_while_users_of_the_night_ask(ready: str, tmp_path: Path) -> None:
+    service, store = LocalService(ready), Store(ready)
+    model = Models(store).newest("sasrec")
+    assert model is not None
+    recommender, card = load_recommender(store.local_path(f"{model.folder}/checkpoint"))
+    assert service.post("recommend", {"user_id": "u1"}).status_code == 200
+    wider = card.config.model_copy(update={"width": 2 * recommender.width})
+    save_recommender(tmp_path / "wider", replace(card, config=wider), wider.build(recommender.items).state_dict())
+    stored = Models(store).add("sasrec", tmp_path / "wider", "wider", model.lineage)
+    new = promoted(ready, f"sasrec/{stored.hash}")
+    service.backend.watcher.poll()
+    told = service.get("release").json()
+    assert (told["release"], told["held_back"]) == (new.hash, {})
+    ranked_by_history(service)
 
 
 def test_states_of_another_recommender_are_not_used(ready: str, tmp_path: Path) -> None:

@@ -156,6 +156,24 @@ def test_a_user_is_shown_as_the_night_left_them(service: LocalService, ready_onc
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "no_such_user")
 
 
+def test_summaries_of_a_batch_are_of_one_look_at_the_store(
+    service: LocalService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users = [f"u{n}" for n in range(1, 6)]
+    alone = [service.post("summary", {"user_id": user}).json() for user in users]
+    store, looked = service.backend.service.store, []
+    get = store.get
+
+    def watched(version: str, asked: list[str]) -> list[bytes | None]:
+        looked.append(list(asked))
+        return get(version, asked)
+
+    monkeypatch.setattr(store, "get", watched)
+    together = service.post("summary/batch", {"queries": [{"user_id": user} for user in users]}).json()["answers"]
+    assert (together, looked) == (alone, [users])
+    assert all(answer["summaries"] for answer in alone)
+
+
 def test_what_is_served_is_told(service: LocalService) -> None:
     told = service.get("release").json()
     assert told["recommender"].startswith("sasrec/")

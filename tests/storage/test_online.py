@@ -138,6 +138,18 @@ def test_versions_lie_side_by_side_and_a_dropped_one_is_gone(store: OnlineStore)
     assert store.begin("v3", BUCKETS) == set()
 
 
+def test_whoever_has_read_a_version_reads_nobody_of_it_once_it_is_dropped(store: OnlineStore) -> None:
+    load(store, "v1", USERS)
+    assert store.get("v1", ["u1"]) == [b"u1"]
+    another = store if not isinstance(store, EmbeddedStore) else EmbeddedStore(store.folder)
+    another.drop("v1")
+    with pytest.raises(OnlineStoreDownError):
+        store.get("v1", ["u1"])
+    # Made anew, without her.
+    load(another, "v1", ["u2"])
+    assert store.get("v1", ["u1", "u2"]) == [None, b"u2"]
+
+
 def test_a_version_whose_dropping_was_interrupted_is_loaded_from_its_beginning(
     redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
