@@ -96,7 +96,7 @@ def decisions(yes: NDArray[np.floating], no: NDArray[np.floating], liked: NDArra
 def reconstruction_figures(
     answers: Sequence[Sequence[str]], histories: Sequence[Sequence[str]], known: Collection[str]
 ) -> dict[str, Mean]:
-    """T6 of titles beside the history's: `T6 HCR`, the share of the history that is named, and `T6 valid` as for T1."""
+    """T6 of titles beside the history's: `T6 HCR`, the share of the history that is `recovered`, and `T6 valid` as for T1."""
     covered = [recovered(answer, history) for answer, history in zip(answers, histories, strict=True)]
     return {
         "T6 HCR": Mean.of(np.array(covered, np.float64)),

@@ -29,15 +29,21 @@ def _pieces(answer: str, known: Collection[str], separator: str) -> list[str]:
 
 
 def recovered(answer: Sequence[str], history: Sequence[str]) -> float:
-    """Share of the history's titles that the answer names, each title once; 0 for an empty history."""
+    """Share of the history's titles that the answer names among its first, as many as the history has, each title once; 0 for an
+    empty history."""
     titles = set(history)
-    return len(titles.intersection(answer)) / len(titles) if titles else 0.0
+    return len(titles.intersection(_first(answer, len(titles)))) / len(titles) if titles else 0.0
 
 
 def recovered_places(answer: Sequence[str], history: Sequence[str]) -> list[bool]:
-    """For each event of the history, oldest first, whether the answer names its title anywhere."""
-    named = set(answer)
+    """For each event of the history, oldest first, whether the answer names its title among those that `recovered` counts."""
+    named = set(_first(answer, len(set(history))))
     return [title in named for title in history]
+
+
+def _first(answer: Sequence[str], count: int) -> list[str]:
+    """The first distinct ones: a longer answer is no better guess."""
+    return list(dict.fromkeys(answer))[:count]
 
 
 def valid_ratio(answer: Sequence[str], known: Collection[str]) -> float:

@@ -29,8 +29,8 @@ def past_summaries(
     """All that leave out at least `needed[0]` last events of the histories, which have `lengths` [users] events.
 
     Recurrent ones are of their blocks of so many items too. Raises UsageError where those that leave out so many events as
-    `needed` were not written, of recurrent ones the first alone, or were written of other blocks or by a language model that
-    may have read what `needed[0]` leaves out.
+    `needed` were not written, of recurrent ones the first alone, as they are of their blocks too, or were written of other
+    blocks or by a language model that may have read what `needed[0]` leaves out.
     """
     table = workspace.tables["summaries"]
     version = table.version()

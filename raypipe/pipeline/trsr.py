@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from raypipe.pipeline.align import AlignConfig
 
 STEP_VERSION = 5
+_MANY_WITHOUT = 0.2
 
 
 def run_trsr(config: AlignConfig) -> JobResult:
@@ -114,8 +115,8 @@ def _read(config: AlignConfig, workspace: Workspace, versions: dict[str, int]) -
     catalogue = catalogue_of(loaded.items)
     summaries = PastSummaries()
     if config.summaries is not None:
-        first_learnt = config.hold_out + 1 + _left(config)
-        needed = (config.hold_out, first_learnt)
+        # Of what is asked about, what is validated, and every place that is learnt.
+        needed = range(config.hold_out, config.hold_out + _left(config) + config.positions + 1)
         summaries = past_summaries(workspace, config.summaries, needed, config.trsr.block_items, users, whole.lengths)
     key, sets = stored_candidates(workspace, versions, config.hold_out, config.trsr.candidates)
     if not len(sets):
@@ -171,6 +172,8 @@ def _train(
     except ValueError as error:
         raise UsageError(str(error), "Ingest longer histories, or name a language model of a longer context.") from None
     say(f"{NAME}: training on {counts['examples']:,} examples, {counts['tokens']:,} tokens")
+    if config.summaries is not None:
+        counts["learnt_without_summary"] = _without_summary(config, inputs)
     config.cluster.connect()
     trained = fit(RankingTask(folder / "data"), config.trainer, name, folder / "checkpoint")
     measured, ranks = measure(config, config.trsr, inputs, trained.folder)
@@ -205,6 +208,29 @@ def _train(
     model = Models(workspace.store).add(NAME, trained.folder, recipe, lineage)
     config.remove_training(workspace, name)
     return model
+
+
+def _without_summary(config: AlignConfig, inputs: RankingInputs) -> float:
+    """The share of the places that are learnt of which no summary tells what came before; said where it is large."""
+    histories, left = inputs.past.histories, _left(config)
+    backs = range(left + 1, left + config.positions + 1)
+    lengths = {row: int(histories.lengths[row]) for row in np.flatnonzero(~inputs.past.held_out).tolist()}
+    told = [
+        inputs.past.summaries.at(row, length - back) is not None
+        for row, length in lengths.items()
+        for back in backs
+        if length > back
+    ]
+    share = 1 - sum(told) / max(1, len(told))
+    if share > _MANY_WITHOUT:
+        cuts = ", ".join(str(config.hold_out + back) for back in backs)
+        say(
+            f"{NAME}: {share:.0%} of what is learnt has no summary of what came before it, and what is asked has one, so that the "
+            f"language model hardly learns to read them: write those without the last {cuts} events too, with `raypipe summarize "
+            f"--summaries.paradigm {config.summaries} --summaries.hold_out N`",
+            "warning",
+        )
+    return round(share, 4)
 
 
 def _prepare_validation(config: AlignConfig, inputs: RankingInputs, trsr: Trsr, context: int, folder: Path) -> int:

@@ -13,22 +13,24 @@ SEPARATOR = "; "
 
 
 def recovery_figures(
-    answers: Sequence[str], histories: Sequence[Sequence[str]], known: Collection[str]
+    answers: Sequence[str], histories: Sequence[Sequence[str]], known: Collection[str], *, searched: bool
 ) -> dict[str, float]:
     """Of answers to recovery, beside the titles asked for, oldest first: means over users.
 
-    `recovery` the share of the titles named, `recovery by place 1` that of the newest event and so on, `order` the share of
-    answers that are exactly the titles in order, `valid` the share of what is named that the catalogue has, `rouge_l`.
+    `recovery` the share of the titles named, `recovery by place 1` that of the newest event and so on, `valid` the share of what
+    is named that the catalogue has, `rouge_l`; `order` the share of answers that are exactly the titles in order, unless answers
+    are `searched` for, the likeliest title first.
     """
     named = [titles_in(answer, known, SEPARATOR) for answer in answers]
     figures = {
         "recovery": [recovered(mine, history) for mine, history in zip(named, histories, strict=True)],
-        "order": [float(mine == list(history)) for mine, history in zip(named, histories, strict=True)],
         "valid": [valid_ratio(mine, known) for mine in named],
         "rouge_l": [
             rouge_l(answer, SEPARATOR.join(history)) for answer, history in zip(answers, histories, strict=True)
         ],
     }
+    if not searched:
+        figures["order"] = [float(mine == list(history)) for mine, history in zip(named, histories, strict=True)]
     places = [recovered_places(mine, history)[::-1] for mine, history in zip(named, histories, strict=True)]
     for place in range(max(map(len, places), default=0)):
         found = [float(mine[place]) for mine in places if place < len(mine)]

@@ -294,9 +294,13 @@ class RecExplainer:
         orders = [
             source.titles_of(mine[order].tolist()) for mine, order in zip(taught.candidates, taught.orders, strict=True)
         ]
-        likelihoods, refused["T2 by interest"] = _likelihoods(engine, questions.candidates)
+        likelihoods, lost = _likelihoods(engine, questions.candidates)
         interest = (likelihoods[:, 0] - likelihoods[:, 1]).reshape(taught.candidates.shape)
-        likelihoods, refused["T3"] = _likelihoods(engine, [*questions.liked, *questions.disliked])
+        # One that cannot be asked about would stand before or behind all the others.
+        interest[lost.reshape(interest.shape).any(1)] = 0
+        refused["T2 by interest"] = int(lost.sum())
+        likelihoods, lost = _likelihoods(engine, [*questions.liked, *questions.disliked])
+        refused["T3"] = int(lost.sum())
         yes, no = likelihoods.T
         figures = {
             **retrieval_figures(lists, favourites, source.known),
@@ -334,11 +338,11 @@ def _texts(
     return texts, refused
 
 
-def _likelihoods(engine: Engine, prompts: Sequence[Prompt]) -> tuple[NDArray[np.float64], int]:
-    """Logarithms of how likely yes and no are, [prompts, 2], both alike where the engine has no answer; and how often it has
-    none."""
-    found, refused = np.zeros((len(prompts), 2)), 0
+def _likelihoods(engine: Engine, prompts: Sequence[Prompt]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Logarithms of how likely yes and no are, [prompts, 2], both alike where the engine has no answer; and where it has none,
+    [prompts]."""
+    found, refused = np.zeros((len(prompts), 2)), np.zeros(len(prompts), bool)
     for scores in engine.score(prompts, [(YES, NO)] * len(prompts)):
         found[scores.index] = scores.logprobs or (0.0, 0.0)
-        refused += scores.error is not None
+        refused[scores.index] = scores.error is not None
     return found, refused

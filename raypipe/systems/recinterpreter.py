@@ -335,7 +335,12 @@ class RecInterpreter:
         """Of answers in the order of `questions`. `oracle` is the share that name the item nearest to the oracle."""
         count = len(readings)
         figures = {
-            **recovery_figures(answers[:count], [mine.history for mine in readings], known),
+            **recovery_figures(
+                answers[:count],
+                [mine.history for mine in readings],
+                known,
+                searched=self.recovery_question.searched,
+            ),
             **residual_figures(answers[count : 2 * count], [mine.title for mine in readings], known),
         }
         if oracles:

@@ -101,15 +101,16 @@ def test_the_command_makes_the_row_again(monkeypatch: pytest.MonkeyPatch) -> Non
     assert vars(again) == vars(read)
 
 
+@pytest.mark.parametrize("paradigm", ["recurrent", "hierarchical"])
 @pytest.mark.parametrize(("dataset", "cuts"), [("amazon-industrial", 3), ("ml-100k", 6)])
 def test_summaries_are_compared_with_none_of_the_same_recipe(
-    monkeypatch: pytest.MonkeyPatch, dataset: str, cuts: int
+    monkeypatch: pytest.MonkeyPatch, dataset: str, cuts: int, paradigm: str
 ) -> None:
     """Of every place that is learnt, and of the one that is asked about."""
-    words = ("--dataset", dataset, "--paired", "--summaries", "hierarchical", "--block_items", "3")
+    words = ("--dataset", dataset, "--paired", "--summaries", paradigm, "--block_items", "3")
     _, jobs, _ = given(monkeypatch, *words)
     assert [job[0] for job in jobs] == ["ingest", "lm", "train", *["summarize"] * cuts, "align", "align"]
     assert [option(job, "--summaries.hold_out") for job in jobs[3:-2]] == [str(cut + 1) for cut in range(cuts)]
-    assert [option(job, "--summaries") for job in jobs[-2:]] == ["null", "hierarchical"]
+    assert [option(job, "--summaries") for job in jobs[-2:]] == ["null", paradigm]
     assert option(jobs[-1], "--trsr.against") == f"trsr/t{cuts + 4}"
     assert option(jobs[-1], "--trsr.block_items") == "3"

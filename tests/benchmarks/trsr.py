@@ -81,8 +81,8 @@ def summarised(given: argparse.Namespace, workspace: Sequence[str]) -> list[str]
     if given.summaries == "none":
         return ["null"]
     blocks = ["--summaries.paradigm", given.summaries, "--summaries.block_items", str(given.block_items)]
-    # Recurrent ones tell of every block's past; hierarchical ones of each event that is learnt are written one by one.
-    for cut in (1,) if given.summaries == "recurrent" else range(1, recipe_of(given)["positions"] + 2):
+    # Of what is asked about and of each event that is learnt: what a history shorter than a block is, no block tells.
+    for cut in range(1, recipe_of(given)["positions"] + 2):
         run("summarize", *workspace, *blocks, "--summaries.hold_out", str(cut))
     return [given.summaries, "--trsr.block_items", str(given.block_items)]
 

@@ -47,6 +47,12 @@ def test_a_title_counts_once_however_often_it_stands_there() -> None:
     assert recovered(["a"], []) == 0
 
 
+def test_naming_more_titles_than_a_history_has_is_no_better_guess() -> None:
+    assert recovered(["x", "x", "y", "a", "b"], ["a", "b"]) == 0
+    assert recovered(["x", "x", "a", "b"], ["b", "a"]) == 0.5
+    assert recovered_places(["x", "x", "a", "b"], ["b", "a"]) == [False, True]
+
+
 def test_valid_pieces_are_titles_of_the_catalogue() -> None:
     assert valid_ratio(["Alien", "Predator"], KNOWN) == 0.5
     assert valid_ratio([], KNOWN) == 0

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from raypipe.engines.engine import EngineConfig, Scores
+from raypipe.engines.engine import EngineConfig, OutcomeError, Scores
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
 from raypipe.language.prompt import Prompt
 from raypipe.metrics.alignment import order_ndcg
@@ -83,3 +83,21 @@ def test_candidates_are_ordered_by_how_likely_yes_is_about_each(
     assert figures["T2 NDCG@5 by interest"] == pytest.approx(ndcg, abs=1e-4)
     if opinion == 1:
         assert figures[f"{CONTROL}: T2 NDCG@5 by interest"] < 1
+
+
+@pytest.mark.parametrize("lost", range(5))
+def test_who_cannot_be_asked_about_one_candidate_is_at_chance(
+    lm: Path, monkeypatch: pytest.MonkeyPatch, lost: int
+) -> None:
+    source, engine = source_of(), EngineConfig(lm=str(lm), device="cpu").build()
+    score = scored(source, 1)
+
+    def refusing(prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> list[Scores]:
+        error = OutcomeError("prompt_too_long", "It is too long.")
+        found = score(prompts, answers)
+        return [Scores(one.index, error=error) if one.index % 5 == lost else one for one in found]
+
+    monkeypatch.setattr(engine, "score", refusing)
+    figures = ExplainerConfig(variant="B", titles=TITLES).build().measured(source, engine, 100, 8)
+    assert figures["T2 NDCG@5 by interest"] == pytest.approx(0.6131, abs=1e-4)
+    assert figures["refused T2 by interest"] == HELD_OUT.sum()

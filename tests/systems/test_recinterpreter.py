@@ -265,7 +265,8 @@ def test_templates_that_cannot_be_filled_or_leak_are_refused(field: str, templat
 def test_figures_of_answers_are_means_of_exact_titles() -> None:
     known = {f"Film {n}" for n in range(1, 31)}
     histories = [["Film 1", "Film 2"], ["Film 10"]]
-    figures = recovery_figures(["Film 1; Film 2", "Film 1; Filmchen"], histories, known)
+    figures = recovery_figures(["Film 1; Film 2", "Film 1; Filmchen"], histories, known, searched=False)
+    assert "order" not in recovery_figures(["", ""], histories, known, searched=True)
     assert figures["recovery"] == 0.5
     assert figures["order"] == 0.5
     assert figures["valid"] == 0.75
