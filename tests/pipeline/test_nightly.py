@@ -407,7 +407,7 @@ def test_a_night_fails_where_somebody_ingests_all_the_time_and_the_one_before_st
         failed = raypipe(*words, "2026-01-06")
     assert len(ran) == 3
     assert (failed.code, failed.status) == (1, "failed")
-    assert "during each of the 3 times that the steps of the night ran" in one_paragraph(failed.stderr)
+    assert "during each of the 3 times that its steps ran" in one_paragraph(failed.stderr)
     assert Nights(Store(summarised)).current() == before
     assert raypipe(*words, "2026-01-06").status == "ok"
 
