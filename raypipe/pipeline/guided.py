@@ -48,7 +48,7 @@ from raypipe.systems.source import drawn_places
 if TYPE_CHECKING:
     from raypipe.pipeline.align import AlignConfig
 
-STEP_VERSION = 4
+STEP_VERSION = 5
 _SHOWN_EVERY_S = 10.0
 _BATCH_TOKENS = 4096  # of one pass, padding and answers included
 _OF_TRAINING = ("trainer", "users", "positions")  # options that mean nothing where nothing is trained

@@ -37,31 +37,33 @@ class AttributeScores:
     catalogue: Mapping[str, Any]
 
     def normalised(self, clip: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Items and users in standard deviations from the items' mean, attribute by attribute, at most `clip` of them.
+        """Items and users in standard deviations from their own mean, attribute by attribute, at most `clip` of them.
 
-        What could not be read stands at the mean, and so does an attribute on which all items are alike.
+        Users among users: they are asked about in other words than items, so that the two have no scale in common. What could
+        not be read stands at the mean, and so does an attribute on which all items, or all users, are alike.
         """
-        mean, deviation = self._moments()
-        unit = np.where(deviation > LEAST_DEVIATION, deviation, np.inf)
-        items, users = (
-            np.nan_to_num(((rows - mean) / unit).clip(-clip, clip)).astype(np.float32)
-            for rows in (self.items, self.users)
-        )
+        found = []
+        for rows, whose in ((self.items, self.items[1:]), (self.users, self.users)):
+            mean, deviation = _moments(whose)
+            unit = np.where((deviation > LEAST_DEVIATION) & self.telling, deviation, np.inf)
+            found.append(np.nan_to_num(((rows - mean) / unit).clip(-clip, clip)).astype(np.float32))
+        items, users = found
         items[0] = 0
         return items, users
 
     @property
     def telling(self) -> NDArray[np.bool_]:
         """[attributes]: which tell items apart."""
-        return self._moments()[1] > LEAST_DEVIATION
+        return _moments(self.items[1:])[1] > LEAST_DEVIATION
 
-    def _moments(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Mean and standard deviation of items' scores, [attributes] each; 0 where none could be read."""
-        items = self.items[1:].astype(np.float64)
-        known = ~np.isnan(items)
-        counts = np.maximum(known.sum(0), 1)
-        mean = np.where(known, items, 0).sum(0) / counts
-        return mean, np.sqrt((np.where(known, items - mean, 0) ** 2).sum(0) / counts)
+
+def _moments(rows: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and standard deviation of rows' scores, [attributes] each; 0 where none could be read."""
+    scores = rows.astype(np.float64)
+    known = ~np.isnan(scores)
+    counts = np.maximum(known.sum(0), 1)
+    mean = np.where(known, scores, 0).sum(0) / counts
+    return mean, np.sqrt((np.where(known, scores - mean, 0) ** 2).sum(0) / counts)
 
 
 def along(column: NDArray[np.float32], place: float, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -44,15 +44,13 @@ def recommendation_loss(users: Tensor, positives: Tensor, negatives: Tensor, sam
     """Summed over users. Scores of users and of what they chose next [batch, attributes], and of items for all [n, attributes];
     `same` bool [batch, n], where one of these is the user's own next.
 
-    Scores are normalised by the mean and the standard deviation of the step's items, users alike, and their dot products
+    Scores are normalised by the mean and the standard deviation of the step's items, and of its users, and their dot products
     divided by √attributes.
     """
-    items = torch.cat([positives, negatives])
-    # Nothing is added to the deviation: the loss of early, poor scores would fall fastest where all items had the same.
-    mean, deviation = items.mean(0), items.std(0, correction=0).clamp(min=LEAST_DEVIATION)
-    users, positives, negatives = (
-        ((scores - mean) / deviation).clamp(-_CLIP, _CLIP) for scores in (users, positives, negatives)
-    )
+    # Users by their own, and nothing is added to a deviation: the loss of early, poor scores would fall fastest where all items
+    # had the same, or where all users had those of the mean item, and neither would learn from the other any more.
+    items = _normalised(torch.cat([positives, negatives]))
+    users, positives, negatives = _normalised(users), items[: len(positives)], items[len(positives) :]
     scale = users.shape[1] ** -0.5
     own = (users * positives).sum(1, keepdim=True) * scale
     others = (users @ negatives.T * scale).masked_fill(same, -torch.inf)
@@ -60,6 +58,11 @@ def recommendation_loss(users: Tensor, positives: Tensor, negatives: Tensor, sam
         # Over the others there are: what is left out has a loss of nothing.
         return (-functional.logsigmoid(own - others)).sum(1).div((~same).sum(1).clamp(min=1)).sum()
     return (torch.cat([own, others], 1).logsumexp(1) - own[:, 0]).sum()
+
+
+def _normalised(scores: Tensor) -> Tensor:
+    deviation = scores.std(0, correction=0).clamp(min=LEAST_DEVIATION)
+    return ((scores - scores.mean(0)) / deviation).clamp(-_CLIP, _CLIP)
 
 
 class TuningLm(nn.Module):

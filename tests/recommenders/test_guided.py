@@ -78,7 +78,7 @@ def test_blocks_that_stay_in_float32_are_no_hindrance_to_training_in_bfloat16(mo
     assert torch.equal(loaded.user_block, found.user_block.float())
 
 
-def test_scores_stand_in_standard_deviations_of_the_items_and_what_was_not_read_in_the_middle() -> None:
+def test_scores_stand_in_standard_deviations_of_their_own_and_what_was_not_read_in_the_middle() -> None:
     scores = scores_of()
     scores.items[4, 1] = scores.users[2, 0] = np.nan
     scores.items[:, 2] = 7  # all alike but for rounding: tells nothing
@@ -86,12 +86,10 @@ def test_scores_stand_in_standard_deviations_of_the_items_and_what_was_not_read_
     scores.items[9, 0] = 1000
     items, users = scores.normalised(clip=3)
     for column in (0, 1):
-        known = scores.items[1:, column].astype(np.float64)
-        mean, deviation = np.nanmean(known), np.nanstd(known)
-        expected = np.nan_to_num(((scores.items[1:, column] - mean) / deviation).clip(-3, 3))
-        np.testing.assert_allclose(items[1:, column], expected, rtol=1e-4, atol=1e-5)
-        theirs = np.nan_to_num(((scores.users[:, column] - mean) / deviation).clip(-3, 3))
-        np.testing.assert_allclose(users[:, column], theirs, rtol=1e-4, atol=1e-5)
+        for found, rows in ((items[1:], scores.items[1:]), (users, scores.users)):
+            known = rows[:, column].astype(np.float64)
+            expected = np.nan_to_num(((known - np.nanmean(known)) / np.nanstd(known)).clip(-3, 3))
+            np.testing.assert_allclose(found[:, column], expected, rtol=1e-4, atol=1e-5)
     assert items[9, 0] == 3
     assert items[4, 1] == users[2, 0] == 0
     assert not items[:, 2].any()

@@ -210,8 +210,10 @@ def test_the_recommendation_loss_is_that_of_a_plain_loop_in_float64(kind: str) -
     same = np.zeros((4, 5), bool)
     same[1, 2] = same[3, 0] = True
     items = np.concatenate([positives, negatives])
-    mean, deviation = items.mean(0), items.std(0)
-    u, p, n = (((rows - mean) / deviation).clip(-3, 3) for rows in (users, positives, negatives))
+    u, p, n = (
+        ((rows - among.mean(0)) / among.std(0)).clip(-3, 3)
+        for rows, among in ((users, users), (positives, items), (negatives, items))
+    )
     wanted = 0.0
     for row in range(4):
         own = u[row] @ p[row] / 3**0.5
@@ -237,6 +239,17 @@ def test_items_that_are_scored_ever_more_alike_lower_no_loss() -> None:
         for share in (1, 0.1, 0.01)
     ]
     assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-9)
+
+
+def test_users_that_are_scored_ever_more_like_the_mean_item_lower_no_loss() -> None:
+    rng = np.random.default_rng(0)
+    users, positives, negatives = (torch.from_numpy(rng.uniform(4, 6, (rows, 3))) for rows in (4, 4, 5))
+    same, mean = torch.zeros((4, 5), dtype=torch.bool), torch.cat([positives, negatives]).mean(0)
+    losses = [
+        float(recommendation_loss(mean + share * (users - mean), positives, negatives, same, "sampled_softmax"))
+        for share in (1, 0.1, 0.01)
+    ]
+    assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-6)
 
 
 def tuning(lm: str, folder: Path, **options: object) -> tuple[TuningTask, RatingPrompts, np.ndarray]:
