@@ -1,7 +1,7 @@
 """Tuning a language model so that its scores recommend: L = L_rec + λ L_format (arXiv 2504.11658).
 
-L_rec is taken on dot products of the scores of a user and of items, both in standard deviations of the items of the step: the
-item that came next against others. L_format is the cross-entropy of the words around the numbers, whose places hold drawn
+L_rec is taken on dot products of the scores of a user and of items, in standard deviations of the users and of the items of the
+step: the item that came next against others. L_format is the cross-entropy of the words around the numbers, whose places hold drawn
 numbers, and of there being a number in each place, whichever (ours: the answers of a small model could not be parsed without).
 Gradients of both reach the language model's updates alone.
 
