@@ -235,14 +235,14 @@ class _Steps:
         after = {name: table["version"] for name, table in (run.result() or {}).get("tables", {}).items()}
         variant = run.manifest["facts"]["variant"]
         for name, before in run.manifest["base"].items():
-            self._left[name, variant] = self._files(name, after.get(name, before), variant)
+            self._left[name, variant] = self.workspace.tables[name].paths(after.get(name, before), variant=variant)
 
     def stand(self, versions: Mapping[str, int]) -> bool:
         """Whether these versions of the tables have the rows that the steps left there."""
-        return all(self._files(name, versions[name], variant) == files for (name, variant), files in self._left.items())
-
-    def _files(self, table: str, version: int, variant: str) -> set[str]:
-        return {file.path for file in self.workspace.tables[table].files(version, variant=variant)}
+        return all(
+            self.workspace.tables[name].paths(versions[name], variant=variant) == paths
+            for (name, variant), paths in self._left.items()
+        )
 
     def told(self) -> dict[str, JobResult]:
         """By step what it did last; what it did before it had to run again is the night's too, as `NAME.pass1` and so on."""

@@ -102,25 +102,24 @@ class Session:
             self._night.add(run)
         return run
 
-    def keep_finished(
-        self, recipe: str, reads: Sequence[str], writes: Sequence[str], gate: Gate | None = None
-    ) -> JobResult | None:
+    def keep_finished(self, recipe: str, reads: Sequence[str], writes: Sequence[str], gate: Gate | None = None) -> None:
         """Publish what a killed run over everything has finished, where what it read has moved on since, so that it cannot go on:
-        its users who have not changed are not computed, and paid for, again. Told as `interrupted`; None where there is none.
+        its users who have not changed are not computed, and paid for, again. Its result is told as `interrupted`.
 
         For jobs whose units are buckets of users and whose runs tell their variant. Without the units that `gate` would start
         again, and only where the rows that it would replace stand as it found them.
         """
         ledger, base = self.workspace.ledger(self.job), self.versions(*writes)
         if ledger.open(_run_key(recipe, self.versions(*reads), base, WHOLE)) is not None:
-            return None  # it goes on
+            return  # it goes on
         for run in list(ledger.open_runs(WHOLE)):
             manifest, variant = run.manifest, run.manifest["facts"].get("variant", "")
             if manifest["recipe"] != recipe or run.publish_intent() is not None:
                 continue
             if any(
-                self._files(name, manifest["base"][name], variant) != self._files(name, base[name], variant)
-                for name in base
+                self.workspace.tables[name].paths(before, variant=variant)
+                != self.workspace.tables[name].paths(base[name], variant=variant)
+                for name, before in manifest["base"].items()
             ):
                 continue
             receipts = run.receipts("users")
@@ -140,12 +139,8 @@ class Session:
             metrics = {"users": counts.rows_in, "computed": counts.ok, "rejected": counts.rejected, **counts.skipped}
             usage = usage_of(kept)  # whose seconds are of all workers together, and no clock's
             cost = {"calls": usage.calls, "tokens_in": usage.tokens_in, "tokens_out": usage.tokens_out}
-            return self.publish(run, parts, JobResult(self.job, "interrupted", run.run_key, tables, {}, metrics, cost))
-        return None
-
-    def _files(self, table: str, version: int, variant: str) -> set[str]:
-        """Of a variant's rows."""
-        return {file.path for file in self.workspace.tables[table].files(version, variant=variant)}
+            self.publish(run, parts, JobResult(self.job, "interrupted", run.run_key, tables, {}, metrics, cost))
+            return
 
     def _are_current(self, receipt: Receipt) -> bool:
         """Whether what a unit staged has the schemas of today."""

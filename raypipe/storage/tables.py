@@ -70,6 +70,10 @@ class Table:
         assert set(wanted) <= set(self.spec.partition_by), f"{self.spec.name} is not partitioned by {partition}"
         return [file for file in self._all_files(version) if wanted.items() <= dict(file.partition).items()]
 
+    def paths(self, version: int, **partition: str | int) -> set[str]:
+        """Of these data files: the same ones hold the same rows."""
+        return {file.path for file in self.files(version, **partition)}
+
     def partitions(self, version: int, **partition: str | int) -> list[tuple[dict[str, str | int], list[StagedFile]]]:
         """The data files of `version` by the values of their partition, of the named values only."""
         found: dict[tuple[tuple[str, str], ...], list[StagedFile]] = {}
