@@ -216,9 +216,8 @@ def _whole(quantity: str) -> int:
 def _ports_named(values: Values) -> Iterator[int]:
     """Of every URL among the values."""
     for text in (values.mlflow_uri, values.redis_address, *values.environment.values()):
-        if found := _URL.match(text):
-            port = int(found[1] or _PORTS.get(text.split(":")[0], 0))
-            yield from [port] if port else []
+        if (found := _URL.match(text)) and (port := int(found[1] or _PORTS.get(text.split(":")[0], 0))):
+            yield port
 
 
 def _known(values: Values) -> dict[str, Any]:

@@ -26,6 +26,13 @@ def notify(url: str, result: Mapping[str, Any]) -> None:
         request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
         urllib.request.urlopen(request, timeout=_TIMEOUT_S).close()
     except (OSError, ValueError, http.client.HTTPException) as error:
-        # The rest of the address may be a secret.
         reason = f"HTTP {error.code}" if isinstance(error, urllib.error.HTTPError) else type(error).__name__
-        say(f"raypipe: the webhook on {urlsplit(url).hostname} was not told ({reason}).", "warning")
+        say(f"raypipe: the webhook on {_host(url)} was not told ({reason}).", "warning")
+
+
+def _host(url: str) -> str:
+    """The rest of the address may be a secret."""
+    try:
+        return urlsplit(url).hostname or "no host"
+    except ValueError:
+        return "no host"

@@ -12,7 +12,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from raypipe import __version__
-from raypipe.serving.backend import FAILURES, Backend, answers_of, check_queries, check_query
+from raypipe.serving.backend import FAILURES, STATUS, Backend, answers_of, check_queries, check_query
 from raypipe.serving.config import LimitOptions
 from raypipe.serving.lm_routes import add_lm_routes
 from raypipe.serving.middleware import failure
@@ -32,24 +32,9 @@ from raypipe.serving.queries import (
     User,
     Users,
 )
-from raypipe.serving.service import Answer, Code, RefusedQueryError
+from raypipe.serving.service import Answer, RefusedQueryError
 from raypipe.serving.swagger import OPENAPI_PATH, add_swagger
 
-_STATUS: dict[Code, int] = {
-    "no_such_user": 404,
-    "no_such_value": 422,
-    "no_such_item": 422,
-    "nothing_known": 422,
-    "no_answer": 422,
-    "no_adapter": 409,
-    "no_language_model": 409,
-    "too_much": 413,
-    "busy": 503,
-    "deadline": 503,
-    "store_down": 503,
-    "not_ready": 503,
-    "internal": 500,
-}
 _CODES = {404: "no_such_route", 405: "no_such_method", 413: "too_large", 400: "bad_request"}
 _SHOWN_PROBLEMS = 5
 
@@ -136,7 +121,7 @@ def _health(health: HealthStatus) -> JSONResponse:
 
 async def _refused(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RefusedQueryError)
-    status = _STATUS[error.code]
+    status = STATUS[error.code]
     headers = {"retry-after": "1"} if status == 503 else None
     return _failed(request, status, error.code, error.message, headers)
 

@@ -23,12 +23,30 @@ from raypipe.serving.queries import (
     UserOrHistory,
     Users,
 )
-from raypipe.serving.service import OF_THE_SERVICE, Answer, Query, RefusedQueryError
+from raypipe.serving.service import Answer, Code, Query, RefusedQueryError
 
 FAILURES: dict[int | str, dict[str, Any]] = {
     status: {"model": Failure} for status in (400, 401, 413, 422, 429, 500, 503)
 }
 """What any route may answer instead."""
+
+
+STATUS: dict[Code, int] = {
+    "no_such_user": 404,
+    "no_such_value": 422,
+    "no_such_item": 422,
+    "nothing_known": 422,
+    "no_answer": 422,
+    "no_adapter": 409,
+    "no_language_model": 409,
+    "too_much": 413,
+    "busy": 503,
+    "deadline": 503,
+    "store_down": 503,
+    "not_ready": 503,
+    "internal": 500,
+}
+"""Of a query that gets no answer."""
 
 
 class Backend(Protocol):
@@ -63,9 +81,9 @@ class Backend(Protocol):
         ...
 
 
-def note_failure(request: Request, codes: Sequence[str]) -> None:
+def note_failure(request: Request, codes: Sequence[Code]) -> None:
     """Why the service failed within an answer that began well, for `RequestMiddleware`, which counts it."""
-    if mine := [code for code in codes if code in OF_THE_SERVICE]:
+    if mine := [code for code in codes if STATUS[code] >= 500]:
         request.state.code = mine[0]
 
 

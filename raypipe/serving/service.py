@@ -44,8 +44,6 @@ Code = Literal[
     "not_ready",
     "internal",
 ]
-OF_THE_SERVICE: frozenset[Code] = frozenset({"busy", "deadline", "store_down", "not_ready", "internal"})
-"""What keeps an answer from who has asked for nothing wrong."""
 Query = RecommendQuery | ScoreQuery
 Answer = RecommendAnswer | ScoreAnswer
 _SHOWN = 200

@@ -120,9 +120,9 @@ class EmbeddedStore:
             self._open.read = {}
         known: dict[str, tuple[sqlite3.Connection, int]] = self._open.read
         path = self._path(version)
-        file = path.stat().st_ino if path.exists() else 0
+        inode = path.stat().st_ino if path.exists() else 0
         # A file that was deleted, for who was in it is forgotten, is read on by whoever has it open.
-        if version in known and known[version][1] != file:
+        if version in known and known[version][1] != inode:
             known.pop(version)[0].close()
         if version not in known:
             if self.facts(version) is None:
@@ -131,7 +131,7 @@ class EmbeddedStore:
                 )
             for old in list(known):
                 known.pop(old)[0].close()
-            known[version] = (self._connect(version, "ro&immutable=1"), file)
+            known[version] = (self._connect(version, "ro&immutable=1"), inode)
         return known[version][0]
 
 

@@ -7,7 +7,7 @@ the cut have one (section 4.1). Tasks, with their counts for N interactions of U
     T1   next item    the recommender's best unseen item                      N − 2U
     T2   ranking      five unseen items in its order                          N − 2U
     T3   interest     yes from its best fifth, no from its worse half         2U, one pair a user (`pairs`)
-    T4   item         title of a vector, attributes, description, nearest   one for each item and field
+    T4   item         title, attributes, description, nearest item            one for each item and field
     T5   replay       other examples, so that the model keeps its language    as given
     T6   history      the titles behind a state, every prefix                 N − U, of users of two events or more
     T6b  summary      a written summary of what stands before the cut         one a user that has one

@@ -66,15 +66,30 @@ def test_a_new_token_is_for_who_asked_alone(raypipe: Run, tmp_path: Path, listen
     assert listener.told == [{**made.result, "metrics": {"name": "shop"}}]
 
 
-@pytest.mark.parametrize("trouble", ["refuses", "gone", "nonsense", "no port"])
+@pytest.mark.parametrize("trouble", ["refuses", "gone", "nonsense", "no port", "no host"])
 def test_one_that_does_not_arrive_changes_nothing(
     raypipe: Run, tmp_path: Path, listener: Listener, trouble: str
 ) -> None:
     listener.status = 500
-    url = {"refuses": listener.url, "gone": "http://127.0.0.1:9/s3cret", "nonsense": "s3cret"}.get(
-        trouble, "http://127.0.0.1:port/s3cret"
-    )
+    url = {
+        "refuses": listener.url,
+        "gone": "http://127.0.0.1:9/s3cret",
+        "nonsense": "s3cret",
+        "no port": "http://127.0.0.1:port/s3cret",
+        "no host": "http://[s3cret",
+    }[trouble]
     ended = raypipe("doctor", "--workspace", str(tmp_path / "workspace"), "--webhook", url)
     assert (ended.code, ended.status) == (0, "ok")
     assert "was not told" in ended.stderr
     assert "s3cret" not in ended.stderr
+
+
+def test_a_listener_that_takes_too_long_for_who_stops_the_job_changes_nothing(
+    raypipe: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(url: str, result: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("raypipe.cli.main.notify", stopped)
+    ended = raypipe("doctor", "--workspace", str(tmp_path / "workspace"), "--webhook", "http://127.0.0.1:9")
+    assert (ended.code, ended.status) == (0, "ok")
