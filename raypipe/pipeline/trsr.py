@@ -212,12 +212,11 @@ def _train(
 
 def _without_summary(config: AlignConfig, inputs: RankingInputs) -> float:
     """The share of the places that are learnt of which no summary tells what came before; said where it is large."""
-    histories, left = inputs.past.histories, _left(config)
-    backs = range(left + 1, left + config.positions + 1)
-    lengths = {row: int(histories.lengths[row]) for row in np.flatnonzero(~inputs.past.held_out).tolist()}
+    past, backs = inputs.past, range(_left(config) + 1, _left(config) + config.positions + 1)
+    rows = np.flatnonzero(~past.held_out)
     told = [
-        inputs.past.summaries.at(row, length - back) is not None
-        for row, length in lengths.items()
+        past.summaries.at(row, length - back) is not None
+        for row, length in zip(rows.tolist(), past.histories.lengths[rows].tolist(), strict=True)
         for back in backs
         if length > back
     ]

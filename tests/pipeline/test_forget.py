@@ -25,7 +25,9 @@ from raypipe.recommenders.attribute_scores import AttributeScores, save_scores
 from raypipe.recommenders.checkpoint import Card, catalogue_card, load_recommender, save_recommender
 from raypipe.recommenders.config import RecommenderConfig
 from raypipe.recommenders.guided import GuidedOptions
+from raypipe.storage.ledger import Unit, Usage
 from raypipe.storage.models import Models
+from raypipe.storage.night_runs import NightRuns
 from raypipe.storage.nights import Nights
 from raypipe.storage.online import open_online_store, version_of
 from raypipe.storage.store import Store
@@ -292,6 +294,37 @@ def test_forgetting_waits_for_open_runs_and_for_a_night_on_the_newest_tables(ray
     assert newest(two_nights, "histories").num_rows == USERS
     # Somebody who came later is not in it.
     assert workspace.tables["tombstones"].version() == -1
+
+
+def test_what_a_night_spent_is_not_forgotten_with_its_users(raypipe: Run, two_nights: str) -> None:
+    night, ledger = NightRuns(Store(two_nights), "2026-01-07"), Workspace(two_nights).ledger("summarize")
+    run = ledger.start("e" * 32, {"base": {"summaries": 0}, "scope": "all"})
+    night.add(run)
+    run.record_usage(Unit("users", 0), 1, Usage(900))
+    run.abandon("discarded by hand")
+    ended = raypipe("forget", "--workspace", two_nights, "--user", USER, *AT_ONCE)
+    assert ended.code == 0, ended.stderr
+    assert run.spent("users") == Usage()
+    assert night.spent("summarize").calls == 900
+
+
+def test_a_canary_that_began_while_somebody_was_forgotten_keeps_nothing_of_hers(
+    raypipe: Run, two_nights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("forget", "--workspace", two_nights, "--user", USER, *AT_ONCE)
+    begun = []
+
+    def begin(*_: object) -> None:
+        begun.append(Workspace(two_nights).ledger("explain").start("d" * 32, {"base": {}, "scope": "canary"}))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("raypipe.pipeline.forget.forget_in_judgements", begin)
+        waits = raypipe(*words)
+    assert (waits.code, "waits for runs that are open: explain dddddddddddd" in waits.stderr) == (2, True)
+    Store(two_nights).put(f"canary/{'d' * 32}/explanations/part.parquet", USER.encode())
+    begun[0].abandon("discarded by hand")
+    assert raypipe(*words).code == 0
+    assert files_with_her(two_nights) == []
 
 
 @pytest.mark.parametrize("words", [(), ("--user", "a", "--users", "b"), ("--users", "nowhere.txt")])

@@ -139,3 +139,21 @@ def test_what_has_read_the_answers_or_cannot_be_asked_is_refused(raypipe: Run, r
         ended = raypipe("align", "--workspace", ranked, *ALIGN_TRSR, *options)
         assert ended.code == 2, options
         assert problem in one_paragraph(ended.stderr)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_how_much_is_learnt_without_the_summary_that_is_asked_with_is_told(raypipe: Run, ranked: str) -> None:
+    """Everybody has seven events before the last, and a block has five: after two of the five learnt places there is one."""
+    words = ("align", "--workspace", ranked, *ALIGN_TRSR, "--positions", 5, "--trainer.steps", 2)
+    few = raypipe(*words, "--summaries", "recurrent")
+    assert few.code == 0, few.stderr
+    assert few.metrics["learnt_without_summary"] == pytest.approx(3 / 5, abs=0.02)
+    assert "60% of what is learnt has no summary of what came before it" in few.stderr
+    for paradigm, cut in (("recurrent", 4), ("hierarchical", 1)):
+        kind = ("--summaries.paradigm", paradigm, "--summaries.hold_out", cut)
+        assert raypipe("summarize", "--workspace", ranked, "--engine.engine", "echo", *kind).code == 0
+    more = raypipe(*words, "--summaries", "recurrent")
+    assert more.metrics["learnt_without_summary"] == pytest.approx(2 / 5, abs=0.02)
+    refused = raypipe(*words, "--summaries", "hierarchical")
+    assert (refused.code, refused.status) == (2, "failed")
+    assert "no hierarchical summaries without the last 2 events" in one_paragraph(refused.stderr)
