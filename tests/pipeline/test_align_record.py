@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from raypipe.metrics.ranking import Mean
@@ -13,6 +14,8 @@ from raypipe.pipeline.evaluate import record as record_recommender
 from raypipe.pipeline.report_drawings import plots_of
 from raypipe.pipeline.report_figures import figures_of, labels
 from raypipe.pipeline.report_tables import tables_of
+from raypipe.recommenders.evaluation import HeldOut
+from raypipe.recommenders.windows import Histories
 from raypipe.runtime.job import JobResult
 from raypipe.storage.evaluations import Evaluation, Evaluations, Measured
 from raypipe.storage.models import Model, Models
@@ -24,6 +27,7 @@ TRSR = TrsrConfig().model_dump(mode="json")
 TRSR_PROTOCOL = (
     "leave-one-out, 21 candidates, last 25 events shown, trained before everybody's last event, {} users asked"
 )
+HISTORIES = Histories(np.array([1, 2, 3] * 3, np.int32), np.array([3, 6, 9]))
 METRICS = {
     "asked": 20,
     "spread": float("nan"),
@@ -184,12 +188,23 @@ def test_floors_of_different_cuts_are_told_apart(home: str, tmp_path: Path) -> N
         metrics = {"asked": 9, "popularity: Recall@5": value}
         record(config, JobResult("align", "ok", models={"lancer": model.hash}, metrics=metrics))
         rows = {"popularity": {"Recall@5": Mean(value, 0.0)}}
-        record_recommender(Workspace(home), Model("sasrec", f"{value}", "", lineage), rows, True)
+        everybody = HeldOut.of(HISTORIES, hold_out, items=3)
+        record_recommender(Workspace(home), Model("sasrec", f"{value}", "", lineage), rows, everybody, True)
     figures = [one for one in figures_of(Evaluations(Store(home)).all(), "shop") if one.model == "popularity"]
     assert len({figure.protocol for figure in figures}) == len(figures) == 6
     assert sorted(figure.value for figure in figures) == [0.1, 0.1, 0.2, 0.2, 0.3, 0.3]
     last = "leave-one-out, whole catalogue, seen items filtered, trained before everybody's last 2 events without 10% of the users"
     assert last in {figure.protocol for figure in figures}
+
+
+def test_figures_of_some_users_say_of_how_many_and_stand_beside_those_of_all(home: str) -> None:
+    model = Model("sasrec", "a" * 32, "", {"hold_out": 2, "protocol": {}})
+    for asked, value in ((np.ones(3, bool), 0.1), (np.array([True, False, True]), 0.2)):
+        held = HeldOut.of(HISTORIES, 2, items=3, asked=asked)
+        record_recommender(Workspace(home), model, {"sasrec": {"Recall@5": Mean(value, 0.0)}}, held, True)
+    values = {one.protocol: one.value for one in figures_of(Evaluations(Store(home)).all(), "shop")}
+    told = "whole catalogue, seen items filtered, trained before everybody's last 2 events"
+    assert values == {f"leave-one-out, {told}": 0.1, f"leave-one-out, 2 of 3 users, {told}": 0.2}
 
 
 @pytest.mark.parametrize(
