@@ -10,7 +10,6 @@ import importlib
 import json
 import signal
 import sys
-import textwrap
 import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -53,6 +52,45 @@ JOBS = {
     "doctor": ("raypipe.pipeline.doctor", "DoctorConfig", "run_doctor"),
 }
 _SUBMIT = "submit"
+# What a list of the jobs says of them.
+_PURPOSES = {
+    "Logs and models": {
+        "dataset synthetic": "make a log and a catalogue of any size, with planted tastes",
+        "ingest": "take a log and its catalogue into the workspace",
+        "lm": "train the workspace's own small language model",
+        "train": "train a recommender",
+        "align": "join a recommender and a language model, by a published system",
+        "evaluate": "measure a recommender on every user's last event",
+        "judge": "rate a sample of summaries or explanations",
+        "report": "write everything that was measured on one page",
+        "release": "put a recommender in force, or an earlier release",
+    },
+    "Everybody's rows": {
+        "nightly": "a whole night: ingest, train, judge, recommend, summarise, publish",
+        "extract": "write every user's hidden state",
+        "recommend": "write every user's best items",
+        "rerank": "order everybody's recommendations by a language model",
+        "summarize": "write a summary of every user whose history changed",
+        "explain": "write why a recommendation fits its user",
+    },
+    "Service": {
+        "online": "load the night in force into the online store",
+        "serve": "answer over HTTP until it is stopped",
+        "token": "make or revoke a bearer token",
+    },
+    "Operations": {
+        "doctor": "check the machine before the first night",
+        "plan": "tell users, calls, tokens and hours before they are spent",
+        "status": "tell open runs, tables, rejects and the night in force",
+        "night": "list nights, or put an earlier one back in force",
+        "retry-rejected": "take rejected rows and users again",
+        "forget": "remove users everywhere, for good",
+        "vacuum": "delete what nothing needs any more",
+        "rebucket": "split the user buckets of a workspace that grew",
+        "migrate": "bring a workspace of an older format to this raypipe's",
+        "submit": "run a job on a cluster and follow it to its end",
+    },
+}
 _EXIT = {"ok": 0, "nothing_to_do": 0, "failed": 1, "refused": 3}
 
 
@@ -153,8 +191,11 @@ def _stop(*_: object) -> NoReturn:
 
 
 def _usage() -> str:
-    jobs = textwrap.fill(", ".join([*JOBS, _SUBMIT]), 100, initial_indent="  ", subsequent_indent="  ")
-    return f"usage: raypipe JOB [--config FILE] [--section.key value …]\n\njobs:\n{jobs}\n\n`raypipe JOB --help` lists a job's options."
+    wide = max(map(len, JOBS))
+    lines = ["usage: raypipe JOB [--config FILE] [--section.key value …]"]
+    for group, purposes in _PURPOSES.items():
+        lines += ["", f"{group}:", *(f"  {job:<{wide}}  {purpose}" for job, purpose in purposes.items())]
+    return "\n".join([*lines, "", "`raypipe JOB --help` lists a job's options."])
 
 
 if __name__ == "__main__":
