@@ -34,7 +34,7 @@ from raypipe.storage.store import Store
 JOB = "submit"
 NO_FOLDER = "none"
 _FAILED = 1
-_RUN_KEY_DIGITS = 12
+_CONFIG_KEY_DIGITS = 12
 # From a job's start to its driver's lease: Python, imports, and a worker node that is still to come up have their time.
 _LEASE_BY_S = 180.0
 _INSTALLS = ("pip", "conda", "uv")
@@ -68,13 +68,13 @@ class Submission(Config):
     words: tuple[str, ...] = free(..., "the job's options, its date among them")
     typed: tuple[str, ...] = free(..., "the same as they are typed here, where the config file has another path")
     date: str = free(..., "the run's date")
-    run_key: str = free(..., "hash over the job and its configuration")
+    config_key: str = free(..., "hash over the job and its configuration, but for where it runs")
     config_hash: str = free(..., "hash over all of the configuration")
     workspace: str = free(..., "the workspace")
 
     @property
     def run(self) -> str:
-        return f"{self.job.replace(' ', '-')}-{self.date}-{self.run_key}"
+        return f"{self.job.replace(' ', '-')}-{self.date}-{self.config_key}"
 
     def entrypoint(self, driver_cpus: float) -> str:
         """What the job server runs: the job, under the run's lease."""
@@ -173,7 +173,7 @@ def prepare(
         words=tuple(_in_working_dir(options, config)),
         typed=tuple(options),
         date=date,
-        run_key=fingerprint({"job": job, "config": what})[:_RUN_KEY_DIGITS],
+        config_key=fingerprint({"job": job, "config": what})[:_CONFIG_KEY_DIGITS],
         config_hash=fingerprint(values),
         workspace=values["workspace"],
     )
@@ -308,7 +308,7 @@ def _result(submission: Submission, status: str, facts: dict[str, Any]) -> dict[
     return {
         "job": JOB,
         "status": status,
-        "run_key": submission.run_key,
+        "run_key": job.get("run_key", ""),
         "tables": job.get("tables", {}),
         "models": job.get("models", {}),
         "metrics": {"run": submission.run, **facts},

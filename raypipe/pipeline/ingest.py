@@ -16,7 +16,7 @@ from raypipe.data.catalogue import CatalogueConfig, ParsedCatalogue, read_catalo
 from raypipe.data.items import MergedItems, merge_items
 from raypipe.data.log import Log, LogConfig, is_movielens, open_log
 from raypipe.data.spills import estimate_users, item_table_bytes
-from raypipe.errors import RaypipeError, UsageError
+from raypipe.errors import UsageError
 from raypipe.pipeline.ingest_units import MergeBucket, SpillSplit
 from raypipe.pipeline.job import cost_of
 from raypipe.pipeline.rejects import reject_rows
@@ -52,7 +52,7 @@ class IngestConfig(IngestOptions, JobConfig):
 def run_ingest(config: IngestConfig, night: NightRuns | None = None) -> JobResult:
     """Ingest one log, as a step of `night` where there is one; see the module.
 
-    Raises UsageError before work starts, RaypipeError where too much is rejected.
+    Raises UsageError before work starts, and where more rows are rejected than is allowed: the same log would be so again.
     """
     started = time.monotonic()
     if config.buckets is not None and config.buckets & (config.buckets - 1):
@@ -221,7 +221,7 @@ def _check_rejects(spilled: dict[Unit, Receipt], allowed: float, log: Log) -> No
             reasons[reason] = reasons.get(reason, 0) + count
     worst = ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
     example = next(receipt.facts["example"] for receipt in spilled.values() if receipt.facts["example"])
-    raise RaypipeError(
+    raise UsageError(
         f"{total.rejected:,} of {total.rows_in:,} rows of {log.uri} cannot be used ({worst}); for example: {example}.",
         "Nothing was published. Check the column mapping, the time unit and that the catalogue belongs to this log; "
         f"to publish all the same, raise --max_reject_rate above {total.rejected / total.rows_in:.2f}.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import getpass
+import re
 import shlex
 import time
 from pathlib import Path
@@ -51,7 +52,8 @@ def test_a_run_is_named_by_job_date_and_key(raypipe: Run, folder: Path) -> None:
     ended = raypipe("submit", "--dry_run", "nightly", "--config", folder / "night.yaml", "--date", "2026-01-05")
     assert ended.code == 0, ended.stderr
     shown = ended.metrics
-    assert shown["run"] == f"nightly-2026-01-05-{ended.result['run_key']}"
+    assert re.fullmatch(r"nightly-2026-01-05-[0-9a-f]{12}", shown["run"])
+    assert ended.result["run_key"] == ""
     words = shlex.split(shown["entrypoint"])
     assert words[:4] == ["python", "-m", "raypipe.cli.main", "nightly"]
     # The path as it is where the folder is unpacked.
@@ -78,7 +80,7 @@ def test_where_and_with_how_many_workers_is_not_part_of_the_key() -> None:
         prepared("summarize", "--workspace", "s3://a/b", "--engine.engine", "echo"),
         prepared("extract", "--workspace", "s3://a/b"),
     ]
-    assert len({plain.run_key, *(other.run_key for other in others)}) == 5
+    assert len({plain.config_key, *(other.config_key for other in others)}) == 5
 
 
 def test_a_night_without_a_date_is_pinned_to_today() -> None:

@@ -69,7 +69,7 @@ def test_a_job_is_submitted_and_followed(server: JobServer, first: Submitted, wo
     assert (first.code, first.result["status"]) == (0, "ok"), first.stderr
     name = first.facts["submission_id"]
     assert re.fullmatch(r"ingest-\d{4}-\d\d-\d\d-[0-9a-f]{12}-1", name)
-    assert first.result["run_key"] in name
+    assert first.result["run_key"] == first.facts["result"]["run_key"] != ""
     # What the job printed, and the JSON it ended with.
     assert '"job": "ingest"' in first.stderr
     assert first.facts["result"]["metrics"]["rows_in"] == 120

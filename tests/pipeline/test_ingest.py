@@ -265,7 +265,7 @@ def test_a_log_of_mostly_unusable_rows_publishes_nothing_until_that_is_allowed(
         write_catalogue(files / "i.csv", 3),
     )
     refused = raypipe(*words)
-    assert (refused.code, refused.status) == (1, "failed")
+    assert (refused.code, refused.status) == (2, "failed")
     assert "2 of 3 rows" in refused.stderr
     assert "unknown_item 2" in refused.stderr
     assert {name: table.version() for name, table in Workspace(uri).tables.items() if table.version() >= 0} == {}
@@ -282,7 +282,7 @@ def test_a_run_that_goes_on_with_other_splits_loses_and_doubles_nothing(
     log = write_log(files / "log.csv", [(f"u{n % 50}", "i1" if n % 3 else "i77", START + n) for n in range(600)])
     words = ("ingest", "--workspace", uri, *TIME, "--log.path", log)
     words += ("--catalogue.path", write_catalogue(files / "items.csv", 3))
-    assert raypipe(*words, "--log.split_bytes", 4000).code == 1
+    assert raypipe(*words, "--log.split_bytes", 4000).code == 2
     ended = raypipe(*words, "--log.split_bytes", 1_000_000, "--max_reject_rate", 1)
     assert ended.code == 0, ended.stderr
     assert [ended.metrics[name] for name in ("rows_in", "events_added", "rejected")] == [600, 400, 200]
