@@ -6,7 +6,10 @@ vector written over a placeholder's embedding, the model's own loss. Its batches
 compared are tokens/s, padding not counted.
 
 Figures: `vs_bare_peft` (median of the rounds' ratios of tokens/s), tokens/s of each; with a GPU `flops_utilisation`, model FLOPs
-(six a parameter and token forward and back, of which a frozen weight's gradient is left out) over the peak given.
+(six a parameter and token forward and back, of which a frozen weight's gradient is left out) over the peak given. A model of
+7B's shape with random weights, on a GPU of 989 dense bfloat16 TFLOP/s:
+
+    make bench NAME=align ARGS='--shape 4096,32,32,11008 --dtype bfloat16 --steps 40 --peak_tflops 989'
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import ray
 import torch
+from transformers import LlamaForCausalLM
 
 from raypipe.language.adapters import AdapterCard, AdapterConfig, LoraOptions
 from raypipe.language.alignment import AlignmentTask, prepare_alignment
@@ -44,7 +48,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=150, help="of each of the two in a round")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--lm", help="checkpoint folder; unset: an untrained model of the built-in's size")
+    parser.add_argument("--lm", help="checkpoint folder; unset: an untrained model")
+    parser.add_argument("--shape", help="of the untrained one: width,layers,heads,mlp; unset: of the built-in's size")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of both")
     parser.add_argument("--peak_tflops", type=float, help="of the GPU, for its utilisation")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -52,13 +58,14 @@ def main() -> None:
     ray.init(num_cpus=given.threads, include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory() as scratch:
         examples = make_examples(EXAMPLES)
-        lm = given.lm or untrained(Path(scratch) / "lm", examples)
+        lm = given.lm or untrained(Path(scratch) / "lm", examples, given.shape)
+        options = given.steps, given.dtype, device
         ours, bare = [], []
         for number in range(given.rounds):
-            ours.append(by_trainer(Path(scratch) / str(number), lm, examples, given.steps, given.threads, device))
-            bare.append(by_loop(lm, examples, given.steps, device))
+            ours.append(by_trainer(Path(scratch) / str(number), lm, examples, given.threads, *options))
+            bare.append(by_loop(lm, examples, *options))
             print(f"round {number + 1}: {ours[-1]:,.0f} tokens/s, bare {bare[-1]:,.0f}", file=sys.stderr)
-        weights = sum(weight.numel() for weight in load_backbone(lm, device="cpu").model.parameters())
+        weights = sum(weight.numel() for weight in load_backbone(lm, given.dtype, "cpu").model.parameters())
     figures = {
         "vs_bare_peft": round(statistics.median(a / b for a, b in zip(ours, bare, strict=True)), 3),
         "tokens_per_s": round(statistics.median(ours)),
@@ -66,7 +73,7 @@ def main() -> None:
     }
     if given.peak_tflops:
         figures["flops_utilisation"] = round(4 * weights * statistics.median(ours) / (given.peak_tflops * 1e12), 3)
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, {given.threads} threads, {device}"
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, {given.threads} threads, {device}, {given.dtype}"
     print(json.dumps({"bench": "align", "figures": figures, "machine": machine}))
 
 
@@ -84,44 +91,51 @@ def make_examples(count: int) -> list[SoftExample]:
     return found
 
 
-def untrained(folder: Path, examples: Sequence[SoftExample]) -> str:
+def untrained(folder: Path, examples: Sequence[SoftExample], shape: str | None) -> str:
     tokenizer = train_tokenizer([example.prompt.words for example in examples], [], [], 4_000)
-    save_untrained(folder, BuiltinLmConfig(size="small", context=512), tokenizer)
+    small = BuiltinLmConfig(size="small", context=512)
+    if shape is None:
+        save_untrained(folder, small, tokenizer)
+        return str(folder)
+    width, layers, heads, mlp = map(int, shape.split(","))
+    config = small.llama(len(tokenizer))
+    config.update(
+        {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": mlp, "head_dim": width // heads}
+    )
+    config.update({"num_attention_heads": heads, "num_key_value_heads": heads, "initializer_range": width**-0.5})
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return str(folder)
 
 
-def by_trainer(folder: Path, lm: str, examples: Sequence[SoftExample], steps: int, threads: int, device: str) -> float:
+def by_trainer(
+    folder: Path, lm: str, examples: Sequence[SoftExample], threads: int, steps: int, dtype: str, device: str
+) -> float:
     """Tokens/s from the first step to the last."""
-    backbone = load_backbone(lm, device="cpu")
+    backbone = load_backbone(lm, "bfloat16", "cpu")  # for its tokenizer; training reads the checkpoint itself
     config = AdapterConfig(projectors={"user": ProjectorConfig()}, lora=LORA)
     card = AdapterCard(config, {"user": WIDTH}, "", "")
     prepare_alignment(folder / "data", examples, backbone, backbone.ends[0], backbone.context, lm, card, 0)
     task = AlignmentTask(folder / "data")
     tokens = sum(int(task.batch(step, 0, 0, 1, BATCH)["mask"].sum()) for step in range(steps))
-    trainer = TrainerConfig(
-        steps=steps,
-        batch_size=BATCH,
-        lr=1e-4,
-        warmup_steps=0,
-        checkpoint_every=10**6,
-        cpus_per_worker=threads,
-        device=device,
-    )
+    options = {"steps": steps, "batch_size": BATCH, "lr": 1e-4, "warmup_steps": 0, "checkpoint_every": 10**6}
+    trainer = TrainerConfig.model_validate({**options, "cpus_per_worker": threads, "device": device, "dtype": dtype})
     return tokens / fit(task, trainer, f"bench-{folder.name}", folder / "out").seconds
 
 
-def by_loop(lm: str, examples: Sequence[SoftExample], steps: int, device: str) -> float:
+def by_loop(lm: str, examples: Sequence[SoftExample], steps: int, dtype: str, device: str) -> float:
     """Tokens/s of the bare loop, after two steps of warming up."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(lm)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(lm)
+    kind = getattr(torch, dtype)
+    model = AutoModelForCausalLM.from_pretrained(lm, dtype=kind)
     model = get_peft_model(
         model, LoraConfig(r=LORA.rank, lora_alpha=int(LORA.alpha), target_modules=list(LORA.targets), lora_dropout=0.0)
     )
-    projector = torch.nn.Linear(WIDTH, model.config.hidden_size)
+    projector = torch.nn.Linear(WIDTH, model.config.hidden_size, dtype=kind)
     model, projector = model.to(device), projector.to(device)
     trained = [*projector.parameters(), *(weight for weight in model.parameters() if weight.requires_grad)]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
@@ -148,7 +162,7 @@ def by_loop(lm: str, examples: Sequence[SoftExample], steps: int, device: str) -
             labels[at, len(row) :] = IGNORED
         embedded = model.get_input_embeddings()(ids).clone()
         vectors = np.concatenate([example.prompt.segments[1].values for example in chosen])
-        embedded[torch.arange(len(rows)), places] = projector(torch.from_numpy(vectors).to(device))
+        embedded[torch.arange(len(rows)), places] = projector(torch.from_numpy(vectors).to(device, kind))
         loss = model(inputs_embeds=embedded, attention_mask=mask, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()

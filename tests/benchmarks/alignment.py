@@ -6,7 +6,7 @@ was interrupted goes on from its last checkpoint when the command is given again
 controls, probes and baselines as models of their own, and the recommender in a column beside them. Every row of a sweep is one
 such command:
 
-    a task left out       --system recexplainer --label 'without T2' -- --recexplainer.tasks T1,T3,T4,T6
+    a task left out       --system recexplainer --label 'without T2' -- --recexplainer.tasks '["T1","T3","T4","T6"]'
     other prompts         --recipe terse
     hidden width          --width 16
     size of the LM        --lm large

@@ -98,14 +98,25 @@ def run(*words: str) -> dict[str, Any]:
 
 
 def merge(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Put `rows` in the place of those of the same models, beside the same recommenders where they have one, seed and protocol."""
+    """Put `rows` in the place of those of the same models, beside the same recommenders where they have one, seed and protocol.
+
+    Old rows of a model's controls and probes, `MODEL, CONTROL`, go with it where another command trained what they were read of.
+    """
 
     def key(row: dict[str, Any]) -> tuple[str, str, int, str]:
         return row["model"], row.get("recommender", ""), row["seed"], row["protocol"]
 
+    def trained_by(row: dict[str, Any]) -> str:
+        return str(row["command"]).replace(" --no-beside", "")
+
     old = json.loads(path.read_text()) if path.exists() else []
-    named = {key(row) for row in rows}
-    kept = [row for row in old if key(row) not in named]
+    named = {key(row): trained_by(row) for row in rows}
+
+    def stands(row: dict[str, Any]) -> bool:
+        of = named.get((row["model"].partition(", ")[0], *key(row)[1:]))
+        return key(row) not in named and of in (None, trained_by(row))
+
+    kept = [row for row in old if stands(row)]
     path.write_text(json.dumps(sorted([*kept, *rows], key=key), indent=1) + "\n")
 
 

@@ -119,7 +119,7 @@ def test_what_is_swept_reaches_the_job_it_is_of(monkeypatch: pytest.MonkeyPatch)
 def test_rows_take_the_place_of_those_of_the_same_model_recommender_seed_and_protocol(tmp_path: Path) -> None:
     def row(recommender: str, value: float, seed: int = 0, protocol: str = "all") -> dict[str, Any]:
         model = {"model": "RecInterpreter", "recommender": recommender, "seed": seed}
-        return {**model, "protocol": protocol, "value": value}
+        return {**model, "protocol": protocol, "command": "make bench", "value": value}
 
     path = tmp_path / "golden.json"
     merge(path, [row("sasrec", 0.1), row("gru4rec", 0.2), row("sasrec", 0.3, seed=1)])
@@ -131,3 +131,19 @@ def test_rows_take_the_place_of_those_of_the_same_model_recommender_seed_and_pro
         row("sasrec", 0.5, protocol="last 100"),
         row("sasrec", 0.3, seed=1),
     ]
+
+
+def test_what_was_read_of_another_training_goes_with_the_model_it_was_read_of(tmp_path: Path) -> None:
+    def row(model: str, command: str) -> dict[str, Any]:
+        return {"model": model, "recommender": "sasrec", "seed": 0, "protocol": "all", "command": command}
+
+    path = tmp_path / "golden.json"
+    one, probe = row("RecExplainer-H", "one"), row("RecExplainer-H, probe of states", "one")
+    apart = row("RecExplainer-H listed, probe of states", "one")
+    merge(path, [one, probe, apart])
+    unprobed = row("RecExplainer-H", "one --no-beside")
+    merge(path, [unprobed])
+    assert json.loads(path.read_text()) == [unprobed, apart, probe]
+    other = row("RecExplainer-H", "other --no-beside")
+    merge(path, [other])
+    assert json.loads(path.read_text()) == [other, apart]
