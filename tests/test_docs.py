@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import re
 import shlex
 import tomllib
@@ -12,9 +14,11 @@ from typing import Any, get_args
 import pytest
 import yaml
 
+import raypipe.cli.options as options_module
 from raypipe.cli.main import JOBS, config_type
 from raypipe.cli.options import parse_config
 from raypipe.config import Config
+from raypipe.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -56,6 +60,54 @@ def test_options_of_a_section_that_are_named_anywhere_are_some_jobs() -> None:
         named |= set(re.findall(r"(?<![\w-])--([a-z]\w*\.[\w.]*\w)", path.read_text()))
     assert len(named) > 50
     assert {name for name in named if name not in known and name.removeprefix("no-") not in known} == {"section.key"}
+
+
+@pytest.fixture(scope="module")
+def taken() -> set[str]:
+    """Every option that some job's own parser takes."""
+    parsers: list[options_module._Parser] = []
+
+    class Kept(options_module._Parser):
+        def __init__(self, **named: Any) -> None:
+            super().__init__(**named)
+            parsers.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(options_module, "_Parser", Kept)
+        for job in JOBS:
+            with contextlib.suppress(UsageError):  # of what has to be given
+                parse_config(job, config_type(job), [])
+    assert len(parsers) == len(JOBS)
+    return {name for parser in parsers for action in parser._actions for name in action.option_strings}
+
+
+def options_in(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--\w(?:[\w.-]*\w)?", text))
+
+
+def test_the_parser_takes_what_switches_something_off_under_one_name_alone(taken: set[str]) -> None:
+    assert taken >= {"--trsr.facts", "--no-trsr.facts", "--trsr.lora", "--data.prompts.text_characters"}
+    assert not taken & {"--trsr.no-facts", "--trsr.fact"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests/benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_options_that_a_benchmark_tells_of_are_its_own_or_a_job_s(path: Path, taken: set[str]) -> None:
+    tree = ast.parse(path.read_text())
+    own = {
+        word.value
+        for call in ast.walk(tree)
+        if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "add_argument"
+        for word in call.args
+        if isinstance(word, ast.Constant)
+    }
+    assert options_in(ast.get_docstring(tree) or "") <= own | taken
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.relative_to(ROOT / "jobs").as_posix())
+def test_options_in_comments_of_a_recipe_are_some_job_s(path: Path, taken: set[str]) -> None:
+    comments = "\n".join(re.findall(r"(?:^|\s)#(.*)$", path.read_text(), re.MULTILINE))
+    assert comments
+    assert options_in(comments) <= taken
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

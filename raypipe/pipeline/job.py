@@ -32,9 +32,12 @@ def cost_of(usage: Usage, seconds: float) -> dict[str, float]:
     }
 
 
-def model_result(job: str, model: Model, status: str, metrics: Mapping[str, Any], started: float) -> JobResult:
-    """Of a job that trains or measures a model; `started` on the monotonic clock."""
-    cost = cost_of(Usage(), time.monotonic() - started)
+def model_result(
+    job: str, model: Model, status: str, metrics: Mapping[str, Any], started: float, usage: Usage | None = None
+) -> JobResult:
+    """Of a job that trains or measures a model; `started` on the monotonic clock, `usage` what the model was asked, None for
+    nothing that was counted."""
+    cost = cost_of(usage or Usage(), time.monotonic() - started)
     return JobResult(job, status, model.recipe, models={model.name: model.hash}, metrics=metrics, cost=cost)
 
 

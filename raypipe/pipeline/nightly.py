@@ -31,7 +31,7 @@ from raypipe.pipeline.extract import ExtractConfig, ExtractOptions, run_extract
 from raypipe.pipeline.ingest import IngestConfig, IngestOptions, run_ingest
 from raypipe.pipeline.job import CapOptions, cost_of
 from raypipe.pipeline.lm import MODEL, LmConfig, LmOptions, run_lm
-from raypipe.pipeline.loaded import BUILTIN
+from raypipe.pipeline.loaded import BUILTIN, find_builtin_lm, is_builtin
 from raypipe.pipeline.online import OnlineConfig, OnlineOptions, run_online
 from raypipe.pipeline.recommend import RecommendConfig, RecommendOptions, run_recommend
 from raypipe.pipeline.release import GateConfig, ReleaseConfig, promote
@@ -166,11 +166,13 @@ def _run_night(config: NightlyConfig, date: str) -> JobResult:
     if champion is not None and (explaining := config.of_release(workspace, champion)) is not None:
         Explainer.of(explaining, workspace)  # what cannot explain is told before the night's work
 
+    engine = config.summarize.engine
+    lm = engine.model_name or engine.engine
+    if engine.reads_checkpoint and is_builtin(lm) and lm != BUILTIN:
+        lm = find_builtin_lm(workspace, "--summarize.engine.lm", lm).hash
     shared = config.shared()
     if config.ingest.log is not None or config.ingest.catalogue is not None:
         steps.take("ingest", lambda: run_ingest(IngestConfig(**shared, **_ingest_options(config, date)), runs))
-    engine = config.summarize.engine
-    lm = engine.model_name or engine.engine
     if engine.reads_checkpoint and engine.lm == BUILTIN:
         lm = steps.take("lm", lambda: _train_once(config, workspace, shared)).models[MODEL]
     if config.train_policy == "nightly":

@@ -17,7 +17,7 @@ import pyarrow as pa
 from raypipe.config import free, shaping
 from raypipe.engines.engine import EngineConfig
 from raypipe.pipeline.job import BatchConfig, CapOptions, cost_of
-from raypipe.pipeline.loaded import BUILTIN, find_builtin_lm
+from raypipe.pipeline.loaded import BUILTIN, find_builtin_lm, is_builtin
 from raypipe.pipeline.rejects import RejectGate
 from raypipe.pipeline.summarize_units import SummarizeBucket, SummaryTask
 from raypipe.pipeline.summary_quality import QUALITY
@@ -42,16 +42,17 @@ class SummarizeOptions(CapOptions, ModelCache):
     """What writes the summaries, how, and at what cost at most."""
 
     engine: EngineConfig = shaping(
-        lambda: EngineConfig(lm=BUILTIN), "what generates; lm `builtin` is the workspace's own"
+        lambda: EngineConfig(lm=BUILTIN),
+        "what generates; lm builtin is the workspace's own, builtin/HASH one of several",
     )
     summaries: SummariesConfig = shaping(SummariesConfig, "blocks, window, prompts, decoding")
     micro_batch_users: int = free(256, "users a worker gives the engine at a time", ge=1)
 
     def resolve_model(self, workspace: Workspace) -> Model | None:
-        """The workspace's own LM where the config asks for it; UsageError where there is none yet."""
-        if not self.engine.reads_checkpoint or self.engine.lm != BUILTIN:
+        """The workspace's own LM where the config asks for it, the newest or the one named; UsageError where it is not there."""
+        if not self.engine.reads_checkpoint or not is_builtin(self.engine.lm):
             return None
-        return find_builtin_lm(workspace, "--engine.lm")
+        return find_builtin_lm(workspace, "--engine.lm", self.engine.lm)
 
     def recipes(self, workspace: Workspace, model: Model | None) -> Recipes:
         """The fingerprints of both stages with the resolved model's content in them."""

@@ -37,6 +37,7 @@ from raypipe.pipeline.trsr_measures import (
     measure,
     ranker_of,
     save_ranks,
+    tell_shown,
 )
 from raypipe.recommenders.recommender import freeze
 from raypipe.runtime.job import JobResult
@@ -44,6 +45,7 @@ from raypipe.runtime.progress import say
 from raypipe.runtime.trainer import fit
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.hashing import mix
+from raypipe.storage.ledger import Usage
 from raypipe.storage.locks import hold
 from raypipe.storage.models import Model, Models, find_model
 from raypipe.storage.workspace import Workspace
@@ -86,9 +88,10 @@ def run_trsr(config: AlignConfig) -> JobResult:
         }
     )
     with hold(workspace.store, [f"models-{NAME}"], NAME, config.lock_lease_s):
-        status = "nothing_to_do"
+        status, usage = "nothing_to_do", None
         if (model := models.newest(NAME, recipe)) is None:
-            status, model = "ok", _train(config, workspace, inputs, recipe, versions)
+            status = "ok"
+            model, usage = _train(config, workspace, inputs, recipe, versions)
         else:
             config.remove_training(workspace, f"{NAME}-{recipe}")  # a driver may have died before
             tell_stored(model)
@@ -98,7 +101,13 @@ def run_trsr(config: AlignConfig) -> JobResult:
         metrics |= compared(ModelRanks.stored(config, workspace, model), config, workspace, against)
     if status == "ok":
         tracking.log_run(NAME, recipe, {"model": model.hash, "lm": inputs.lm.hash[:12]}, metrics)
-    return model_result("align", model, status, metrics, started)
+    return model_result("align", model, status, metrics, started, usage)
+
+
+def cuts_of(config: AlignConfig) -> range:
+    """How many last events the summaries leave out that prompts show: those of what is asked about, of what is validated, and of
+    every place that is learnt."""
+    return range(config.hold_out, config.hold_out + _left(config) + config.positions + 1)
 
 
 def _read(config: AlignConfig, workspace: Workspace, versions: dict[str, int]) -> RankingInputs:
@@ -115,9 +124,8 @@ def _read(config: AlignConfig, workspace: Workspace, versions: dict[str, int]) -
     catalogue = catalogue_of(loaded.items)
     summaries = PastSummaries()
     if config.summaries is not None:
-        # Of what is asked about, what is validated, and every place that is learnt.
-        needed = range(config.hold_out, config.hold_out + _left(config) + config.positions + 1)
-        summaries = past_summaries(workspace, config.summaries, needed, config.trsr.block_items, users, whole.lengths)
+        blocks = config.trsr.block_items
+        summaries = past_summaries(workspace, config.summaries, cuts_of(config), blocks, users, whole.lengths)
     key, sets = stored_candidates(workspace, versions, config.hold_out, config.trsr.candidates)
     if not len(sets):
         raise UsageError(
@@ -140,14 +148,16 @@ def _left(config: AlignConfig) -> int:
 
 def _train(
     config: AlignConfig, workspace: Workspace, inputs: RankingInputs, recipe: str, versions: dict[str, int]
-) -> Model:
-    """Train, measure, and only then store: who finds the model finds its figures in the lineage, and its ranks beside it."""
+) -> tuple[Model, Usage]:
+    """Train, measure, and only then store: who finds the model finds its figures in the lineage, and its ranks beside it. With
+    what it was asked."""
     name = f"{NAME}-{recipe}"
     folder = config.training_folder(workspace, name)
     card = AdapterCard(config.trsr.adapter, {}, inputs.lm.hash, "")
     backbone = load_backbone(str(inputs.lm.folder), device="cpu")
     trsr = ranker_of(config.trsr, inputs, backbone)
     build_adapter(backbone, card)  # what cannot be built is told here, and not by a worker
+    shown = tell_shown(trsr, inputs, backbone.context)
     rng = np.random.default_rng(config.trainer.seed)
 
     def prepare() -> dict[str, int]:
@@ -176,18 +186,19 @@ def _train(
         counts["learnt_without_summary"] = _without_summary(config, inputs)
     config.cluster.connect()
     trained = fit(RankingTask(folder / "data"), config.trainer, name, folder / "checkpoint")
-    measured, ranks = measure(config, config.trsr, inputs, trained.folder)
+    measured = measure(config, trsr, inputs, trained.folder)
     metrics = {
         **trained.figures(),
         **counts,
         **inputs.past.summaries.cost,
-        **measured,
+        **shown,
+        **measured.metrics,
     }
     if trained.validations:
         metrics["validation_recalls"] = round(max(value for _, value in trained.validations), 4)
     if config.trsr.facts:
         trsr.facts().save(trained.folder)
-    save_ranks(trained.folder, inputs.sets.keys, ranks)
+    save_ranks(trained.folder, inputs.sets.keys, measured.ranks)
     leave_out_forgotten(workspace, trained.folder)
     lineage = {
         "job": "align",
@@ -207,7 +218,7 @@ def _train(
     }
     model = Models(workspace.store).add(NAME, trained.folder, recipe, lineage)
     config.remove_training(workspace, name)
-    return model
+    return model, measured.usage
 
 
 def _without_summary(config: AlignConfig, inputs: RankingInputs) -> float:
@@ -269,7 +280,11 @@ def _measured_anew(
     inputs = _read(config.model_copy(update={NAME: options}), workspace, versions)
     if against is not None:
         check_comparable(against, inputs.sets_key)
-    metrics, ranks = measure(config, options, inputs, config.fetch(workspace, adapter))
+    backbone = load_backbone(str(inputs.lm.folder), device="cpu")
+    trsr = ranker_of(options, inputs, backbone)
+    shown = tell_shown(trsr, inputs, backbone.context)
+    measured = measure(config, trsr, inputs, config.fetch(workspace, adapter))
+    metrics = {**shown, **measured.metrics}
     if against is not None:
-        metrics |= compared(ModelRanks(inputs.sets.keys, *ranks[""]), config, workspace, against)
-    return model_result("align", adapter, "ok", metrics, started)
+        metrics |= compared(ModelRanks(inputs.sets.keys, *measured.ranks[""]), config, workspace, against)
+    return model_result("align", adapter, "ok", metrics, started, measured.usage)

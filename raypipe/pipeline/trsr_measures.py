@@ -7,7 +7,7 @@ Counts and recommenders know nothing from the cut on.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,14 +20,15 @@ from safetensors.numpy import load_file
 from raypipe.data.candidates import CandidateSets
 from raypipe.engines.engine import EngineConfig
 from raypipe.errors import UsageError
-from raypipe.language.backbone import Backbone, load_backbone
+from raypipe.language.backbone import Backbone
 from raypipe.metrics.comparison import paired_bootstrap
-from raypipe.metrics.ranking import candidate_metrics
+from raypipe.metrics.ranking import Values, candidate_metrics
 from raypipe.pipeline.loaded import ChosenLm, Loaded
 from raypipe.recommenders.floors import Floor, Popularity, Transitions
 from raypipe.recommenders.ranking import batches_by_length, candidate_scores
 from raypipe.recommenders.windows import Histories
 from raypipe.runtime.progress import say
+from raypipe.storage.ledger import Usage
 from raypipe.storage.model_users import write_users
 from raypipe.storage.models import Model, Models
 from raypipe.storage.workspace import Workspace
@@ -42,6 +43,13 @@ if TYPE_CHECKING:
 _RANKS = "ranks.safetensors"
 _SHOWN_EVERY_S = 10.0
 _COMPARED = ("Recall@3", "MRR@3")
+_ITSELF = {
+    "no summaries": "its own without summaries",
+    "shuffled summaries": "its own with shuffled summaries",
+}
+"""Controls with which a model is compared user by user, in words: of one training, so that the interval over users holds all
+that is by chance. It tells what the model does with the summaries that it is shown, and not how well one would rank that had
+learnt to do without."""
 _LENGTHS = (2, 5, 10, 25, 100, 10_000)  # of histories, whose users are told apart
 Ranks = dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]
 """By scorer, of each asked user how many candidates stand above the chosen one, and how many beside it, itself included."""
@@ -77,44 +85,76 @@ def ranker_of(options: TrsrConfig, inputs: RankingInputs, backbone: Backbone) ->
         raise UsageError(str(error), "Name another language model with --lm.") from None
 
 
-def measure(
-    config: AlignConfig, options: TrsrConfig, inputs: RankingInputs, adapter: Path
-) -> tuple[dict[str, float], Ranks]:
-    """Figures and ranks of the model, of the model asked as its controls say, and of what ranks without it."""
+def tell_shown(trsr: Trsr, inputs: RankingInputs, context: int) -> dict[str, float]:
+    """How many last items the prompts that are asked show on average, and the share of them whose `context` ends before all that
+    were to be shown; said where there are such."""
+    rows, sets = inputs.rows, inputs.sets
+    shown, wanted = trsr.shown(rows, 0, sets.items, trsr.summaries(rows, 0))
+    cut = shown < wanted
+    if cut.any():
+        say(
+            f"{NAME}: {cut.mean():.1%} of the prompts do not fit the context of {context:,} tokens with all items that they were "
+            f"to show: they are cut from {wanted[cut].mean():.1f} to {shown[cut].mean():.1f} items on average. Name a language "
+            "model of a longer context (`raypipe lm --data.model.context`), or lower --trsr.recent or --trsr.history",
+            "warning",
+        )
+    return {"items_shown": round(float(shown.mean()), 2), "items_cut": round(float(cut.mean()), 4)}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Figures and ranks of the model, of the model asked as its controls say, and of what ranks without it; and how many prompts
+    of how many tokens all that took."""
+
+    metrics: dict[str, float]
+    ranks: Ranks
+    usage: Usage
+
+
+def measure(config: AlignConfig, trsr: Trsr, inputs: RankingInputs, adapter: Path) -> Measurement:
+    """Asks the model that is stored in the folder `adapter` by the prompts of `trsr`."""
     engine = EngineConfig(lm=str(inputs.lm.folder), adapter=str(adapter)).build()
-    trsr = ranker_of(options, inputs, load_backbone(str(inputs.lm.folder), device="cpu"))
+    options = trsr.config
     controls: tuple[Control, ...] = options.controls if inputs.past.summaries.texts else ()
-    sets, ranks = inputs.sets, Ranks()
+    sets, ranks, usage = inputs.sets, Ranks(), Usage()
     metrics: dict[str, float] = {"asked": len(sets)}
     scores = np.zeros(sets.items.shape)
     for control in (None, *controls):
         started = told = time.monotonic()
-        tokens = refused = 0
+        asked, refused = Usage(), 0
         for scored in trsr.scores(engine, inputs.rows, sets, control):
             scores[scored.part] = scored.yes
-            tokens, refused = tokens + int(scored.tokens.sum()), refused + len(scored.errors)
+            asked += Usage(calls=scored.yes.size, tokens_in=int(scored.tokens.sum()))
+            refused += len(scored.errors)
             if time.monotonic() - told > _SHOWN_EVERY_S:
                 told = time.monotonic()
                 say(f"{NAME}: {control or 'candidates'}: {scored.part.stop:,} of {len(sets):,} users ranked")
         ranks[control or ""] = sets.ranks(scores)
-        if control is None:
-            metrics["refused"], metrics["tokens_asked"] = refused, tokens
+        usage += asked
+        metrics[_named(control, "refused")] = refused
+        metrics[_named(control, "calls")], metrics[_named(control, "tokens_asked")] = asked.calls, asked.tokens_in
         metrics[_named(control, "seconds")] = round(time.monotonic() - started, 1)
     for name, scorer in _others(config, options, inputs).items():
         started = time.monotonic()
         ranks[name] = sets.ranks(scorer())
         metrics[_named(name, "seconds")] = round(time.monotonic() - started, 1)
+    recommender = inputs.loaded.model
+    if (seconds := recommender.lineage.get("training", {}).get("seconds")) is not None:
+        metrics[_named(recommender.name, "train_seconds")] = seconds
     lengths = inputs.past.histories.lengths[inputs.rows]
-    for name, mine in ranks.items():
-        figures = candidate_metrics(*mine)
+    by_scorer = {name: candidate_metrics(*mine) for name, mine in ranks.items()}
+    for name, figures in by_scorer.items():
         for figure, values in figures.items():
             metrics[_named(name, figure)] = round(float(values.mean()), 4)
-        if name in ("", inputs.loaded.model.name):
+        if name in ("", recommender.name):
             for low, high in pairwise(_LENGTHS):
                 if (some := (low <= lengths) & (lengths < high)).any():
                     figure = f"{_COMPARED[0]} after {low} to {high - 1} events"
                     metrics[_named(name, figure)] = round(float(figures[_COMPARED[0]][some].mean()), 4)
-    return metrics, ranks
+    for name, words in _ITSELF.items():
+        if name in by_scorer:
+            metrics |= _above(words, by_scorer[""], by_scorer[name])
+    return Measurement(metrics, ranks, usage)
 
 
 def _others(
@@ -186,15 +226,27 @@ class ModelRanks:
 
 
 def compared(ranks: ModelRanks, config: AlignConfig, workspace: Workspace, other: Model) -> dict[str, float]:
-    """How far the same candidates are ranked better than by a stored model, with 95 % intervals over users."""
-    sides = [
-        (one.keys, candidate_metrics(one.above, one.same))
-        for one in (ranks, ModelRanks.stored(config, workspace, other))
-    ]
-    _, mine, others = np.intersect1d(sides[0][0], sides[1][0], return_indices=True)
+    """How far the same candidates are ranked better than by a stored model, with 95 % intervals over users.
+
+    The two were trained apart, and trainings of one recipe differ by their seeds: the intervals hold what other users would
+    change, and not what other seeds would. They tell whether this model ranks better than that one, and of how they were made,
+    as with summaries and without, only over several seeds. What a model gains by the summaries that it is shown, no training
+    between, is told by its own controls: `above its own without summaries`.
+    """
+    theirs = ModelRanks.stored(config, workspace, other)
+    _, mine, others = np.intersect1d(ranks.keys, theirs.keys, return_indices=True)
+    return _above(
+        other.hash[:12],
+        candidate_metrics(ranks.above[mine], ranks.same[mine]),
+        candidate_metrics(theirs.above[others], theirs.same[others]),
+    )
+
+
+def _above(other: str, mine: Mapping[str, Values], theirs: Mapping[str, Values]) -> dict[str, float]:
+    """By how much the mean over the same users is higher, and the ends of the interval of it."""
     found: dict[str, float] = {}
     for figure in _COMPARED:
-        apart = paired_bootstrap(sides[0][1][figure][mine], sides[1][1][figure][others])
-        name = f"above {other.hash[:12]}: {figure}"
+        apart = paired_bootstrap(mine[figure], theirs[figure])
+        name = f"above {other}: {figure}"
         found |= {name: round(apart.value, 4), f"{name} low": round(apart.low, 4), f"{name} high": round(apart.high, 4)}
     return found

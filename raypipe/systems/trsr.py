@@ -80,7 +80,9 @@ def shown_summaries(wanted: Shown, lineage: Mapping[str, Any]) -> str | None:
 class TrsrConfig(Config):
     """What is shown of a user and a candidate, what is learnt, and what is ranked."""
 
-    recent: int | None = shaping(5, "last items that are shown: 0 for none, null for all of the history", ge=0)
+    recent: int | None = shaping(
+        5, "last items that are shown, of `history` at most: 0 for none, null for all of it", ge=0
+    )
     history: int = shaping(25, "last events of a user that are shown or counted, those of the summary apart", ge=1)
     attributes: tuple[str, ...] = shaping((), "an item's attributes that are shown; all of them when empty")
     text_characters: int = shaping(0, "characters of an item's text that are shown beside its title", ge=0)
@@ -267,16 +269,27 @@ class Trsr:
         The last items are as many as fit; a prompt that is too long without any is left to whoever reads it.
         """
         histories = self.past.histories
-        known = [_one_line(summary) if summary else NOTHING for summary in summaries]
-        taken = self.tokenizer.count_tokens(known)
+        known = _told_of(summaries)
+        rooms = self._rooms(known, candidates)
         events = histories.lengths[rows] - back
         facts = self._told(histories.take(histories.starts[rows], events), back, candidates)
         for place, (row, count, told) in enumerate(zip(rows.tolist(), events.tolist(), facts, strict=False)):
-            asked = candidates[place] - 1
-            recent = self._recent(row, count, self._room - taken[place] - int(self._costs[asked].max()))
+            recent = self._recent(row, count, rooms[place])
             shown = "\n".join(self.lines[item - 1] for item in recent) or NOTHING
-            lines = [f"{self.lines[item]}{fact}" for item, fact in zip(asked.tolist(), told, strict=False)]
+            lines = [
+                f"{self.lines[item - 1]}{fact}" for item, fact in zip(candidates[place].tolist(), told, strict=False)
+            ]
             yield [self._prompt(known[place], shown, line) for line in lines]
+
+    def shown(
+        self, rows: NDArray[np.int64], back: int, candidates: NDArray[np.int32], summaries: Sequence[str | None]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """How many last items the `prompts` of the same arguments show of each history, and how many they would show if no
+        context ended, int64 [n] both."""
+        rooms = self._rooms(_told_of(summaries), candidates)
+        events = (self.past.histories.lengths[rows] - back).tolist()
+        shown = [len(self._recent(*one)) for one in zip(rows.tolist(), events, rooms, strict=True)]
+        return np.array(shown, np.int64), np.array([self._most(count) for count in events], np.int64)
 
     def scores(
         self, engine: Engine, rows: NDArray[np.int64], sets: CandidateSets, control: Control | None = None
@@ -312,10 +325,20 @@ class Trsr:
             return repeat(repeat(""))
         return ([f"; {fact}" for fact in mine] for mine in self.facts(back).told(prefixes, candidates))
 
+    def _rooms(self, known: Sequence[str], candidates: NDArray[np.int32]) -> list[int]:
+        """The tokens that summaries, and the longest line of a candidate, leave to the last items."""
+        longest = self._costs[candidates - 1].max(1).tolist()
+        taken = self.tokenizer.count_tokens(known)
+        return [self._room - summary - line for summary, line in zip(taken, longest, strict=True)]
+
+    def _most(self, events: int) -> int:
+        """How many of so many events are shown where they fit."""
+        most = min(self.config.history, events)
+        return most if self.config.recent is None else min(most, self.config.recent)
+
     def _recent(self, row: int, events: int, room: int) -> list[int]:
         """The last items, oldest first, that are shown in so many tokens."""
-        most = min(self.config.history, events)
-        most = most if self.config.recent is None else min(most, self.config.recent)
+        most = self._most(events)
         start = int(self.past.histories.starts[row]) + events
         recent = self.past.histories.items[start - most : start]
         # Each line's own tokens: together they may be fewer, and never more by what one newline costs.
@@ -365,5 +388,6 @@ def best_first(yes: NDArray[np.float64]) -> NDArray[np.int64]:
     return np.argsort(-yes, axis=-1, kind="stable")
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+def _told_of(summaries: Iterable[str | None]) -> list[str]:
+    """What prompts say of each user's long past, in one line."""
+    return [" ".join(summary.split()) if summary else NOTHING for summary in summaries]

@@ -9,15 +9,18 @@ import pytest
 
 from raypipe.language.alignment import prepare_alignment
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
+from raypipe.metrics.ranking import candidate_metrics
 from raypipe.pipeline import trsr
 from raypipe.storage.evaluations import Evaluations
 from raypipe.storage.models import Models
 from raypipe.storage.store import Store
+from raypipe.systems.trsr import TrsrConfig
 from tests.conftest import Run
 from tests.ground import one_paragraph
 from tests.made import make_ready
 from tests.pipeline.ranked_logs import ALIGN_TRSR, LAST, RANKED_USERS, TERSE
 from tests.pipeline.small_logs import CHAIN_ITEMS, newest
+from tests.untrained import store_untrained_ranker
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -51,6 +54,12 @@ def test_everybody_s_candidates_are_ranked_by_all_and_models_are_compared_user_b
     # Nobody chose it before the cut: what counts alone puts it last.
     assert metrics["popularity: Recall@3"] == 0
     assert metrics["tokens_asked"] > RANKED_USERS * 21
+    # Everybody is asked about 21 candidates once, after the last five of seven items.
+    assert metrics["calls"] == plain.result["cost"]["calls"] == RANKED_USERS * 21
+    assert plain.result["cost"]["tokens_in"] == metrics["tokens_asked"]
+    assert (metrics["items_shown"], metrics["items_cut"]) == (5, 0)
+    (sasrec,) = models.all("sasrec")
+    assert metrics["sasrec: train_seconds"] == sasrec.lineage["training"]["seconds"] > 0
     # What is held out, which has a title of its own, is in no training text but as a candidate that was not chosen.
     assert len(learnt) == metrics["examples"]
     assert not any(LAST in text.split(" next ")[0] for text in learnt)
@@ -66,6 +75,7 @@ def test_everybody_s_candidates_are_ranked_by_all_and_models_are_compared_user_b
 
     told = raypipe(*words, "--beside", "--trsr.facts")
     assert (told.status, told.result["models"]) == ("nothing_to_do", plain.result["models"])
+    assert told.result["cost"]["calls"] == 0
 
     named = f"trsr/{plain.result['models']['trsr']}"
     shown = raypipe(*words, "--trsr.facts", "--summaries", "recurrent", "--trsr.against", named)
@@ -79,6 +89,21 @@ def test_everybody_s_candidates_are_ranked_by_all_and_models_are_compared_user_b
     apart = f"above {named.removeprefix('trsr/')[:12]}: Recall@3"
     assert shown.metrics[apart] == pytest.approx(shown.metrics["Recall@3"] - metrics["Recall@3"], abs=1e-3)
     assert shown.metrics[f"{apart} low"] <= shown.metrics[apart] <= shown.metrics[f"{apart} high"]
+
+    # What it is asked with, and without, is of one model: the ranks of both are stored.
+    stored = models.users(models.newest("trsr", shown.result["run_key"]))
+    for control, name in (("no summaries", "without summaries"), ("shuffled summaries", "with shuffled summaries")):
+        figures = [candidate_metrics(stored[f"above/{of}"], stored[f"same/{of}"]) for of in ("", control)]
+        gains = figures[0]["Recall@3"] - figures[1]["Recall@3"]
+        itself = f"above its own {name}: Recall@3"
+        assert shown.metrics[itself] == pytest.approx(gains.mean(), abs=1e-4)
+        assert shown.metrics[f"{itself} low"] <= shown.metrics[itself] <= shown.metrics[f"{itself} high"]
+        assert shown.metrics[f"{control}: calls"] == RANKED_USERS * 21
+    assert not any(name.startswith("above its own") for name in metrics)
+    assert shown.result["cost"]["calls"] == 3 * RANKED_USERS * 21
+    assert shown.metrics["no summaries: tokens_asked"] < shown.metrics["tokens_asked"]
+    told = {one.name: one for one in Evaluations(Store(ranked)).all() if one.settings["summaries"]}
+    assert "above its own without summaries: Recall@3" in told["trsr"].figures["trsr"]
 
     # A stored one is asked again with less to go by.
     again = raypipe(*words, "--adapter", named)
@@ -97,6 +122,8 @@ def test_everybody_s_candidates_are_ranked_by_all_and_models_are_compared_user_b
     itself = raypipe(*words, "--adapter", named, "--trsr.against", named)
     assert {itself.metrics[name] for name in itself.metrics if name.startswith("above ")} == {0}
     assert bare.metrics["tokens_asked"] < 0.9 * again.metrics["tokens_asked"]
+    assert bare.result["cost"]["tokens_in"] == bare.metrics["tokens_asked"]
+    assert (bare.metrics["items_shown"], again.metrics["items_shown"]) == (0, 5)
 
     for options in ((), ("--adapter", named)):
         anew = raypipe(*words, *options, "--trsr.candidates.seed", 1, "--trsr.against", named)
@@ -110,6 +137,28 @@ def test_the_epoch_that_ranks_best_is_kept(raypipe: Run, ranked: str) -> None:
     ended = raypipe(*words)
     assert (ended.code, ended.status) == (0, "ok"), ended.stderr
     assert 0 <= ended.metrics["validation_recalls"] <= 3
+
+
+def test_prompts_that_do_not_hold_the_history_are_told(raypipe: Run, tmp_path: Path) -> None:
+    uri, lm = str(tmp_path / "workspace"), tmp_path / "lm"
+    make_ready(uri)
+    titles = [f"Title {n}" for n in range(1, CHAIN_ITEMS + 1)]
+    save_untrained(
+        lm, BuiltinLmConfig(size="tiny", context=128), train_tokenizer([*titles, TERSE] * 5, titles, [], 500)
+    )
+    store_untrained_ranker(uri, TrsrConfig(prompt=TERSE), lm, hold_out=1)
+    words = ("align", "--workspace", uri, "--lm", lm, "--system", "trsr", "--adapter", "trsr", "--asked", 20)
+    few = raypipe(*words, "--trsr.recent", 1)
+    assert few.code == 0, few.stderr
+    assert (few.metrics["items_shown"], few.metrics["items_cut"]) == (1, 0)
+    assert "do not fit" not in few.stderr
+    many = raypipe(*words, "--trsr.recent", "null", "--trsr.history", 100)
+    assert many.code == 0, many.stderr
+    assert 1 < many.metrics["items_shown"] < 128 / 4
+    assert many.metrics["items_cut"] > 0
+    assert many.stderr.count("of the prompts do not fit the context of 128 tokens") == 1
+    assert f"{many.metrics['items_cut']:.1%} of the prompts" in many.stderr
+    assert f"to {many.metrics['items_shown']:.1f} items on average" in many.stderr
 
 
 def test_who_validates_nothing_is_told(raypipe: Run, tmp_path: Path) -> None:
