@@ -95,7 +95,7 @@ def run_trsr(config: AlignConfig) -> JobResult:
         tracking.register(model)
     metrics = dict(model.lineage["metrics"])
     if against is not None:
-        metrics |= compared(ModelRanks.stored(config, workspace, model), config, workspace, against)
+        metrics |= compared(ModelRanks.stored(workspace, model), workspace, against)
     if status == "ok":
         tracking.log_run(NAME, recipe, {"model": model.hash, "lm": inputs.lm.hash[:12]}, metrics)
     return model_result("align", model, status, metrics, started)
@@ -271,5 +271,5 @@ def _measured_anew(
         check_comparable(against, inputs.sets_key)
     metrics, ranks = measure(config, options, inputs, config.fetch(workspace, adapter))
     if against is not None:
-        metrics |= compared(ModelRanks(inputs.sets.keys, *ranks[""]), config, workspace, against)
+        metrics |= compared(ModelRanks(inputs.sets.keys, *ranks[""]), workspace, against)
     return model_result("align", adapter, "ok", metrics, started)
