@@ -47,7 +47,8 @@ def make_ready(uri: str, model: RecommenderConfig = MODEL) -> None:
             weights["user_block"] = torch.randn(weights["user_block"].shape, generator=torch.Generator().manual_seed(1))
             weights["item_block"] = torch.randn(weights["item_block"].shape, generator=torch.Generator().manual_seed(2))
         save_recommender(Path(folder), Card(model, catalogue_card(items), popular, blocks), weights)
-        stored = Models(workspace.store).add(model.model, Path(folder), "untrained", {"hold_out": 2})
+        lineage = {"job": "train", "hold_out": 2, "held_out_share": 0.0}
+        stored = Models(workspace.store).add(model.model, Path(folder), "untrained", lineage)
     releases = Releases(workspace.store)
     version = workspace.tables["items"].version()
     releases.point("champion", releases.add(Release(f"{stored.name}/{stored.hash}", "", {}, version)))
@@ -143,7 +144,7 @@ def publish(uri: str, date: str, summaries: str = "summarize-hierarchical") -> N
     assert release is not None
     tables = {name: table.version() for name, table in workspace.tables.items() if table.version() >= 0}
     parts = {"release": release.hash, "recommender": release.recommender, "lm": release.lm}
-    night = Night(date, tables, parts, summaries=summaries)
+    night = Night(date, tables, parts, {}, summaries)
     Nights(workspace.store).publish(night)
     return night
 

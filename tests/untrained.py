@@ -25,6 +25,10 @@ from raypipe.systems.recinterpreter import InterpreterConfig
 from raypipe.systems.trsr import NAME as TRSR
 from raypipe.systems.trsr import Past, TrsrConfig
 
+OF_LM = {"job": "lm", "hold_out": 1, "held_out_share": 0.0}
+"""Lineage of a language model."""
+_OF_ADAPTER = {"job": "align", "hold_out": 1, "held_out_share": 0.0, "seed": 0, "config": {}, "training": {}}
+
 
 def store_untrained(uri: str, config: RecommenderConfig) -> Model:
     """The model of seed 0 over the workspace's catalogue."""
@@ -33,7 +37,8 @@ def store_untrained(uri: str, config: RecommenderConfig) -> Model:
     items = table.read(table.version(), ["item_id", "index"]).sort_by("index")["item_id"].to_pylist()
     with tempfile.TemporaryDirectory() as folder:
         save_recommender(Path(folder), Card(config, catalogue_card(items), []), config.build(len(items)).state_dict())
-        return Models(workspace.store).add(config.model, Path(folder), "untrained", {"hold_out": 2})
+        lineage = {"job": "train", "hold_out": 2, "held_out_share": 0.0}
+        return Models(workspace.store).add(config.model, Path(folder), "untrained", lineage)
 
 
 def store_untrained_adapter(
@@ -46,7 +51,7 @@ def store_untrained_adapter(
     model = build_adapter(load_backbone(str(lm), device="cpu"), card)
     weights = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
     name = "recexplainer" if isinstance(config, ExplainerConfig) else "recinterpreter"
-    lineage = {"job": "align", "system": name, "options": config.model_dump(mode="json")}
+    lineage = {**_OF_ADAPTER, "system": name, "options": config.model_dump(mode="json")}
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(Path(folder), card, weights)
         return Models(store).add(system.name, Path(folder), f"untrained {name}", lineage)
@@ -62,7 +67,7 @@ def store_untrained_writer(uri: str, config: LancerConfig, lm: Path, **told: obj
         name: one.detach() + 0.1 * torch.randn_like(one) for name, one in model.named_parameters() if one.requires_grad
     }
     lineage = {
-        "job": "align",
+        **_OF_ADAPTER,
         "system": LANCER,
         "options": config.model_dump(mode="json"),
         "lm": card.lm,
@@ -92,5 +97,6 @@ def store_untrained_ranker(uri: str, config: TrsrConfig, lm: Path, **told: objec
                 histories, np.zeros(len(histories), bool), catalogue_of(table.read(table.version()).sort_by("index"))
             )
             Facts.of(histories, past.vectors, past.neighbours, config.history).save(Path(folder))
-        lineage = {"job": "align", "system": TRSR, "options": config.model_dump(mode="json"), **told}
+        options = config.model_dump(mode="json")
+        lineage = {**_OF_ADAPTER, "system": TRSR, "options": options, "summaries": None, **told}
         return Models(workspace.store).add(TRSR, Path(folder), "untrained", lineage)

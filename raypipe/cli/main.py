@@ -47,7 +47,6 @@ JOBS = {
     "night": ("raypipe.pipeline.night", "NightConfig", "run_night"),
     "vacuum": ("raypipe.pipeline.vacuum", "VacuumConfig", "run_vacuum"),
     "rebucket": ("raypipe.pipeline.rebucket", "RebucketConfig", "run_rebucket"),
-    "migrate": ("raypipe.pipeline.migrate", "MigrateConfig", "run_migrate"),
     "forget": ("raypipe.pipeline.forget", "ForgetConfig", "run_forget"),
     "doctor": ("raypipe.pipeline.doctor", "DoctorConfig", "run_doctor"),
 }

@@ -74,13 +74,6 @@ class Decoding(Config):
             raise ValueError("beams above 1 are searched, not sampled: leave the temperature at 0")
         return self
 
-    def shaping_values(self) -> dict[str, Any]:
-        """Without a search what it was before there were any: it computes nothing anew."""
-        values = super().shaping_values()
-        if self.beams == 1:
-            values.pop("beams")
-        return values
-
 
 @dataclass(frozen=True, slots=True)
 class Choices:

@@ -26,7 +26,7 @@ from raypipe.language.backbone import load_backbone
 from raypipe.pipeline.align_record import record
 from raypipe.pipeline.asked_anew import as_trained, asked_anew, tell_stored
 from raypipe.pipeline.guided import run_guided
-from raypipe.pipeline.held_out import Cut, are_held_out
+from raypipe.pipeline.held_out import Cut, are_held_out, share_of
 from raypipe.pipeline.job import model_result
 from raypipe.pipeline.lancer import run_lancer
 from raypipe.pipeline.loaded import BUILTIN, ChosenLm, Loaded
@@ -244,7 +244,7 @@ def _joined(config: AlignConfig) -> JobResult:
 def _stored_adapter(config: AlignConfig, workspace: Workspace, named: str) -> Model:
     """Raises UsageError for a model that is no adapter, or one of another system than is asked for."""
     adapter = find_model(Models(workspace.store), named)
-    if adapter.lineage.get("job") != JOB:
+    if adapter.lineage["job"] != JOB:
         raise UsageError(f"The model {adapter.name} is no adapter.", "Name one made by `raypipe align`.")
     if (system := adapter.lineage["system"]) != config.system:
         raise UsageError(
@@ -262,7 +262,7 @@ def _read(config: AlignConfig, workspace: Workspace, version: int, adapter: Mode
     parts += [] if lm.own is None else [lm.own]
     for part in parts:
         Cut(config.hold_out, 0.0).check_events(part)
-    saw = [part.name for part in parts if part.lineage.get("held_out_share", 0.0) < config.held_out_share]
+    saw = [part.name for part in parts if share_of(part) < config.held_out_share]
     if saw:
         say(
             f"{JOB}: {' and '.join(saw)} may have been trained on users who are asked about here: the figures are too good "
@@ -382,7 +382,7 @@ def _transferred(
     except ValidationError as error:
         raise UsageError(
             f"The adapter {adapter.name} cannot be measured so: {first_problem(error)}.",
-            "Change the options of its system, or train it anew where an older version of raypipe made it.",
+            "Change the options of its system.",
         ) from None
     system = options.chosen().build()
     metrics = inputs.measure(config, system, folder)

@@ -46,20 +46,20 @@ def record(config: AlignConfig, result: JobResult) -> None:
         recommender, asked["recommender"] = beside.name, f"{beside.name}/{beside.hash}"
     if config.system == "trsr":
         asked["summaries"] = config.summaries
-    settings = {**lineage.get("config", {}), **{name: lineage[name] for name in _JOINED if name in lineage}}
+    settings = {**lineage["config"], **{name: lineage[name] for name in _JOINED if name in lineage}}
     anew: dict[str, Any] = {}
     if config.adapter is not None:
-        if config.system in _READS_STATES and "recommender" in lineage:
+        if config.system in _READS_STATES:
             settings["trained_beside"] = lineage["recommender"]
         settings |= asked
         anew = {"measured_anew": True}
         if config.system == "guided":
             anew |= given.model_dump(mode="json", include=given.model_fields_set)
         else:
-            anew |= asked_anew(config.system, given, lineage.get("options", {}))
+            anew |= asked_anew(config.system, given, lineage["options"])
     if away:
         anew["trained_in"] = home.uri.rstrip("/").rsplit("/", 1)[-1]
-    options = {**lineage.get("options", {}), **anew}
+    options = {**lineage["options"], **anew}
     cut = Cut(config.hold_out, config.held_out_share)
     Evaluations(workspace.store).put(
         Evaluation(
@@ -68,10 +68,10 @@ def record(config: AlignConfig, result: JobResult) -> None:
             hash=content,
             recommender=recommender if config.system in _READS_STATES else "",
             protocol=_protocol(config, options, cut, result.metrics),
-            seed=int(lineage.get("seed", 0)),
+            seed=int(lineage["seed"]),
             figures=_figures(name, result.metrics),
             settings={**settings, **options},
-            training=lineage.get("training", {}),
+            training=lineage["training"],
         ),
         {**asked, **asdict(cut), "beside": config.beside, "against": getattr(given, "against", None), **options},
     )

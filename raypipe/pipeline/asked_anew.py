@@ -23,8 +23,7 @@ _OPTIONS = {
     # Of the prompts only what they are perturbed by.
     "lancer": {"constrained", "beams", "filter_seen", "cold_events", "shown", "prompts"},
 }
-_CUT = {"hold_out": 0, "held_out_share": 0.0}
-"""Of an older lineage, which does not say."""
+_CUT = ("hold_out", "held_out_share")
 
 
 def as_trained(config: AlignConfig) -> AlignConfig:
@@ -41,7 +40,7 @@ def as_trained(config: AlignConfig) -> AlignConfig:
     adapter = find_model(Models(workspace.store), config.adapter)
     if adapter.lineage.get("system") != config.system:
         return config  # told where it is asked
-    trained = {name: adapter.lineage.get(name, default) for name, default in _CUT.items()}
+    trained = {name: adapter.lineage[name] for name in _CUT}
     Cut(max(1, trained["hold_out"]), 0.0).check_events(adapter)
     for name, value in trained.items():
         if name in config.model_fields_set and getattr(config, name) != value:
@@ -51,7 +50,7 @@ def as_trained(config: AlignConfig) -> AlignConfig:
                 f"Leave out --{name}, or train one of that cut.",
             )
     if config.system == "trsr" and "summaries" not in config.model_fields_set:
-        trained["summaries"] = adapter.lineage.get("summaries")
+        trained["summaries"] = adapter.lineage["summaries"]
     return config.model_copy(update=trained)
 
 

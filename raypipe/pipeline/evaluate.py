@@ -101,7 +101,7 @@ def record(
     asked = {} if held.asks_all else {"asked": len(held.targets)}
     whom = f"{len(held.targets):,} of {held.askable:,} users, " if asked else ""
     lineage = model.lineage
-    cut = Cut(int(lineage["hold_out"]), float(lineage.get("held_out_share", 0.0)))
+    cut = Cut(int(lineage["hold_out"]), share_of(model))
     Evaluations(workspace.store).put(
         Evaluation(
             job=JOB,
@@ -109,11 +109,11 @@ def record(
             hash=model.hash,
             recommender="",
             protocol=f"leave-one-out, {whom}whole catalogue, seen items {seen}, {cut.words}",
-            seed=int(lineage.get("seed", 0)),
+            seed=int(lineage["seed"]),
             figures=figures,
             switches=lineage["protocol"],
-            settings=lineage.get("config", {}),
-            training=lineage.get("training", {}),
+            settings=lineage["config"],
+            training=lineage["training"],
         ),
         {"filter_seen": filter_seen, **asked},
     )

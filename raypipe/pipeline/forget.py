@@ -7,9 +7,8 @@ models keep of single users, and the files of every version that still had them.
 The hashes hold no secret: whoever can read `tombstones` and guesses an id can check that it was forgotten.
 
 What it does not reach: weights of models that were trained on the user's events, which keep traces of them until they are
-trained anew, and among which models of an older raypipe have whole rows of users: those are told. Nor the logs themselves and
-any copy outside of the workspace, such as versions that a bucket keeps. Folders outside of it in which trainings that never
-ended keep histories are told.
+trained anew; the logs themselves and any copy outside of the workspace, such as versions that a bucket keeps. Folders outside of
+it in which trainings that never ended keep histories are told.
 """
 
 from __future__ import annotations
@@ -212,12 +211,7 @@ def _sweep(workspace: Workspace, config: ForgetConfig, users: Sequence[str]) -> 
         # Candidate sets are drawn anew when they are asked for.
         store.delete_folder("candidates")
     # Of everybody who was ever forgotten: a model may have come back from a backup.
-    of_models, models = forget_in_models(store, forgotten_keys(workspace))
-    for model in models:
-        say(
-            f"{JOB}: the model {model} is of an older raypipe and has users who were forgotten among its weights. Make it anew, "
-            "and let `raypipe vacuum` delete it once no release and no other model names it"
-        )
+    of_models = forget_in_models(store, forgotten_keys(workspace))
     # Canaries are of few users and are never published, spills of runs that are over and of trainings that nobody runs.
     for place in trainings_outside(store):
         say(f"{JOB}: a training that has not ended keeps histories outside of the workspace; delete {place}")
@@ -239,7 +233,6 @@ def _sweep(workspace: Workspace, config: ForgetConfig, users: Sequence[str]) -> 
         "files_removed": len(files),
         "bytes_freed": sum(file.size for file in files),
         "rows_of_models_removed": of_models,
-        "models_with_users": models,
     }
 
 

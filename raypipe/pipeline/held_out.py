@@ -61,7 +61,7 @@ class Cut:
 
     def check_events(self, model: Model) -> None:
         """Raises UsageError where the model may have seen an event of anybody that is held out."""
-        if (hold_out := int(model.lineage.get("hold_out", 0))) < self.hold_out:
+        if (hold_out := int(model.lineage["hold_out"])) < self.hold_out:
             raise UsageError(
                 f"{model.name}/{model.hash} may have read all but the last {hold_out} events of every user, and {self.hold_out} "
                 "are held out here.",
@@ -75,4 +75,4 @@ class Cut:
 
 def share_of(model: Model) -> float:
     """The share of the users whom the model has not seen."""
-    return float(model.lineage.get("held_out_share", 0.0))
+    return float(model.lineage["held_out_share"])

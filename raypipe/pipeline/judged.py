@@ -194,23 +194,23 @@ class _Standing:
 
 
 def _recipes(workspace: Workspace, variant: str) -> Recipes | None:
-    """How the newest run made the summaries of a variant; None where the ledger does not tell, as of a run of an older raypipe."""
+    """How the newest run made the summaries of a variant; None where the ledger has none."""
     for run in workspace.ledger("summarize").finished():
         facts = run.manifest["facts"]
         if facts["variant"] == variant:
-            return Recipes(variant, **facts["recipes"]) if "recipes" in facts else None
+            return Recipes(variant, **facts["recipes"])
     return None
 
 
 def _who_explained(workspace: Workspace, variant: str) -> tuple[Model, str | None]:
     """The adapter that wrote what is published, and its recipe: those of the newest run, where the ledger has one, else the newest
-    of its name, and None; None too for a run of an older raypipe."""
+    of its name, and None."""
     recipe: str | None = None
     name = variant.removeprefix("explain-").removesuffix("-pairs")
     for run in workspace.ledger("explain").finished():
         facts = run.manifest["facts"]
         if facts["variant"] == variant:
-            name, recipe = f"{name}/{facts['model']}", facts.get("recipe")
+            name, recipe = f"{name}/{facts['model']}", facts["recipe"]
             break
     return find_model(Models(workspace.store), name), recipe
 

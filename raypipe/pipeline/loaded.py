@@ -35,7 +35,7 @@ class Loaded:
         """`named` as for `find_model`. Raises UsageError for a model that is not there, is no recommender or knows other items."""
         version = pinned_versions(workspace)["items"]
         model = find_model(Models(workspace.store), named)
-        if model.lineage.get("job") == "align":
+        if model.lineage["job"] == "align":
             raise UsageError(
                 f"The model {named} is an adapter that `raypipe align` made, and no recommender.",
                 f"`raypipe align --system {model.lineage['system']} --adapter {named}` measures it; what is named here is made by "

@@ -26,7 +26,6 @@ from raypipe.storage.ledger import Usage
 from raypipe.storage.locks import hold
 from raypipe.storage.nights import Night, Nights
 from raypipe.storage.online import OnlineStore, UserRecord, open_online_store, version_of
-from raypipe.storage.tables import ABSENT
 from raypipe.storage.workspace import Workspace
 
 JOB = "online"
@@ -133,22 +132,10 @@ def _old_versions(store: OnlineStore, current: str, date: str, keep: int) -> lis
 def _paradigms(workspace: Workspace, night: Night) -> tuple[str, ...]:
     """The one of the night's own summaries. Those of another variant may lie in the table for ever, of whoever asked for them once;
     those before a cut are of less than is known, and for evaluations alone."""
-    variant = night.summaries or _written_last(workspace, night)
-    if "summaries" not in night.tables or "-cut" in variant:
+    if "summaries" not in night.tables or "-cut" in night.summaries:
         return ()
-    files = workspace.tables["summaries"].files(night.tables["summaries"], variant=variant)
-    return (variant.removeprefix(_SUMMARIES),) if files else ()
-
-
-def _written_last(workspace: Workspace, night: Night) -> str:
-    """The variant of summaries of a night that does not tell its own: that of the newest run which wrote any until then."""
-    for run in workspace.ledger("summarize").finished():
-        result = run.result()
-        assert result is not None, "a finished run has a result"
-        written = result["tables"].get("summaries")
-        if written is not None and written["version"] <= night.tables.get("summaries", ABSENT):
-            return str(run.manifest["facts"]["variant"])
-    return ""
+    files = workspace.tables["summaries"].files(night.tables["summaries"], variant=night.summaries)
+    return (night.summaries.removeprefix(_SUMMARIES),) if files else ()
 
 
 @dataclass(frozen=True)

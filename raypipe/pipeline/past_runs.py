@@ -25,7 +25,7 @@ def past_runs(workspace: Workspace, job: str, engine: str) -> list[PastRun]:
     ledger, found = workspace.ledger(job), []
     for _, key in sorted(ledger.numbers().items(), reverse=True):
         run = ledger.run(key)
-        if (result := run.result()) is None or run.manifest["facts"].get("engine") != engine:
+        if (result := run.result()) is None or run.manifest["facts"]["engine"] != engine:
             continue
         cost = result.get("cost", {})
         if cost.get("calls") and cost.get("seconds"):

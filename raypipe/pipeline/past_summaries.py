@@ -78,15 +78,17 @@ def check_written(workspace: Workspace, variant: str, hold_out: int, block_items
     """Raises UsageError where the newest run that wrote summaries of this variant tells that its language model may have read
     some of everybody's last `hold_out` events, or that its blocks were not of `block_items`."""
     runs = (run.manifest["facts"] for run in workspace.ledger("summarize").finished())
-    facts: dict[str, Any] = next((facts for facts in runs if facts["variant"] == variant), {})
-    left_out = facts.get("model_hold_out")
+    facts: dict[str, Any] | None = next((facts for facts in runs if facts["variant"] == variant), None)
+    if facts is None:
+        return
+    left_out = facts["model_hold_out"]
     if left_out is not None and left_out < hold_out:
         raise UsageError(
             f"The summaries {variant} were written by lm/{facts['model']}, which may have read all but the last {left_out} events "
             f"of every user, and {hold_out} are held out here.",
             f"Make a language model with `raypipe lm --hold_out {hold_out}`, and write them anew with `raypipe summarize`.",
         )
-    of = facts.get("block_items", block_items)
+    of = facts["block_items"]
     if block_items is not None and of != block_items:
         raise UsageError(
             f"The summaries {variant} are of blocks of {of} items and not of {block_items}.",

@@ -113,11 +113,9 @@ def _judged(workspace: Workspace, dataset: str) -> list[Figure]:
     """The newest ratings of everything that was judged."""
     found: dict[tuple[str, str], Figure] = {}
     entries = workspace.store.list("judgements")
-    # Of before `created` was told a judgement has its file's own time.
-    reports = [{"created": entry.modified, **json.loads(workspace.store.read(entry.path))} for entry in entries]
+    reports = [json.loads(workspace.store.read(entry.path)) for entry in entries]
     for report in sorted(reports, key=lambda report: report["created"]):
-        # A judgement of before this was told is one of summaries.
-        what = report.get("what", "summarize-hierarchical")
+        what = report["what"]
         for metric, value in report["metrics"].items():
             if value is not None and metric != "users":
                 protocol = "samples of users chosen by hash"

@@ -42,9 +42,8 @@ def resolved(config: RecommenderConfig, workspace: Workspace) -> RecommenderConf
 
 def _is_plain(model: Model) -> bool:
     """Whether it started from no other model, so that a retrained guided recommender is not based on itself."""
-    recommender = model.lineage.get("config", {}).get("recommender", {})
-    guided = recommender.get("guided") or {}
-    return guided.get("scores") is None and guided.get("base") is None
+    guided = model.lineage["config"]["recommender"]["guided"]
+    return guided["scores"] is None and guided["base"] is None
 
 
 def start_of(

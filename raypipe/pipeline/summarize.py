@@ -102,7 +102,7 @@ def run_summarize(config: SummarizeConfig, night: NightRuns | None = None) -> Jo
                 "model": model.hash if model else config.engine.model_name,
                 "block_items": config.summaries.block_items,
                 # What of every user the language model has not read; of one that is not the workspace's nobody knows.
-                "model_hold_out": model and int(model.lineage.get("hold_out", 0)),
+                "model_hold_out": model and int(model.lineage["hold_out"]),
                 "recipes": {"block": recipes.block, "merge": recipes.merge},
             },
         )

@@ -98,7 +98,7 @@ def run_trsr(config: AlignConfig) -> JobResult:
         tracking.register(model)
     metrics = dict(model.lineage["metrics"])
     if against is not None:
-        metrics |= compared(ModelRanks.stored(config, workspace, model), config, workspace, against)
+        metrics |= compared(ModelRanks.stored(workspace, model), workspace, against)
     if status == "ok":
         tracking.log_run(NAME, recipe, {"model": model.hash, "lm": inputs.lm.hash[:12]}, metrics)
     return model_result("align", model, status, metrics, started, usage)
@@ -286,5 +286,5 @@ def _measured_anew(
     measured = measure(config, trsr, inputs, config.fetch(workspace, adapter))
     metrics = {**shown, **measured.metrics}
     if against is not None:
-        metrics |= compared(ModelRanks(inputs.sets.keys, *measured.ranks[""]), config, workspace, against)
+        metrics |= compared(ModelRanks(inputs.sets.keys, *measured.ranks[""]), workspace, against)
     return model_result("align", adapter, "ok", metrics, started, measured.usage)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
 
 from raypipe.data.candidates import CandidateSets
 from raypipe.engines.engine import EngineConfig
@@ -39,8 +38,6 @@ from raypipe.systems.trsr import NAME, Control, Past, Trsr, TrsrConfig
 if TYPE_CHECKING:
     from raypipe.pipeline.align import AlignConfig
 
-# Ranks of models that were stored before rows of users had a file of their own.
-_RANKS = "ranks.safetensors"
 _SHOWN_EVERY_S = 10.0
 _COMPARED = ("Recall@3", "MRR@3")
 _ITSELF = {
@@ -219,13 +216,14 @@ class ModelRanks:
     same: NDArray[np.int64]
 
     @classmethod
-    def stored(cls, config: AlignConfig, workspace: Workspace, model: Model) -> ModelRanks:
+    def stored(cls, workspace: Workspace, model: Model) -> ModelRanks:
         """As they were measured when the model was trained."""
-        told = Models(workspace.store).users(model) or load_file(config.fetch(workspace, model) / _RANKS)
+        told = Models(workspace.store).users(model)
+        assert told is not None, f"{model.name}/{model.hash} has ranked candidates"
         return cls(told["keys"], told["above/"].astype(np.int64), told["same/"].astype(np.int64))
 
 
-def compared(ranks: ModelRanks, config: AlignConfig, workspace: Workspace, other: Model) -> dict[str, float]:
+def compared(ranks: ModelRanks, workspace: Workspace, other: Model) -> dict[str, float]:
     """How far the same candidates are ranked better than by a stored model, with 95 % intervals over users.
 
     The two were trained apart, and trainings of one recipe differ by their seeds: the intervals hold what other users would
@@ -233,7 +231,7 @@ def compared(ranks: ModelRanks, config: AlignConfig, workspace: Workspace, other
     as with summaries and without, only over several seeds. What a model gains by the summaries that it is shown, no training
     between, is told by its own controls: `above its own without summaries`.
     """
-    theirs = ModelRanks.stored(config, workspace, other)
+    theirs = ModelRanks.stored(workspace, other)
     _, mine, others = np.intersect1d(ranks.keys, theirs.keys, return_indices=True)
     return _above(
         other.hash[:12],

@@ -101,4 +101,5 @@ def load_scores(folder: Path, users: Rows | None = None) -> AttributeScores:
     except (json.JSONDecodeError, SafetensorError) as error:
         raise UsageError(f"The scores in {folder} are damaged: {error}.", "Make them again, or restore them.") from None
     rows = read_users(folder) if users is None else users
-    return AttributeScores(tuple(told["names"]), **values, **(rows or {}), catalogue=told["catalogue"])
+    assert rows is not None, f"the scores in {folder} have users"
+    return AttributeScores(tuple(told["names"]), values["items"], rows["users"], rows["keys"], told["catalogue"])

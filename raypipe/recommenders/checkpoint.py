@@ -121,7 +121,7 @@ def _card(folder: Path, told: Any) -> Card:
                 f"{_FORMAT}.",
                 "Upgrade raypipe, or train it again with this one.",
             )
-        attributes, users = told.get("blocks", (0, 0))
+        attributes, users = told["blocks"]
         catalogue = {**told["catalogue"], "items": int(told["catalogue"]["items"])}
         config = RecommenderConfig.model_validate(told["config"])
         return Card(config, catalogue, told["popular"], (attributes, users))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import model_validator
@@ -76,13 +76,6 @@ class RecommenderConfig(Config):
             rounding = self.dreamrec.rounding
             return "squared error of item vectors" + (f" and {rounding:g} × {self.loss.kind}" if rounding else "")
         return self.loss.kind
-
-    def shaping_values(self) -> dict[str, Any]:
-        """Without a guided block what it was before there were any: nothing is trained anew."""
-        values = super().shaping_values()
-        if not self.guided.used:
-            values.pop("guided")
-        return values
 
     def build(self, items: int, seed: int = 0, blocks: tuple[int, int] = (0, 0)) -> Recommender:
         """An untrained model over `items` items; equal arguments give equal weights.

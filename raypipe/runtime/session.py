@@ -113,7 +113,7 @@ class Session:
         if ledger.open(_run_key(recipe, self.versions(*reads), base, WHOLE)) is not None:
             return  # it goes on
         for run in list(ledger.open_runs(WHOLE)):
-            manifest, variant = run.manifest, run.manifest["facts"].get("variant", "")
+            manifest, variant = run.manifest, run.manifest["facts"]["variant"]
             if manifest["recipe"] != recipe or run.publish_intent() is not None:
                 continue
             if any(

@@ -64,7 +64,7 @@ class Evaluations:
     def all(self) -> list[Evaluation]:
         """Every record, the oldest first."""
         entries = [entry for entry in self.store.list(_FOLDER) if entry.path.endswith(".json")]
-        found = [(*_read(self.store.read(entry.path), entry.modified), entry.path) for entry in entries]
+        found = [(*_read(self.store.read(entry.path)), entry.path) for entry in entries]
         return [evaluation for evaluation, _, _ in sorted(found, key=lambda one: one[1:])]
 
     def page(self, content: str) -> str:
@@ -76,10 +76,10 @@ class Evaluations:
         self.store.delete(entry.path for entry in self.store.list(_FOLDER) if entry.path.endswith(f"/{PAGE}"))
 
 
-def _read(data: bytes, modified: float) -> tuple[Evaluation, float]:
-    """A record and when it was written, which those of before this was told only have as their file's time."""
+def _read(data: bytes) -> tuple[Evaluation, float]:
+    """A record and when it was written."""
     raw = json.loads(data)
-    created = raw.pop("created", modified)
+    created = raw.pop("created")
     figures = {
         scorer: {metric: Measured(**number) for metric, number in mine.items()}
         for scorer, mine in raw.pop("figures").items()

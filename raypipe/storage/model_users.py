@@ -23,13 +23,11 @@ from safetensors.numpy import load, save
 
 from raypipe.errors import UsageError
 from raypipe.storage.fingerprint import canonical_json
-from raypipe.storage.store import Entry, Store
+from raypipe.storage.store import Store
 
 USERS = "users.safetensors"
 FIRST_STORED = "users.json"
 _DIGEST = "digest"
-# Where models of before these rows had a file of their own keep their users' keys, among what the hash is over.
-_INSIDE = ("keys", "user_keys")
 
 Rows = Mapping[str, NDArray[Any]]
 """Arrays [users, ...] by name; `keys` int64 [users] are the stable hashes of the users' ids."""
@@ -74,37 +72,17 @@ def without(rows: Rows, keys: NDArray[np.int64]) -> Rows:
     return {name: values[stay] for name, values in rows.items()}
 
 
-def forget_in_models(store: Store, keys: NDArray[np.int64]) -> tuple[int, list[str]]:
-    """Takes users out of what models keep beside their checkpoints. How many rows went, and the models (NAME/HASH) that have
-    users among their weights, where nothing can be taken out.
-
-    Raises UsageError for rows that are damaged.
-    """
-    gone, kept = 0, set()
+def forget_in_models(store: Store, keys: NDArray[np.int64]) -> int:
+    """Takes users out of what models keep beside their checkpoints. How many rows went. Raises UsageError for rows that are
+    damaged."""
+    gone = 0
     for entry in store.list("models"):
         if entry.path.endswith(f"/{USERS}"):
             rows = unpack(store.read(entry.path), store.object_uri(entry.path))
             if hers := int(np.isin(rows["keys"], keys).sum()):
                 store.put(entry.path, pack(without(rows, keys)))
                 gone += hers
-        elif entry.path.endswith(".safetensors") and np.isin(_keys_inside(store, entry), keys).any():
-            kept.add(entry.path.removeprefix("models/").partition("/checkpoint/")[0])
-    return gone, sorted(kept)
-
-
-def _keys_inside(store: Store, entry: Entry) -> NDArray[np.int64]:
-    """The users' keys among the weights of a file, of which no more than its header is read for it."""
-    with store.open_input(entry.path) as source:
-        size = _header_bytes(source.read(8))
-        try:
-            header = json.loads(source.read(min(size, entry.size)))
-        except ValueError:  # damaged, which is told to whoever loads it
-            header = {}
-        for told in (header[name] for name in _INSIDE if name in header):
-            start, end = told["data_offsets"]
-            source.seek(8 + size + start)
-            return np.frombuffer(source.read(end - start), np.int64)
-    return np.zeros(0, np.int64)
+    return gone
 
 
 def _header_bytes(data: bytes) -> int:

@@ -40,7 +40,7 @@ class Model:
     hash: str
     recipe: str
     lineage: Mapping[str, Any]
-    created: float = 0.0
+    created: float
 
     @property
     def folder(self) -> str:
@@ -87,8 +87,7 @@ class Models:
     def all(self, name: str) -> list[Model]:
         """Every complete model of that name, the oldest first."""
         entries = [entry for entry in self.store.list(f"models/{name}") if entry.path.endswith(f"/{_CARD}")]
-        # Cards of before `created` was told have their file's own time, which a copy of the workspace loses.
-        found = [Model(**{"created": entry.modified, **json.loads(self.store.read(entry.path))}) for entry in entries]
+        found = [Model(**json.loads(self.store.read(entry.path))) for entry in entries]
         return sorted(found, key=lambda model: (model.created, model.hash))
 
     def newest(self, name: str, recipe: str | None = None) -> Model | None:

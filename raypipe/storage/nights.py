@@ -6,7 +6,7 @@ import datetime
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from raypipe.errors import UsageError
@@ -19,14 +19,13 @@ _CURRENT = "nights/current.json"
 
 @dataclass(frozen=True)
 class Night:
-    """One published night: table versions and the release they were computed with, and the variant of summaries that it keeps up;
-    nights of before this was told have none."""
+    """One published night: table versions and the release they were computed with, and the variant of summaries that it keeps up."""
 
     date: str
     tables: Mapping[str, int]
-    release: Mapping[str, Any] = field(default_factory=dict)
-    metrics: Mapping[str, Any] = field(default_factory=dict)
-    summaries: str = ""
+    release: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    summaries: str
 
 
 class Nights:

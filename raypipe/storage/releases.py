@@ -38,11 +38,11 @@ class Release:
 @dataclass(frozen=True)
 class Verdict:
     """What the gate of these options said of a recommender: `refusal` is the problem and the remedy, empty where it passed, and
-    `told` whether a night has ended with it. Verdicts of before these were kept have none of them."""
+    `told` whether a night has ended with it."""
 
     passed: bool
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    gate: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float]
+    gate: Mapping[str, Any]
     refusal: Sequence[str] = ()
     told: bool = False
 
@@ -101,7 +101,7 @@ class Releases:
         for entry in self.store.list("releases"):
             name = entry.path.removeprefix("releases/").removesuffix(".json")
             if "/" not in name:
-                release, created = _read(self.store.read(entry.path), entry.modified)
+                release, created = _read(self.store.read(entry.path))
                 found.append((created, name, release))
         return {name: release for _, name, release in sorted(found, key=lambda one: one[:2])}
 
@@ -109,17 +109,17 @@ class Releases:
         """The release an alias points to; None where it points to none, or to one that is gone."""
         data = self.store.get(f"releases/aliases/{alias}.json")
         found = None if data is None else self.store.get(f"releases/{json.loads(data)['release']}.json")
-        return None if found is None else _read(found, 0.0)[0]
+        return None if found is None else _read(found)[0]
 
     def point(self, alias: Alias, release: Release) -> None:
         """Move an alias; readers see the old release or the new one."""
         self.store.put(f"releases/aliases/{alias}.json", canonical_json({"release": release.hash}).encode())
 
 
-def _read(data: bytes, modified: float) -> tuple[Release, float]:
-    """A release and when it was last added, which those of before this was told only have as their file's time."""
+def _read(data: bytes) -> tuple[Release, float]:
+    """A release and when it was last added."""
     told = json.loads(data)
-    created = told.pop("created", modified)
+    created = told.pop("created")
     return Release(**told), created
 
 

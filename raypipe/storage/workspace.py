@@ -59,14 +59,9 @@ class Workspace:
         if (raw := _read_info(self.store)) is None:
             return None
         if (found := int(raw["format"])) != FORMAT:
-            remedy = (
-                f"Make a backup, then run `raypipe migrate --workspace {self.uri}`."
-                if found < FORMAT
-                else f"Use the raypipe release of format {found}, or a new workspace, and ingest the logs again."
-            )
             raise UsageError(
                 f"The workspace {self.uri} has format version {found}; this raypipe reads and writes version {FORMAT}.",
-                remedy,
+                f"Use the raypipe release of format {found}, or a new workspace, and ingest the logs again.",
             )
         return WorkspaceInfo(**raw)
 
@@ -117,19 +112,6 @@ class Workspace:
                 "Times and per-user order cannot be compared: use a workspace of its own for this log, or map the column "
                 f"of the other kind (columns.{info.kind}).",
             )
-
-
-def found_format(store: Store) -> int | None:
-    """The format version of a workspace, whichever it is; None for an empty one."""
-    raw = _read_info(store)
-    return None if raw is None else int(raw["format"])
-
-
-def write_format(store: Store, version: int) -> None:
-    """The workspace has this format from now on."""
-    raw = _read_info(store)
-    assert raw is not None, "an empty workspace has no format yet"
-    store.put(_INFO, canonical_json({**raw, "format": version}).encode())
 
 
 def _read_info(store: Store) -> dict[str, Any] | None:

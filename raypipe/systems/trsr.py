@@ -74,7 +74,7 @@ class CandidateOptions(Config):
 
 def shown_summaries(wanted: Shown, lineage: Mapping[str, Any]) -> str | None:
     """The paradigm that a ranker of this lineage is shown, None for none."""
-    return lineage.get("summaries") if wanted == "trained" else wanted
+    return lineage["summaries"] if wanted == "trained" else wanted
 
 
 class TrsrConfig(Config):

@@ -220,7 +220,8 @@ def made_workspace(folder: Path, items: int, users: int) -> str:
     assert Models(workspace.store).newest(model.name) is not None
     release = releases.add(Release(named, "", {}, versions["items"]))
     releases.point("champion", release)
-    Nights(workspace.store).publish(Night("2026-01-05", versions, {"release": release.hash, "recommender": named}))
+    parts = {"release": release.hash, "recommender": named}
+    Nights(workspace.store).publish(Night("2026-01-05", versions, parts, {}, "summarize-hierarchical"))
     assert raypipe(["online", "--workspace", uri]) == 0
     return uri
 

@@ -202,8 +202,8 @@ def test_a_prompt_that_does_not_fit_is_an_error_in_its_row_only(random_lm: str) 
     assert (long.text, long.beams, len(short.beams)) == ("", (), 2)
 
 
-def test_beams_are_never_drawn_and_one_beam_changes_no_fingerprint() -> None:
+def test_beams_are_never_drawn_and_part_of_the_fingerprint() -> None:
     with pytest.raises(ValidationError, match="searched, not sampled"):
         Decoding(beams=2, temperature=0.5)
-    assert Decoding().shaping_values() == {"max_new_tokens": 96, "temperature": 0.0, "seed": 0}
+    assert Decoding().shaping_values() == {"max_new_tokens": 96, "temperature": 0.0, "seed": 0, "beams": 1}
     assert Decoding(beams=2).shaping_values() == {**Decoding().shaping_values(), "beams": 2}

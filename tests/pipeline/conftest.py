@@ -27,6 +27,7 @@ from tests.pipeline.small_logs import (
     write_log,
 )
 from tests.pipeline.two_nights import run_two_nights
+from tests.untrained import OF_LM
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +81,7 @@ def joined_once(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> 
     titles = [f"Title {n}" for n in range(1, CHAIN_ITEMS + 1)]
     tokenizer = train_tokenizer([*titles, *asked_templates()] * 5, titles, [], 900)
     save_untrained(folder / "lm", BuiltinLmConfig(size="small", context=128), tokenizer)
-    Models(Store(str(folder / "workspace"))).add("lm", folder / "lm", "untrained", {"hold_out": 1})
+    Models(Store(str(folder / "workspace"))).add("lm", folder / "lm", "untrained", OF_LM)
     return folder / "workspace"
 
 
@@ -126,7 +127,7 @@ def ranked_once(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> 
     texts = [*ranked_titles().values(), TERSE, TrsrConfig().prompt, " yes no NULL title: genre: Drama", *facts]
     tokenizer = train_tokenizer([" ".join(texts)] * 5, ["yes", "no"], [], 700)
     save_untrained(folder / "lm", BuiltinLmConfig(size="tiny", context=512), tokenizer)
-    Models(Store(str(folder / "workspace"))).add("lm", folder / "lm", "untrained", {"hold_out": 1})
+    Models(Store(str(folder / "workspace"))).add("lm", folder / "lm", "untrained", OF_LM)
     return folder / "workspace"
 
 

@@ -28,6 +28,7 @@ TRSR_PROTOCOL = (
     "leave-one-out, 21 candidates, last 25 events shown, trained before everybody's last event, {} users asked"
 )
 HISTORIES = Histories(np.array([1, 2, 3] * 3, np.int32), np.array([3, 6, 9]))
+LINEAGE = {"job": "align", "hold_out": 1, "held_out_share": 0.0, "seed": 0, "options": {}, "config": {}, "training": {}}
 METRICS = {
     "asked": 20,
     "spread": float("nan"),
@@ -46,7 +47,7 @@ def home(tmp_path: Path) -> str:
 def stored(uri: str, folder: Path, name: str, weights: object = "", **lineage: object) -> Model:
     folder.mkdir(exist_ok=True)
     (folder / "weights.json").write_text(f"{folder.name} {weights}")
-    return Models(Store(uri)).add(name, folder, "recipe", lineage)
+    return Models(Store(uri)).add(name, folder, "recipe", {**LINEAGE, **lineage})
 
 
 def test_floors_are_rows_of_their_own_and_what_stands_beside_a_model_is_named_after_it(
@@ -189,7 +190,9 @@ def test_floors_of_different_cuts_are_told_apart(home: str, tmp_path: Path) -> N
         record(config, JobResult("align", "ok", models={"lancer": model.hash}, metrics=metrics))
         rows = {"popularity": {"Recall@5": Mean(value, 0.0)}}
         everybody = HeldOut.of(HISTORIES, hold_out, items=3)
-        record_recommender(Workspace(home), Model("sasrec", f"{value}", "", lineage), rows, everybody, True)
+        record_recommender(
+            Workspace(home), Model("sasrec", f"{value}", "", {**LINEAGE, **lineage}, 0.0), rows, everybody, True
+        )
     figures = [one for one in figures_of(Evaluations(Store(home)).all(), "shop") if one.model == "popularity"]
     assert len({figure.protocol for figure in figures}) == len(figures) == 6
     assert sorted(figure.value for figure in figures) == [0.1, 0.1, 0.2, 0.2, 0.3, 0.3]
@@ -198,7 +201,7 @@ def test_floors_of_different_cuts_are_told_apart(home: str, tmp_path: Path) -> N
 
 
 def test_figures_of_some_users_say_of_how_many_and_stand_beside_those_of_all(home: str) -> None:
-    model = Model("sasrec", "a" * 32, "", {"hold_out": 2, "protocol": {}})
+    model = Model("sasrec", "a" * 32, "", {**LINEAGE, "hold_out": 2, "protocol": {}}, 0.0)
     for asked, value in ((np.ones(3, bool), 0.1), (np.array([True, False, True]), 0.2)):
         held = HeldOut.of(HISTORIES, 2, items=3, asked=asked)
         record_recommender(Workspace(home), model, {"sasrec": {"Recall@5": Mean(value, 0.0)}}, held, True)

@@ -25,7 +25,7 @@ from tests.ground import one_paragraph
 from tests.made import make_ready
 from tests.pipeline.ranked_logs import TERSE
 from tests.pipeline.small_logs import CHAIN_ITEMS
-from tests.untrained import store_untrained_ranker, store_untrained_writer
+from tests.untrained import OF_LM, store_untrained_ranker, store_untrained_writer
 
 RANKER = TrsrConfig.model_validate({"prompt": TERSE, "candidates": {"negatives": 4}})
 WRITER = LancerConfig.model_validate({"beams": 2, "reasoning": False, "prompts": {"line": "{title}", "perturbed": ()}})
@@ -44,7 +44,7 @@ def ready(tmp_path: Path, lm: Path) -> str:
     """Chains, an untrained recommender, and an untrained language model of the workspace's own."""
     uri = str(tmp_path / "workspace")
     make_ready(uri)
-    Models(Store(uri)).add("lm", lm, "untrained", {"hold_out": 1})
+    Models(Store(uri)).add("lm", lm, "untrained", OF_LM)
     return uri
 
 
@@ -108,7 +108,7 @@ def test_unseen_users_are_those_whom_no_training_has_seen(
         return measured(asked, *rest)
 
     monkeypatch.setattr(lancer, "measured", watched)
-    own = Models(Store(ready)).add("lm", lm, "another", {"hold_out": 1, "held_out_share": of_lm})
+    own = Models(Store(ready)).add("lm", lm, "another", {**OF_LM, "held_out_share": of_lm})
     named = f"{own.name}/{own.hash}"
     store_untrained_writer(ready, WRITER, lm, hold_out=1, held_out_share=of_adapter, lm_model=named)
     words = ("--system", "lancer", "--adapter", "lancer", "--answer_tokens", "4")

@@ -22,6 +22,7 @@ from tests.engines.chat_server import ChatServer
 from tests.ground import one_paragraph
 from tests.made import retitle
 from tests.pipeline.small_logs import CHAIN_ITEMS, EXPLAINER, GENRES, START, newest, write_catalogue, write_log
+from tests.untrained import OF_LM
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 # A tiny model leaves some out: those are asked for again.
@@ -150,7 +151,7 @@ def test_a_nights_explanations_are_planned_incremental_and_in_its_manifest(
     assert raypipe("release", "--workspace", explaining, *asked).code == 0
     # A newer language model is none of the adapter's: the night explains with the one that is.
     save_untrained(tmp_path / "lm", BuiltinLmConfig(size="tiny"), train_tokenizer(["a word"] * 9, [], [], 300))
-    Models(Store(explaining)).add("lm", tmp_path / "lm", "newer", {})
+    Models(Store(explaining)).add("lm", tmp_path / "lm", "newer", OF_LM)
     planned = raypipe(*plan)
     assert planned.code == 0, planned.stderr
     figures = {name.removeprefix("explain."): value for name, value in planned.metrics.items() if "explain." in name}

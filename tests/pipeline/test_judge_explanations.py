@@ -72,13 +72,22 @@ def write(
     table.publish(staged, mode="overwrite", app=f"test:{variant}", number=1, replaces=parts)
 
 
-def finished_run(uri: str, **facts: str) -> ledger.Run:
+def keys_of(uri: str, recipe: str) -> dict[str, str]:
+    """By user the change key of an explanation of the item, of today's history and by this recipe."""
+    content = newest(uri, "items").sort_by("index")["content_hash"][ITEM - 1].as_py()
+    histories = newest(uri, "histories")
+    keys = change_keys(histories["history_key"].combine_chunks(), recipe).to_pylist()
+    users = histories["user_id"].to_pylist()
+    return {user: f"{key}-{ITEM}-{content}" for user, key in zip(users, keys, strict=True)}
+
+
+def finished_run(uri: str, recipe: str = "recipe") -> ledger.Run:
     """As if the newest adapter had explained."""
     workspace = Workspace(uri)
     writer = Models(workspace.store).newest("recexplainer-h")
     assert writer is not None
     manifest = {"recipe": "r", "pins": {}, "base": {}, "scope": "all"}
-    facts = {"variant": MINE, "model": writer.hash, **facts}
+    facts = {"variant": MINE, "model": writer.hash, "recipe": recipe}
     run = workspace.ledger("explain").start("e" * 32, {**manifest, "facts": facts})
     run.finish({"status": "ok", "metrics": {}, "tables": {}})
     return run
@@ -120,7 +129,7 @@ def test_explanations_are_judged_by_who_wrote_them(
     raypipe: Run, ingested: str, scored: dict[str, float], tmp_path: Path
 ) -> None:
     """And not by a newer adapter of the same name, beside another recommender."""
-    write(ingested, MINE, words_of(scored, 0))
+    write(ingested, MINE, words_of(scored, 0), keys=keys_of(ingested, "recipe"))
     models = Models(Workspace(ingested).store)
     writer = models.newest("recexplainer-h")
     run = finished_run(ingested)
@@ -160,17 +169,15 @@ def test_users_are_counted_once_however_many_explanations_each_has(
 def test_explanations_of_older_histories_or_of_another_recipe_are_left_out_and_told(
     raypipe: Run, ingested: str, scored: dict[str, float]
 ) -> None:
-    items, histories = newest(ingested, "items").sort_by("index"), newest(ingested, "histories")
-    content = items["content_hash"][ITEM - 1].as_py()
-    now, other = (change_keys(histories["history_key"].combine_chunks(), of).to_pylist() for of in ("recipe", "other"))
-    users = histories["user_id"].to_pylist()
-    keys = {user: f"{key}-{ITEM}-{content}" for user, key in zip(users, now, strict=True)}
+    keys, others = (keys_of(ingested, recipe) for recipe in ("recipe", "other"))
+    users = list(keys)
     # Of another recipe, of another item's words, and of a history that is not there any more.
-    keys |= {users[0]: f"{other[0]}-{ITEM}-{content}", users[1]: f"{now[1]}-{ITEM}-other", users[2]: keys[users[3]]}
+    content = keys[users[1]].rpartition("-")[0]
+    keys |= {users[0]: others[users[0]], users[1]: f"{content}-other", users[2]: keys[users[3]]}
     write(ingested, MINE, words_of(scored, 0), keys=keys)
     untold = raypipe(*JUDGE, ingested).metrics
     assert (untold["cases"], untold["stale"]) == (25, None)
-    run = finished_run(ingested, recipe="recipe")
+    run = finished_run(ingested)
     told = raypipe(*JUDGE, ingested)
     assert (told.metrics["cases"], told.metrics["stale"]) == (22, 3)
     assert "3 explanations are of histories or items that have changed since" in told.stderr

@@ -27,6 +27,7 @@ from tests.pipeline.small_logs import (
     write_catalogue,
     write_log,
 )
+from tests.untrained import OF_LM
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 USERS = 120
@@ -61,7 +62,7 @@ def chains_once(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> 
 def copy_of(folder: Path, to: Path, **lineage: object) -> str:
     """The workspace; `lineage` says what the language model has seen."""
     uri = str(shutil.copytree(folder / "workspace", to / "workspace"))
-    Models(Store(uri)).add("lm", folder / "lm", "untrained", lineage)
+    Models(Store(uri)).add("lm", folder / "lm", "untrained", {**OF_LM, **lineage})
     return uri
 
 
@@ -169,7 +170,7 @@ def test_a_unique_last_title_is_in_nothing_that_is_learnt(
 
 
 def test_what_would_tell_of_the_future_is_refused(raypipe: Run, chains_once: Path, tmp_path: Path) -> None:
-    with_lm = copy_of(chains_once, tmp_path)
+    with_lm = copy_of(chains_once, tmp_path, hold_out=0, held_out_share=0.0)
     seen = raypipe("align", "--workspace", with_lm, *TRAINED)
     assert seen.code == 2
     assert "may have read all but the last 0 events of every user, and 2" in one_paragraph(seen.stderr)

@@ -246,7 +246,7 @@ def test_the_night_that_is_loaded_is_the_one_in_force_once_nobody_else_loads(
 
 def test_summaries_are_those_of_the_nights_own_kind(raypipe: Run, uri: str) -> None:
     """Whatever else is in the table, newer or older, for whichever evaluation."""
-    hierarchical, recurrent = "summarize-hierarchical", "summarize-recurrent"
+    recurrent = "summarize-recurrent"
     summarize(uri, recurrent, "what was")
     night = publish(uri, "2026-01-06")
     loaded = raypipe("online", "--workspace", uri)
@@ -262,14 +262,6 @@ def test_summaries_are_those_of_the_nights_own_kind(raypipe: Run, uri: str) -> N
         nothing = publish(uri, "2026-01-07", variant)
         assert raypipe("online", "--workspace", uri).metrics["summaries"] == {}
         assert summaries(uri, nothing) == []
-    # A night that names none was published before nights did: it has those that were the last to be written until then.
-    old = publish(uri, "2026-01-08", "")
-    ledger = Workspace(uri).ledger("summarize")
-    for number, (variant, version) in enumerate(((hierarchical, 0), (recurrent, 1), (hierarchical, 99))):
-        run = ledger.start(f"{number:032}", {"scope": "all", "facts": {"variant": variant}})
-        run.finish({"status": "ok", "tables": {"summaries": {"version": version}}})
-    assert raypipe("online", "--workspace", uri).metrics["summaries"] == {"recurrent": CHAIN_USERS}
-    assert summaries(uri, old) == [("recurrent", "likes what was.")]
 
 
 def test_what_cannot_be_loaded_is_one_paragraph(raypipe: Run, uri: str) -> None:

@@ -22,7 +22,7 @@ from tests.ground import one_paragraph
 from tests.made import LENGTH, make_ready, retitle
 from tests.pipeline.ranked_logs import TERSE
 from tests.pipeline.small_logs import CHAIN_ITEMS, CHAIN_USERS, GENRES, START, newest, write_log
-from tests.untrained import store_untrained_ranker
+from tests.untrained import OF_LM, store_untrained_ranker
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 LATE = ("--deadline", "2020-01-01T00:00:00Z")
@@ -39,7 +39,7 @@ def listed(tmp_path: Path) -> str:
     lm = tmp_path / "lm"
     tokenizer = train_tokenizer([" ".join(texts)] * 5, ["yes", "no"], [], 500)
     save_untrained(lm, BuiltinLmConfig(size="tiny", context=512), tokenizer)
-    Models(Store(uri)).add("lm", lm, "untrained", {})
+    Models(Store(uri)).add("lm", lm, "untrained", OF_LM)
     store_untrained_ranker(uri, TrsrConfig(prompt=TERSE, facts=True), lm, summaries="hierarchical")
     return uri
 

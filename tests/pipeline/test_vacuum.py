@@ -167,7 +167,7 @@ def test_models_go_that_no_kept_release_night_or_model_names(raypipe: Run, summa
     in_a_night = releases.add(Release(of_a_night))
     champion = releases.add(Release(newest, "", dict([adapter.split("/")])))
     releases.point("champion", champion)
-    nights.publish(Night("2026-01-05", {}, {"release": in_a_night.hash}))
+    nights.publish(Night("2026-01-05", {}, {"release": in_a_night.hash}, {}, "summarize-hierarchical"))
     evaluations = f"evaluations/{unnamed.split('/')[1]}"
     for name in ("attributes.html", "1.json"):
         store.put(f"{evaluations}/{name}", b"{}")

@@ -220,6 +220,7 @@ def test_a_checkpoint_that_is_none_or_damaged_or_anothers_is_refused(tmp_path: P
         (lambda told: told.pop("config"), r"is damaged: recommender\.json has no 'config'\. Train it again"),
         (lambda told: told.pop("format"), r"is damaged: recommender\.json has no 'format'"),
         (lambda told: told["catalogue"].pop("items"), r"is damaged: recommender\.json has no 'items'"),
+        (lambda told: told.pop("blocks"), r"is damaged: recommender\.json has no 'blocks'"),
         (lambda told: told.update(blocks=3), r"is damaged: recommender\.json is not one of `raypipe train`"),
         (
             lambda told: told["config"].update(heads_of_tomorrow=2),

@@ -19,7 +19,7 @@ from tests.made import MODEL, publish
 from tests.pipeline.conftest import asked_templates
 from tests.pipeline.ranked_logs import TERSE
 from tests.pipeline.small_logs import CHAIN_ITEMS
-from tests.untrained import store_untrained_adapter, store_untrained_ranker, store_untrained_writer
+from tests.untrained import OF_LM, store_untrained_adapter, store_untrained_ranker, store_untrained_writer
 
 EXPLAINERS = (ExplainerConfig(), ExplainerConfig(variant="I"))
 INTERPRETER = InterpreterConfig(after="item")
@@ -55,7 +55,7 @@ def add_lm_release(uri: str, folder: Path) -> Release:
     tokenizer = train_tokenizer([*titles, *asked_templates()] * 5, titles, [], 600)
     save_untrained(folder, BuiltinLmConfig(size="tiny", context=512), tokenizer)
     _leave_words_alone(folder)
-    lm = Models(store).add("lm", folder, "untrained", {})
+    lm = Models(store).add("lm", folder, "untrained", OF_LM)
     releases = Releases(store)
     champion = releases.named("champion")
     assert champion is not None

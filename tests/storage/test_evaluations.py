@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -29,15 +28,3 @@ def test_records_come_in_the_order_of_their_making_from_a_copy_of_the_workspace_
         moment += 10
         os.utime(path, (moment, moment))
     assert Evaluations(Store(str(tmp_path / "copy"))).all() == expected
-
-
-def test_a_record_of_before_the_moment_was_told_has_its_file_s(tmp_path: Path) -> None:
-    evaluations = Evaluations(Store(str(tmp_path)))
-    for seed in (0, 1):
-        evaluations.put(record(seed), {"seed": seed})
-    for path in (tmp_path / "evaluations").rglob("*.json"):
-        told = json.loads(path.read_text())
-        if told["seed"] == 0:
-            del told["created"]
-        path.write_text(json.dumps(told | ({"created": 1.0} if told["seed"] else {})))
-    assert evaluations.all() == [record(1), record(0)]

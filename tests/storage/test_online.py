@@ -264,7 +264,7 @@ def test_nights_of_equal_rows_recommender_and_summaries_share_a_version(tmp_path
     workspace = Workspace(str(tmp_path / "one"))
     for table, number in (("histories", 1), ("histories", 2), ("block_summaries", 1)):
         append_nothing(workspace, table, number)
-    night = Night("2026-01-05", {"histories": 1}, {"recommender": "sasrec/a"}, summaries="summarize-recurrent")
+    night = Night("2026-01-05", {"histories": 1}, {"recommender": "sasrec/a"}, {}, "summarize-recurrent")
     tables = {"histories": 1, "block_summaries": 0}
     version = version_of(workspace, night)
     assert version_of(workspace, replace(night, date="2026-01-06", tables=tables)) == version

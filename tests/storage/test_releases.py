@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -44,12 +42,3 @@ def test_the_order_of_releases_survives_a_copy_of_the_workspace(tmp_path: Path) 
         moment += 10
         os.utime(tmp_path / "copy/releases" / f"{release.hash}.json", (moment, moment))
     assert Releases(Store(str(tmp_path / "copy"))).all() == made
-
-
-def test_a_release_of_before_the_moment_was_told_has_its_file_s(releases: Releases) -> None:
-    old, new = Release("sasrec/1"), Release("sasrec/2")
-    for release, told in ((old, {}), (new, {"created": 1.0})):
-        releases.store.put(f"releases/{release.hash}.json", json.dumps({**asdict(release), **told}).encode())
-    releases.point("champion", old)
-    assert releases.all() == [new, old]
-    assert releases.named("champion") == old

@@ -30,9 +30,9 @@ def test_the_same_run_key_reopens_its_run_and_a_model_is_registered_once(tmp_pat
         tracking.log_run(
             "summarize", "a" * 32, {"engine": "echo"}, {"users": 10.0 * attempt, "ndcg@10": 0.5, **lengths}
         )
-        tracking.register(Model("lm", "0" * 32, "recipe", {}))
+        tracking.register(Model("lm", "0" * 32, "recipe", {}, 0.0))
     tracking.log_run("summarize", "b" * 32, {"engine": "echo"}, {"users": 1.0}, {"report.md": "# Told"})
-    tracking.register(Model("lm", "1" * 32, "recipe", {}))
+    tracking.register(Model("lm", "1" * 32, "recipe", {}, 0.0))
 
     client = MlflowClient(f"sqlite:///{tmp_path}/workspace/mlflow.db")
     experiment = client.get_experiment_by_name("raypipe")
@@ -68,7 +68,7 @@ def test_a_server_that_does_not_answer_stops_nobody_and_is_told_of(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     told: list[str] = []
     tracking = Tracking(Store(str(tmp_path / "workspace")), "auto", told.append)
-    model = Model("lm", "0" * 32, "recipe", {})
+    model = Model("lm", "0" * 32, "recipe", {}, 0.0)
     tracking.log_run("summarize", "a" * 32, {"engine": "echo"}, {"users": 10.0})
     tracking.register(model)
     tracking.unregister(model)
@@ -82,7 +82,7 @@ def test_a_database_that_is_damaged_stops_nobody_and_is_told_of(tmp_path: Path) 
     store.put("mlflow.db", b"no database " * 1000)
     told: list[str] = []
     tracking = Tracking(store, "auto", told.append)
-    model = Model("lm", "0" * 32, "recipe", {})
+    model = Model("lm", "0" * 32, "recipe", {}, 0.0)
     tracking.log_run("summarize", "a" * 32, {"engine": "echo"}, {"users": 10.0})
     tracking.register(model)
     tracking.unregister(model)
@@ -95,7 +95,7 @@ def test_tracking_that_is_off_opens_nothing_and_imports_nothing(tmp_path: Path) 
         "import sys; from raypipe.storage.tracking import Tracking; from raypipe.storage.store import Store;"
         "from raypipe.storage.models import Model;"
         "tracking = Tracking(Store(sys.argv[1]), 'off', print); tracking.log_run('j', 'k', {}, {});"
-        "tracking.register(Model('lm', 'h', 'r', {})); assert 'mlflow' not in sys.modules"
+        "tracking.register(Model('lm', 'h', 'r', {}, 0.0)); assert 'mlflow' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "workspace")], check=True)
     assert not (tmp_path / "workspace").exists()

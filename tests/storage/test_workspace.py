@@ -31,9 +31,11 @@ def test_the_first_decision_stands(workspace: Workspace) -> None:
         workspace.check_kind("order")
 
 
-def test_another_format_version_is_refused_with_both_numbers(workspace: Workspace) -> None:
-    workspace.store.put("workspace.json", b'{"format":99,"kind":"time","buckets":4}')
-    with pytest.raises(UsageError, match=r"has format version 99; this raypipe reads and writes version 1"):
+@pytest.mark.parametrize("other", [0, 99])
+def test_another_format_version_is_refused_with_both_numbers(workspace: Workspace, other: int) -> None:
+    workspace.store.put("workspace.json", f'{{"format":{other},"kind":"time","buckets":4}}'.encode())
+    told = rf"has format version {other}; this raypipe reads and writes version 1\. Use the raypipe release of format {other}, or"
+    with pytest.raises(UsageError, match=told):
         workspace.info()
 
 
