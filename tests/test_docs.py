@@ -49,6 +49,15 @@ def configs_in(annotation: Any) -> Iterator[type[Config]]:
         yield from configs_in(part)
 
 
+def check_options(command: str) -> None:
+    """Fails where the job that a command runs, or submits, would not take its options."""
+    words = shlex.split(command)[1:]
+    if words[0] == "submit":
+        words = words[next(at for at, word in enumerate(words) if word in JOBS) :]
+    job, *given = words
+    parse_config(job, config_type(job), given)
+
+
 def test_options_of_a_section_that_are_named_anywhere_are_some_jobs() -> None:
     known = {name for job in JOBS for name in options(config_type(job))}
     named = set()
@@ -64,18 +73,13 @@ def test_a_command_of_a_recipe_is_one_that_its_job_takes(path: Path, monkeypatch
     commands = re.findall(r"^#.*?\b(raypipe [a-z]+ --.*)$", path.read_text(), re.MULTILINE)
     assert commands or path.stem == "nightly-demo"  # which `make demo` runs
     for command in commands:
-        _, job, *words = shlex.split(command)
-        parse_config(job, config_type(job), words)
+        check_options(command)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_of_the_runbook_is_one_that_its_job_takes(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    words = shlex.split(command)[1:]
-    if words[0] == "submit":
-        words = words[next(at for at, word in enumerate(words) if word in JOBS) :]
-    job, *options = words
-    parse_config(job, config_type(job), options)
+    check_options(command)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
