@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import json
 import re
 import shlex
 import tomllib
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+import pyarrow as pa
 import pytest
 import yaml
 
@@ -18,21 +20,26 @@ import raypipe.cli.options as options_module
 from raypipe.cli.main import JOBS, config_type
 from raypipe.cli.options import parse_config
 from raypipe.config import Config
+from raypipe.engines.engine import Decoding
 from raypipe.errors import UsageError
+from raypipe.storage.schemas import HISTORIES
+from raypipe.storage.workspace import choose_buckets
+from raypipe.systems.summaries import SummariesConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / name
     for name in (
         *("cluster/RUNBOOK.md", "cluster/README.md", "raypipe/README.md", "CONTRIBUTING.md"),
-        *("README.md", "jobs/README.md", "jobs/SERVICE.md", "jobs/WORKSPACE.md"),
+        *("README.md", "jobs/README.md", "jobs/SERVICE.md", "jobs/WORKSPACE.md", "cluster/SIZING.md"),
     )
 ]
-RUNBOOK = PAGES[0].read_text()
+RUNBOOK, SIZING, SERVICE = PAGES[0].read_text(), PAGES[-1].read_text(), PAGES[-3].read_text()
 RECIPES = sorted((ROOT / "jobs").rglob("*.yaml"))
 COMMANDS = [
     line.strip()
-    for block in re.findall(r"```bash\n(.*?)```", RUNBOOK, re.DOTALL)
+    for page in (RUNBOOK, SIZING)
+    for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
     for line in block.splitlines()
     if line.strip().startswith("raypipe ")
 ]
@@ -51,6 +58,15 @@ def configs_in(annotation: Any) -> Iterator[type[Config]]:
         yield annotation
     for part in get_args(annotation):
         yield from configs_in(part)
+
+
+def check_options(command: str) -> None:
+    """Fails where the job that a command runs, or submits, would not take its options."""
+    words = shlex.split(command)[1:]
+    if words[0] == "submit":
+        words = words[next(at for at, word in enumerate(words) if word in JOBS) :]
+    job, *given = words
+    parse_config(job, config_type(job), given)
 
 
 def test_options_of_a_section_that_are_named_anywhere_are_some_jobs() -> None:
@@ -116,18 +132,15 @@ def test_a_command_of_a_recipe_is_one_that_its_job_takes(path: Path, monkeypatch
     commands = re.findall(r"^#.*?\b(raypipe [a-z]+ --.*)$", path.read_text(), re.MULTILINE)
     assert commands or path.stem == "nightly-demo"  # which `make demo` runs
     for command in commands:
-        _, job, *words = shlex.split(command)
-        parse_config(job, config_type(job), words)
+        check_options(command)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_of_the_runbook_is_one_that_its_job_takes(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_of_the_runbook_or_of_sizing_is_one_that_its_job_takes(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
-    words = shlex.split(command)[1:]
-    if words[0] == "submit":
-        words = words[next(at for at, word in enumerate(words) if word in JOBS) :]
-    job, *options = words
-    parse_config(job, config_type(job), options)
+    check_options(command)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -159,3 +172,27 @@ def test_alerts_and_make_targets_that_are_named_are_there() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     pages = "\n".join(page.read_text() for page in PAGES)
     assert set(re.findall(r"[`\n]make ([a-z-]+)", pages)) <= targets
+
+
+def test_the_table_of_sizes_is_arithmetic_on_rules_and_on_what_was_measured() -> None:
+    found = re.search(r"takes 857 bytes\s+packed, (\d+) in Redis and ([\d,]+) in SQLite", SERVICE)
+    assert found is not None
+    redis, sqlite = (int(number.replace(",", "")) for number in found.groups())
+    golden = json.loads((ROOT / "tests/golden/summaries-echo.json").read_text())["rows"]
+    calls = next(row["calls"] for row in golden if row["events"] == SummariesConfig().window_events)
+    event = sum(one.type.value_type.bit_width // 8 for one in HISTORIES.columns if pa.types.is_list(one.type))
+    state, listed, events = 4 * 64, 8 * 20, 60
+    rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+ \| [^|]+) \|", SIZING, re.MULTILINE))
+    for place, users in enumerate((10**6, 10**7)):
+        buckets = choose_buckets(users)
+        tables = [event * events, state, listed]
+        derived = [
+            *(f"{buckets:,}", f"{round(users / buckets):,}", f"{buckets:,}"),
+            *(f"{users * one / 1e9:.2f} GB" for one in (redis, 3 * redis, sqlite, 4 * events)),
+            *(f"{users * one / 1e9:.2f} GB" for one in (*tables, 31 * sum(tables))),
+            f"{users * calls // 10**6:,} M",
+            f"{users * calls * Decoding().max_new_tokens // 10**6:,} M",
+            f"{users / 10 * 2 / 1e6:g} M",
+        ]
+        told = [figures.split(" | ")[place] for figures in rows.values()]
+        assert told == derived

@@ -15,16 +15,20 @@ from pathlib import Path
 import pytest
 
 from raypipe.cli.main import main
+from raypipe.storage.store import Store
+from raypipe.storage.tokens import Tokens, hash_of
+from tests.terminal import Terminal
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "jobs/README.md", "jobs/SERVICE.md", "jobs/WORKSPACE.md")
-COMMANDS = [
-    line.split("#")[0].strip()
+BLOCKS = [
+    [line.split("#")[0].strip() for line in block.splitlines() if line.strip()]
     for page in PAGES
     for block in re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-    for line in block.splitlines()
-    if line.strip()
 ]
+COMMANDS = [command for block in BLOCKS for command in block]
+# What sets the machine up, and what asks for a cluster.
+ELSEWHERE = ("make ", "raypipe submit ", "ray job submit ")
 
 
 def test_make_commands_are_targets() -> None:
@@ -56,34 +60,56 @@ def test_what_is_submitted_is_what_submit_takes(
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["metrics"]["run"].startswith("nightly-")
 
 
+def test_a_command_that_goes_on_ends_its_block() -> None:
+    """Whoever pastes a whole block gets to its end, and types the next one elsewhere."""
+    serving = [block for block in BLOCKS if any(line.startswith("raypipe serve ") for line in block)]
+    assert len(serving) == 1
+    assert serving[0][-1].startswith("raypipe serve ")
+
+
+def test_the_second_terminal_asks_with_the_token_that_the_first_one_made(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    store = Store(str(tmp_path / "work/ws"))
+    store.put("workspace.json", b'{"buckets":4,"format":1,"kind":"time"}')
+    at = next(place for place, command in enumerate(COMMANDS) if command.startswith("raypipe token "))
+    later = COMMANDS[at : next(place for place, command in enumerate(COMMANDS) if command.startswith("curl "))]
+    first, second = _terminals(tmp_path)
+    activate = ". .venv/bin/activate"
+    lines = [(first, activate), (first, later[0]), *((second, line) for line in later[1:] if "serve" not in line)]
+    assert [line for _, line in lines].count(activate) == 2
+    for terminal, line in lines:
+        ended = terminal.run(line, timeout=120)
+        assert ended.returncode == 0, f"{line}\n{ended.stderr}"
+    assert second.run("command -v raypipe").stdout.strip()
+    assert [token.name for token in Tokens(store).all()] == ["shop"]
+    assert hash_of(second.environment["TOKEN"]) in Tokens(store).valid()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_walk_through_works_line_by_line(tmp_path: Path) -> None:
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    """In two terminals, with nothing but what the pages themselves set there: raypipe is in `.venv`, as after `make`."""
+    terminal, second = _terminals(tmp_path)
     statuses = {}
     answers, streamed = [], ""
     service: subprocess.Popen[str] | None = None
     try:
         for command in COMMANDS:
+            if command.startswith(ELSEWHERE):
+                continue
             if command.startswith("raypipe serve "):
-                service = _serve(command, tmp_path, environment)
+                service = _serve(terminal, command)
+                terminal = second
                 continue
-            if not command.startswith(("raypipe ", "curl ")) or command.startswith("raypipe submit "):
-                continue
-            ended = subprocess.run(
-                command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
-            )
+            ended = terminal.run(command, timeout=900)
             assert ended.returncode == 0, f"{command}\n{ended.stdout[-500:]}{ended.stderr[-3000:]}"
-            last = ended.stdout.strip().splitlines()[-1]
             if "/explain/stream" in command:
-                streamed = last
-                continue
-            result = json.loads(last)
-            if command.startswith("curl "):
-                answers.append(result)
-                continue
-            statuses[result["job"]] = result["status"]
-            environment["TOKEN"] = result["metrics"].get("token", environment.get("TOKEN", ""))
+                streamed = ended.stdout.strip().splitlines()[-1]
+            elif command.startswith("curl "):
+                answers.append(json.loads(ended.stdout))
+            elif command.startswith("raypipe ") and " > " not in command:
+                result = json.loads(ended.stdout.strip().splitlines()[-1])
+                statuses[result["job"]] = result["status"]
         assert service is not None
         service.send_signal(signal.SIGTERM)
         output, _ = service.communicate(timeout=200)
@@ -104,13 +130,19 @@ def test_the_walk_through_works_line_by_line(tmp_path: Path) -> None:
     assert statuses["retry-rejected"] == "nothing_to_do"
 
 
-def _serve(command: str, folder: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
+def _terminals(folder: Path) -> tuple[Terminal, Terminal]:
+    """Two new ones in a folder that has raypipe in `.venv`, as `make` leaves it."""
+    (folder / ".venv").symlink_to(Path(sys.executable).parents[1])
+    environment = {name: value for name, value in os.environ.items() if name not in {"VIRTUAL_ENV", "TOKEN"}}
+    folders = environment["PATH"].split(os.pathsep)
+    environment["PATH"] = os.pathsep.join(one for one in folders if Path(one) != Path(sys.executable).parent)
+    return Terminal(folder, environment), Terminal(folder, environment)
+
+
+def _serve(terminal: Terminal, command: str) -> subprocess.Popen[str]:
     """The service, once it answers."""
-    log = folder / "serve.log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            shlex.split(command), cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=file, text=True
-        )
+    log = terminal.folder / "serve.log"
+    process = terminal.start(command, log)
     while "/v1 answers" not in log.read_text():
         assert process.poll() is None, log.read_text()[-3000:]
         time.sleep(0.5)

@@ -1,4 +1,4 @@
-"""The recipes under `jobs/train` and `jobs/align`: each is a valid configuration of the model or system it is named after."""
+"""The recipes below `jobs`: each is a valid configuration of the job, model or system that it is named after."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import pytest
 
 from raypipe.cli.options import parse_config
 from raypipe.pipeline.align import AlignConfig
+from raypipe.pipeline.nightly import NightlyConfig
 from raypipe.pipeline.train import TrainConfig
 from raypipe.runtime.trainer import TrainerConfig
 
 FOLDER = Path(__file__).parents[1] / "jobs/train"
+NIGHTS = sorted(FOLDER.parent.glob("nightly*.yaml"))
 ALIGNMENTS = FOLDER.parent / "align"
 MODELS = ("sasrec", "gru4rec", "caser", "bert4rec", "dreamrec")
 SETS = ("ml-100k", "ml-1m", "amazon-industrial")
@@ -86,3 +88,26 @@ def test_another_set_of_prompts_is_a_recipe_and_a_task_left_out_an_option() -> N
     assert terse.model_copy(update={"recinterpreter": plain.recinterpreter}) == plain
     words = ["--config", str(ALIGNMENTS / "recexplainer-ml-100k.yaml"), "--recexplainer.tasks", "T1,T3,T4,T6"]
     assert parse_config("align", AlignConfig, words).recexplainer.tasks == ("T1", "T3", "T4", "T6")
+
+
+@pytest.mark.parametrize("path", NIGHTS, ids=lambda path: path.stem)
+def test_a_night_of_every_file_is_one_that_nightly_takes(path: Path) -> None:
+    config = parse_config("nightly", NightlyConfig, ["--config", str(path)])
+    assert config.ingest.log is not None
+
+
+def test_the_night_to_copy_reads_a_log_by_date_caps_what_it_spends_and_loads_what_it_publishes() -> None:
+    words = ["--config", str(FOLDER.parent / "nightly.yaml")]
+    config = parse_config("nightly", NightlyConfig, words)
+    assert config.ingest.log is not None
+    assert "{date}" in config.ingest.log.path
+    assert config.ingest.catalogue is not None
+    limits = config.summarize.limits()
+    assert None not in (limits.calls, limits.cost, limits.price_in, limits.price_out)
+    assert config.explain.limits().calls is not None
+    assert config.online is not None
+    # What its comments say may be put there instead is taken too.
+    changed = ["--train_policy", "nightly", "--explain_policy", "nightly", "--tracking", "off"]
+    for engine in (("vllm", "example/model"), ("transformers", "builtin")):
+        chosen = ["--summarize.engine.engine", engine[0], "--summarize.engine.lm", engine[1]]
+        assert parse_config("nightly", NightlyConfig, [*words, *changed, *chosen]).train_policy == "nightly"

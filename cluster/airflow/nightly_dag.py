@@ -1,8 +1,8 @@
 """The night as an Airflow task: `raypipe submit` with the date Airflow runs it for.
 
-Copy it into the DAGs folder of an Airflow whose workers have raypipe, and RAY_API_SERVER_ADDRESS, RAY_AUTH_MODE=token and
-RAY_AUTH_TOKEN in their environment. A night that failed is submitted again and goes on where it stopped; one whose
-configuration is wrong or that a quality gate refused is not.
+Copy it into the DAGs folder of an Airflow whose workers have raypipe, and RAY_API_SERVER_ADDRESS, RAY_AUTH_MODE=token,
+RAY_AUTH_TOKEN and the workspace's AWS_* in their environment. A night that failed is submitted again and goes on where it
+stopped; one whose configuration is wrong or that a quality gate refused is not.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -23,9 +22,12 @@ from pathlib import Path
 import pyarrow.csv as arrow_csv
 import pyarrow.parquet as pq
 
+from tests.terminal import Terminal
+
 ROOT = Path(__file__).parents[2]
 # The commands on the way, by how they begin; the others of the same blocks look at what came out, or do more.
 WAY = (
+    *(". .venv/bin/activate", "export TOKEN"),
     *("raypipe doctor", "raypipe dataset synthetic", "raypipe nightly", "raypipe train", "raypipe release"),
     *("raypipe align --workspace work/ws --system recexplainer", "raypipe online", "raypipe token", "raypipe serve"),
 )
@@ -49,15 +51,14 @@ def main() -> None:
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="newcomer-") as scratch:
         place = Path(scratch) / "raypipe"
-        binaries = Path(sys.executable).parent
         place.mkdir()
-        if not arguments.installed:
-            figures["clone"] = timed(["git", "clone", "--quiet", str(ROOT), str(place)], Path(scratch), os.environ)
-            figures["make demo"] = timed(["make", "demo", f"PYTHON={sys.executable}"], place, clean_environment())
-            binaries = place / ".venv/bin"
-        environment = clean_environment() | {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
+        environment = clean_environment()
         if arguments.installed:
+            (place / ".venv").symlink_to(Path(sys.executable).parents[1])
             environment["PYTHONPATH"] = str(ROOT)
+        else:
+            figures["clone"] = timed(["git", "clone", "--quiet", str(ROOT), str(place)], Path(scratch), os.environ)
+            figures["make demo"] = timed(["make", "demo", f"PYTHON={sys.executable}"], place, environment)
         walk(place, environment, figures)
     total = sum(figures.values())
     for name, seconds in figures.items():
@@ -69,40 +70,39 @@ def main() -> None:
 
 
 def walk(place: Path, environment: dict[str, str], figures: dict[str, float]) -> None:
-    """Every command in turn; `figures` gets its seconds."""
+    """Every command in turn, after the service began in a second terminal; `figures` gets its seconds."""
     service: subprocess.Popen[str] | None = None
+    terminal = Terminal(place, environment)
+    said = ""
     try:
         for number, command in enumerate(commands(), start=1):
             name = f"{number:02d} {' '.join(command.split()[:2])}"
             started = time.monotonic()
             if command.startswith("raypipe serve "):
-                service = serve(command, place, environment)
+                service = serve(terminal, command)
+                terminal = Terminal(place, environment)
             else:
                 own = command.replace("work/data/log.parquet", "work/data/log.csv")
-                ended = subprocess.run(own, shell=True, cwd=place, env=environment, capture_output=True, text=True)
+                ended = terminal.run(own)
                 if ended.returncode:
                     raise SystemExit(f"{own}\n{ended.stdout[-500:]}{ended.stderr[-3000:]}")
-                told = json.loads(ended.stdout.strip().splitlines()[-1])
-                environment["TOKEN"] = told.get("metrics", {}).get("token", environment.get("TOKEN", ""))
+                said = ended.stdout
             figures[name] = time.monotonic() - started
             print(f"{figures[name]:8.1f} s  {name}", file=sys.stderr, flush=True)
             if command.startswith("raypipe dataset "):
                 log = place / "work/data/log"
                 arrow_csv.write_csv(pq.read_table(log.with_suffix(".parquet")), log.with_suffix(".csv"))
-        assert told["text"], "an explanation has words"
+        assert json.loads(said)["text"], "an explanation has words"
     finally:
         if service is not None:
             service.send_signal(signal.SIGTERM)
             service.wait(200)
 
 
-def serve(command: str, place: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
+def serve(terminal: Terminal, command: str) -> subprocess.Popen[str]:
     """The service, once it answers."""
-    log = place / "serve.log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            shlex.split(command), cwd=place, env=environment, stdout=subprocess.DEVNULL, stderr=file, text=True
-        )
+    log = terminal.folder / "serve.log"
+    process = terminal.start(command, log)
     while "/v1 answers" not in log.read_text():
         if process.poll() is not None:
             raise SystemExit(log.read_text()[-3000:])

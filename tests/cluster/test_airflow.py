@@ -46,13 +46,12 @@ def test_it_compiles(tmp_path: Path) -> None:
 
 
 def test_its_command_is_raypipe_submits(
-    dag: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    dag: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """With the configuration it names, which is there to be copied."""
     program, submit, *words = dag["command"]("2026-01-05")
     assert (program, submit) == ("raypipe", "submit")
-    (tmp_path / "jobs").mkdir()
-    (tmp_path / dag["CONFIG"]).write_text("summarize: {engine: {engine: echo}}\n")
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(ROOT)
     assert main([submit, "--dry_run", *words]) == 0
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])["metrics"]
     assert facts["run"].startswith("nightly-2026-01-05-")
