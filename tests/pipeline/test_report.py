@@ -225,6 +225,14 @@ def test_what_summaries_cost_is_told_under_cost() -> None:
     assert (table.section.title, set(table.metrics)) == ("Cost", set(names))
 
 
+def test_a_floor_that_is_told_beside_several_systems_counts_once() -> None:
+    """Each rounds it in its own way."""
+    told = [figure("popularity", "NDCG@5", value) for value in (0.035816, 0.0358)]
+    (table,) = tables_of("shop", [*told, figure("popularity", "NDCG@5", 0.05, seed=1)])
+    cell = table.rows[0].cells["NDCG@5"]
+    assert (cell.value, cell.seeds) == (pytest.approx((0.035816 + 0.05) / 2), (0, 1))
+
+
 def test_no_figure_is_left_out() -> None:
     metrics = (
         "HR@10",
