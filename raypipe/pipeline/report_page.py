@@ -10,7 +10,7 @@ from raypipe.pipeline.report_plots import Plot
 from raypipe.pipeline.report_tables import ReportTable, Row, findings
 
 _INTERVALS = (
-    "± is half of the 95 % interval over users, of systems at most that; sd is the standard deviation over seeds; a figure of "
+    "± is half of the 95 % interval over users, of some systems at most that; sd is the standard deviation over seeds; a figure of "
     "several seeds is their mean. Bold is the best model of a column."
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from raypipe.metrics.published import CHANCE, PUBLISHED_BY, SYSTEMS, chance_among, published_on
@@ -152,6 +152,8 @@ def _section(metric: str) -> int:
 
 
 def _table(dataset: str, section: Section, protocol: str, figures: Sequence[Figure]) -> ReportTable:
+    if any(figure.metric.startswith("Recall@") for figure in figures):
+        figures = [replace(figure, metric=_as_recall(figure.metric)) for figure in figures]
     rows = rows_of(figures)
     metrics = sorted({figure.metric for figure in figures}, key=_metric_order)
     if section.judged:
@@ -164,6 +166,11 @@ def _table(dataset: str, section: Section, protocol: str, figures: Sequence[Figu
         if (values := [row.cells[metric].value for row in rows if row.kind == "model" and metric in row.cells])
     }
     return ReportTable(section, protocol, tuple(metrics), tuple(rows), best)
+
+
+def _as_recall(metric: str) -> str:
+    """Of one relevant item a hit is its recall: where both words are used, one column compares all."""
+    return re.sub(r"^HR@", "Recall@", metric)
 
 
 def rows_of(figures: Iterable[Figure]) -> list[Row]:
@@ -221,7 +228,11 @@ def _known(dataset: str, metrics: Sequence[str], rows: Sequence[Row], protocol: 
     names = dict.fromkeys(_bare(row.model).split(" ")[0] for row in rows if row.kind == "model")
     for name in names:
         figures = published_on(dataset, name.lower())
-        cells = {metric: Cell(value, None, None, ()) for metric, value in figures.values.items()} if figures else {}
+        values = figures.values if figures else {}
+        cells = {
+            metric if metric in metrics else _as_recall(metric): Cell(value, None, None, ())
+            for metric, value in values.items()
+        }
         if figures and not cells.keys().isdisjoint(metrics):
             found.append(Row(f"{name}, published", "", "published", cells, f"{figures.source}: {figures.training}"))
     return found
