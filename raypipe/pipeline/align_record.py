@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from raypipe.config import Config
 from raypipe.pipeline.asked_anew import asked_anew
 from raypipe.pipeline.held_out import Cut
+from raypipe.pipeline.made_of import parts_of, settings_of
 from raypipe.recommenders.config import ModelName
 from raypipe.runtime.job import JobResult
 from raypipe.storage.evaluations import Evaluation, Evaluations, Measured
@@ -21,11 +22,9 @@ if TYPE_CHECKING:
     from raypipe.pipeline.align import AlignConfig
 
 _READS_STATES = {"recinterpreter", "recexplainer"}
-# Of a lineage: what was joined, which no option of the system says.
-_JOINED = ("lm", "recommender", "summaries", "replay", "tuned")
 # What answers the same questions by itself, and not beside a model.
 _ALONE = {"popularity", "transitions", "boosted trees", "boosted trees on facts", *get_args(ModelName)}
-# Means over everybody who was asked, of values from 0 to 1.
+# Means over everybody who was asked, of values from 0 to 1, whose intervals are bounded where a system tells none.
 _SHARES = re.compile(
     r"(recovery|residual|oracle|order|valid|rouge_l|T\d .*|(residual|oracle) valid|(HR|Recall|NDCG|MRR)@\d+)$"
 )
@@ -37,7 +36,8 @@ def record(config: AlignConfig, result: JobResult) -> None:
     ((name, content),) = result.models.items()
     home = Workspace(config.adapter_workspace) if config.adapter_workspace is not None else workspace
     away = home.uri != workspace.uri
-    lineage = find_model(Models(home.store), f"{name}/{content}").lineage
+    models = [Models(one.store) for one in ((home, workspace) if away else (home,))]
+    lineage = find_model(models[0], f"{name}/{content}").lineage
     given: Config = getattr(config, config.system)
     asked: dict[str, Any] = {"asked": config.asked, "answer_tokens": config.answer_tokens}
     recommender = ""
@@ -46,7 +46,7 @@ def record(config: AlignConfig, result: JobResult) -> None:
         recommender, asked["recommender"] = beside.name, f"{beside.name}/{beside.hash}"
     if config.system == "trsr":
         asked["summaries"] = config.summaries
-    settings = {**lineage["config"], **{name: lineage[name] for name in _JOINED if name in lineage}}
+    settings = settings_of(lineage)
     anew: dict[str, Any] = {}
     if config.adapter is not None:
         if config.system in _READS_STATES:
@@ -59,7 +59,7 @@ def record(config: AlignConfig, result: JobResult) -> None:
             anew |= asked_anew(config.system, given, lineage["options"])
     if away:
         anew["trained_in"] = home.uri.rstrip("/").rsplit("/", 1)[-1]
-    options = {**lineage["options"], **anew}
+    options, settings = {**lineage["options"], **anew}, {**settings, **anew}
     cut = Cut(config.hold_out, config.held_out_share)
     Evaluations(workspace.store).put(
         Evaluation(
@@ -69,17 +69,19 @@ def record(config: AlignConfig, result: JobResult) -> None:
             recommender=recommender if config.system in _READS_STATES else "",
             protocol=_protocol(config, options, cut, result.metrics),
             seed=int(lineage["seed"]),
-            figures=_figures(name, result.metrics),
-            settings={**settings, **options},
+            figures=_figures(name, result.metrics, result.intervals),
+            settings=settings,
             training=lineage["training"],
+            versions=lineage["versions"],
+            parts=parts_of(models, settings),
         ),
         {**asked, **asdict(cut), "beside": config.beside, "against": getattr(given, "against", None), **options},
     )
 
 
-def _figures(name: str, metrics: Mapping[str, Any]) -> dict[str, dict[str, Measured]]:
+def _figures(name: str, metrics: Mapping[str, Any], intervals: Mapping[str, float]) -> dict[str, dict[str, Measured]]:
     """`shuffled states: recovery` is a figure of what stands beside the model, `popularity: Recall@5` one of a scorer of its own,
-    and `above HASH: Recall@3` the model's: how far it is above another."""
+    and `above HASH: Recall@3` the model's: how far it is above another. `intervals` are half-widths by the same names."""
     found: dict[str, dict[str, Measured]] = {}
     asked = int(metrics.get("asked", 0))
     for metric, value in metrics.items():
@@ -91,9 +93,8 @@ def _figures(name: str, metrics: Mapping[str, Any]) -> dict[str, dict[str, Measu
                 scorer, figure = name, metric
             else:
                 scorer = ", ".join([name, *beside])
-            found.setdefault(scorer, {})[figure] = Measured(
-                float(value), _half_width(value, asked) if _SHARES.match(figure) else None
-            )
+            bound = _half_width(value, asked) if _SHARES.match(figure) else None
+            found.setdefault(scorer, {})[figure] = Measured(float(value), intervals.get(metric, bound))
     return found
 
 
@@ -107,7 +108,10 @@ def _protocol(config: AlignConfig, options: Mapping[str, Any], cut: Cut, metrics
     """All that the floors beside the model hang on, too."""
     if config.system == "lancer":
         seen = "filtered" if options.get("filter_seen") else "kept"
-        return f"leave-one-out, whole catalogue, seen items {seen}, {cut.words}, {metrics['asked']:.0f} users asked"
+        told = f"leave-one-out, whole catalogue, seen items {seen}, {cut.words}"
+        # Of everybody it is what recommenders are asked, who may stand in one table with it.
+        everybody = metrics["asked"] == metrics.get("askable")
+        return told if everybody else f"{told}, {metrics['asked']:.0f} users asked"
     if config.system == "trsr":
         drawn = options["candidates"]
         seed = f" of draw {drawn['seed']}" if drawn["seed"] else ""

@@ -14,6 +14,7 @@ from raypipe.pipeline.attribute_cards import SHARE, attribute_shares, write_attr
 from raypipe.pipeline.held_out import Cut, are_held_out, share_of, some_of
 from raypipe.pipeline.job import cost_of
 from raypipe.pipeline.loaded import Loaded
+from raypipe.pipeline.made_of import parts_of, settings_of
 from raypipe.pipeline.sequences import pinned_versions, read_histories
 from raypipe.recommenders.evaluation import HeldOut, evaluate_floor, evaluate_model
 from raypipe.recommenders.floors import Popularity, Transitions
@@ -22,7 +23,7 @@ from raypipe.runtime.progress import say
 from raypipe.storage.evaluations import Evaluation, Evaluations, Measured
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.ledger import Usage
-from raypipe.storage.models import Model
+from raypipe.storage.models import Model, Models
 from raypipe.storage.workspace import Workspace
 
 JOB = "evaluate"
@@ -102,6 +103,7 @@ def record(
     whom = f"{len(held.targets):,} of {held.askable:,} users, " if asked else ""
     lineage = model.lineage
     cut = Cut(int(lineage["hold_out"]), share_of(model))
+    settings = settings_of(lineage)
     Evaluations(workspace.store).put(
         Evaluation(
             job=JOB,
@@ -112,8 +114,10 @@ def record(
             seed=int(lineage["seed"]),
             figures=figures,
             switches=lineage["protocol"],
-            settings=lineage["config"],
+            settings=settings,
             training=lineage["training"],
+            versions=lineage["versions"],
+            parts=parts_of([Models(workspace.store)], settings),
         ),
         {"filter_seen": filter_seen, **asked},
     )

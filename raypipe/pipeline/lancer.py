@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,6 +77,19 @@ class _Inputs:
         return EvaluationSet(part, self.unseen[everybody[rows]])
 
 
+@dataclass(frozen=True)
+class _Figures:
+    """Means by name, and the half-widths of the 95 % intervals of those that are means over users."""
+
+    metrics: Mapping[str, float]
+    intervals: Mapping[str, float]
+
+    @classmethod
+    def of(cls, model: Model) -> _Figures:
+        """As they were measured when the model was trained; older ones tell no intervals."""
+        return cls(model.lineage["metrics"], model.lineage.get("intervals", {}))
+
+
 def run_lancer(config: AlignConfig) -> JobResult:
     """Train unless one of this recipe is stored, and measure it. Raises UsageError before work starts."""
     started = time.monotonic()
@@ -111,11 +124,15 @@ def run_lancer(config: AlignConfig) -> JobResult:
         if (model := models.newest(NAME, recipe)) is not None:
             config.remove_training(workspace, f"{NAME}-{recipe}")  # a driver may have died before
             tell_stored(model)
-            return model_result("align", model, "nothing_to_do", model.lineage["metrics"], started)
+            return _result(model, "nothing_to_do", _Figures.of(model), started)
         model = _train(config, workspace, inputs, recipe, versions)
         tracking.register(model)
     tracking.log_run(NAME, recipe, {"model": model.hash, "lm": inputs.lm.hash[:12]}, model.lineage["metrics"])
-    return model_result("align", model, "ok", model.lineage["metrics"], started)
+    return _result(model, "ok", _Figures.of(model), started)
+
+
+def _result(model: Model, status: str, figures: _Figures, started: float) -> JobResult:
+    return replace(model_result("align", model, status, figures.metrics, started), intervals=figures.intervals)
 
 
 def _read(config: AlignConfig, workspace: Workspace, versions: dict[str, int]) -> _Inputs:
@@ -168,7 +185,7 @@ def _train(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: s
     if trained.validations:
         step, best = max(trained.validations, key=lambda told: told[1])
         metrics |= {"validation_logprob": round(best, 4), "validation_step": step}
-    metrics |= _measure(config, config.lancer, inputs, evaluated, trained.folder)
+    figures = _measure(config, config.lancer, inputs, evaluated, trained.folder)
     lineage = {
         "job": "align",
         "versions": versions,
@@ -179,7 +196,8 @@ def _train(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: s
         "options": config.lancer.model_dump(mode="json"),
         **inputs.lm.lineage,
         "config": config.shaping_values(),
-        "metrics": metrics,
+        "metrics": {**metrics, **figures.metrics},
+        "intervals": figures.intervals,
         "training": trained.curve(),
     }
     model = Models(workspace.store).add(NAME, trained.folder, recipe, lineage)
@@ -223,7 +241,7 @@ def _trained(config: AlignConfig, inputs: _Inputs, folder: Path, name: str) -> t
 
 def _measure(
     config: AlignConfig, options: LancerConfig, inputs: _Inputs, evaluated: EvaluationSet, adapter: Path
-) -> dict[str, float]:
+) -> _Figures:
     """Figures of the model, of the same model asked otherwise, and of the floors; the table of them is told."""
     found = measured(
         evaluated, load_writer(options, inputs.catalogue, str(inputs.lm.folder), adapter, config.answer_tokens), _tell
@@ -239,11 +257,17 @@ def _measure(
     users = len(evaluated.held.targets)
     protocol = {"hold_out": str(config.hold_out), "seen items": "filtered" if options.filter_seen else "kept"}
     say(table(found, protocol, users))
-    metrics = {"asked": float(users)}
-    for name, figures in found.items():
-        prefix = "" if name == NAME else f"{name}: "
-        metrics |= {prefix + figure: round(mean.value, 4) for figure, mean in figures.items()}
-    return metrics
+    named = {
+        figure if name == NAME else f"{name}: {figure}": mean
+        for name, figures in found.items()
+        for figure, mean in figures.items()
+    }
+    return _Figures(
+        {"asked": users, "askable": evaluated.held.askable}
+        | {name: round(mean.value, 4) for name, mean in named.items()},
+        # Of one user alone it is no number.
+        {name: round(mean.half_width, 6) for name, mean in named.items() if mean.half_width > 0},
+    )
 
 
 def _tell(what: str, done: int, of: int) -> None:
@@ -267,10 +291,10 @@ def _measured_anew(
     inputs = _Inputs(*_known(workspace, versions, cut, trained), lm)
     options = LancerConfig.model_validate(asked_anew(NAME, config.lancer, adapter.lineage["options"]))
     check_lines(options, inputs.catalogue, lm.folder, config.answer_tokens)
-    metrics = _measure(
+    figures = _measure(
         config, options, inputs, inputs.evaluation_set(config.hold_out, config.asked), config.fetch(home, adapter)
     )
-    return model_result("align", adapter, "ok", metrics, started)
+    return _result(adapter, "ok", figures, started)
 
 
 def _language_model(config: AlignConfig, home: Workspace, adapter: Model) -> ChosenLm:

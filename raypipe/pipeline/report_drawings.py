@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from raypipe.pipeline.report_figures import Cell, Figure, labels, proper
+from raypipe.pipeline.report_figures import Cell, Figure, beside_of, labels, proper
 from raypipe.pipeline.report_plots import Bar, Plot, Point, Series, bars, lines
 from raypipe.pipeline.report_tables import BY_LENGTH, BY_PLACE, SHARE, is_control, rows_of
 from raypipe.storage.evaluations import Evaluation
@@ -92,10 +92,9 @@ def _projection(figures: Sequence[Figure]) -> list[Plot]:
             steps = [(probe, cells[probe]) for probe in _PROBES if probe in cells]
             steps += [("what the answers tell", own.cells[metric])]
             steps += [(name, cell) for name, cell in cells.items() if is_control(name)]
-            named = f"{own.model} beside {own.recommender}" if own.recommender else own.model
             told = "The same probe on raw states, on the tokens projected from them, and on the language model's hidden states."
             values = [Bar(name, cell.value, cell.half_width, aside=is_control(name)) for name, cell in steps]
-            found.append(bars(f"What projection loses: {metric} of {named}", told, "read from", values))
+            found.append(bars(f"What projection loses: {metric} of {own.named}", told, "read from", values))
     return found
 
 
@@ -106,7 +105,7 @@ def _attributes(figures: Sequence[Figure]) -> list[Plot]:
         cells = sorted(row.cells.items(), key=lambda pair: -pair[1].value)
         values = [Bar(SHARE.match(name)[1], cell.value, cell.half_width) for name, cell in cells]  # type: ignore[index]
         told = "The mean size of each part of the first recommendations' scores, among all parts."
-        found.append(bars(f"What decides on recommendations of {row.model}", told, "part of the score", values))
+        found.append(bars(f"What decides on recommendations of {row.named}", told, "part of the score", values))
     return found
 
 
@@ -114,15 +113,15 @@ def training_plots(evaluations: Sequence[Evaluation]) -> list[Plot]:
     """Loss and validation of every training whose curve is stored."""
     found = []
     newest = {
-        (label, one.recommender, one.seed): one for label, one in zip(labels(evaluations), evaluations, strict=True)
+        (label, beside_of(one), one.seed): one for label, one in zip(labels(evaluations), evaluations, strict=True)
     }
     drawn: set[str] = set()
-    for (label, _, seed), one in newest.items():
+    for (label, recommender, seed), one in newest.items():
         curve = one.training
         if one.hash in drawn or not curve.get("losses"):
             continue
         drawn.add(one.hash)
-        named = f"{label}, seed {seed}"
+        named = f"{label} beside {recommender}, seed {seed}" if recommender else f"{label}, seed {seed}"
         told = f"{curve['steps']:,} steps in {curve['seconds']:,.0f} s; each point is the mean since the one before."
         points = [Point(step, loss) for step, loss in curve["losses"]]
         found.append(

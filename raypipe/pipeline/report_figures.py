@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -15,8 +14,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from raypipe.config import first_problem
 from raypipe.errors import UsageError
-from raypipe.storage.evaluations import Evaluation, Measured
-from raypipe.storage.fingerprint import fingerprint
+from raypipe.pipeline.report_apart import Made, parts_of, told_apart
+from raypipe.storage.evaluations import Evaluation, Measured, Part
 
 FLOORS = ("chance", "constant", "random", "popularity", "transitions")
 _NAMES = {
@@ -32,8 +31,7 @@ _NAMES = {
     "lancer": "LANCER",
     "guided": "Guided",
 }
-_SHOWN_SETTINGS = 4
-_HASH = re.compile(r"\b[0-9a-f]{32}([0-9a-f]{32})?\b")
+_GAINED = "NDCG@10"
 
 
 @dataclass(frozen=True)
@@ -126,34 +124,73 @@ def read_golden(path: str) -> list[Figure]:
 def figures_of(evaluations: Sequence[Evaluation], dataset: str) -> list[Figure]:
     """The figures of a workspace's records, given oldest first: of two with equal settings and seed the newer counts."""
     newest: dict[tuple[str, str, str, str, int], Figure] = {}
+    alone = _Alone(evaluations)
     for evaluation, label in zip(evaluations, labels(evaluations), strict=True):
         how = "; ".join(f"{name}: {value}" for name, value in evaluation.switches.items())
         for scorer, mine in evaluation.figures.items():
             first, *beside = scorer.split(", ")
             own = first == evaluation.name
-            costs = _costs(evaluation) if own and not beside else {}
-            for metric, number in (costs | dict(mine)).items():
+            itself = own and not beside
+            more = _costs(evaluation) | _gain(evaluation, evaluations) if itself else {}
+            if own:
+                model, recommender, seed = ", ".join([label, *beside]), beside_of(evaluation), evaluation.seed
+            else:
+                recommender = proper(evaluation.recommender)
+                model, seed = alone.of(scorer, evaluation)
+            for metric, number in (more | dict(mine)).items():
                 figure = Figure(
                     dataset,
                     evaluation.protocol,
-                    ", ".join([label, *beside]) if own else _alone(scorer, evaluation, evaluations),
-                    proper(evaluation.recommender),
+                    model,
+                    recommender,
                     metric,
                     number.value,
-                    evaluation.seed if own else 0,  # a floor learns from what all models learn from
+                    seed,
                     number.half_width,
-                    how if own and not beside else "",
+                    how if itself else "",
                 )
                 newest[(figure.protocol, *figure.row, metric, figure.seed)] = figure
     return list(newest.values())
 
 
-def _alone(scorer: str, evaluation: Evaluation, evaluations: Sequence[Evaluation]) -> str:
-    """What ranks beside a model by itself; a recommender with its hash, where there are several of its name."""
-    name, slash, _ = str(evaluation.settings.get("recommender")).partition("/")
-    stored = {str(one.settings.get("recommender")) for one in evaluations}
-    several = slash and name == scorer and len([one for one in stored if one.startswith(f"{name}/")]) > 1
-    return f"{proper(scorer)} ({_short(evaluation.settings['recommender'])})" if several else proper(scorer)
+class _Alone:
+    """What ranks beside models by itself: floors, and recommenders, of which there may be several of one name."""
+
+    def __init__(self, evaluations: Sequence[Evaluation]) -> None:
+        self._parts = parts_of(evaluations)
+        stored = dict.fromkeys(one.settings["recommender"] for one in evaluations if _beside(one))
+        by_name: dict[str, list[str]] = {}
+        for named in stored:
+            by_name.setdefault(named.partition("/")[0], []).append(named)
+        self._names = {named: told for mine in by_name.values() for named, told in self._named(mine)}
+
+    def of(self, scorer: str, evaluation: Evaluation) -> tuple[str, int]:
+        """Its name, and its seed: 0 of a floor, which learns from what all models learn from, and where none is known."""
+        named = _beside(evaluation)
+        if named is None or named.partition("/")[0] != scorer:
+            return proper(scorer), 0
+        return self._names[named], self._parts[named].seed if named in self._parts else 0
+
+    def _named(self, stored: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """Models of one name, each with what tells it apart: its hash, unless it is known of all how they were made."""
+        names = [proper(named.partition("/")[0]) for named in stored]
+        if all(named in self._parts for named in stored):
+            parts = [self._parts[named] for named in stored]
+            names = [name_of(name, part.settings, self._parts) for name, part in zip(names, parts, strict=True)]
+            made = [
+                Made.by(name, part.seed, part.settings, part.versions, self._parts)
+                for name, part in zip(names, parts, strict=True)
+            ]
+        else:
+            made = [Made("", 0, {"": named}) for named in stored]
+        for named, name, told in zip(stored, names, told_apart(made), strict=True):
+            yield named, _with(name, told)
+
+
+def _beside(evaluation: Evaluation) -> str | None:
+    """NAME/HASH of the recommender that a system stands beside."""
+    named = evaluation.settings.get("recommender")
+    return named if isinstance(named, str) else None
 
 
 def _costs(evaluation: Evaluation) -> dict[str, Measured]:
@@ -166,46 +203,63 @@ def _costs(evaluation: Evaluation) -> dict[str, Measured]:
     }
 
 
+def _gain(evaluation: Evaluation, evaluations: Sequence[Evaluation]) -> dict[str, Measured]:
+    """Of a guided recommender, over the very base it started from, where that is of its seed and was asked the same."""
+    guided = _guided(evaluation.settings)
+    mine = evaluation.figures.get(evaluation.name, {}).get(_GAINED)
+    if guided is None or mine is None:
+        return {}
+    bases = [
+        one.figures[one.name][_GAINED].value
+        for one in evaluations
+        if f"{one.name}/{one.hash}" == guided.get("base")
+        and (one.job, one.protocol, one.seed) == (evaluation.job, evaluation.protocol, evaluation.seed)
+        if _GAINED in one.figures.get(one.name, {})
+    ]
+    return {f"relative {_GAINED} gain": Measured(mine.value / bases[-1] - 1)} if bases and bases[-1] else {}
+
+
+def _guided(settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What a recommender's vectors were refined by; None of others."""
+    recommender = settings.get("recommender")
+    guided = recommender.get("guided") if isinstance(recommender, Mapping) else None
+    return guided if guided and (guided.get("scores") or guided.get("base")) else None
+
+
+def name_of(name: str, settings: Mapping[str, Any], parts: Mapping[str, Part]) -> str:
+    """Under which a model stands in a report: a guided recommender under the system's, and that of the control it is."""
+    guided = _guided(settings)
+    if guided is None:
+        return proper(name)
+    if not guided.get("scores"):
+        return "Guided again"
+    scores = parts.get(guided["scores"])
+    as_it_is = scores is not None and scores.settings.get("tuned") is False
+    block = str(guided.get("block", "scores"))
+    apart = [{"none": "reduced", "scores": "zero-shot" if as_it_is else ""}.get(block, block)]
+    apart += ["items trained"] if guided.get("items") == "trained" else []
+    apart += [f"users {guided['users']}"] if guided.get("users") in ("frozen", "absent") else []
+    return " ".join(["Guided", ", ".join(filter(None, apart))]).strip()
+
+
+def beside_of(evaluation: Evaluation) -> str:
+    """The recommender that a system stands beside, or that a guided one is; "" of another recommender."""
+    return proper(evaluation.recommender if _guided(evaluation.settings) is None else evaluation.name)
+
+
 def labels(evaluations: Sequence[Evaluation]) -> list[str]:
     """Each model's name, and where models of one name were made in several ways what tells them apart."""
-    flat = [_flat(evaluation.settings) for evaluation in evaluations]
-    found = []
-    for evaluation, mine in zip(evaluations, flat, strict=True):
-        others = [
-            theirs
-            for other, theirs in zip(evaluations, flat, strict=True)
-            if (other.job, other.name, other.recommender) == (evaluation.job, evaluation.name, evaluation.recommender)
-        ]
-        names = sorted({name for theirs in others for name in theirs})
-        apart = [name for name in names if len({theirs.get(name) for theirs in others}) > 1]
-        differences = _differences(mine, apart)
-        if any(theirs != mine and _differences(theirs, apart) == differences for theirs in others):
-            # What is cut short reads alike, and rows that read alike would take each other's place.
-            differences = f"{differences}; settings {fingerprint(mine)[:8]}"
-        found.append(f"{proper(evaluation.name)} ({differences})" if differences else proper(evaluation.name))
-    return found
+    parts = parts_of(evaluations)
+    names = [name_of(one.name, one.settings, parts) for one in evaluations]
+    made = [
+        Made.by((one.job, name, beside_of(one)), one.seed, one.settings, one.versions, parts)
+        for one, name in zip(evaluations, names, strict=True)
+    ]
+    return [_with(name, told) for name, told in zip(names, told_apart(made), strict=True)]
 
 
-def _differences(settings: Mapping[str, str], names: Sequence[str]) -> str:
-    told = [f"{name} {_short(settings[name])}" for name in names if name in settings]
-    more = f" and {len(told) - _SHOWN_SETTINGS} more" if len(told) > _SHOWN_SETTINGS else ""
-    return "; ".join(told[:_SHOWN_SETTINGS]) + more
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted names of values, but for the seed's of the training."""
-    found: dict[str, str] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}.")
-        elif prefix + name != "trainer.seed":
-            found[prefix + name] = json.dumps(value, ensure_ascii=False).strip('"')
-    return found
-
-
-def _short(value: str) -> str:
-    value = _HASH.sub(lambda found: found[0][:8], value).replace(",", " ")
-    return value if len(value) <= 40 else f"{value[:39]}…"
+def _with(name: str, told: str) -> str:
+    return f"{name} ({told})" if told else name
 
 
 def proper(name: str) -> str:

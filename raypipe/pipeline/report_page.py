@@ -10,7 +10,7 @@ from raypipe.pipeline.report_plots import Plot
 from raypipe.pipeline.report_tables import ReportTable, Row, findings
 
 _INTERVALS = (
-    "± is half of the 95 % interval over users, of systems at most that; sd is the standard deviation over seeds; a figure of "
+    "± is half of the 95 % interval over users, of some systems at most that; sd is the standard deviation over seeds; a figure of "
     "several seeds is their mean. Bold is the best model of a column."
 )
 
@@ -206,7 +206,7 @@ def _row(table: ReportTable, row: Row, seeds: bool) -> str:
         told = number(cell.value, metric)
         told = f"<b>{told}</b>" if row.kind == "model" and table.best.get(metric) == cell.value else told
         told += f"<small>± {number(cell.half_width, metric)}</small>" if cell.half_width else ""
-        told += f"<small>sd {number(cell.spread, metric)}</small>" if cell.spread is not None else ""
+        told += f"<small>sd {number(cell.spread, metric).lstrip('+')}</small>" if cell.spread is not None else ""
         cells.append(f"<td>{told}</td>")
     if seeds:
         cells.append(f"<td>{', '.join(map(str, row.seeds))}</td>")
@@ -242,7 +242,7 @@ def _markdown_table(table: ReportTable) -> list[str]:
             cell = row.cells.get(metric)
             told = "" if cell is None else number(cell.value, metric)
             told += f" ± {number(cell.half_width, metric)}" if cell and cell.half_width else ""
-            told += f" (sd {number(cell.spread, metric)})" if cell and cell.spread is not None else ""
+            told += f" (sd {number(cell.spread, metric).lstrip('+')})" if cell and cell.spread is not None else ""
             cells.append(told)
         rows.append([*cells, ", ".join(map(str, row.seeds))])
     return _grid(columns, rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from raypipe.metrics.published import CHANCE, PUBLISHED_BY, SYSTEMS, chance_among, published_on
@@ -114,6 +114,10 @@ class Row:
     def seeds(self) -> tuple[int, ...]:
         return tuple(sorted({seed for cell in self.cells.values() for seed in cell.seeds}))
 
+    @property
+    def named(self) -> str:
+        return f"{self.model} beside {self.recommender}" if self.recommender else self.model
+
 
 @dataclass(frozen=True)
 class ReportTable:
@@ -148,6 +152,8 @@ def _section(metric: str) -> int:
 
 
 def _table(dataset: str, section: Section, protocol: str, figures: Sequence[Figure]) -> ReportTable:
+    if any(figure.metric.startswith("Recall@") for figure in figures):
+        figures = [replace(figure, metric=_as_recall(figure.metric)) for figure in figures]
     rows = rows_of(figures)
     metrics = sorted({figure.metric for figure in figures}, key=_metric_order)
     if section.judged:
@@ -162,15 +168,21 @@ def _table(dataset: str, section: Section, protocol: str, figures: Sequence[Figu
     return ReportTable(section, protocol, tuple(metrics), tuple(rows), best)
 
 
+def _as_recall(metric: str) -> str:
+    """Of one relevant item a hit is its recall: where both words are used, one column compares all."""
+    return re.sub(r"^HR@", "Recall@", metric)
+
+
 def rows_of(figures: Iterable[Figure]) -> list[Row]:
-    """In the order of models' first figures, each followed by what stands beside it."""
-    by_row: dict[tuple[str, str], dict[str, list[Figure]]] = {}
+    """In the order of models' first figures, each followed by what stands beside it. What is told twice of one seed, as floors are
+    beside several systems, counts once."""
+    by_row: dict[tuple[str, str], dict[str, dict[int, Figure]]] = {}
     for figure in figures:
-        by_row.setdefault(figure.row, {}).setdefault(figure.metric, []).append(figure)
+        by_row.setdefault(figure.row, {}).setdefault(figure.metric, {}).setdefault(figure.seed, figure)
     rows = []
     for (model, recommender), by_metric in by_row.items():
-        first = next(iter(by_metric.values()))[0]
-        cells = {metric: Cell.of(mine) for metric, mine in by_metric.items()}
+        first = next(iter(next(iter(by_metric.values())).values()))
+        cells = {metric: Cell.of([*mine.values()]) for metric, mine in by_metric.items()}
         rows.append(Row(model, recommender, kind_of(model), cells, first.how))
     families = list(dict.fromkeys(_family(row) for row in rows))
     return sorted(rows, key=lambda row: (families.index(_family(row)), row.kind == "beside"))
@@ -216,7 +228,11 @@ def _known(dataset: str, metrics: Sequence[str], rows: Sequence[Row], protocol: 
     names = dict.fromkeys(_bare(row.model).split(" ")[0] for row in rows if row.kind == "model")
     for name in names:
         figures = published_on(dataset, name.lower())
-        cells = {metric: Cell(value, None, None, ()) for metric, value in figures.values.items()} if figures else {}
+        values = figures.values if figures else {}
+        cells = {
+            metric if metric in metrics else _as_recall(metric): Cell(value, None, None, ())
+            for metric, value in values.items()
+        }
         if figures and not cells.keys().isdisjoint(metrics):
             found.append(Row(f"{name}, published", "", "published", cells, f"{figures.source}: {figures.training}"))
     return found
@@ -289,7 +305,7 @@ def _best(table: ReportTable, metric: str) -> list[str]:
         return []
     best = max(models, key=lambda row: row.cells[metric].value)
     value = best.cells[metric].value
-    told = f"{metric}: {_named(best)} {'is best with' if len(models) > 1 else 'has'} {value:.4f}"
+    told = f"{metric}: {best.named} {'is best with' if len(models) > 1 else 'has'} {value:.4f}"
     floors = [row for row in table.rows if row.kind == "floor" and metric in row.cells]
     if floors:
         floor = max(floors, key=lambda row: row.cells[metric].value)
@@ -309,7 +325,7 @@ def _not_better(table: ReportTable, metrics: Sequence[str]) -> list[str]:
         if row.kind == "model" and floors:
             floor = max(floors, key=lambda one: len(_as_good(one, row, metrics)))
             if above := _as_good(floor, row, metrics):
-                found.append(f"{_named(row)} does not reach {floor.model}: {_against(row, floor, above)}.")
+                found.append(f"{row.named} does not reach {floor.model}: {_against(row, floor, above)}.")
         role = "control" if is_control(row.model) else "surrogate" if _SURROGATES.search(_bare(row.model)) else ""
         if row.kind == "beside" and role:
             owners = [
@@ -320,7 +336,7 @@ def _not_better(table: ReportTable, metrics: Sequence[str]) -> list[str]:
                 and _bare(one.model) == own_name(row.model)
             ]
             found += [
-                f"The {role} {_named(row)} is as good as {_named(one)}: {_against(row, one, reached)}."
+                f"The {role} {row.named} is as good as {one.named}: {_against(row, one, reached)}."
                 for one in owners
                 if (reached := _as_good(row, one, metrics))
             ]
@@ -336,7 +352,3 @@ def _as_good(row: Row, other: Row, metrics: Sequence[str]) -> list[str]:
 def _against(row: Row, other: Row, metrics: Sequence[str]) -> str:
     pairs = ((metric, row.cells[metric].value, other.cells[metric].value) for metric in metrics)
     return ", ".join(f"{metric} {value:.4f} against {others:.4f}" for metric, value, others in pairs)
-
-
-def _named(row: Row) -> str:
-    return f"{row.model} beside {row.recommender}" if row.recommender else row.model

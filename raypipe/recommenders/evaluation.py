@@ -111,6 +111,13 @@ def evaluate_model(model: Recommender, held: HeldOut, *, filter_seen: bool = Tru
     cold = counts[held.targets] < _COLD_EVENTS
     metrics[_COLD] = Mean.of(hits[cold])
     lists = top_lists(model, held.prefixes, min(_CUTOFF, model.items), filter_seen=filter_seen)
-    vectors = model.item_states().detach().cpu().numpy()
-    exact = (coverage(lists, held.items), novelty(lists, counts), diversity(lists, vectors), collapse(vectors))
-    return metrics | {name: Mean(value, 0.0) for name, value in zip(_LISTS, exact, strict=True)}
+    return metrics | list_metrics(lists, model.item_states().detach().cpu().numpy(), held)
+
+
+def list_metrics(lists: NDArray[np.int64], vectors: NDArray[np.float32], held: HeldOut) -> dict[str, Mean]:
+    """What lists are like beyond being right: coverage, novelty (bits) and diversity of the first ten items, NaN where there are
+    none; collapse of the item vectors. `lists` int64 [users, k], 0 for no item; `vectors` float32 [items + 1, width]."""
+    first, counts = lists[:, :_CUTOFF], held.training.counts(held.items)
+    surprise = novelty(first, counts) if first.any() else math.nan
+    exact = (coverage(first, held.items), surprise, diversity(first, vectors), collapse(vectors))
+    return {name: Mean(value, 0.0) for name, value in zip(_LISTS, exact, strict=True)}

@@ -50,7 +50,8 @@ class ModelCache(Config):
 
 @dataclass(frozen=True)
 class JobResult:
-    """How a job ended; its JSON is the last line of stdout."""
+    """How a job ended; its JSON is the last line of stdout. `intervals` has, by their names, the half-widths of the 95 % intervals
+    over users of those metrics of which they are known."""
 
     job: str
     status: str
@@ -59,9 +60,13 @@ class JobResult:
     models: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     cost: Mapping[str, float] = field(default_factory=dict)
+    intervals: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        told = asdict(self)
+        if not self.intervals:
+            del told["intervals"]
+        return told
 
     @staticmethod
     def from_dict(raw: Mapping[str, Any]) -> JobResult:

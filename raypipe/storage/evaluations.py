@@ -28,13 +28,23 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Of a stored model that another was made of, what an `Evaluation` tells of its own."""
+
+    seed: int
+    settings: Mapping[str, Any]
+    versions: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What `job` measured of the model `name`/`hash`.
 
     `figures` is scorer → metric → number: the model's own under its name, those of floors and others beside it under theirs.
     `recommender` is the one that an adapter reads ("" for a recommender itself), `protocol` what was asked in words, the same
     for all that can be compared, `switches` how the model was trained, in words, `settings` the same as values, the seed apart,
-    and `training` its `TrainingResult.curve()`.
+    and `training` its `TrainingResult.curve()`. `versions` are those of the tables it was trained on, and `parts` has of each
+    model that `settings` name, NAME/HASH, how that was made, as far as it is known.
     """
 
     job: str
@@ -47,6 +57,8 @@ class Evaluation:
     switches: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, int] = field(default_factory=dict)
+    parts: Mapping[str, Part] = field(default_factory=dict)
 
 
 class Evaluations:
@@ -84,4 +96,6 @@ def _read(data: bytes) -> tuple[Evaluation, float]:
         scorer: {metric: Measured(**number) for metric, number in mine.items()}
         for scorer, mine in raw.pop("figures").items()
     }
-    return Evaluation(figures=figures, **raw), created
+    # Records of before this was told have none.
+    parts = {named: Part(**part) for named, part in raw.pop("parts", {}).items()}
+    return Evaluation(figures=figures, parts=parts, **raw), created

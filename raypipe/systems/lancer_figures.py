@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raypipe.metrics.ranking import Mean, hit_rate, ndcg
-from raypipe.recommenders.evaluation import HeldOut
+from raypipe.recommenders.evaluation import HeldOut, list_metrics
 from raypipe.systems.lancer import NAME, Frame, LancerConfig, grounding_figures, ranks_of_lists
 from raypipe.systems.lancer_lists import Lists, ListWriter
 
@@ -39,16 +40,17 @@ def measured(
 ) -> dict[str, dict[str, Mean]]:
     """Figures of the model as it is, under `NAME`, in other frames (`perturbed 1`), and with another user's reasoning prompt."""
     config, histories, targets = writer.lancer.config, evaluated.histories(), evaluated.held.targets.tolist()
+    vectors = _item_vectors(writer)
     found: dict[str, dict[str, Mean]] = {}
     frames: dict[str, Frame | None] = {NAME: None}
     frames |= {f"perturbed {number}": frame for number, frame in enumerate(config.prompts.perturbed_frames, 1)}
     for name, frame in frames.items():
         lists = writer.lists(histories, frame=frame, targets=targets, tell=_progress(tell, name))
-        found[name] = _figures(lists, evaluated, config, whole=name == NAME)
+        found[name] = _figures(lists, evaluated, config, vectors if name == NAME else None)
     if config.reasoning and len(histories) > 1:
         others = [*histories[1:], *histories[:1]]
         lists = writer.lists(histories, others, targets=targets, tell=_progress(tell, CONTROL))
-        found[CONTROL] = _figures(lists, evaluated, config, whole=False)
+        found[CONTROL] = _figures(lists, evaluated, config, None)
     return found
 
 
@@ -76,13 +78,16 @@ def rank_figures(
     return found
 
 
-def _figures(lists: Lists, evaluated: EvaluationSet, config: LancerConfig, *, whole: bool) -> dict[str, Mean]:
+def _figures(
+    lists: Lists, evaluated: EvaluationSet, config: LancerConfig, vectors: NDArray[np.float32] | None
+) -> dict[str, Mean]:
+    """All of them with `vectors` of the items, else what is compared."""
     candidates, targets = np.full(len(lists.items), evaluated.held.items), evaluated.held.targets.tolist()
     if config.filter_seen:
         pairs = zip(evaluated.histories(), targets, strict=True)
         candidates = candidates - [len(set(mine) - {target}) for mine, target in pairs]
     figures = rank_figures(*ranks_of_lists(lists.items, targets, candidates.tolist()), evaluated, config)
-    if not whole:
+    if vectors is None:
         return {name: figures[name] for name in figures if name.split("@")[-1] in {str(k) for k in _CUTOFFS}}
     told = {
         "refused": float(sum(outcome.error is not None for outcome in lists.outcomes)),
@@ -90,7 +95,25 @@ def _figures(lists: Lists, evaluated: EvaluationSet, config: LancerConfig, *, wh
     }
     told["listed"] = float(np.mean([len(mine) for mine in lists.items]))
     told |= {f"grounding {name}": value for name, value in grounding_figures(lists.exact, lists.margins).items()}
-    return figures | {name: Mean(value, 0.0) for name, value in told.items()}
+    figures |= list_metrics(_as_served(lists, evaluated, config), vectors, evaluated.held)
+    figures |= {name: Mean(value, 0.0) for name, value in told.items()}
+    return {name: mean for name, mean in figures.items() if not math.isnan(mean.value)}
+
+
+def _as_served(lists: Lists, evaluated: EvaluationSet, config: LancerConfig) -> NDArray[np.int64]:
+    """int64 [users, longest], 0 for no item: without what was chosen next where somebody had it before and that is left out."""
+    found = np.zeros((len(lists.items), max([1, *map(len, lists.items)])), np.int64)
+    for row, (mine, seen) in enumerate(zip(lists.items, evaluated.histories(), strict=True)):
+        without = set(seen) if config.filter_seen else set()
+        kept = [item for item in mine if item not in without]
+        found[row, : len(kept)] = kept
+    return found
+
+
+def _item_vectors(writer: ListWriter) -> NDArray[np.float32]:
+    """float32 [items + 1, hidden], row 0 no item: the lines as answers are compared with them, whatever prompts there are."""
+    table = writer.grounding.table.float().cpu().numpy()
+    return np.concatenate([np.zeros((1, table.shape[1]), np.float32), table])
 
 
 def _progress(tell: Callable[[str, int, int], None], name: str) -> Callable[[int, int], None]:

@@ -24,6 +24,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from raypipe.cli.options import parse_config
+from raypipe.pipeline.align import AlignConfig
 from tests.benchmarks.recommenders import ROOT, log_options, merge, run
 
 SETS = ("ml-100k", "ml-1m", "amazon-industrial")
@@ -36,7 +38,8 @@ _ABLATIONS = {
     "both": ["--no-lancer.reasoning", "--no-lancer.knowledge", "--lancer.first_epochs", "0"],
 }
 _NAMES = {"reasoning": "no reasoning prompt", "knowledge": "no knowledge prompt", "both": "no prompts"}
-_OF_TRAINING = {"loss_first", "loss_last", "steps", "train_seconds", "items", "targets", "line_tokens", "asked"}
+_OF_TRAINING = {"loss_first", "loss_last", "steps", "train_seconds", "items", "targets", "line_tokens"}
+_OF_PROTOCOL = {"asked", "askable"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -57,8 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         """What `align` ends with, trained on and asked of this data set unless `more` says otherwise."""
         workspace = ["--workspace", f"{given.workspace}/{dataset}", "--tracking", "off"]
         run("ingest", *workspace, *log_options(dataset))
-        words = ["--config", str(ROOT / f"jobs/align/lancer-{dataset}.yaml"), *workspace]
-        words += ["--trainer.seed", str(given.seed), *_ABLATIONS[given.ablation], *given.options]
+        words = [*workspace, *recipe(given, dataset)]
         if "--adapter" not in more:
             words += ["--lm", language_model(given.lm, workspace)]
         return run("align", *words, *more)
@@ -75,6 +77,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         merge(ROOT / f"tests/golden/lancer-{given.dataset}.json", rows)
     figures = {f"{row['model']} {row['metric']}": row["value"] for row in rows}
     print(json.dumps({"bench": "lancer", "figures": figures, "machine": rows[0]["machine"]}))
+
+
+def recipe(given: argparse.Namespace, dataset: str) -> list[str]:
+    """The options of `raypipe align` by which it is made and asked on this data set."""
+    config = ["--config", str(ROOT / f"jobs/align/lancer-{dataset}.yaml"), "--trainer.seed", str(given.seed)]
+    return [*config, *_ABLATIONS[given.ablation], *given.options]
+
+
+def filters_seen(given: argparse.Namespace) -> bool:
+    """Whether what a user has seen is left out of the lists: of what was trained elsewhere as there, unless it is told here."""
+    read = [
+        parse_config("align", AlignConfig, ["--workspace", given.workspace, *recipe(given, dataset)]).lancer
+        for dataset in (given.dataset, given.trained_on or given.dataset)
+    ]
+    return next((one for one in read if "filter_seen" in one.model_fields_set), read[-1]).filter_seen
 
 
 def language_model(named: str, workspace: Sequence[str]) -> str:
@@ -97,17 +114,20 @@ def rows_of(metrics: Mapping[str, float], given: argparse.Namespace, machine: st
         given.label,
     ]
     name = " ".join(["LANCER", *filter(None, apart)])
+    # Of everybody it is what recommenders are asked, and its rows stand in one table with theirs.
+    asked = "" if metrics["asked"] == metrics.get("askable") else f", {metrics['asked']:.0f} users asked"
+    seen = "filtered" if filters_seen(given) else "kept"
     shared = {
         "dataset": given.dataset,
         "seed": given.seed,
-        "protocol": f"leave-one-out, whole catalogue, best validation, {metrics['asked']:.0f} users asked",
+        "protocol": f"leave-one-out, whole catalogue, seen items {seen}, best validation{asked}",
         "machine": machine,
         "command": f"make bench NAME=lancer ARGS={shlex.quote(shlex.join(_words(given)))}",
     }
     rows = []
     for metric, value in metrics.items():
         *control, figure = metric.split(": ")
-        if figure in _OF_TRAINING or figure.startswith(("first_", "validation_", "tokens_", "refused")):
+        if figure in _OF_TRAINING | _OF_PROTOCOL or figure.startswith(("first_", "validation_", "tokens_", "refused")):
             continue
         model = control[0] if control and control[0] in FLOORS else ", ".join([name, *control])
         rows.append({**shared, "model": model, "metric": figure, "value": value})

@@ -101,6 +101,45 @@ def test_the_system_itself_bears_its_name_alone(monkeypatch: pytest.MonkeyPatch)
     assert rows_of(METRICS, given, "")[0]["protocol"].endswith("943 users asked")
 
 
+@pytest.mark.parametrize(
+    ("words", "seen"),
+    [
+        (["--dataset", "ml-100k"], "filtered"),
+        (["--dataset", "amazon-industrial"], "kept"),
+        (["--dataset", "ml-100k", "--", "--no-lancer.filter_seen"], "kept"),
+        (["--dataset", "amazon-industrial", "--", "--lancer.filter_seen"], "filtered"),
+        (["--dataset", "ml-100k", "--trained_on", "amazon-industrial"], "kept"),
+        (["--dataset", "amazon-industrial", "--trained_on", "ml-100k"], "kept"),
+    ],
+)
+def test_rows_say_whether_what_was_seen_is_left_out_as_lists_were_asked_for(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], seen: str
+) -> None:
+    """With the other switch they are rows beside these, and so are the floors'."""
+    given, _ = ran(monkeypatch, *words)
+    told = f"leave-one-out, whole catalogue, seen items {seen}, best validation"
+    assert {row["protocol"] for row in rows_of(METRICS, given, "")} == {f"{told}, 943 users asked"}
+    assert {row["protocol"] for row in rows_of({**METRICS, "askable": 943}, given, "")} == {told}
+
+
+def test_stored_rows_stand_in_one_table_with_the_recommenders_and_their_floors_are_the_same() -> None:
+    rows, others = (
+        json.loads((ROOT / f"tests/golden/{name}-ml-100k.json").read_text()) for name in ("lancer", "recommenders")
+    )
+    assert {row["protocol"] for row in rows} == {row["protocol"] for row in others}
+    for floor in ("popularity", "transitions"):
+        mine, theirs = (
+            {row["metric"]: row["value"] for row in some if row["model"] == floor} for some in (rows, others)
+        )
+        for metric, same in (
+            ("Recall@5", "HR@5"),
+            ("Recall@10", "HR@10"),
+            ("NDCG@5", "NDCG@5"),
+            ("NDCG@10", "NDCG@10"),
+        ):
+            assert mine[metric] == pytest.approx(theirs[same], abs=5e-5)
+
+
 def test_what_was_learnt_elsewhere_is_asked_here_and_nothing_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     given, jobs = ran(monkeypatch, "--trained_on", "ml-100k", "--dataset", "amazon-industrial", "--constrained")
     assert [job[0] for job in jobs] == ["ingest", "lm", "align", "ingest", "align"]

@@ -73,6 +73,38 @@ def test_floors_are_rows_of_their_own_and_what_stands_beside_a_model_is_named_af
     assert ("LANCER", "none") not in figures
 
 
+def test_intervals_that_a_system_tells_reach_the_tables_and_the_plot_by_length(home: str, tmp_path: Path) -> None:
+    """What it tells is no bound, and of a part of the users there is none."""
+    model = stored(home, tmp_path / "m", "lancer", options={"filter_seen": True}, config={})
+    metrics = {"asked": 20, "Recall@5": 0.3, "NDCG@5": 0.2, "Recall@5 cold items": 0.1, "popularity: Recall@5": 0.1}
+    lengths = {"Recall@5 length 1–10": 0.25, "Recall@5 length 11–20": 0.35}
+    told = {"NDCG@5": 0.111, "Recall@5 cold items": 0.07, "popularity: Recall@5": 0.05, "Recall@5 length 1–10": 0.22}
+    config = AlignConfig(workspace=home, system="lancer", held_out_share=0)
+    record(config, JobResult("align", "ok", models={"lancer": model.hash}, metrics=metrics | lengths, intervals=told))
+    figures = figures_of(Evaluations(Store(home)).all(), "shop")
+    widths = {(one.model, one.metric): one.half_width for one in figures}
+    assert widths["LANCER", "NDCG@5"] == 0.111
+    assert widths["LANCER", "Recall@5 cold items"] == 0.07
+    assert widths["popularity", "Recall@5"] == 0.05
+    # Older records told none: what is of everybody has a bound.
+    assert widths["LANCER", "Recall@5"] == pytest.approx(1.96 * (0.3 * 0.7 / 20) ** 0.5, abs=1e-5)
+    (plot,) = plots_of(figures)
+    assert plot.rows == (("1–10", "0.2500 ± 0.2200"), ("11–20", "0.3500"))
+
+
+def test_who_writes_lists_for_everybody_stands_in_one_table_with_recommenders(home: str, tmp_path: Path) -> None:
+    model = stored(home, tmp_path / "m", "lancer", options={"filter_seen": True}, config={})
+    config = AlignConfig(workspace=home, system="lancer", hold_out=2, held_out_share=0)
+    metrics = {"asked": 3, "askable": 3, "NDCG@10": 0.3, "popularity: NDCG@10": 0.1}
+    record(config, JobResult("align", "ok", models={"lancer": model.hash}, metrics=metrics))
+    rows = {"sasrec": {"NDCG@10": Mean(0.4, 0.0)}, "popularity": {"NDCG@10": Mean(0.1, 0.0)}}
+    sasrec = Model("sasrec", "a" * 32, "", {"hold_out": 2, "protocol": {}})
+    record_recommender(Workspace(home), sasrec, rows, HeldOut.of(HISTORIES, 2, items=3), True)
+    figures = [one for one in figures_of(Evaluations(Store(home)).all(), "shop") if one.metric == "NDCG@10"]
+    (table,) = tables_of("shop", figures)
+    assert {row.model: row.kind for row in table.rows} == {"popularity": "floor", "LANCER": "model", "SASRec": "model"}
+
+
 def test_what_ranks_candidates_without_a_language_model_has_rows_of_its_own(home: str, tmp_path: Path) -> None:
     model = stored(home, tmp_path / "m", "trsr", options=TRSR)
     metrics = {"asked": 50, "Recall@3": 0.6, "no summaries: Recall@3": 0.5, "boosted trees on facts: Recall@3": 0.7}

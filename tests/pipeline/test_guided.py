@@ -353,7 +353,7 @@ def test_a_browser_shows_bars_to_both_sides(raypipe: Run, films: str, tmp_path: 
     assert sum(shares.values()) == pytest.approx(1, abs=1e-4)
     assert min(shares.values()) > 0
     told = raypipe("report", "--workspace", films)
-    assert "What decides on recommendations of SASRec" in Path(told.metrics["page"]).read_text()
+    assert "What decides on recommendations of Guided beside SASRec" in Path(told.metrics["page"]).read_text()
     (page,) = Path(films).glob("evaluations/*/attributes.html")
     script = page.with_name("measured.html")
     measure = (

@@ -222,6 +222,26 @@ def test_what_summaries_cost_is_told_under_cost() -> None:
     assert (table.section.title, set(table.metrics)) == ("Cost", set(names))
 
 
+def test_a_floor_that_is_told_beside_several_systems_counts_once() -> None:
+    """Each rounds it in its own way."""
+    told = [figure("popularity", "NDCG@5", value) for value in (0.035816, 0.0358)]
+    (table,) = tables_of("shop", [*told, figure("popularity", "NDCG@5", 0.05, seed=1)])
+    cell = table.rows[0].cells["NDCG@5"]
+    assert (cell.value, cell.seeds) == (pytest.approx((0.035816 + 0.05) / 2), (0, 1))
+
+
+def test_hits_and_recall_of_one_relevant_item_are_one_column() -> None:
+    """By two columns LANCER would be the best of those that its paper's word is used for."""
+    figures = [figure("SASRec", "HR@10", 0.3), figure("LANCER", "Recall@10", 0.2), figure("LANCER", "Recall@5", 0.1)]
+    (table,) = tables_of("ml-1m", [*figures, figure("SASRec", "HR@5", 0.2)])
+    told = {row.model: row.cells["Recall@10"].value for row in table.rows}
+    assert told == {"SASRec": 0.3, "LANCER": 0.2, "SASRec, published": 0.3159}
+    assert table.metrics == ("Recall@5", "Recall@10")
+    assert findings([table])[0] == "Recall@5: SASRec is best with 0.2000."
+    (alone,) = tables_of("ml-1m", figures[:1])
+    assert alone.metrics == ("HR@10",)
+
+
 def test_no_figure_is_left_out() -> None:
     metrics = (
         "HR@10",
