@@ -28,6 +28,7 @@ from raypipe.pipeline.asked_anew import as_trained, asked_anew, tell_stored
 from raypipe.pipeline.guided import run_guided
 from raypipe.pipeline.held_out import Cut, are_held_out
 from raypipe.pipeline.job import model_result
+from raypipe.pipeline.judge_engines import with_judges
 from raypipe.pipeline.lancer import run_lancer
 from raypipe.pipeline.loaded import BUILTIN, ChosenLm, Loaded
 from raypipe.pipeline.past_summaries import check_written
@@ -210,7 +211,7 @@ def _joined(config: AlignConfig) -> JobResult:
     inputs = _read(config, workspace, versions["histories"], stored)
     if stored is not None:
         return _transferred(config, workspace, inputs, stored, started)
-    system = config.chosen().build()
+    system = with_judges(config, workspace, config.chosen()).build()
     catalogue = inputs.source.catalogue
     recipe = fingerprint(
         {
@@ -384,6 +385,6 @@ def _transferred(
             f"The adapter {adapter.name} cannot be measured so: {first_problem(error)}.",
             "Change the options of its system, or train it anew where an older version of raypipe made it.",
         ) from None
-    system = options.chosen().build()
+    system = with_judges(config, workspace, options.chosen()).build()
     metrics = inputs.measure(config, system, folder)
     return model_result(JOB, adapter, "ok", metrics, started)

@@ -22,12 +22,11 @@ from raypipe.pipeline.forget_traces import without_users
 from raypipe.pipeline.forgotten import forgotten_users, locked_traces
 from raypipe.pipeline.job import cost_of
 from raypipe.pipeline.judged import EXPLANATION_PIECES, SUMMARY_PIECES, sample_explanations, sample_summaries
-from raypipe.pipeline.loaded import BUILTIN, find_builtin_lm
+from raypipe.pipeline.judge_engines import resolved_judges
 from raypipe.runtime.job import JobConfig, JobResult, ModelCache
 from raypipe.runtime.progress import say
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.ledger import Usage
-from raypipe.storage.workspace import Workspace
 from raypipe.systems.judges import EXPLANATION, HIGHEST, EngineJudge, Rubric, agreement
 from raypipe.systems.summaries import SummariesConfig
 
@@ -41,7 +40,7 @@ class JudgeConfig(JobConfig, ModelCache):
     what: Literal["summaries", "explanations"] = shaping("summaries", "of which the newest are judged")
     sample: int = shaping(100, "how many are judged, of users chosen by hash", ge=1)
     judges: dict[str, EngineConfig] = shaping(
-        dict, 'name → engine, as JSON; beside them the judge "rule", which counts'
+        dict, 'name → engine, as JSON; lm `builtin` is the workspace\'s own; beside them the judge "rule", which counts'
     )
     rubric: Rubric | None = shaping(
         None, "what the engines are asked; unset: of {items} and {summary}, or {history}, {item}, {label} …"
@@ -70,7 +69,7 @@ def run_judge(config: JudgeConfig) -> JobResult:
         rubric.ask(dict.fromkeys(pieces, ""))
     except ValueError as error:
         raise UsageError(f"The rubric cannot be asked: {error}.", f"There are {', '.join(pieces)}.") from None
-    engines = {name: _resolved(config, workspace, engine) for name, engine in config.judges.items()}
+    engines = resolved_judges(config, workspace, config.judges, "--judges")
     identities = {name: engine.identity() for name, engine in engines.items()}
     if of_summaries:
         sample = sample_summaries(workspace, config.summaries, config.sample)
@@ -115,14 +114,6 @@ def run_judge(config: JudgeConfig) -> JobResult:
     numbers = {name: value for name, value in metrics.items() if value is not None}
     tracking.log_run(JOB, key, params, {**numbers, **cost})
     return JobResult(JOB, "ok", key, metrics=metrics, cost=cost)
-
-
-def _resolved(config: JudgeConfig, workspace: Workspace, engine: EngineConfig) -> EngineConfig:
-    """With the folder of the workspace's own language model, where that is the judge."""
-    if not engine.reads_checkpoint or engine.lm != BUILTIN:
-        return engine
-    model = find_builtin_lm(workspace, "--judges, as lm")
-    return engine.model_copy(update={"lm": str(config.fetch(workspace, model))})
 
 
 def _figures(ratings: Mapping[str, Sequence[int | None]]) -> dict[str, Any]:

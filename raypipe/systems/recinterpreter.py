@@ -85,7 +85,8 @@ class InterpreterConfig(Config):
     prompts: InterpreterPrompts = shaping(InterpreterPrompts)
     judges: dict[str, EngineConfig] = free(
         dict,
-        "name → engine, as JSON: whether what an oracle names fits better than another item, beside a rule that counts",
+        "name → engine, as JSON, lm `builtin` being the workspace's own: whether what an oracle names fits better than another "
+        "item, beside a rule that counts",
     )
     rubric: Rubric = free(lambda: Rubric(prompt=PREFERENCE), "what they are asked: {history}, {one} and {other}")
 
