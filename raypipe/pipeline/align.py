@@ -104,7 +104,8 @@ class AlignOptions(TrainingOptions, ModelCache):
     )
     replay: str | None = free(
         None,
-        "JSON lines with prompt and answer that are learnt too, so that a model keeps its language; for recexplainer",
+        "JSON lines with prompt and answer, or with the messages of a conversation, that are learnt too, so that a model keeps "
+        "its language; for recexplainer",
     )
     summaries: Literal["hierarchical", "recurrent"] | None = free(
         None,

@@ -159,8 +159,10 @@ def test_other_examples_are_learnt_too_and_a_file_that_holds_none_is_told(
     few = (*EXPLAINER[:-2], "--recexplainer.tasks", '["T4", "T5"]', "--trainer.epochs", "1", "--asked", "2")
     told = raypipe("align", "--workspace", with_lm, *few, "--replay", replay)
     assert told.code == 2
-    assert f"Line 2 of {replay} is no example: KeyError('prompt')" in told.stderr
-    replay.write_text(json.dumps({"prompt": "Say it.", "answer": "It."}) + "\n")
+    assert f"Line 2 of {replay} is no example: it has no prompt and no answer, and no messages." in told.stderr
+    turns = [("user", "Say it."), ("assistant", "It."), ("user", "Again."), ("assistant", "It.")]
+    chat = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    replay.write_text("\n".join(map(json.dumps, ({"prompt": "Say it.", "answer": "It."}, chat))))
     with_replay = raypipe("align", "--workspace", with_lm, *few, "--replay", replay)
     # Of each item its title, its genre and its nearest; and what the file holds.
-    assert with_replay.metrics["examples"] == 3 * CHAIN_ITEMS + 1
+    assert with_replay.metrics["examples"] == 3 * CHAIN_ITEMS + 3
