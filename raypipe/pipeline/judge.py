@@ -2,7 +2,8 @@
 
 A sample of users, the same for every judge. What each judge said of whom is written to `judgements/<key>.json`; the means, the
 shares of each rating and the agreement of every two judges are reported, and logged with prompt, models and seed. Of
-explanations also their coherence, and their distinction from every other variant that explains the same pairs.
+explanations also how often what was decided is right, their coherence, and their distinction from every other variant that
+explains the same pairs.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from raypipe.errors import UsageError
 from raypipe.pipeline.forget_traces import without_users
 from raypipe.pipeline.forgotten import forgotten_users, locked_traces
 from raypipe.pipeline.job import cost_of
-from raypipe.pipeline.judged import EXPLANATION_PIECES, SUMMARY_PIECES, sample_explanations, sample_summaries
 from raypipe.pipeline.judge_engines import resolved_judges
+from raypipe.pipeline.judged import EXPLANATION_PIECES, SUMMARY_PIECES, sample_explanations, sample_summaries
 from raypipe.runtime.job import JobConfig, JobResult, ModelCache
 from raypipe.runtime.progress import say
 from raypipe.storage.fingerprint import fingerprint
@@ -138,6 +139,11 @@ def _say(ratings: Mapping[str, Sequence[int | None]], metrics: Mapping[str, Any]
         )
     for pair in (pair for pair in metrics if pair.startswith("agreement.")):
         say(f"{JOB}: {pair.replace('.', ' ')} {metrics[pair]}")
+    if metrics.get("decision.accuracy") is not None:
+        say(
+            f"{JOB}: {metrics['decision.accuracy']:.0%} of {metrics['decision.cases']:,} decisions are the recommender's, always "
+            f"saying yes has {metrics['decision.constant']:.0%}"
+        )
     if metrics.get("coherence.mse") is not None:
         say(
             f"{JOB}: the recommender's scores are read from the words with a squared error of {metrics['coherence.mse']}, "

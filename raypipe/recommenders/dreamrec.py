@@ -70,6 +70,7 @@ class DreamRec(Recommender):
     """States are guidance vectors; `score` generates the oracle item of each and ranks by the inner product with it."""
 
     queries_are_items: ClassVar[bool] = True
+    samples: ClassVar[bool] = True
 
     def __init__(
         self,
