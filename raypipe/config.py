@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 
@@ -42,6 +42,10 @@ class Config(BaseModel):
             value = getattr(self, name)
             values[name] = value.shaping_values() if isinstance(value, Config) else self.model_dump(mode="json")[name]
         return values
+
+
+WRITTEN = BeforeValidator(lambda value: int(value) if isinstance(value, str) and value.isdecimal() else value)
+"""Of a field that is one of some numbers, as options on the command line are texts: `Annotated[Literal[1, 2], WRITTEN]`."""
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

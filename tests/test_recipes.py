@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from itertools import product
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from raypipe.pipeline.align import AlignConfig
 from raypipe.pipeline.nightly import NightlyConfig
 from raypipe.pipeline.train import TrainConfig
 from raypipe.runtime.trainer import TrainerConfig
+from raypipe.systems.recexplainer import ExplainerConfig
 
 FOLDER = Path(__file__).parents[1] / "jobs/train"
 NIGHTS = sorted(FOLDER.parent.glob("nightly*.yaml"))
@@ -111,3 +114,36 @@ def test_the_night_to_copy_reads_a_log_by_date_caps_what_it_spends_and_loads_wha
     for engine in (("vllm", "example/model"), ("transformers", "builtin")):
         chosen = ["--summarize.engine.engine", engine[0], "--summarize.engine.lm", engine[1]]
         assert parse_config("nightly", NightlyConfig, [*words, *changed, *chosen]).train_policy == "nightly"
+
+
+def test_an_oracle_has_a_recipe_that_reads_item_vectors_of_the_recommender_that_generates_them() -> None:
+    oracle = parse_config("align", AlignConfig, ["--config", str(ALIGNMENTS / "recinterpreter-ml-100k-oracle.yaml")])
+    plain = parse_config("align", AlignConfig, ["--config", str(ALIGNMENTS / "recinterpreter-ml-100k.yaml")])
+    assert (oracle.model, oracle.recinterpreter.after, plain.recinterpreter.after) == ("dreamrec", "item", "state")
+    other = {"model": plain.model, "recinterpreter": plain.recinterpreter}
+    assert oracle.recinterpreter == plain.recinterpreter.model_copy(update={"after": "item"})
+    assert oracle.model_copy(update=other) == plain
+    trained = (FOLDER / "dreamrec-ml-100k-warm.yaml").name
+    assert f"jobs/train/{trained}" in (ALIGNMENTS / "recinterpreter-ml-100k-oracle.yaml").read_text()
+
+
+def test_every_switch_of_the_adapters_that_the_page_lists_is_one_that_align_takes() -> None:
+    page = (FOLDER.parent / "README.md").read_text()
+    (section,) = re.findall(r"## Adapters of the systems\n(.*?)\n## ", page, re.DOTALL)
+    switches = [
+        re.findall(r"`(--[^`]+)`", row.rsplit("|", 2)[1]) for row in section.splitlines() if row.startswith("| ")
+    ][1:]
+    assert len(switches) > 10
+    for first, *others in switches:
+        for switch in (first, *others):
+            system = "recinterpreter" if "--recinterpreter" in switch else "recexplainer"
+            words = ["--system", system, *shlex.split(switch)]
+            parse_config("align", AlignConfig, words)
+    default = ExplainerConfig()
+    for switch, value in (("variant", "H"), ("hybrid", "paper"), ("projector.kind", "mlp")):
+        assert any(mine[0] == f"--recexplainer.{switch} {value}" for mine in switches)
+        assert parse_config(
+            "align", AlignConfig, ["--system", "recexplainer", f"--recexplainer.{switch}", value]
+        ).recexplainer == (default)
+    recipes = [parse_config("align", AlignConfig, ["--config", str(path)]) for path in ALIGNMENTS.glob("recexplainer*")]
+    assert {recipe.recexplainer.hybrid for recipe in recipes} == {"code"}

@@ -28,10 +28,12 @@ from raypipe.pipeline.asked_anew import as_trained, asked_anew, tell_stored
 from raypipe.pipeline.guided import run_guided
 from raypipe.pipeline.held_out import Cut, are_held_out, share_of
 from raypipe.pipeline.job import model_result
+from raypipe.pipeline.judge_engines import with_judges
 from raypipe.pipeline.lancer import run_lancer
 from raypipe.pipeline.loaded import BUILTIN, ChosenLm, Loaded
 from raypipe.pipeline.past_summaries import check_written
 from raypipe.pipeline.replay import read_replay
+from raypipe.pipeline.sampling_seeds import known_seeds, read_event_seeds
 from raypipe.pipeline.sequences import catalogue_of, histories_hash, pinned_versions, read_histories
 from raypipe.pipeline.training_folders import TrainingOptions, prepared_once
 from raypipe.pipeline.trsr import run_trsr
@@ -55,7 +57,7 @@ from raypipe.systems.system import System
 from raypipe.systems.trsr import TrsrConfig
 
 JOB = "align"
-STEP_VERSIONS = {"recinterpreter": 6, "recexplainer": 5}
+STEP_VERSIONS = {"recinterpreter": 7, "recexplainer": 6}
 _TRAINING: dict[str, Mapping[str, object]] = {
     "recinterpreter": recinterpreter.TRAINING,
     "recexplainer": recexplainer.TRAINING,
@@ -103,7 +105,8 @@ class AlignOptions(TrainingOptions, ModelCache):
     )
     replay: str | None = free(
         None,
-        "JSON lines with prompt and answer that are learnt too, so that a model keeps its language; for recexplainer",
+        "JSON lines with prompt and answer, or with the messages of a conversation, that are learnt too, so that a model keeps "
+        "its language; for recexplainer",
     )
     summaries: Literal["hierarchical", "recurrent"] | None = free(
         None,
@@ -210,7 +213,7 @@ def _joined(config: AlignConfig) -> JobResult:
     inputs = _read(config, workspace, versions["histories"], stored)
     if stored is not None:
         return _transferred(config, workspace, inputs, stored, started)
-    system = config.chosen().build()
+    system = with_judges(config, workspace, config.chosen()).build()
     catalogue = inputs.source.catalogue
     recipe = fingerprint(
         {
@@ -268,8 +271,12 @@ def _read(config: AlignConfig, workspace: Workspace, version: int, adapter: Mode
             f"{JOB}: {' and '.join(saw)} may have been trained on users who are asked about here: the figures are too good "
             f"unless trained with --held_out_share {config.held_out_share}"
         )
-    users, histories = read_histories(workspace, version)
-    histories = histories.without_last(config.hold_out).within(loaded.recommender.items)
+    users, whole = read_histories(workspace, version)
+    histories = whole.without_last(config.hold_out).within(loaded.recommender.items)
+    seeds = None
+    if loaded.recommender.samples:  # Its labels and oracles are those of its lists.
+        drawn = read_event_seeds(workspace, version, loaded.items)
+        seeds = known_seeds(drawn, whole, config.hold_out, loaded.recommender.items)
     held_out = are_held_out(users, config.held_out_share)
     long_enough = histories.lengths > 1
     asked = min(int((held_out & long_enough).sum()), config.asked)
@@ -283,7 +290,7 @@ def _read(config: AlignConfig, workspace: Workspace, version: int, adapter: Mode
     catalogue = catalogue_of(loaded.items).first(loaded.recommender.items)
     replay = read_replay(config.replay) if config.replay is not None else []
     summaries = _read_summaries(config, workspace, users) if config.summaries is not None else {}
-    source = Source(loaded.recommender, histories, held_out, catalogue, summaries, replay)
+    source = Source(loaded.recommender, histories, held_out, catalogue, summaries, replay, seeds=seeds)
     return _Inputs(f"{loaded.model.name}/{loaded.model.hash}", lm, source, not saw)
 
 
@@ -384,6 +391,6 @@ def _transferred(
             f"The adapter {adapter.name} cannot be measured so: {first_problem(error)}.",
             "Change the options of its system.",
         ) from None
-    system = options.chosen().build()
+    system = with_judges(config, workspace, options.chosen()).build()
     metrics = inputs.measure(config, system, folder)
     return model_result(JOB, adapter, "ok", metrics, started)

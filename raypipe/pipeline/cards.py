@@ -43,7 +43,7 @@ def write_cards(
     titles = items["title"].to_pylist()
     attributes = [dict(pairs) for pairs in items["attributes"].to_pylist()]
     files = workspace.tables["summaries"].files(versions.get("summaries", ABSENT), variant=summaries.variant)
-    users, history = choose_users(workspace, files, versions["histories"], count)
+    users, history, _ = choose_users(workspace, files, versions["histories"], count)
     cards = [
         _card(
             user,
@@ -72,14 +72,15 @@ def choose_users(
     table: str = "summaries",
     columns: Sequence[str] = ("user_id", "summary"),
     keep: Callable[[pa.Table, pa.Table], pa.Table] = lambda rows, owners: rows,
-) -> tuple[pa.Table, dict[str, list[int]]]:
-    """`count` rows and their users' items, from as few buckets as hold them: millions of users are not read.
+) -> tuple[pa.Table, dict[str, list[int]], dict[str, str]]:
+    """`count` rows, and their users' items and history keys, from as few buckets as hold them: millions of users are not read.
 
     `keep` gives of a bucket's rows and its users' histories (user_id, items, history_key) the rows that may be chosen.
     """
     source = workspace.tables[table]
     chosen = source.read_files([], list(columns))
     history: dict[str, list[int]] = {}
+    keys: dict[str, str] = {}
     by_bucket = {file.partition["bucket"]: file for file in files}
     for bucket, file in sorted(by_bucket.items(), key=lambda pair: int(pair[0])):
         owners = workspace.tables["histories"].read(histories, ["user_id", "items", "history_key"], bucket=bucket)
@@ -87,11 +88,13 @@ def choose_users(
         order = np.argsort(stable_hash(rows["user_id"].combine_chunks()), kind="stable")[: count - chosen.num_rows]
         rows = rows.take(pa.array(order))
         mine = owners.filter(pc.is_in(owners["user_id"], value_set=rows["user_id"].combine_chunks()))
-        history.update(zip(mine["user_id"].to_pylist(), mine["items"].to_pylist(), strict=True))
+        users = mine["user_id"].to_pylist()
+        history.update(zip(users, mine["items"].to_pylist(), strict=True))
+        keys.update(zip(users, mine["history_key"].to_pylist(), strict=True))
         chosen = pa.concat_tables([chosen, rows])
         if chosen.num_rows >= count:
             break
-    return chosen, history
+    return chosen, history, keys
 
 
 def _card(user: str, summary: str, titles: list[str], window: list[dict[str, list[str]]]) -> str:

@@ -2,7 +2,8 @@
 
 A sample of users, the same for every judge. What each judge said of whom is written to `judgements/<key>.json`; the means, the
 shares of each rating and the agreement of every two judges are reported, and logged with prompt, models and seed. Of
-explanations also their coherence, and their distinction from every other variant that explains the same pairs.
+explanations also how often what was decided is right, their coherence, and their distinction from every other variant that
+explains the same pairs.
 """
 
 from __future__ import annotations
@@ -21,13 +22,12 @@ from raypipe.errors import UsageError
 from raypipe.pipeline.forget_traces import without_users
 from raypipe.pipeline.forgotten import forgotten_users, locked_traces
 from raypipe.pipeline.job import cost_of
+from raypipe.pipeline.judge_engines import resolved_judges
 from raypipe.pipeline.judged import EXPLANATION_PIECES, SUMMARY_PIECES, sample_explanations, sample_summaries
-from raypipe.pipeline.loaded import BUILTIN, find_builtin_lm
 from raypipe.runtime.job import JobConfig, JobResult, ModelCache
 from raypipe.runtime.progress import say
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.ledger import Usage
-from raypipe.storage.workspace import Workspace
 from raypipe.systems.judges import EXPLANATION, HIGHEST, EngineJudge, Rubric, agreement
 from raypipe.systems.summaries import SummariesConfig
 
@@ -41,7 +41,7 @@ class JudgeConfig(JobConfig, ModelCache):
     what: Literal["summaries", "explanations"] = shaping("summaries", "of which the newest are judged")
     sample: int = shaping(100, "how many are judged, of users chosen by hash", ge=1)
     judges: dict[str, EngineConfig] = shaping(
-        dict, 'name → engine, as JSON; beside them the judge "rule", which counts'
+        dict, 'name → engine, as JSON; lm `builtin` is the workspace\'s own; beside them the judge "rule", which counts'
     )
     rubric: Rubric | None = shaping(
         None, "what the engines are asked; unset: of {items} and {summary}, or {history}, {item}, {label} …"
@@ -70,7 +70,7 @@ def run_judge(config: JudgeConfig) -> JobResult:
         rubric.ask(dict.fromkeys(pieces, ""))
     except ValueError as error:
         raise UsageError(f"The rubric cannot be asked: {error}.", f"There are {', '.join(pieces)}.") from None
-    engines = {name: _resolved(config, workspace, engine) for name, engine in config.judges.items()}
+    engines = resolved_judges(config, workspace, config.judges, "--judges")
     identities = {name: engine.identity() for name, engine in engines.items()}
     if of_summaries:
         sample = sample_summaries(workspace, config.summaries, config.sample)
@@ -117,14 +117,6 @@ def run_judge(config: JudgeConfig) -> JobResult:
     return JobResult(JOB, "ok", key, metrics=metrics, cost=cost)
 
 
-def _resolved(config: JudgeConfig, workspace: Workspace, engine: EngineConfig) -> EngineConfig:
-    """With the folder of the workspace's own language model, where that is the judge."""
-    if not engine.reads_checkpoint or engine.lm != BUILTIN:
-        return engine
-    model = find_builtin_lm(workspace, "--judges, as lm")
-    return engine.model_copy(update={"lm": str(config.fetch(workspace, model))})
-
-
 def _figures(ratings: Mapping[str, Sequence[int | None]]) -> dict[str, Any]:
     """Of each judge the mean, the share rated, and the share of each rating; of every two their agreement."""
     found: dict[str, Any] = {}
@@ -147,6 +139,11 @@ def _say(ratings: Mapping[str, Sequence[int | None]], metrics: Mapping[str, Any]
         )
     for pair in (pair for pair in metrics if pair.startswith("agreement.")):
         say(f"{JOB}: {pair.replace('.', ' ')} {metrics[pair]}")
+    if metrics.get("decision.accuracy") is not None:
+        say(
+            f"{JOB}: {metrics['decision.accuracy']:.0%} of {metrics['decision.cases']:,} decisions are the recommender's, always "
+            f"saying yes has {metrics['decision.constant']:.0%}"
+        )
     if metrics.get("coherence.mse") is not None:
         say(
             f"{JOB}: the recommender's scores are read from the words with a squared error of {metrics['coherence.mse']}, "

@@ -22,6 +22,7 @@ from raypipe.metrics.unfounded import Titles
 from raypipe.pipeline.cards import choose_users
 from raypipe.pipeline.explain_units import pair_keys
 from raypipe.pipeline.loaded import Loaded
+from raypipe.pipeline.sampling_seeds import user_seeds
 from raypipe.pipeline.sequences import user_keys
 from raypipe.pipeline.summary_state import PromptCatalogue, Recipes, summarised
 from raypipe.pipeline.user_rows import are_standing, change_keys
@@ -81,7 +82,7 @@ def sample_summaries(workspace: Workspace, summaries: SummariesConfig, count: in
 
     standing = _Standing(None if recipes is None else partial(current, recipes=recipes))
     columns = ["user_id", "summary", "change_key"]
-    chosen, histories = choose_users(
+    chosen, histories, _ = choose_users(
         workspace, files, versions["histories"], count, "summaries", columns, standing.keep
     )
     if not chosen.num_rows:
@@ -132,7 +133,7 @@ def sample_explanations(workspace: Workspace, cache: ModelCache, variant: str, c
         return pc.equal(rows["change_key"], wanted)
 
     standing = _Standing(None if recipe is None else partial(current, recipe=recipe))
-    chosen, histories = choose_users(
+    chosen, histories, keys = choose_users(
         workspace, files, versions["histories"], count, "explanations", columns, standing.keep
     )
     if not chosen.num_rows:
@@ -149,7 +150,9 @@ def sample_explanations(workspace: Workspace, cache: ModelCache, variant: str, c
     rule: list[int | None] = []
     users, explained = chosen["user_id"].to_pylist(), chosen["item_index"].to_numpy().astype(np.int32)
     prefixes = _prefixes(chosen["user_id"].combine_chunks(), histories)
-    labels = _labels(loaded, prefixes, explained)
+    # As `recommend` samples, where it does: what is right is what the published list says.
+    seeds = user_seeds(chosen["user_id"].combine_chunks(), pa.array([keys[user] for user in users]))
+    labels = _labels(loaded, prefixes, explained, seeds)
     shown_last = int(adapter.lineage["options"]["titles"])
     for row, label in zip(chosen.to_pylist(), labels, strict=True):
         items, item, text = histories[row["user_id"]], row["item_index"], row["text"]
@@ -164,9 +167,10 @@ def sample_explanations(workspace: Workspace, cache: ModelCache, variant: str, c
         rule.append(
             explanations.rule_explanation_rating(row["decision"], label, text, kinds, counts, values[item - 1], beside)
         )
-    told = _coherence(loaded, prefixes, explained, chosen["text"].to_pylist(), users)
+    decided = _decisions(chosen["decision"].to_pylist(), labels)
+    told = _coherence(loaded, prefixes, explained, seeds, chosen["text"].to_pylist(), users)
     apart = _distinctions(workspace, versions["explanations"], variant, chosen)
-    return Sample(users, cases, rule, {"stale": standing.figure, **told, **apart})
+    return Sample(users, cases, rule, {"stale": standing.figure, **decided, **told, **apart})
 
 
 @dataclass
@@ -222,9 +226,11 @@ def _prefixes(users: pa.Array, histories: Mapping[str, Sequence[int]]) -> Histor
     return Histories(items, np.cumsum([len(history) for history in mine]), user_keys(users))
 
 
-def _labels(loaded: Loaded, prefixes: Histories, items: NDArray[np.int32]) -> list[str | None]:
+def _labels(
+    loaded: Loaded, prefixes: Histories, items: NDArray[np.int32], seeds: NDArray[np.int64]
+) -> list[str | None]:
     """Whether each item is in the best fifth of what its user has not seen, yes, in the worse half, no, or between."""
-    above, _ = target_ranks(loaded.recommender, prefixes, items)
+    above, _ = target_ranks(loaded.recommender, prefixes, items, seeds=seeds)
     # Of items that came after the recommender there are none among those that it ranks.
     known = prefixes.within(loaded.recommender.items)
     seen = [len(set(known.items[start:end])) for start, end in zip(known.starts, known.ends, strict=True)]
@@ -232,8 +238,28 @@ def _labels(loaded: Loaded, prefixes: Histories, items: NDArray[np.int32]) -> li
     return ["yes" if one < LIKED else "no" if one >= DISLIKED else None for one in place.tolist()]
 
 
+def _decisions(given: Sequence[str], labels: Sequence[str | None]) -> dict[str, float | None]:
+    """How often what is decided is what the recommender says, and how often yes would be, of the cases of which it says either."""
+    pairs = [(mine, label) for mine, label in zip(given, labels, strict=True) if label is not None]
+    figures: dict[str, float | None] = {
+        "decision.cases": len(pairs),
+        "decision.accuracy": None,
+        "decision.constant": None,
+    }
+    if not pairs:
+        return figures
+    right, yes = sum(mine == label for mine, label in pairs), sum(label == "yes" for _, label in pairs)
+    shares = {"decision.accuracy": right / len(pairs), "decision.constant": yes / len(pairs)}
+    return {**figures, **{name: round(share, 4) for name, share in shares.items()}}
+
+
 def _coherence(
-    loaded: Loaded, prefixes: Histories, items: NDArray[np.int32], texts: Sequence[str], users: Sequence[str]
+    loaded: Loaded,
+    prefixes: Histories,
+    items: NDArray[np.int32],
+    seeds: NDArray[np.int64],
+    texts: Sequence[str],
+    users: Sequence[str],
 ) -> dict[str, float | None]:
     """How well the recommender's score of the item is read from the words: squared error, and that of the mean score."""
     known = prefixes.within(loaded.recommender.items)
@@ -247,20 +273,25 @@ def _coherence(
     if len(set(of_rows)) < FEWEST:
         say(f"judge: coherence wants explanations of {FEWEST} users, and there are {len(set(of_rows))}")
         return figures
-    found = coherence([texts[row] for row in rows.tolist()], _scores(loaded, known, rows, items[rows]), of_rows)
+    scores = _scores(loaded, known, rows, items[rows], seeds[rows])
+    found = coherence([texts[row] for row in rows.tolist()], scores, of_rows)
     return {**figures, "coherence.mse": round(found.mse, 6), "coherence.constant": round(found.constant, 6)}
 
 
 @torch.no_grad()
 def _scores(
-    loaded: Loaded, prefixes: Histories, rows: NDArray[np.int64], items: NDArray[np.int32]
+    loaded: Loaded,
+    prefixes: Histories,
+    rows: NDArray[np.int64],
+    items: NDArray[np.int32],
+    seeds: NDArray[np.int64],
 ) -> NDArray[np.float32]:
-    """Of one item [n] after each of the histories in `rows` [n]: float32 [n]."""
+    """Of one item [n] after each of the histories in `rows` [n], sampled by `seeds` [n]: float32 [n]."""
     model = loaded.recommender
     model.eval()
     states = torch.from_numpy(prefix_states(model, prefixes, rows, prefixes.lengths[rows]))
     asked = model.item_states()[torch.from_numpy(items.astype(np.int64))]
-    return (model.queries(states) * asked).sum(1).numpy()
+    return (model.queries(states, torch.from_numpy(seeds)) * asked).sum(1).numpy()
 
 
 def _distinctions(workspace: Workspace, version: int, variant: str, chosen: pa.Table) -> dict[str, float | None]:

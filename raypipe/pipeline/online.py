@@ -19,7 +19,8 @@ from raypipe.config import Config, free
 from raypipe.errors import UsageError
 from raypipe.pipeline.extract import state_recipe
 from raypipe.pipeline.job import cost_of
-from raypipe.pipeline.user_rows import are_standing, change_keys, user_seeds
+from raypipe.pipeline.sampling_seeds import user_seeds
+from raypipe.pipeline.user_rows import are_standing, change_keys
 from raypipe.runtime.job import JobConfig, JobResult
 from raypipe.runtime.progress import Progress, say
 from raypipe.storage.ledger import Usage

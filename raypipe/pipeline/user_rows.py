@@ -15,10 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from raypipe.pipeline.sampling_seeds import user_seeds
 from raypipe.pipeline.sequences import user_keys
 from raypipe.recommenders.windows import Histories
 from raypipe.storage.change_keys import keys_of, recipes_of
-from raypipe.storage.hashing import digest_lanes, stable_hash
+from raypipe.storage.hashing import digest_lanes
 from raypipe.storage.workspace import Workspace
 
 
@@ -124,11 +125,6 @@ def are_standing(rows: pa.Table, users: pa.Array, keys: pa.Array) -> NDArray[np.
     owners = pc.index_in(rows["user_id"].combine_chunks(), value_set=users)
     current = pc.equal(keys.take(owners), rows["change_key"].combine_chunks())
     return pc.fill_null(current, False).to_numpy(zero_copy_only=False)
-
-
-def user_seeds(users: pa.Array, history_keys: pa.Array) -> NDArray[np.int64]:
-    """Of what is sampled for each user, from the user and the history alone: [users]."""
-    return (stable_hash(users) ^ digest_lanes(history_keys)[:, 0]).view(np.int64)
 
 
 def _identities(rows: pa.Table) -> pa.ChunkedArray:

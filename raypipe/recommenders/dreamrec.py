@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from raypipe.config import Config, shaping
+from raypipe.config import WRITTEN, Config, shaping
 from raypipe.recommenders.attention import Transformer
 from raypipe.recommenders.losses import LossConfig
 from raypipe.recommenders.noise import seeded_normal
@@ -47,7 +47,9 @@ class DreamRecOptions(Config):
     sampling_steps: int | None = shaping(
         None, "unset: all T; fewer are faster; 1 gives the mean of what the history makes likely", ge=1
     )
-    denoiser_layers: Literal[1, 2] = shaping(1, "one linear layer, as published; two with a GELU between")
+    denoiser_layers: Annotated[Literal[1, 2], WRITTEN] = shaping(
+        1, "one linear layer, as published; two with a GELU between"
+    )
     normalised: bool = shaping(False, "item vectors at the length of noise, against collapse")
     rounding: float = shaping(
         0.0,
@@ -68,6 +70,7 @@ class DreamRec(Recommender):
     """States are guidance vectors; `score` generates the oracle item of each and ranks by the inner product with it."""
 
     queries_are_items: ClassVar[bool] = True
+    samples: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -46,16 +46,23 @@ def sequences_of(histories: Histories, rows: NDArray[np.int64], last: int | None
 
 @torch.no_grad()
 def target_ranks(
-    model: Recommender, prefixes: Histories, targets: NDArray[np.int32], *, filter_seen: bool = True
+    model: Recommender,
+    prefixes: Histories,
+    targets: NDArray[np.int32],
+    *,
+    filter_seen: bool = True,
+    seeds: NDArray[np.int64] | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """How many items score above each user's target, and how many the same, itself included: int64 [users] each.
 
     Items the model never saw are left out of the prefixes. A target it never saw, or one after nothing it knows, is `UNRANKED`.
+    `seeds` int64 [users] are those of what is sampled, where these ranks are to be those of lists made by them.
     """
     above = np.full(len(prefixes), UNRANKED, np.int64)
     same = np.ones_like(above)
     table = model.item_states()
-    for rows, queries, filters in _queries(model, prefixes, targets <= model.items, filter_seen=filter_seen):
+    known = targets <= model.items
+    for rows, queries, filters in _queries(model, prefixes, known, filter_seen=filter_seen, seeds=seeds):
         asked = torch.from_numpy(targets[rows].astype(np.int64)).to(table.device)
         better, equal = ranks(queries, table, asked, filters)
         above[rows], same[rows] = better.cpu().numpy(), equal.cpu().numpy()
@@ -87,7 +94,12 @@ def top_lists(model: Recommender, prefixes: Histories, k: int, *, filter_seen: b
 
 
 def _queries(
-    model: Recommender, prefixes: Histories, asked: NDArray[np.bool_] | None = None, *, filter_seen: bool
+    model: Recommender,
+    prefixes: Histories,
+    asked: NDArray[np.bool_] | None = None,
+    *,
+    filter_seen: bool,
+    seeds: NDArray[np.int64] | None = None,
 ) -> Iterator[tuple[NDArray[np.int64], Tensor, Filters]]:
     """Batches of the prefixes, all or those `asked` bool [users], that hold anything the model knows: rows, queries, and what
     may be recommended. The model is in eval mode meanwhile."""
@@ -100,6 +112,7 @@ def _queries(
         for rows in batches_by_length(prefixes, model.max_length, np.flatnonzero(there)):
             states = model.encode(sequences_of(prefixes, rows, model.max_length).to(device))
             seen = sequences_of(prefixes, rows).to(device) if filter_seen else None
-            yield rows, model.queries(states), Filters(excluded=seen)
+            drawn = None if seeds is None else torch.from_numpy(seeds[rows]).to(device)
+            yield rows, model.queries(states, drawn), Filters(excluded=seen)
     finally:
         model.train(was_training)

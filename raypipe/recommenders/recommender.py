@@ -30,6 +30,7 @@ class Recommender(nn.Module):
 
     causal: ClassVar[bool] = True
     queries_are_items: ClassVar[bool] = False  # of items that need not exist: vectors among theirs
+    samples: ClassVar[bool] = False  # its queries depend on seeds
     # Of guided models: float [items + 1, attributes], float [users, attributes], int64 [users].
     item_block: Tensor
     user_block: Tensor

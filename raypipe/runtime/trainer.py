@@ -21,12 +21,12 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from pydantic import model_validator
 
-from raypipe.config import Config, free, shaping
+from raypipe.config import WRITTEN, Config, free, shaping
 from raypipe.errors import RaypipeError, UsageError
 
 if TYPE_CHECKING:
@@ -88,7 +88,9 @@ class TrainerConfig(Config):
     """How a task is trained. Batch sizes are global: more workers mean smaller shares, not larger batches."""
 
     workers: int = shaping(1, "processes; part of the output, as the order of summation follows it", ge=1)
-    zero_stage: Literal[0, 1, 2, 3] = free(0, "what DeepSpeed shards: nothing, optimiser, + gradients, + weights")
+    zero_stage: Annotated[Literal[0, 1, 2, 3], WRITTEN] = free(
+        0, "what DeepSpeed shards: nothing, optimiser, + gradients, + weights"
+    )
     dtype: Literal["float32", "bfloat16"] = shaping("float32", "precision of training")
     epochs: float = shaping(1.0, "passes over the examples; unused when `steps` is set", gt=0)
     steps: int | None = shaping(None, "optimiser steps", ge=1)

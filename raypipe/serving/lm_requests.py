@@ -47,7 +47,7 @@ from raypipe.serving.queries import (
     SummaryQuery,
     TitleAnswer,
 )
-from raypipe.serving.recommending import ListSpec, known_histories, state_of
+from raypipe.serving.recommending import ListSpec, known_histories, queries_of, state_of
 from raypipe.serving.served import Served
 from raypipe.serving.service import RefusedQueryError, ResolvedUser, Service, origin, shown_items
 from raypipe.systems.explanations import Explanation
@@ -259,7 +259,7 @@ class LmRequestBuilder:
         if isinstance(query, ResidualQuery):
             task = Generate(residual_prompt(template, reading))
             return self._text_request(served, user, adapter, task, _named(served.source.known, reading.title))
-        (oracle,) = oracles_of(source, [reading])
+        (oracle,) = oracles_of(source, queries_of(served.recommender, user.inputs))
         task = Generate(oracle_prompt(template, reading, oracle))
         return self._text_request(served, user, adapter, task, _named(served.source.known, oracle.title))
 

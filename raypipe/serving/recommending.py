@@ -114,6 +114,13 @@ def state_of(model: Recommender, inputs: ModelInputs) -> tuple[Histories, NDArra
     return histories, _states(model, histories, np.flatnonzero(histories.lengths > 0), [inputs]).numpy()
 
 
+@torch.inference_mode()
+def queries_of(model: Recommender, inputs: ModelInputs) -> Tensor:
+    """[1, width], by which `recommend` ranks the items; of a history without anything the model knows [0, width]."""
+    histories = known_histories(model, [inputs])
+    return _queries(model, histories, np.flatnonzero(histories.lengths > 0), [inputs])
+
+
 def known_histories(model: Recommender, inputs: Sequence[ModelInputs]) -> Histories:
     """Without items the model never saw."""
     lengths = np.array([len(mine.items) for mine in inputs], np.int64)

@@ -48,7 +48,6 @@ from raypipe.metrics.ranking import Mean
 from raypipe.metrics.recovery import titles_in
 from raypipe.systems.explainer_examples import (
     ITEM,
-    SEPARATOR,
     USER,
     ExplainerExamples,
     Form,
@@ -63,7 +62,7 @@ from raypipe.systems.projection import AdaptedLm, probed
 from raypipe.systems.source import Source, drawn_places
 from raypipe.systems.surrogates import Lessons, LinearConfig, StudentConfig, TreeConfig, surrogate_figures
 from raypipe.systems.teacher import CANDIDATES, Taught, teach, teachable
-from raypipe.systems.title_search import likeliest, searching
+from raypipe.systems.title_search import ONE_TITLE, TitleQuestion, likeliest, searching
 
 Variant = Literal["B", "I", "H"]
 CONTROL = "shuffled users"
@@ -191,11 +190,18 @@ class RecExplainer:
         """How users and items stand in questions; item titles by index − 1, item vectors [items + 1, width]."""
         return PromptPieces(_ASKED[self.config.variant], titles, vectors, self.config.titles)
 
+    @property
+    def history_question(self) -> TitleQuestion:
+        """What T6 asks for."""
+        return TitleQuestion(self.config.titles, searched=not self.config.listed)
+
     def choices(self, source: Source) -> Sequence[Choices]:
-        """Of T1 and of T2; T6 is free, and T3 is scored."""
+        """Of T1, of T2, and where it is asked of T6; T3 is scored."""
         if not self.config.constrained:
             return ()
-        return [Choices(tuple(source.titles), SEPARATOR, most) for most in (1, CANDIDATES)]
+        ranked = TitleQuestion(CANDIDATES)
+        asked = (ONE_TITLE, ranked) if self.config.variant == "B" else (ONE_TITLE, ranked, self.history_question)
+        return [question.choices(source.titles) for question in asked]
 
     def measured(self, source: Source, engine: Engine, asked: int, most_tokens: int) -> dict[str, float]:
         """How far the model predicts what the recommender says of held-out users; beside it, asked as somebody else.
@@ -279,7 +285,7 @@ class RecExplainer:
         engine: Engine,
         most_tokens: int,
     ) -> dict[str, float]:
-        one, five = self.choices(source) or (None, None)
+        one, five, *held = self.choices(source) or (None, None)
         refused: dict[str, int] = {}
         several = Decoding(max_new_tokens=most_tokens, beams=_BEAMS)
         answers, refused["T1"] = _texts(engine, questions.next_item, several, one)
@@ -311,20 +317,15 @@ class RecExplainer:
         }
         if self.config.variant != "B":
             histories = [source.titles_of(source.before_cut(row)[-self.config.titles :]) for row in rows.tolist()]
-            told, refused["T6"] = self._histories(source, engine, questions.history, most_tokens)
+            several = self.history_question.decoding(most_tokens)
+            answers, refused["T6"] = _texts(engine, questions.history, several, *held)
+            if self.config.listed:
+                told = [titles_in(texts[0], source.known) for texts in answers]
+            else:
+                told = [likeliest(texts, self.config.titles) for texts in answers]
             figures |= reconstruction_figures(told, histories, source.known)
         counts = {f"refused {task}": float(count) for task, count in refused.items()}
         return {name: mean.value for name, mean in figures.items()} | counts
-
-    def _histories(
-        self, source: Source, engine: Engine, prompts: Sequence[Prompt], most_tokens: int
-    ) -> tuple[list[list[str]], int]:
-        """The titles that are named of each history, and how often none could be asked for."""
-        if self.config.listed:
-            answers, refused = _texts(engine, prompts, Decoding(max_new_tokens=most_tokens))
-            return [titles_in(texts[0], source.known) for texts in answers], refused
-        answers, refused = _texts(engine, prompts, searching(self.config.titles, most_tokens))
-        return [likeliest(texts, self.config.titles) for texts in answers], refused
 
 
 def _texts(

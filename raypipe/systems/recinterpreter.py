@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import model_validator
+from torch import Tensor
 from torch.nn import functional
 
 from raypipe.config import Config, free, shaping
@@ -85,7 +86,8 @@ class InterpreterConfig(Config):
     prompts: InterpreterPrompts = shaping(InterpreterPrompts)
     judges: dict[str, EngineConfig] = free(
         dict,
-        "name → engine, as JSON: whether what an oracle names fits better than another item, beside a rule that counts",
+        "name → engine, as JSON, lm `builtin` being the workspace's own: whether what an oracle names fits better than another "
+        "item, beside a rule that counts",
     )
     rubric: Rubric = free(lambda: Rubric(prompt=PREFERENCE), "what they are asked: {history}, {one} and {other}")
 
@@ -233,8 +235,12 @@ class RecInterpreter:
         """
         self._check_judges()
         rows = source.rows(held_out=True, least=2, most=asked, rng=np.random.default_rng(0))
-        readings = list(self.readings(source, rows, source.histories.lengths[rows]))
-        told = oracles_of(source, readings) if self.config.after == "item" else []
+        events = source.histories.lengths[rows]
+        readings: list[Reading] = list(self.readings(source, rows, events))
+        told: list[Oracle] = []
+        if self.config.after == "item":
+            states = np.concatenate([reading.after.values[-1:] for reading in readings])
+            told = oracles_of(source, source.queries(states, rows, events))
         judges = self._judges(source) if told else {}
         drawn = np.random.default_rng(0).integers(len(source.titles), size=len(told)) + 1
         random, nearest = source.titles_of(drawn.tolist()), [oracle.title for oracle in told]
@@ -371,16 +377,13 @@ def _outcomes(engine: Engine, prompts: Sequence[Prompt], decoding: Decoding, cho
 
 
 @torch.no_grad()
-def oracles_of(source: Source, readings: Sequence[Reading]) -> list[Oracle]:
-    """What the recommender would have next after each history: DreamRec's oracle, or the mean of item vectors by how likely another
-    recommender finds each, as long as these are. Each with the title of the item nearest to it by cosine: the best one of a
-    recommender need not be, of such a mean."""
-    model = source.recommender
-    states = torch.from_numpy(np.concatenate([reading.after.values[-1:] for reading in readings]))
-    queries = model.queries(states.to(model.table.device))
+def oracles_of(source: Source, queries: Tensor) -> list[Oracle]:
+    """What the recommender would have next after histories, of what it ranks by there, [n, width]: DreamRec's oracle, or the mean
+    of item vectors by how likely another recommender finds each, as long as these are. Each with the title of the item nearest to
+    it by cosine: the best one of a recommender need not be, of such a mean."""
     table = torch.from_numpy(source.item_states).to(queries.device)
     oracles = queries.float()
-    if not model.queries_are_items:
+    if not source.recommender.queries_are_items:
         oracles = (oracles @ table[1:].T).softmax(1) @ table[1:]
         oracles = oracles * (table[1:].norm(dim=1).mean() / oracles.norm(dim=1, keepdim=True).clamp(min=1e-12))
     nearest, _ = top_k(functional.normalize(oracles, dim=1), functional.normalize(table, dim=1), 1)

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from raypipe.language.catalogue import Catalogue
 from raypipe.language.soft_prompts import SoftExample
@@ -20,7 +22,8 @@ from raypipe.recommenders.windows import Histories
 class Source:
     """`held_out` bool [users] are those who are asked about, and whom no training sees; `catalogue` has a title of its own
     for every item; `summaries` by row of the histories, of what stands before the cut; `replay` are other examples;
-    `computed` are the recommender's item states, where somebody has them already."""
+    `computed` are the recommender's item states, where somebody has them already; `seeds` int64 [events] those of what the
+    recommender samples after each event of the histories, where lists are made by them."""
 
     recommender: Recommender
     histories: Histories
@@ -29,6 +32,7 @@ class Source:
     summaries: Mapping[int, str] = field(default_factory=dict)
     replay: Sequence[SoftExample] = ()
     computed: NDArray[np.float32] | None = None
+    seeds: NDArray[np.int64] | None = None
 
     @property
     def titles(self) -> Sequence[str]:
@@ -66,6 +70,15 @@ class Source:
     def states(self, rows: NDArray[np.int64], events: NDArray[np.int64]) -> NDArray[np.float32]:
         """float32 [n, width], after the first `events` [n] of the histories in `rows` [n]."""
         return prefix_states(self.recommender, self.histories, rows, events)
+
+    @torch.no_grad()
+    def queries(self, states: NDArray[np.float32], rows: NDArray[np.int64], events: NDArray[np.int64]) -> Tensor:
+        """[n, width], by which the recommender ranks the items for the histories in `rows` after their first `events`, `states`
+        [n, width] being those there."""
+        device, seeds = self.recommender.table.device, None
+        if self.seeds is not None:
+            seeds = torch.from_numpy(self.seeds[self.histories.starts[rows] + events - 1]).to(device)
+        return self.recommender.queries(torch.from_numpy(states).to(device), seeds)
 
 
 def drawn_places(

@@ -62,7 +62,7 @@ class Lessons:
     def of(cls, source: Source, rows: Integers, events: Integers, rng: np.random.Generator) -> Lessons:
         """After the first `events` [n] of the histories in `rows` [n]; raises ValueError as `teach` does."""
         taught = teach(source, rows, events, rng)
-        queries = source.recommender.queries(torch.from_numpy(taught.states).to(source.recommender.table.device))
+        queries = source.queries(taught.states, rows, events)
         prefixes = source.histories.take(source.histories.starts[rows], events)
         return cls(prefixes, rows, taught, queries.float().cpu().numpy(), source.item_states)
 

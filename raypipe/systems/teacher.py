@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 
 from raypipe.recommenders.sequences import Sequences
-from raypipe.recommenders.windows import Histories
 from raypipe.systems.source import Source
 
 CANDIDATES = 5
@@ -54,7 +53,7 @@ def teach(source: Source, rows: NDArray[np.int64], events: NDArray[np.int64], rn
     """
     states = source.states(rows, events)
     parts = [
-        _taught(source, states[part], source.histories.take(source.histories.starts[rows[part]], events[part]), rng)
+        _taught(source, states[part], rows[part], events[part], rng)
         for part in _parts(len(rows), source.recommender.items)
     ]
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
@@ -76,11 +75,15 @@ def most_similar(source: Source) -> NDArray[np.int64]:
 
 @torch.no_grad()
 def _taught(
-    source: Source, states: NDArray[np.float32], seen: Histories, rng: np.random.Generator
+    source: Source,
+    states: NDArray[np.float32],
+    rows: NDArray[np.int64],
+    events: NDArray[np.int64],
+    rng: np.random.Generator,
 ) -> tuple[NDArray[np.int64] | NDArray[np.float32], ...]:
-    model = source.recommender
+    seen = source.histories.take(source.histories.starts[rows], events)
     prefixes = Sequences(torch.from_numpy(seen.items.astype(np.int64)), torch.from_numpy(seen.lengths))
-    scores = model.score(torch.from_numpy(states).to(model.table.device)).float().cpu()
+    scores = (source.queries(states, rows, events) @ source.recommender.item_states().T).float().cpu()
     unseen = torch.ones_like(scores, dtype=torch.bool)
     unseen[:, 0] = False
     unseen[prefixes.rows, prefixes.items] = False

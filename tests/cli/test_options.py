@@ -49,6 +49,18 @@ def test_options_may_be_spelled_with_an_equals_sign_and_hold_any_text() -> None:
     assert (config.log.path, config.log.columns.time) == ("my log, the 2nd.csv", "naïve 🎬")
 
 
+@pytest.mark.parametrize("job", ["train", "align"])
+def test_one_of_some_numbers_is_taken_from_the_command_line_too(job: str, files: Path) -> None:
+    given = ["--trainer.workers", "2", "--trainer.zero_stage", "3"]
+    assert parse_config(job, config_type(job), given).trainer.zero_stage == 3
+    path = write(files, "trainer: {workers: 2, zero_stage: 1}\n")
+    assert parse_config(job, config_type(job), ["--config", path]).trainer.zero_stage == 1
+    with pytest.raises(UsageError, match=r"'trainer.zero_stage' is 4: Input should be 0, 1, 2 or 3"):
+        parse_config(job, config_type(job), ["--trainer.zero_stage", "4"])
+    layers = ["--recommender.model", "dreamrec", "--recommender.dreamrec.denoiser_layers", "2"]
+    assert parse_config("train", TrainConfig, layers).recommender.dreamrec.denoiser_layers == 2
+
+
 def test_options_that_do_not_fit_each_other_are_told_in_their_own_words() -> None:
     cases = {
         ("--hold_out", "1"): r"^validation asks for a held-out event, .*validate_every to null. Correct the options",

@@ -107,7 +107,8 @@ def test_an_oracle_is_judged_by_the_rule_and_by_whoever_is_asked(raypipe: Run, w
     assert plain.code == 0, plain.stderr
     assert 0 <= plain.metrics["oracle preferred to random"] <= 1
     with ChatServer(answer=lambda prompt: "A" if prompt.rstrip().endswith("Letter:") else "none") as server:
-        judges = {"endpoint": {"engine": "openai", "http": {"url": server.url, "model": "m"}}}
+        own = {"lm": f"builtin/{content}", "batch_tokens": 4096}
+        judges = {"endpoint": {"engine": "openai", "http": {"url": server.url, "model": "m"}}, "own": own}
         again = (*few[:-2], "--adapter", "recinterpreter", "--recinterpreter.judges", json.dumps(judges))
         judged = raypipe("align", "--workspace", with_lm, *again)
         asked = server.prompts
@@ -119,6 +120,7 @@ def test_an_oracle_is_judged_by_the_rule_and_by_whoever_is_asked(raypipe: Run, w
     names = [name for name in judged.metrics if name.endswith("by endpoint")]
     assert len(names) == 7
     assert not any("oracle judged" in name for name in names)
+    assert len([name for name in judged.metrics if name.endswith("by own")]) == 7
     assert judged.metrics["oracle preferred to random"] == plain.metrics["oracle preferred to random"]
 
 
@@ -140,6 +142,9 @@ def test_what_cannot_be_joined_is_told_before_work_starts(raypipe: Run, with_lm:
     judges = ("--recinterpreter.judges", '{"echo": {"engine": "echo"}}')
     unread = raypipe("align", "--workspace", with_lm, *SMALL, *judges)
     assert (unread.code, "this adapter reads none" in unread.stderr) == (2, True)
+    judges = ("--recinterpreter.after", "item", "--recinterpreter.judges", '{"own": {"lm": "builtin/77"}}')
+    gone = raypipe("align", "--workspace", with_lm, *SMALL, *judges)
+    assert (gone.code, "has no language model 77 of its own yet" in gone.stderr) == (2, True)
     lora = raypipe("align", "--workspace", with_lm, *SMALL, "--recinterpreter.lora.targets", '["c_attn"]')
     assert lora.code == 2
     assert "c_attn" in lora.stderr
@@ -154,8 +159,10 @@ def test_other_examples_are_learnt_too_and_a_file_that_holds_none_is_told(
     few = (*EXPLAINER[:-2], "--recexplainer.tasks", '["T4", "T5"]', "--trainer.epochs", "1", "--asked", "2")
     told = raypipe("align", "--workspace", with_lm, *few, "--replay", replay)
     assert told.code == 2
-    assert f"Line 2 of {replay} is no example: KeyError('prompt')" in told.stderr
-    replay.write_text(json.dumps({"prompt": "Say it.", "answer": "It."}) + "\n")
+    assert f"Line 2 of {replay} is no example: it has no prompt and no answer, and no messages." in told.stderr
+    turns = [("user", "Say it."), ("assistant", "It."), ("user", "Again."), ("assistant", "It.")]
+    chat = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    replay.write_text("\n".join(map(json.dumps, ({"prompt": "Say it.", "answer": "It."}, chat))))
     with_replay = raypipe("align", "--workspace", with_lm, *few, "--replay", replay)
     # Of each item its title, its genre and its nearest; and what the file holds.
-    assert with_replay.metrics["examples"] == 3 * CHAIN_ITEMS + 1
+    assert with_replay.metrics["examples"] == 3 * CHAIN_ITEMS + 3

@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 
 from raypipe.errors import UnavailableError
+from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
+from raypipe.language.checkpoint import checkpoint_hash
 from raypipe.pipeline import forget, judge
 from raypipe.pipeline.judged import sample_summaries
 from raypipe.storage.locks import hold
+from raypipe.storage.models import Models
 from raypipe.storage.store import Store
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.summaries import SummariesConfig
@@ -154,6 +157,27 @@ def test_what_cannot_be_judged_is_told_before_anybody_is_asked(raypipe: Run, sum
     own = raypipe("judge", "--workspace", summarised, "--judges", json.dumps({"own": {"lm": "builtin"}}))
     assert own.code == 2
     assert "has no language model of its own yet" in own.stderr
+    hashed = raypipe("judge", "--workspace", summarised, "--judges", json.dumps({"own": {"lm": "builtin/77"}}))
+    assert (hashed.code, "has no language model 77 of its own yet" in hashed.stderr) == (2, True)
     rubric = raypipe("judge", "--workspace", summarised, "--rubric.prompt", "How good is {x}?")
     assert rubric.code == 2
     assert "{x}, which there is not" in rubric.stderr
+
+
+def test_one_of_several_language_models_of_the_workspace_judges_by_its_hash(
+    raypipe: Run, summarised: str, tmp_path: Path
+) -> None:
+    models, contents = Models(Store(summarised)), {}
+    tokenizer = train_tokenizer(["a word"] * 9, [], [], 300)
+    for recipe, context in (("one", 256), ("two", 512)):
+        save_untrained(tmp_path / recipe, BuiltinLmConfig(size="tiny", context=context), tokenizer)
+        contents[models.add("lm", tmp_path / recipe, recipe, {}).hash] = checkpoint_hash(tmp_path / recipe)
+    first, newest = (model.hash for model in models.all("lm"))
+    judges = {"first": {"lm": f"builtin/{first[:8]}"}, "newest": {"lm": "builtin"}}
+    asked = ("--judges", json.dumps(judges), "--sample", "1", "--rubric.decoding.max_new_tokens", "2")
+    ended = raypipe("judge", "--workspace", summarised, *asked, "--rubric.prompt", "{summary}")
+    assert ended.code == 0, ended.stderr
+    report = json.loads(Store(summarised).read(f"judgements/{ended.result['run_key']}.json"))
+    told = {name: identity["model"] for name, identity in report["judges"].items()}
+    assert told == {"first": contents[first], "newest": contents[newest]}
+    assert told["first"] != told["newest"]

@@ -48,9 +48,14 @@ def scored(ingested: str, tmp_path: Path) -> dict[str, float]:
 
 
 def write(
-    uri: str, variant: str, texts: dict[str, str], items: Sequence[int] = (ITEM,), keys: Mapping[str, str] | None = None
+    uri: str,
+    variant: str,
+    texts: dict[str, str],
+    items: Sequence[int] = (ITEM,),
+    keys: Mapping[str, str] | None = None,
+    decisions: Mapping[str, str] | None = None,
 ) -> None:
-    """Explanations of `items`, by user, as `explain` publishes them; `keys` are users' change keys."""
+    """Explanations of `items`, by user, as `explain` publishes them; `keys` are users' change keys, `decisions` all yes if unset."""
     workspace = Workspace(uri)
     table, buckets = workspace.tables["explanations"], workspace.require_info().buckets
     pairs = [(user, item) for user in texts for item in items]
@@ -58,7 +63,7 @@ def write(
         {
             "user_id": [user for user, _ in pairs],
             "item_index": pa.array([item for _, item in pairs], pa.int32()),
-            "decision": ["yes"] * len(pairs),
+            "decision": [(decisions or {}).get(user, "yes") for user, _ in pairs],
             "text": [texts[user] for user, _ in pairs],
             "change_key": [(keys or {}).get(user, "planted") for user, _ in pairs],
         }
@@ -123,6 +128,38 @@ def test_words_that_follow_the_score_are_coherent_and_another_habit_is_told(
     assert f"{MINE}-pairs explains 4 of the 25 pairs judged" in ended.stderr
     (path,) = [entry.path for entry in Workspace(ingested).store.list("judgements")]
     assert json.loads(Workspace(ingested).store.read(path))["metrics"] == figures
+
+
+def test_decisions_are_counted_beside_always_yes_where_the_recommender_says_either(
+    raypipe: Run, ingested: str, scored: dict[str, float]
+) -> None:
+    model, labels = RECOMMENDER.build(SMALL_ITEMS).eval(), {}
+    for row in newest(ingested, "histories").to_pylist():
+        with torch.no_grad():
+            history = Sequences(torch.tensor(row["items"]), torch.tensor([len(row["items"])]))
+            scores = model.score(model.encode(history))[0]
+        unseen = [item for item in range(1, SMALL_ITEMS + 1) if item not in row["items"]]
+        place = sum(float(scores[item]) > float(scores[ITEM]) for item in unseen) / max(len(unseen), 1)
+        labels[row["user_id"]] = "yes" if place < 0.2 else "no" if place >= 0.5 else None
+    told = {user: label for user, label in labels.items() if label is not None}
+    yes = sum(label == "yes" for label in told.values())
+    assert 0 < yes < len(told) < len(labels)
+    other = {"yes": "no", "no": "yes"}
+    wrong = sorted(told)[:2]
+    decisions = {user: other[label] if user in wrong else label for user, label in told.items()}
+    write(ingested, MINE, words_of(scored, 0), decisions=decisions)
+    ended = raypipe(*JUDGE, ingested)
+    figures = ended.metrics
+    assert figures["decision.cases"] == len(told)
+    assert figures["decision.accuracy"] == round((len(told) - 2) / len(told), 4)
+    assert figures["decision.constant"] == round(yes / len(told), 4)
+    assert f"of {len(told)} decisions are the recommender's, always saying yes has " in ended.stderr
+    # Always yes is its own control.
+    write(ingested, MINE, words_of(scored, 0))
+    always = raypipe(*JUDGE, ingested).metrics
+    assert always["decision.accuracy"] == always["decision.constant"] == figures["decision.constant"]
+    judgement = json.loads(Workspace(ingested).store.read(f"judgements/{ended.result['run_key']}.json"))
+    assert judgement["metrics"]["decision.accuracy"] == figures["decision.accuracy"]
 
 
 def test_explanations_are_judged_by_who_wrote_them(

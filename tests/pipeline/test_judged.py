@@ -31,4 +31,4 @@ def test_the_best_fifth_of_what_a_user_has_not_chosen_is_liked_whatever_came_aft
     history = np.array([*chosen, *range(ITEMS + 1, ITEMS + 1 + newer)], np.int32)
     prefixes = Histories(np.tile(history, len(items)), np.arange(1, len(items) + 1) * len(history))
     loaded = Loaded(Model("sasrec", "0", "", {}, 0.0), model, Card(RECOMMENDER, {"items": ITEMS}, []), pa.table({}))
-    assert judged._labels(loaded, prefixes, items) == list(expected.values())
+    assert judged._labels(loaded, prefixes, items, np.zeros(len(items), np.int64)) == list(expected.values())

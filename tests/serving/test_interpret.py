@@ -11,6 +11,7 @@ import pytest
 
 from raypipe.engines.engine import EngineConfig
 from raypipe.metrics.recovery import titles_in
+from raypipe.pipeline.sampling_seeds import user_seeds
 from raypipe.recommenders.windows import Histories
 from raypipe.storage.models import Models, find_model
 from raypipe.storage.releases import Releases
@@ -18,6 +19,7 @@ from raypipe.storage.store import Store
 from raypipe.systems.interpreter_figures import SEPARATOR
 from raypipe.systems.interpreter_prompts import InterpreterPrompts
 from raypipe.systems.recinterpreter import InterpreterConfig, RecInterpreter
+from tests.pipeline.small_logs import newest
 from tests.serving.lm_release import INTERPRETER, SHORT, TOKENS
 from tests.serving.local_service import LocalService
 
@@ -121,3 +123,27 @@ def test_the_service_says_whether_titles_are_held_to_the_catalogue_and_not_the_a
     explained = held.post("explain", asks).json()
     assert explained == free.post("explain", asks).json()
     assert explained["text"] not in known
+
+
+def test_an_oracle_is_sampled_by_the_seeds_of_the_list(ready_lm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's by those of the published list, a history's by its own: whatever the recommender makes of them."""
+    service = service_of(ready_lm, InterpreterConfig(after="item", titles=TITLES))
+    recommender = service.backend.watcher.served.recommender
+    drawn: list[list[int] | None] = []
+
+    def queries(states, seeds=None):
+        drawn.append(None if seeds is None else seeds.tolist())
+        return states
+
+    monkeypatch.setattr(recommender, "queries", queries)
+    users = newest(ready_lm, "histories").sort_by("user_id")
+    expected = user_seeds(users["user_id"].combine_chunks(), users["history_key"].combine_chunks()).tolist()
+    for user, seed in list(zip(users["user_id"].to_pylist(), expected, strict=True))[:3]:
+        assert service.post("oracle", {"user_id": user}).status_code == 200
+        assert service.post("recommend", {"user_id": user}).status_code == 200
+        assert drawn == [[seed], [seed]]
+        drawn.clear()
+    for route in ("oracle", "recommend"):
+        assert service.post(route, {"history": ["i3", "i4", "i5"]}).status_code == 200
+    assert drawn[0] == drawn[1]
+    assert drawn[0] is not None

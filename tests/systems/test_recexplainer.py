@@ -6,12 +6,13 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 
-from raypipe.engines.engine import EngineConfig, OutcomeError, Scores
+from raypipe.engines.engine import Choices, Decoding, EngineConfig, Outcome, OutcomeError, Scores
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
 from raypipe.language.prompt import Prompt
 from raypipe.metrics.alignment import order_ndcg
@@ -101,3 +102,44 @@ def test_who_cannot_be_asked_about_one_candidate_is_at_chance(
     figures = ExplainerConfig(variant="B", titles=TITLES).build().measured(source, engine, 100, 8)
     assert figures["T2 NDCG@5 by interest"] == pytest.approx(0.6131, abs=1e-4)
     assert figures["refused T2 by interest"] == HELD_OUT.sum()
+
+
+class Holding:
+    """An engine that knows nothing and remembers to what it was held, by question."""
+
+    def __init__(self) -> None:
+        self.held: list[tuple[str, Choices | None]] = []
+
+    def generate(self, prompts: Sequence[Prompt], decoding: Decoding, choices: Choices | None = None) -> list[Outcome]:
+        self.held += [(prompt.words, choices) for prompt in prompts]
+        return []
+
+    def score(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> list[Scores]:
+        return []
+
+
+@pytest.mark.parametrize("constrained", [True, False])
+@pytest.mark.parametrize(("variant", "listed"), [("H", True), ("H", False), ("I", True), ("B", True)])
+def test_every_task_that_names_titles_is_held_to_the_catalogue_by_one_switch(
+    variant: Literal["B", "I", "H"], listed: bool, constrained: bool
+) -> None:
+    source, engine = source_of(), Holding()
+    config = ExplainerConfig(variant=variant, titles=TITLES, listed=listed, constrained=constrained)
+    config.build().measured(source, engine, 100, 8)  # type: ignore[arg-type]
+    marks = {
+        "T1": ("Recommend the next", "The item that fits best", "What should be chosen next"),
+        "T2": ("Order", "Sort", "Rank"),
+        "T6": ("The titles of this history", "Name what was chosen", "What was chosen, oldest")
+        if listed
+        else ("A title of this history", "Name one thing", "What was one of the choices"),
+    }
+    tasks = {words: task for words, _ in engine.held for task, begins in marks.items() if words.startswith(begins)}
+    assert set(tasks) == {words for words, _ in engine.held}
+    assert set(tasks.values()) == ({"T1", "T2"} if variant == "B" else set(marks))
+    expected = {"T1": 1, "T2": 5, "T6": TITLES if listed else 1}
+    for words, choices in engine.held:
+        if constrained:
+            assert choices is not None
+            assert (choices.texts, choices.most) == (tuple(source.titles), expected[tasks[words]])
+        else:
+            assert choices is None

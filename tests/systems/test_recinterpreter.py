@@ -239,7 +239,8 @@ def test_the_oracle_is_what_the_recommender_would_have_next_and_its_title_the_ne
     assert figures["no states: oracle"] == 0.0
     if model == "sasrec":  # which has no oracles of its own: what stands for one lies where training's item vectors do
         rows = np.arange(3)
-        oracles = oracles_of(source, list(system.readings(source, rows, source.histories.lengths[rows])))
+        events = source.histories.lengths[rows]
+        oracles = oracles_of(source, source.queries(source.states(rows, events), rows, events))
         lengths = [float(np.linalg.norm(oracle.vector.values)) for oracle in oracles]
         assert lengths == pytest.approx([np.linalg.norm(source.item_states[1:], axis=1).mean()] * 3, rel=1e-5)
 
