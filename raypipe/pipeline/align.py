@@ -35,15 +35,14 @@ from raypipe.pipeline.past_summaries import check_written
 from raypipe.pipeline.replay import read_replay
 from raypipe.pipeline.sampling_seeds import known_seeds, read_event_seeds
 from raypipe.pipeline.sequences import catalogue_of, histories_hash, pinned_versions, read_histories
-from raypipe.pipeline.training_folders import TrainingOptions, prepared_once
+from raypipe.pipeline.training_folders import Training, TrainingOptions, prepared_once
 from raypipe.pipeline.trsr import run_trsr
 from raypipe.recommenders.recommender import freeze, weights_hash
 from raypipe.runtime.job import JobConfig, JobResult, ModelCache
 from raypipe.runtime.progress import say
 from raypipe.runtime.trainer import TrainerConfig, fit
 from raypipe.storage.fingerprint import fingerprint
-from raypipe.storage.locks import hold
-from raypipe.storage.models import Model, Models, find_model
+from raypipe.storage.models import Model, Models, find_adapter
 from raypipe.storage.workspace import Workspace
 from raypipe.systems import lancer, recexplainer, recinterpreter, trsr
 from raypipe.systems.guided import GuidedConfig
@@ -209,7 +208,7 @@ def _joined(config: AlignConfig) -> JobResult:
     workspace.require_info()
     tracking = config.open_tracking(workspace)
     versions = pinned_versions(workspace)
-    stored = _stored_adapter(config, workspace, config.adapter) if config.adapter is not None else None
+    stored = None if config.adapter is None else find_adapter(Models(workspace.store), config.adapter, config.system)
     inputs = _read(config, workspace, versions["histories"], stored)
     if stored is not None:
         return _transferred(config, workspace, inputs, stored, started)
@@ -230,31 +229,21 @@ def _joined(config: AlignConfig) -> JobResult:
         }
     )
     inputs.check_room(system, config.answer_tokens)
-    with hold(workspace.store, [f"models-{system.name}"], JOB, config.lock_lease_s):
-        if (model := Models(workspace.store).newest(system.name, recipe)) is not None:
-            config.remove_training(workspace, f"{system.name}-{recipe}")  # a driver may have died before
-            tell_stored(model)
-            return model_result(JOB, model, "nothing_to_do", model.lineage["metrics"], started)
+
+    def train() -> Model:
         before = weights_hash(inputs.source.recommender)
         model = _train(config, workspace, inputs, system, recipe, versions)
         assert weights_hash(inputs.source.recommender) == before, "the recommender is frozen"
-        tracking.register(model)
-    params = {"model": model.hash, "recommender": inputs.recommender, "lm": inputs.lm.hash[:12]}
-    tracking.log_run(JOB, recipe, params, model.lineage["metrics"])
-    return model_result(JOB, model, "ok", model.lineage["metrics"], started)
+        return model
 
-
-def _stored_adapter(config: AlignConfig, workspace: Workspace, named: str) -> Model:
-    """Raises UsageError for a model that is no adapter, or one of another system than is asked for."""
-    adapter = find_model(Models(workspace.store), named)
-    if adapter.lineage["job"] != JOB:
-        raise UsageError(f"The model {adapter.name} is no adapter.", "Name one made by `raypipe align`.")
-    if (system := adapter.lineage["system"]) != config.system:
-        raise UsageError(
-            f"The adapter {adapter.name} is one of {system}, and one of {config.system} is asked for.",
-            f"Add --system {system}.",
-        )
-    return adapter
+    training = Training(JOB, system.name, recipe, config.lock_lease_s)
+    model, status = config.trained_once(workspace, tracking, training, train)
+    if status == "ok":
+        params = {"model": model.hash, "recommender": inputs.recommender, "lm": inputs.lm.hash[:12]}
+        tracking.log_run(JOB, recipe, params, model.lineage["metrics"], system=config.system)
+    else:
+        tell_stored(model)
+    return model_result(JOB, model, status, model.lineage["metrics"], started)
 
 
 def _read(config: AlignConfig, workspace: Workspace, version: int, adapter: Model | None) -> _Inputs:

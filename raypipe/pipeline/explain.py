@@ -31,7 +31,7 @@ from raypipe.runtime.progress import say
 from raypipe.runtime.session import bucket_parts, open_session
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.ledger import WHOLE, Publish, Receipt, Unit, Usage, counts_of, usage_of
-from raypipe.storage.models import Model, Models, find_model
+from raypipe.storage.models import Model, Models, find_adapter
 from raypipe.storage.night_runs import NightRuns
 from raypipe.storage.releases import Release
 from raypipe.storage.tables import ABSENT
@@ -97,12 +97,7 @@ class Explainer:
     def of(cls, config: ExplainOptions, workspace: Workspace) -> Explainer:
         """Raises UsageError for an adapter that is none of RecExplainer's, for a language model it was not trained beside, and
         for an engine that reads no adapter."""
-        adapter = find_model(Models(workspace.store), config.adapter)
-        if adapter.lineage.get("system") != "recexplainer":
-            raise UsageError(
-                f"The model {adapter.name} is no adapter that explains.",
-                "Train one with `raypipe align --system recexplainer`.",
-            )
+        adapter = find_adapter(Models(workspace.store), config.adapter, "recexplainer")
         if not config.engine.capabilities.logprobs:
             raise UsageError(
                 f"The engine {config.engine.engine} cannot tell how likely an answer is, nor read an adapter.",

@@ -28,7 +28,7 @@ from raypipe.pipeline.held_out import Cut, are_held_out
 from raypipe.pipeline.job import model_result
 from raypipe.pipeline.loaded import ChosenLm
 from raypipe.pipeline.sequences import catalogue_of, histories_hash, pinned_versions, read_histories
-from raypipe.pipeline.training_folders import prepared_once
+from raypipe.pipeline.training_folders import Training, prepared_once
 from raypipe.recommenders.attribute_scores import AttributeScores, save_scores
 from raypipe.recommenders.checkpoint import catalogue_card
 from raypipe.recommenders.windows import Histories
@@ -36,8 +36,7 @@ from raypipe.runtime.job import JobResult
 from raypipe.runtime.progress import say
 from raypipe.runtime.trainer import fit
 from raypipe.storage.fingerprint import fingerprint
-from raypipe.storage.locks import hold
-from raypipe.storage.models import Model, Models, find_model
+from raypipe.storage.models import Model, Models, find_adapter
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.guided import NAME, Rating
 from raypipe.systems.guided_attributes import find_attributes
@@ -104,23 +103,23 @@ def run_guided(config: AlignConfig) -> JobResult:
             "items": fingerprint({"lines": rating.item_lines()}),
         }
     )
-    with hold(workspace.store, [f"models-{NAME}"], NAME, config.lock_lease_s):
-        if (model := Models(workspace.store).newest(NAME, recipe)) is not None:
-            config.remove_training(workspace, f"{NAME}-{recipe}")  # a driver may have died before
-            tell_stored(model)
-            return model_result("align", model, "nothing_to_do", model.lineage["metrics"], started)
-        model = _scored(config, workspace, inputs, recipe, versions)
-        tracking.register(model)
-    params = {"model": model.hash, "lm": inputs.lm.hash[:12]}
-    tracking.log_run(NAME, recipe, params, model.lineage["metrics"])
-    return model_result("align", model, "ok", model.lineage["metrics"], started)
+    training = Training("align", NAME, recipe, config.lock_lease_s)
+    model, status = config.trained_once(
+        workspace, tracking, training, lambda: _scored(config, workspace, inputs, recipe, versions)
+    )
+    if status == "ok":
+        params = {"model": model.hash, "lm": inputs.lm.hash[:12]}
+        tracking.log_run("align", recipe, params, model.lineage["metrics"], system=NAME)
+    else:
+        tell_stored(model)
+    return model_result("align", model, status, model.lineage["metrics"], started)
 
 
 def _read(config: AlignConfig, workspace: Workspace, versions: dict[str, int]) -> _Inputs:
     cut = Cut(config.hold_out, config.held_out_share)
     lm = ChosenLm.of(config, workspace, config.lm)
     seen = [] if lm.own is None else [lm.own]
-    adapter = find_model(Models(workspace.store), config.adapter) if config.adapter is not None else None
+    adapter = None if config.adapter is None else find_adapter(Models(workspace.store), config.adapter, NAME)
     if adapter is not None:
         seen.append(adapter)
         if not (config.fetch(workspace, adapter) / _ADAPTER[0]).is_file():
@@ -204,7 +203,8 @@ def _scored(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: 
     metrics["unseen_by_all"] = int(inputs.unseen == config.held_out_share)
     metrics |= _measured(config, inputs, questions, reader, scores)
     lineage = {
-        "job": NAME,
+        "job": "align",
+        "system": NAME,
         "versions": versions,
         "hold_out": config.hold_out,
         "held_out_share": inputs.unseen,

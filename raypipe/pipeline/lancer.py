@@ -30,6 +30,7 @@ from raypipe.pipeline.held_out import Cut, are_held_out
 from raypipe.pipeline.job import model_result
 from raypipe.pipeline.loaded import ChosenLm
 from raypipe.pipeline.sequences import catalogue_of, histories_hash, pinned_versions, read_histories
+from raypipe.pipeline.training_folders import Training
 from raypipe.recommenders.evaluation import HeldOut, ranks_of_floor
 from raypipe.recommenders.floors import Floor, Popularity, Transitions
 from raypipe.recommenders.windows import Histories
@@ -37,8 +38,7 @@ from raypipe.runtime.job import JobResult
 from raypipe.runtime.progress import say
 from raypipe.runtime.trainer import TrainingResult, fit
 from raypipe.storage.fingerprint import fingerprint
-from raypipe.storage.locks import hold
-from raypipe.storage.models import Model, Models, find_model
+from raypipe.storage.models import Model, Models, find_adapter, find_model
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.lancer import NAME, LancerConfig
 from raypipe.systems.lancer_examples import FIRST, LancerTrainingData, prepare_lancer
@@ -86,8 +86,8 @@ class _Figures:
 
     @classmethod
     def of(cls, model: Model) -> _Figures:
-        """As they were measured when the model was trained; older ones tell no intervals."""
-        return cls(model.lineage["metrics"], model.lineage.get("intervals", {}))
+        """As they were measured when the model was trained."""
+        return cls(model.lineage["metrics"], model.lineage["intervals"])
 
 
 def run_lancer(config: AlignConfig) -> JobResult:
@@ -119,16 +119,16 @@ def run_lancer(config: AlignConfig) -> JobResult:
             ),
         }
     )
-    models = Models(workspace.store)
-    with hold(workspace.store, [f"models-{NAME}"], NAME, config.lock_lease_s):
-        if (model := models.newest(NAME, recipe)) is not None:
-            config.remove_training(workspace, f"{NAME}-{recipe}")  # a driver may have died before
-            tell_stored(model)
-            return _result(model, "nothing_to_do", _Figures.of(model), started)
-        model = _train(config, workspace, inputs, recipe, versions)
-        tracking.register(model)
-    tracking.log_run(NAME, recipe, {"model": model.hash, "lm": inputs.lm.hash[:12]}, model.lineage["metrics"])
-    return _result(model, "ok", _Figures.of(model), started)
+    training = Training("align", NAME, recipe, config.lock_lease_s)
+    model, status = config.trained_once(
+        workspace, tracking, training, lambda: _train(config, workspace, inputs, recipe, versions)
+    )
+    if status == "ok":
+        params = {"model": model.hash, "lm": inputs.lm.hash[:12]}
+        tracking.log_run("align", recipe, params, model.lineage["metrics"], system=NAME)
+    else:
+        tell_stored(model)
+    return _result(model, status, _Figures.of(model), started)
 
 
 def _result(model: Model, status: str, figures: _Figures, started: float) -> JobResult:
@@ -279,11 +279,7 @@ def _measured_anew(
 ) -> JobResult:
     """A stored model on this workspace's data, which need not be what it was trained on."""
     home = workspace if config.adapter_workspace is None else Workspace(config.adapter_workspace)
-    adapter = find_model(Models(home.store), named)
-    if adapter.lineage.get("system") != NAME:
-        raise UsageError(
-            f"The model {adapter.name} is none of this system.", "Name one made by `align --system lancer`."
-        )
+    adapter = find_adapter(Models(home.store), named, NAME)
     cut, trained = Cut(config.hold_out, config.held_out_share), list[Model]()
     lm = _language_model(config, home, adapter)
     if home.store.uri == workspace.store.uri:

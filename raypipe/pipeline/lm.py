@@ -18,13 +18,12 @@ from raypipe.language.pretraining import LmDataConfig, LmTask, prepare_lm
 from raypipe.pipeline.held_out import are_held_out
 from raypipe.pipeline.job import model_result
 from raypipe.pipeline.sequences import pinned_versions
-from raypipe.pipeline.training_folders import TrainingOptions, prepared_once
+from raypipe.pipeline.training_folders import Training, TrainingOptions, prepared_once
 from raypipe.runtime.job import JobConfig, JobResult
 from raypipe.runtime.progress import say
 from raypipe.runtime.trainer import TrainerConfig, fit
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.hashing import stable_hash
-from raypipe.storage.locks import hold
 from raypipe.storage.models import Model, Models
 from raypipe.storage.workspace import Workspace
 
@@ -54,27 +53,29 @@ def run_lm(config: LmConfig) -> JobResult:
     workspace = config.open_workspace()
     tracking = config.open_tracking(workspace)
     workspace.require_info()
-    with hold(workspace.store, [f"models-{MODEL}"], JOB, config.lock_lease_s):
-        versions = pinned_versions(workspace)
-        items = workspace.tables["items"].read(versions["items"]).sort_by("index")
-        histories = training_histories(workspace, versions["histories"], config.histories, config.held_out_share)
-        recipe = fingerprint(
-            {
-                "step": STEP_VERSION,
-                "config": config.shaping_values(),
-                "items": fingerprint({"hashes": items["content_hash"].to_pylist()}),
-                "histories": fingerprint({"keys": histories["history_key"].to_pylist()}),
-            }
-        )
-        models = Models(workspace.store)
-        if (model := models.newest(MODEL, recipe)) is not None:
-            config.remove_training(workspace, f"{MODEL}-{recipe}")  # a driver may have died before
-            tracking.register(model)
-            return model_result(JOB, model, "nothing_to_do", {}, started)
-        model, metrics = _train(config, workspace, recipe, items, histories, versions)
-        tracking.register(model)
-    tracking.log_run(JOB, recipe, {"model": model.hash}, metrics)
-    return model_result(JOB, model, "ok", metrics, started)
+    versions = pinned_versions(workspace)
+    items = workspace.tables["items"].read(versions["items"]).sort_by("index")
+    histories = training_histories(workspace, versions["histories"], config.histories, config.held_out_share)
+    recipe = fingerprint(
+        {
+            "step": STEP_VERSION,
+            "config": config.shaping_values(),
+            "items": fingerprint({"hashes": items["content_hash"].to_pylist()}),
+            "histories": fingerprint({"keys": histories["history_key"].to_pylist()}),
+        }
+    )
+    metrics: dict[str, float] = {}
+
+    def train() -> Model:
+        model, figures = _train(config, workspace, recipe, items, histories, versions)
+        metrics.update(figures)
+        return model
+
+    training = Training(JOB, MODEL, recipe, config.lock_lease_s)
+    model, status = config.trained_once(workspace, tracking, training, train)
+    if status == "ok":
+        tracking.log_run(JOB, recipe, {"model": model.hash}, metrics)
+    return model_result(JOB, model, status, metrics, started)
 
 
 def _train(

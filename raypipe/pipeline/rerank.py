@@ -28,7 +28,7 @@ from raypipe.runtime.progress import say
 from raypipe.runtime.session import bucket_parts, open_session
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.ledger import WHOLE, Publish, Receipt, Unit, Usage, counts_of, usage_of
-from raypipe.storage.models import Model, Models, find_model
+from raypipe.storage.models import Model, Models, find_adapter
 from raypipe.storage.tables import ABSENT
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.summaries import SummariesConfig
@@ -71,11 +71,7 @@ class _Ranker:
     def of(cls, config: RerankOptions, workspace: Workspace) -> _Ranker:
         """Raises UsageError for a model that ranks no candidates, for a language model it was not trained beside, and for an
         engine that scores no answers."""
-        model = find_model(Models(workspace.store), config.ranker)
-        if model.lineage.get("system") != NAME:
-            raise UsageError(
-                f"The model {model.name} ranks no candidates.", "Train one with `raypipe align --system trsr`."
-            )
+        model = find_adapter(Models(workspace.store), config.ranker, NAME)
         if not config.engine.capabilities.logprobs:
             raise UsageError(
                 f"The engine {config.engine.engine} cannot tell how likely an answer is, nor read an adapter.",

@@ -21,7 +21,7 @@ from raypipe.pipeline.held_out import Cut
 from raypipe.pipeline.job import model_result
 from raypipe.pipeline.sequences import histories_hash, pinned_versions, read_histories, read_ties
 from raypipe.pipeline.starts import resolved, start_of
-from raypipe.pipeline.training_folders import TrainingOptions
+from raypipe.pipeline.training_folders import Training, TrainingOptions
 from raypipe.recommenders.checkpoint import catalogue_card
 from raypipe.recommenders.config import RecommenderConfig
 from raypipe.recommenders.task import RecommenderTask, prepare_training
@@ -30,8 +30,7 @@ from raypipe.runtime.job import JobConfig, JobResult, ModelCache
 from raypipe.runtime.progress import say
 from raypipe.runtime.trainer import TrainerConfig, TrainingResult, fit
 from raypipe.storage.fingerprint import fingerprint
-from raypipe.storage.locks import hold
-from raypipe.storage.models import Models
+from raypipe.storage.models import Model, Models
 from raypipe.storage.workspace import Workspace
 
 JOB = "train"
@@ -83,26 +82,24 @@ def run_train(config: TrainConfig) -> JobResult:
     workspace.require_info()
     config = config.model_copy(update={"recommender": resolved(config.recommender, workspace)})
     name = config.recommender.model
-    with hold(workspace.store, [f"models-{name}"], JOB, config.lock_lease_s):
-        versions = pinned_versions(workspace)
-        rows = workspace.tables["items"].read(versions["items"], ["item_id", "index"]).sort_by("index")
-        items = rows["item_id"].to_pylist()
-        card = catalogue_card(items)
-        recipe = fingerprint(
-            {
-                "step": STEP_VERSIONS.get(name, 1),
-                "config": config.shaping_values(),
-                "catalogue": card,
-                "histories": histories_hash(workspace, versions["histories"]),
-            }
-        )
-        models = Models(workspace.store)
-        if (model := models.newest(name, recipe)) is not None:
-            config.remove_training(workspace, f"{name}-{recipe}")  # a driver may have died before
-            tracking.register(model)
-            return model_result(JOB, model, "nothing_to_do", {}, started)
-        folder = config.training_folder(workspace, f"{name}-{recipe}")
-        trained, facts = _train(config, workspace, versions, items, folder)
+    versions = pinned_versions(workspace)
+    rows = workspace.tables["items"].read(versions["items"], ["item_id", "index"]).sort_by("index")
+    items = rows["item_id"].to_pylist()
+    card = catalogue_card(items)
+    recipe = fingerprint(
+        {
+            "step": STEP_VERSIONS.get(name, 1),
+            "config": config.shaping_values(),
+            "catalogue": card,
+            "histories": histories_hash(workspace, versions["histories"]),
+        }
+    )
+    training = Training(JOB, name, recipe, config.lock_lease_s)
+    facts: dict[str, float] = {}
+
+    def train() -> Model:
+        trained, told = _train(config, workspace, versions, items, config.training_folder(workspace, training.folder))
+        facts.update(told)
         lineage = {
             "job": JOB,
             "versions": versions,
@@ -117,11 +114,14 @@ def run_train(config: TrainConfig) -> JobResult:
         }
         (trained.folder / "README.md").write_text(model_card(name, lineage))
         leave_out_forgotten(workspace, trained.folder)
-        model = models.add(name, trained.folder, recipe, lineage)
-        config.remove_training(workspace, folder.name)
-        tracking.register(model)
-    tracking.log_run(JOB, recipe, {"model": model.hash, **protocol(config)}, facts)
-    return model_result(JOB, model, "ok", facts, started)
+        model = Models(workspace.store).add(name, trained.folder, recipe, lineage)
+        config.remove_training(workspace, training.folder)
+        return model
+
+    model, status = config.trained_once(workspace, tracking, training, train)
+    if status == "ok":
+        tracking.log_run(JOB, recipe, {"model": model.hash, **protocol(config)}, facts)
+    return model_result(JOB, model, status, facts, started)
 
 
 def protocol(config: TrainOptions) -> dict[str, str]:

@@ -10,17 +10,36 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from raypipe.config import Config, free, shaping
 from raypipe.errors import RaypipeError
 from raypipe.runtime.progress import say
 from raypipe.runtime.trainer import TrainerConfig, remove_checkpoints
+from raypipe.storage.locks import hold
+from raypipe.storage.models import Model, Models
 from raypipe.storage.store import Store
+from raypipe.storage.tracking import Tracking
 from raypipe.storage.workspace import Workspace
 
 _NOTE = "outside.json"
 _COUNTS = "counts.json"
+
+
+@dataclass(frozen=True)
+class Training:
+    """Which model is trained by which job: `recipe` is the fingerprint of all that shapes it, `lease_s` that of the job's lock."""
+
+    job: str
+    name: str
+    recipe: str
+    lease_s: float
+
+    @property
+    def folder(self) -> str:
+        """Of its prepared data and checkpoints."""
+        return f"{self.name}-{self.recipe}"
 
 
 class TrainingOptions(Config):
@@ -55,6 +74,22 @@ class TrainingOptions(Config):
                 f"The model is stored, and what its training kept could not be deleted: {error}. Delete it by hand: "
                 f"{', '.join(places)}."
             )
+
+    def trained_once(
+        self, workspace: Workspace, tracking: Tracking, training: Training, train: Callable[[], Model]
+    ) -> tuple[Model, str]:
+        """The model that is stored, or that `train` stores now, and the job's status: "nothing_to_do" or "ok".
+
+        Raises UnavailableError where another job trains models of that name.
+        """
+        with hold(workspace.store, [f"models-{training.name}"], training.job, training.lease_s):
+            model, status = Models(workspace.store).newest(training.name, training.recipe), "nothing_to_do"
+            if model is None:
+                model, status = train(), "ok"
+            else:
+                self.remove_training(workspace, training.folder)  # a driver may have died before
+            tracking.register(model)
+        return model, status
 
     def _folder(self, workspace: Workspace, name: str) -> Path:
         if self.work_folder is not None:

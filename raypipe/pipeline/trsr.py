@@ -28,7 +28,7 @@ from raypipe.pipeline.job import model_result
 from raypipe.pipeline.loaded import ChosenLm, Loaded
 from raypipe.pipeline.past_summaries import past_summaries
 from raypipe.pipeline.sequences import catalogue_of, histories_hash, pinned_versions, read_histories
-from raypipe.pipeline.training_folders import prepared_once
+from raypipe.pipeline.training_folders import Training, prepared_once
 from raypipe.pipeline.trsr_measures import (
     ModelRanks,
     RankingInputs,
@@ -46,8 +46,7 @@ from raypipe.runtime.trainer import fit
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.hashing import mix
 from raypipe.storage.ledger import Usage
-from raypipe.storage.locks import hold
-from raypipe.storage.models import Model, Models, find_model
+from raypipe.storage.models import Model, Models, find_adapter, find_model
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.trsr import NAME, Past, PastSummaries, Trsr, TrsrConfig
 from raypipe.systems.trsr_training import RankingTask, prepare_validation
@@ -69,7 +68,7 @@ def run_trsr(config: AlignConfig) -> JobResult:
     models = Models(workspace.store)
     against = None if config.trsr.against is None else find_model(models, config.trsr.against)
     if config.adapter is not None:
-        return _measured_anew(config, workspace, versions, find_model(models, config.adapter), against, started)
+        return _measured_anew(config, workspace, versions, find_adapter(models, config.adapter, NAME), against, started)
     inputs = _read(config, workspace, versions)
     if against is not None:
         check_comparable(against, inputs.sets_key)
@@ -87,21 +86,24 @@ def run_trsr(config: AlignConfig) -> JobResult:
             ),
         }
     )
-    with hold(workspace.store, [f"models-{NAME}"], NAME, config.lock_lease_s):
-        status, usage = "nothing_to_do", None
-        if (model := models.newest(NAME, recipe)) is None:
-            status = "ok"
-            model, usage = _train(config, workspace, inputs, recipe, versions)
-        else:
-            config.remove_training(workspace, f"{NAME}-{recipe}")  # a driver may have died before
-            tell_stored(model)
-        tracking.register(model)
+    spent: list[Usage] = []
+
+    def train() -> Model:
+        model, usage = _train(config, workspace, inputs, recipe, versions)
+        spent.append(usage)
+        return model
+
+    training = Training("align", NAME, recipe, config.lock_lease_s)
+    model, status = config.trained_once(workspace, tracking, training, train)
     metrics = dict(model.lineage["metrics"])
     if against is not None:
         metrics |= compared(ModelRanks.stored(workspace, model), workspace, against)
     if status == "ok":
-        tracking.log_run(NAME, recipe, {"model": model.hash, "lm": inputs.lm.hash[:12]}, metrics)
-    return model_result("align", model, status, metrics, started, usage)
+        params = {"model": model.hash, "lm": inputs.lm.hash[:12]}
+        tracking.log_run("align", recipe, params, metrics, system=NAME)
+    else:
+        tell_stored(model)
+    return model_result("align", model, status, metrics, started, *spent)
 
 
 def cuts_of(config: AlignConfig) -> range:
@@ -274,8 +276,6 @@ def _measured_anew(
     started: float,
 ) -> JobResult:
     """A stored model asked with what is given here: other summaries, fewer items, summaries that are missing or wrong."""
-    if adapter.lineage.get("system") != NAME:
-        raise UsageError(f"The model {adapter.name} is none of this system.", "Name one made by `align --system trsr`.")
     options = TrsrConfig.model_validate(asked_anew(NAME, config.trsr, adapter.lineage["options"]))
     inputs = _read(config.model_copy(update={NAME: options}), workspace, versions)
     if against is not None:

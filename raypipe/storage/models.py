@@ -167,6 +167,19 @@ def find_model(models: Models, named: str, fits: Callable[[Model], bool] = lambd
     return found[-1]
 
 
+def find_adapter(models: Models, named: str, system: str) -> Model:
+    """As `find_model`, what `align` made by that system. Raises UsageError for any other model."""
+    model = find_model(models, named)
+    made_by = model.lineage.get("system")
+    if made_by != system:
+        raise UsageError(
+            f"The model {model.name}/{model.hash} is {'no adapter' if made_by is None else f'one of the system {made_by}'}, and "
+            f"one of {system} is asked for.",
+            f"Name one made by `raypipe align --system {system}`.",
+        )
+    return model
+
+
 def _files(folder: Path) -> list[Path]:
     """The files of a checkpoint, sorted; raises UsageError on one that is neither weights nor text."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())

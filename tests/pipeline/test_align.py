@@ -134,7 +134,7 @@ def test_what_cannot_be_joined_is_told_before_work_starts(raypipe: Run, with_lm:
     assert summaries.code == 2
     assert "--summaries.paradigm recurrent --summaries.hold_out 1` first" in summaries.stderr
     wrong = raypipe("align", "--workspace", with_lm, *SMALL, "--adapter", "sasrec")
-    assert (wrong.code, "The model sasrec is no adapter" in wrong.stderr) == (2, True)
+    assert (wrong.code, "is no adapter, and one of recinterpreter is asked for" in wrong.stderr) == (2, True)
     other = raypipe("align", "--workspace", with_lm, *SMALL, "--lm", "builtin/77")
     assert (other.code, "has no language model 77 of its own yet" in other.stderr) == (2, True)
     narrow = raypipe("align", "--workspace", with_lm, *SMALL, "--recinterpreter.constrained", "--answer_tokens", 1)

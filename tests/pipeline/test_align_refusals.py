@@ -74,7 +74,7 @@ def test_an_adapter_of_another_system_than_is_asked_for_is_refused(raypipe: Run,
     store_untrained_ranker(ready, RANKER, lm)
     ended = raypipe("align", "--workspace", ready, "--adapter", "trsr", "--asked", "2")
     assert (ended.code, ended.status) == (2, "failed")
-    assert "Add --system trsr" in one_paragraph(ended.stderr)
+    assert "one of the system trsr, and one of" in one_paragraph(ended.stderr)
     assert Evaluations(Store(ready)).all() == []
 
 

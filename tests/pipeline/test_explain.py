@@ -319,4 +319,4 @@ def test_what_cannot_explain_is_told_before_work_starts(raypipe: Run, explaining
     silent = raypipe("explain", "--workspace", explaining, "--engine.engine", "echo")
     assert (silent.code, "The engine echo cannot tell how likely an answer is" in silent.stderr) == (2, True)
     wrong = raypipe("explain", "--workspace", explaining, "--adapter", "sasrec")
-    assert (wrong.code, "is no adapter that explains" in wrong.stderr) == (2, True)
+    assert (wrong.code, "and one of recexplainer is asked for" in wrong.stderr) == (2, True)

@@ -143,7 +143,7 @@ def test_what_comes_next_is_written_and_a_stored_model_is_asked_anew_here_and_el
     assert moved.metrics["transitions: Recall@5"] == metrics["transitions: Recall@5"]
     assert Models(Store(other)).all("lancer") == []
     wrong = raypipe("align", "--workspace", chains, *TRAINED, "--adapter", "lm")
-    assert (wrong.code, "none of this system" in one_paragraph(wrong.stderr)) == (2, True)
+    assert (wrong.code, "and one of lancer is asked for" in one_paragraph(wrong.stderr)) == (2, True)
 
 
 def test_a_unique_last_title_is_in_nothing_that_is_learnt(

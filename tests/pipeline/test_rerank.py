@@ -144,7 +144,7 @@ def test_what_fills_a_short_list_is_no_item() -> None:
 
 def test_what_cannot_rank_is_refused_before_work_starts(raypipe: Run, listed: str) -> None:
     cases = {
-        ("--ranker", "sasrec"): "sasrec ranks no candidates",
+        ("--ranker", "sasrec"): "is no adapter, and one of trsr is asked for",
         ("--ranker", "trsr/0"): "No model trsr/0 is stored",
         ("--model", "gru4rec"): "no lists of the variant recommend-gru4rec yet",
         ("--summaries", "recurrent"): "no summaries of the variant summarize-recurrent yet",

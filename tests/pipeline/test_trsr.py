@@ -181,7 +181,7 @@ def test_what_has_read_the_answers_or_cannot_be_asked_is_refused(raypipe: Run, r
         ("--summaries", "hierarchical"): "no hierarchical summaries without the last 1 events",
         ("--summaries", "recurrent", "--trsr.block_items", "3"): "are of blocks of 5 items and not of 3",
         ("--trsr.candidates.negatives", "58"): "leaves 58 items unseen",
-        ("--adapter", "sasrec"): "is none of this system",
+        ("--adapter", "sasrec"): "is no adapter, and one of trsr is asked for",
         ("--trsr.against", "trsr/0"): "No model trsr/0 is stored",
     }
     for options, problem in cases.items():
