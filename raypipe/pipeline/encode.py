@@ -20,8 +20,8 @@ from raypipe.pipeline.recommender_rows import ByRecommender, Rows
 from raypipe.runtime.budget import Limits
 from raypipe.runtime.job import JobResult, ModelCache
 from raypipe.runtime.progress import say
+from raypipe.runtime.reject_limit import RejectLimit
 from raypipe.runtime.session import Session, bucket_parts, open_session, output_table
-from raypipe.runtime.units import Gate
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.ledger import WHOLE, Publish, Receipt, Run, Unit, Usage, counts_of, usage_of
 from raypipe.storage.models import Model
@@ -60,7 +60,7 @@ class Encoding:
     makes: Makes
     item_states: NDArray[np.float32] | None = None
     limits: Limits = field(default_factory=Limits)
-    gate: Gate | None = None
+    reject_limit: RejectLimit | None = None
 
     @property
     def writes(self) -> tuple[str, ...]:
@@ -89,7 +89,7 @@ def run_encoding(
     writes = encoding.writes if canary is None else ()
     with open_session(workspace, encoding.job, writes, config.cluster, config.lock_lease_s, night) as session:
         if canary is None:
-            session.keep_finished(encoding.recipe, _READS, writes, encoding.gate)
+            session.keep_finished(encoding.recipe, _READS, writes, encoding.reject_limit)
         inputs = session.versions(*_READS)
         base = session.versions(*encoding.writes) if canary is None else dict.fromkeys(encoding.writes, ABSENT)
         scope = WHOLE if canary is None else fingerprint({"users": canary})
@@ -109,7 +109,9 @@ def run_encoding(
         )
         budget = session.budget(encoding.limits, run)
         units = [Unit("users", index) for index in range(session.info.buckets)]
-        receipts = session.phase(run, units, partial(EncodeBucket, task, budget), encoding.job, encoding.gate, budget)
+        receipts = session.phase(
+            run, units, partial(EncodeBucket, task, budget), encoding.job, encoding.reject_limit, budget
+        )
         parts = bucket_parts(receipts.values(), encoding.variant, (encoding.output,))
         if encoding.item_states is not None:
             parts += _item_states(session, run, encoding.variant, encoding.item_states[1:], base["item_states"])

@@ -25,9 +25,9 @@ from raypipe.language.adapters import read_card
 from raypipe.pipeline.explain_units import FIGURES, TABLE, ExplainBucket, ExplainTask
 from raypipe.pipeline.job import BatchConfig, CapOptions, cost_of
 from raypipe.pipeline.loaded import BUILTIN, Loaded, is_builtin, lm_beside
-from raypipe.pipeline.rejects import RejectGate
 from raypipe.runtime.job import JobResult, ModelCache
 from raypipe.runtime.progress import say
+from raypipe.runtime.reject_limit import RejectLimit
 from raypipe.runtime.session import bucket_parts, open_session
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.ledger import WHOLE, Publish, Receipt, Unit, Usage, counts_of, usage_of
@@ -187,9 +187,9 @@ def run_explain(config: ExplainConfig, night: NightRuns | None = None) -> JobRes
     variant = explainer.variant(config)
     writes = [TABLE] if canary is None else []
     with open_session(workspace, JOB, writes, config.cluster, config.lock_lease_s, night) as session:
-        gate = RejectGate(config.max_reject_rate)
+        reject_limit = RejectLimit(config.max_reject_rate)
         if canary is None:
-            session.keep_finished(run_recipe, input_tables(config), writes, gate)
+            session.keep_finished(run_recipe, input_tables(config), writes, reject_limit)
         inputs = session.versions(*input_tables(config))
         check_recommended(inputs)
         base = session.versions(TABLE) if canary is None else {TABLE: ABSENT}
@@ -206,7 +206,7 @@ def run_explain(config: ExplainConfig, night: NightRuns | None = None) -> JobRes
         task = explainer.task(config, workspace, {**inputs, **base}, pairs, scope, canary)
         units = [Unit("users", index) for index in range(session.info.buckets)]
         budget = session.budget(config.limits(), run)
-        receipts = session.phase(run, units, partial(ExplainBucket, task, budget), JOB, gate, budget)
+        receipts = session.phase(run, units, partial(ExplainBucket, task, budget), JOB, reject_limit, budget)
         parts = bucket_parts(receipts.values(), variant, (TABLE,))
         result = _result(config, run.run_key, receipts.values(), parts, started)
         published = session.publish(run, parts, result)

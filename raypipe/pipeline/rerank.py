@@ -21,10 +21,10 @@ from raypipe.errors import UsageError
 from raypipe.language.adapters import read_card
 from raypipe.pipeline.job import BatchConfig, CapOptions, cost_of
 from raypipe.pipeline.loaded import BUILTIN, is_builtin, lm_beside
-from raypipe.pipeline.rejects import RejectGate
 from raypipe.pipeline.rerank_units import TABLE, RerankBucket, RerankTask
 from raypipe.runtime.job import JobResult, ModelCache
 from raypipe.runtime.progress import say
+from raypipe.runtime.reject_limit import RejectLimit
 from raypipe.runtime.session import bucket_parts, open_session
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.ledger import WHOLE, Publish, Receipt, Unit, Usage, counts_of, usage_of
@@ -124,9 +124,9 @@ def run_rerank(config: RerankConfig) -> JobResult:
     writes = [TABLE] if canary is None else []
     with open_session(workspace, JOB, writes, config.cluster, config.lock_lease_s) as session:
         shown = ["summaries"] if ranker.summaries is not None else []
-        reads, gate = ("histories", "items", "rejects", TABLE, *shown), RejectGate(config.max_reject_rate)
+        reads, reject_limit = ("histories", "items", "rejects", TABLE, *shown), RejectLimit(config.max_reject_rate)
         if canary is None:
-            session.keep_finished(ranker.recipe, reads, writes, gate)
+            session.keep_finished(ranker.recipe, reads, writes, reject_limit)
         inputs = session.versions(*reads)
         base = {TABLE: inputs[TABLE] if canary is None else ABSENT}
         task = RerankTask(
@@ -153,7 +153,7 @@ def run_rerank(config: RerankConfig) -> JobResult:
         run = session.run(ranker.recipe, inputs, base, task.scope, facts)
         budget = session.budget(config.limits(), run)
         units = [Unit("users", index) for index in range(session.info.buckets)]
-        receipts = session.phase(run, units, partial(RerankBucket, task, budget), JOB, gate, budget)
+        receipts = session.phase(run, units, partial(RerankBucket, task, budget), JOB, reject_limit, budget)
         parts = bucket_parts(receipts.values(), variant, (TABLE,))
         result = _result(config, run.run_key, receipts.values(), parts, started)
         published = session.publish(run, parts, result)

@@ -18,12 +18,12 @@ from raypipe.config import free, shaping
 from raypipe.engines.engine import EngineConfig
 from raypipe.pipeline.job import BatchConfig, CapOptions, cost_of
 from raypipe.pipeline.loaded import BUILTIN, find_builtin_lm
-from raypipe.pipeline.rejects import RejectGate
 from raypipe.pipeline.summarize_units import SummarizeBucket, SummaryTask
 from raypipe.pipeline.summary_quality import QUALITY
 from raypipe.pipeline.summary_state import Pins, Recipes
 from raypipe.runtime.job import JobResult, ModelCache
 from raypipe.runtime.progress import say
+from raypipe.runtime.reject_limit import RejectLimit
 from raypipe.runtime.session import Session, bucket_parts, open_session
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.ledger import WHOLE, Receipt, Run, Unit, Usage, counts_of, usage_of
@@ -83,9 +83,9 @@ def run_summarize(config: SummarizeConfig, night: NightRuns | None = None) -> Jo
     writes = _WRITES if canary is None else ()
     with open_session(workspace, JOB, writes, config.cluster, config.lock_lease_s, night) as session:
         recipe = fingerprint({"variant": recipes.variant, "block": recipes.block, "merge": recipes.merge})
-        gate = RejectGate(config.max_reject_rate)
+        reject_limit = RejectLimit(config.max_reject_rate)
         if canary is None:
-            session.keep_finished(recipe, _READS, writes, gate)
+            session.keep_finished(recipe, _READS, writes, reject_limit)
         pins = pin(session, canary)
         scope = WHOLE if canary is None else fingerprint({"users": canary})
         if scope == WHOLE and session.is_current(recipe, pins.inputs()):
@@ -119,7 +119,7 @@ def run_summarize(config: SummarizeConfig, night: NightRuns | None = None) -> Jo
         )
         units = [Unit("users", index) for index in range(session.info.buckets)]
         budget = session.budget(config.limits(), run)
-        receipts = session.phase(run, units, partial(SummarizeBucket, task, budget), JOB, gate, budget)
+        receipts = session.phase(run, units, partial(SummarizeBucket, task, budget), JOB, reject_limit, budget)
         result = _publish(config, session, run, receipts, scope, started)
     if result.status == "ok":
         params = {

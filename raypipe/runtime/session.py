@@ -19,7 +19,8 @@ from raypipe.runtime.budget import Budget, Limits
 from raypipe.runtime.cluster import ClusterConfig
 from raypipe.runtime.job import JobResult
 from raypipe.runtime.progress import about, note, say
-from raypipe.runtime.units import Gate, UnitWork, run_units
+from raypipe.runtime.reject_limit import RejectLimit
+from raypipe.runtime.units import UnitWork, run_units
 from raypipe.storage.fingerprint import fingerprint, schema_hash
 from raypipe.storage.ledger import WHOLE, Publish, Receipt, Run, Unit, Usage, counts_of, usage_of
 from raypipe.storage.locks import LEASE_S, Lock, hold
@@ -102,11 +103,13 @@ class Session:
             self._night.add(run)
         return run
 
-    def keep_finished(self, recipe: str, reads: Sequence[str], writes: Sequence[str], gate: Gate | None = None) -> None:
+    def keep_finished(
+        self, recipe: str, reads: Sequence[str], writes: Sequence[str], reject_limit: RejectLimit | None = None
+    ) -> None:
         """Publish what a killed run over everything has finished, where what it read has moved on since, so that it cannot go on:
         its users who have not changed are not computed, and paid for, again. Its result is told as `interrupted`.
 
-        For jobs whose units are buckets of users and whose runs tell their variant. Without the units that `gate` would start
+        For jobs whose units are buckets of users and whose runs tell their variant. Without the units that `reject_limit` would start
         again, and only where the rows that it would replace stand as it found them.
         """
         ledger, base = self.workspace.ledger(self.job), self.versions(*writes)
@@ -123,7 +126,7 @@ class Session:
             ):
                 continue
             receipts = run.receipts("users")
-            undone = set() if gate is None else set(gate.undone(receipts))
+            undone = set() if reject_limit is None else set(reject_limit.undone(receipts))
             kept = [receipt for unit, receipt in receipts.items() if unit not in undone and self._are_current(receipt)]
             if not (parts := bucket_parts(kept, variant, writes)):
                 continue
@@ -162,14 +165,14 @@ class Session:
         units: Sequence[Unit],
         build: Callable[[], UnitWork],
         what: str,
-        gate: Gate | None = None,
+        reject_limit: RejectLimit | None = None,
         budget: Budget | None = None,
     ) -> dict[Unit, Receipt]:
         """Run the units that are left on the cluster; see `run_units`.
 
         Raises RaypipeError where receipts of an older raypipe staged files of another schema.
         """
-        receipts = run_units(run, units, build, self.cluster, what, gate, budget)
+        receipts = run_units(run, units, build, self.cluster, what, reject_limit, budget)
         for receipt in receipts.values():
             if not self._are_current(receipt):
                 raise RaypipeError(
