@@ -74,7 +74,9 @@ def test_delete_folder_removes_all_below_and_nothing_beside(store: Store) -> Non
     assert [entry.path for entry in store.list("staging")] == ["staging/xx/3"]
 
 
-@pytest.mark.parametrize(("code", "kind"), [(errno.EACCES, AccessError), (errno.ENOSPC, RaypipeError), (errno.EBUSY, OSError)])
+@pytest.mark.parametrize(
+    ("code", "kind"), [(errno.EACCES, AccessError), (errno.ENOSPC, RaypipeError), (errno.EBUSY, OSError)]
+)
 def test_a_folder_that_cannot_be_deleted_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, kind: type[Exception]
 ) -> None:
