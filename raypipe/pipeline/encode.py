@@ -7,7 +7,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,15 +14,15 @@ from numpy.typing import NDArray
 
 from raypipe.config import free, shaping
 from raypipe.pipeline.encode_units import EncodeBucket, EncodeTask, Makes, list_column
-from raypipe.pipeline.job import BatchConfig, cost_of
+from raypipe.pipeline.job import BatchConfig, cost_of, scope_of
 from raypipe.pipeline.recommender_rows import ByRecommender, Rows
+from raypipe.pipeline.user_results import users_result
 from raypipe.runtime.budget import Limits
 from raypipe.runtime.job import JobResult, ModelCache
 from raypipe.runtime.progress import say
+from raypipe.runtime.reject_limit import RejectLimit
 from raypipe.runtime.session import Session, bucket_parts, open_session, output_table
-from raypipe.runtime.units import Gate
-from raypipe.storage.fingerprint import fingerprint
-from raypipe.storage.ledger import WHOLE, Publish, Receipt, Run, Unit, Usage, counts_of, usage_of
+from raypipe.storage.ledger import WHOLE, Publish, Receipt, Run, Unit, Usage
 from raypipe.storage.models import Model
 from raypipe.storage.night_runs import NightRuns
 from raypipe.storage.tables import ABSENT
@@ -60,7 +59,7 @@ class Encoding:
     makes: Makes
     item_states: NDArray[np.float32] | None = None
     limits: Limits = field(default_factory=Limits)
-    gate: Gate | None = None
+    reject_limit: RejectLimit | None = None
 
     @property
     def writes(self) -> tuple[str, ...]:
@@ -86,13 +85,12 @@ def run_encoding(
     workspace.require_info()
     tracking = config.open_tracking(workspace)
     canary = config.canary_users(workspace)
-    writes = encoding.writes if canary is None else ()
-    with open_session(workspace, encoding.job, writes, config.cluster, config.lock_lease_s, night) as session:
+    writes, scope = encoding.writes, scope_of(canary)
+    with open_session(workspace, encoding.job, writes, config.cluster, config.lock_lease_s, night, scope) as session:
         if canary is None:
-            session.keep_finished(encoding.recipe, _READS, writes, encoding.gate)
+            session.keep_finished(encoding.recipe, encoding.variant, _READS, writes, encoding.reject_limit)
         inputs = session.versions(*_READS)
-        base = session.versions(*encoding.writes) if canary is None else dict.fromkeys(encoding.writes, ABSENT)
-        scope = WHOLE if canary is None else fingerprint({"users": canary})
+        base = session.versions(*writes) if canary is None else dict.fromkeys(writes, ABSENT)
         if scope == WHOLE and session.is_current(encoding.recipe, inputs):
             return JobResult(encoding.job, "nothing_to_do", cost=cost_of(Usage(), time.monotonic() - started))
         facts = {"variant": encoding.variant, "model": model.hash}
@@ -109,7 +107,9 @@ def run_encoding(
         )
         budget = session.budget(encoding.limits, run)
         units = [Unit("users", index) for index in range(session.info.buckets)]
-        receipts = session.phase(run, units, partial(EncodeBucket, task, budget), encoding.job, encoding.gate, budget)
+        receipts = session.phase(
+            run, units, partial(EncodeBucket, task, budget), encoding.job, encoding.reject_limit, budget
+        )
         parts = bucket_parts(receipts.values(), encoding.variant, (encoding.output,))
         if encoding.item_states is not None:
             parts += _item_states(session, run, encoding.variant, encoding.item_states[1:], base["item_states"])
@@ -143,23 +143,7 @@ def _finish(
     receipts: Collection[Receipt],
     started: float,
 ) -> JobResult:
-    counts, usage = counts_of(receipts), usage_of(receipts)
-    if capped := counts.skipped.get("capped"):
-        say(f"{encoding.job}: a cap or the deadline left {capped:,} users for the next run")
-    cost = {**cost_of(usage, time.monotonic() - started), "money": round(encoding.limits.money(usage), 6)}
-    metrics: dict[str, Any] = {
-        "users": counts.rows_in,
-        "computed": counts.ok,
-        "rejected": counts.rejected,
-        **counts.skipped,
-        "stale": sum(receipt.facts["stale"] for receipt in receipts),
-        "bytes_written": sum(file.size for part in parts for file in part.files),
-    }
-    tables = {
-        part.table: {"rows": sum(file.rows for file in part.files), "rejected": counts.rejected} for part in parts
-    }
-    status = "ok" if parts else "nothing_to_do"
-    result = JobResult(encoding.job, status, run.run_key, tables, metrics=metrics, cost=cost)
+    result = users_result(session, run, receipts, parts, encoding.limits, started)
     published = session.publish(run, parts, result)
     if run.manifest["scope"] != WHOLE:
         say(f"{encoding.job}: the canary's tables are below {session.workspace.uri}/canary/{run.run_key}")

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,14 +23,15 @@ from raypipe.engines.engine import Decoding, EngineConfig
 from raypipe.errors import UsageError
 from raypipe.language.adapters import read_card
 from raypipe.pipeline.explain_units import FIGURES, TABLE, ExplainBucket, ExplainTask
-from raypipe.pipeline.job import BatchConfig, CapOptions, cost_of
+from raypipe.pipeline.job import BatchConfig, CapOptions, cost_of, scope_of
 from raypipe.pipeline.loaded import BUILTIN, Loaded, is_builtin, lm_beside
-from raypipe.pipeline.rejects import RejectGate
+from raypipe.pipeline.user_results import users_result
 from raypipe.runtime.job import JobResult, ModelCache
 from raypipe.runtime.progress import say
+from raypipe.runtime.reject_limit import RejectLimit
 from raypipe.runtime.session import bucket_parts, open_session
 from raypipe.storage.fingerprint import fingerprint
-from raypipe.storage.ledger import WHOLE, Publish, Receipt, Unit, Usage, counts_of, usage_of
+from raypipe.storage.ledger import WHOLE, Receipt, Unit, Usage
 from raypipe.storage.models import Model, Models, find_adapter
 from raypipe.storage.night_runs import NightRuns
 from raypipe.storage.releases import Release
@@ -180,15 +181,14 @@ def run_explain(config: ExplainConfig, night: NightRuns | None = None) -> JobRes
     listed = pairs.to_pylist() if pairs is not None else None
     run_recipe = fingerprint({"recipe": explainer.recipe, "pairs": listed, "figures": FIGURES})
     variant = explainer.variant(config)
-    writes = [TABLE] if canary is None else []
-    with open_session(workspace, JOB, writes, config.cluster, config.lock_lease_s, night) as session:
-        gate = RejectGate(config.max_reject_rate)
+    scope = scope_of(canary)
+    with open_session(workspace, JOB, [TABLE], config.cluster, config.lock_lease_s, night, scope) as session:
+        reject_limit = RejectLimit(config.max_reject_rate)
         if canary is None:
-            session.keep_finished(run_recipe, input_tables(config), writes, gate)
+            session.keep_finished(run_recipe, variant, input_tables(config), [TABLE], reject_limit)
         inputs = session.versions(*input_tables(config))
         check_recommended(inputs)
         base = session.versions(TABLE) if canary is None else {TABLE: ABSENT}
-        scope = WHOLE if canary is None else fingerprint({"users": canary})
         if scope == WHOLE and session.is_current(run_recipe, inputs):
             return JobResult(JOB, "nothing_to_do", cost=cost_of(Usage(), time.monotonic() - started))
         facts = {
@@ -201,9 +201,10 @@ def run_explain(config: ExplainConfig, night: NightRuns | None = None) -> JobRes
         task = explainer.task(config, workspace, {**inputs, **base}, pairs, scope, canary)
         units = [Unit("users", index) for index in range(session.info.buckets)]
         budget = session.budget(config.limits(), run)
-        receipts = session.phase(run, units, partial(ExplainBucket, task, budget), JOB, gate, budget)
+        receipts = session.phase(run, units, partial(ExplainBucket, task, budget), JOB, reject_limit, budget)
         parts = bucket_parts(receipts.values(), variant, (TABLE,))
-        result = _result(config, run.run_key, receipts.values(), parts, started)
+        told = _figures(receipts.values())
+        result = users_result(session, run, receipts.values(), parts, config.limits(), started, told, "pairs")
         published = session.publish(run, parts, result)
     if canary is not None:
         say(f"{JOB}: the canary's tables are below {workspace.uri}/canary/{run.run_key}")
@@ -224,28 +225,11 @@ def check_recommended(versions: Mapping[str, int]) -> None:
         raise UsageError("Nothing is recommended yet.", "Run `raypipe recommend` first, or name pairs with --pairs.")
 
 
-def _result(
-    config: ExplainConfig, run_key: str, receipts: Collection[Receipt], parts: Sequence[Publish], started: float
-) -> JobResult:
-    counts = counts_of(receipts)
+def _figures(receipts: Collection[Receipt]) -> dict[str, float | None]:
+    """Of what was explained, the shares of which something can be said."""
     facts = {name: sum(receipt.facts[name] for receipt in receipts) for name in FIGURES}
     explained = facts["explained"]
-    metrics: dict[str, Any] = {
-        "pairs": counts.rows_in,
-        "computed": counts.ok,
-        "rejected": counts.rejected,
-        **counts.skipped,
-        "stale": sum(receipt.facts["stale"] for receipt in receipts),
-        **{f"{name}_share": round(facts[name] / explained, 4) if explained else None for name in FIGURES[1:]},
-    }
-    if counts.skipped.get("capped"):
-        say(f"{JOB}: a cap or the deadline left {counts.skipped['capped']:,} pairs for the next run")
-    usage = usage_of(receipts)
-    cost = {**cost_of(usage, time.monotonic() - started), "money": round(config.money(usage), 6)}
-    tables = {
-        part.table: {"rows": sum(file.rows for file in part.files), "rejected": counts.rejected} for part in parts
-    }
-    return JobResult(JOB, "ok" if parts else "nothing_to_do", run_key, tables, metrics=metrics, cost=cost)
+    return {f"{name}_share": round(facts[name] / explained, 4) if explained else None for name in FIGURES[1:]}
 
 
 def read_pairs(config: ExplainOptions, workspace: Workspace, explainer: Explainer) -> pa.Table | None:

@@ -25,6 +25,7 @@ import pyarrow as pa
 
 from raypipe.config import free
 from raypipe.errors import UsageError
+from raypipe.pipeline.forget_nights import JOB, last_forgetting, move_nights
 from raypipe.pipeline.forget_traces import Sought, forget_in_cards, forget_in_judgements
 from raypipe.pipeline.forget_units import ForgetBucket
 from raypipe.pipeline.forgotten import forgotten_keys, locked_traces
@@ -40,7 +41,7 @@ from raypipe.storage.evaluations import Evaluations
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.hashing import stable_hash
 from raypipe.storage.ledger import WHOLE, Publish, Receipt, Run, Unit, Usage, counts_of
-from raypipe.storage.locks import hold
+from raypipe.storage.locks import check_held, hold
 from raypipe.storage.model_users import forget_in_models
 from raypipe.storage.night_runs import settle_all
 from raypipe.storage.nights import Night, Nights
@@ -48,11 +49,9 @@ from raypipe.storage.online import ADDRESS, EMBEDDED, open_online_store
 from raypipe.storage.releases import Releases
 from raypipe.storage.retention import versions_to_keep
 from raypipe.storage.schemas import REJECTS
-from raypipe.storage.tables import ABSENT
 from raypipe.storage.tombstones import digest, is_forgotten, tombstone_rows
 from raypipe.storage.workspace import Workspace
 
-JOB = "forget"
 STEP_VERSION = 1
 _WRITES = (*BUCKETED, "tombstones")
 
@@ -76,7 +75,7 @@ def run_forget(config: ForgetConfig) -> JobResult:
     locks = [*_WRITES, "nights", *workspace.training_locks()]
     with open_session(workspace, JOB, locks, config.cluster, config.lock_lease_s) as session:
         refuse_open_runs(workspace, JOB)
-        _move_nights(workspace, _last(workspace))
+        move_nights(workspace, last_forgetting(workspace))
         base = session.versions(*_WRITES, "rejects")
         sought = Sought(workspace, users)
         _check_night_in_force(sought, base)
@@ -86,8 +85,9 @@ def run_forget(config: ForgetConfig) -> JobResult:
         units = [Unit("bucket", bucket) for bucket in sorted(places)]
         receipts = session.phase(run, units, partial(ForgetBucket, workspace, base, places), JOB)
         result = _publish(session, run, sought, base, list(receipts.values()), started)
-        dropped = _move_nights(workspace, run, sought)
-        removed = _sweep(workspace, config, users)
+        session.check_held()
+        dropped = move_nights(workspace, run, sought)
+        removed = _sweep(session, config, users)
     _load_anew(workspace, config)
     say(f"{JOB}: {len(users):,} users have a tombstone; {result.metrics['rows_forgotten']:,} rows of theirs are gone")
     say(f"{JOB}: models that were trained on them keep traces until they are trained anew")
@@ -166,39 +166,10 @@ def _publish(
     return session.publish(run, parts, result)
 
 
-def _last(workspace: Workspace) -> Run | None:
-    """The newest run, whose nights may wait to be moved: it was killed after its publish."""
-    run = workspace.ledger(JOB).newest()
-    return run if run is not None and "tables" in (run.result() or {}) else None
-
-
-def _move_nights(workspace: Workspace, run: Run | None, sought: Sought | None = None) -> int:
-    """Nights of the tables that a run replaced read its tables; those of older ones that hold a user who is sought go. How many
-    went."""
-    if run is None:
-        return 0
-    result = run.result()
-    assert result is not None
-    before = run.manifest["base"]
-    after = {name: table["version"] for name, table in result["tables"].items()}
-    nights = Nights(workspace.store)
-    dropped = 0
-    for date in nights.dates():
-        night = nights.get(date)
-        assert night is not None
-        tables = {name: after.get(name, v) if v == before.get(name) else v for name, v in night.tables.items()}
-        if tables != dict(night.tables):
-            tables |= {name: version for name, version in after.items() if before.get(name) == ABSENT}
-            nights.rewrite(replace(night, tables=tables))
-        if sought is not None and any(sought.are_in(name, version) for name, version in tables.items()):
-            nights.remove(date)
-            dropped += 1
-    return dropped
-
-
-def _sweep(workspace: Workspace, config: ForgetConfig, users: Sequence[str]) -> dict[str, Any]:
+def _sweep(session: Session, config: ForgetConfig, users: Sequence[str]) -> dict[str, Any]:
     """Everything beside the tables' newest versions that may name a user."""
-    store = workspace.store
+    workspace, store = session.workspace, session.workspace.store
+    session.check_held()
     nights = Nights(store)
     kept: list[Night] = [night for date in nights.dates() if (night := nights.get(date)) is not None]
     releases = Releases(store).all()
@@ -216,6 +187,7 @@ def _sweep(workspace: Workspace, config: ForgetConfig, users: Sequence[str]) -> 
     for place in trainings_outside(store):
         say(f"{JOB}: a training that has not ended keeps histories outside of the workspace; delete {place}")
     refuse_open_runs(workspace, JOB)  # a canary that began meanwhile read what held them
+    session.check_held()
     for folder in ("canary", "staging"):
         store.delete_folder(folder)
     settle_all(store)
@@ -226,8 +198,10 @@ def _sweep(workspace: Workspace, config: ForgetConfig, users: Sequence[str]) -> 
                 run.trim()
     remove_unfinished(workspace)
     files = []
-    with hold(store, ["rejects"], JOB, config.lock_lease_s):
+    with hold(store, ["rejects"], JOB, config.lock_lease_s) as locks:
         for name, table in workspace.tables.items():
+            session.check_held()  # each takes as long as it has files
+            check_held(locks)
             files += remove_unneeded(table, versions_to_keep(kept, releases, name), grace_hours=0)
     return {
         "files_removed": len(files),

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import field_validator, model_validator
 
 from raypipe.config import Config, free
@@ -16,8 +17,9 @@ from raypipe.data.id_lists import read_ids
 from raypipe.errors import UsageError
 from raypipe.runtime.budget import Limits
 from raypipe.runtime.job import JobConfig, JobResult
+from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.hashing import stable_hash
-from raypipe.storage.ledger import Usage
+from raypipe.storage.ledger import WHOLE, Usage
 from raypipe.storage.models import Model
 from raypipe.storage.workspace import Workspace
 
@@ -96,8 +98,9 @@ class BatchConfig(JobConfig):
             raise UsageError("Both --users and --sample are given.", "Name the canary's users one way.")
         if self.users is not None:
             named = read_users(self.users)
-            known = set(_every_user(workspace).to_pylist())
-            if strangers := [user for user in named if user not in known]:
+            ids = pa.array(named, pa.string())
+            is_known = pc.is_in(ids, value_set=_every_user(workspace))
+            if strangers := ids.filter(pc.invert(is_known)).to_pylist():
                 raise UsageError(
                     f"{len(strangers)} of {len(named)} users of {self.users} have no history, for example {strangers[0]!r}.",
                     "Check the file; ids are compared exactly.",
@@ -108,6 +111,11 @@ class BatchConfig(JobConfig):
         users = _every_user(workspace)
         chosen = np.argsort(stable_hash(users), kind="stable")[: self.sample]
         return sorted(users.take(pa.array(chosen)).to_pylist())
+
+
+def scope_of(canary: list[str] | None) -> str:
+    """The scope of a run over everybody, or over a canary's users."""
+    return WHOLE if canary is None else fingerprint({"users": canary})
 
 
 def read_users(path: str) -> list[str]:

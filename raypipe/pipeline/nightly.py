@@ -41,9 +41,9 @@ from raypipe.runtime.job import JobConfig, JobResult
 from raypipe.runtime.progress import say
 from raypipe.runtime.session import settled_versions
 from raypipe.storage.ledger import Usage
-from raypipe.storage.locks import hold
+from raypipe.storage.locks import Lock, check_held, hold
 from raypipe.storage.models import Models
-from raypipe.storage.night_runs import NightRuns
+from raypipe.storage.night_runs import NightRun, NightRuns
 from raypipe.storage.nights import Night, Nights, check_date
 from raypipe.storage.online import open_online_store
 from raypipe.storage.releases import Release, Releases
@@ -201,6 +201,7 @@ def _run_night(config: NightlyConfig, date: str) -> JobResult:
 
     parts = {"release": release.hash, "recommender": release.recommender, "lm": release.lm}
     tables, is_new = _published(config, workspace, date, parts, compute, steps)
+    steps.end()  # whatever becomes of what follows, which spends nothing
     if (online := config.online) is not None:
         steps.take("online", lambda: run_online(OnlineConfig(**shared, **dict(online))))
     status = "ok" if is_new else "nothing_to_do"
@@ -210,7 +211,6 @@ def _run_night(config: NightlyConfig, date: str) -> JobResult:
     ended = _result(config, workspace, steps, status, tables, parts, time.monotonic() - started)
     if refusal is not None:
         Releases(workspace.store).tell(trained)  # late, so that a night that was interrupted refuses again
-    runs.close()
     return ended
 
 
@@ -218,7 +218,9 @@ class _Steps:
     """What the steps of a night did, in all its passes and submissions."""
 
     def __init__(self, workspace: Workspace, runs: NightRuns) -> None:
-        self.workspace, self.runs = workspace, runs
+        self.workspace = workspace
+        self._runs = runs
+        self._ended: list[NightRun] | None = None
         self._results: dict[str, JobResult] = {}
         self._left: dict[tuple[str, str], set[str]] = {}
 
@@ -246,9 +248,18 @@ class _Steps:
             for (name, variant), paths in self._left.items()
         )
 
+    def end(self) -> None:
+        """The night is published: what comes next on its date is another one."""
+        self._ended = self._runs.all()
+        self._runs.close()
+
+    def runs(self) -> list[NightRun]:
+        """What the night has spent, run by run."""
+        return self._runs.all() if self._ended is None else self._ended
+
     def told(self) -> dict[str, JobResult]:
         """By step what it did last; what it did before it had to run again is the night's too, as `NAME.pass1` and so on."""
-        runs, found = self.runs.all(), dict[str, JobResult]()
+        runs, found = self.runs(), dict[str, JobResult]()
         for name, result in self._results.items():
             ended = [JobResult.from_dict(run.result) for run in runs if run.job == name and run.result is not None]
             did = [one for one in ended if one.status != "nothing_to_do"] or ended[-1:] or [result]
@@ -278,13 +289,13 @@ def _published(
         read = settled_versions(workspace, *_READ)
         compute()
         # Under the lock of who forgets: nobody is taken out of the tables between their versions' reading and the manifest.
-        with hold(workspace.store, ["nights"], JOB, config.lock_lease_s):
+        with hold(workspace.store, ["nights"], JOB, config.lock_lease_s) as locks:
             versions = {name: table.version() for name, table in workspace.tables.items()}
             tables = {name: version for name, version in versions.items() if version != ABSENT}
             # Versions only grow: if those that stood before the steps stand now, no step and no line above has read others.
             if read is not None and settled_versions(workspace, *_READ) == read and steps.stand(versions):
                 night = Night(date, tables, parts, _metrics(steps.told()), config.summarize.summaries.variant)
-                return tables, _publish(config, workspace, night)
+                return tables, _publish(config, workspace, night, locks)
     raise RaypipeError(
         f"Other jobs published histories, items or other rows of the night's during each of the {_PASSES} times that its steps ran, "
         "so that what they made is not all of the same ones.",
@@ -293,13 +304,14 @@ def _published(
     )
 
 
-def _publish(config: NightlyConfig, workspace: Workspace, night: Night) -> bool:
-    """Put the night in force, unless one of the same tables, release and summaries is; the caller holds the nights' lock."""
+def _publish(config: NightlyConfig, workspace: Workspace, night: Night, locks: Sequence[Lock]) -> bool:
+    """Put the night in force, unless one of the same tables, release and summaries is; under the nights' lock, which is held."""
     nights = Nights(workspace.store)
     current = nights.current()
     if current is not None and replace(night, date=current.date, metrics=current.metrics) == current:
         return False
     write_cards(workspace, night.date, night.tables, config.cards, config.summarize.summaries)
+    check_held(locks)  # cards of many users take longer than a lease
     nights.publish(night)
     say(f"{JOB}: the night of {night.date} is in force")
     return True
@@ -361,7 +373,7 @@ def _result(
     for result in results.values():
         # What a step published and another job replaced before the night came is not the night's.
         shown.update({name: dict(table) for name, table in result.tables.items() if table["version"] == tables[name]})
-    spent = steps.runs.all()
+    spent = steps.runs()
     prices: dict[str, CapOptions] = {
         "recommend": config.recommend,
         "summarize": config.summarize,

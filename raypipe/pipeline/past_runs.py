@@ -28,8 +28,10 @@ def past_runs(workspace: Workspace, job: str, engine: str) -> list[PastRun]:
         if (result := run.result()) is None or run.manifest["facts"]["engine"] != engine:
             continue
         cost = result.get("cost", {})
-        if cost.get("calls") and cost.get("seconds"):
-            found.append(PastRun(cost["calls"] / cost["seconds"], cost.get("tokens_out", 0) / cost["calls"]))
+        calls = cost.get("calls", 0)
+        # Of a run that was resumed, the seconds are those of its last submission.
+        if (fresh := calls - cost.get("calls_before", 0)) and cost.get("seconds"):
+            found.append(PastRun(fresh / cost["seconds"], cost.get("tokens_out", 0) / calls))
         if len(found) == _MOST:
             break
     return found

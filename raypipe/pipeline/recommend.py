@@ -25,11 +25,11 @@ from raypipe.pipeline.job import CapOptions
 from raypipe.pipeline.lancer_lists import ByWriter, LoadsWriter
 from raypipe.pipeline.loaded import Loaded
 from raypipe.pipeline.recommender_rows import Recommendations
-from raypipe.pipeline.rejects import RejectGate
 from raypipe.pipeline.sequences import pinned_versions
 from raypipe.recommenders.scoring import most_popular
 from raypipe.runtime.job import JobResult
 from raypipe.runtime.progress import say
+from raypipe.runtime.reject_limit import RejectLimit
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.hashing import content_digest
 from raypipe.storage.models import Model, Models, find_model
@@ -108,8 +108,10 @@ def _written(config: RecommendConfig, workspace: Workspace, model: Model) -> Enc
 
 
 def _encoding(config: RecommendConfig, model: Model, recipe: str, makes: Makes) -> Encoding:
-    limits, gate = config.limits(), RejectGate(config.max_reject_rate)
-    return Encoding(JOB, "recommendations", f"{JOB}-{model.name}", recipe, makes, limits=limits, gate=gate)
+    limits, reject_limit = config.limits(), RejectLimit(config.max_reject_rate)
+    return Encoding(
+        JOB, "recommendations", f"{JOB}-{model.name}", recipe, makes, limits=limits, reject_limit=reject_limit
+    )
 
 
 def _enough(allowed: NDArray[np.bool_], length: int) -> NDArray[np.bool_]:

@@ -1,25 +1,21 @@
-"""Rows for the `rejects` table, the users it blocks, and when there are too many."""
+"""Rows for the `rejects` table, and the users it blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from raypipe.data.rejects import row_json
-from raypipe.errors import RaypipeError
 from raypipe.runtime.session import output_table
 from raypipe.runtime.units import UnitContext
-from raypipe.storage.ledger import MAX_DEATHS, Counts, Receipt, Unit, counts_of
+from raypipe.storage.ledger import MAX_DEATHS
 from raypipe.storage.tables import StagedFile
 from raypipe.storage.workspace import Workspace
 
 WORKER_DIED = ("worker_died", f"Its worker died or hung {MAX_DEATHS} times with it alone, on a healthy node.")
 """Reason and message of a row that ends its process."""
-
-_FEW_REJECTS = 10
 
 
 def reject_rows(run_key: str, rejects: pa.Table, variant: str | None = None) -> pa.Table:
@@ -76,38 +72,3 @@ def blocked_users(workspace: Workspace, version: int, table: str, variant: str) 
     rows = workspace.tables["rejects"].read(version, ["key", "variant", "change_key"], table=table)
     chosen = rows.filter(pc.equal(rows["variant"], variant))
     return set(zip(chosen["key"].to_pylist(), chosen["change_key"].to_pylist(), strict=True))
-
-
-@dataclass(frozen=True)
-class RejectGate:
-    """Implements `Gate`: at most so large a share of the rows read may be rejected."""
-
-    most: float
-
-    def check(self, receipts: Mapping[Unit, Receipt]) -> None:
-        """Receipts tell in their fact `reasons` why, reason → message."""
-        counts = counts_of(receipts.values())
-        if not self._is_too_much(counts):
-            return
-        reasons = dict(pair for receipt in receipts.values() for pair in receipt.facts.get("reasons", {}).items())
-        told = " ".join(f"{reason}: {message}" for reason, message in sorted(reasons.items()))
-        read = counts.ok + counts.rejected
-        raise RaypipeError(
-            f"{counts.rejected:,} of the first {read:,} rows were rejected, more than max_reject_rate {self.most:.0%}. {told}",
-            "Mend the model, the prompts or the endpoint and submit again: what was rejected is tried once more. Or go on as it is "
-            "with a higher --max_reject_rate.",
-        )
-
-    def undone(self, receipts: Mapping[Unit, Receipt]) -> list[Unit]:
-        """Where an earlier submission was stopped by `check`, the units whose own share is too large; none where it would pass now,
-        as with a larger `most`."""
-        if not self._is_too_much(counts_of(receipts.values())):
-            return []
-        return [unit for unit, receipt in receipts.items() if self._is_above(receipt.counts)]
-
-    def _is_too_much(self, counts: Counts) -> bool:
-        """A handful proves nothing."""
-        return counts.rejected >= _FEW_REJECTS and self._is_above(counts)
-
-    def _is_above(self, counts: Counts) -> bool:
-        return counts.rejected > self.most * (counts.ok + counts.rejected)

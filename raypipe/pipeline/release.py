@@ -21,7 +21,7 @@ from raypipe.recommenders.evaluation import METRICS, evaluate_floor, evaluate_mo
 from raypipe.recommenders.floors import Popularity
 from raypipe.runtime.job import JobConfig, JobResult, ModelCache
 from raypipe.runtime.progress import say
-from raypipe.storage.locks import hold
+from raypipe.storage.locks import check_held, hold
 from raypipe.storage.models import Models, find_model
 from raypipe.storage.releases import Release, Releases, Verdict
 from raypipe.storage.workspace import Workspace
@@ -103,7 +103,7 @@ def promote(config: ReleaseConfig, workspace: Workspace, recommender: str, lm: s
     releases = Releases(workspace.store)
     model = find_model(Models(workspace.store), recommender)
     named = f"{model.name}/{model.hash}"
-    with hold(workspace.store, ["releases"], JOB, config.lock_lease_s):
+    with hold(workspace.store, ["releases"], JOB, config.lock_lease_s) as locks:
         catalogue = workspace.tables["items"].version()
         champion = releases.named("champion") or Release()
         lm = champion.lm if lm is None else lm
@@ -118,6 +118,7 @@ def promote(config: ReleaseConfig, workspace: Workspace, recommender: str, lm: s
         except RefusedError as refusal:
             releases.judge(named, Verdict(False, metrics, gate, (refusal.problem, refusal.remedy)))
             raise
+        check_held(locks)  # the judging takes longer than a lease
         releases.point("champion", candidate)
         releases.judge(named, Verdict(True, metrics, gate))
     say(f"Release {candidate.hash[:12]} is in force: {named}")

@@ -7,11 +7,9 @@ history, list or summary changed are asked about.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
@@ -19,15 +17,16 @@ from raypipe.config import free, shaping
 from raypipe.engines.engine import EngineConfig
 from raypipe.errors import UsageError
 from raypipe.language.adapters import read_card
-from raypipe.pipeline.job import BatchConfig, CapOptions, cost_of
+from raypipe.pipeline.job import BatchConfig, CapOptions, cost_of, scope_of
 from raypipe.pipeline.loaded import BUILTIN, is_builtin, lm_beside
-from raypipe.pipeline.rejects import RejectGate
 from raypipe.pipeline.rerank_units import TABLE, RerankBucket, RerankTask
+from raypipe.pipeline.user_results import users_result
 from raypipe.runtime.job import JobResult, ModelCache
 from raypipe.runtime.progress import say
+from raypipe.runtime.reject_limit import RejectLimit
 from raypipe.runtime.session import bucket_parts, open_session
 from raypipe.storage.fingerprint import fingerprint
-from raypipe.storage.ledger import WHOLE, Publish, Receipt, Unit, Usage, counts_of, usage_of
+from raypipe.storage.ledger import WHOLE, Unit, Usage
 from raypipe.storage.models import Model, Models, find_adapter
 from raypipe.storage.tables import ABSENT
 from raypipe.storage.workspace import Workspace
@@ -117,17 +116,17 @@ def run_rerank(config: RerankConfig) -> JobResult:
     canary = config.canary_users(workspace)
     recommender = config.model.partition("/")[0]
     variant = f"{JOB}-{recommender}"
-    writes = [TABLE] if canary is None else []
-    with open_session(workspace, JOB, writes, config.cluster, config.lock_lease_s) as session:
+    scope = scope_of(canary)
+    with open_session(workspace, JOB, [TABLE], config.cluster, config.lock_lease_s, scope=scope) as session:
         shown = ["summaries"] if ranker.summaries is not None else []
-        reads, gate = ("histories", "items", "rejects", TABLE, *shown), RejectGate(config.max_reject_rate)
+        reads, reject_limit = ("histories", "items", "rejects", TABLE, *shown), RejectLimit(config.max_reject_rate)
         if canary is None:
-            session.keep_finished(ranker.recipe, reads, writes, gate)
+            session.keep_finished(ranker.recipe, variant, reads, [TABLE], reject_limit)
         inputs = session.versions(*reads)
         base = {TABLE: inputs[TABLE] if canary is None else ABSENT}
         task = RerankTask(
             workspace=workspace,
-            scope=WHOLE if canary is None else fingerprint({"users": canary}),
+            scope=scope,
             variant=variant,
             recipe=ranker.recipe,
             versions={**inputs, **base},
@@ -149,9 +148,10 @@ def run_rerank(config: RerankConfig) -> JobResult:
         run = session.run(ranker.recipe, inputs, base, task.scope, facts)
         budget = session.budget(config.limits(), run)
         units = [Unit("users", index) for index in range(session.info.buckets)]
-        receipts = session.phase(run, units, partial(RerankBucket, task, budget), JOB, gate, budget)
+        receipts = session.phase(run, units, partial(RerankBucket, task, budget), JOB, reject_limit, budget)
         parts = bucket_parts(receipts.values(), variant, (TABLE,))
-        result = _result(config, run.run_key, receipts.values(), parts, started)
+        moved = {"first_moved": sum(receipt.facts["first_moved"] for receipt in receipts.values())}
+        result = users_result(session, run, receipts.values(), parts, config.limits(), started, moved)
         published = session.publish(run, parts, result)
     if canary is not None:
         say(f"{JOB}: the canary's tables are below {workspace.uri}/canary/{run.run_key}")
@@ -178,25 +178,3 @@ def _check_written(task: RerankTask) -> None:
             f"There are no summaries of the variant {task.summaries} yet.",
             "Run `raypipe summarize` first, or rank without with --summaries null.",
         )
-
-
-def _result(
-    config: RerankConfig, run_key: str, receipts: Collection[Receipt], parts: Sequence[Publish], started: float
-) -> JobResult:
-    counts = counts_of(receipts)
-    metrics: dict[str, Any] = {
-        "users": counts.rows_in,
-        "computed": counts.ok,
-        "rejected": counts.rejected,
-        **counts.skipped,
-        "stale": sum(receipt.facts["stale"] for receipt in receipts),
-        "first_moved": sum(receipt.facts["first_moved"] for receipt in receipts),
-    }
-    if counts.skipped.get("capped"):
-        say(f"{JOB}: a cap or the deadline left {counts.skipped['capped']:,} users for the next run")
-    usage = usage_of(receipts)
-    cost = {**cost_of(usage, time.monotonic() - started), "money": round(config.money(usage), 6)}
-    tables = {
-        part.table: {"rows": sum(file.rows for file in part.files), "rejected": counts.rejected} for part in parts
-    }
-    return JobResult(JOB, "ok" if parts else "nothing_to_do", run_key, tables, metrics=metrics, cost=cost)

@@ -112,9 +112,9 @@ def _ingest_again(config: RetryConfig, workspace: Workspace, rows: pa.Table) -> 
 
 
 def _remove(config: RetryConfig, workspace: Workspace, gone: pa.Table) -> int:
-    """Rewrite the table's share of `rejects` without the rows that were retried."""
+    """Rewrite the table's share of `rejects` without the rows that were retried; not while `forget` does, which holds `tombstones`."""
     table = workspace.tables["rejects"]
-    with open_session(workspace, JOB, ("rejects",), config.cluster, config.lock_lease_s):
+    with open_session(workspace, JOB, ("rejects", "tombstones"), config.cluster, config.lock_lease_s):
         rows = table.read(table.version(), REJECTS.columns.names, table=config.table)
         stay = [not found for found in _same_rows(rows, gone)]
         number = table.published_number(f"rejects:{JOB}") + 1

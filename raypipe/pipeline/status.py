@@ -11,6 +11,7 @@ from raypipe.config import free
 from raypipe.errors import UsageError
 from raypipe.runtime.job import JobConfig, JobResult
 from raypipe.runtime.progress import clock, say
+from raypipe.runtime.session import write_locks
 from raypipe.storage.ledger import Run, counts_of
 from raypipe.storage.locks import hold
 from raypipe.storage.nights import Nights
@@ -117,7 +118,8 @@ def _discard(workspace: Workspace, config: StatusConfig, open_runs: list[Run]) -
     run = found[0]
     if run.publish_intent() is not None:
         raise UsageError(f"Run {run.run_key[:12]} began to publish.", "It can only be completed: submit its job again.")
-    with hold(workspace.store, sorted(run.manifest["base"]), "status --discard", config.lock_lease_s):
+    locks = write_locks(run.job, run.manifest["scope"], run.manifest["base"])
+    with hold(workspace.store, locks, "status --discard", config.lock_lease_s):
         run.abandon("discarded by hand")
     say(f"Run {run.run_key[:12]} of {run.job} was given up.")
 

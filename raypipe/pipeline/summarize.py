@@ -10,23 +10,23 @@ import time
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
 from raypipe.config import free, shaping
 from raypipe.engines.engine import EngineConfig
-from raypipe.pipeline.job import BatchConfig, CapOptions, cost_of
+from raypipe.pipeline.job import BatchConfig, CapOptions, cost_of, scope_of
 from raypipe.pipeline.loaded import BUILTIN, find_builtin_lm, is_builtin
-from raypipe.pipeline.rejects import RejectGate
 from raypipe.pipeline.summarize_units import SummarizeBucket, SummaryTask
 from raypipe.pipeline.summary_quality import QUALITY
 from raypipe.pipeline.summary_state import Pins, Recipes
+from raypipe.pipeline.user_results import users_result
 from raypipe.runtime.job import JobResult, ModelCache
 from raypipe.runtime.progress import say
+from raypipe.runtime.reject_limit import RejectLimit
 from raypipe.runtime.session import Session, bucket_parts, open_session
 from raypipe.storage.fingerprint import fingerprint
-from raypipe.storage.ledger import WHOLE, Receipt, Run, Unit, Usage, counts_of, usage_of
+from raypipe.storage.ledger import WHOLE, Receipt, Run, Unit, Usage
 from raypipe.storage.models import Model
 from raypipe.storage.night_runs import NightRuns
 from raypipe.storage.tables import ABSENT
@@ -81,14 +81,13 @@ def run_summarize(config: SummarizeConfig, night: NightRuns | None = None) -> Jo
     model = config.resolve_model(workspace)
     recipes = config.recipes(workspace, model)
     canary = config.canary_users(workspace)
-    writes = _WRITES if canary is None else ()
-    with open_session(workspace, JOB, writes, config.cluster, config.lock_lease_s, night) as session:
+    scope = scope_of(canary)
+    with open_session(workspace, JOB, _WRITES, config.cluster, config.lock_lease_s, night, scope) as session:
         recipe = fingerprint({"variant": recipes.variant, "block": recipes.block, "merge": recipes.merge})
-        gate = RejectGate(config.max_reject_rate)
+        reject_limit = RejectLimit(config.max_reject_rate)
         if canary is None:
-            session.keep_finished(recipe, _READS, writes, gate)
+            session.keep_finished(recipe, recipes.variant, _READS, _WRITES, reject_limit)
         pins = pin(session, canary)
-        scope = WHOLE if canary is None else fingerprint({"users": canary})
         if scope == WHOLE and session.is_current(recipe, pins.inputs()):
             return JobResult(JOB, "nothing_to_do", cost=cost_of(Usage(), time.monotonic() - started))
         run = session.run(
@@ -120,7 +119,7 @@ def run_summarize(config: SummarizeConfig, night: NightRuns | None = None) -> Jo
         )
         units = [Unit("users", index) for index in range(session.info.buckets)]
         budget = session.budget(config.limits(), run)
-        receipts = session.phase(run, units, partial(SummarizeBucket, task, budget), JOB, gate, budget)
+        receipts = session.phase(run, units, partial(SummarizeBucket, task, budget), JOB, reject_limit, budget)
         result = _publish(config, session, run, receipts, scope, started)
     if result.status == "ok":
         params = {
@@ -144,27 +143,11 @@ def pin(session: Session, canary: list[str] | None) -> Pins:
 def _publish(
     config: SummarizeConfig, session: Session, run: Run, receipts: dict[Unit, Receipt], scope: str, started: float
 ) -> JobResult:
-    counts = counts_of(receipts.values())
-    usage = usage_of(receipts.values())
     parts = bucket_parts(receipts.values(), config.summaries.variant, _WRITES)
-    metrics: dict[str, Any] = {
-        "users": counts.rows_in,
-        "computed": counts.ok,
-        "rejected": counts.rejected,
-        **counts.skipped,
-        "stale": sum(receipt.facts["stale"] for receipt in receipts.values()),
-        **{name: _mean(receipts.values(), name) for name in QUALITY},
-        "bytes_written": sum(file.size for part in parts for file in part.files),
-    }
-    if counts.skipped.get("capped"):
-        say(f"{JOB}: a cap or the deadline left {counts.skipped['capped']:,} users for the next run")
-    if counts.skipped.get("unfinished"):
-        say(f"{JOB}: {counts.skipped['unfinished']:,} users have more blocks than one run reads; the next one goes on")
-    cost = {**cost_of(usage, time.monotonic() - started), "money": round(config.money(usage), 6)}
-    rows = {table: sum(file.rows for file in part.files) for part in parts for table in [part.table]}
-    tables = {part.table: {"rows": rows[part.table], "rejected": counts.rejected} for part in parts}
-    status = "ok" if parts else "nothing_to_do"
-    result = JobResult(JOB, status, run.run_key, tables, metrics=metrics, cost=cost)
+    quality = {name: _mean(receipts.values(), name) for name in QUALITY}
+    result = users_result(session, run, receipts.values(), parts, config.limits(), started, quality)
+    if unfinished := result.metrics.get("unfinished"):
+        say(f"{JOB}: {unfinished:,} users have more blocks than one run reads; the next one goes on")
     published = session.publish(run, parts, result)
     if scope != WHOLE:
         say(f"{JOB}: the canary's tables are below {session.workspace.uri}/canary/{run.run_key}")

@@ -2,7 +2,8 @@
 
 Nights are counted back from the newest; the one in force is always kept. A night that went can no longer be restored. Files
 of tables go when neither the newest version nor a kept night's names them, and they lost their place long enough ago for
-readers of that version to have ended. It waits for open runs, because it would delete what they staged.
+readers of that version to have ended. It waits for open runs, because it would delete what they staged. Nights that a `forget`
+was killed before it had moved are moved first: else the files would go that it made for them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from raypipe.config import free
 from raypipe.language.checkpoint import checkpoint_hash
+from raypipe.pipeline.forget_nights import last_forgetting, move_nights
 from raypipe.pipeline.job import cost_of
 from raypipe.pipeline.training_folders import trainings_outside
 from raypipe.runtime.job import JobConfig, JobResult, ModelCache
@@ -63,6 +65,8 @@ def run_vacuum(config: VacuumConfig) -> JobResult:
     locks = [*tables, "nights", "releases", *workspace.training_locks()]
     with open_session(workspace, JOB, locks, config.cluster, config.lock_lease_s):
         refuse_open_runs(workspace, JOB)
+        if not config.dry_run:
+            move_nights(workspace, last_forgetting(workspace))
         counts = {
             "nights": _nights(workspace, config),
             **_releases_and_models(workspace, config, tracking),

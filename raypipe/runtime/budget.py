@@ -1,14 +1,14 @@
 """Hard caps shared by all workers of a run: what is not granted is not spent.
 
 A worker asks before each micro-batch with an upper bound (calls, prompt tokens, most generated tokens) and gives back
-what it did not use. What a worker that died had reserved is given back by the driver: what the worker answered before is
-settled, and what its last micro-batch took nobody knows. Without caps there is no actor and nothing is asked.
+what it did not use. Where a worker died, its execution ends with all its workers, and the driver gives back what they had
+reserved: what they answered before is settled, and what their last micro-batches took nobody knows. Without caps there is
+no actor and nothing is asked.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,10 +68,10 @@ class Budget:
         if self._account is not None:
             self._account.give_back.remote(_worker(), most, used)
 
-    def release(self, workers: Iterable[str]) -> None:
-        """Return all that these workers, by the ids of their actors, have reserved: they died."""
+    def release(self) -> None:
+        """Return all that is reserved: its workers have ended, or end with the micro-batch that they have."""
         if self._account is not None:
-            self._account.release.remote(list(workers))
+            self._account.release.remote()
 
 
 def _worker() -> str | None:
@@ -95,10 +95,9 @@ class _Account:
 
     def give_back(self, worker: str | None, most: Usage, used: Usage) -> None:
         self.spent = self.spent + used
-        # One that was taken for dead may still end its micro-batch.
+        # One whose execution ended may still end its micro-batch.
         if worker in self.reserved:
             self.reserved[worker] = self.reserved[worker] - most
 
-    def release(self, workers: list[str]) -> None:
-        for worker in workers:
-            self.reserved.pop(worker, None)
+    def release(self) -> None:
+        self.reserved.clear()

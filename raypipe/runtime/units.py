@@ -1,8 +1,8 @@
 """Units over workers: Ray Data hands one unit at a time to a pool of actors; the ledger says which are left.
 
 Ray's own retries are off. A worker marks its attempt before the first row; when its process dies, the driver finds the
-unit by that marker, makes the rows of its journal suspects, gives back what it had reserved of the budget, and starts the
-units that are left again. A suspect runs alone; one that killed its process `MAX_DEATHS` times alone is rejected by the
+unit by that marker, makes the rows of its journal suspects, gives back what is reserved of the budget, and starts the units
+that are left again. A suspect runs alone; one that killed its process `MAX_DEATHS` times alone is rejected by the
 work. Deaths of the driver or of a node count for nothing. A process in which nothing moves for `stall_s` ends itself, and
 counts as dead.
 """
@@ -19,7 +19,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -29,6 +29,7 @@ from raypipe.runtime.cluster import ClusterConfig
 from raypipe.runtime.memory import WorkingMemory
 from raypipe.runtime.metrics import WorkMetrics
 from raypipe.runtime.progress import Progress, about, say, speak
+from raypipe.runtime.reject_limit import RejectLimit
 from raypipe.storage.ledger import MAX_DEATHS, Receipt, Run, Unit, Usage
 
 # Ray gives a node that does not answer 5 chances, 3 s apart; seen on 2 cores: 11 s.
@@ -70,30 +71,18 @@ class UnitWork(Protocol):
     def run(self, unit: Unit, context: UnitContext) -> Receipt: ...
 
 
-class Gate(Protocol):
-    """What the receipts of a phase have to keep to."""
-
-    def check(self, receipts: Mapping[Unit, Receipt]) -> None:
-        """Of all receipts after each new one; raises RaypipeError to end the phase there."""
-        ...
-
-    def undone(self, receipts: Mapping[Unit, Receipt]) -> list[Unit]:
-        """Of what an earlier submission left, the units that are worked on once more."""
-        ...
-
-
 def run_units(
     run: Run,
     units: Sequence[Unit],
     build: Callable[[], UnitWork],
     cluster: ClusterConfig,
     what: str,
-    gate: Gate | None = None,
+    reject_limit: RejectLimit | None = None,
     budget: Budget | None = None,
 ) -> dict[Unit, Receipt]:
     """Run every unit that has no receipt yet and return all receipts of the phase. `budget` is what the work asks, where it does.
 
-    Raises RaypipeError where a unit failed, with what the worker said, where workers die again and again, and what `gate`
+    Raises RaypipeError where a unit failed, with what the worker said, where workers die again and again, and what `reject_limit`
     raises; the finished units keep their receipts.
     """
     if not units:
@@ -104,7 +93,7 @@ def run_units(
     progress = Progress(what, len(units), "rows")
     if done:
         say(f"{what}: {len(done)} of {len(units)} units were done before")
-        if gate is not None and (undone := gate.undone(done)):
+        if reject_limit is not None and (undone := reject_limit.undone(done)):
             say(f"{what}: too much was rejected in {len(undone)} of them, which start again")
             run.undo(undone)
             done = {unit: receipt for unit, receipt in done.items() if unit not in undone}
@@ -118,6 +107,8 @@ def run_units(
         while todo := [unit for unit in units if unit not in done]:
             death = None
             metrics.units_left(len(todo))
+            if reject_limit is not None:
+                reject_limit.count(done.values())
             execution = _execute(run, todo, build, cluster)
             try:
                 for receipt in execution:
@@ -125,8 +116,9 @@ def run_units(
                     metrics.units_left(len(units) - len(done))
                     progress.step(receipt.counts.rows_in)
                     unexplained = 0
-                    if gate is not None:
-                        gate.check(done)
+                    if reject_limit is not None:
+                        reject_limit.count([receipt])
+                        reject_limit.check()
             except _worker_deaths() as error:
                 death = _Death.of(error)
             except RaypipeError:
@@ -136,7 +128,7 @@ def run_units(
             if death is not None:
                 _release_workers()
                 if budget is not None:
-                    budget.release(death.actors)
+                    budget.release()  # Ray Data ends with the one that died all the others
                 done = run.receipts(kind)
                 if not _account_for_death(run, [unit for unit in todo if unit not in done], death):
                     unexplained += 1

@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -164,6 +164,12 @@ def hold(
                         raise
                     time.sleep(0.2)
         yield locks
+
+
+def check_held(locks: Iterable[Lock]) -> None:
+    """Raise RaypipeError where the lease of one was lost."""
+    for lock in locks:
+        lock.check_held()
 
 
 def run_lock(store: Store, run: str, lease_s: float = LEASE_S) -> Lock:

@@ -62,7 +62,9 @@ class NightRuns:
         self.store.delete_folder(self.folder)
 
     def _noted(self) -> list[tuple[str, dict[str, Any]]]:
-        return [(entry.path, json.loads(self.store.read(entry.path))) for entry in self.store.list(self.folder)]
+        # Of a night that ends this very moment notes may be gone.
+        found = ((entry.path, self.store.get(entry.path)) for entry in self.store.list(self.folder))
+        return [(path, json.loads(data)) for path, data in found if data is not None]
 
     def _run(self, path: str, raw: Mapping[str, Any]) -> Run:
         job = path.removeprefix(f"{self.folder}/").split("/")[0]
@@ -75,6 +77,8 @@ class NightRuns:
 
 
 def settle_all(store: Store) -> None:
-    """Keep what came of every night's runs that are over, before the ledger forgets their rows."""
-    for date in store.folders("nights"):
+    """Keep what came of every night's runs that are over, before the ledger forgets their rows or begins one of them anew."""
+    # In one listing, for there are many nights, and hardly any of them has runs.
+    places = (entry.path.split("/") for entry in store.list("nights"))
+    for date in sorted({place[1] for place in places if place[2:3] == ["runs"]}):
         NightRuns(store, date).settle()

@@ -8,6 +8,7 @@ S3 is reached with the variables the AWS tools read: AWS_ENDPOINT_URL, AWS_ALLOW
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -27,6 +28,8 @@ from raypipe.errors import AccessError, RaypipeError, UnavailableError, UsageErr
 
 _FORBIDDEN = (PermissionError, PermissionDeniedError, UnauthenticatedError)
 _UNFINISHED = re.compile(r".+#\d+")
+_DELETIONS = 10
+"""How often a folder is deleted into which somebody writes meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -163,11 +166,21 @@ class Store:
                 obstore.delete(self._objects, path)
 
     def delete_folder(self, prefix: str) -> None:
-        """Delete everything below `prefix`."""
-        if self.is_local:
-            shutil.rmtree(self.local_path(prefix), ignore_errors=True)
-        else:
+        """Delete everything below `prefix`; what another deletes or writes there at the same time is no error."""
+        if not self.is_local:
             self.delete(entry.path for entry in self.list(prefix))
+            return
+        folder, fuller = self.local_path(prefix), 0
+        with _plain_errors(self.uri):
+            while folder.exists():
+                try:
+                    shutil.rmtree(folder)
+                except FileNotFoundError:
+                    continue
+                except OSError as error:
+                    fuller += error.errno == errno.ENOTEMPTY
+                    if error.errno != errno.ENOTEMPTY or fuller == _DELETIONS:
+                        raise
 
     def open_input(self, path: str) -> pa.NativeFile:
         """A seekable file over the object, for Arrow's readers."""

@@ -85,6 +85,8 @@ def test_everybodys_top_recommendation_is_decided_and_put_into_words(raypipe: Ru
         assert ended.metrics[f"{name}_share"] == pytest.approx(sum(map(bool, told)) / 120, abs=1e-4)
     assert sum("The choices are" in row["text"] for row in rows.values()) > 50
     assert ended.result["cost"]["calls"] >= 2 * 120
+    written = Workspace(explaining).tables["explanations"]
+    assert ended.metrics["bytes_written"] == sum(file.size for file in written.files(written.version()))
     assert ended.result["cost"]["tokens_out"] > 0
 
     again = raypipe("explain", "--workspace", explaining, *SHORT)

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
 
+from raypipe.errors import RaypipeError, UnavailableError
 from raypipe.pipeline import nightly
 from raypipe.pipeline.extract import state_recipe
 from raypipe.pipeline.ingest import IngestConfig, run_ingest
+from raypipe.pipeline.online import OnlineConfig
 from raypipe.pipeline.recommend import RecommendConfig, run_recommend
 from raypipe.pipeline.summarize import SummarizeConfig, run_summarize
 from raypipe.pipeline.user_rows import change_keys
 from raypipe.runtime.job import JobResult
+from raypipe.storage.locks import hold
 from raypipe.storage.models import Models
 from raypipe.storage.night_runs import NightRuns
-from raypipe.storage.nights import Nights
+from raypipe.storage.nights import Night, Nights
 from raypipe.storage.releases import Release, Releases
 from raypipe.storage.store import Store
 from raypipe.storage.workspace import Workspace
 from tests.conftest import Run
 from tests.ground import one_paragraph, table_versions
+from tests.leases import taken_over
 from tests.pipeline.small_logs import (
     CHAIN_ITEMS,
     CHAIN_LENGTH,
@@ -53,6 +58,39 @@ def test_the_passes_of_a_night_share_its_caps(
     ended = raypipe("nightly", "--workspace", ingested, *words)
     assert (ended.code, len(ran)) == (0, 2), ended.stderr
     assert ended.result["cost"]["calls"] == sum(ran) <= 20
+
+
+def test_a_night_that_is_published_is_over_although_it_cannot_be_loaded(
+    raypipe: Run, ingested: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("nightly", "--workspace", ingested, "--summarize.engine.engine", "echo", "--summarize.max_calls", 20)
+    words += ("--online.keep", 1, "--date", "2026-01-05")
+
+    def away(_: OnlineConfig) -> JobResult:
+        raise UnavailableError("The online store is away.", "Submit again.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nightly, "run_online", away)
+        failed = raypipe(*words)
+    assert (failed.code, Nights(Store(ingested)).dates()) == (1, ["2026-01-05"])
+    assert NightRuns(Store(ingested), "2026-01-05").all() == []
+    # What comes next on its date is another night, with caps of its own.
+    again = raypipe(*words)
+    assert (again.status, 0 < again.result["cost"]["calls"] <= 20) == ("ok", True), again.stderr
+    assert again.metrics["summarize.computed"] > 0
+
+
+def test_a_night_whose_lease_is_lost_while_its_cards_are_written_is_not_published(
+    s3_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, store = nightly.NightlyConfig(workspace=s3_uri), Store(s3_uri)
+    night = Night("2026-01-05", {})
+    with contextlib.ExitStack() as successor, hold(store, ["nights"], "sleeper") as locks:
+        with monkeypatch.context() as patch:
+            patch.setattr(nightly, "write_cards", lambda *_: successor.enter_context(taken_over(store, "nights")))
+            with pytest.raises(RaypipeError, match="lease on nights ran out"):
+                nightly._publish(config, Workspace(s3_uri), night, locks)
+        assert Nights(store).dates() == []
 
 
 def ingest_one(uri: str, files: Path, item: int) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from raypipe.errors import RefusedError
-from raypipe.pipeline.release import GateConfig, _check
+from raypipe.errors import RaypipeError, RefusedError
+from raypipe.pipeline.release import GateConfig, ReleaseConfig, _check, promote
 from raypipe.storage.models import Models
 from raypipe.storage.releases import Release, Releases
 from raypipe.storage.store import Store
+from raypipe.storage.workspace import Workspace
 from tests.conftest import Run
 from tests.ground import one_paragraph
+from tests.leases import taken_over
 from tests.pipeline.small_logs import START, write_log
 
 
@@ -154,3 +158,22 @@ def test_what_is_not_there_cannot_be_released(raypipe: Run, trained: str) -> Non
     releases.point("champion", releases.add(Release("", "echo")))
     ended = raypipe("release", "--workspace", trained, "--adapters", '["recexplainer-h"]')
     assert (ended.code, "none with a recommender is" in ended.stderr) == (2, True)
+
+
+def test_a_release_whose_lease_is_lost_while_it_is_judged_is_not_put_in_force(
+    s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = Workspace(s3_uri)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights.json").write_bytes(b"{}")
+    model = Models(workspace.store).add("sasrec", tmp_path / "model", "untrained", {})
+    with contextlib.ExitStack() as successor:
+
+        def judged(*_: object) -> dict[str, float]:
+            successor.enter_context(taken_over(workspace.store, "releases"))
+            return {"candidate.NDCG@10": 1.0}
+
+        monkeypatch.setattr("raypipe.pipeline.release._judged", judged)
+        with pytest.raises(RaypipeError, match="lease on releases ran out"):
+            promote(ReleaseConfig(workspace=s3_uri), workspace, f"sasrec/{model.hash}", "")
+        assert champion(s3_uri) is None

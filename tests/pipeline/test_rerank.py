@@ -11,10 +11,13 @@ import pytest
 from raypipe.engines.engine import EngineConfig
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
 from raypipe.language.prompt import Prompt
+from raypipe.pipeline.job import BatchConfig, scope_of
 from raypipe.pipeline.rerank_units import without_padding
 from raypipe.recommenders.windows import Histories
+from raypipe.storage.locks import Lock
 from raypipe.storage.models import Models, find_model
 from raypipe.storage.store import Store
+from raypipe.storage.workspace import Workspace
 from raypipe.systems.candidate_facts import FORM, Facts
 from raypipe.systems.trsr import TrsrConfig
 from tests.conftest import Run
@@ -120,8 +123,14 @@ def test_lists_are_put_in_order_by_what_the_language_model_finds_likely(raypipe:
     holders = [user for user, row in before.items() if 9 in row["items"]]
     assert 0 < renamed.metrics["computed"] == len(holders) < CHAIN_USERS
     assert renamed.metrics["unchanged"] == CHAIN_USERS - len(holders)
+    store, table = Store(listed), Workspace(listed).tables["recommendations"]
+    touched = {file.path: file.size for file in table.files(table.version(), variant="rerank-sasrec")}
+    assert 0 < renamed.metrics["bytes_written"] <= sum(touched.values())
     canary = raypipe(*words, "--sample", 2)
     assert (canary.status, canary.metrics["users"]) == ("ok", 2)
+    users = scope_of(BatchConfig(workspace=listed, sample=2).canary_users(Workspace(listed)))
+    with Lock(store, f"canary-rerank-{users[:12]}", "rerank"):
+        assert "is being written by rerank" in raypipe(*words, "--sample", 2).stderr
 
 
 def test_no_list_in_order_outlives_the_recipe_of_its_list(raypipe: Run, listed: str, files: Path) -> None:

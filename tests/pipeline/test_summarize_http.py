@@ -74,10 +74,13 @@ def test_an_outage_rejects_nobody_and_the_next_run_goes_on(raypipe: Run, uri: st
     told = one_paragraph(down.stderr)
     assert "answers nothing: HTTP 503" in told
     assert "it goes on where it stopped" in told
-    server.down_after = None
+    (asked, server.down_after) = (len(server.requests), None)
     again = raypipe(*words(uri, server))
     assert again.code == 0, again.stderr
     assert (again.metrics["computed"], again.metrics["rejected"]) == (20, 1)
+    # What is told of it is what all of it took, and how much of that was before.
+    cost = again.result["cost"]
+    assert 0 < cost["calls_before"] < cost["calls"] == cost["calls_before"] + len(server.requests) - asked
 
 
 def test_what_a_run_finished_is_kept_where_its_inputs_change_before_the_next(
@@ -109,6 +112,28 @@ def test_what_a_run_finished_is_kept_where_its_inputs_change_before_the_next(
         found, wanted = (newest(workspace, table).sort_by(order) for workspace in (uri, whole))
         assert found.num_rows > 20
         assert found.equals(wanted)
+
+
+def test_what_a_run_of_another_variant_finished_is_kept(raypipe: Run, uri: str, server: ChatServer) -> None:
+    recurrent = (*words(uri, server), "--summaries.paradigm", "recurrent")
+    server.down_after = 10
+    assert raypipe(*recurrent).code == 1
+    (run,) = Workspace(uri).open_runs()
+    kept = sum(receipt.counts.ok for receipt in run.receipts().values())
+    assert 0 < kept < 20
+    server.down_after = None
+    between = raypipe(*words(uri, server))
+    assert (between.code, between.metrics["computed"]) == (0, 20), between.stderr
+    assert f"run {run.run_key[:12]} was killed and another variant than summarize-recurrent" in between.stderr
+    asked = len(server.requests)
+    again = raypipe(*recurrent)
+    assert (again.code, again.metrics["computed"]) == (0, 20 - kept), again.stderr
+    assert len(server.requests) - asked <= 21 - kept + 2  # of the unlucky one, and a probe
+    rows = newest(uri, "summaries")["variant"].to_pylist()
+    assert {variant: rows.count(variant) for variant in rows} == {
+        "summarize-hierarchical": 20,
+        "summarize-recurrent": 20,
+    }
 
 
 def test_calls_of_a_unit_that_never_ended_count_against_the_cap(raypipe: Run, uri: str, server: ChatServer) -> None:

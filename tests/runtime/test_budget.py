@@ -54,28 +54,24 @@ class Worker:
     def give_back(self, budget: Budget, most: Usage, used: Usage) -> None:
         budget.give_back(most, used)
 
-    def name(self) -> str:
-        return ray.get_runtime_context().get_actor_id()
 
-
-def test_what_a_dead_worker_had_reserved_is_granted_again_and_what_it_spent_is_not() -> None:
-    budget, worker = Budget(Limits(calls=10), Usage()), Worker.remote()
-    name = ray.get(worker.name.remote())
+def test_what_workers_that_ended_had_reserved_is_granted_again_and_what_they_spent_is_not() -> None:
+    budget, worker, other = Budget(Limits(calls=10), Usage()), Worker.remote(), Worker.options(num_cpus=0).remote()
     assert ray.get(worker.take.remote(budget, Usage(4)))
     ray.get(worker.give_back.remote(budget, Usage(4), Usage(1)))
-    assert ray.get(worker.take.remote(budget, Usage(8)))
-    assert budget.take(Usage(1))
+    assert ray.get(worker.take.remote(budget, Usage(5)))
+    assert ray.get(other.take.remote(budget, Usage(4)))
     assert not budget.take(Usage(1))
     ray.kill(worker)
-    budget.release([name])
-    assert not budget.take(Usage(9))
-    assert budget.take(Usage(8))
+    budget.release()
+    assert not budget.take(Usage(10))
+    assert budget.take(Usage(9))
 
 
 def test_who_was_taken_for_dead_and_still_answers_is_counted_with_what_it_took() -> None:
     budget, worker = Budget(Limits(calls=10), Usage()), Worker.remote()
     assert ray.get(worker.take.remote(budget, Usage(8)))
-    budget.release([ray.get(worker.name.remote())])
+    budget.release()
     ray.get(worker.give_back.remote(budget, Usage(8), Usage(3)))
     assert not budget.take(Usage(8))
     assert budget.take(Usage(7))

@@ -113,6 +113,23 @@ class DiesWithAllThatIsLeft:
         return Receipt(unit, Counts(1, 1), facts={"granted": granted})
 
 
+class DiesBesideOneThatReserved:
+    """At first both units reserve five calls; then unit 0 ends its process, and later wants ten."""
+
+    def __init__(self, folder: Path, budget: Budget) -> None:
+        self.folder = folder
+        self.budget = budget
+
+    def run(self, unit: Unit, context: UnitContext) -> Receipt:
+        granted = True
+        if context.attempt == 1:
+            assert self.budget.take(Usage(5))
+            DiesBesideABusyOne(self.folder).run(unit, context)
+        elif unit.index == 0:
+            granted = self.budget.take(Usage(10))
+        return Receipt(unit, Counts(1, 1), facts={"granted": granted})
+
+
 class DiesWhileItIsBuilt:
     def __init__(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -239,6 +256,13 @@ def test_a_death_gives_the_other_workers_back_though_python_never_collects(run: 
 def test_what_a_worker_that_died_had_reserved_is_there_for_the_next_attempt(run: Run) -> None:
     budget = Budget(Limits(calls=10), Usage())
     receipts = run_units(run, units(1), partial(DiesWithAllThatIsLeft, budget), TWO, "test", budget=budget)
+    assert receipts[Unit("bucket", 0)].facts == {"granted": True}
+
+
+def test_a_death_gives_back_what_the_other_workers_had_reserved_too(run: Run, tmp_path: Path) -> None:
+    budget = Budget(Limits(calls=10), Usage())
+    build = partial(DiesBesideOneThatReserved, tmp_path, budget)
+    receipts = run_units(run, units(2), build, TWO, "test", budget=budget)
     assert receipts[Unit("bucket", 0)].facts == {"granted": True}
 
 

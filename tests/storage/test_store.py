@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raypipe.errors import RaypipeError, UsageError
+from raypipe.errors import AccessError, RaypipeError, UsageError
 from raypipe.storage.store import Store
 from tests.conftest import S3Server
 
@@ -68,6 +72,50 @@ def test_delete_folder_removes_all_below_and_nothing_beside(store: Store) -> Non
         store.put(name, b"-")
     store.delete_folder("staging/x")
     assert [entry.path for entry in store.list("staging")] == ["staging/xx/3"]
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"), [(errno.EACCES, AccessError), (errno.ENOSPC, RaypipeError), (errno.EBUSY, OSError)]
+)
+def test_a_folder_that_cannot_be_deleted_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, kind: type[Exception]
+) -> None:
+    store = Store(str(tmp_path / "workspace"))
+    store.put("canary/x/1", b"-")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.unlink", refuse)
+        with pytest.raises(kind):
+            store.delete_folder("canary/x")
+    assert store.exists("canary/x/1")
+    store.delete_folder("canary/x")
+    store.delete_folder("canary/x")
+    assert store.list("canary") == []
+
+
+@pytest.mark.parametrize("meanwhile", ["deletes", "writes"])
+def test_a_folder_in_which_another_deletes_or_writes_meanwhile_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, meanwhile: str
+) -> None:
+    store = Store(str(tmp_path / "workspace"))
+    for name in ("staging/x/1", "staging/x/y/2"):
+        store.put(name, b"-")
+    unlink, others = os.unlink, [1, 2, 3]
+
+    def beside(path: str, **place: Any) -> None:
+        unlink(path, **place)
+        if meanwhile == "deletes" and others:
+            others.clear()
+            unlink(path, **place)  # it was the other's
+        elif others:
+            (tmp_path / "workspace/staging/x" / f"late{others.pop()}").touch()
+
+    monkeypatch.setattr("os.unlink", beside)
+    store.delete_folder("staging/x")
+    assert (store.list("staging"), others) == ([], [])
 
 
 def test_many_objects_are_deleted_a_thousand_a_request(s3_server: S3Server, s3_uri: str) -> None:
