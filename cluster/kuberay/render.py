@@ -30,6 +30,11 @@ HERE = Path(__file__).parent
 SCRIPTS = HERE.parents[1] / "jobs"
 _NAME = re.compile(r"\$\{([a-z_.]+)\}")
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://(?:[^/@]*@)?[^/:@]+(?::(\d+))?(?:/|$)")
+_BYTES = r"^[0-9]+(\.[0-9]+)?(k|M|G|T|Ki|Mi|Gi|Ti)?$"
+_UNITS = {"": 1} | {
+    f"{letter}{i}": base**power for base, i in ((1000, ""), (1024, "i")) for power, letter in enumerate("KMGT", 1)
+}
+_STORE_SHARE = 0.9  # of the shared memory; the rest is for what others put there, as NCCL does
 _PORTS = {"http": 80, "https": 443, "postgresql": 5432, "redis": 6379, "rediss": 6379}
 
 
@@ -38,6 +43,7 @@ class Head(Config):
 
     cpu: str = free("4", "CPUs of the head")
     memory: str = free("16Gi", "memory of the head")
+    shared_memory: str = free("2Gi", "of its memory, Ray's object store", pattern=_BYTES)
 
 
 class Workers(Config):
@@ -47,7 +53,7 @@ class Workers(Config):
     max: int = free(8, "workers at most", ge=0)
     cpu: str = free("8", "CPUs of each")
     memory: str = free("32Gi", "memory of each")
-    shared_memory: str = free("8Gi", "of its memory, Ray's object store")
+    shared_memory: str = free("8Gi", "of its memory, Ray's object store", pattern=_BYTES)
     node_selector: dict[str, str] = free(dict, "labels of the nodes they may run on")
 
 
@@ -66,6 +72,13 @@ class Secrets(Config):
         "raypipe-secrets",
         "what pods get as variables: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, OPENAI_API_KEY, HF_TOKEN",
     )
+
+
+class Shared(Config):
+    """A volume that all pods mount, which trainings on several nodes, or on GPUs, need."""
+
+    claim: str = free("", "a PersistentVolumeClaim, ReadWriteMany; unset: trainings stay on the driver's node")
+    path: str = free("/shared", "where it is mounted", pattern="^/.")
 
 
 class Namespaces(Config):
@@ -97,6 +110,7 @@ class Values(Config):
     gpu_workers: GpuWorkers = free(GpuWorkers, "workers for models")
     secrets: Secrets = free(Secrets, "names of Secrets")
     namespaces: Namespaces = free(Namespaces, "namespaces of others")
+    shared: Shared = free(Shared, "a volume of all pods")
     jobs: dict[str, dict[str, Any]] = free(dict, "configuration of each job, the same keys as of `raypipe JOB`")
 
 
@@ -135,14 +149,37 @@ def check_jobs(values: Values) -> None:
 def standing(values: Values) -> list[dict[str, Any]]:
     """What `kubectl apply` is given."""
     known = _known(values)
-    jobs = {f"{job}.yaml": yaml.safe_dump(values.jobs.get(job, {}), sort_keys=False) for job in job_names()}
+    jobs = {f"{job}.yaml": yaml.safe_dump(job_config(values, job), sort_keys=False) for job in job_names()}
     known |= {
         "job_configs": jobs,
         "nightly_manifest": json.dumps(ray_job(values, "nightly")),
-        "cluster": _load("raycluster.yaml", known)[0]["spec"],
     }
     names = ("accounts.yaml", "configuration.yaml", "network-policies.yaml", "raycluster.yaml", "nightly.yaml")
     return [manifest for name in names for manifest in _load(name, known)]
+
+
+def job_config(values: Values, job: str) -> dict[str, Any]:
+    """A job's configuration; where there is a shared volume, with the folders that workers of all nodes have to see there."""
+    config = values.jobs.get(job, {})
+    return _on_volume(config_type(job), config, values.shared.path) if values.shared.claim else config
+
+
+def _on_volume(kind: type[Config], given: dict[str, Any], path: str) -> dict[str, Any]:
+    folders = {"work_folder": f"{path}/work", "model_cache": f"{path}/models"}
+    found = dict(given)
+    for name, field in kind.model_fields.items():
+        part = field.annotation
+        if name in folders:
+            found.setdefault(name, folders[name])
+        # Of a step that is left out unless it is named, nothing is said.
+        elif (
+            isinstance(part, type)
+            and issubclass(part, Config)
+            and field.default_factory is not None
+            and (inner := _on_volume(part, given.get(name, {}), path))
+        ):
+            found[name] = inner
+    return found
 
 
 def service(values: Values) -> list[dict[str, Any]]:
@@ -213,6 +250,11 @@ def _whole(quantity: str) -> int:
     return math.ceil(int(quantity.removesuffix("m")) / 1000) if quantity.endswith("m") else math.ceil(float(quantity))
 
 
+def _bytes(quantity: str) -> float:
+    number = quantity.rstrip("kKMGTi")
+    return float(number) * _UNITS[quantity.removeprefix(number).upper().replace("I", "i")]
+
+
 def _ports_named(values: Values) -> Iterator[int]:
     """Of every URL among the values."""
     for text in (values.mlflow_uri, values.redis_address, *values.environment.values()):
@@ -234,13 +276,27 @@ def _known(values: Values) -> dict[str, Any]:
     add("", values)
     import ray
 
+    for group in ("head", "cpu_workers", "gpu_workers"):
+        flat[f"{group}.object_store"] = str(int(_STORE_SHARE * _bytes(flat[f"{group}.shared_memory"])))
     flat["environment"] = {"MLFLOW_TRACKING_URI": values.mlflow_uri, **values.environment}
     flat["egress"] = [{"protocol": "TCP", "port": port} for port in sorted({443, 6443, *_ports_named(values)})]
     return flat | {"ray_version": ray.__version__, "retries": values.attempts - 1}
 
 
 def _load(name: str, known: dict[str, Any]) -> list[dict[str, Any]]:
-    return [_fill(node, known) for node in yaml.safe_load_all((HERE / name).read_text(encoding="utf-8"))]
+    filled = [_fill(node, known) for node in yaml.safe_load_all((HERE / name).read_text(encoding="utf-8"))]
+    if name == "raycluster.yaml" and known["shared.claim"]:
+        _mount(filled[0]["spec"], known["shared.claim"], known["shared.path"])
+    return filled
+
+
+def _mount(cluster: dict[str, Any], claim: str, path: str) -> None:
+    """The shared volume in all pods of a cluster."""
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        pod["volumes"].append({"name": "shared", "persistentVolumeClaim": {"claimName": claim}})
+        (container,) = pod["containers"]
+        container["volumeMounts"].append({"name": "shared", "mountPath": path})
 
 
 def _fill(node: Any, known: dict[str, Any]) -> Any:

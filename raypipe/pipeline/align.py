@@ -307,6 +307,7 @@ def _train(
     """Train, measure, and only then store: who finds the model finds its figures in the lineage."""
     name = f"{system.name}-{recipe}"
     folder = config.training_folder(workspace, name)
+    node = config.workers_node(workspace, config.cluster)
     width = inputs.source.recommender.width
     card = AdapterCard(
         system.adapter, dict.fromkeys(system.adapter.projectors, width), inputs.lm.hash, inputs.recommender
@@ -333,7 +334,7 @@ def _train(
         raise UsageError(str(error), "Ask for fewer titles, or name a language model of a longer context.") from None
     say(f"{JOB}: training on {counts['examples']:,} examples, {counts['tokens']:,} tokens")
     config.cluster.connect()
-    trained = fit(AlignmentTask(folder / "data"), config.trainer, name, folder / "checkpoint")
+    trained = fit(AlignmentTask(folder / "data"), config.trainer, name, folder / "checkpoint", node)
     metrics = {
         **trained.figures(),
         **counts,

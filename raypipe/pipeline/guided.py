@@ -165,7 +165,8 @@ def _scored(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: 
     if inputs.adapter is not None:
         _copy_adapter(config.fetch(workspace, inputs.adapter), out)
     elif inputs.trains:
-        told, curve = _tuned(config, inputs, questions, folder, name)
+        node = config.workers_node(workspace, config.cluster)
+        told, curve = _tuned(config, inputs, questions, folder, name, node)
         metrics |= told
         _copy_adapter(folder / "checkpoint", out)
     reader = _Reader(config, inputs, questions, out)
@@ -224,7 +225,7 @@ def _scored(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: 
 
 
 def _tuned(
-    config: AlignConfig, inputs: _Inputs, questions: RatingPrompts, folder: Path, name: str
+    config: AlignConfig, inputs: _Inputs, questions: RatingPrompts, folder: Path, name: str, node: str | None
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Trains the language model's updates into `folder/checkpoint`; figures of the training, and its curve."""
     guided = inputs.rating.config
@@ -255,7 +256,7 @@ def _tuned(
     build_adapter(questions.backbone, card)  # what cannot be built is told here, and not by a worker
     say(f"{NAME}: training on {counts['examples']:,} examples, {counts['tokens']:,} tokens")
     config.cluster.connect()
-    trained = fit(TuningTask(folder / "data"), config.trainer, name, folder / "checkpoint")
+    trained = fit(TuningTask(folder / "data"), config.trainer, name, folder / "checkpoint", node)
     metrics = {
         **trained.figures(),
         **counts,

@@ -176,8 +176,9 @@ def _train(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: s
     """Train, measure, and only then store: who finds the model finds its figures in the lineage."""
     name = f"{NAME}-{recipe}"
     folder = config.training_folder(workspace, name)
+    node = config.workers_node(workspace, config.cluster)
     evaluated = inputs.evaluation_set(config.hold_out, config.asked)
-    counts, trained = _trained(config, inputs, folder, name)
+    counts, trained = _trained(config, inputs, folder, name, node)
     metrics = {
         **trained.figures(),
         **counts,
@@ -205,7 +206,9 @@ def _train(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: s
     return model
 
 
-def _trained(config: AlignConfig, inputs: _Inputs, folder: Path, name: str) -> tuple[dict[str, float], TrainingResult]:
+def _trained(
+    config: AlignConfig, inputs: _Inputs, folder: Path, name: str, node: str | None
+) -> tuple[dict[str, float], TrainingResult]:
     """Both stages; the second's checkpoint is what is stored."""
     lancer = config.lancer
     validated = int(config.trainer.validate_every is not None)
@@ -228,15 +231,14 @@ def _trained(config: AlignConfig, inputs: _Inputs, folder: Path, name: str) -> t
         trainer = config.trainer.model_copy(
             update={"epochs": lancer.first_epochs, "steps": None, "validate_every": None, "average": 0.0}
         )
-        first = fit(
-            LancerTask(data, "first", config.positions, config.asked), trainer, f"{name}-first", folder / "first"
-        )
+        first_task = LancerTask(data, "first", config.positions, config.asked)
+        first = fit(first_task, trainer, f"{name}-first", folder / "first", node)
         shutil.copyfile(first.folder / FIRST, data / FIRST)
         counts |= {f"first_{figure}": value for figure, value in first.figures().items()}
     if lancer.reads_once:
         store_vectors(data)
     task = LancerTask(data, "second", config.positions, config.asked)
-    return counts, fit(task, config.trainer, name, folder / "checkpoint")
+    return counts, fit(task, config.trainer, name, folder / "checkpoint", node)
 
 
 def _measure(

@@ -82,6 +82,7 @@ def _train(
     config: LmConfig, workspace: Workspace, recipe: str, items: pa.Table, histories: pa.Table, versions: dict[str, int]
 ) -> tuple[Model, dict[str, float]]:
     folder = config.training_folder(workspace, f"{MODEL}-{recipe}")
+    node = config.workers_node(workspace, config.cluster)
     catalogue = Catalogue(
         items["title"].to_pylist(),
         [dict(pairs) for pairs in items["attributes"].to_pylist()],
@@ -92,7 +93,7 @@ def _train(
     counts = prepared_once(data, None, lambda: prepare_lm(data, before, catalogue, config.data))
     say(f"lm: training on {counts['examples']:,} examples, {counts['tokens']:,} tokens")
     config.cluster.connect()
-    trained = fit(LmTask(data), config.trainer, folder.name, folder / "checkpoint")
+    trained = fit(LmTask(data), config.trainer, folder.name, folder / "checkpoint", node)
     lineage = {
         "job": JOB,
         "versions": versions,

@@ -39,7 +39,11 @@ class OnlineOptions(Config):
     store: str | None = free(
         None, "redis://HOST:PORT/DB or a folder; unset: RAYPIPE_ONLINE_STORE, else below a local workspace"
     )
-    keep: int = free(1, "earlier nights that stay loaded, to go back to", ge=0)
+    keep: int = free(
+        1,
+        "earlier nights that stay loaded, to go back to; unless 0 also what this one was before it was published again",
+        ge=0,
+    )
     grace_s: float = free(
         10.0,
         "seconds until older nights are dropped, in which every replica sees the new one: more than its watch_s",
@@ -121,12 +125,18 @@ def _load(store: OnlineStore, workspace: Workspace, night: Night, version: str) 
 def _old_versions(store: OnlineStore, current: str, date: str, keep: int) -> list[str]:
     """All but the current version, of the night of `date`, and the `keep` complete ones of other nights that were begun last.
 
-    What never got complete is old too, and so is what a night was before it was published again: nobody can go back to that.
+    What never got complete is old too, and so is what a night was before it was published again, but for the last of it: nobody can
+    go back to that, yet replicas serve it until they have taken up the current one, which may take long or be refused. With `keep` 0
+    it goes as well, for whoever wants it gone.
     """
     others = [version for version in store.versions() if version != current]
-    nights = [(version, facts["night"]) for version in others if (facts := store.facts(version)) is not None]
-    complete = [version for version, night in nights if night != date]
-    kept = set(complete[-keep:] if keep else ())
+    newest: dict[str, str] = {}  # by night, of which one may have been published several times
+    for version in others:
+        if (facts := store.facts(version)) is not None:
+            newest.pop(facts["night"], None)
+            newest[facts["night"]] = version
+    again = newest.pop(date, current)
+    kept = {*list(newest.values())[-keep:], again} if keep else set()
     return [version for version in others if version not in kept]
 
 

@@ -152,6 +152,7 @@ def _train(
     items: list[str],
     folder: Path,
 ) -> tuple[TrainingResult, dict[str, float]]:
+    node = config.workers_node(workspace, config.cluster)
     users, histories = read_histories(workspace, versions["histories"], config.held_out_share)
     seen = histories.without_last(config.hold_out)
     ties = None
@@ -177,7 +178,7 @@ def _train(
         ) from None
     say(f"{JOB}: {config.recommender.model} on {len(seen.items):,} events of {len(seen):,} users")
     config.cluster.connect()
-    trained = fit(RecommenderTask(folder / "data"), config.trainer, folder.name, folder / "checkpoint")
+    trained = fit(RecommenderTask(folder / "data"), config.trainer, folder.name, folder / "checkpoint", node)
     facts: dict[str, float] = {
         "users": int(np.count_nonzero(seen.lengths)),
         "events": len(seen.items),

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from raypipe.config import Config, free, shaping
 from raypipe.errors import RaypipeError
+from raypipe.runtime.cluster import ClusterConfig
 from raypipe.runtime.progress import say
-from raypipe.runtime.trainer import TrainerConfig, remove_checkpoints
+from raypipe.runtime.trainer import TrainerConfig, only_node, remove_checkpoints
 from raypipe.storage.locks import hold
 from raypipe.storage.models import Model, Models
 from raypipe.storage.store import Store
@@ -46,7 +47,8 @@ class TrainingOptions(Config):
     """How a job trains, and where it keeps what its workers share."""
 
     work_folder: str | None = free(
-        None, "folder all training nodes share; unset: below a local workspace, else a temporary one"
+        None,
+        "folder all training nodes share; unset: below a local workspace, else a temporary one, and workers on the driver's node",
     )
     trainer: TrainerConfig = shaping(TrainerConfig, "training under Ray Train and DeepSpeed")
 
@@ -57,6 +59,16 @@ class TrainingOptions(Config):
             earlier = json.loads(workspace.store.get(note) or b"[]")
             workspace.store.put(note, json.dumps(sorted({*earlier, *places})).encode())
         return self._folder(workspace, name)
+
+    def workers_node(self, workspace: Workspace, cluster: ClusterConfig) -> str | None:
+        """The id of the node that workers have to be on, as the training's folder is there alone; None where any will do.
+
+        To be asked before anything is prepared: raises UsageError where they do not fit there, and as `connect` does.
+        """
+        if self.work_folder is not None or workspace.store.is_local or cluster.is_private:
+            return None
+        cluster.connect()
+        return only_node(self.trainer, cluster.driver_cpus)
 
     def remove_training(self, workspace: Workspace, name: str) -> None:
         """Delete all that the training `name` kept; its model is stored. What cannot be deleted is told, and fails nothing."""

@@ -155,6 +155,7 @@ def _train(
     what it was asked."""
     name = f"{NAME}-{recipe}"
     folder = config.training_folder(workspace, name)
+    node = config.workers_node(workspace, config.cluster)
     card = AdapterCard(config.trsr.adapter, {}, inputs.lm.hash, "")
     backbone = load_backbone(str(inputs.lm.folder), device="cpu")
     trsr = ranker_of(config.trsr, inputs, backbone)
@@ -187,7 +188,7 @@ def _train(
     if config.summaries is not None:
         counts["learnt_without_summary"] = _without_summary(config, inputs)
     config.cluster.connect()
-    trained = fit(RankingTask(folder / "data"), config.trainer, name, folder / "checkpoint")
+    trained = fit(RankingTask(folder / "data"), config.trainer, name, folder / "checkpoint", node)
     measured = measure(config, trsr, inputs, trained.folder)
     metrics = {
         **trained.figures(),

@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -51,9 +52,25 @@ def about(**facts: Any) -> Iterator[None]:
 def say(message: str, level: Literal["info", "warning", "error"] = "info", **facts: Any) -> None:
     """One line for the person who watches, or with the facts for what collects lines."""
     if _format == "json":
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        message = json.dumps({"time": now, "level": level, "message": message, **_facts, **facts}, ensure_ascii=False)
+        message = _line(time.time(), level, message, {**_facts, **facts})
     print(message, file=sys.stderr, flush=True)
+
+
+class JsonLines(logging.Formatter):
+    """What is logged, as `say` says it in JSON, with `facts`; a traceback is one of them."""
+
+    def __init__(self, **facts: Any) -> None:
+        super().__init__()
+        self.facts = facts
+
+    def format(self, record: logging.LogRecord) -> str:
+        told = {"traceback": self.formatException(record.exc_info)} if record.exc_info else {}
+        return _line(record.created, record.levelname.lower(), record.getMessage(), {**self.facts, **told})
+
+
+def _line(at: float, level: str, message: str, facts: Mapping[str, Any]) -> str:
+    now = datetime.datetime.fromtimestamp(at, datetime.UTC).isoformat(timespec="milliseconds")
+    return json.dumps({"time": now, "level": level, "message": message, **facts}, ensure_ascii=False)
 
 
 @dataclass

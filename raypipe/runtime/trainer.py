@@ -37,6 +37,7 @@ MODEL = "model"
 """The folder of a checkpoint that holds what the task saved."""
 # Nodes that KubeRay or an autoscaler starts have this label, and machines of a cluster of its own have not.
 _NODE_GROUP = "ray.io/node-group"
+_NODE_ID = "ray.io/node-id"
 _CURVE_POINTS = 100
 _END_STEPS = 10
 
@@ -157,13 +158,13 @@ class TrainingResult:
         }
 
 
-def fit(task: TrainingTask, config: TrainerConfig, run: str, out: Path) -> TrainingResult:
+def fit(task: TrainingTask, config: TrainerConfig, run: str, out: Path, node: str | None = None) -> TrainingResult:
     """Trains `task` and writes its checkpoint to `out`, which appears whole or not at all.
 
-    Ray must be initialised. `run` names the training in `config.storage` (default: beside `out`); the same name goes on
-    where that run stopped, so it must contain a hash of everything that shapes the result. Raises UsageError where there are
-    fewer examples than workers or the cluster has no room for them, and RaypipeError where the loss is no number any more or
-    more than `max_failures` workers failed.
+    Ray must be initialised. With `node`, workers are on the node of that id, as no other has the task's files (`only_node`).
+    `run` names the training in `config.storage` (default: beside `out`); the same name goes on where that run stopped, so it
+    must contain a hash of everything that shapes the result. Raises UsageError where there are fewer examples than workers or the
+    cluster has no room for them, and RaypipeError where the loss is no number any more or more than `max_failures` workers failed.
     """
     if config.validate_every is not None and not isinstance(task, ValidatedTask):
         raise UsageError("This training has nothing to be validated on.", "Leave out --trainer.validate_every.")
@@ -181,11 +182,10 @@ def fit(task: TrainingTask, config: TrainerConfig, run: str, out: Path) -> Train
     from raypipe.runtime.training_loop import train_on_worker
     from raypipe.runtime.training_progress import shown_on_stderr
 
-    gpu = config.device == "cuda" or (
-        config.device == "auto" and ray.cluster_resources().get("GPU", 0) >= config.workers
-    )
-    needed = {"CPU": config.cpus_per_worker, **({"GPU": 1} if gpu else {})}
-    check_room(config.workers, needed, ray.nodes())
+    needed = _needed(config)
+    gpu = "GPU" in needed
+    if node is None:
+        check_room(config.workers, needed, ray.nodes())
     out.parent.mkdir(parents=True, exist_ok=True)
     storage = config.storage or str(out.parent.resolve() / "training")
     try:
@@ -194,7 +194,12 @@ def fit(task: TrainingTask, config: TrainerConfig, run: str, out: Path) -> Train
                 train_on_worker,
                 train_loop_config={"task": task, "config": config, "board": board, "gpu": gpu},
                 torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-                scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=gpu, resources_per_worker=needed),
+                scaling_config=ScalingConfig(
+                    num_workers=config.workers,
+                    use_gpu=gpu,
+                    resources_per_worker=needed,
+                    label_selector=None if node is None else {_NODE_ID: node},
+                ),
                 run_config=RunConfig(
                     # A checkpoint fits the stage and number of workers that wrote it and no other.
                     name=f"{run}-workers{config.workers}-zero{config.zero_stage}",
@@ -231,14 +236,51 @@ def check_room(workers: int, needed: Mapping[str, int], nodes: Sequence[Mapping[
     room = sum(min(int(node["Resources"].get(name, 0) // count) for name, count in needed.items()) for node in alive)
     if room < workers:
         has = (f"{sum(node['Resources'].get(name, 0) for node in alive):.0f} {name}s" for name in ("CPU", "GPU"))
-        each = " and ".join(f"{count} {name}{'s' if count > 1 else ''}" for name, count in needed.items())
         raise UsageError(
-            f"{workers} training workers with {each} each do not fit on the cluster, which has {' and '.join(has)} on "
+            f"{workers} training workers with {_each(needed)} each do not fit on the cluster, which has {' and '.join(has)} on "
             f"{len(alive)} nodes: room for {room}.",
             "Lower --trainer.workers or --trainer.cpus_per_worker, "
             + ("train with --trainer.device cpu, " if "GPU" in needed else "")
             + "or add nodes.",
         )
+
+
+def only_node(config: TrainerConfig, driver_cpus: float) -> str:
+    """The id of the driver's node, for workers that read what no other node has. `driver_cpus` of its CPUs are the driver's own.
+
+    Ray must be initialised. Raises UsageError where the workers do not fit there.
+    """
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    (node,) = [node for node in ray.nodes() if node["NodeID"] == here]
+    needed = _needed(config)
+    free = {**node["Resources"], "CPU": node["Resources"].get("CPU", 0) - driver_cpus}
+    room = max(0, min(int(free.get(name, 0) // count) for name, count in needed.items()))
+    if room < config.workers:
+        raise UsageError(
+            f"The workspace is on an object store and no folder is named that all nodes share, so that training workers have to be on "
+            f"the driver's node: of {config.workers} with {_each(needed)} each it has room for {room}.",
+            "Name a folder on a volume that every node mounts with --work_folder (--lm.work_folder and --train.work_folder in a night) "
+            "and one for models with --model_cache, or "
+            + ("train with --trainer.device cpu, or " if "GPU" in needed else "")
+            + "lower --trainer.workers or --trainer.cpus_per_worker.",
+        )
+    return str(here)
+
+
+def _needed(config: TrainerConfig) -> dict[str, int]:
+    """Resources of one worker."""
+    import ray
+
+    gpu = config.device == "cuda" or (
+        config.device == "auto" and ray.cluster_resources().get("GPU", 0) >= config.workers
+    )
+    return {"CPU": config.cpus_per_worker, **({"GPU": 1} if gpu else {})}
+
+
+def _each(needed: Mapping[str, int]) -> str:
+    return " and ".join(f"{count} {name}{'s' if count > 1 else ''}" for name, count in needed.items())
 
 
 def _told(error: TrainingFailedError) -> str:

@@ -1,8 +1,9 @@
 """HAProxy as Ray Serve starts it, with nothing open but the API.
 
 Ray's template lets statistics and metrics listen on every address, gives everybody on the machine the admin socket, by which
-requests and their tokens could be led elsewhere, waits an hour for a request's head, gives replicas whatever comes, and answers
-500 where none is left. None of it is an option; which binary Ray starts is, and so ours is a script that mends the configuration first.
+requests and their tokens could be led elsewhere, waits an hour for a request's head, gives replicas whatever comes, lets who shows
+no token hold what it gives them, and answers 500 where none is left. None of it is an option; which binary Ray starts is, and so ours
+is a script that mends the configuration first.
 """
 
 from __future__ import annotations
@@ -16,13 +17,35 @@ from pathlib import Path
 
 from raypipe.errors import UsageError
 from raypipe.serving.config import ReplicaOptions
-from raypipe.serving.middleware import failure
+from raypipe.serving.middleware import HEALTH_PATH, PUBLIC_PATHS, UNAUTHORISED, failure
 
 BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 LOOPBACK = "127.0.0.1"
 HEAD_TIMEOUT_S = 10
 """Seconds a request's head may take: there are 4,096 connections, and nobody needs a token to hold one."""
+FILES_AT_ONCE = 16
+"""Answers with a file of the pages that are under way at a time. Nobody needs a token to ask for one, and what is larger than buffers
+holds one of the requests that a replica works on until it is read, which may be slowly."""
 _UNAVAILABLE = failure("", "not_ready", "No replica can be asked: ask again later.")
+_FILES = " ".join(sorted(PUBLIC_PATHS - {HEALTH_PATH}))
+_UNAUTHORISED = json.dumps(failure("%[var(txn.raypipe_id)]", *UNAUTHORISED))
+# Of who shows no token, the rules of the frontend; paths as the replica reads them. A connection is theirs for one answer: had
+# they sent a thousand requests on it and read nothing, small answers too would fill its buffers, and hold up a replica. So would one
+# answer before whose end their body does not come; what is returned in the place of a replica's, with the same words, ends that.
+_UNTRUSTED = (
+    f"acl raypipe_files path,url_dec {_FILES}",
+    f"acl raypipe_open path,url_dec {_FILES} {HEALTH_PATH}",
+    "stick-table type integer size 16 expire 60s store conn_cur",
+    "http-request deny deny_status 400 if raypipe_open { req.hdr(transfer-encoding) -m found }",
+    "http-request deny deny_status 400 if raypipe_open { req.hdr_cnt(content-length) gt 0 } !{ req.hdr(content-length) 0 }",
+    "http-request track-sc0 int(1) if raypipe_files",
+    f"http-request deny deny_status 503 if raypipe_files {{ sc0_conn_cur gt {FILES_AT_ONCE} }}",
+    "http-request set-var(txn.raypipe_open) bool(true) if raypipe_open",
+    "http-after-response set-header connection close if { var(txn.raypipe_open) -m bool } or { status 401 }",
+    "http-response set-var(txn.raypipe_id) res.hdr(x-request-id)",
+    f"http-response return status 401 content-type application/json lf-string '{_UNAUTHORISED}' hdr www-authenticate Bearer "
+    "hdr x-request-id %[var(txn.raypipe_id)] hdr x-content-type-options nosniff hdr cache-control no-store if { status 401 }",
+)
 
 
 def write_haproxy_wrapper(folder: Path, host: str, port: int, inner: Iterable[int], replicas: ReplicaOptions) -> Path:
@@ -43,11 +66,13 @@ def write_haproxy_wrapper(folder: Path, host: str, port: int, inner: Iterable[in
         "cache-control: no-store",
     ]
     errorfile.write_bytes("\r\n".join([*head, f"content-length: {len(body)}", "", body]).encode())
-    rules = [rf"s#^( *bind) [^ ]*:{port}$#\1 {host}:{port}#"]
+    # HTTP/2 would let a connection have a hundred requests at a time, and take nothing of their answers.
+    rules = [rf"s#^( *bind) [^ ]*:{port}$#\1 {host}:{port} proto h1#"]
     rules += [rf"s#^( *bind) [^ ]*:{number}$#\1 {LOOPBACK}:{number}#" for number in inner]
     rules += ["s#^( *stats socket .*) mode 666#\\1 mode 600#", rf"s#^( *errorfile [0-9]+) .*#\1 {errorfile}#"]
     # What is behind the proxy is nobody's business who has no token.
     rules.append(r"s#^( *)http-request return .* if routes$#\1http-request deny deny_status 401 if routes#")
+    rules.append(r"s#^( *)acl routes path .*#&" + "".join(rf"\n\1{rule}" for rule in _UNTRUSTED) + "#")
     rules.append(rf"/ backup$/!s#^( *server [^ ]+ [^ ]+ check)#\1 maxconn {replicas.ongoing}#")
     rules.append(rf"s#^( *)option redispatch 1$#&\n\1timeout queue {round(1000 * replicas.wait_s)}ms#")
     rules.append(rf"s#^( *)option log-health-checks$#&\n\1timeout http-request {HEAD_TIMEOUT_S}s#")

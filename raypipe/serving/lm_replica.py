@@ -23,6 +23,7 @@ from raypipe.errors import RaypipeError
 from raypipe.serving.batcher import Batcher
 from raypipe.serving.config import ServiceConfig
 from raypipe.serving.grpc_port import disable_grpc_port
+from raypipe.serving.lines import log_as_json
 from raypipe.serving.lm_engines import Failed, LmEngines, LoadedEngine, ModelKey, PendingTask, Result, Task
 from raypipe.serving.lm_handler import PartialExplanation
 from raypipe.serving.served import UnfitError, is_lasting
@@ -40,6 +41,7 @@ _TASK_FAILED = Failed("not_ready", "The language model of the release cannot be 
 _BUSY = Failed("busy", "More is asked of the language model than it can answer: ask again later.")
 _TIMED_OUT = Failed("deadline", "The language model did not answer in time: ask again later.")
 _UNAVAILABLE = Failed("not_ready", "The language model is being started: ask again later.")
+_FAILED = Failed("internal", "The language model failed at this.")
 
 
 class LmReplica:
@@ -47,6 +49,7 @@ class LmReplica:
 
     def __init__(self, config: ServiceConfig) -> None:
         disable_grpc_port()
+        log_as_json("language")
         self.engines = LmEngines(config)
         self._answers, self._loads = ThreadPoolExecutor(1, "answers"), ThreadPoolExecutor(1, "loads")
         self.batcher = Batcher(self._batch, config.language.batching)
@@ -160,7 +163,7 @@ class ServeLmClient:
                     return await handle.ask.remote(task, until)
             except RayActorError:
                 continue
-            except (TimeoutError, BackPressureError, DeploymentUnavailableError) as error:
+            except (TimeoutError, BackPressureError, DeploymentUnavailableError, RayError) as error:
                 return _failure(error)
         return _UNAVAILABLE
 
@@ -175,7 +178,7 @@ class ServeLmClient:
                 return
             except RayActorError:
                 continue
-            except (TimeoutError, BackPressureError, DeploymentUnavailableError) as error:
+            except (TimeoutError, BackPressureError, DeploymentUnavailableError, RayError) as error:
                 yield _failure(error)
                 return
         yield _UNAVAILABLE
@@ -197,7 +200,13 @@ class ServeLmClient:
 def _failure(error: Exception) -> Failed:
     if isinstance(error, BackPressureError):
         return _BUSY
-    return _TIMED_OUT if isinstance(error, TimeoutError) else _UNAVAILABLE
+    if isinstance(error, TimeoutError):
+        return _TIMED_OUT
+    if isinstance(error, DeploymentUnavailableError):
+        return _UNAVAILABLE
+    # What was raised there. Raised here, it would fail a whole HTTP batch for one of its queries, and end a stream without a word.
+    _LOG.error("the language model failed: %s", error)
+    return _FAILED
 
 
 async def _in_thread(threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:

@@ -26,8 +26,11 @@ from raypipe.storage.tokens import Token, hash_of
 
 AUDIT = logging.getLogger("raypipe.audit")
 _LOG = logging.getLogger("raypipe.serving")
-PUBLIC_PATHS = frozenset({"/v1/health", *page.FILES, swagger.DOCS_PATH, swagger.OPENAPI_PATH, *swagger.FILES})
+HEALTH_PATH = "/v1/health"
+PUBLIC_PATHS = frozenset({HEALTH_PATH, *page.FILES, swagger.DOCS_PATH, swagger.OPENAPI_PATH, *swagger.FILES})
 """Routes that ask for no token: the pages that one is typed into hold no data."""
+UNAUTHORISED = "unauthorised", "Send a valid token: Authorization: Bearer TOKEN."
+"""Code and message of the one kind of 401 that there is."""
 _GRACE_S = 2.0  # What asks the language model gives up by itself first, and says so.
 _TOO_LARGE = "A request has at most {:,} bytes."
 _SIZE = re.compile(r"[0-9]{1,18}")
@@ -158,7 +161,7 @@ class RequestMiddleware:
         """Status, code, message and seconds to wait of a request that goes no further."""
         if scope["path"] not in PUBLIC_PATHS:
             if token is None:
-                return 401, "unauthorised", "Send a valid token: Authorization: Bearer TOKEN.", 0
+                return 401, *UNAUTHORISED, 0
             if wait := self.limiter.wait_s(token):
                 return 429, "too_many_requests", f"The token {token.name} asks too often.", wait
         size = headers.get("content-length", "0")

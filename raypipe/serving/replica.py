@@ -22,6 +22,7 @@ from raypipe.serving.api import build_api
 from raypipe.serving.batcher import Batcher
 from raypipe.serving.config import ServiceConfig
 from raypipe.serving.grpc_port import disable_grpc_port
+from raypipe.serving.lines import log_as_json
 from raypipe.serving.lm_handler import Event, LmHandler
 from raypipe.serving.lm_replica import ServeLmClient
 from raypipe.serving.lm_requests import LmAnswer, LmQuery, LmRequestBuilder
@@ -50,6 +51,7 @@ class Replica:
 
     def __init__(self, config: ServiceConfig, lm: DeploymentHandle | None = None) -> None:
         disable_grpc_port()
+        log_as_json("recommender")
         keep_heap_small()
         self.config = config
         torch.set_num_threads(config.replicas.threads)

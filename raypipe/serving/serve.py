@@ -16,7 +16,7 @@ from raypipe.config import free
 from raypipe.errors import UnavailableError, UsageError
 from raypipe.runtime.cluster import ClusterConfig
 from raypipe.runtime.job import JobResult
-from raypipe.runtime.progress import say
+from raypipe.runtime.progress import LogFormat, say
 from raypipe.serving.config import ServiceConfig
 from raypipe.serving.haproxy import BINARY, LOOPBACK, write_haproxy_wrapper
 from raypipe.serving.release_watcher import ReleaseWatcher
@@ -43,6 +43,9 @@ _SETTINGS = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     # It tells a process of Ray of each request, which counts them once more: `ServingMetrics` does.
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+    # Seconds for which a client may neither send what it has begun nor take what is there for it; Ray's own are an hour. How long an
+    # answer takes, and its pieces one after the other, is no matter of it.
+    "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "30",
 }
 
 
@@ -57,6 +60,7 @@ class ServeConfig(ServiceConfig):
         ge=1,
         le=65535,
     )
+    logs: LogFormat = free("text", "lines on stderr: text, or json with time, level and job; replicas' are always json")
     ingress: Literal["haproxy", "python"] = free("haproxy", "what stands before the replicas; haproxy is the faster")
     cluster: ClusterConfig = free(ClusterConfig, "the Ray cluster")
 

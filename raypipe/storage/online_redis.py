@@ -97,11 +97,11 @@ class RedisStore:
 
     def get(self, version: str, users: Sequence[str]) -> list[bytes | None]:
         with self._in_time(), _told(self.host):
-            if version not in self._buckets:
-                self._buckets[version] = int(self._reader.get(f"{self.prefix}:{version}:buckets") or 0)
-            if not (buckets := self._buckets[version]):
-                self._buckets.pop(version)
-                raise self._gone()
+            # Of a version that is not there nothing is kept, which another thread might read or take away meanwhile.
+            if not (buckets := self._buckets.get(version)):
+                if not (buckets := int(self._reader.get(f"{self.prefix}:{version}:buckets") or 0)):
+                    raise self._gone()
+                self._buckets[version] = buckets
             homes = (stable_hash(pa.array(users, pa.string())) % np.uint64(buckets)).tolist()
             asked: dict[int, list[int]] = {}
             for at, bucket in enumerate(homes):

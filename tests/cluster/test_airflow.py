@@ -1,9 +1,8 @@
-"""The Airflow example, without Airflow: it compiles, its command is one that `raypipe submit` takes, its failures are told apart."""
+"""The Airflow example, without Airflow: its command is one that `raypipe submit` takes, its failures are told apart."""
 
 from __future__ import annotations
 
 import json
-import py_compile
 import runpy
 import shlex
 import subprocess
@@ -39,10 +38,6 @@ def dag(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     for module in (airflow, exceptions, sdk):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     return runpy.run_path(str(DAG))
-
-
-def test_it_compiles(tmp_path: Path) -> None:
-    py_compile.compile(str(DAG), cfile=str(tmp_path / "dag.pyc"), doraise=True)
 
 
 def test_its_command_is_raypipe_submits(

@@ -36,6 +36,7 @@ def script(path: Path) -> ModuleType:
     return module
 
 
+KINDS = ("RayCluster", "RayJob", "RayService")
 JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py") if path.stem != "dataset")
 RENDER = script(KUBERAY / "render.py")
 
@@ -53,6 +54,10 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def manifests(rendered: Path) -> list[dict[str, Any]]:
+    return read(rendered)
+
+
+def read(rendered: Path) -> list[dict[str, Any]]:
     jobs = [yaml.safe_load(path.read_text()) for path in sorted((rendered / "jobs").glob("*.yaml"))]
     several = [yaml.safe_load_all((rendered / name).read_text()) for name in ("apply.yaml", "serve.yaml")]
     return [*several[0], *several[1], *jobs]
@@ -106,12 +111,15 @@ def test_there_is_a_job_for_every_script(manifests: list[dict[str, Any]]) -> Non
     assert [Path(entrypoint.split()[1]).stem for entrypoint in entrypoints] == JOBS
 
 
-@pytest.mark.parametrize("kind", ["RayCluster", "RayJob", "RayService"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_resource_of_kuberay_is_valid(manifests: list[dict[str, Any]], kind: str) -> None:
+    check_valid(of_kind(manifests, kind), kind)
+
+
+def check_valid(found: list[dict[str, Any]], kind: str) -> None:
     # Metadata is Kubernetes' own; the schema calls it an object and no more.
     schema = schema_of(kind) | {"additionalProperties": True}
     schema["properties"]["metadata"] = {"type": "object"}
-    found = of_kind(manifests, kind)
     assert found
     for manifest in found:
         assert manifest["apiVersion"] == "ray.io/v1"
@@ -225,6 +233,56 @@ def test_the_service_is_the_one_of_serve_yaml(manifests: list[dict[str, Any]]) -
         assert group["template"]["metadata"]["labels"]["raypipe/serves"] == "true"
     # Nothing of it got into the others.
     assert "env" not in standing["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+
+
+def groups_of(manifests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups of pods of every cluster: of each its head's, and its workers'."""
+    clusters = [one["spec"] for one in of_kind(manifests, "RayCluster")]
+    clusters += [one["spec"]["rayClusterSpec"] for one in of_kind(manifests, "RayJob")]
+    clusters += [one["spec"]["rayClusterConfig"] for one in of_kind(manifests, "RayService")]
+    assert len(clusters) == 2 + len(JOBS)
+    return [group for cluster in clusters for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+
+
+def test_rays_object_store_lies_in_shared_memory_and_not_on_disk(tmp_path: Path) -> None:
+    assert render(tmp_path, "--gpu_workers.shared_memory", "500M") == 0
+    shares = set()
+    for group in groups_of(read(tmp_path)):
+        volumes = {volume["name"]: volume for volume in group["template"]["spec"]["volumes"]}
+        limit = volumes["shared-memory"]["emptyDir"]["sizeLimit"]
+        size = 500 * 10**6 if limit == "500M" else int(limit.removesuffix("Gi")) << 30
+        shares.add(round(int(group["rayStartParams"]["object-store-memory"]) / size, 6))
+    assert shares == {0.9}
+    assert render(tmp_path, "--head.shared_memory", "much") == 2
+
+
+def test_a_shared_volume_is_in_every_pod_and_trainings_keep_there_what_their_workers_read(tmp_path: Path) -> None:
+    jobs = {"nightly": {"train": {"work_folder": "/mine"}, "summarize": {"engine": {"engine": "echo"}}}}
+    assert render(tmp_path, "--shared.claim", "raypipe-work", "--jobs", json.dumps(jobs)) == 0
+    found = read(tmp_path)
+    for kind in KINDS:
+        check_valid(of_kind(found, kind), kind)
+    for group in groups_of(found):
+        pod = group["template"]["spec"]
+        assert {"name": "shared", "persistentVolumeClaim": {"claimName": "raypipe-work"}} in pod["volumes"]
+        (container,) = pod["containers"]
+        assert {"name": "shared", "mountPath": "/shared"} in container["volumeMounts"]
+    (given,) = [one["data"] for one in of_kind(found, "ConfigMap") if "nightly.yaml" in one["data"]]
+    configs = {name.removesuffix(".yaml"): yaml.safe_load(text) for name, text in given.items()}
+    for job, config in configs.items():
+        assert validated(config_type(job), config)
+    for job in ("train", "align", "lm"):
+        assert configs[job]["work_folder"] == "/shared/work"
+    assert configs["align"]["model_cache"] == configs["extract"]["model_cache"] == "/shared/models"
+    assert configs["nightly"]["lm"] == {"work_folder": "/shared/work"}
+    assert configs["nightly"]["train"] == {"work_folder": "/mine", "model_cache": "/shared/models"}
+    assert configs["nightly"]["summarize"]["engine"]["engine"] == "echo"
+    assert configs["nightly"]["online"] == {"keep": 1}
+
+
+def test_without_a_shared_volume_nothing_says_that_there_is_one(manifests: list[dict[str, Any]]) -> None:
+    assert "work_folder" not in json.dumps(manifests)
+    assert '"shared"' not in json.dumps(manifests)
 
 
 def test_only_the_schedule_decides_what_is_tried_again(manifests: list[dict[str, Any]]) -> None:

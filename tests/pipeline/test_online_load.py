@@ -174,19 +174,44 @@ def test_the_night_before_stays_loaded_and_older_ones_go(raypipe: Run, uri: str,
         assert len(store.versions()) == left
 
 
-def test_a_night_that_is_published_again_does_not_push_out_the_night_before(
+def test_a_night_that_is_published_again_pushes_out_neither_itself_nor_the_night_before(
     raypipe: Run, uri: str, night: Night
 ) -> None:
+    """Replicas serve what it was until they have taken up what it is."""
     assert raypipe("online", "--workspace", uri).code == 0
-    more: list[Event] = []
-    for second in (1, 2):
-        more.append(("u1", "i1", START + 1000 * second))
-        add_events(uri, more)
-        again = publish(uri, "2026-01-06")
-        loaded = raypipe("online", "--workspace", uri, "--grace_s", "0")
-    assert loaded.metrics["dropped"] == 1
-    versions = open_online_store(None, Store(uri)).versions()
-    assert versions == [version_of(Workspace(uri), one) for one in (night, again)]
+    words = ("online", "--workspace", uri, "--grace_s", "0")
+
+    def loaded(date: str, events: int) -> str:
+        add_events(uri, [("u1", "i1", START + 1000 * second) for second in range(1, events + 1)])
+        published = publish(uri, date)
+        assert raypipe(*words).status == "ok"
+        return version_of(Workspace(uri), published)
+
+    store = open_online_store(None, Store(uri))
+    first = version_of(Workspace(uri), night)
+    sixth = [loaded("2026-01-06", events) for events in (1, 2, 3)]
+    assert store.versions() == [first, *sixth[1:]]
+    # Another night drops it, and the night before once more counts once.
+    seventh = loaded("2026-01-07", 4)
+    assert store.versions() == [sixth[2], seventh]
+    eighth = [loaded("2026-01-08", events) for events in (5, 6)]
+    ninth = loaded("2026-01-09", 7)
+    assert store.versions() == [eighth[1], ninth]
+    # Who keeps nothing, as `forget` does, has nothing left of what a night was.
+    tenth = [loaded("2026-01-10", events) for events in (8, 9)]
+    assert store.versions() == [ninth, *tenth]
+    assert raypipe(*words, "--keep", "0").metrics["dropped"] == 2
+    assert store.versions() == tenth[1:]
+
+
+def test_earlier_nights_that_stay_are_counted_once_however_often_they_were_published(raypipe: Run, uri: str) -> None:
+    words = ("online", "--workspace", uri, "--grace_s", "0", "--keep", "2")
+    kept = []
+    for events, date in enumerate(("2026-01-06", "2026-01-07", "2026-01-07", "2026-01-08"), 1):
+        add_events(uri, [("u1", "i1", START + 1000 * second) for second in range(1, events + 1)])
+        kept.append(version_of(Workspace(uri), publish(uri, date)))
+        assert raypipe(*words).status == "ok"
+    assert open_online_store(None, Store(uri)).versions() == [kept[0], *kept[2:]]
 
 
 def test_a_workspace_that_came_back_from_a_backup_is_loaded_anew(raypipe: Run, uri: str, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from tests.serving.lm_release import SHORT
 from tests.serving.local_service import LocalService
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
-ROUTES = ("recommend", "score", "explain", "interpret", "residual", "oracle", "summary", "rerank")
+ROUTES = ("recommend", "score", "explain", "interpret", "residual", "oracle", "summary", "rerank", "next")
 MIB = 2**20
 
 

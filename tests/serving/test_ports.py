@@ -149,7 +149,7 @@ def test_the_proxy_is_closed_before_it_is_started(tmp_path: Path, monkeypatch: p
     timeout queue 500ms
     errorfile 503 {errorfile}
     bind 127.0.0.1:9101
-    bind 0.0.0.0:8000
+    bind 0.0.0.0:8000 proto h1
     http-request deny deny_status 401 if routes
   bind 127.0.0.1:8404
     server replica 127.0.0.1:30000 check maxconn 200 observe layer4

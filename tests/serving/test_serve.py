@@ -27,7 +27,7 @@ from tests.made import LENGTH, add_events, compute, publish
 from tests.pipeline.small_logs import newest
 from tests.serving.lm_release import SHORT, TOKENS
 from tests.serving.local_service import LocalService
-from tests.serving.running import Running, burst, start, stop, until
+from tests.serving.running import Running, burst, processes, start, stop, until
 from tests.serving.test_release_watcher import changed
 
 
@@ -92,6 +92,13 @@ def test_past_what_the_language_model_takes_requests_are_told_to_come_back(runni
     assert running.ask("explain", {"user_id": "u1"})[0] == 200
 
 
+def said(running: Running) -> list[str]:
+    """By replicas, into Ray's log files."""
+    files = {Path(f"/proc/{process.pid}/fd/2").readlink() for process in processes(running, "ray::ServeReplica")}
+    assert len(files) > 1
+    return [line for path in files for line in path.read_text().splitlines()]
+
+
 def test_a_night_and_a_release_are_taken_up_under_load_without_a_failed_request(
     running: Running, raypipe: Run, tmp_path: Path
 ) -> None:
@@ -121,6 +128,13 @@ def test_a_night_and_a_release_are_taken_up_under_load_without_a_failed_request(
     running.until("release", {"release": old, "night": "2026-01-05"})
     load()
     assert statuses == {200: 6 * len(bodies)}
+    # What replicas said of it is what collects lines can read.
+    lines = [json.loads(line) for line in said(running) if line.startswith("{")]
+    taken_up = [line for line in lines if line["message"].startswith(f"release {new.hash[:12]}")]
+    assert taken_up
+    facts = {"level": "info", "job": "serve", "deployment": "recommender"}
+    assert facts.items() <= taken_up[0].items()
+    assert {"time", "level", "message", "job", "deployment"} <= set(taken_up[0])
     assert Releases(Store(running.uri)).named("served") is not None
 
 
@@ -162,6 +176,26 @@ def test_prometheus_finds_the_services_metrics_at_the_port_that_was_chosen(runni
             return [line for line in answer.read().decode().splitlines() if line.startswith(wanted)]
 
     until(lambda: any('route="/v1/recommend"' in line and 'status="200"' in line for line in told()))
+
+
+def test_what_alerts_ask_of_the_proxy_and_of_ray_is_told_under_these_names(running: Running) -> None:
+    assert running.ask("users/nobody")[0] == 404
+    haproxy = {"haproxy_frontend_http_requests_total": (), "haproxy_frontend_http_responses_total": ('code="5xx"',)}
+    ray = {
+        "ray_serve_num_http_requests_total": ('application="raypipe"', 'status_code="404"'),
+        "ray_serve_num_http_error_requests_total": ('application="raypipe"', 'error_code="404"'),
+    }
+    rules = (Path(__file__).parents[2] / "cluster/prometheus/alerts.yaml").read_text()
+    for port, wanted, label in ((2, haproxy, 'proxy="http_frontend"'), (4, ray, 'application="raypipe"')):
+        for name, labels in wanted.items():
+            assert f"{name}{{{label}" in rules
+
+            def is_told(port: int = port, name: str = name, labels: tuple[str, ...] = (*labels, label)) -> bool:
+                with urllib.request.urlopen(f"http://127.0.0.1:{running.ports[port]}/metrics", timeout=60) as answer:
+                    lines = answer.read().decode().splitlines()
+                return any(line.startswith(f"{name}{{") and all(one in line for one in labels) for line in lines)
+
+            until(is_told)
 
 
 def test_a_port_that_is_taken_is_told_before_anything_starts(running: Running) -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -200,6 +201,24 @@ def test_a_redis_that_is_away_or_came_back_empty_is_no_answer_about_anybody(tmp_
             store.get("v1", ["u1"])
         load(store, "v1", ["u1"])
         assert store.get("v1", ["u1"]) == [b"u1"]
+
+
+def test_of_a_version_that_is_not_there_nothing_is_kept_that_another_thread_could_meet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Kept for a moment and taken away again, it would be gone between another's look and its read."""
+    from raypipe.storage.online_redis import RedisStore
+
+    class Watched(dict[str, int]):
+        def __setitem__(self, version: str, buckets: int) -> None:
+            assert buckets, "another thread may see this"
+            super().__setitem__(version, buckets)
+
+    store = RedisStore("redis://127.0.0.1:1/0", "raypipe")
+    monkeypatch.setattr(store, "_buckets", Watched())
+    monkeypatch.setattr(store, "_reader", SimpleNamespace(get=lambda _: None))
+    with pytest.raises(OnlineStoreDownError, match="does not hold the night"):
+        store.get("none", ["u1"])
 
 
 def test_a_redis_that_hangs_costs_one_request_its_time_and_the_next_ones_nothing(
