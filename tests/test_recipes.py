@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from raypipe.cli.options import parse_config
+from raypipe.errors import UsageError
 from raypipe.pipeline.align import AlignConfig
 from raypipe.pipeline.nightly import NightlyConfig
 from raypipe.pipeline.train import TrainConfig
@@ -114,6 +115,13 @@ def test_the_night_to_copy_reads_a_log_by_date_caps_what_it_spends_and_loads_wha
     for engine in (("vllm", "example/model"), ("transformers", "builtin")):
         chosen = ["--summarize.engine.engine", engine[0], "--summarize.engine.lm", engine[1]]
         assert parse_config("nightly", NightlyConfig, [*words, *changed, *chosen]).train_policy == "nightly"
+
+
+@pytest.mark.parametrize("step", ["extract", "recommend"])
+def test_a_night_takes_no_recommender_but_that_of_its_release(step: str) -> None:
+    words = ["--config", str(FOLDER.parent / "nightly.yaml"), f"--{step}.model", "gru4rec"]
+    with pytest.raises(UsageError, match=f"{step}.model"):
+        parse_config("nightly", NightlyConfig, words)
 
 
 def test_an_oracle_has_a_recipe_that_reads_item_vectors_of_the_recommender_that_generates_them() -> None:

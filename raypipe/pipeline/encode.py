@@ -32,9 +32,8 @@ _READS = ("histories", "items", "rejects")
 
 
 class EncodeOptions(ModelCache):
-    """Which recommender reads the histories, and how."""
+    """How a recommender reads the histories."""
 
-    model: str = shaping("sasrec", "a recommender's name, for its newest, or NAME/HASH")
     micro_batch_positions: int = free(
         20_000, "positions a worker journals, and a GPU encodes, at a time; padding included", ge=1
     )
@@ -42,7 +41,9 @@ class EncodeOptions(ModelCache):
 
 
 class EncodeConfig(EncodeOptions, BatchConfig):
-    """The part that `extract` and `recommend` have in common."""
+    """The part that `extract` and `recommend` have in common; of a night the recommender is that of its release."""
+
+    model: str = shaping("sasrec", "a recommender's name, for its newest, or NAME/HASH")
 
 
 @dataclass(frozen=True)
