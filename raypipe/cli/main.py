@@ -86,7 +86,6 @@ _PURPOSES = {
         "forget": "remove users everywhere, for good",
         "vacuum": "delete what nothing needs any more",
         "rebucket": "split the user buckets of a workspace that grew",
-        "migrate": "bring a workspace of an older format to this raypipe's",
         "submit": "run a job on a cluster and follow it to its end",
     },
 }
