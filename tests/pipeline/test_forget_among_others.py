@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -82,7 +83,10 @@ def test_rejects_that_are_retried_while_somebody_is_forgotten_do_not_come_back(
     table, columns = Workspace(two_nights).tables["rejects"], ("reason", "message", "row")
     rejects = pa.table({"key": [USER, "u3"], **{name: ["{}", "{}"] for name in columns}})
     staged = table.stage(reject_rows("by-hand", rejects), "by-hand", {"table": "summaries"})
-    table.publish([staged], mode="append", app="by-hand", number=1)
+    version, nights = table.publish([staged], mode="append", app="by-hand", number=1), Nights(Store(two_nights))
+    night = nights.current()
+    assert night is not None
+    nights.rewrite(replace(night, tables={**night.tables, "rejects": version}))  # one on the newest tables
     buckets, ended = forget._buckets, list[Ended]()
 
     def retry(users: list[str], count: int) -> dict[int, list[str]]:
