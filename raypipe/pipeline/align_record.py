@@ -41,11 +41,15 @@ def record(config: AlignConfig, result: JobResult) -> None:
     given: Config = getattr(config, config.system)
     asked: dict[str, Any] = {"asked": config.asked, "answer_tokens": config.answer_tokens}
     recommender = ""
+    names: dict[str, str] = {}
     if config.system in _READS_STATES or config.system == "trsr":
         beside = find_model(Models(workspace.store), config.model)
         recommender, asked["recommender"] = beside.name, f"{beside.name}/{beside.hash}"
     if config.system == "trsr":
         asked["summaries"] = config.summaries
+        if (left_out := beside.lineage["hold_out"]) > config.hold_out:
+            # The protocol's words are of what else is in the table.
+            names[beside.name] = f"{beside.name}-without the last {left_out} events"
     settings = settings_of(lineage)
     anew: dict[str, Any] = {}
     if config.adapter is not None:
@@ -69,7 +73,7 @@ def record(config: AlignConfig, result: JobResult) -> None:
             recommender=recommender if config.system in _READS_STATES else "",
             protocol=_protocol(config, options, cut, result.metrics),
             seed=int(lineage["seed"]),
-            figures=_figures(name, result.metrics, result.intervals),
+            figures=_figures(name, names, result.metrics, result.intervals),
             settings=settings,
             training=lineage["training"],
             versions=lineage["versions"],
@@ -79,16 +83,19 @@ def record(config: AlignConfig, result: JobResult) -> None:
     )
 
 
-def _figures(name: str, metrics: Mapping[str, Any], intervals: Mapping[str, float]) -> dict[str, dict[str, Measured]]:
+def _figures(
+    name: str, names: Mapping[str, str], metrics: Mapping[str, Any], intervals: Mapping[str, float]
+) -> dict[str, dict[str, Measured]]:
     """`shuffled states: recovery` is a figure of what stands beside the model, `popularity: Recall@5` one of a scorer of its own,
-    and `above HASH: Recall@3` the model's: how far it is above another. `intervals` are half-widths by the same names."""
+    and `above HASH: Recall@3` the model's: how far it is above another. `names` has scorers that get another name; `intervals` are
+    half-widths, by the names of `metrics`."""
     found: dict[str, dict[str, Measured]] = {}
     asked = int(metrics.get("asked", 0))
     for metric, value in metrics.items():
         *beside, figure = metric.split(": ")
         if value is not None and math.isfinite(value):
             if beside and beside[0] in _ALONE:
-                scorer = beside[0]
+                scorer = names.get(beside[0], beside[0])
             elif beside and beside[0].startswith("above "):
                 scorer, figure = name, metric
             else:

@@ -28,7 +28,16 @@ TRSR_PROTOCOL = (
     "leave-one-out, 21 candidates, last 25 events shown, trained before everybody's last event, {} users asked"
 )
 HISTORIES = Histories(np.array([1, 2, 3] * 3, np.int32), np.array([3, 6, 9]))
-LINEAGE = {"job": "align", "hold_out": 1, "held_out_share": 0.0, "seed": 0, "options": {}, "config": {}, "training": {}}
+LINEAGE = {
+    "job": "align",
+    "hold_out": 1,
+    "held_out_share": 0.0,
+    "seed": 0,
+    "options": {},
+    "config": {},
+    "training": {},
+    "versions": {},
+}
 METRICS = {
     "asked": 20,
     "spread": float("nan"),
@@ -98,7 +107,7 @@ def test_who_writes_lists_for_everybody_stands_in_one_table_with_recommenders(ho
     metrics = {"asked": 3, "askable": 3, "NDCG@10": 0.3, "popularity: NDCG@10": 0.1}
     record(config, JobResult("align", "ok", models={"lancer": model.hash}, metrics=metrics))
     rows = {"sasrec": {"NDCG@10": Mean(0.4, 0.0)}, "popularity": {"NDCG@10": Mean(0.1, 0.0)}}
-    sasrec = Model("sasrec", "a" * 32, "", {"hold_out": 2, "protocol": {}})
+    sasrec = Model("sasrec", "a" * 32, "", {**LINEAGE, "hold_out": 2, "protocol": {}}, 0.0)
     record_recommender(Workspace(home), sasrec, rows, HeldOut.of(HISTORIES, 2, items=3), True)
     figures = [one for one in figures_of(Evaluations(Store(home)).all(), "shop") if one.metric == "NDCG@10"]
     (table,) = tables_of("shop", figures)
@@ -153,6 +162,17 @@ def test_an_adapter_is_told_beside_the_recommender_whose_states_it_reads(home: s
         (one,) = Evaluations(Store(home)).all()
         assert (one.recommender, one.protocol) == ("gru4rec", f"before everybody's last event, users {told} (10%)")
         assert one.figures["recinterpreter, shuffled states"]["recovery"].value == 0.01
+
+
+def test_a_recommender_that_learnt_less_than_what_it_stands_beside_says_so(home: str, tmp_path: Path) -> None:
+    stored(home, tmp_path / "r", "sasrec", hold_out=2)
+    model = stored(home, tmp_path / "m", "trsr", options=TRSR)
+    for hold_out, told in ((1, "sasrec-without the last 2 events"), (2, "sasrec")):
+        config = AlignConfig(workspace=home, system="trsr", model="sasrec", hold_out=hold_out)
+        metrics = {"asked": 20, "Recall@3": 0.5, "sasrec: Recall@3": 0.4}
+        record(config, JobResult("align", "ok", models={"trsr": model.hash}, metrics=metrics))
+        one = Evaluations(Store(home)).all()[-1]
+        assert set(one.figures) == {"trsr", told}
 
 
 def test_what_ranks_the_same_candidates_by_itself_is_a_row_of_its_own(home: str, tmp_path: Path) -> None:
