@@ -24,10 +24,10 @@ class SoftRows(Protocol):
     """Prompts that hold vectors at some places."""
 
     most_shared: int
-    """Tokens before the first such place of any prompt."""
+    """How many tokens stand before the first vector of any prompt."""
 
     contents: Sequence[Sequence[int]]
-    """What stands in each prompt, a number a place; equal where tokens and vectors are."""
+    """The content of each prompt, one number for each place; numbers are equal where tokens or vectors are."""
 
     def embed(self, numbers: Sequence[int]) -> Tensor:
         """The input embeddings of the prompts of these numbers, [rows, longest, hidden], padded on the left."""

@@ -71,7 +71,7 @@ _ONLY_FOR = {
     "summaries": ("recexplainer", "trsr"),
     "beside": ("recinterpreter", "recexplainer", "trsr"),
 }
-"""Systems that read an option; to the others it would say nothing."""
+"""The systems that read an option. For other systems it has no effect."""
 
 
 class AlignOptions(TrainingOptions, ModelCache):

@@ -28,7 +28,7 @@ from raypipe.storage.workspace import Workspace
 
 JOB = "evaluate"
 MOST_ASKED = 100_000
-"""Users, whose NDCG@10 is known to about 0.002: more cost a machine hours and tell no more."""
+"""With so many users NDCG@10 is known to about 0.002. More users cost a machine hours and tell no more."""
 
 
 class EvaluateConfig(JobConfig, ModelCache):

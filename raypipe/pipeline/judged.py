@@ -44,7 +44,7 @@ SUMMARY_PIECES = ("items", "summary")
 EXPLANATION_PIECES = ("history", "item", "label", "decision", "explanation")
 
 FEWEST = 10
-"""Cases that a classifier or a regressor wants: a fold of five has two of them."""
+"""Least number of cases for a classifier or regressor: each of five folds then has two."""
 
 
 @dataclass(frozen=True)

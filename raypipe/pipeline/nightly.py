@@ -57,7 +57,7 @@ JOB = "nightly"
 _DATE = "{date}"
 _READ = ("histories", "items")
 _PASSES = 3
-"""How often the steps run, until nobody publishes what they read meanwhile."""
+"""How often the steps run at most, if other jobs keep publishing what they read."""
 
 
 class NightlyConfig(ExplainPolicy, JobConfig):

@@ -40,7 +40,7 @@ from raypipe.systems.lancer import NAME as LANCER
 JOB = "recommend"
 STEP_VERSION = 3
 _WRITTEN_STEP_VERSION = 4
-"""Of lists that a language model writes."""
+"""The step version for lists that a language model writes."""
 
 
 class RecommendOptions(CapOptions, EncodeOptions):

@@ -15,7 +15,7 @@ from raypipe.storage.tables import StagedFile
 from raypipe.storage.workspace import Workspace
 
 WORKER_DIED = ("worker_died", f"Its worker died or hung {MAX_DEATHS} times with it alone, on a healthy node.")
-"""Reason and message of a row that ends its process."""
+"""Reason and message for a row that kills its process."""
 
 
 def reject_rows(run_key: str, rejects: pa.Table, variant: str | None = None) -> pa.Table:

@@ -44,12 +44,15 @@ _ITSELF = {
     "no summaries": "its own without summaries",
     "shuffled summaries": "its own with shuffled summaries",
 }
-"""Controls with which a model is compared user by user, in words: of one training, so that the interval over users holds all
-that is by chance. It tells what the model does with the summaries that it is shown, and not how well one would rank that had
-learnt to do without."""
+"""Controls with which a model is compared user by user, in words.
+
+Both sides come from one training, so the interval over users covers all chance. The comparison tells what the model
+does with the summaries that it is shown, not how well a model would rank that had learnt to do without.
+"""
 _LENGTHS = (2, 5, 10, 25, 100, 10_000)  # bounds of the lengths of histories by which users are told apart
 Ranks = dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]
-"""By scorer, of each asked user how many candidates stand above the chosen one, and how many beside it, itself included."""
+"""By scorer, for each asked user: how many candidates score above the chosen one, and how many the same, itself
+included."""
 
 
 @dataclass(frozen=True)

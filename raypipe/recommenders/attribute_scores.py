@@ -22,7 +22,7 @@ from raypipe.storage.model_users import Rows, read_users, write_users
 _CARD = "scores.json"
 _VALUES = "scores.safetensors"
 LEAST_DEVIATION = 1e-3
-"""Of items' scores on an attribute that tells them apart; below it they are alike, and what is left is rounding."""
+"""The least standard deviation of items' scores on an attribute that tells items apart; less is rounding."""
 
 
 @dataclass(frozen=True)

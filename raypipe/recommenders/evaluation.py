@@ -28,7 +28,7 @@ _COLD = f"HR@{_CUTOFF} cold items"
 _LISTS = (f"coverage@{_CUTOFF}", f"novelty@{_CUTOFF}", f"diversity@{_CUTOFF}", "collapse")
 
 METRICS = (*RANKING, *_BANDS, _COLD, *_LISTS)
-"""All that `evaluate_model` tells, in its order."""
+"""The names of all metrics of `evaluate_model`, in its order."""
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from torch import Tensor
 from raypipe.recommenders.sequences import Sequences
 
 BLOCK_SCORES = 2**22
-"""Held at a time, whatever the catalogue."""
+"""Most scores that are held at a time, whatever the size of the catalogue."""
 UNRANKED = 2**31 - 1
-"""How many items are above a target that has no score: beyond every cutoff, however few items there are."""
+"""The number of items above a target that has no score: it is beyond every cutoff, however few items there are."""
 
 
 @dataclass(frozen=True)

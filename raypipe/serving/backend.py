@@ -28,7 +28,7 @@ from raypipe.serving.service import Answer, Code, Query, RefusedQueryError
 FAILURES: dict[int | str, dict[str, Any]] = {
     status: {"model": Failure} for status in (400, 401, 413, 422, 429, 500, 503)
 }
-"""What any route may answer instead."""
+"""Failures that any route may answer with, by HTTP status."""
 
 
 STATUS: dict[Code, int] = {
@@ -46,7 +46,7 @@ STATUS: dict[Code, int] = {
     "not_ready": 503,
     "internal": 500,
 }
-"""Of a query that gets no answer."""
+"""HTTP status of a query that gets no answer, by its code."""
 
 
 class Backend(Protocol):

@@ -14,7 +14,7 @@ from raypipe.systems.summaries import SummariesConfig
 from raypipe.systems.trsr import Shown
 
 OF_RELEASE = "release"
-"""Names the language model of the release that is served."""
+"""Stands for the language model of the release that is served."""
 
 
 class LimitOptions(Config):

@@ -23,10 +23,13 @@ from raypipe.serving.middleware import HEALTH_PATH, PUBLIC_PATHS, UNAUTHORISED, 
 BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 LOOPBACK = "127.0.0.1"
 HEAD_TIMEOUT_S = 10
-"""Seconds a request's head may take: there are 4,096 connections, and nobody needs a token to hold one."""
+"""Seconds that a request's head may take: there are 4,096 connections, and holding one needs no token."""
 FILES_AT_ONCE = 16
-"""Answers with a file of the pages that are under way at a time. Nobody needs a token to ask for one, and what is larger than buffers
-holds one of the requests that a replica works on until it is read, which may be slowly."""
+"""How many answers with a file of the pages may be under way at a time.
+
+Asking for a file needs no token. A file larger than the buffers takes up one of the requests that a replica works on
+until the client has read it, which may be slowly.
+"""
 _UNAVAILABLE = failure("", "not_ready", "No replica can be asked: ask again later.")
 _FILES = " ".join(sorted(PUBLIC_PATHS - {HEALTH_PATH}))
 _UNAUTHORISED = json.dumps(failure("%[var(txn.raypipe_id)]", *UNAUTHORISED))

@@ -29,9 +29,9 @@ AUDIT = logging.getLogger("raypipe.audit")
 _LOG = logging.getLogger("raypipe.serving")
 HEALTH_PATH = "/v1/health"
 PUBLIC_PATHS = frozenset({HEALTH_PATH, *page.FILES, swagger.DOCS_PATH, swagger.OPENAPI_PATH, *swagger.FILES})
-"""Routes that ask for no token: the pages that one is typed into hold no data."""
+"""Routes that need no token: health, and the pages into which a user types one, which hold no data."""
 UNAUTHORISED = "unauthorised", "Send a valid token: Authorization: Bearer TOKEN."
-"""Code and message of the one kind of 401 that there is."""
+"""Code and message of every 401."""
 _GRACE_S = 2.0  # A request to the language model times out by itself first, with its own message.
 _TOO_LARGE = "A request has at most {:,} bytes."
 _SIZE = re.compile(r"[0-9]{1,18}")
