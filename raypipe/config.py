@@ -1,8 +1,8 @@
-"""Frozen configuration models whose every field says whether it shapes the output.
+"""Frozen configuration models. Every field declares whether it shapes the output.
 
-A field is declared with `shaping` (it is part of the stage's fingerprint: changing it computes outputs anew) or with
-`free` (it changes speed, place or price, never a value). A test lists every field of every config and fails on one
-declared with neither.
+A field is declared with `shaping` if it is part of the stage's fingerprint: changing it computes outputs anew. It is
+declared with `free` if it changes speed, place or price, but never a value. A test lists every field of every config
+and fails if a field is declared with neither.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ from pydantic.fields import FieldInfo
 
 
 class Config(BaseModel):
-    """Base of all configuration: frozen, unknown keys are errors, and each config builds what it describes."""
+    """Base class of all configuration: frozen, unknown keys are errors, and each config builds what it describes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     @model_validator(mode="before")
     @classmethod
     def _over_the_default(cls, values: Any) -> Any:
-        """A section that is given in part keeps the rest of its default, where that differs from its type's own."""
+        """Complete a section that is given in part with the rest of its field's default.
+
+        This matters if that default differs from the section type's own defaults.
+        """
         if not isinstance(values, Mapping):
             return values
         merged = dict(values)
@@ -49,7 +52,7 @@ WRITTEN = BeforeValidator(lambda value: int(value) if isinstance(value, str) and
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` on top of `base`, section by section."""
+    """`over` merged into `base`, section by section. Values of `over` win."""
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
@@ -58,7 +61,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first thing that is wrong, where it is and then in words."""
+    """The first problem of the error: where it is, and then what it is in words."""
     first = error.errors()[0]
     place = ".".join(map(str, first["loc"]))
     told = first["msg"].removeprefix("Value error, ")
@@ -66,7 +69,7 @@ def first_problem(error: ValidationError) -> str:
 
 
 def shaping(default: Any = ..., description: str = "", **kwargs: Any) -> Any:
-    """A field that shapes the output and so belongs to the fingerprint."""
+    """A field that shapes the output and therefore belongs to the fingerprint."""
     return _field(default, description, True, kwargs)
 
 
@@ -76,7 +79,7 @@ def free(default: Any = ..., description: str = "", **kwargs: Any) -> Any:
 
 
 def is_shaping(field: FieldInfo) -> bool:
-    """Whether `field` was declared `shaping`; raises AssertionError when it was declared with neither."""
+    """Whether `field` was declared `shaping`. Raises AssertionError if it was declared with neither."""
     extra = field.json_schema_extra
     assert isinstance(extra, dict), f"{field} is declared with neither shaping() nor free()"
     assert "shaping" in extra, f"{field} is declared with neither shaping() nor free()"

@@ -1,14 +1,14 @@
-"""The errors a user can cause, each carrying its remedy.
+"""The errors that a user can cause. Each carries its remedy.
 
-Whatever a user did wrong is raised as one of these and ends as one paragraph on stderr and an exit code; what only this
-package could have done wrong is an `assert` or an ordinary exception with its traceback.
+Anything that a user did wrong is raised as one of these; it ends as one paragraph on stderr and an exit code. What only
+this package could have done wrong is an `assert`, or an ordinary exception with its traceback.
 """
 
 from __future__ import annotations
 
 
 class RaypipeError(Exception):
-    """A problem the user can act on: what happened, and the remedy. Ends a job with `exit_code`."""
+    """A problem that the user can act on: what happened, and the remedy. It ends a job with `exit_code`."""
 
     exit_code = 1
 
@@ -18,12 +18,13 @@ class RaypipeError(Exception):
         self.remedy = remedy
 
     def __reduce__(self) -> tuple[type[RaypipeError], tuple[str, str]]:
-        # Errors cross process borders (Ray pickles them), and the default would pass the joined text as `problem`.
+        # Errors cross process borders because Ray pickles them, and the default would pass the joined text as
+        # `problem`.
         return type(self), (self.problem, self.remedy)
 
 
 class UnavailableError(RaypipeError):
-    """What is needed is in use, or out of reach for now: the same command is to be tried again. Exit code 1."""
+    """Something needed is in use or out of reach for now. The same command should be tried again. Exit code 1."""
 
 
 class UsageError(RaypipeError):
@@ -33,10 +34,10 @@ class UsageError(RaypipeError):
 
 
 class AccessError(UsageError):
-    """A place or a file that may not be read or written: what lies there may be whole, and be read later."""
+    """A place or a file that may not be read or written. Its content may be intact and readable later."""
 
 
 class RefusedError(RaypipeError):
-    """A quality gate said no; what was good before stays in force. Exit code 3."""
+    """A quality gate refused. The release that was in force before stays in force. Exit code 3."""
 
     exit_code = 3

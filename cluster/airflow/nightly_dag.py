@@ -1,8 +1,8 @@
-"""The night as an Airflow task: `raypipe submit` with the date Airflow runs it for.
+"""The night as an Airflow task: `raypipe submit` with the date for which Airflow runs it.
 
-Copy it into the DAGs folder of an Airflow whose workers have raypipe, and RAY_API_SERVER_ADDRESS, RAY_AUTH_MODE=token,
-RAY_AUTH_TOKEN and the workspace's AWS_* in their environment. A night that failed is submitted again and goes on where it
-stopped; one whose configuration is wrong or that a quality gate refused is not.
+Copy this file into the DAGs folder of an Airflow whose workers have raypipe, and have RAY_API_SERVER_ADDRESS,
+RAY_AUTH_MODE=token, RAY_AUTH_TOKEN and the workspace's AWS_* in their environment. A night that failed is submitted
+again and continues where it stopped. A night whose configuration is wrong, or that a quality gate refused, is not.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ FINAL = {2: "the configuration is wrong, or this night runs or ran already", 3: 
 
 
 def command(date: str) -> list[str]:
-    """What a person would type for the night of `date`."""
+    """The command that a person would type for the night of `date`."""
     return ["raypipe", "submit", "nightly", "--config", CONFIG, "--workspace", WORKSPACE, "--date", date]
 
 
 def run_night(date: str) -> None:
-    """Submit the night and wait; its log is the task's."""
+    """Submit the night and wait for its end. Its log becomes the task's log."""
     code = subprocess.run(command(date), cwd=PROJECT, check=False).returncode
     if code in FINAL:
         raise AirflowFailException(f"The night of {date} ended with exit code {code}: {FINAL[code]}.")

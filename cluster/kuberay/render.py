@@ -1,11 +1,12 @@
-"""The manifests of this folder with a team's values in them.
+"""Write the manifests of this folder with a team's values filled in.
 
     python cluster/kuberay/render.py --config my-values.yaml --folder build/kuberay
 
 `apply.yaml` is for `kubectl apply`: accounts, configuration, network policies, the standing cluster and the nightly
-schedule. `jobs/JOB.yaml` is one RayJob for every job, for `kubectl create`, each on a cluster of its own that goes when the
-job ends. `serve.yaml` is the online service, and `monitoring.yaml` for clusters with Prometheus' operator. A manifest is
-YAML in which `${name}` stands for a value: alone it keeps its type, within text it becomes text.
+schedule. `jobs/JOB.yaml` is one RayJob for every job, for `kubectl create`; each runs on a cluster of its own that ends
+with the job. `serve.yaml` is the online service. `monitoring.yaml` is for clusters with the Prometheus operator. A
+manifest is YAML in which `${name}` stands for a value: alone it keeps the value's type, and within text it becomes
+text.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ _BYTES = r"^[0-9]+(\.[0-9]+)?(k|M|G|T|Ki|Mi|Gi|Ti)?$"
 _UNITS = {"": 1} | {
     f"{letter}{i}": base**power for base, i in ((1000, ""), (1024, "i")) for power, letter in enumerate("KMGT", 1)
 }
-_STORE_SHARE = 0.9  # of the shared memory; the rest is for what others put there, as NCCL does
+_STORE_SHARE = 0.9  # of the shared memory; the rest is for other users of it, such as NCCL
 _PORTS = {"http": 80, "https": 443, "postgresql": 5432, "redis": 6379, "rediss": 6379}
 
 
 class Head(Config):
-    """The head runs no work of ours: `num-cpus` is 0."""
+    """The head. It runs none of our work: its `num-cpus` is 0."""
 
     cpu: str = free("4", "CPUs of the head")
     memory: str = free("16Gi", "memory of the head")
@@ -64,7 +65,7 @@ class GpuWorkers(Workers):
 
 
 class Secrets(Config):
-    """Names of Secrets. Render writes none of them."""
+    """Names of Secrets. Render creates none of them."""
 
     ray_token: str = free("raypipe-ray-token", "key auth_token: what clients of Ray have to know")
     redis: str = free("raypipe-redis", "key password")
@@ -75,14 +76,14 @@ class Secrets(Config):
 
 
 class Shared(Config):
-    """A volume that all pods mount, which trainings on several nodes, or on GPUs, need."""
+    """A volume that all pods mount. Trainings on several nodes, or on GPUs, need it."""
 
     claim: str = free("", "a PersistentVolumeClaim, ReadWriteMany; unset: trainings stay on the driver's node")
     path: str = free("/shared", "where it is mounted", pattern="^/.")
 
 
 class Namespaces(Config):
-    """Who else may reach the cluster, by the namespace it runs in."""
+    """The namespaces of other services that may reach the cluster."""
 
     operator: str = free("kuberay-operator", "where KubeRay's operator runs")
     monitoring: str = free("monitoring", "where Prometheus runs")
@@ -90,7 +91,7 @@ class Namespaces(Config):
 
 
 class Values(Config):
-    """What a team may change; the README's table names what it must."""
+    """The values that a team may change. The README's table lists those that it must change."""
 
     folder: str = free("build/kuberay", "where the manifests are written")
     namespace: str = free("raypipe", "namespace of everything here; it has to exist")
@@ -115,7 +116,7 @@ class Values(Config):
 
 
 def main(argv: list[str]) -> int:
-    """Write every manifest below `folder`; returns the exit code."""
+    """Write every manifest below `folder`, and return the exit code."""
     try:
         values = parse_config("render", Values, argv)
         check_jobs(values)
@@ -134,12 +135,12 @@ def main(argv: list[str]) -> int:
 
 
 def job_names() -> list[str]:
-    """The jobs that have a script."""
+    """The jobs that have a script in `jobs/`."""
     return sorted(path.stem for path in SCRIPTS.glob("*.py") if path.stem in JOBS)
 
 
 def check_jobs(values: Values) -> None:
-    """Raise UsageError where a job's configuration is one that the job would refuse."""
+    """Raise UsageError if the configuration of a job is one that the job would refuse."""
     for job, config in values.jobs.items():
         if job not in job_names():
             raise UsageError(f"jobs.{job} is no job.", f"There are {', '.join(job_names())}.")
@@ -147,7 +148,7 @@ def check_jobs(values: Values) -> None:
 
 
 def standing(values: Values) -> list[dict[str, Any]]:
-    """What `kubectl apply` is given."""
+    """The manifests for `kubectl apply`."""
     known = _known(values)
     jobs = {f"{job}.yaml": yaml.safe_dump(job_config(values, job), sort_keys=False) for job in job_names()}
     known |= {
@@ -159,7 +160,10 @@ def standing(values: Values) -> list[dict[str, Any]]:
 
 
 def job_config(values: Values, job: str) -> dict[str, Any]:
-    """A job's configuration; where there is a shared volume, with the folders that workers of all nodes have to see there."""
+    """A job's configuration.
+
+    With a shared volume it gets the folders that workers of all nodes must see on that volume.
+    """
     config = values.jobs.get(job, {})
     return _on_volume(config_type(job), config, values.shared.path) if values.shared.claim else config
 
@@ -171,7 +175,7 @@ def _on_volume(kind: type[Config], given: dict[str, Any], path: str) -> dict[str
         part = field.annotation
         if name in folders:
             found.setdefault(name, folders[name])
-        # Of a step that is left out unless it is named, nothing is said.
+        # A step that is left out unless it is named gets no values.
         elif (
             isinstance(part, type)
             and issubclass(part, Config)
@@ -183,22 +187,26 @@ def _on_volume(kind: type[Config], given: dict[str, Any], path: str) -> dict[str
 
 
 def service(values: Values) -> list[dict[str, Any]]:
-    """The online service. Where its store is, with a password, comes from RAYPIPE_ONLINE_STORE in the Secret."""
+    """The manifests of the online service.
+
+    The address of its store may hold a password, so it comes from RAYPIPE_ONLINE_STORE in the Secret.
+    """
     config = yaml.safe_load((HERE.parent / "serve.yaml").read_text(encoding="utf-8"))
     for application in config["applications"]:
         application["args"]["workspace"] = values.workspace
         application["args"].pop("store", None)
     known = _known(values)
     cluster = _load("raycluster.yaml", known)[0]["spec"]
-    # KubeRay then takes the cluster's UID: an upgrade has two clusters at a time, which must not share their state.
+    # Without it KubeRay uses the cluster's UID. During an upgrade there are two clusters, and they must not share their
+    # state.
     del cluster["gcsFaultToleranceOptions"]["externalStorageNamespace"]
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         (container,) = group["template"]["spec"]["containers"]
-        # Read where Ray starts, by every process of Serve.
+        # Read when Ray starts, by every process of Serve.
         container["env"] = [
             {"name": "RAY_SERVE_ENABLE_HA_PROXY", "value": "1"},
             {"name": "RAY_SERVE_HAPROXY_RETRY_ON", "value": "conn-failure empty-response"},
-            # Of an hour, unset: who sends nothing holds one of the connections that there are.
+            # The default is an hour, and a client that sends nothing occupies one of the limited connections.
             {"name": "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S", "value": "120"},
         ]
         container["ports"].append({"containerPort": 8000, "name": "serve"})
@@ -209,13 +217,16 @@ def service(values: Values) -> list[dict[str, Any]]:
 
 
 def monitoring(values: Values) -> list[dict[str, Any]]:
-    """Where Prometheus finds the pods, and the alert rules."""
+    """The manifests for Prometheus: where it finds the pods, and the alert rules."""
     alerts = yaml.safe_load((HERE.parent / "prometheus/alerts.yaml").read_text(encoding="utf-8"))
     return _load("monitoring.yaml", _known(values) | {"alerts": alerts["groups"]})
 
 
 def ray_job(values: Values, job: str) -> dict[str, Any]:
-    """One job on a cluster of its own. A head that is lost ends it: submitted again, it goes on where it stopped."""
+    """The RayJob of one job on a cluster of its own.
+
+    If the head is lost, the job ends. If it is submitted again, it continues where it stopped.
+    """
     known = _known(values)
     cluster = _load("raycluster.yaml", known)[0]["spec"]
     del cluster["gcsFaultToleranceOptions"]
@@ -224,9 +235,10 @@ def ray_job(values: Values, job: str) -> dict[str, Any]:
 
 
 def workers(values: Values, job: str) -> int:
-    """How many workers a job asks for: as its configuration says, else what the largest cluster holds beside the driver.
+    """The number of workers that a job asks for: as configured, else as many as the largest cluster holds beside the
+    driver.
 
-    A job counts what is there once, before the autoscaler has started more than the driver's pod.
+    Left to itself, a job counts the CPUs only once, before the autoscaler has started more than the driver's pod.
     """
     asked = ClusterConfig.model_validate(values.jobs.get(job, {}).get("cluster", {}))
     if asked.workers is not None:
@@ -246,7 +258,7 @@ def workers(values: Values, job: str) -> int:
 
 
 def _whole(quantity: str) -> int:
-    """A quantity of Kubernetes as KubeRay tells it to Ray: 7500m CPUs are 8."""
+    """A Kubernetes quantity as a whole number, as KubeRay passes it to Ray: 7500m CPUs are 8."""
     return math.ceil(int(quantity.removesuffix("m")) / 1000) if quantity.endswith("m") else math.ceil(float(quantity))
 
 
@@ -256,7 +268,7 @@ def _bytes(quantity: str) -> float:
 
 
 def _ports_named(values: Values) -> Iterator[int]:
-    """Of every URL among the values."""
+    """The port of every URL among the values."""
     for text in (values.mlflow_uri, values.redis_address, *values.environment.values()):
         if (found := _URL.match(text)) and (port := int(found[1] or _PORTS.get(text.split(":")[0], 0))):
             yield port
@@ -291,7 +303,7 @@ def _load(name: str, known: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _mount(cluster: dict[str, Any], claim: str, path: str) -> None:
-    """The shared volume in all pods of a cluster."""
+    """Mount the shared volume in all pods of a cluster."""
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         pod = group["template"]["spec"]
         pod["volumes"].append({"name": "shared", "persistentVolumeClaim": {"claimName": claim}})

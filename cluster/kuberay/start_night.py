@@ -1,8 +1,8 @@
-"""What the nightly CronJob runs: creates the night's RayJob, waits for its end, and exits with its driver's code.
+"""Create the night's RayJob, wait for its end, and exit with its driver's code. The nightly CronJob runs this.
 
-Kubernetes starts this anew where it exits 1, and then the next attempt is created; a starter that was evicted finds the
-attempt that runs. Exit codes 2 (wrong configuration) and 3 (a quality gate refused) are final, whoever sees them. It needs
-Python alone, so that it starts at once.
+If it exits with 1, Kubernetes starts it anew, and it creates the next attempt. If it was evicted, it finds the attempt
+that runs. Exit codes 2 (wrong configuration) and 3 (a quality gate refused) are final. It needs only Python, so that it
+starts at once.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Kubernetes:
         return sorted(found, key=lambda job: int(job["metadata"]["labels"]["raypipe/attempt"]))
 
     def create(self, job: dict[str, Any]) -> None:
-        """Create the job; one of that name that is there already is as good."""
+        """Create the job. It is no error if a job of that name exists already."""
         try:
             self._ask(self._jobs, json.dumps(job).encode())
         except urllib.error.HTTPError as error:
@@ -48,7 +48,7 @@ class Kubernetes:
                 raise
 
     def _ask(self, url: str, body: bytes | None = None) -> Any:
-        # Read each time: Kubernetes replaces the token while a night runs.
+        # Read the token each time, because Kubernetes replaces it while a night runs.
         token = (self._account / "token").read_text().strip()
         headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
         trusted = self._account / "ca.crt"
@@ -67,7 +67,7 @@ def attempt_of(manifest: dict[str, Any], night: str, attempt: int, date: str) ->
 
 
 def exit_code(job: dict[str, Any]) -> int | None:
-    """How the job's driver ended; 1 where it is not known, None while it runs."""
+    """The exit code of the job's driver: 1 if it is not known, None while it runs."""
     status = job.get("status", {})
     if status.get("jobDeploymentStatus") not in {"Complete", "Failed"}:
         return None
@@ -78,14 +78,20 @@ def exit_code(job: dict[str, Any]) -> int | None:
 
 
 def date_of(night: str) -> str:
-    """The night's date: a CronJob names what it starts by the minute it was due; started by hand, it is today."""
+    """The night's date.
+
+    A CronJob puts the minute at which a job was due into its name; if started by hand, it is today.
+    """
     due = night.rsplit("-", 1)[-1]
     moment = datetime.datetime.fromtimestamp(int(due) * 60) if re.fullmatch(r"\d{8}", due) else datetime.datetime.now()
     return moment.date().isoformat()
 
 
 def run(kubernetes: Kubernetes, manifest: dict[str, Any], night: str, poll_s: float) -> int:
-    """Wait for the newest attempt, or where that failed and may be tried again, for another one."""
+    """Wait for the newest attempt and return its exit code.
+
+    If there is none, or it failed and may be tried again, create one.
+    """
     attempts = kubernetes.of_night(night)
     code = exit_code(attempts[-1]) if attempts else 1
     if code is not None and code not in (0, *_FINAL):

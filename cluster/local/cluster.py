@@ -1,12 +1,14 @@
-"""A cluster of several nodes on one machine, to start, watch and break: `python cluster/local/cluster.py up`, and `down`.
+"""A cluster of several nodes on one machine, to start, watch and break.
 
-Each Ray node has network, processes, host name and session folder of its own, and the networks are joined by a bridge: a
-node that is stopped is gone as a machine would be, and its address with it. Beside them, on the bridge's own address: Redis
-(the head's state, the online store), an S3 server, MLflow on PostgreSQL, Prometheus. Ray asks for a token. `stop NODE` kills
-a node, `start NODE` brings it back, with other `--cpus` or `--head_cpus` if they are named.
+`python cluster/local/cluster.py up` starts it, and `down` ends it. `stop NODE` kills a node; `start NODE` brings it
+back, with other `--cpus` or `--head_cpus` if they are given.
+
+Each Ray node has its own network, processes, host name and session folder, and a bridge joins the networks. A stopped
+node is gone as a machine would be, with its address. The servers beside the nodes use the bridge's own address: Redis
+(the head's state, the online store), an S3 server, MLflow on PostgreSQL, and Prometheus. Ray asks for a token.
 
 It needs root, iproute2 and Debian's packages redis-server, postgresql and prometheus. The S3 server is moto's, which
-forgets at `down`. Nothing listens outside of the bridge.
+loses its data at `down`. Nothing listens outside of the bridge.
 """
 
 from __future__ import annotations
@@ -32,16 +34,18 @@ from raypipe.errors import RaypipeError, UsageError
 
 _DASHBOARD, _GCS = 8265, 6379
 _STORE_BYTES = 200 << 20
-# Ray gives a node's agents 15 s and its raylet 30 s, and then up; on a busy machine the next try finds its files read.
+# Ray waits 15 s for a node's agents and 30 s for its raylet, and then gives up. On a busy machine the next try finds
+# its files in the disk cache.
 _TRIES = 4
-# Ray's clients look for their node among all processes that they see and take a head before others: on a worker that sees
-# the head's processes too, a driver says that it lives on the head, where nobody reaches it. Locks tell the living by host
-# and process id, and gloo listens where its host's name points to.
+# Each node has its own processes and host name for three reasons. Ray's clients look for their node among all processes
+# that they see, and prefer a head. If a driver on a worker saw the head's processes, it would say that it lives on the
+# head, where nobody reaches it. Locks recognise a living process by host and process id. Gloo listens on the address of
+# its host's name.
 _AS_A_MACHINE = 'hostname "$1" && mount --bind "$2" /etc/hosts && shift 2 && exec "$@"'
 
 
 class LocalCluster:
-    """The processes and namespaces of one `folder`."""
+    """The processes and namespaces of the cluster in one `folder`."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -49,7 +53,11 @@ class LocalCluster:
         self._processes = Processes(self.folder)
 
     def up(self) -> None:
-        """Start everything; UsageError for what is missing, RaypipeError with the log of what does not start."""
+        """Start everything.
+
+        Raises UsageError if something is missing or a server's port is in use, and RaypipeError, with the log, if
+        something does not start.
+        """
         self._check()
         (self.folder / "log").mkdir(parents=True, exist_ok=True)
         self._make_secrets()
@@ -66,7 +74,7 @@ class LocalCluster:
         (self.folder / "environment").write_text("".join(lines))
 
     def down(self) -> None:
-        """End everything that `up` started, and only that. What it wrote stays in the folder."""
+        """End everything that `up` started, and nothing else. Its files stay in the folder."""
         for node in self.options.nodes:
             self.stop_node(node)
         self._processes.end_all()
@@ -75,7 +83,7 @@ class LocalCluster:
         run("ip", "link", "del", self.options.name, may_fail=True)
 
     def start_node(self, node: str) -> None:
-        """A Ray node as a machine of its own; the head finds its state in Redis."""
+        """Start a Ray node as a machine of its own. The head finds its state in Redis."""
         options, address = self.options, self.options.address(node)
         settings = self._settings()
         if node == HEAD:
@@ -97,7 +105,7 @@ class LocalCluster:
         self._processes.start(node, [*machine, *words], settings, ready, tries=_TRIES)
 
     def stop_node(self, node: str) -> None:
-        """Kill every process of the node at once, as a machine that loses power."""
+        """Kill every process of the node at once, as if a machine lost power."""
         found = subprocess.run(
             ["ip", "netns", "pids", self.options.namespace(node)], capture_output=True, text=True, check=False
         )
@@ -112,7 +120,7 @@ class LocalCluster:
         self._processes.forget(node)
 
     def environment(self) -> dict[str, str]:
-        """What a client of the cluster needs, and every node has."""
+        """The environment variables that a client of the cluster needs. Every node has them too."""
         options = self.options
         online = f"redis://:{self._secret('redis-password')}@{options.host}:{options.redis_port}/1"
         return {
@@ -173,12 +181,12 @@ class LocalCluster:
         return path
 
     def _settings(self) -> dict[str, str]:
-        """The environment of everything that is started here."""
+        """The environment of every process that is started here."""
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "AWS_", "MLFLOW_"))}
         return {
             **kept,
             **self.environment(),
-            # As KubeRay sets it: workers wait so long for a head that comes back.
+            # The value that KubeRay sets: workers wait this long for a head to come back.
             "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
             "PATH": f"{BIN}{os.pathsep}{kept['PATH']}",
             "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [kept.get("PYTHONPATH")])]),
@@ -189,12 +197,15 @@ class LocalCluster:
         return answers(url, {"Authorization": f"Bearer {self._secret('token')}"})
 
     def _has_joined(self, node: str, before: int) -> bool:
-        """Whether Ray says so after the first `before` characters of its log: a node that listens may yet give up."""
+        """Whether Ray says that it started, after the first `before` characters of its log.
+
+        A node that already listens may still give up.
+        """
         return "Ray runtime started" in self._processes.log(node)[before:]
 
 
 def main(argv: Sequence[str]) -> int:
-    """`up`, `down`, `start NODE` or `stop NODE`, then options; returns the exit code."""
+    """Run `up`, `down`, `start NODE` or `stop NODE`, followed by options. Returns the exit code."""
     words = list(argv)
     try:
         verb = words.pop(0) if words else ""

@@ -1,4 +1,4 @@
-"""Where the local cluster is, and of what size."""
+"""The place and the size of the local cluster."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ HEAD = "head"
 
 
 class Options(Config):
-    """Where the cluster is, and of what size."""
+    """The place and the size of the cluster."""
 
     folder: str = free("build/local", "logs, data and the token; others may enter it, for PostgreSQL is not root")
     name: str = free("rp", "beginning of the names of namespaces and the bridge", pattern="^[a-z]{1,6}$")

@@ -1,4 +1,4 @@
-"""The processes of a local cluster: started with a log each, known again by a later command, and ended, these alone."""
+"""The processes of a local cluster: each has a log, later commands find it again, and only they are ended."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _UP_S = 300.0  # MLflow took 130 s on two busy cores
 
 
 class Processes:
-    """What was started from one folder, by name."""
+    """The processes that were started from one folder, by name."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -35,7 +35,11 @@ class Processes:
         ready: Callable[[], bool],
         tries: int = 1,
     ) -> None:
-        """Start it and wait until it is `ready`; one that ends before is tried again. RaypipeError with its log else."""
+        """Start a process and wait until it is `ready`.
+
+        If it ends before that, it is started again, up to `tries` times. Raises RaypipeError, with its log, if it does
+        not become ready.
+        """
         for left in reversed(range(tries)):
             with (self._folder / "log" / f"{name}.log").open("ab") as output:
                 process = subprocess.Popen(
@@ -57,7 +61,7 @@ class Processes:
         return path.read_text(errors="replace") if path.exists() else ""
 
     def known(self) -> dict[str, tuple[int, float]]:
-        """Name → process id, and when it was started."""
+        """Name → (process id, start time in Unix seconds)."""
         return json.loads(self._file.read_text()) if self._file.exists() else {}
 
     def forget(self, name: str) -> None:
@@ -99,7 +103,10 @@ def answers(url: str, headers: Mapping[str, str] | None = None) -> bool:
 
 
 def _end(name: str, pid: int, started: float) -> None:
-    """The process and its children, asked first; one that only has the number of ours is left alone."""
+    """End the process and its children: terminate them first, then kill what is left.
+
+    A process that merely has the same id as ours is left alone.
+    """
     try:
         process = psutil.Process(pid)
         if abs(process.create_time() - started) > 1:

@@ -17,14 +17,17 @@ METRICS_PORT = 8080
 
 
 class Servers:
-    """Their commands; data and settings lie in the cluster's folder."""
+    """The commands of the servers. Their data and settings are in the cluster's folder."""
 
     def __init__(self, options: Options, folder: Path) -> None:
         self.options = options
         self.folder = folder
 
     def commands(self) -> Iterator[tuple[str, list[str], Callable[[], bool]]]:
-        """Name, command and whether it is up, in the order in which they need each other; prepares each before it is yielded."""
+        """Yield (name, command, whether it is up), in the order in which the servers need each other.
+
+        Each server is prepared before it is yielded.
+        """
         for name in ("redis", "prometheus", "mlflow"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         options, host = self.options, self.options.host
@@ -41,7 +44,7 @@ class Servers:
         return [*words, "--requirepass", password, "--dir", str(self.folder / "redis"), "--appendonly", "yes"]
 
     def _postgres(self) -> list[str]:
-        """PostgreSQL refuses to be root."""
+        """The command of PostgreSQL, as the user postgres, because PostgreSQL refuses to run as root."""
         options, data = self.options, self.folder / "postgres"
         programs = postgres_bin()
         assert programs is not None
@@ -63,7 +66,7 @@ class Servers:
         options = self.options
         password = (self.folder / "postgres-password").read_text()
         database = f"postgresql+psycopg2://mlflow:{password}@{options.host}:{options.postgres_port}/postgres"
-        # Its job runner is seven more processes that nobody here asks anything.
+        # MLflow's job runner would be seven more processes that nobody here needs.
         words = ["env", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false", str(BIN / "mlflow"), "server", "--workers", "1"]
         words += ["--backend-store-uri", database]
         words += ["--host", options.host, "--port", str(options.mlflow_port), "--allowed-hosts", "*"]

@@ -1,4 +1,4 @@
-"""The command line: find the job, validate its config, run it, end with one JSON line and an exit code.
+"""The command line: find the job, validate its config, run it, and end with one JSON line and an exit code.
 
 Exit codes: 0 ok or nothing to do, 1 failed, 2 wrong usage or config, 3 a quality gate refused.
 """
@@ -21,7 +21,8 @@ from raypipe.config import Config
 from raypipe.errors import RaypipeError, UsageError
 from raypipe.runtime.progress import say, speak
 
-# Job → module, config class, function. Imported when named: `raypipe status` should not wait for torch.
+# Job → module, config class, function.
+# A module is imported only when its job is named, because `raypipe status` should not wait for torch.
 JOBS = {
     "dataset synthetic": ("raypipe.pipeline.dataset", "SyntheticJobConfig", "run_synthetic"),
     "ingest": ("raypipe.pipeline.ingest", "IngestConfig", "run_ingest"),
@@ -51,7 +52,7 @@ JOBS = {
     "doctor": ("raypipe.pipeline.doctor", "DoctorConfig", "run_doctor"),
 }
 _SUBMIT = "submit"
-# What a list of the jobs says of them.
+# The descriptions in the list of jobs.
 _PURPOSES = {
     "Logs and models": {
         "dataset synthetic": "make a log and a catalogue of any size, with planted tastes",
@@ -93,7 +94,7 @@ _EXIT = {"ok": 0, "nothing_to_do": 0, "failed": 1, "refused": 3}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one job; returns its exit code. The last line of stdout is the job's JSON, whatever happened."""
+    """Run one job and return its exit code. The last line of stdout is the job's JSON, whatever happened."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in {"-h", "--help"}:
         print(_usage())
@@ -101,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] == "--version":
         print(__version__)
         return 0
-    # A job's name is one word, or two: `dataset synthetic`.
+    # A job's name is one word or two, such as `dataset synthetic`.
     length = 2 if " ".join(words[:2]) in JOBS else 1
     job, options = " ".join(words[:length]), words[length:]
     signal.signal(signal.SIGTERM, _stop)
@@ -133,25 +134,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             "submit the same command again to resume, and report the traceback above if it fails again."
         )
         result, code = _failure(job, "failed", repr(error)), 1
-    # JSON has no NaN: a figure that is no number is null.
+    # JSON has no NaN, so such a figure becomes null.
     result = json.loads(json.dumps(result), parse_constant=lambda _: None)
     sys.stdout.flush()
     print(json.dumps(result, ensure_ascii=False), flush=True)
     if webhook is not None:
-        with contextlib.suppress(KeyboardInterrupt):  # the job has ended, however long its listener takes
+        with contextlib.suppress(KeyboardInterrupt):  # the job has ended; the webhook may be interrupted
             notify(webhook, result)
     return code
 
 
 def config_type(job: str) -> type[Config]:
-    """The configuration that a job takes."""
+    """The configuration class of a job."""
     module, config, _ = JOBS[job]
     found: type[Config] = getattr(importlib.import_module(module), config)
     return found
 
 
 def _lease(config: Config) -> contextlib.AbstractContextManager[object]:
-    """Held while a submitted run's driver lives, so that the run has one driver."""
+    """The lock that a submitted run's driver holds while it lives, so that the run has only one driver."""
     run = getattr(config, "run", None)
     if run is None:
         return contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""From a YAML file and dotted options to a validated config: `--config FILE` first, options over it."""
+"""Build a validated config from a YAML file and dotted options. Options override the file that `--config` names."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ from raypipe.config import Config, merge
 from raypipe.errors import UsageError
 
 C = TypeVar("C", bound=Config)
-# How pydantic-settings names the option in its two messages about a value that is no JSON.
+# Finds the option's name in the two messages of pydantic-settings about a value that is not JSON.
 _UNPARSED = re.compile(r'(?:encountered for |field ")([\w.]+)')
 
 
 def parse_config(job: str, config_type: type[C], argv: Sequence[str]) -> C:
-    """The config of `job`; raises UsageError with the remedy for unknown keys, wrong types, what is no JSON and unreadable files."""
+    """The config of `job` from its command-line options.
+
+    Raises UsageError, with the remedy, for unknown keys, wrong types, values that are not JSON, and unreadable files.
+    """
     parser = _Parser(prog=f"raypipe {job}")
     parser.add_argument("--config", help="YAML file with the same keys, nested; options win over it")
     fields: dict[str, Any] = {name: (field.annotation, field) for name, field in config_type.model_fields.items()}
@@ -45,7 +48,7 @@ def parse_config(job: str, config_type: type[C], argv: Sequence[str]) -> C:
 
 
 def validated(config_type: type[C], values: Mapping[str, Any]) -> C:
-    """The config of nested values; raises UsageError as `parse_config` does."""
+    """The config made of nested values. Raises UsageError as `parse_config` does."""
     try:
         return config_type.model_validate(values)
     except ValidationError as error:
@@ -53,7 +56,7 @@ def validated(config_type: type[C], values: Mapping[str, Any]) -> C:
 
 
 def option(argv: Sequence[str], name: str) -> str | None:
-    """The value of one option, without looking at the others."""
+    """The value of one option, or None if it is not given. Other options are ignored."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument(name)
     return getattr(parser.parse_known_args(list(argv))[0], name.strip("-"))
@@ -86,9 +89,9 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 
 def _explain(error: ValidationError, config_type: type[Config]) -> tuple[str, str]:
-    """The first problem in words, and what to do about it."""
+    """The first problem in words, and its remedy."""
     errors = error.errors()
-    # An unknown key comes first: a misspelt one is also why another is missing.
+    # An unknown key is reported first: a misspelt key is also why another one is missing.
     first = next((found for found in errors if found["type"] == "extra_forbidden"), errors[0])
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
@@ -102,14 +105,14 @@ def _explain(error: ValidationError, config_type: type[Config]) -> tuple[str, st
         return f"Config key {place!r} is {first.get('input')!r}: {first['msg']}.", f"Correct --{place}."
     told = str(first["ctx"]["error"])
     if isinstance(first["input"], Mapping):
-        # Options of which none is wrong by itself: their values would tell the reader nothing. Often the first word is
-        # an option's or a model's name, so it keeps its case.
+        # No single option is wrong, only their combination, so their values would tell the reader nothing. The first
+        # word is often the name of an option or a model, so its case is kept.
         return f"{f'--{place}: ' if place else ''}{told}.", "Correct the options this is about."
     return f"Config key {place!r} is {first['input']!r}: {told}.", f"Correct --{place}."
 
 
 def _explain_json(name: str, argv: Sequence[str], config_type: type[Config]) -> tuple[str, str]:
-    """That an option is no JSON, and an example of what it takes."""
+    """The problem of an option whose value is not JSON, and an example of what it takes."""
     *path, last = name.split(".")
     example = json.dumps(_example(_section(config_type, path).model_fields[last].annotation))
     return (
@@ -119,7 +122,7 @@ def _explain_json(name: str, argv: Sequence[str], config_type: type[Config]) -> 
 
 
 def _example(annotation: Any) -> Any:
-    """A value of the type, as JSON has it."""
+    """An example value of the type, as it is in JSON."""
     origin, types = get_origin(annotation), [one for one in get_args(annotation) if one not in (type(None), ...)]
     if origin is Literal:
         return types[0]
@@ -140,7 +143,7 @@ def _keys(config_type: type[Config], path: Sequence[str | int]) -> list[str]:
 
 
 def _section(config_type: type[Config], path: Sequence[str | int]) -> type[Config]:
-    """The config under a path of keys."""
+    """The config class at a path of keys."""
     current: Any = config_type
     for part in path:
         annotation = current.model_fields[part].annotation

@@ -1,8 +1,8 @@
-"""`raypipe submit JOB …`: a job's command, checked here and run by a cluster's job server.
+"""`raypipe submit JOB …`: check a job's command here, and run it through a cluster's job server.
 
-A run is named `<job>-<date>-<run key>`, its submissions `…-1`, `…-2`. The run key is a hash over the job and its
-configuration, without where and with how many workers it runs; so a run that succeeded, or whose driver lives, is not
-submitted twice, and one that failed goes on where it stopped.
+A run is named `<job>-<date>-<run key>`, and its submissions `…-1`, `…-2`. The run key is a hash over the job and its
+configuration, except for where it runs and with how many workers. So a run that succeeded or whose driver lives is not
+submitted twice, and a run that failed continues where it stopped.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ JOB = "submit"
 NO_FOLDER = "none"
 _FAILED = 1
 _CONFIG_KEY_DIGITS = 12
-# From a job's start to its driver's lease: Python, imports, and a worker node that is still to come up have their time.
+# The time from a job's start until its driver must hold the lease: Python, imports and a worker node's start take time.
 _LEASE_BY_S = 180.0
 _INSTALLS = ("pip", "conda", "uv")
 _TOKEN = "token"
@@ -43,7 +43,7 @@ _WHERE = frozenset(JobConfig.model_fields) - {"workspace"}
 
 
 class SubmitConfig(Config):
-    """Where a job is submitted, and what its driver gets."""
+    """Where a job is submitted, and the resources of its driver."""
 
     address: str = free(
         lambda: os.environ.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265", "the cluster's job server"
@@ -62,7 +62,7 @@ class SubmitConfig(Config):
 
 
 class Submission(Config):
-    """What is submitted, but for the number of the attempt."""
+    """What is submitted, without the number of the attempt."""
 
     job: str = free(..., "the job")
     words: tuple[str, ...] = free(..., "the job's options, its date among them")
@@ -77,7 +77,7 @@ class Submission(Config):
         return f"{self.job.replace(' ', '-')}-{self.date}-{self.config_key}"
 
     def entrypoint(self, driver_cpus: float) -> str:
-        """What the job server runs: the job, under the run's lease."""
+        """The command that the job server runs: the job, under the run's lease."""
         added = ("--run", self.run, "--cluster.driver_cpus", f"{driver_cpus:g}")
         return shlex.join(["python", "-m", "raypipe.cli.main", *self.job.split(), *self.words, *added])
 
@@ -85,9 +85,10 @@ class Submission(Config):
 def run_submit(
     words: Sequence[str], jobs: Collection[str], config_type: Callable[[str], type[Config]]
 ) -> tuple[int, dict[str, Any]]:
-    """Submit the one of `jobs` that `words` name, and return its exit code and result.
+    """Submit the job that `words` name, one of `jobs`. Returns its exit code and result.
 
-    Raises UsageError where the job or its options are wrong, the run succeeded or runs, or the upload is too large.
+    Raises UsageError if the job or its options are wrong, if the run succeeded or is running, or if the upload is too
+    large.
     """
     own, rest = split_words(words)
     config = parse_config(JOB, SubmitConfig, own)
@@ -129,7 +130,7 @@ def run_submit(
 
 
 def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Submit's own options, and from the job's name on the rest."""
+    """Submit's own options, and the rest from the job's name on."""
     flags = {
         f"--{sign}{name}"
         for name, field in SubmitConfig.model_fields.items()
@@ -145,7 +146,10 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def prepare(
     config: SubmitConfig, words: Sequence[str], jobs: Collection[str], config_type: Callable[[str], type[Config]]
 ) -> Submission:
-    """What is to be submitted, checked by the job's own configuration."""
+    """What will be submitted, checked by the job's own configuration class.
+
+    Raises UsageError if it cannot be submitted.
+    """
     length = 2 if " ".join(words[:2]) in jobs else 1
     job, options = " ".join(words[:length]), list(words[length:])
     if job not in jobs:
@@ -163,7 +167,7 @@ def prepare(
     parsed = parse_config(job, config_type(job), options)
     date = getattr(parsed, "date", None) or datetime.date.today().isoformat()
     if job == "nightly" and parsed.date is None:  # type: ignore[attr-defined]
-        # A night that is tried again after midnight is the same night.
+        # A night that is tried again after midnight must remain the same night.
         options += ["--date", date]
         parsed = parse_config(job, config_type(job), options)
     values = parsed.model_dump(mode="json")
@@ -180,7 +184,7 @@ def prepare(
 
 
 def next_attempt(attempts: Sequence[Attempt], submission: Submission, config: SubmitConfig) -> int:
-    """The number of the next attempt. Raises UsageError where the run succeeded, or where an attempt may be alive."""
+    """The number of the next attempt. Raises UsageError if the run succeeded or if an attempt may be alive."""
     if any(attempt.status == "SUCCEEDED" for attempt in attempts) and not config.again:
         raise UsageError(
             f"{submission.run} has succeeded.",
@@ -197,12 +201,15 @@ def next_attempt(attempts: Sequence[Attempt], submission: Submission, config: Su
 
 
 def _is_alive(attempt: Attempt, submission: Submission) -> bool:
-    """Whether a driver holds the run's lease: a head that died leaves its jobs RUNNING for ever."""
+    """Whether a driver holds the run's lease.
+
+    Ray's status is not enough: a head that died leaves its jobs RUNNING for ever.
+    """
     if time.time() - attempt.started < _LEASE_BY_S:
         return True
     store = Store(submission.workspace)
     if store.is_local and not store.local_path().is_dir():
-        # The cluster's folder, and not this machine's.
+        # The workspace is a folder of the cluster and not of this machine, so its lease cannot be seen.
         return True
     try:
         with run_lock(store, submission.run):
@@ -213,7 +220,7 @@ def _is_alive(attempt: Attempt, submission: Submission) -> bool:
 
 
 def _in_working_dir(options: Sequence[str], config: SubmitConfig) -> list[str]:
-    """The options with the config file's path as it is below the working directory."""
+    """The options, with the config file's path relative to the working directory."""
     file = option(options, "--config")
     if file is None or config.working_dir == NO_FOLDER:
         return list(options)
@@ -237,7 +244,7 @@ def _runtime_env(config: SubmitConfig) -> dict[str, Any]:
                 f"The runtime environment {config.runtime_env} cannot be read: {error}.", "Write YAML."
             ) from None
     if any(name in env for name in _INSTALLS):
-        # Ray Train gives its workers half a minute, and what is installed for them counts.
+        # Ray Train waits half a minute for its workers to start, and the installation of packages counts towards that.
         env["env_vars"] = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600", **env.get("env_vars", {})}
     if config.working_dir != NO_FOLDER:
         size = check_upload(Path(config.working_dir), env.get("excludes", []))
@@ -267,7 +274,7 @@ def _metadata(config: SubmitConfig, submission: Submission) -> dict[str, str]:
 
 
 def _git_sha(folder: str) -> str:
-    """The commit of the folder, with a mark where files differ from it; "none" outside of git."""
+    """The commit of the folder, marked "-dirty" if files differ from it; "none" outside of git."""
     try:
         sha = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
         state = subprocess.run(

@@ -1,4 +1,4 @@
-"""How a job ended, told to whoever waits for it."""
+"""The webhook: tell a listener how a job ended."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ _SECRET = "token"
 
 
 def notify(url: str, result: Mapping[str, Any]) -> None:
-    """POST the job's result as JSON, without a token that it made. One that does not arrive is told on stderr and changes nothing
-    else."""
+    """POST the job's result as JSON, without a token that the job made.
+
+    If that fails, a warning on stderr says so, and nothing else changes.
+    """
     metrics = {name: value for name, value in result["metrics"].items() if name != _SECRET}
     body = json.dumps({**result, "metrics": metrics}, ensure_ascii=False).encode()
     try:
@@ -31,7 +33,7 @@ def notify(url: str, result: Mapping[str, Any]) -> None:
 
 
 def _host(url: str) -> str:
-    """The rest of the address may be a secret."""
+    """The host name of the URL. The rest of the address may be a secret."""
     try:
         return urlsplit(url).hostname or "no host"
     except ValueError:

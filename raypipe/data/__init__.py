@@ -1,1 +1,1 @@
-"""Where users, items and events come from: logs, catalogues, public data sets and a synthetic one."""
+"""Sources of users, items and events: logs, catalogues, public data sets and a synthetic one."""

@@ -1,4 +1,4 @@
-"""What an item's columns say: attribute values, running text, Python lists spelled out as text."""
+"""The contents of an item's columns: attribute values, running text, and Python lists written as text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BETWEEN_STRINGS = re.compile(r"""['"], ['"]""")
 
 ATTRIBUTES = pa.map_(pa.string(), pa.list_(pa.string()))
 
-# A column with longer values (their median) is prose.
+# A column whose median length is greater is prose.
 SHORT_CHARACTERS = 40
 
 
@@ -27,7 +27,7 @@ def is_short(column: pa.Array) -> bool | None:
 
 
 def value_lists(column: pa.Array, separator: str | None) -> pa.ListArray:
-    """Each row's values, trimmed, without empty ones: text cut at `separator`, or lists as they are."""
+    """Each row's values, trimmed and without empty ones. Text is split at `separator`; lists are taken as they are."""
     if pa.types.is_list(column.type):
         lists = column
     else:
@@ -40,7 +40,7 @@ def value_lists(column: pa.Array, separator: str | None) -> pa.ListArray:
 
 
 def attribute_maps(named: dict[str, pa.ListArray], rows: int) -> pa.Array:
-    """One map a row, attribute → its values; attributes without a value are left out."""
+    """One map a row, attribute → values. Attributes without a value are left out."""
     if not named:
         return pa.array([{}] * rows, ATTRIBUTES)
     lists = pa.concat_arrays(list(named.values()))
@@ -53,8 +53,8 @@ def attribute_maps(named: dict[str, pa.ListArray], rows: int) -> pa.Array:
 
 
 def joined_text(columns: list[pa.Array], rows: int) -> pa.Array:
-    """The columns' text as one, a line per column that has any; empty where none has."""
-    # Not binary_join_element_wise(null_handling="skip"): in pyarrow 25 it drops the rows in which every value is null.
+    """The columns' text joined, with a line for each column that has text; empty if no column has text."""
+    # binary_join_element_wise(null_handling="skip") would drop rows in which every value is null (pyarrow 25).
     joined = pa.array([""] * rows, pa.string())
     for column in columns:
         text = pc.utf8_trim_whitespace(pc.fill_null(plain_text(column), ""))
@@ -64,7 +64,10 @@ def joined_text(columns: list[pa.Array], rows: int) -> pa.Array:
 
 
 def plain_text(column: pa.Array) -> pa.Array:
-    """`column` with lists, and text that is a Python list of strings (as in Amazon's dumps), as sentences in a row."""
+    """`column` with its lists joined into plain text.
+
+    Text that is written as a Python list of strings, as in Amazon's dumps, is joined too.
+    """
     if pa.types.is_list(column.type):
         return pc.binary_join(column, " ")
     listed = pc.fill_null(pc.and_(pc.starts_with(column, "["), pc.ends_with(column, "]")), False)
@@ -78,7 +81,7 @@ def _flattened(text: str) -> str:
     try:
         parts = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
-        # Once HTML entities were resolved (18&#34; → 18"), such a list is no Python any more; 16 of Amazon's are so.
+        # Resolved HTML entities (18&#34; → 18") can make such a list invalid Python; this happens in 16 of Amazon's.
         if text[1:2] not in ("'", '"') or text[-2:-1] not in ("'", '"'):
             return text
         parts = _BETWEEN_STRINGS.split(text[2:-2].replace("\\n", " "))

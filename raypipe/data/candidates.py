@@ -1,7 +1,8 @@
-"""Candidate sets: what each user chose next among items they never chose, drawn by hash and so the same for every model.
+"""Candidate sets: each user's next item among items that the user never chose.
 
-A user's set follows from the seed, the user's id and the history alone: neither who else is asked nor in which order
-changes it. Where the chosen item stands in it is drawn too, so that no scorer is right by naming a place.
+They are drawn by hash, so they are the same for every model. A user's set depends only on the seed, the user's id and
+the history. It does not depend on which other users are asked, or in which order. The place of the chosen item in the
+set is drawn too, so that no scorer can be right by naming a place.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ _PLACE = np.uint64(0xA0761D6478BD642F)
 
 @dataclass(frozen=True)
 class CandidateSets:
-    """`keys` int64 [n], stable hashes of the users' ids; `items` int32 [n, candidates]; `places` int64 [n], the column of the
-    item that was chosen."""
+    """Candidate sets of n users.
+
+    `keys` int64 [n] are stable hashes of the users' ids. `items` int32 [n, candidates] are the candidates. `places`
+    int64 [n] is the column of the item that the user chose.
+    """
 
     keys: NDArray[np.int64]
     items: NDArray[np.int32]
@@ -30,19 +34,21 @@ class CandidateSets:
 
     @property
     def targets(self) -> NDArray[np.int32]:
-        """int32 [n], what was chosen."""
+        """The chosen items: int32 [n]."""
         return self.items[np.arange(len(self)), self.places]
 
     def ranks(self, scores: NDArray[np.floating]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """How many candidates score above the chosen one, and how many the same, itself included: int64 [n] each, from scores
-        [n, candidates]."""
+        """How many candidates score above the chosen one, and how many score the same, itself included: int64 [n] each.
+
+        `scores` are [n, candidates].
+        """
         return ranks_at(scores, self.places)
 
 
 def ranks_at(scores: NDArray[np.floating], places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Of scores [n, candidates] how many are above the one in the column `places` [n], and how many the same, itself included.
+    """How many scores of a row are above the one in column `places`, and how many equal it, itself included: [n] each.
 
-    What is no number is below all that are, and the same as its like.
+    `scores` are [n, candidates] and `places` [n]. NaN counts as lower than every number and as equal to NaN.
     """
     known = np.where(np.isnan(scores), -np.inf, scores)
     own = known[np.arange(len(places)), places][:, None]
@@ -50,7 +56,7 @@ def ranks_at(scores: NDArray[np.floating], places: NDArray[np.int64]) -> tuple[N
 
 
 def history_seeds(users: U64, history_lanes: U64, seed: int) -> U64:
-    """A number for each user [n] out of the hash of their id, the two of their history [n, 2], and a seed."""
+    """A seed for each user [n], made from the hash of the id, the two hashes of the history [n, 2] and `seed`."""
     with np.errstate(over="ignore"):
         salted = mix(users ^ mix(np.array([seed], np.uint64)))
         return mix(salted ^ mix(history_lanes[:, 0] ^ mix(history_lanes[:, 1])))
@@ -59,10 +65,11 @@ def history_seeds(users: U64, history_lanes: U64, seed: int) -> U64:
 def draw_unseen(
     seeds: U64, seen: NDArray[np.int32], lengths: NDArray[np.int64], items: int, count: int
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """For each seed [n] as many distinct items of 1 … `items`, none of those the user has seen, all alike likely.
+    """Draw for each seed `count` distinct items of 1 … `items` that the user has not seen, all equally likely.
 
-    `seen` are the items of all, one after the other, `lengths` [n] how many are whose. Returns int32 [n, count] and which rows
-    are filled: of whom fewer are unseen, the row has no meaning.
+    `seeds` are [n]. `seen` are the items of all users one after another, and `lengths` [n] is how many of them each
+    user has. Returns int32 [n, count], and bool [n], which is False for users who have fewer unseen items; their rows
+    have no meaning.
     """
     rows = len(seeds)
     owners = np.repeat(np.arange(rows), lengths)
@@ -80,7 +87,7 @@ def draw_unseen(
         fresh = taken[np.minimum(at, len(taken) - 1)] != places if len(taken) else np.ones(places.shape, bool)
         fresh &= _first_of_their_kind(found)
         enough = fresh.sum(1) >= count
-        # The first so many fresh ones of each row, in the order in which they were drawn.
+        # The first `count` unseen items of each row, in the order in which they were drawn.
         chosen = fresh[enough] & (fresh[enough].cumsum(1) <= count)
         drawn[left[enough]] = found[enough][chosen].reshape(-1, count)
         left, tries = left[~enough], 2 * tries
@@ -96,20 +103,22 @@ def candidate_sets(
     items: int,
     negatives: int,
 ) -> tuple[CandidateSets, NDArray[np.bool_]]:
-    """Sets of the users [n] who have left enough items unseen, and which these are, bool [n]; other arguments as for
-    `draw_unseen`. `seen` holds each user's target too."""
+    """The candidate sets of users with enough unseen items, and which of the users [n] those are: bool [n].
+
+    `seen` must contain each user's target too. The other arguments are as in `draw_unseen`.
+    """
     drawn, filled = draw_unseen(seeds, seen, lengths, items, negatives)
     places = (mix(seeds ^ _PLACE) % np.uint64(negatives + 1)).astype(np.int64)
     columns = np.arange(negatives + 1)[None]
     whole = np.concatenate([drawn, np.zeros((len(drawn), 1), np.int32)], 1)
-    # The one at the target's place moves to the end.
+    # The item at the target's place moves to the end.
     whole[:, negatives] = whole[np.arange(len(whole)), places]
     whole = np.where(columns == places[:, None], targets[:, None], whole).astype(np.int32)
     return CandidateSets(keys[filled], whole[filled], places[filled]), filled
 
 
 def _first_of_their_kind(values: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which values [n, m] stand for the first time in their row."""
+    """Which values [n, m] occur for the first time in their row: bool [n, m]."""
     order = np.argsort(values, axis=1, kind="stable")
     ordered = np.take_along_axis(values, order, 1)
     new = np.ones(values.shape, bool)

@@ -1,7 +1,7 @@
-"""From raw columns to checked ones, whole columns at a time.
+"""Cast raw columns to checked ones, a whole column at a time.
 
-Each function has a fast path for a column in which every value is good and a slow path that finds the bad ones; both
-give a value the same result, so what stands beside it in a block never matters.
+Each function has a fast path for a column in which every value is good, and a slow path that finds the bad ones. Both
+give a value the same result, so the other values in its block never matter.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ISO = (
 
 @dataclass(frozen=True)
 class Checked:
-    """Values, and masks # [rows] of those that are `missing` (null, empty) or `bad_text` (not UTF-8)."""
+    """Values, and two masks # [rows]: `missing` (null or empty) and `bad_text` (not UTF-8)."""
 
     values: pa.Array
     missing: np.ndarray
@@ -39,7 +39,10 @@ class Checked:
 
 @dataclass(frozen=True)
 class Numbers:
-    """Numbers, whole ones exactly: `integers` where `whole`, else `floats`; `missing` rows have neither."""
+    """Numbers, with whole numbers kept exactly: `integers` where `whole`, else `floats`.
+
+    Rows that are `missing` have neither.
+    """
 
     integers: np.ndarray
     floats: np.ndarray
@@ -79,7 +82,7 @@ def value_type(type_: pa.DataType) -> pa.DataType:
 
 
 def flat(column: pa.ChunkedArray) -> pa.Array:
-    """One array of plain values: dictionaries and views resolved, which few functions of Arrow take."""
+    """One array of plain values. Dictionaries and views are resolved, because few Arrow functions take them."""
     array = column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):  # an empty column keeps its chunks
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
@@ -91,7 +94,10 @@ def flat(column: pa.ChunkedArray) -> pa.Array:
 
 
 def to_ids(values: pa.Array) -> Checked:
-    """Ids as text: strings as they are, numbers exactly and whole ones without ".0"; null, empty and NaN are missing."""
+    """Ids as text: strings unchanged, numbers exactly and whole ones without ".0".
+
+    Null, empty and NaN values are missing.
+    """
     if kinds.is_floating(values.type):
         text, bad_text = _float_ids(values), np.zeros(len(values), bool)
     else:
@@ -101,14 +107,14 @@ def to_ids(values: pa.Array) -> Checked:
 
 
 def to_text(values: pa.Array) -> tuple[pa.Array, np.ndarray]:
-    """Values as strings, and a mask # [rows] of those that are not UTF-8 (null among the strings)."""
+    """Values as strings, and a mask # [rows] of those that are not UTF-8, which are null among the strings."""
     if kinds.is_decimal(values.type):
         return _decimal_text(values), np.zeros(len(values), bool)
     if not is_text(values.type):
         return values.cast(pa.string()), np.zeros(len(values), bool)
     raw = values.cast(pa.binary())
     try:
-        # Also a column that calls itself a string is checked: Parquet and JSON readers do not look at its bytes.
+        # A column of type string is checked too, because Parquet and JSON readers do not check its bytes.
         return raw.cast(pa.string()), np.zeros(len(values), bool)
     except pa.ArrowInvalid:
         unchecked = pc.cast(raw, options=pc.CastOptions(pa.string(), allow_invalid_utf8=True))
@@ -119,10 +125,10 @@ def to_text(values: pa.Array) -> tuple[pa.Array, np.ndarray]:
 
 
 def to_numbers(values: pa.Array) -> Numbers:
-    """Numbers out of numbers or of text in decimal notation; null, unreadable and not finite ones are missing."""
+    """Numbers from numbers or from text in decimal notation. Null, unreadable and non-finite values are missing."""
     rows = len(values)
     if kinds.is_unsigned_integer(values.type):
-        values = values.cast(pa.int64(), safe=False)  # beyond int64 they turn negative: impossible as a time
+        values = values.cast(pa.int64(), safe=False)  # beyond int64 they become negative, which is no possible time
     if kinds.is_integer(values.type):
         missing = _mask(values.is_null())
         integers = values.fill_null(0).cast(pa.int64()).to_numpy(zero_copy_only=False)
@@ -139,8 +145,8 @@ def to_numbers(values: pa.Array) -> Numbers:
 def to_milliseconds(values: pa.Array, unit: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Unix milliseconds # [rows] int64 of times in `unit` (seconds|milliseconds|iso).
 
-    Also returns two masks # [rows]: those that are no time at all, and those before 1970 or after 2100-01-01. ISO text
-    without an offset is UTC; fractions beyond milliseconds are cut.
+    Also returns two masks # [rows]: values that are not a time, and times before 1970-01-01 or after 2100-01-01. ISO
+    text without an offset is UTC; digits beyond milliseconds are cut off.
     """
     if is_time(values.type):
         times, bad = _typed_milliseconds(values)
@@ -158,7 +164,7 @@ def to_milliseconds(values: pa.Array, unit: str) -> tuple[np.ndarray, np.ndarray
 
 
 def to_order(values: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Order values # [rows] int64 and a mask # [rows] of those that are no whole number."""
+    """Order values # [rows] int64, and a mask # [rows] of those that are not a whole number."""
     numbers = to_numbers(values)
     exact = (numbers.floats == np.floor(numbers.floats)) & (np.abs(numbers.floats) <= _LARGEST_EXACT)
     bad = numbers.missing | ~(numbers.whole | exact)
@@ -177,11 +183,11 @@ def _float_ids(values: pa.Array) -> pa.Array:
 
 
 def _decimal_text(values: pa.Array) -> pa.Array:
-    """Decimals digit by digit, without the zeros that only their scale asks for."""
+    """Decimals as exact digits, without the trailing zeros that only their scale adds."""
     text = values.cast(pa.string())
     if values.type.scale > 0:
         text = pc.replace_substring_regex(text, r"\.?0+$", "")
-    scientific = pc.fill_null(pc.match_substring(text, "E"), False)  # Arrow's for zero and very small numbers
+    scientific = pc.fill_null(pc.match_substring(text, "E"), False)  # Arrow writes zero and very small numbers so
     if not pc.any(scientific).as_py():
         return text
     written = [format(value.normalize(), "f") for value in values.filter(scientific).to_pylist()]
@@ -210,7 +216,8 @@ def _only_floats(values: pa.Array) -> Numbers:
 def _numbers_of_text(text: pa.Array) -> Numbers:
     rows = len(text)
     try:
-        # Arrow reads "0x10" as sixteen, which no log means; longer digits than _WHOLE's would be rounded below.
+        # Arrow reads "0x10" as sixteen, which no log means. Numbers with more digits than in _WHOLE would be rounded
+        # below.
         longest = pc.max(pc.binary_length(text)).as_py() or 0
         if longest <= _WHOLE_DIGITS and not pc.any(pc.match_substring(text, "x", ignore_case=True)).as_py():
             integers = text.cast(pa.int64())
@@ -257,7 +264,7 @@ def _iso_milliseconds(values: pa.Array) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _iso_each(text: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """As `_iso_milliseconds`, for a column that is not of one kind or has values that are no time."""
+    """The same as `_iso_milliseconds`, for a column of mixed forms or with values that are not a time."""
     parts = pc.extract_regex(text, _ISO)
     matched = _mask(parts.is_valid())
 

@@ -1,7 +1,7 @@
-"""The catalogue: items with title, text and attributes, read whole on the driver.
+"""The catalogue: items with title, text and attributes. The driver reads it whole.
 
-A million items with a few hundred bytes of text take seconds and about 2 GB; a catalogue that does not fit in the
-driver's memory is not covered.
+A million items with a few hundred bytes of text take seconds and about 2 GB. A catalogue that does not fit into the
+driver's memory is not supported.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ ITEM_COLUMNS = pa.schema(
 
 
 class AttributeColumn(Config):
-    """The column of an attribute, and what separates several values in it."""
+    """The column of an attribute, and the separator between several values in it."""
 
     column: str = shaping(description="the column's name")
     separator: str | None = shaping(None, "unset: one value a row", min_length=1)
 
 
 class CatalogueColumns(Config):
-    """Which columns of the catalogue hold what; MovieLens knows its own.
+    """Which columns of the catalogue hold what. For MovieLens they are known.
 
-    Left out, `attributes` are all other columns of short text (a median of at most 40 characters), cut at "|" where it
-    occurs, and `text` is the columns of longer text. Columns of neither are not read.
+    If `attributes` is not set, all other columns of short text (a median of at most 40 characters) are attributes,
+    split at "|". If `text` is not set, it is the columns of longer text. Columns that are neither are not read.
     """
 
     item: str = shaping("item_id", "the item's id")
@@ -65,17 +65,20 @@ class CatalogueConfig(Config):
 
 
 class ParsedCatalogue(NamedTuple):
-    """`items` with ITEM_COLUMNS, one row an item, and the rows that are none; together all rows of the source."""
+    """`items` with ITEM_COLUMNS, one row an item, and `rejects`, the unusable rows.
+
+    Together they are all rows of the source.
+    """
 
     items: pa.Table
     rejects: pa.Table
 
 
 def read_catalogue(config: CatalogueConfig) -> ParsedCatalogue:
-    """Items (titles as the source has them, not yet unique) and rejects.
+    """Read the items (with titles as in the source, not yet unique) and the rejects.
 
-    Rejects: null_item, missing_title, duplicate_item (the first good row stays), id_too_long, malformed_row, bad_text.
-    Raises UsageError when a column is missing, there is no row, or not one title.
+    Reasons of rejects: null_item, missing_title, duplicate_item (the first good row stays), id_too_long, malformed_row,
+    bad_text. Raises UsageError if a column is missing, if there is no row, or if no row has a title.
     """
     path = resolve(config.path)
     format_ = detect_format(path, "items") if config.format == "auto" else config.format
@@ -97,10 +100,10 @@ def read_catalogue(config: CatalogueConfig) -> ParsedCatalogue:
 
 
 def unique_titles(titles: Sequence[str], years: Sequence[int | None], ids: Sequence[str], taken: set[str]) -> list[str]:
-    """`titles` made unique among themselves and `taken`, in order: the first holder keeps its title.
+    """`titles` made unique among themselves and `taken`, in order. The first holder keeps its title.
 
-    A later one gets " (year)" if the year is known, not yet in the title, and that is free; else " [item_id]", and
-    should even that be taken, " [item_id] 2" and so on. `taken` is not changed.
+    A later holder gets " (year)", if the year is known, is not in the title yet, and the result is free. Otherwise it
+    gets " [item_id]", and if even that is taken, " [item_id] 2" and so on. `taken` is not changed.
     """
     seen = set(taken)
     unique = []

@@ -1,4 +1,4 @@
-"""The rows of a catalogue, of any format, as one table of text, numbers and lists of text."""
+"""The rows of a catalogue of any format, as one table of text, numbers and lists of text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from raypipe.errors import UsageError
 
 @dataclass(frozen=True)
 class ItemRows:
-    """Rows of a catalogue with the file and the position in it of each, and the rows that are none."""
+    """Rows of a catalogue, the file of each and its position in that file, and the rejected rows."""
 
     table: pa.Table
     files: pa.Array
@@ -32,7 +32,7 @@ class ItemRows:
 
 
 def read_item_rows(path: str, format_: Format, delimiter: str | None) -> ItemRows:
-    """All rows at `path`; columns are string, list<string> or numbers. Raises UsageError."""
+    """All rows at `path`. Columns are string, list<string> or numbers. Raises UsageError if they cannot be read."""
     if format_ in ("parquet", "delta"):
         columnar = delta_files(path) if format_ == "delta" else parquet_files(path)
         return _gather([(file.file, _columnar_rows(file)) for file in columnar])
@@ -66,7 +66,10 @@ def _gather(pieces: list[tuple[FoundFile, RawRows]]) -> ItemRows:
 
 
 def _without_bad_text(rows: RawRows) -> RawRows:
-    """Text columns as strings; rows with a value that is not UTF-8 become rejects. Lists of lists or of records are no words."""
+    """Text columns as strings. Rows with a value that is not UTF-8 become rejects.
+
+    Columns of lists of lists or of lists of records are dropped.
+    """
     columns: dict[str, pa.Array] = {}
     bad = np.zeros(rows.table.num_rows, bool)
     for name in rows.table.column_names:
@@ -90,10 +93,10 @@ def _without_bad_text(rows: RawRows) -> RawRows:
 
 
 def _delimited_rows(part: Part) -> RawRows:
-    """A CSV file, in which quoted fields may hold line breaks.
+    """The rows of a CSV file, whose quoted fields may hold line breaks.
 
-    Where that leaves broken rows, a stray quote may have swallowed lines: the file is then also read line by line, and
-    the reading with more good rows counts.
+    If some rows are broken, a stray quote may have swallowed lines. Then the file is also read line by line, and the
+    reading with more good rows is used.
     """
     quoted = _read_delimited(part, True)
     if not quoted.rejects:
@@ -110,7 +113,7 @@ def _read_delimited(part: Part, quoted_newlines: bool) -> RawRows:
         try:
             blocks = list(record_blocks(part.file.uri, start, UNKNOWN_END, dialect.breaking))
         except UsageError:
-            # A quote that is never closed makes one endless record; lines still end.
+            # A quote that is never closed makes one endless record; without quotes, records still end with their line.
             blocks = list(record_blocks(part.file.uri, start, UNKNOWN_END))
     wanted = list(dict.fromkeys(part.columns))
     return _joined([parse_delimited(block, at, dialect, wanted) for at, block in blocks], wanted)
@@ -163,7 +166,7 @@ def _json_rows(file: FoundFile) -> RawRows:
 
 
 def _json_column(values: list[Any]) -> pa.Array:
-    """Text as bytes, or lists of text where one value is a list; nested objects are null."""
+    """Text as bytes, or lists of text if any value is a list. Nested objects are null."""
     if any(isinstance(value, list) for value in values):
         lists = [value if isinstance(value, list) else [] if value is None else [value] for value in values]
         return pa.array([[_text(part) for part in parts] for parts in lists], pa.list_(pa.binary()))
@@ -174,5 +177,5 @@ def _text(value: Any) -> bytes | None:
     if isinstance(value, list | dict):
         return None
     text = scalar_text(value)
-    # A lone surrogate becomes bytes that are not UTF-8, and its row a reject.
+    # A lone surrogate becomes bytes that are not UTF-8, so its row becomes a reject.
     return None if text is None else text.encode(errors="surrogatepass")

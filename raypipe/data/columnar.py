@@ -1,4 +1,4 @@
-"""Parquet files and Delta tables, streamed: a giant row group needs no more memory than a small one."""
+"""Parquet files and Delta tables, streamed: a huge row group needs no more memory than a small one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _BUFFER_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class ColumnarFile:
-    """A Parquet file; `constants` are the columns its folder or its table knows and the file does not hold."""
+    """A Parquet file. `constants` are columns that its folder or table defines and the file itself does not hold."""
 
     file: FoundFile
     schema: pa.Schema
@@ -44,7 +44,10 @@ class ColumnarFile:
 
 
 def parquet_files(path: str) -> list[ColumnarFile]:
-    """The Parquet files at `path`, with `name=value` folders as constant columns. Raises UsageError."""
+    """The Parquet files at `path`. Folders named `name=value` become constant columns.
+
+    Raises UsageError if they cannot be read.
+    """
     return [_columnar(file, _folder_values(file.name)) for file in find_files(path)]
 
 
@@ -60,8 +63,8 @@ def is_delta(path: str) -> bool:
 def delta_files(path: str) -> list[ColumnarFile]:
     """The files of the newest version of the Delta table at `path`, sorted by name.
 
-    Raises UsageError when there is no table, or one with deletion vectors or mapped columns, which need more than its
-    files to be read.
+    Raises UsageError if there is no table, or if it uses deletion vectors or column mapping, because its files alone
+    are then not enough to read it.
     """
     if is_s3(path):
         check_endpoint()
@@ -92,7 +95,7 @@ def delta_files(path: str) -> list[ColumnarFile]:
     for name in sorted(sizes):
         uri = name if "://" in name else f"{path}/{unquote(name)}"
         file = _columnar(FoundFile(uri, name, sizes[name]), constants[name])
-        # A column added to the table later is null in the files before it.
+        # A column that was added to the table later is null in older files.
         absent: dict[str, str | None] = {column: None for column in table_columns if column not in file.columns}
         files.append(ColumnarFile(file.file, file.schema, file.group_rows, file.group_bytes, file.constants | absent))
     return files
@@ -101,9 +104,9 @@ def delta_files(path: str) -> list[ColumnarFile]:
 def read_row_groups(
     uri: str, columns: list[str], constants: dict[str, str | None], groups: range, row: int, batch_rows: int
 ) -> Iterator[RawRows]:
-    """`columns` of the row groups `groups`, whose first row is number `row` of the file, by batches.
+    """Yield `columns` of the row groups `groups` in batches. The first row is number `row` of the file.
 
-    Of columns of one name the first, as in CSV.
+    If several columns have the same name, the first one is read, as in CSV.
     """
     with explained(uri), open_file(uri) as source:
         file = pq.ParquetFile(source, buffer_size=_BUFFER_BYTES, pre_buffer=False)

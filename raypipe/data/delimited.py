@@ -1,8 +1,8 @@
 """Delimited text: comma- and tab-separated values, and MovieLens' `::` and pipes.
 
-Blocks are parsed by Arrow. Where Arrow finds another number of records than there are, because a quote is never closed,
-that block is parsed record by record (about 0.7 M rows/s), so that one broken line costs only itself. Every line of a
-broken record is a row that is rejected: a quote that swallows half a file shows in the count of rejects.
+Arrow parses blocks of records. If Arrow finds another number of records than there are, because a quote is never
+closed, the block is parsed record by record (about 0.7 M rows/s), so that a broken line spoils only itself. Every line
+of a broken record becomes a rejected row: a quote that swallows half a file shows in the number of rejects.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pyarrow import csv as arrow_csv
 from raypipe.data.lines import RawRows, record_starts
 from raypipe.data.rejects import Reject, line_json
 
-# Stands for a delimiter of two characters while Arrow parses, which knows delimiters of one only.
+# Replaces a delimiter of two characters while Arrow parses, because Arrow supports only single characters.
 _UNIT_SEPARATOR = "\x1f"
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a delimited file is written. `columns` are all its columns in order."""
+    """How a delimited file is written. `columns` are all its columns, in order."""
 
     columns: tuple[str, ...]
     delimiter: str = ","
@@ -32,12 +32,18 @@ class Dialect:
 
     @property
     def breaking(self) -> str | None:
-        """The delimiter, where quoted fields may hold line breaks: what it takes to tell records apart."""
+        """The delimiter if quoted fields may hold line breaks, else None.
+
+        It is then needed to find the ends of records.
+        """
         return self.delimiter if self.quoted_newlines else None
 
 
 def parse_delimited(block: bytes, at: int, dialect: Dialect, wanted: list[str]) -> RawRows:
-    """The records of `block`, which starts at byte `at` of its file; columns `wanted` as binary, unchecked."""
+    """Parse the records of `block`, which starts at byte `at` of its file.
+
+    Columns `wanted` are returned as unchecked binary.
+    """
     starts, ends = record_starts(block, dialect.breaking)
     if not starts.size:
         return RawRows(_empty(wanted), starts, [])
@@ -47,7 +53,8 @@ def parse_delimited(block: bytes, at: int, dialect: Dialect, wanted: list[str]) 
         wrong.append((row.number - 1, row.actual_columns))
         return "skip"
 
-    # Arrow hands malformed rows over as text, which bytes that are not UTF-8 have none; without `note` it gives up.
+    # Arrow passes malformed rows to `note` as text, which fails for bytes that are not UTF-8. Without `note` it gives
+    # up.
     table, ended = _parse_with_arrow(block, dialect, wanted, note if _is_utf8(block) else None)
     if table is None or table.num_rows + len(wrong) != starts.size or not ended:
         return _parse_each(block, at, starts, ends, dialect, wanted)
@@ -63,9 +70,9 @@ def parse_delimited(block: bytes, at: int, dialect: Dialect, wanted: list[str]) 
 def _parse_with_arrow(
     block: bytes, dialect: Dialect, wanted: list[str], note: object | None
 ) -> tuple[pa.Table | None, bool]:
-    """The rows of `block`, None if it is broken, and whether it ended outside of quotes.
+    """The rows of `block` (None if it is broken), and whether the block ends outside of quotes.
 
-    That shows in a row of ours after the last one: an unclosed quote swallows it.
+    A row of our own after the last one shows that: an unclosed quote swallows it.
     """
     delimiter = dialect.delimiter
     block += f"\n{delimiter.join(['.'] * len(dialect.columns))}\n".encode()
@@ -97,7 +104,7 @@ def _parse_with_arrow(
 def _parse_each(
     block: bytes, at: int, starts: np.ndarray, ends: np.ndarray, dialect: Dialect, wanted: list[str]
 ) -> RawRows:
-    """As `parse_delimited`, one record at a time."""
+    """The same as `parse_delimited`, one record at a time."""
     places = [dialect.columns.index(name) for name in wanted]
     values: list[list[bytes]] = [[] for _ in wanted]
     good: list[int] = []
@@ -120,7 +127,7 @@ def _parse_each(
 
 
 def _rejected(block: bytes, at: int, start: int, end: int, message: str) -> list[Reject]:
-    """Each line of the record block[start:end], which is none."""
+    """A reject for each line of the broken record block[start:end]."""
     record = block[start:end]
     lines = zip(*record_starts(record), strict=True)
     return [
@@ -136,8 +143,8 @@ def _fields(record: bytes, dialect: Dialect) -> list[bytes]:
         return [field.encode("latin-1") for field in text.split(dialect.delimiter)]
     # Not splitlines(): it also breaks at \x85, which is a byte of many UTF-8 characters.
     lines = [line + "\n" for line in text.split("\n")]
-    # Arrow takes `"a"b` for ab, and so does a reader that is not strict. A line of ours after the record tells whether
-    # its last quote was closed: if not, that line is part of it.
+    # Arrow reads `"a"b` as ab, and so does a non-strict csv reader. A line of our own after the record shows whether
+    # its last quote was closed: if not, that line becomes part of the record.
     rows = list(csv.reader([*lines, "."], delimiter=dialect.delimiter))
     if len(rows) != 2:
         raise csv.Error("a quote is not closed in its line; line breaks in quotes need log.quoted_newlines: true")

@@ -1,4 +1,4 @@
-"""Raw rows of a log as events and rejects: every row is one, or is filtered, and all are counted."""
+"""Cast raw rows of a log to events and rejects. Every row becomes one of them or is filtered, and all are counted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EVENTS = pa.schema(
 
 @dataclass(frozen=True)
 class EventRules:
-    """Which columns an event is made of and what they mean; one of `time` and `order` is set."""
+    """Which columns make up an event and what they mean. Exactly one of `time` and `order` is set."""
 
     user: str
     item: str
@@ -39,18 +39,18 @@ class EventRules:
 
     @property
     def columns(self) -> list[str]:
-        """The columns a reader has to deliver, each once."""
+        """The columns that a reader must deliver, each once."""
         named = (self.user, self.item, self.time, self.order, self.rating, self.event)
         return list(dict.fromkeys(name for name in named if name is not None))
 
 
 @dataclass(frozen=True)
 class LogChunk:
-    """Part of a split, checked: `rows_in` == rows of `events` + rows of `rejects` + `filtered`, always.
+    """A checked part of a split. `rows_in` always equals rows of `events` + rows of `rejects` + `filtered`.
 
-    `events` has the columns of EVENTS: time in Unix milliseconds (the order value in an order log), seq = position in
-    the whole log. `rejects` has those of `raypipe.data.rejects.REJECTS`; `reject_users` are the ids of their users, "" for a
-    row that tells none, null for a line that never became columns.
+    `events` has the columns of EVENTS: `time` is in Unix milliseconds (or the order value in an order log), and `seq`
+    is the position in the whole log. `rejects` has the columns of `raypipe.data.rejects.REJECTS`. `reject_users` are
+    the user ids of the rejected rows: "" if the row names no user, null if the line never became columns.
     """
 
     events: pa.Table
@@ -61,7 +61,7 @@ class LogChunk:
 
 
 class _Verdicts:
-    """The first thing wrong with each row."""
+    """The first problem of each row."""
 
     def __init__(self, rows: int) -> None:
         self._found: list[tuple[str, str]] = []
@@ -77,7 +77,7 @@ class _Verdicts:
         return self._codes == 0
 
     def rejects(self, raw: RawRows, users: pa.Array) -> list[Reject]:
-        """`users` [rows] are ids, null where there is none."""
+        """The rejects of `raw`. `users` [rows] are the user ids, null where there is none."""
         rows = np.flatnonzero(self._codes)
         if not rows.size:
             return []
@@ -92,7 +92,7 @@ class _Verdicts:
 
 
 def cast_events(raw: RawRows, rules: EventRules, seq: int, file_name: str) -> LogChunk:
-    """Checks `raw` and makes events of it; `seq` is the place of the file's first byte or row in the whole log."""
+    """Check `raw` and cast it to events. `seq` is the position of the file's first byte or row in the whole log."""
     rows = raw.table.num_rows
     verdicts = _Verdicts(rows)
     users = _check_ids(raw.table, rules.user, "user", verdicts)
@@ -173,9 +173,9 @@ def _nonnull(column: pa.Array | np.ndarray) -> pa.Array:
 
 
 def _shown(column: pa.ChunkedArray, rows: np.ndarray) -> list[object]:
-    """The values of `rows` for the eye; text as bytes, for it may not be UTF-8 even where the file says so."""
+    """The values of `rows` in readable form. Text stays bytes, because it may not be UTF-8 even if the file says so."""
     values = flat(column).take(pa.array(rows))
     if is_text(values.type):
         return values.cast(pa.binary()).to_pylist()
-    # Arrow can spell the times that Python's datetime cannot hold.
+    # Arrow can format times that Python's datetime cannot hold.
     return (values.cast(pa.string()) if is_time(values.type) else values).to_pylist()

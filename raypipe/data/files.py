@@ -1,6 +1,6 @@
 """Files of a log or a catalogue: one file, a folder or a glob of parts, on this machine or on S3.
 
-S3 is reached as a workspace there is (`storage.store`). Other object stores are not covered.
+S3 is reached in the same way as for a workspace (`storage.store`). Other object stores are not supported.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _WILDCARD = re.compile(r"[*?\[]")
 
 @dataclass(frozen=True)
 class FoundFile:
-    """One file: `uri` opens it, `name` is its path inside what the user named, `etag` is set on S3 only."""
+    """One file: `uri` opens it, `name` is its path within the path that the user gave, `etag` is set on S3 only."""
 
     uri: str
     name: str
@@ -40,9 +40,9 @@ class FoundFile:
 
 
 def find_files(path: str) -> list[FoundFile]:
-    """The files `path` stands for, sorted by name; of a folder all but hidden ones (`_…`, `.…`).
+    """The files at `path`, sorted by name. In a folder or a glob, hidden files (`_…`, `.…`) are left out.
 
-    Raises UsageError when there is none, or when the place cannot be listed or read.
+    Raises UsageError if there is no file, or if the place cannot be listed or read.
     """
     with explained(path):
         found = _find_on_s3(path) if is_s3(path) else _find_locally(local_path(path))
@@ -54,7 +54,7 @@ def find_files(path: str) -> list[FoundFile]:
 
 
 def resolve(path: str) -> str:
-    """`path` as an absolute path or an s3:// URI without a trailing slash; raises UsageError for other schemes."""
+    """`path` as an absolute path, or as an s3:// URI without a trailing slash. Raises UsageError for other schemes."""
     return path.rstrip("/") if is_s3(path) else str(local_path(path))
 
 
@@ -70,14 +70,17 @@ def local_path(path: str) -> Path:
 
 
 def open_file(uri: str) -> pa.NativeFile:
-    """A seekable Arrow file."""
+    """Open the file as a seekable Arrow file."""
     if is_s3(uri):
         return _s3_filesystem().open_input_file(uri.removeprefix("s3://"))
     return pa.OSFile(uri)
 
 
 def open_stream(uri: str) -> pa.NativeFile:
-    """A stream of the file's bytes, decompressed when its name ends in .gz; a plain file's can be sought."""
+    """Open a stream of the file's bytes, decompressed if its name ends in .gz.
+
+    The stream of an uncompressed file is seekable.
+    """
     file = open_file(uri)
     return pa.CompressedInputStream(file, "gzip") if is_compressed(uri) else file
 
@@ -87,7 +90,10 @@ def is_compressed(name: str) -> bool:
 
 
 def checksum(files: Sequence[FoundFile]) -> str:
-    """A hash of the files' content: sha256 here, etag and size on S3; of several files, the hash of their list."""
+    """A hash of the files' content: SHA-256 on this machine, etag and size on S3.
+
+    For several files it is the hash of their list.
+    """
     sums = [(file.name, _checksum_of_file(file)) for file in files]
     if len(sums) == 1:
         return sums[0][1]
@@ -96,8 +102,10 @@ def checksum(files: Sequence[FoundFile]) -> str:
 
 @contextmanager
 def explained(place: str) -> Iterator[None]:
-    """Turns what goes wrong while `place` is found or read into an error that says what to do: UsageError, or where an object
-    store does not answer UnavailableError."""
+    """Turn errors that occur while `place` is found or read into errors that say what to do.
+
+    They become UsageError, or UnavailableError if an object store does not answer.
+    """
     try:
         yield
     except FileNotFoundError as error:
@@ -118,7 +126,7 @@ def explained(place: str) -> Iterator[None]:
 
 
 def _in_short(error: BaseException) -> str:
-    """The error's text on one line, without the colours that object stores' errors come with."""
+    """The error's text on one line, without the colour codes that object stores' errors contain."""
     text = " ".join(_COLOUR.sub("", str(error)).split()) or type(error).__name__
     return text[:400].rstrip(".")
 
@@ -127,7 +135,7 @@ def _find_locally(path: Path) -> list[FoundFile]:
     if path.is_file():
         return [FoundFile(str(path), path.name, path.stat().st_size)]
     if path.is_dir():
-        list(path.iterdir())  # rglob passes over a folder that may not be read, and the log would look empty
+        list(path.iterdir())  # rglob skips an unreadable folder, and the log would look empty
         files = [part for part in path.rglob("*") if part.is_file()]
         root = path
     elif _WILDCARD.search(str(path)):
@@ -140,7 +148,7 @@ def _find_locally(path: Path) -> list[FoundFile]:
 
 
 def _before_wildcard(path: str) -> str:
-    """The folders of `path` before the first part with a wildcard."""
+    """The folders of `path` before its first component with a wildcard."""
     return _WILDCARD.split(path)[0].rpartition("/")[0]
 
 
@@ -169,7 +177,10 @@ def _find_on_s3(uri: str) -> list[FoundFile]:
 
 
 def _matches(parts: Sequence[str], patterns: Sequence[str]) -> bool:
-    """Whether a path fits a glob, folder by folder, as on this machine: `**` alone stands for any number of them."""
+    """Whether a path matches a glob, component by component, as in a local file system.
+
+    A component `**` stands for any number of folders.
+    """
     if not parts or not patterns:
         return not parts and all(pattern == "**" for pattern in patterns)
     if patterns[0] == "**":
@@ -183,7 +194,8 @@ def _on_s3(bucket: str, meta: Any, name: str) -> FoundFile:
 
 def _s3_store(bucket: str) -> S3Store:
     check_endpoint()
-    # The default retries for three minutes; a wrong endpoint should be told while the user still watches.
+    # By default obstore retries for three minutes, but a wrong endpoint should be reported while the user still
+    # watches.
     return S3Store(bucket, retry_config={"max_retries": 3, "retry_timeout": timedelta(seconds=20)})
 
 

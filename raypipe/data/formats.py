@@ -1,4 +1,4 @@
-"""Which format a log or a catalogue has, and its files as parts that can be read piece by piece."""
+"""The format of a log or a catalogue, and its files as parts that can be read piece by piece."""
 
 from __future__ import annotations
 
@@ -31,16 +31,17 @@ _ENDINGS: dict[str, Format] = {
 }
 _SAMPLE_BYTES = 1 << 20
 _MAX_HEADER_BYTES = 1 << 20
-# gzip makes a byte of at most 1,032 (deflate's limit); the place of the next file follows from that, unread.
+# A byte of gzip becomes at most 1,032 bytes (deflate's limit). So the next file's position is known without reading
+# this one.
 _MOST_INFLATED = 1032
 _BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
 class Part:
-    """One file: its columns, how to read it, and the ranges (start, end, position) its splits will have.
+    """One file: its columns, how to read it, and the ranges (start, end, position) of its splits.
 
-    `length` is the span of its positions in the log; `schema` is known for Parquet only.
+    `length` is the number of positions that it takes in the log. `schema` is known for Parquet only.
     """
 
     file: FoundFile
@@ -54,7 +55,7 @@ class Part:
 
 
 def detect_format(path: str, part: Literal["ratings", "items"]) -> Format:
-    """The format of what lies at `path`; raises UsageError when it cannot be told."""
+    """The format of the files at `path`. Raises UsageError if it cannot be detected."""
     if is_delta(path):
         return "delta"
     files = find_files(path)
@@ -76,7 +77,7 @@ def detect_format(path: str, part: Literal["ratings", "items"]) -> Format:
 
 
 def delimited_part(file: FoundFile, delimiter: str | None, quoted_newlines: bool, split_bytes: int) -> Part | None:
-    """A CSV file with a header; None when it is empty. Raises UsageError when its header cannot be read."""
+    """A CSV file with a header, or None if it is empty. Raises UsageError if its header cannot be read."""
     if delimiter is None:
         delimiter = "\t" if ".tsv" in file.name else ","
     header = _header(file)
@@ -95,7 +96,7 @@ def delimited_part(file: FoundFile, delimiter: str | None, quoted_newlines: bool
 
 
 def headless_part(file: FoundFile, dialect: Dialect, split_bytes: int) -> Part:
-    """A delimited file whose columns are known without a header."""
+    """A delimited file without a header whose columns are known."""
     return _text_part(file, "delimited", split_bytes, 0, dialect)
 
 
@@ -104,7 +105,7 @@ def json_part(file: FoundFile, columns: list[str], split_bytes: int) -> Part:
 
 
 def columnar_part(columnar: ColumnarFile, split_bytes: int) -> Part:
-    """A Parquet file; neighbouring row groups share a split up to `split_bytes` of uncompressed data."""
+    """A Parquet file. Neighbouring row groups share a split of up to `split_bytes` of uncompressed data."""
     ranges = []
     start = first_row = row = size = 0
     for group, (rows, bytes_) in enumerate(zip(columnar.group_rows, columnar.group_bytes, strict=True)):
@@ -126,7 +127,7 @@ def columnar_part(columnar: ColumnarFile, split_bytes: int) -> Part:
 
 
 def json_sample(files: list[FoundFile]) -> list[dict[str, Any]]:
-    """The objects in the first MiB of the first file that has any; empty when none has."""
+    """The objects in the first MiB of the first file that has any there; empty if no file has."""
     for file in files:
         with explained(file.uri):
             for _, block in record_blocks(file.uri, 0, UNKNOWN_END, block_bytes=_SAMPLE_BYTES):
@@ -168,7 +169,7 @@ def _format_of(file: FoundFile) -> Format | None:
 
 
 def _header(file: FoundFile) -> bytes:
-    """The first line with its line break, and a byte order mark if there is one."""
+    """The first line with its line break, and with a byte order mark if there is one."""
     with explained(file.uri), open_stream(file.uri) as stream:
         header = b""
         while data := stream.read(64 << 10):

@@ -1,7 +1,7 @@
-"""Merging new events into histories: one user bucket at a time, sorted, without duplicates, keyed.
+"""Merge new events into histories, one user bucket at a time: sorted, without duplicates, and with a key each.
 
-Order within a history is (time, then the order in which events arrived: earlier logs first, then log order). In a
-workspace of order kind, what a later log brings goes after what exists, and times are positions 0, 1, 2, ...
+A history is ordered by time, then by arrival: earlier logs first, then the order within the log. In a workspace of
+order kind, the events of a later log follow the existing ones, and times are positions 0, 1, 2, ...
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from raypipe.storage.schemas import HISTORIES
 
 @dataclass(frozen=True)
 class MergedHistories:
-    """The histories of one bucket after a merge, and what became of the new events."""
+    """The histories of one bucket after a merge, and counts of what became of the new events."""
 
     rows: pa.Table
     events_in: int
@@ -39,7 +39,7 @@ def merge_histories(
     """Merge spill rows (in log order) into the old histories of a bucket.
 
     `item_lanes` [items + 1, 2] are the content hashes of the catalogue. An event with the user, item and time of an
-    earlier one is a duplicate. `changed` counts the users whose `history_key` is new.
+    earlier event is a duplicate. `changed` counts the users whose `history_key` is new.
     """
     old_rows = old.select(ROW_SCHEMA.names).cast(ROW_SCHEMA)
     rows = pa.concat_tables([old_rows, *new]).combine_chunks()
@@ -49,7 +49,8 @@ def merge_histories(
     rank = np.empty(len(names), np.int64)
     rank[by_name.to_numpy()] = np.arange(len(names))
     row_user = rank[encoded.indices.to_numpy()]
-    # Whole rows first: there are far fewer of them than events. Stable, so that a user's rows keep their order of arrival.
+    # Sort whole rows first, because there are far fewer of them than events. The sort is stable, so a user's rows keep
+    # their order of arrival.
     row_order = stable_order(row_user)
     rows, row_user = rows.take(pa.array(row_order)), row_user[row_order]
 
@@ -88,7 +89,7 @@ def merge_histories(
         ],
         schema=HISTORIES.columns,
     )
-    # User by user: two users may well have one history, and then one key.
+    # Compared user by user, because two users may have the same history and so the same key.
     before = old["history_key"].combine_chunks().take(pc.index_in(names, value_set=old["user_id"].combine_chunks()))
     unchanged = pc.sum(pc.equal(keys, before)).as_py() or 0
     return MergedHistories(merged, int(is_new.sum()), duplicates, len(names) - unchanged)
@@ -101,14 +102,17 @@ def _flat(column: pa.ChunkedArray) -> NDArray:
 def _repeats(
     user: NDArray[np.int64], times: NDArray[np.int64], items: NDArray[np.int32], is_new: NDArray[np.bool_] | None
 ) -> NDArray[np.bool_]:
-    """Which sorted events have the user, time and item of an earlier one: [events]."""
+    """Which of the sorted events have the user, time and item of an earlier event: bool [events].
+
+    If `is_new` is given, old and new events do not repeat each other.
+    """
     repeated = np.zeros(len(user), bool)
     if len(user) < 2:
         return repeated
     same = (user[1:] == user[:-1]) & (times[1:] == times[:-1])
     if is_new is not None:
         same &= is_new[1:] == is_new[:-1]
-    # Only events that tie with a neighbour can be repeats; the rest need no second sort.
+    # Only events with the same time as a neighbour can be repeats, so only they are sorted again.
     tied = np.flatnonzero(np.concatenate([same, [False]]) | np.concatenate([[False], same]))
     if len(tied) == 0:
         return repeated
@@ -120,7 +124,7 @@ def _repeats(
 
 
 def _place_among_ties(user: NDArray[np.int64], times: NDArray[np.int64]) -> NDArray[np.int32]:
-    """0 for the first event of a user at a moment, 1 for the next at the same moment, ...: [events]."""
+    """The place of each event among its user's events at the same time, from 0: [events]."""
     if len(user) == 0:
         return np.empty(0, np.int32)
     starts = np.concatenate([[True], (user[1:] != user[:-1]) | (times[1:] != times[:-1])])

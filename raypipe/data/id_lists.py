@@ -1,4 +1,4 @@
-"""Lists of ids as a person writes them: a file with one id a line."""
+"""Lists of ids that a person writes: a file with one id a line."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from raypipe.errors import AccessError
 
 
 def read_ids(path: str, what: str) -> frozenset[str]:
-    """The ids of a file, exactly as its lines spell them; `what` it is, for the message. Empty lines are no ids.
+    """The ids in a file, exactly as its lines spell them. Empty lines are no ids.
 
-    Lines end in \\n or \\r\\n and nowhere else, as those of logs do: an id may hold what Unicode also takes for a line's end,
-    such as \\u2028 and \\x85. One that holds \\n itself cannot be listed. Raises AccessError for a file that cannot be read, or not
-    as UTF-8.
+    `what` names the list in an error message. Lines end only in \\n or \\r\\n, as in logs. So an id may hold characters
+    that Unicode also counts as line ends, such as \\u2028 and \\x85. An id that contains \\n cannot be listed. Raises
+    AccessError if the file cannot be read or is not UTF-8.
     """
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")

@@ -1,4 +1,4 @@
-"""The catalogue over time: indices are append-only, titles are unique, content has a hash."""
+"""The catalogue over time: item indices are append-only, titles are unique, and content has a hash."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from raypipe.storage.schemas import ITEMS
 
 @dataclass(frozen=True)
 class MergedItems:
-    """The items table after a catalogue was read, and what is different."""
+    """The items table after a catalogue was merged, and the numbers of added, changed and unavailable items."""
 
     rows: pa.Table
     added: int
@@ -26,10 +26,11 @@ class MergedItems:
 
 
 def merge_items(old: pa.Table, catalogue: pa.Table, *, partial: bool) -> MergedItems:
-    """Bring a catalogue (item_id, title, text, attributes, year) into the items table.
+    """Merge a catalogue (item_id, title, text, attributes, year) into the items table.
 
-    New items get the next indices in catalogue order. An item the catalogue no longer holds keeps its row and becomes
-    unavailable, unless the catalogue is `partial`. The first holder of a title, by index, keeps it.
+    New items get the next indices in catalogue order. An item that is no longer in the catalogue keeps its row and
+    becomes unavailable, unless the catalogue is `partial`. If items share a title, the one with the lowest index keeps
+    it.
     """
     old = old.sort_by("index")
     known = old["item_id"].combine_chunks()

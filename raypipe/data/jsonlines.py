@@ -1,7 +1,7 @@
 """JSON lines: one object a line.
 
-Blocks are parsed by Arrow with the types the first rows have. A block that does not fit (a broken line, a number where
-there were strings) is parsed line by line in Python, about 0.4 M rows/s, so that one broken line costs only itself.
+Arrow parses blocks with the types of the first rows. A block that does not fit (a broken line, or a number where there
+were strings) is parsed line by line in Python, about 0.4 M rows/s, so that a broken line spoils only itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ _ARROW_TYPES = {"string": pa.string(), "integer": pa.int64(), "number": pa.float
 
 
 def parse_json_lines(block: bytes, at: int, types: dict[str, JsonType]) -> RawRows:
-    """The lines of `block`, which starts at byte `at` of its file, as the columns of `types`, unchecked."""
+    """Parse the lines of `block`, which starts at byte `at` of its file, into the columns of `types`.
+
+    Values are unchecked.
+    """
     starts, ends = record_starts(block)
     table = _parse_with_arrow(block, types) if starts.size else None
     if table is None or table.num_rows != starts.size:
@@ -31,16 +34,16 @@ def parse_json_lines(block: bytes, at: int, types: dict[str, JsonType]) -> RawRo
 
 
 def json_objects(block: bytes) -> list[dict[str, Any]]:
-    """The objects among the lines of `block`; other lines are passed over."""
+    """The objects among the lines of `block`. Other lines are skipped."""
     starts, ends = record_starts(block)
     rows = (parse_object(block[start:end]) for start, end in zip(starts, ends, strict=True))
     return [row for row in rows if isinstance(row, dict)]
 
 
 def json_types(rows: list[dict[str, Any]], exact: list[str], numbers: list[str]) -> dict[str, JsonType]:
-    """How Arrow should read each column, judged by `rows`.
+    """The type with which Arrow should read each column, judged by `rows`.
 
-    Columns of `exact` (ids) are never read as floating point, which would change large whole numbers.
+    Columns of `exact` (ids) are never read as floating point, because that would change large whole numbers.
     """
     types: dict[str, JsonType] = {}
     for name in [*exact, *numbers]:
@@ -55,7 +58,7 @@ def json_types(rows: list[dict[str, Any]], exact: list[str], numbers: list[str])
 
 
 def scalar_text(value: Any) -> str | None:
-    """A JSON value as the text it has in a table; raises TypeError for a list or an object."""
+    """A JSON value as the text that it has in a table. Raises TypeError for a list or an object."""
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, bool):
@@ -95,14 +98,17 @@ def _parse_each(block: bytes, at: int, starts: np.ndarray, ends: np.ndarray, nam
             continue
         good.append(at + start)
         for name, text in zip(names, texts, strict=True):
-            # A lone surrogate stays what it is, bytes that are not UTF-8, and is rejected as such.
+            # A lone surrogate stays bytes that are not UTF-8, and is rejected as such.
             columns[name].append(None if text is None else text.encode(errors="surrogatepass"))
     table = pa.table({name: pa.array(values, pa.binary()) for name, values in columns.items()})
     return RawRows(table, np.array(good, np.int64), rejects)
 
 
 def parse_object(line: bytes) -> dict[str, Any] | Reject:
-    """The object of a line, or why there is none; the reject's place and row are the caller's to fill."""
+    """The object of a line, or a Reject that says why there is none.
+
+    The caller fills in the reject's position and row.
+    """
     try:
         row = _loaded(line.decode())
     except UnicodeDecodeError:
@@ -115,7 +121,7 @@ def parse_object(line: bytes) -> dict[str, Any] | Reject:
 
 
 def _loaded(text: str) -> Any:
-    """Integers with more digits than Python reads are text, and judged as text wherever they stand."""
+    """Parse JSON. Integers with more digits than Python parses become text, so every column judges them as text."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:

@@ -1,8 +1,8 @@
 """Byte ranges of text files as blocks of whole records.
 
-A range [start, end) owns the records that *start* in it, so ranges that tile a file read every record once, wherever
-their borders fall. A record is a line; where the `delimiter` of quoted fields is given it goes on while such a field is
-open, which only a reader that starts at the file's first record can tell.
+A range [start, end) owns the records that *start* in it. So ranges that tile a file read every record once, wherever
+their borders fall. A record is a line. If the `delimiter` of quoted fields is given, a record continues while a quoted
+field is open; only a reader that starts at the file's first record can tell whether one is.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from raypipe.errors import UsageError
 # Parsing 4 MiB at a time is as fast as 64 MiB (within 5 %, measured on 1 M rows) and keeps a worker small.
 BLOCK_BYTES = 4 << 20
 MAX_RECORD_BYTES = 64 << 20
-# The end of a compressed file, whose length is not known before it is read.
+# The end of a compressed file. Its length is not known before it is read.
 UNKNOWN_END = 1 << 62
 
 _BOM = b"\xef\xbb\xbf"
@@ -29,9 +29,10 @@ _NEWLINE, _RETURN, _QUOTE = 10, 13, 34
 
 @dataclass(frozen=True)
 class RawRows:
-    """Rows as their file spells them: columns of any type, not yet checked.
+    """Rows as in their file: columns of any type, not yet checked.
 
-    `positions` # [rows] int64, each row's byte or row number in its file. `rejects` are rows that never became columns.
+    `positions` # [rows] int64 is each row's byte or row number in its file. `rejects` are rows that never became
+    columns.
     """
 
     table: pa.Table
@@ -42,7 +43,7 @@ class RawRows:
 def record_blocks(
     uri: str, start: int, end: int, delimiter: str | None = None, block_bytes: int = BLOCK_BYTES
 ) -> Iterator[tuple[int, bytes]]:
-    """The records that start in [start, end) as (byte of the block in the decompressed file, block).
+    """Yield the records that start in [start, end) as blocks: (the block's byte in the decompressed file, block).
 
     Raises UsageError for a record longer than 64 MiB.
     """
@@ -50,7 +51,7 @@ def record_blocks(
         at = _skip_to_record(stream, start, is_compressed(uri))
         block = b""
         while at < end:
-            # A range smaller than a block reads little more than itself.
+            # For a range smaller than a block, read little more than the range.
             wanted = min(block_bytes, max(end - at - len(block), 0) + (64 << 10))
             data = stream.read(wanted)
             block += data
@@ -75,7 +76,7 @@ def record_blocks(
 
 
 def record_starts(block: bytes, delimiter: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Where the records of `block` start and end: two int64 arrays # [records]; blank lines are none."""
+    """The starts and the ends of the records of `block`: two int64 arrays # [records]. Blank lines are not records."""
     data = np.frombuffer(block, np.uint8)
     ends = np.flatnonzero(data == _NEWLINE) + 1
     if delimiter is not None:
@@ -92,16 +93,16 @@ def record_starts(block: bytes, delimiter: str | None = None) -> tuple[np.ndarra
 
 
 def _skip_to_record(stream: pa.NativeFile, start: int, compressed: bool) -> int:
-    """Moves `stream` to the first record that starts at `start` or after; returns its byte."""
+    """Move `stream` to the first record that starts at `start` or later, and return its byte."""
     if start == 0:
         return 0
     if compressed:
-        # A compressed file is one range, and its start is where the records begin.
+        # A compressed file is one range, and records begin at its start.
         left = start
         while left:
             left -= len(stream.read(min(left, BLOCK_BYTES)))
         return start
-    # Reading from one byte before makes a record that starts exactly at `start` ours.
+    # Reading begins one byte earlier, so that a record that starts exactly at `start` belongs to this range.
     stream.seek(start - 1)
     at = start - 1
     while data := stream.read(64 << 10):
@@ -123,10 +124,10 @@ def _last_record_end(block: bytes, delimiter: str | None) -> int:
 
 
 def _quoted(data: np.ndarray, places: np.ndarray, delimiter: str) -> np.ndarray:
-    """Which of `places` stand in a quoted field of `data`, which starts with a record: bool # [places].
+    """Which of `places` lie in a quoted field of `data`, which starts with a record: bool # [places].
 
-    A quote opens a field at its start alone; a doubled one in it is text. Of quotes in a row only an odd number changes
-    anything: it opens or closes where a field could start, and elsewhere closes what is open.
+    A quote opens a field only at the field's start, and a doubled quote within a field is text. A run of quotes matters
+    only if their number is odd: where a field can start it opens or closes one, and elsewhere it closes an open one.
     """
     quotes = np.flatnonzero(data == _QUOTE)
     rows = np.flatnonzero(np.diff(quotes, prepend=-2) != 1)
@@ -140,5 +141,5 @@ def _quoted(data: np.ndarray, places: np.ndarray, delimiter: str) -> np.ndarray:
 
 
 def _without_bom(block: bytes, at: int) -> bytes:
-    # Blanks keep every later byte at its place, and JSON ignores them; blocks of CSV start after the header.
+    # Blanks keep every later byte in its place, and JSON ignores them. Blocks of CSV start after the header.
     return b"   " + block[3:] if at == 0 and block.startswith(_BOM) else block

@@ -1,8 +1,8 @@
-"""Interaction logs: opened and checked on the driver, read by splits on the workers.
+"""Interaction logs: the driver opens and checks them, and the workers read them by splits.
 
-Formats: MovieLens in every layout, CSV (also .gz), JSON lines (also .gz), Parquet, Delta; here or on S3. Text is UTF-8,
-lines end in \\n or \\r\\n, a .gz file is one split. Events keep the place they have in the log (`seq`): by files in the
-order of their names, then by byte (text) or row (Parquet).
+Formats: MovieLens in every layout, CSV (also .gz), JSON lines (also .gz), Parquet, Delta; on this machine or on S3.
+Text is UTF-8, lines end in \\n or \\r\\n, and a .gz file is one split. Events keep their place in the log (`seq`):
+files in the order of their names, then byte (text) or row (Parquet).
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from raypipe.errors import UsageError
 
 _SAMPLE_ROWS = 1000
 _SAMPLE_BLOCK_BYTES = 256 << 10
-# A log whose first 4 MiB, or first 16 files, do not hold a usable row is not searched further.
+# If the first 4 MiB or the first 16 files hold no usable row, the log is not searched further.
 _SAMPLE_PIECES = 16
-# Seconds reach 1e11 in the year 5138; milliseconds were there in 1973.
+# 1e11 seconds is the year 5138; 1e11 milliseconds is 1973.
 _FIRST_MILLISECONDS = 1e11
 
 
 class LogColumns(Config):
-    """Which columns of the log hold what. Exactly one of `time` and `order` is set; MovieLens knows its own."""
+    """Which columns of the log hold what. Exactly one of `time` and `order` must be set; MovieLens knows its own."""
 
     user: str = shaping("user_id", "the user's id")
     item: str = shaping("item_id", "the item's id")
@@ -75,7 +75,7 @@ class LogConfig(Config):
 
 @dataclass(frozen=True)
 class Log:
-    """An opened log. `checksum` is of its content (see `open_log`)."""
+    """An opened log. `checksum` is a checksum of its content (see `open_log`)."""
 
     uri: str
     kind: Literal["time", "order"]
@@ -84,12 +84,12 @@ class Log:
 
 
 def open_log(config: LogConfig) -> Log:
-    """Finds the log's files, format, columns, time unit and splits; reads no more than its first rows and its checksum.
+    """Find the log's files, format, columns, time unit and splits. Only its first rows and its checksum are read.
 
-    The checksum is the sha256 of a local file, etag and size on S3, the names and sizes of a Delta table's (immutable)
-    files at the version found now; of several files, the hash of their list. Raises UsageError, before any work, when
-    there is nothing to read, a column is missing or of an impossible type, no row is there, or the config contradicts
-    itself.
+    The checksum is the SHA-256 of a local file, or etag and size on S3. For a Delta table it is a hash of the names and
+    sizes of its (immutable) files at the version found now; for several files, the hash of their list. Raises
+    UsageError, before any work, if there is nothing to read, if a column is missing or has an impossible type, if there
+    is no row, or if the config contradicts itself.
     """
     path = resolve(config.path)
     _check_weights(config)
@@ -98,7 +98,7 @@ def open_log(config: LogConfig) -> Log:
     parts, types = _parts(config, format_, path, rules)
     for part in parts:
         _check_columns(part, config, rules)
-    # Judged by whole files, so that the size of splits has no say in what the times mean.
+    # Whole files are sampled, so that the size of splits does not influence what the times mean.
     files = _splits(parts, rules, types, whole=True)
     sample = list(islice(_first_rows(files), _SAMPLE_PIECES))
     if not any(raw.table.num_rows or raw.rejects for raw in sample):
@@ -113,7 +113,7 @@ def open_log(config: LogConfig) -> Log:
 def _splits(
     parts: list[Part], rules: EventRules, types: dict[str, JsonType] | None, whole: bool = False
 ) -> list[LogSplit]:
-    """The splits of all parts in order; with `whole`, one a part."""
+    """The splits of all parts, in order. With `whole`, one split a part."""
     splits: list[LogSplit] = []
     seq = 0
     for part in parts:
@@ -180,7 +180,7 @@ def _check_weights(config: LogConfig) -> None:
 def _parts(
     config: LogConfig, format_: Format, path: str, rules: EventRules
 ) -> tuple[list[Part], dict[str, JsonType] | None]:
-    """The log's files, and for JSON lines how to read each column."""
+    """The log's files, and for JSON lines the type of each column."""
     size = config.split_bytes
     if format_ == "delta":
         return [columnar_part(file, size) for file in delta_files(path)], None
@@ -192,7 +192,7 @@ def _parts(
         names = sorted({name for row in sample for name in row})
         exact = [name for name in (rules.user, rules.item, rules.event) if name is not None]
         numbers = [name for name in rules.columns if name not in exact]
-        # Without a single object there are no columns to miss; such a log is told to be empty or broken later.
+        # Without any object no column can be missing. Such a log is reported as empty or broken later.
         parts = [json_part(file, names or rules.columns, size) for file in files if file.size_bytes]
         return parts, json_types(sample, exact, numbers)
     if format_ == "movielens":
@@ -242,7 +242,7 @@ def _check_type(name: str, type_: pa.DataType, file: FoundFile, rules: EventRule
 
 
 def _first_rows(splits: list[LogSplit]) -> Iterator[RawRows]:
-    """The first rows, block by block, until enough of them became columns."""
+    """Yield the first rows, block by block, until enough rows became columns."""
     rows = 0
     for split in splits:
         for raw in read_rows(split, block_bytes=_SAMPLE_BLOCK_BYTES, batch_rows=_SAMPLE_ROWS):
@@ -253,7 +253,7 @@ def _first_rows(splits: list[LogSplit]) -> Iterator[RawRows]:
 
 
 def _check_line_breaks(file: LogSplit, first: RawRows) -> None:
-    """Refuses a CSV file whose first lines are broken, but are whole rows once quotes may hold line breaks."""
+    """Raise UsageError for a CSV file whose first lines are broken, but are whole if quotes may hold line breaks."""
     if not first.rejects or file.dialect is None or not file.dialect.quoting or file.dialect.quoted_newlines:
         return
     quoted = replace(file, dialect=replace(file.dialect, quoted_newlines=True))
@@ -291,7 +291,7 @@ def _sum(format_: Format, parts: list[Part]) -> str:
 
 
 def is_movielens(config: LogConfig) -> bool:
-    """Whether the log is one of MovieLens's own layouts, which bring their catalogue with them."""
+    """Whether the log has one of MovieLens's own layouts, which include a catalogue."""
     if config.format != "auto":
         return config.format == "movielens"
     return detect_format(resolve(config.path), "ratings") == "movielens"

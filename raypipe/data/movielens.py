@@ -1,7 +1,7 @@
 """MovieLens as GroupLens publishes it: 100K, 1M and 10M, and the CSV layout (latest, 20M, 25M, 32M).
 
-A layout is recognised by the names of its files. Titles of 100K and 1M are latin-1; the year is the "(1995)" at the end
-of a title, which stays there; "unknown" and "(no genres listed)" are no genres.
+A layout is recognised by its file names. Titles of 100K and 1M are latin-1. The year is the "(1995)" at the end of a
+title, which stays in the title. "unknown" and "(no genres listed)" do not count as genres.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _YEAR = re.compile(r"\((\d{4})\)\s*$")
 
 @dataclass(frozen=True)
 class Movie:
-    """A line of an items file."""
+    """A line of an items file. `position` is its byte in the file."""
 
     position: int
     item_id: str
@@ -39,7 +39,7 @@ class Movie:
 
 @dataclass(frozen=True)
 class Layout:
-    """One way MovieLens is published; `dialect` is None where the ratings file says its columns itself."""
+    """One layout in which MovieLens is published. `dialect` is None if the ratings file has a header."""
 
     ratings: str
     items: str
@@ -50,7 +50,7 @@ class Layout:
 
 
 def find_layout(files: list[FoundFile], part: str) -> tuple[Layout, FoundFile] | None:
-    """The layout that the file names show, with its file for `part` ("ratings" or "items"); None when none fits."""
+    """The layout that the file names match, with its file for `part` ("ratings" or "items"); None if none matches."""
     for layout in LAYOUTS:
         name = layout.ratings if part == "ratings" else layout.items
         for file in files:
@@ -60,7 +60,10 @@ def find_layout(files: list[FoundFile], part: str) -> tuple[Layout, FoundFile] |
 
 
 def read_movies(layout: Layout, file: FoundFile) -> Iterator[Movie | Reject]:
-    """The movies of an items file, line by line (32M has 87,585: a second); a line that is none is a Reject."""
+    """Yield the movies of an items file, line by line (32M has 87,585 and takes a second).
+
+    An invalid line yields a Reject.
+    """
     with explained(file.uri), open_stream(file.uri) as stream:
         content = stream.read()
     at = 0
@@ -80,7 +83,7 @@ def read_movies(layout: Layout, file: FoundFile) -> Iterator[Movie | Reject]:
 
 
 def _decode(line: bytes) -> str:
-    # 10M has the layout of 1M in UTF-8. Text in latin-1 with a letter beyond ASCII is next to never valid UTF-8.
+    # 10M has the layout of 1M but is UTF-8. Latin-1 text with a letter beyond ASCII is hardly ever valid UTF-8.
     try:
         return line.decode()
     except UnicodeDecodeError:
@@ -94,7 +97,8 @@ def _has_movielens_header(file: FoundFile) -> bool:
 
 
 def _parse_u_item(line: str) -> tuple[str, str, list[str]]:
-    # From the right: a title may hold a pipe. Release dates and the address between title and flags are left out.
+    # Split from the right, because a title may hold a pipe. Release dates and the address between title and flags are
+    # dropped.
     start, _release, _video, _url, *flags = line.rsplit("|", 3 + len(GENRES_100K))
     item_id, title = start.split("|", 1)
     if len(flags) != len(GENRES_100K) or not set(flags) <= {"0", "1"}:

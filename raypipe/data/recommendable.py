@@ -1,4 +1,4 @@
-"""Which items of a catalogue may be recommended: available, not denied, with the attribute values that are asked for."""
+"""Which items of a catalogue may be recommended: available, not denied, and with the requested attribute values."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ Holders = Mapping[tuple[str, str], NDArray[np.int64]]
 
 
 class UnknownValueError(ValueError):
-    """An attribute value that no item has; the message is for whoever asked."""
+    """No item has the attribute value that was asked for. The message is for the user who asked."""
 
 
 def recommendable(items: pa.Table, denied: Collection[str] = frozenset()) -> NDArray[np.bool_]:
-    """bool [items + 1] by index, of the rows of `items` in order of their index: available, and its id not `denied`."""
+    """Which items may be recommended: bool [items + 1], by item index.
+
+    An item must be available, and its id must not be `denied`. The rows of `items` must be in order of their index.
+    """
     kept = np.array([item not in denied for item in items["item_id"].to_pylist()], bool)
     return np.concatenate([[False], items["available"].to_numpy() & kept])
 
 
 def unknown_denied(items: pa.Table, denied: Collection[str]) -> str:
-    """What to tell of denied ids that no item has, which deny nothing; "" where there are none."""
+    """A message about denied ids that no item has and that therefore deny nothing; "" if there are none."""
     unknown = sorted(set(denied) - set(items["item_id"].to_pylist()))
     if not unknown:
         return ""
@@ -30,12 +33,12 @@ def unknown_denied(items: pa.Table, denied: Collection[str]) -> str:
 
 
 def attributes_of(items: pa.Table) -> list[dict[str, Sequence[str]]]:
-    """Each row's values by attribute."""
+    """Each row's attributes, name → values."""
     return [{name: values or () for name, values in pairs or ()} for pairs in items["attributes"].to_pylist()]
 
 
 def holders_of(attributes: Sequence[Mapping[str, Sequence[str]]]) -> Holders:
-    """(attribute, value) → the indices of the items that have it; row r is of index r + 1."""
+    """(attribute, value) → the indices of the items that have it. Row r has index r + 1."""
     found: dict[tuple[str, str], list[int]] = {}
     for index, pairs in enumerate(attributes, start=1):
         for name, values in pairs.items():
@@ -45,7 +48,7 @@ def holders_of(attributes: Sequence[Mapping[str, Sequence[str]]]) -> Holders:
 
 
 def narrowed(allowed: NDArray[np.bool_], holders: Holders, only: Iterable[tuple[str, str]]) -> NDArray[np.bool_]:
-    """Those of `allowed`, bool [items + 1], that have every (attribute, value) of `only`.
+    """The `allowed` items that have every (attribute, value) of `only`: bool [items + 1].
 
     Raises UnknownValueError for a value that no item has.
     """

@@ -1,4 +1,4 @@
-"""Rows that cannot be used: each with its key, its reason and the row itself."""
+"""Rows that cannot be used, each with its key, its reason and the row itself."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ REJECTS = pa.schema(
 
 @dataclass(frozen=True)
 class Reject:
-    """One unusable row; `position` is its byte (text formats) or row number (Parquet) in its file, `user` whose it is: "" where
-    it tells none, None where it never became columns."""
+    """One unusable row.
+
+    `position` is its byte (text formats) or row number (Parquet) in its file. `user` is the row's user id: "" if the
+    row names none, None if it never became columns.
+    """
 
     position: int
     reason: str
@@ -31,17 +34,17 @@ class Reject:
 
 
 def row_json(row: Mapping[str, Any]) -> str:
-    """`row` as JSON text; bytes that are not UTF-8 become backslash escapes, values end after 2,000 characters."""
+    """`row` as JSON text. Bytes that are not UTF-8 become backslash escapes; values are cut after 2,000 characters."""
     return json.dumps({name: _readable(value) for name, value in row.items()}, ensure_ascii=False)
 
 
 def line_json(line: bytes) -> str:
-    """The JSON of a row that never became columns."""
+    """A line that never became columns, as the JSON text of a row."""
     return row_json({"line": line.rstrip(b"\r\n")})
 
 
 def reject_table(rejects: Iterable[Reject], file_name: str) -> pa.Table:
-    """`rejects` with the columns of REJECTS, in the order of their positions; key = file name + ":" + position."""
+    """`rejects` with the columns of REJECTS, ordered by position. The key is file name + ":" + position."""
     ordered = sorted(rejects, key=lambda reject: reject.position)
     rows = [
         {"key": f"{file_name}:{bad.position}", "reason": bad.reason, "message": bad.message, "row": bad.row}
@@ -58,6 +61,6 @@ def _readable(value: Any) -> Any:
     if isinstance(value, list):
         return [_readable(part) for part in value]
     text = str(value)
-    # A lone surrogate, which JSON can spell, has no UTF-8.
+    # JSON can spell a lone surrogate, but UTF-8 cannot encode it.
     text = text.encode(errors="backslashreplace").decode()
     return text if len(text) <= MAX_VALUE_CHARACTERS else text[:MAX_VALUE_CHARACTERS] + "…"

@@ -1,8 +1,9 @@
 """Spills: one log split, regrouped so that every user bucket finds its rows in one place.
 
-A spill is one Arrow IPC file. Row = one user's events of one chunk, in log order, as lists. Record batch = one *group* of
-users, `stable_hash(user_id) % groups`; batches are stored in bit-reversed group order, so that the groups of any smaller
-power-of-two bucket count lie side by side. The number of buckets may thus be decided after the first log was read.
+A spill is one Arrow IPC file. A row holds one user's events of one split, in log order, as lists. A record batch is one
+*group* of users, `stable_hash(user_id) % groups`. Batches are stored in bit-reversed group order, so that the groups of
+a bucket lie side by side for any smaller power-of-two number of buckets. So the number of buckets may be decided after
+the first log was read.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ ROW_SCHEMA = pa.schema(
 
 
 class Spill:
-    """Collects the chunks of one split; events must come in log order."""
+    """Collects the chunks of one split. Events must be added in log order."""
 
     def __init__(self) -> None:
         self._users: list[pa.Array] = []
@@ -42,13 +43,17 @@ class Spill:
     def add(
         self, users: pa.Array, items: NDArray[np.int32], times: NDArray[np.int64], weights: NDArray[np.float32]
     ) -> None:
-        """Add events: ids, item indices, times and weights, [events] each."""
+        """Add events: user ids, item indices, times and weights, [events] each."""
         self._users.append(users)
         self._values.append((items, times, weights))
         self.events += len(users)
 
     def write(self, groups: int | None = None) -> bytes:
-        """The spill file. `groups` is the workspace's bucket count; unset, enough for any later decision."""
+        """The spill file as bytes.
+
+        `groups` is the workspace's number of buckets. If it is None, there are enough groups for any number decided
+        later.
+        """
         groups = groups or _choose_groups(self.events)
         encoded = pa.chunked_array(self._users, pa.string()).dictionary_encode()
         names = encoded.chunk(0).dictionary if encoded.num_chunks else pa.array([], pa.string())
@@ -72,14 +77,18 @@ class Spill:
         return _write_groups(rows, bounds.tolist(), groups)
 
     def sketch(self) -> list[int]:
-        """The smallest hashes of the split's users (k minimum values, Bar-Yossef et al. 2002); after `write`."""
+        """The smallest hashes of the split's users (k minimum values, Bar-Yossef et al. 2002).
+
+        Call it after `write`.
+        """
         return np.sort(self._hashes)[:_SKETCH].tolist()
 
 
 def stable_order(keys: NDArray[np.int64]) -> NDArray[np.int64]:
-    """`argsort(keys, kind="stable")` for keys from 0 to 2^32 − 1, by 16 digits at a time.
+    """`argsort(keys, kind="stable")` for keys from 0 to 2^32 − 1, in passes of 16 bits.
 
-    NumPy sorts 16-bit integers by radix and wider ones by merging: two passes were 3× faster at a million keys.
+    NumPy sorts 16-bit integers by radix sort and wider ones by merge sort. Two passes were 3× faster for a million
+    keys.
     """
     order = np.argsort((keys & 0xFFFF).astype(np.uint16), kind="stable")
     if len(keys) and keys.max() > 0xFFFF:
@@ -88,7 +97,7 @@ def stable_order(keys: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _write_groups(rows: pa.Table, bounds: Sequence[int], groups: int) -> bytes:
-    """An Arrow IPC file with one record batch a group: rows bounds[g] to bounds[g + 1]."""
+    """An Arrow IPC file with one record batch a group: batch g holds the rows from bounds[g] to bounds[g + 1]."""
     sink = pa.BufferOutputStream()
     options = pa.ipc.IpcWriteOptions(compression="lz4")
     whole = pa.RecordBatch.from_arrays([column.combine_chunks() for column in rows.columns], schema=ROW_SCHEMA)
@@ -99,7 +108,7 @@ def _write_groups(rows: pa.Table, bounds: Sequence[int], groups: int) -> bytes:
 
 
 def estimate_users(sketches: Sequence[Sequence[int]]) -> int:
-    """Distinct users over all splits: exact below 1,024, within about 3 % above."""
+    """The number of distinct users over all splits: exact below 1,024, within about 3 % above that."""
     smallest = np.unique(np.array([value for sketch in sketches for value in sketch], np.uint64))[:_SKETCH]
     if len(smallest) < _SKETCH:
         return len(smallest)
@@ -122,7 +131,7 @@ def read_spill(source: pa.NativeFile, bucket: int, buckets: int) -> Iterator[pa.
 
 
 def bucket_places(groups: int, bucket: int, buckets: int) -> range:
-    """The record batches of a bucket: a run of them, or the one that holds it where buckets are finer than groups."""
+    """The record batches of a bucket: a run of them, or the one that contains it if buckets are finer than groups."""
     if buckets >= groups:
         place = int(bit_reversed(groups)[bucket % groups])
         return range(place, place + 1)
@@ -132,7 +141,7 @@ def bucket_places(groups: int, bucket: int, buckets: int) -> range:
 
 
 def bit_reversed(count: int) -> NDArray[np.int64]:
-    """`place[g]` is g with its log2(count) bits reversed."""
+    """An array in which `place[g]` is g with its log2(count) bits reversed: int64 [count]."""
     bits = count.bit_length() - 1
     assert 1 << bits == count, f"{count} is not a power of two"
     values = np.arange(count)
@@ -143,7 +152,7 @@ def bit_reversed(count: int) -> NDArray[np.int64]:
 
 
 def item_table_bytes(item_ids: pa.Array, lanes: NDArray[np.uint64]) -> bytes:
-    """The part of the catalogue that ingest's workers need: ids in index order and content hashes ([items, 2])."""
+    """The part of the catalogue that ingest's workers need: ids in index order and their hashes ([items, 2])."""
     sink = pa.BufferOutputStream()
     table = pa.table({"item_id": item_ids, "lane0": lanes[:, 0], "lane1": lanes[:, 1]})
     with pa.ipc.new_file(sink, table.schema) as writer:
@@ -152,7 +161,7 @@ def item_table_bytes(item_ids: pa.Array, lanes: NDArray[np.uint64]) -> bytes:
 
 
 def read_item_table(data: bytes) -> tuple[pa.Array, NDArray[np.uint64]]:
-    """Back from `item_table_bytes`; lanes get row 0 for the padding index: [items + 1, 2]."""
+    """The ids and hashes that `item_table_bytes` wrote. Hashes get a row 0 for the padding index: [items + 1, 2]."""
     table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
     lanes = np.stack([table["lane0"].to_numpy(), table["lane1"].to_numpy()], axis=1)
     return table["item_id"].combine_chunks(), np.concatenate([np.zeros((1, 2), np.uint64), lanes])

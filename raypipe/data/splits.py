@@ -1,4 +1,4 @@
-"""Splits of a log: small values the driver hands to workers, and the reading of one."""
+"""Splits of a log: small values that the driver sends to workers, and how a worker reads one."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ Reader = Literal["delimited", "jsonl", "columnar"]
 
 @dataclass(frozen=True)
 class LogSplit:
-    """A part of one file, with everything a worker needs to read it.
+    """A part of one file, with everything that a worker needs to read it.
 
-    [start, end) are bytes of text files and row groups of Parquet; `position` is the byte or row where it starts in the
-    file, `seq` the place of the file's first byte or row in the whole log. `types` belong to JSON lines, `constants` to
-    Parquet and Delta: columns that folder names or the table hold instead of the file.
+    [start, end) are bytes of text files and row groups of Parquet files. `position` is the byte or row at which it
+    starts in the file. `seq` is the position of the file's first byte or row in the whole log. `types` is for JSON
+    lines. `constants` is for Parquet and Delta: columns that folder names or the table define and the file does not
+    hold.
     """
 
     index: int
@@ -40,17 +41,16 @@ class LogSplit:
 
 
 def read_split(split: LogSplit) -> Iterator[LogChunk]:
-    """The rows of `split`, checked, in the order of the log, at most about 500,000 at a time.
+    """Yield the checked rows of `split` in log order, at most about 500,000 at a time.
 
-    Neither the borders of chunks nor those of splits change any row. Raises UsageError when the file breaks off or is
-    gone.
+    The borders of chunks and splits change no row. Raises UsageError if the file is truncated or does not exist.
     """
     for raw in read_rows(split):
         yield cast_events(raw, split.rules, split.seq, split.name)
 
 
 def read_rows(split: LogSplit, block_bytes: int = BLOCK_BYTES, batch_rows: int = BATCH_ROWS) -> Iterator[RawRows]:
-    """The rows of `split` as its file spells them, in pieces of `block_bytes` of text or `batch_rows` of Parquet."""
+    """Yield the rows of `split` as in its file, in pieces of `block_bytes` of text or `batch_rows` rows of Parquet."""
     columns = split.rules.columns
     if split.reader == "columnar":
         groups = range(split.start, split.end)

@@ -1,12 +1,13 @@
-"""A synthetic data set of any size, with structure planted that a good recommender and a good summary should find.
+"""A synthetic data set of any size, with planted structure that a good recommender and a good summary should find.
 
-Planted: one to three favourite genres and one brand a user; for a share of the users all genres change once, at a known
-time; whoever took part 1 of a series is likely to take part 2 next; items are of Zipf popularity, histories of
-log-normal length. `truth.parquet` holds each user's tastes.
+Planted: each user has one to three favourite genres and one brand. For a share of the users all genres change once, at
+a known time. A user who took part 1 of a series is likely to take part 2 next. Item popularity is Zipf, and history
+lengths are log-normal. `truth.parquet` holds each user's tastes.
 
-The log is written as by a fleet of collectors, each of which sees its own users: blocks of about a million events, each
-block in the order of arrival (= time, but for late events), users of a block interleaved. Memory is that of one block,
-450 MB at most (measured), plus about 150 bytes an item. The same config writes the same rows.
+The log is written as by a fleet of collectors that each see their own users. It consists of blocks of about a million
+events. Each block is in the order of arrival (= time, except for late events), and the users of a block are
+interleaved. Memory is that of one block, 450 MB at most (measured), plus about 150 bytes an item. The same config
+writes the same rows.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ _BLOCK_EVENTS = 1_000_000
 _BLOCK_USERS = 200_000
 _MAX_EVENTS_PER_USER = 100_000
 _FAVOURITES = 3
-# How much of a user's taste its first, second and third genre get, by their number.
+# Cumulative share of a user's taste for its first, second and third genre; the row is the number of genres less 1.
 _TASTE = np.array([[1.0, 1.0, 1.0], [0.65, 1.0, 1.0], [0.5, 0.8, 1.0]], np.float32)
-_BRAND_SHARE, _GENRE_SHARE = 0.2, 0.7  # the rest of the events follow no taste
+_BRAND_SHARE, _GENRE_SHARE = 0.2, 0.7  # the other events follow no taste
 _FOLLOW = 0.6
 _LENGTH_SIGMA = 1.0
 _LATE_MS = 7 * 86_400_000
@@ -59,7 +60,7 @@ _TRUTH = pa.schema(
 
 
 class LaterLog(Config):
-    """The next night's log: what some of the users did afterwards, with what reaches a log late or twice."""
+    """The next night's log: later events of some of the users, with late and repeated events."""
 
     user_share: float = shaping(0.05, "share of the users in it", gt=0, le=1)
     events_per_user: float = shaping(5.0, "mean of their new events", ge=1)
@@ -69,7 +70,7 @@ class LaterLog(Config):
 
 
 class SyntheticConfig(Config):
-    """A synthetic data set; `write` makes it."""
+    """A synthetic data set. `write` creates it."""
 
     users: int = shaping(10_000, "number of users", ge=1)
     items: int = shaping(2_000, "number of items", ge=1)
@@ -85,10 +86,10 @@ class SyntheticConfig(Config):
     later: LaterLog | None = shaping(None, "set: also write the next night's log")
 
     def write(self, folder: str | Path) -> SyntheticDataset:
-        """Writes log, items.csv, truth.parquet and, if asked for, the later log into `folder`.
+        """Write the log, items.csv, truth.parquet and, if `later` is set, the later log into `folder`.
 
-        Logs have user_id, item_id and time (Unix milliseconds), all int64. Raises UsageError for sizes and dates that
-        contradict each other.
+        Logs have the columns user_id, item_id and time (Unix milliseconds), all int64. Raises UsageError for sizes or
+        dates that contradict each other.
         """
         self._check()
         folder = Path(folder)
@@ -128,7 +129,7 @@ class SyntheticConfig(Config):
 
 @dataclass(frozen=True)
 class LaterCounts:
-    """What the later log holds: its users and the number of new, late and repeated events."""
+    """Counts of the later log: its users, and its new, late and repeated events."""
 
     users: int
     new: int
@@ -141,7 +142,7 @@ class LaterCounts:
 
 @dataclass(frozen=True)
 class SyntheticDataset:
-    """The files written."""
+    """The files that were written, and the counts of the later log."""
 
     log: Path
     items: Path
@@ -152,18 +153,24 @@ class SyntheticDataset:
 
 @dataclass(frozen=True)
 class _Tastes:
-    """What users like, arrays # [users of the block]; `genres` # [users, 6], three before and three after the drift."""
+    """What users like; arrays # [users of the block].
+
+    `genres` # [users, 6] are three genres before and three after the drift.
+    """
 
     genres: np.ndarray
     count: np.ndarray
     brand: np.ndarray
-    drift_at: np.ndarray  # share of the user's span; above 1: never
-    begins: np.ndarray  # share of the data set's span
+    drift_at: np.ndarray  # share of the user's span; above 1: the genres never change
+    begins: np.ndarray  # the user's first moment, as a share of the data set's span
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Users first…, their tastes, and their events, by user and time; `user` # [events] counts within the block."""
+    """Consecutive users from `first_user`, their tastes, and their events sorted by user and time.
+
+    `user` # [events] counts users within the block.
+    """
 
     number: int
     first_user: int
@@ -205,7 +212,7 @@ def _draw_block(
     tastes = _draw_tastes(config, users, rng)
     lengths = _draw_lengths(users, events, rng)
     user = np.repeat(np.arange(users), lengths)
-    # Sorting user + share of the span sorts by user, then by time, in one go.
+    # Sorting user + share of the span sorts by user and then by time at once.
     share = np.sort(user + rng.random(events)) - user
     begins = tastes.begins[user]
     start, end = _milliseconds(config.start), _milliseconds(config.end)
@@ -227,7 +234,7 @@ def _draw_tastes(config: SyntheticConfig, users: int, rng: np.random.Generator) 
 
 
 def _draw_lengths(users: int, events: int, rng: np.random.Generator) -> np.ndarray:
-    """Log-normal lengths of at least 1 whose sum is `events`."""
+    """Log-normal lengths of at least 1 whose sum is `events`: [users]."""
     weights = rng.lognormal(0, _LENGTH_SIGMA, users)
     exact = weights / weights.sum() * (events - users)
     lengths = np.floor(exact).astype(np.int64)
@@ -244,7 +251,7 @@ def _draw_items(
     drifted: np.ndarray,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Items (from 0) # [events] of events sorted by user and time."""
+    """Items (from 0) # [events] for events sorted by user and time."""
     events = len(user)
     share = _TASTE[tastes.count - 1][user]
     pick = rng.random(events, np.float32)
@@ -254,8 +261,8 @@ def _draw_items(
     pool[mode >= _GENRE_SHARE + _BRAND_SHARE] = config.genres + config.brands
     item = plan.pooled[plan.pool_start[pool] + zipf_ranks(rng.random(events), plan.pool_size[pool])]
 
-    # A run of following events goes on, part by part, from the event before the run. Where the parts end, the run
-    # begins anew; what is left after eight times, one run in sixty, stays without a sequel.
+    # A run of following events continues a series, part by part, from the event before the run. If the series ends, the
+    # run starts anew there. What is left after eight passes, one run in sixty, gets no sequel.
     follows = rng.random(events, np.float32) < _FOLLOW
     follows[np.flatnonzero(np.diff(user, prepend=-1))] = False
     place = np.arange(events)
@@ -279,7 +286,7 @@ def _rows(user: np.ndarray, item: np.ndarray, time: np.ndarray, order: np.ndarra
 
 
 def _later(block: _Block, config: SyntheticConfig, later: LaterLog, plan: ItemPlan) -> tuple[pa.Table, LaterCounts]:
-    """New, late and repeated events of a share of the block's users, in the order of their times."""
+    """New, late and repeated events of a share of the block's users, sorted by time, and their counts."""
     rng = _rng(config.seed, 3, block.number)
     chosen = np.flatnonzero(rng.random(len(block.lengths)) < later.user_share)
     lengths = 1 + rng.poisson(later.events_per_user - 1, len(chosen))
@@ -328,7 +335,7 @@ def _truth(block: _Block, config: SyntheticConfig) -> pa.Table:
 
 
 def _genre_lists(genres: np.ndarray, count: np.ndarray, known: int) -> pa.ListArray:
-    """The first `count` of each user's `genres` # [users, 3], by name."""
+    """The names of the first `count` of each user's `genres` # [users, 3]."""
     kept = genres[np.arange(_FAVOURITES) < count[:, None]]
     offsets = np.concatenate([[0], np.cumsum(count)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(genre_names(known)).take(pa.array(kept)))

@@ -1,4 +1,4 @@
-"""The items of the synthetic data set: genres, brands, series, popularity, and words made of them."""
+"""The items of the synthetic data set: genres, brands, series, popularity, and texts made from them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-# Each genre with words that only its items' texts use, so that a text tells its genre.
+# Each genre has phrases that only its items' texts use, so that a text reveals its genre.
 GENRES: dict[str, tuple[str, ...]] = {
     "Adventure": ("a lost map", "a perilous crossing", "an uncharted island"),
     "Comedy": ("a string of mishaps", "a hopeless wedding", "two quarrelling neighbours"),
@@ -58,10 +58,10 @@ _LONGEST_SERIES = 6
 
 @dataclass(frozen=True)
 class ItemPlan:
-    """What is planted in the items; item i has the id i + 1, all arrays but the lists' are # [items].
+    """The structure planted in the items. Item i has the id i + 1; arrays are # [items] except the pools'.
 
-    A series is a run of consecutive items of one genre and brand; `parts_left` counts those after an item. Pools are
-    lists of items by popularity, one per genre, one per brand and one of all items; pool p is
+    A series is a run of consecutive items of one genre and brand. `parts_left` is the number of parts after an item.
+    Pools are lists of items by popularity: one per genre, one per brand, and one of all items. Pool p is
     `pooled[pool_start[p] : pool_start[p] + pool_size[p]]`.
     """
 
@@ -78,7 +78,7 @@ class ItemPlan:
 
 
 def plan_items(items: int, genres: int, brands: int, rng: np.random.Generator) -> ItemPlan:
-    """Draws the items; brands are of Zipf popularity, genres equally frequent."""
+    """Draw the items. Brands have Zipf popularity; genres are equally frequent."""
     lengths = np.where(rng.random(items) < _SERIES_SHARE, rng.integers(2, _LONGEST_SERIES + 1, items), 1)
     ends = np.minimum(np.cumsum(lengths), items)
     lengths = np.diff(ends, prepend=0)
@@ -92,7 +92,7 @@ def plan_items(items: int, genres: int, brands: int, rng: np.random.Generator) -
     brand = zipf_ranks(rng.random(groups), np.full(groups, brands))[group]
     pooled, sizes = _pools(genre, brand, genres, brands, rng.random(items))
     starts = np.cumsum(sizes) - sizes
-    # A brand without items stands for all items.
+    # A brand without items gets the pool of all items.
     empty = sizes == 0
     return ItemPlan(
         genre,
@@ -109,7 +109,7 @@ def plan_items(items: int, genres: int, brands: int, rng: np.random.Generator) -
 
 
 def zipf_ranks(uniform: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Ranks from 0 below `sizes` with a probability falling as 1 / (rank + 1), out of uniform numbers in [0, 1)."""
+    """Ranks from 0 below `sizes` from uniform numbers in [0, 1). Their probability falls as 1 / (rank + 1)."""
     ranks = np.expm1(uniform * np.log1p(sizes)).astype(np.int64)
     return np.minimum(ranks, sizes - 1)
 
@@ -125,7 +125,7 @@ def brand_name(brand: int) -> str:
 
 
 def write_items(path: Path, plan: ItemPlan, genres: int, rng: np.random.Generator) -> None:
-    """Writes item_id, title, genres ("|" between), brand, series, year and text (2 to 4 sentences) as CSV."""
+    """Write item_id, title, genres (joined by "|"), brand, series, year and text (2 to 4 sentences) as CSV."""
     with path.open("w", encoding="utf-8", newline="") as out:
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(["item_id", "title", "genres", "brand", "series", "year", "text"])
@@ -135,7 +135,7 @@ def write_items(path: Path, plan: ItemPlan, genres: int, rng: np.random.Generato
 def _pools(
     genre: np.ndarray, brand: np.ndarray, genres: int, brands: int, unpopularity: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """All pools one after another, and their sizes: genres, then brands, then one of all items."""
+    """All pools one after another, and their sizes: genres, then brands, then one pool of all items."""
     by_popularity = np.argsort(unpopularity)
     by_genre = by_popularity[np.argsort(genre[by_popularity], kind="stable")]
     by_brand = by_popularity[np.argsort(brand[by_popularity], kind="stable")]

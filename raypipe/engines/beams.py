@@ -1,11 +1,12 @@
-"""Beam search with a model of transformers: of each prompt the likeliest answers, by the sum of their log-probabilities.
+"""Beam search with a model of transformers: the likeliest answers to each prompt, by summed log-probability.
 
-There is no penalty of length: the sum, the end mark's included, is the probability of exactly this answer, which is what
-candidates are ranked by. So a short answer may stand before a longer one whose every token is likelier. Answers that have
-ended stand before those that the limit cut. The search of a prompt ends when none of its beams can overtake what it found.
+There is no length penalty: the sum, with the end mark's, is the log-probability of exactly this answer, and candidates
+are ranked by it. So a short answer may stand before a longer one whose every token is likelier. Answers that have ended
+stand before those that the limit cut. The search of a prompt ends when none of its beams can overtake what it found.
 
-A prompt is read once, and its keys and values are copied to its beams; after each token only those of the answers, in which
-alone beams of a prompt differ, change places. Prompts of a batch start together, and leave it when half of them have ended.
+A prompt is read once, and its keys and values are copied to its beams. After each token only the keys and values of the
+answers change places, as the beams of a prompt differ in nothing else. The prompts of a batch start together, and those
+that have ended leave it when they are half of it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _NOTHING = np.array([], np.int64)
 
 @dataclass(frozen=True, slots=True)
 class Hypothesis:
-    """An answer's tokens, without the end mark, and the log-probability of all of them, with it where it has ended."""
+    """An answer's tokens, without the end mark, and their summed log-probability, with the end mark's if it ended."""
 
     tokens: tuple[int, ...] = ()
     logprob: float = 0.0
@@ -39,7 +40,7 @@ class Hypothesis:
 
     @property
     def chosen(self) -> tuple[int, ...]:
-        """The texts of an answer that is held to given ones."""
+        """The numbers of the texts in an answer that is held to given texts."""
         return self.walk.chosen if self.walk else ()
 
 
@@ -52,10 +53,10 @@ def search(
     soft: SoftRows | None = None,
     trie: AnswerTrie | None = None,
 ) -> Iterator[tuple[int, list[Hypothesis]]]:
-    """Of each prompt, longest first, its number and at most `decoding.beams` answers, best first: none where the model's logits
-    are no numbers.
+    """Yield the number of each prompt and at most `decoding.beams` answers, best first: none if logits are not finite.
 
-    A batch holds at most `batch_tokens` of prompts and answers over all beams, or one prompt; `soft` and `trie` as in `decode`.
+    `prompts` are longest first. A batch holds at most `batch_tokens` tokens of prompts and answers over all beams, or
+    one prompt. `soft` and `trie` are as in `decode`.
     """
     prefill = Prefill(backbone, prompts, soft)
     at = 0
@@ -71,7 +72,7 @@ def search(
 
 
 class _Search:
-    """One prompt's beams: those that are `live`, best first, and the best that have `ended`."""
+    """The beams of one prompt: those that are `live`, best first, and the best of those that have `ended`."""
 
     def __init__(self, number: int, decoding: Decoding, trie: AnswerTrie | None) -> None:
         self.number, self.beams, self.most = number, decoding.beams, decoding.max_new_tokens
@@ -79,7 +80,10 @@ class _Search:
         self.ended: list[Hypothesis] = []
 
     def extend(self, candidates: Iterable[tuple[float, int, int]], ends: Sequence[int]) -> list[int]:
-        """Go on with the best of (log-probability, live beam, token), best first; the beams that the new ones go on from."""
+        """Go on with the best `candidates`, (log-probability, live beam, token), best first.
+
+        Returns, for each new live beam, the number of the beam that it goes on from.
+        """
         live: list[Hypothesis] = []
         parents = []
         for logprob, parent, token in candidates:
@@ -96,7 +100,7 @@ class _Search:
         return parents
 
     def allowed(self, beams: int) -> list[NDArray[np.int64]]:
-        """The next tokens of so many beams, live ones first, where answers are held to given ones."""
+        """The allowed next tokens of so many `beams`, live ones first, if answers are held to given texts."""
         tokens = [hypothesis.walk.next_tokens for hypothesis in self.live if hypothesis.walk]
         return tokens + [_NOTHING] * (beams - len(tokens))
 
@@ -107,7 +111,7 @@ class _Search:
         return len(self.ended) == self.beams and self.live[0].logprob <= self.ended[-1].logprob
 
     def found(self) -> list[Hypothesis]:
-        """Best first. Lists that were cut differ in what they hold whole."""
+        """The answers, best first. A list that the limit cut is left out if another one holds the same whole texts."""
         found, known = list(self.ended), {hypothesis.chosen for hypothesis in self.ended}
         for hypothesis in self.live if len(self.ended) < self.beams else []:
             if hypothesis.walk is None or hypothesis.chosen not in known:
@@ -117,10 +121,11 @@ class _Search:
 
 
 class _Batch:
-    """Prompts being searched, each with as many rows as beams, live ones first; the first step has one row a prompt.
+    """The prompts that are being searched, each with as many rows as beams, live ones first.
 
-    Columns of the cache from `start` to `stop` hold answers. Per row: `scores` log-probabilities, −∞ where no beam is live,
-    `newest` the token yet to be read, `position` where in its text that stands, `mask` [rows, start] 1 where a column holds a token.
+    At the first step each prompt has one row. Columns of the cache from `start` to `stop` hold answers. Per row:
+    `scores` is the log-probability, −∞ if the row's beam is not live, `newest` the token that is yet to be read,
+    `position` the place of that token in the row's text. `mask` [rows, start] is 1 where a column holds a token.
     """
 
     def __init__(
@@ -165,16 +170,16 @@ class _Batch:
         return found
 
     def _choose(self, logits: Tensor) -> None:
-        """Every search goes on with the likeliest of its beams and their next tokens, of which logits [rows, vocabulary] are."""
+        """Continue every search with the likeliest pairs of beam and next token, by the logits [rows, vocabulary]."""
         logprobs = torch.log_softmax(one_end(logits.float(), torch.tensor(self.ends, device=self.device)), -1)
         beams, vocabulary = len(logits) // len(self.searches), logits.shape[1]
         if self.trie is not None:
             logprobs = constrained(logprobs, [tokens for search in self.searches for tokens in search.allowed(beams)])
         totals = (self.scores[:, None] + logprobs).view(len(self.searches), beams * vocabulary)
-        # An answer that ends takes no beam's place: among twice as many are enough that go on.
+        # An answer that ends takes no beam's place. Among twice as many candidates, enough go on.
         most = min(2 * self.beams, beams * vocabulary)
         best = totals.topk(most)
-        if best.values[:, 0].isnan().any():  # NaN counts as the largest: one beam's would push out all others.
+        if best.values[:, 0].isnan().any():  # topk counts NaN as the largest: one beam's would push out all others.
             best = totals.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).topk(most)
         parents: list[list[int]] = []
         for search, values, places in zip(self.searches, best.values.tolist(), best.indices.tolist(), strict=True):
@@ -188,7 +193,7 @@ class _Batch:
         self._keep(parents, beams)
 
     def _keep(self, parents: Sequence[Sequence[int]], beams: int) -> None:
-        """Build the rows of the next step, of which this one had so many `beams` a search, from those of their `parents`."""
+        """Build the rows of the next step from those of their `parents`; this step had so many `beams` a search."""
         kept = [number for number, search in enumerate(self.searches) if search.live]
         leaving = 2 * len(kept) <= len(self.searches)
         if not leaving:

@@ -1,4 +1,4 @@
-"""Which prompts begin alike, so that what they share is read once for all of them."""
+"""Finds prompts that begin alike, so that a shared beginning is read once for all of them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Prompts, by number, longest first, and how many tokens all of them begin with; each holds more than that.
+    """Numbers of prompts, longest prompt first, and how many tokens all of them begin with.
 
-    A family of one shares nothing.
+    Each prompt is longer than that. A family of one shares nothing.
     """
 
     members: tuple[int, ...]
@@ -21,15 +21,17 @@ class Family:
 
 
 def families(prompts: Sequence[Sequence[int]], least: int) -> list[Family]:
-    """Every prompt in one family, so that few tokens are read when each family's beginning is read once.
+    """Assign every prompt to one family, so that few tokens are read if each family's beginning is read once.
 
-    What all prompts share is taken to be read once whatever the families are; a family shares `least` tokens more than
-    that. Of beginnings that lie in one another the one is shared that saves more than those within it.
+    What all prompts share is assumed to be read once in any case; a family shares at least `least` tokens more than
+    that. A family takes in smaller ones with longer beginnings if its own, shorter beginning saves more tokens than
+    theirs do together.
     """
     order = sorted(range(len(prompts)), key=lambda number: tuple(prompts[number]))
     alike = [_alike(prompts[one], prompts[other]) for one, other in pairwise(order)]
     everybody = min(alike, default=0)
-    # Stretches of the order, joined at what is most alike first: that is what all of a stretch share.
+    # Stretches of the order are joined where neighbours share most first: what they share there, all of a stretch
+    # share.
     first, last, saved = list(range(len(order))), list(range(len(order))), [0] * len(order)
     together = np.zeros(len(alike), bool)
     for gap in sorted(range(len(alike)), key=lambda gap: -alike[gap]):
@@ -48,6 +50,6 @@ def families(prompts: Sequence[Sequence[int]], least: int) -> list[Family]:
 
 
 def _alike(one: Sequence[int], other: Sequence[int]) -> int:
-    """Tokens that both begin with; at least one of each is left."""
+    """How many tokens both begin with; at least one token of each is left over."""
     shorter = min(len(one), len(other)) - 1
     return next((at for at in range(shorter) if one[at] != other[at]), max(0, shorter))

@@ -1,6 +1,6 @@
 """Keys and values of what a model has read, in buffers whose rows can be joined, copied and moved.
 
-Caches of models that slide or share layers stay those of transformers, whose rows can be copied and dropped alone.
+Models with sliding windows or shared layers keep the caches of transformers, whose rows can only be copied and dropped.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def is_plain(cache: DynamicCache | None) -> bool:
 
 
 def joined(caches: Sequence[DynamicCache], columns: int) -> DynamicCache:
-    """The rows of plain caches, one cache after the other, all ending at `columns`."""
+    """A plain cache with the rows of all `caches`, one cache after the other; every row ends at column `columns`."""
     found = DynamicCache()
     found.layers = []
     for layers in zip(*(cache.layers for cache in caches), strict=True):
@@ -42,7 +42,7 @@ def joined(caches: Sequence[DynamicCache], columns: int) -> DynamicCache:
 
 
 def copied(cache: DynamicCache, rows: Tensor, columns: int, capacity: int) -> DynamicCache:
-    """These rows of a cache of so many columns, some of them more than once, with room up to `capacity`."""
+    """A copy of these `rows` of a cache of so many `columns`, with room for `capacity`. A row may be named twice."""
     if is_plain(cache):
         return Room().copied(cache, rows, columns, capacity)
     found = copy.deepcopy(cache)
@@ -51,7 +51,7 @@ def copied(cache: DynamicCache, rows: Tensor, columns: int, capacity: int) -> Dy
 
 
 def reorder(cache: DynamicCache, rows: Tensor, first: int) -> None:
-    """Row n becomes what row `rows[n]` is, from column `first`; before it the two are alike."""
+    """Replace each row n by row `rows[n]`, from column `first` on; before that column the two are alike."""
     if not is_plain(cache):
         cache.batch_select_indices(rows)
         return
@@ -61,13 +61,13 @@ def reorder(cache: DynamicCache, rows: Tensor, first: int) -> None:
 
 
 class Room:
-    """Buffers for copies of caches, one after the other in the same place: fresh memory for each took a tenth of the time."""
+    """Buffers that one copy of a cache after the other uses: fresh memory for each copy took a tenth of the time."""
 
     def __init__(self) -> None:
         self._flat: list[tuple[Tensor, Tensor]] = []
 
     def copied(self, cache: DynamicCache, rows: Tensor, columns: int, capacity: int) -> DynamicCache:
-        """As `copied`, of a plain cache; the copy made before is gone."""
+        """As the function `copied`, for a plain cache. It overwrites the copy that was made before."""
         found = DynamicCache()
         found.layers = []
         for number, layer in enumerate(cache.layers):
@@ -88,39 +88,41 @@ class Room:
 
 
 class Slots(DynamicCache):
-    """Keys and values of a batch whose rows come and go in place: they are the first of `rows` rows of buffers, and all end at
-    one column."""
+    """Keys and values of a batch whose rows come and go in place.
+
+    The rows of the batch are the first of the buffers' `rows` rows, and all end at the same column.
+    """
 
     def __init__(self, like: DynamicCache, rows: int, columns: int) -> None:
         super().__init__()
         self.layers = [_SlotLayer(layer, rows, columns) for layer in like.layers]
 
     def show(self, rows: int, first: int, stop: int) -> None:
-        """What the model reads next: so many rows, from column `first` to before `stop`."""
+        """Set what the model reads next: so many `rows`, from column `first` to before column `stop`."""
         for layer in self.layers:
             layer.show(rows, first, stop)
 
     def move(self, rows: Tensor, to: Tensor) -> None:
-        """Rows take the places of others."""
+        """Copy `rows` to the places `to`."""
         for layer in self.layers:
             for part in (layer.keys, layer.values):
                 part[to] = part[rows]
 
     def put(self, cache: DynamicCache, row: int, stop: int) -> None:
-        """The rows of a plain cache, from row `row`, ending before column `stop`."""
+        """Write the rows of a plain cache from row `row` on, so that they end before column `stop`."""
         for layer, new in zip(self.layers, cache.layers, strict=True):
             layer.put(new, row, stop)
 
     def settle(self, rows: int, columns: int, stop: int) -> None:
-        """Move to buffers of so many rows and columns, where what is shown ends before column `stop`."""
-        # Layer by layer, so that no two buffers of all layers are held at a time.
+        """Move to buffers of so many rows and columns, in which what is shown ends before column `stop`."""
+        # Layer by layer, so that the old and the new buffers are never both held for all layers.
         for number, layer in enumerate(self.layers):
             self.layers[number] = _SlotLayer(layer, rows, columns)
             self.layers[number].put(layer, 0, stop)
 
 
 class _SlotLayer(DynamicLayer):
-    """One layer of `Slots`: buffers [rows, heads, columns, width] of keys and of values, and views of what is shown of them."""
+    """One layer of `Slots`: buffers [rows, heads, columns, width] of keys and values, and views of what they show."""
 
     def __init__(self, like: DynamicLayer, rows: int, columns: int) -> None:
         super().__init__()
@@ -129,9 +131,9 @@ class _SlotLayer(DynamicLayer):
         self.buffers = tuple(part.new_empty(rows, part.shape[1], columns, part.shape[3]) for part in held)
 
     def put(self, new: DynamicLayer, row: int, stop: int) -> None:
-        """Rows of another layer, from row `row`, ending before column `stop`, behind zeros."""
-        # What is masked must still be finite. Columns to come are written before they are read: clearing them too took a
-        # twelfth of the time of decoding (measured).
+        """Write the rows of another layer from row `row` on, so that they end before column `stop`, behind zeros."""
+        # Masked columns must still be finite. Columns from `stop` on are written before they are read: clearing them
+        # too took a twelfth of the time of decoding (measured).
         for part, mine in zip(self.buffers, (new.keys, new.values), strict=True):
             rows, start = part[row : row + len(mine)], stop - mine.shape[2]
             rows[:, :, :start] = 0
@@ -150,9 +152,9 @@ class _SlotLayer(DynamicLayer):
 
 
 class _BufferedLayer(DynamicLayer):
-    """Keys and values [rows, heads, positions, width] in a buffer allocated once: appending copies one position only.
+    """Keys and values [rows, heads, positions, width] in a buffer allocated once: appending copies new positions only.
 
-    transformers' own layer concatenates, copying the whole cache at every token.
+    The layer of transformers concatenates, which copies the whole cache at every token.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -178,7 +180,7 @@ class _BufferedLayer(DynamicLayer):
 
     @staticmethod
     def holding(keys: Tensor, values: Tensor, length: int) -> _BufferedLayer:
-        """A layer of these buffers, of which `length` positions are filled."""
+        """A layer over these buffers, in which `length` positions are filled."""
         layer = _BufferedLayer(keys.shape[2])
         layer.lazy_initialization(keys, values)
         layer._keys, layer._values, layer._length = keys, values, length

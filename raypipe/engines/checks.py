@@ -1,9 +1,9 @@
-"""What an answer has to be, and a second try for one that is not.
+"""Checks of answers, and a second try for answers that fail them.
 
-An answer that is empty, declines the task, does not end, is longer than anybody would read or is no text at all is asked
-for again, sampled at a temperature and with a seed of its own, so that a greedy model does not repeat itself. What still
-fails carries the reason as its error. All of it follows from the prompt and the answer alone, never from the batch. An
-answer that is held to given texts is not checked.
+An answer is asked for again if it is empty, declines the task, does not end, is longer than anybody would read, or is
+no text at all. The second try is sampled, at a temperature and with a seed of its own, so that a greedy model does not
+repeat itself. An answer that still fails carries the reason as its error. All of this follows from the prompt and the
+answer alone, never from the batch. An answer that is held to given texts is not checked.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from raypipe.config import Config, shaping
 from raypipe.engines.engine import Choices, Decoding, Engine, Outcome, OutcomeError, Piece, Scores
 from raypipe.language.prompt import Prompt
 
-# What another try may change; the others are as true the second time.
+# Errors that another try may mend; all others would come again.
 _RETRIED = {"empty_output", "declined", "unended", "too_long", "malformed"}
 _LOOP_WORDS, _LOOP_TIMES = 5, 4
-# Control characters that are no space, and the sign for what could not be decoded.
+# Control characters that are no space, and the replacement character for what could not be decoded.
 _NO_TEXT = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ufffd]")
 
 
 class AnswerChecks(Config):
-    """When an answer is none, and how often it is asked for again."""
+    """When an answer counts as none, and how often it is then asked for again."""
 
     retries: int = shaping(1, "second tries of an answer that is none", ge=0)
     temperature: float = shaping(0.7, "of a second try", ge=0)
@@ -38,7 +38,7 @@ class AnswerChecks(Config):
     must_end: bool = shaping(False, "an answer that reached its token limit is none")
 
     def problem(self, outcome: Outcome, prompt: Prompt) -> OutcomeError | None:
-        """Why the outcome is no answer to `prompt`; None where it is one."""
+        """Why the outcome is no answer to `prompt`; None if it is one."""
         if outcome.error is not None:
             return outcome.error
         text = outcome.text.strip()
@@ -52,7 +52,7 @@ class AnswerChecks(Config):
             return OutcomeError("too_long", message)
         if self.must_end and outcome.finish_reason == "length":
             return OutcomeError("unended", f"The answer reached its token limit: {_shown(text)}.")
-        # What already stands in the prompt may be repeated: titles come in every state.
+        # Characters that already stand in the prompt may be repeated: titles come in every state.
         if (signs := _NO_TEXT.findall(text)) and any(sign not in prompt.words for sign in signs):
             return OutcomeError("malformed", f"The answer holds what is no text: {_shown(text)}.")
         if _loops(text):
@@ -61,7 +61,7 @@ class AnswerChecks(Config):
 
 
 class CheckedEngine:
-    """An engine whose answers were checked; implements `Engine`. Outcomes count the tokens and calls of all tries."""
+    """Checks the answers of an engine; implements `Engine`. Outcomes count the tokens and calls of all tries."""
 
     def __init__(self, engine: Engine, checks: AnswerChecks) -> None:
         self.engine, self.checks = engine, checks
@@ -84,7 +84,7 @@ class CheckedEngine:
             yield outcome
 
     def stream(self, prompts: Sequence[Prompt], decoding: Decoding) -> Iterator[Piece | Outcome]:
-        """What is asked for again begins anew."""
+        """As the engine's `stream`. An answer that is asked for again starts over."""
         return self._checked(self.engine.stream, prompts, decoding)
 
     def _checked(
@@ -122,7 +122,7 @@ class CheckedEngine:
 
 
 def _added(outcome: Outcome, index: int, before: Outcome) -> Outcome:
-    """The outcome of prompt number `index`, with what an earlier try spent."""
+    """The outcome as that of prompt number `index`, with the tokens and calls of an earlier try added."""
     return replace(
         outcome,
         index=index,
@@ -134,7 +134,7 @@ def _added(outcome: Outcome, index: int, before: Outcome) -> Outcome:
 
 @lru_cache
 def _folded(starts: tuple[str, ...]) -> tuple[tuple[str, ...], int]:
-    """The beginnings in no case, and how many characters of a text the longest of them asks for."""
+    """The beginnings with case folded, and how many characters of a text the longest of them needs."""
     return tuple(start.casefold() for start in starts), max(map(len, starts), default=0)
 
 
@@ -143,7 +143,7 @@ def _shown(text: str) -> str:
 
 
 def _loops(text: str) -> bool:
-    """Whether five words in a row stand there four times."""
+    """Whether the same five words in a row occur four times."""
     words = text.split()
     if len(words) < _LOOP_WORDS * _LOOP_TIMES:
         return False

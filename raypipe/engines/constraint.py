@@ -1,4 +1,4 @@
-"""Holding a model to given answers: what it may not write next weighs nothing."""
+"""Constrained decoding: tokens that an answer may not continue with get no weight."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 def constrained(weights: Tensor, allowed: Sequence[NDArray[np.int64]]) -> Tensor:
-    """`weights` [rows, vocabulary] where they are of a row's `allowed` tokens, −∞ elsewhere."""
+    """`weights` [rows, vocabulary] of each row's `allowed` tokens, with −∞ for all other tokens."""
     rows = np.repeat(np.arange(len(allowed)), [len(tokens) for tokens in allowed])
     places = tuple(torch.from_numpy(part).to(weights.device) for part in (rows, np.concatenate(allowed)))
     return torch.full_like(weights, -torch.inf).index_put(places, weights[places])
 
 
 def one_end(logits: Tensor, ends: Tensor) -> Tensor:
-    """Logits in which the first of the tokens that end an answer weighs as much as all of them, and the others nothing."""
+    """Logits [rows, vocabulary] in which the first end token weighs as much as all of them, and the others nothing."""
     if len(ends) < 2:
         return logits
     weight = logits[:, ends].logsumexp(1)

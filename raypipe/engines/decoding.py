@@ -1,8 +1,9 @@
 """A decoding loop of our own for models of transformers: rows that have ended make room for prompts that wait.
 
-All rows of a batch share their columns: a row's prompt ends where the batch stands when it joins, so that one mask and one
-buffer of keys and values serve rows of any age. As rows end, others move into their places and waiting prompts take those
-that are left. Where the columns of the buffer end, what is still needed of them is copied to the beginning of another.
+All rows of a batch share their columns: a row's prompt ends at the column where the batch stands when the row joins, so
+that one mask and one buffer of keys and values serve rows of any age. When rows end, other rows move into their places,
+and waiting prompts take the places that are left. When all columns of a buffer are filled, those that are still needed
+are copied to the beginning of another buffer.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from raypipe.engines.prefill import Prefill, Read, SoftRows
 from raypipe.language.backbone import Backbone
 from raypipe.language.trie import AnswerTrie, Walk
 
-# Rows that have ended are read on until they are this share of all: prompts are best read several at once.
+# Rows that have ended stay in the batch until they are this share of it: prompts are best read several at once.
 _ENDED_SHARE = 0.125
-# Caches that are no plain buffers are copied whole where rows leave.
+# The same for caches that are no plain buffers, which are copied whole when rows leave.
 _ENDED_SHARE_COPIED = 0.5
 
 
@@ -32,7 +33,8 @@ _ENDED_SHARE_COPIED = 0.5
 class Answer:
     """The tokens generated for prompt number `prompt`, without the end mark, and whether the model ended them.
 
-    `chosen` are the texts of an answer that is held to given ones. `broken`: the model found no number for what comes next.
+    `chosen` are the numbers of its texts if the answer is held to given texts. `broken`: the model's logits for the
+    next token were not finite.
     """
 
     prompt: int
@@ -44,7 +46,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Growing:
-    """The tokens generated so far for prompt number `prompt`, whose answer goes on."""
+    """The tokens generated so far for prompt number `prompt`, whose answer has not ended."""
 
     prompt: int
     tokens: list[int]
@@ -61,11 +63,11 @@ def decode(
     trie: AnswerTrie | None = None,
     growing: bool = False,
 ) -> Iterator[Answer | Growing]:
-    """Answers in the order they end; prompts, longest first, join in theirs. `seeds`, one a prompt, where it samples.
-    Where `growing` is asked for, every answer is also told while it grows.
+    """Yield answers in the order in which they end; with `growing`, also yield every answer while it grows.
 
-    A batch holds at most `batch_tokens` of prompts and answers, or one row. Where prompts hold more than words, `soft` says
-    what is read of them; where answers are held to given ones, `trie` says to which.
+    `prompts` are token ids, longest first, and join in this order. `seeds` are one per prompt if the decoding samples,
+    else empty. A batch holds at most `batch_tokens` tokens of prompts and answers, or one row. `soft` says what is read
+    of prompts that hold more than words; `trie` says which texts answers are held to.
     """
     waiting = deque(range(len(prompts)))
     batch = _Batch(backbone, decoding, batch_tokens, Prefill(backbone, prompts, soft), trie)
@@ -83,13 +85,13 @@ def decode(
 
 
 class _Batch:
-    """Rows being answered, `most_rows` when others may join; columns of the cache up to `stop` are filled, and every row's newest
-    token is yet to be read.
+    """The rows that are being answered; others may join up to `most_rows`.
 
-    Per row: `prompts` its number, `live` whether it goes on, `taken` answer tokens so far, `answers` [rows, most] these
-    tokens, `newest` the last of them, `position` where in its text that stands, `draws` [rows, most] where it samples.
-    `mask` [places, columns] is 1 where a column holds a token of the row in that place. No row needs a column before
-    `first`. A row's shared start and what follows it may lie apart.
+    Columns of the cache up to `stop` are filled, and every row's newest token is yet to be read. Per row: `prompts` is
+    its number, `live` whether it goes on, `taken` how many answer tokens it has, `answers` [rows, most] these tokens,
+    `newest` the last of them, `position` the place of that in the row's text, `draws` [rows, most] its random numbers
+    if the decoding samples. `mask` [places, columns] is 1 where a column holds a token of the row in that place. No row
+    needs a column before `first`. A row's shared start and what follows it may lie apart.
     """
 
     def __init__(
@@ -109,8 +111,10 @@ class _Batch:
         self._done: list[Answer] = []
 
     def make_room(self, waiting: int, longest: int) -> None:
-        """Drop the rows that have ended where they are many; where all columns are filled, settle in other buffers, with places
-        for as many of the waiting prompts, the longest of so many tokens, as the batch may hold."""
+        """Drop the rows that have ended if they are many. If all columns are filled, move to other buffers.
+
+        These have places for as many of the `waiting` prompts as the batch may hold; the longest has `longest` tokens.
+        """
         live = int(self.live.sum())
         in_place = isinstance(self.cache, Slots)
         full = in_place and self.stop == self.mask.shape[1]
@@ -123,19 +127,19 @@ class _Batch:
             self._settle(max(live, min(live + waiting, self.most_rows)), columns)
 
     def seats(self, waiting: int, longest: int) -> int:
-        """How many of the waiting prompts, the longest of so many tokens, may join."""
+        """How many of the `waiting` prompts, of which the longest has `longest` tokens, may join."""
         if not len(self.prompts):
             self.most_rows = self._rows_of(longest)
         elif not isinstance(self.cache, Slots):
-            return 0  # Caches that are no plain buffers cannot take rows of another age.
+            return 0  # Only plain buffers can take rows of another age.
         return max(0, min(waiting, self.most_rows - len(self.prompts)))
 
     def _rows_of(self, columns: int) -> int:
-        """How many rows of so many tokens and an answer a batch may hold."""
+        """How many rows, each of so many `columns` and an answer, a batch may hold."""
         return max(1, self.batch_tokens // (columns + self.most))
 
     def _keep_live(self) -> None:
-        """Rows from the end take the places of those that have ended."""
+        """Drop the rows that have ended: live rows from the end of the batch take their places."""
         live = self.live.nonzero().squeeze(1)
         ended = (~self.live[: len(live)]).nonzero().squeeze(1)
         movers = live[len(live) - len(ended) :]
@@ -155,13 +159,13 @@ class _Batch:
         self._show()
 
     def _show(self) -> None:
-        """Leave behind the columns that no row needs any more."""
+        """Hide the columns that no row needs any more."""
         if isinstance(self.cache, Slots) and (rows := len(self.prompts)):
             self.first = int(self.mask[:rows, : self.stop].argmax(1).min())
             self.cache.show(rows, self.first, self.stop)
 
     def _settle(self, places: int, columns: int) -> None:
-        """Move to buffers of so many places, where all rows end at column `columns`."""
+        """Move to buffers with so many `places`, in which all rows end at column `columns`."""
         rows, needed = len(self.prompts), self.stop - self.first
         room = self.most if places == 1 else max(1, min(self.most, self.batch_tokens // places - columns))
         if isinstance(self.cache, Slots):
@@ -206,7 +210,7 @@ class _Batch:
         )
 
     def _begin(self, parts: Sequence[Read], rows: int, columns: int) -> None:
-        """A batch of nobody else."""
+        """Begin a batch in which there are no other rows."""
         self.first, self.stop, self.cache = 0, 0, parts[0].cache
         if is_plain(self.cache):
             self._settle(rows, columns)
@@ -238,7 +242,7 @@ class _Batch:
         return (Growing(prompt, tokens[:taken]) for prompt, taken, tokens in told)
 
     def _choose(self, logits: Tensor, rows: Tensor) -> None:
-        """The next token of `rows`, of which logits [rows, vocabulary] are; who ends is done."""
+        """Choose the next token of `rows` by their logits [rows, vocabulary]. A row that ends becomes an answer."""
         at = self.taken[rows].clamp(max=self.most - 1)
         draws = self.draws[rows, at] if len(self.draws) else None
         if self.trie is not None:
@@ -254,7 +258,7 @@ class _Batch:
         self.answers[writing, self.taken[writing]] = chosen[goes_on]
         self.taken[writing] += 1
         self.newest[rows] = chosen
-        # A row that has ended is still read, and a model may have no more positions than its context.
+        # Rows that have ended are still read, but keep their position: a model may have none beyond its context.
         self.position[writing] += 1
         done = self.live[rows] & (stops | ~finite | (self.taken[rows] >= self.most))
         if done.any():
@@ -271,15 +275,17 @@ class _Batch:
 
 
 def _chosen(logits: Tensor, temperature: float, draws: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The next token of each row: the likeliest, or the one at quantile `draws` of the tempered distribution; and whether there is
-    one, which there is not among logits that are no numbers."""
+    """The next token of each row, and whether there is one: there is none if the logits are not finite.
+
+    The token is the likeliest, or with `draws` the one at that quantile of the tempered distribution.
+    """
     if draws is None:
         best, chosen = logits.max(-1)
         return chosen, best.isfinite()
     # float64, so that the sum over a large vocabulary does not depend on how it is split.
     cumulative = torch.softmax(logits.double() / temperature, -1).cumsum(-1)
     quantiles = draws.unsqueeze(1).double() * cumulative[:, -1:]
-    # On the right of it, so that no token of probability 0 is ever drawn.
+    # Search to the right of the quantile, so that no token of probability 0 is ever drawn.
     chosen = torch.searchsorted(cumulative, quantiles, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
     return chosen, cumulative[:, -1].isfinite()
 

@@ -1,6 +1,7 @@
 """A deterministic engine for tests and dry runs: the answer is the prompt's last words and a short hash of the prompt.
 
-Tokens are whitespace-separated words. No torch, no model, about 6 µs (measured) for a prompt of 100 words.
+Tokens are whitespace-separated words. It needs no torch and no model, and takes about 6 µs (measured) for a prompt of
+100 words.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Prompts as token ids, for engines that run a model in this process: what fits goes on, what does not is an outcome."""
+"""Encodes prompts as token ids, for engines that run a model in this process; prompts that do not fit are outcomes."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def encode_prompts(
 ) -> tuple[dict[int, Encoded], list[Outcome]]:
     """The prompts that can be answered, by index in order, and the outcomes of the others.
 
-    `room` is the most tokens of each one's answer. Vectors are read by an adapter alone, which reads words in the pieces that a
-    prompt is made of, as in training.
+    `room` is the most tokens of each prompt's answer. Only an adapter reads vectors. With an adapter the words are
+    encoded in the pieces that a prompt is made of, as in training.
     """
     prefix = None if adapter is None else adapter.config.prefix
     bare = prefix is None or not prefix.vectors
@@ -34,7 +34,7 @@ def encode_prompts(
     ids = tokenizer.encode([prompts[index].text for index in plain])
     encoded = {index: Encoded(mine, []) for index, mine in zip(plain, ids, strict=True)}
     refused = []
-    standing = prefix.knowledge if prefix is not None and bare else 0  # before every prompt
+    standing = prefix.knowledge if prefix is not None and bare else 0  # tokens before every prompt
     for index, prompt in enumerate(prompts):
         error = None
         if not whole[index]:
@@ -54,7 +54,10 @@ def encode_prompts(
 
 
 def _encoded(tokenizer: PromptTokenizer, prompt: Prompt, adapter: AdapterCard) -> Encoded:
-    """Raises ValueError for vectors that the adapter does not read, or reads and are not there."""
+    """Encode a prompt for an adapter.
+
+    Raises ValueError if the prompt holds vectors that the adapter does not read, or lacks some that it does read.
+    """
     config, widths = adapter.config, adapter.widths
     prefix, rest = split_prefix(prompt)
     most = 0 if config.prefix is None else config.prefix.vectors

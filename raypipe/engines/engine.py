@@ -1,8 +1,8 @@
-"""The seam between batch work and whatever generates text: prompts in, outcomes out.
+"""The interface between batch work and whatever generates text: prompts in, outcomes out.
 
-An engine never raises for one bad prompt: that prompt's outcome carries an error and the others are answered. What it
-does raise concerns every prompt: a missing checkpoint, a bad setting by `EngineConfig.build`, what the engine cannot do
-before the first outcome.
+An engine never raises for one bad prompt: that prompt's outcome carries an error, and the others are answered. What it
+does raise concerns every prompt: `EngineConfig.build` raises for a missing checkpoint or a bad setting, and the methods
+raise, before the first outcome, for what the engine cannot do.
 
 Importing this module loads neither torch nor transformers, so a driver can plan and fingerprint without them.
 """
@@ -47,7 +47,7 @@ ErrorKind = Literal[
 Dtype = Literal["float32", "bfloat16"]
 
 
-# Each goes into fingerprints and is raised whenever the same prompt would get another answer.
+# The version of each engine is part of fingerprints. It is raised whenever the same prompt would get another answer.
 VERSIONS = {"echo": 1, "transformers": 3, "vllm": 3, "openai": 1}
 DEFAULT_CONTEXT = 8192
 _BYTES_PER_TOKEN = 2  # cautious: tokenizers make 3 to 5 of most scripts' text
@@ -55,7 +55,7 @@ _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
 class EngineDownError(RaypipeError):
-    """An engine that answers nobody: no prompt is to blame, and the work stops as it stands."""
+    """An engine answers no prompt at all. No prompt is to blame, and the work stops as it stands."""
 
 
 class Decoding(Config):
@@ -77,9 +77,10 @@ class Decoding(Config):
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """What an answer may be: at most `most` of the texts, none twice, joined by the separator.
+    """What an answer may be: one to `most` of the texts, none twice, joined by the separator.
 
-    Raises ValueError where there is no text, where one is empty or given twice, and for a list without a separator.
+    Raises ValueError if there is no text, a text is empty or given twice, `most` is below 1, or an answer may hold
+    several texts and the separator is empty.
     """
 
     texts: tuple[str, ...]
@@ -95,19 +96,19 @@ class Choices:
             raise ValueError("An answer holds one text, or several with a separator between them.")
 
     def text(self, chosen: Sequence[int]) -> str:
-        """The answer of these texts, by number."""
+        """The answer that consists of the texts with these numbers."""
         return self.separator.join(self.texts[number] for number in chosen)
 
 
 def prompt_seed(seed: int, text: str) -> int:
-    """A seed of 63 bits from the decoding's seed and the prompt: the same in every batch and process."""
+    """A seed of 63 bits, made of the decoding's seed and the prompt. It is the same in every batch and process."""
     digest = hashlib.blake2b(f"{seed}\0{text}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What an engine can do beyond text in, text out; a job refuses what is missing when it plans."""
+    """What an engine can do beyond text in, text out. A job refuses what is missing when it plans."""
 
     vectors: bool = False
     beams: bool = False
@@ -115,7 +116,7 @@ class Capabilities:
     logprobs: bool = False
 
     def require(self, decoding: Decoding, choices: Choices | None = None) -> None:
-        """Raises UsageError where answers are to be decoded as this engine cannot."""
+        """Check that this engine can decode answers so. Raises UsageError if it cannot."""
         if decoding.beams > 1 and not self.beams:
             raise lacking("beam search")
         if choices is not None and not self.trie:
@@ -123,7 +124,7 @@ class Capabilities:
 
 
 def lacking(ability: str) -> UsageError:
-    """The error of an engine that is asked for what it cannot do."""
+    """The error for an engine that is asked for an ability it lacks."""
     return UsageError(f"This engine has no {ability}.", "Choose --engine.engine transformers.")
 
 
@@ -137,9 +138,10 @@ class OutcomeError:
 
 @dataclass(frozen=True, slots=True)
 class Beam:
-    """One of the answers that a search found; `logprob` is the sum over its tokens and, where it ended, the end mark.
+    """One of the answers that a search found.
 
-    `chosen` are the numbers of its texts where it is held to given ones.
+    `logprob` is the sum over its tokens, and the end mark if it ended. `chosen` are the numbers of its texts if it is
+    held to given texts.
     """
 
     text: str
@@ -151,11 +153,11 @@ class Beam:
 class Outcome:
     """The answer to prompt number `index` of the call, or the error in its place.
 
-    `calls` is how often the model was asked (over HTTP, the requests sent), `tokens_in` counts the prompt as it reads it
-    (chat wrapping included) and `tokens_out` what it generated, without the end mark, over all of them. `finish_reason` is
-    "stop" when the model ended the answer, "length" when the limit did. An answer held to given texts names them in
-    `chosen`; a list that the limit cut keeps those that are whole. After a search `beams` are what it found, best first, and
-    all else is the best one's.
+    `calls` is how often the model was asked (over HTTP, the requests sent). Over all calls, `tokens_in` counts the
+    prompt as the model reads it (chat wrapping included), and `tokens_out` what it generated, without the end mark.
+    `finish_reason` is "stop" if the model ended the answer, "length" if the limit did. `chosen` are the numbers of the
+    texts in an answer that is held to given texts; a list that the limit cut keeps those that are whole. After a search
+    `beams` are the answers it found, best first, and all other fields are those of the best one.
     """
 
     index: int
@@ -171,7 +173,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The answer to prompt number `index` as far as it goes."""
+    """The answer to prompt number `index` as far as it is written."""
 
     index: int
     text: str
@@ -179,10 +181,10 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """How likely the answers to prompt number `index` are, in their order, or the error in their place.
+    """The log-probabilities of the answers to prompt number `index`, in their order, or the error in their place.
 
-    Natural logarithms, summed over the tokens of an answer in float32; the end mark is no part of it, so that an answer's
-    beginning is as likely or likelier.
+    They are natural logarithms, summed over the tokens of an answer in float32. The end mark is not included, so the
+    beginning of an answer is at least as likely as the answer.
     """
 
     index: int
@@ -200,29 +202,30 @@ class Engine(Protocol):
     def generate(
         self, prompts: Sequence[Prompt], decoding: Decoding, choices: Choices | None = None
     ) -> Iterator[Outcome]:
-        """One outcome for each prompt, in whatever order suits the engine; `Outcome.index` tells which.
+        """Yield one outcome for each prompt, in any order; `Outcome.index` is the prompt's number.
 
-        Every answer is one of the `choices`, where given. Raises UsageError for what the capabilities lack, and where
-        `max_new_tokens` leave no room for the longest choice.
+        With `choices`, every answer is one of them. Raises UsageError if the engine lacks a capability that is needed,
+        or if `max_new_tokens` leave no room for the longest choice.
         """
         ...
 
     def stream(self, prompts: Sequence[Prompt], decoding: Decoding) -> Iterator[Piece | Outcome]:
-        """As `generate`, with each answer as far as it goes whenever it has grown, before its outcome.
+        """As `generate`, but yield each answer as far as it is written whenever it has grown, before its outcome.
 
-        Raises UsageError where the engine cannot, and for a search: beams are told apart at their ends.
+        Raises UsageError if the engine cannot stream, and for a search: only at their ends is known which beam is best.
         """
         ...
 
     def score(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> Iterator[Scores]:
-        """How likely each of its answers is after each prompt, in whatever order; a space comes before every answer.
+        """Yield the log-probabilities of each prompt's answers, in any order of prompts.
 
-        Raises UsageError without the capability `logprobs`, and ValueError for a prompt without answers or an empty answer.
+        A space comes before every answer. Raises UsageError without the capability `logprobs`, and ValueError for a
+        prompt without answers or an empty answer.
         """
         ...
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """Tokens each text takes inside a prompt, chat wrapping not counted."""
+        """How many tokens each text takes inside a prompt, without chat wrapping."""
         ...
 
 
@@ -261,7 +264,7 @@ class EngineConfig(Config):
     """Which engine answers, with which model, and how fast it may go about it."""
 
     engine: Literal["echo", "transformers", "vllm", "openai"] = shaping("transformers", "what generates")
-    # The name of a model is a place; what shapes the output is its content, which `identity` hashes.
+    # A model's name is only a place. Its content shapes the output, and `identity` hashes that.
     lm: str = free("", "checkpoint folder or hub name; for transformers and vllm")
     adapter: str = free("", "folder of an adapter, so that transformers reads a recommender's vectors too")
     dtype: Dtype = shaping("float32", "precision of the weights and of decoding")
@@ -289,23 +292,23 @@ class EngineConfig(Config):
 
     @property
     def model_name(self) -> str:
-        """What a report calls the model; empty for echo."""
+        """The name of the model in reports; empty for echo."""
         return {"openai": self.http.model, "echo": ""}.get(self.engine, self.lm)
 
     @property
     def most_calls(self) -> int:
-        """The most `Outcome.calls` of one prompt: over HTTP its attempts, and those at the probe that follows their failure."""
+        """The most `Outcome.calls` of one prompt: over HTTP its attempts, and those of the probe after they failed."""
         return 2 * self.http.attempts if self.engine == "openai" else 1
 
     @property
     def capabilities(self) -> Capabilities:
-        """Those of the engine that `build` makes, without making it: what is missing is refused before work starts."""
+        """What the engine that `build` makes can do, without making it; what is missing is refused before work."""
         if self.engine == "transformers":
             return Capabilities(vectors=bool(self.adapter), beams=True, trie=True, logprobs=True)
         return Capabilities()
 
     def build(self) -> Engine:
-        """The engine, weights loaded. Raises UsageError when the checkpoint cannot be found or read."""
+        """Make the engine, with its weights loaded. Raises UsageError if the checkpoint cannot be found or read."""
         if self.engine == "echo":
             from raypipe.engines.echo import EchoEngine
 
@@ -323,7 +326,7 @@ class EngineConfig(Config):
         return TransformersEngine(self)
 
     def token_counter(self) -> Callable[[Sequence[str]], list[int]]:
-        """What counts a text's tokens, without loading weights: for plans. Raises UsageError like `build`."""
+        """A function that counts the tokens of texts without loading weights. Raises UsageError as `build` does."""
         if self.engine == "echo":
             return lambda texts: [len(text.split()) for text in texts]
         named = self.http.tokenizer if self.engine == "openai" else self.lm
@@ -336,11 +339,12 @@ class EngineConfig(Config):
     def identity(self) -> dict[str, Any]:
         """What a fingerprint must hold of the engine: its name and version, its shaping settings, the model's content.
 
-        Reads the checkpoint's files without loading them. Raises UsageError when there is no such checkpoint.
+        It reads the checkpoint's files without loading them. Raises UsageError if there is no such checkpoint or
+        adapter.
         """
         values = {**self.shaping_values(), "version": VERSIONS[self.engine]}
-        values.pop("vllm")  # where it runs, no more
-        # What means nothing to an engine must not compute anything anew when it changes.
+        values.pop("vllm")  # it only says where the model runs
+        # A change of a setting that means nothing to this engine must not compute anything anew.
         if self.engine != "openai":
             values.pop("http")
         if not self.reads_checkpoint:

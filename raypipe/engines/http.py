@@ -1,10 +1,11 @@
 """Prompts over HTTP to any endpoint with the chat completions API of OpenAI: vLLM, llama.cpp, a gateway, a provider.
 
-Many requests are in flight at once. What may pass (429, 5xx, a timeout, a broken connection, an answer that is none) is
-tried again after a growing, jittered pause, or the one the server asks for. What will not pass and concerns all prompts (a
-wrong key or address, an empty account, a redirection, which is never followed) is an `EngineDownError`. A prompt that is
-refused by any other 4xx, or whose attempts are used up, is blamed only if the endpoint still answers a word of our own;
-where it does not, `EngineDownError` ends the work: an outage, or an option that the model does not take, rejects nobody.
+Many requests are in flight at once. A failure that may pass (429, 5xx, a timeout, a broken connection, an answer that
+is none) is tried again after a growing, jittered pause, or the pause that the server asks for. A failure that will not
+pass and concerns all prompts (a wrong key or address, an empty account, a redirection, which is never followed) is an
+`EngineDownError`. If a prompt is refused by any other 4xx, or its attempts are used up, the endpoint is asked a short
+question of our own. If it answers that, the prompt is to blame and gets the error. If not, `EngineDownError` ends the
+work, so that an outage, or an option that the model does not take, rejects no prompt.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _PROBE = "Answer with one word: yes."
 
 
 class _FailedError(Exception):
-    """An attempt failed, in a way that may pass unless the request was `refused`."""
+    """An attempt failed. The failure may pass unless its kind is `refused`."""
 
     def __init__(self, kind: ErrorKind, message: str, pause_s: float | None = None) -> None:
         super().__init__(message)
@@ -56,7 +57,7 @@ class _FailedError(Exception):
 
 @dataclass
 class _Asking:
-    """One call of `generate`; `answers_us` once a request of our own was answered."""
+    """The state of one call of `generate`. `answers_us` is true once the endpoint has answered our own question."""
 
     session: aiohttp.ClientSession
     decoding: Decoding
@@ -119,7 +120,7 @@ class HttpEngine:
         if tokens + decoding.max_new_tokens > self.context:
             message = f"{tokens} tokens and {decoding.max_new_tokens} of answer exceed the context of {self.context}."
             return Outcome(index, tokens_in=tokens, error=OutcomeError("prompt_too_long", message))
-        seed = prompt_seed(decoding.seed, prompt.text) >> 32  # 31 bits: what every server takes
+        seed = prompt_seed(decoding.seed, prompt.text) >> 32  # 31 bits, which every server takes
         try:
             return await self._attempts(asking, index, prompt.text, seed)
         except _FailedError as problem:
@@ -128,9 +129,10 @@ class HttpEngine:
             return replace(spent, index=index, text="", error=error, calls=problem.calls + spent.calls)
 
     async def _probe(self, asking: _Asking, refused: bool, seed: int) -> Outcome:
-        """What it takes to learn that the endpoint answers at all. Raises EngineDownError where it does not.
+        """Ask the endpoint a question of our own; returns what that cost. Raises EngineDownError if it does not answer.
 
-        Whether it refuses everybody is asked once: such a thing does not pass. An outage may begin at any time.
+        After a refusal it is asked once only, as an endpoint that refuses everything does not change. An outage may
+        begin at any time, so after other failures it is asked each time.
         """
         async with asking.probing if refused else contextlib.nullcontext():
             if refused and asking.answers_us:
@@ -155,8 +157,11 @@ class HttpEngine:
         )
 
     async def _attempts(self, asking: _Asking, index: int, text: str, seed: int) -> Outcome:
-        """Raises the problem of the last attempt; either way with how many there were."""
-        # Jitter that the prompt decides, so that reruns pause alike.
+        """Attempt a prompt until it is answered. Raises _FailedError of the last attempt if none succeeds.
+
+        The outcome and the error hold the number of attempts in `calls`.
+        """
+        # The prompt decides the jitter, so that reruns pause alike.
         jitter = random.Random(seed)
         pause = _FIRST_PAUSE_S
         for attempt in range(1, self.config.attempts + 1):
@@ -181,7 +186,7 @@ class HttpEngine:
             "seed": seed,
         }
         try:
-            # A redirection would carry the prompt to a host that `consent` was never asked about.
+            # A redirection would send the prompt to a host for which `consent` was never given.
             async with asking.session.post(address, json=body, allow_redirects=False) as response:
                 status, headers = response.status, response.headers
                 async for chunk in response.content.iter_any():
@@ -207,14 +212,14 @@ class HttpEngine:
         raise _FailedError("refused", said)
 
     def _counted(self, outcome: Outcome, text: str) -> Outcome:
-        """With tokens of our own count where the endpoint tells none: caps have to hold all the same."""
+        """The outcome with our own count of tokens if the endpoint reports none: caps have to hold in any case."""
         tokens_in = outcome.tokens_in or self.count_tokens([text])[0]
         tokens_out = outcome.tokens_out or (self.count_tokens([outcome.text])[0] if outcome.text else 0)
         return replace(outcome, tokens_in=tokens_in, tokens_out=tokens_out)
 
 
 def _outcome(index: int, text: str) -> Outcome:
-    """What a 200 holds; what is no chat completion may be one the next time."""
+    """The outcome in the body of a 200. Raises _FailedError if it is no chat completion; it may be one next time."""
     try:
         told = json.loads(text)
         choice = told["choices"][0]
@@ -228,13 +233,13 @@ def _outcome(index: int, text: str) -> Outcome:
     if reason == "content_filter":
         stopped = OutcomeError("refused", "The endpoint's content filter stopped the answer.")
         return Outcome(index, "", tokens_in, tokens_out, error=stopped)
-    # JSON spells half of a surrogate pair, where the limit cut an emoji, and UTF-8 does not.
+    # If the limit cut an emoji, JSON may hold half of a surrogate pair, which UTF-8 cannot encode.
     written = (written or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return Outcome(index, written, tokens_in, tokens_out, "length" if reason == "length" else "stop")
 
 
 def _pause(header: str | None) -> float | None:
-    """Seconds that a server asks to wait; a date, or nonsense, is no answer."""
+    """Seconds to wait that a Retry-After header asks for; None if it holds a date or nonsense."""
     try:
         return max(0.0, float(header)) if header is not None else None
     except ValueError:
@@ -242,9 +247,9 @@ def _pause(header: str | None) -> float | None:
 
 
 class _Background:
-    """A coroutine in a loop and a thread of its own, cancelled when nobody waits any more.
+    """Runs a coroutine in an event loop and a thread of its own, and cancels it when the context is left.
 
-    The last thing `found` is given is None, or what ended the coroutine.
+    The last call of `found` is with None, or with the error that ended the coroutine.
     """
 
     def __init__(self, work: Coroutine[Any, Any, None], found: Callable[[Any], None]) -> None:

@@ -1,4 +1,4 @@
-"""Reading prompts before anything is written: each once, and what some or all of them begin with once for these."""
+"""Reads prompts before anything is written: each once, and what some or all of them begin with once for these."""
 
 from __future__ import annotations
 
@@ -14,43 +14,43 @@ from raypipe.engines.beginnings import Family, families
 from raypipe.engines.caches import Room, is_plain, new_cache
 from raypipe.language.backbone import Backbone
 
-_FEW_TOKENS = 8  # Copying the keys and values of fewer is not worth its while.
+_FEW_TOKENS = 8  # Sharing the keys and values of fewer tokens is not worth copying them.
 # A CPU reads prompts in pieces whose activations stay in its caches: 1.7 times as fast as 30,000 tokens at once (measured).
 _CPU_READ_TOKENS = 3000
-_CPU_HELD_TOKENS = 6000  # And keys and values of so many tokens, where they are copies of others.
+_CPU_HELD_TOKENS = 6000  # The same for keys and values that are copied: they are of at most so many tokens.
 
 
 class SoftRows(Protocol):
-    """Prompts in which vectors stand at some places."""
+    """Prompts that hold vectors at some places."""
 
     most_shared: int
-    """Tokens before the first such place of any prompt."""
+    """How many tokens stand before the first vector of any prompt."""
 
     contents: Sequence[Sequence[int]]
-    """What stands in each prompt, a number a place; equal where tokens and vectors are."""
+    """The content of each prompt, one number for each place; numbers are equal where tokens or vectors are."""
 
     def embed(self, numbers: Sequence[int]) -> Tensor:
-        """What the model reads of the prompts of these numbers, [rows, longest, hidden], padded on the left."""
+        """The input embeddings of the prompts of these numbers, [rows, longest, hidden], padded on the left."""
         ...
 
     def before(self, numbers: Sequence[int]) -> Before | None:
-        """What stands before these prompts in every layer, where something does."""
+        """The keys and values that stand before these prompts in every layer; None if there are none."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Before:
-    """Keys and values of every layer, [rows, heads, tokens, width], and bool [rows, tokens] which tokens are there."""
+    """Keys and values of every layer, [rows, heads, tokens, width]; `there` bool [rows, tokens]: which tokens exist."""
 
     layers: Sequence[tuple[Tensor, Tensor]]
     there: Tensor
 
 
 def shared_start(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """The tokens that all prompts begin with, none where they are few; at least one of each prompt is left."""
+    """The tokens that all prompts begin with, none if they are few. At least one token of each prompt is left over."""
     if len(prompts) < 2:
         return []
-    first, last = min(map(list, prompts)), max(map(list, prompts))  # In their order these two differ first.
+    first, last = min(map(list, prompts)), max(map(list, prompts))  # What these two share, all prompts share.
     length = next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
     length = min(length, min(map(len, prompts)) - 1)
     return first[:length] if length >= _FEW_TOKENS else []
@@ -58,7 +58,7 @@ def shared_start(prompts: Sequence[Sequence[int]]) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """Prompts that were read: their cache, bool [rows, longest] where it holds a token, and the last position's logits."""
+    """Prompts that were read: their cache, bool [rows, columns] where it holds a token, and their last logits."""
 
     cache: DynamicCache
     read: Tensor
@@ -66,7 +66,7 @@ class Read:
 
 
 class Prefill:
-    """Reads prompts, of which `soft` says what is read where they hold more than words."""
+    """Reads prompts. `soft` says what is read of them if they hold more than words."""
 
     def __init__(self, backbone: Backbone, prompts: Sequence[Sequence[int]], soft: SoftRows | None = None) -> None:
         self.model, self.device = backbone.model, backbone.device
@@ -83,7 +83,7 @@ class Prefill:
                 self._shared, self._shared_tokens = cache, len(shared)
 
     def parts(self, numbers: Sequence[int]) -> Iterator[Sequence[int]]:
-        """Of prompts, longest first, those that are read at once."""
+        """Split prompts, which are longest first, into those that are read at once."""
         whole = self.device.type != "cpu" or not is_plain(new_cache(self.model, 0))
         at = 0
         while at < len(numbers):
@@ -92,7 +92,7 @@ class Prefill:
             at += rows
 
     def read(self, numbers: Sequence[int]) -> Read:
-        """The prompts of these numbers, padded on the left, behind what stands before them."""
+        """Read the prompts of these numbers, padded on the left, behind what stands before them."""
         prompts = [self.prompts[number] for number in numbers]
         longest, rows, known = max(map(len, prompts)), len(prompts), self._shared_tokens
         padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=self.device)
@@ -126,16 +126,18 @@ class Prefill:
 def read_all(
     backbone: Backbone, prompts: Sequence[Sequence[int]], batch_tokens: int, soft: SoftRows | None = None
 ) -> Iterator[tuple[list[int], Read]]:
-    """Every prompt once, several at a time: their numbers, and what was read of them, which holds until the next are read.
+    """Read every prompt once, several at a time, and yield their numbers and what was read.
 
-    What a family of prompts begins with, such as all questions about one user, is read once, and its keys and values are
-    copied to those. A batch holds at most `batch_tokens`, or one prompt.
+    What was read is valid until the next prompts are read. What a family of prompts begins with, such as all questions
+    about one user, is read once, and its keys and values are copied to the members. A batch holds at most
+    `batch_tokens` tokens, or one prompt.
     """
     if is_plain(new_cache(backbone.model, 0)):
         found = families(prompts if soft is None else soft.contents, _FEW_TOKENS)
     else:
         found = [Family((number,)) for number in range(len(prompts))]
-    # Those that share something first, and of both the longest first: if memory does not suffice, that shows at once.
+    # Families that share something come first, and of both kinds the longest: if memory does not suffice, that shows at
+    # once.
     found.sort(key=lambda family: (not family.shared, -(family.shared or len(prompts[family.members[0]]))))
     starts = [prompts[family.members[0]][: family.shared or None] for family in found]
     prefill = Prefill(backbone, starts, None if soft is None else _Starts(soft, prompts, found))
@@ -161,7 +163,7 @@ def _read_members(
     soft: SoftRows | None,
     room: Room,
 ) -> Iterator[tuple[list[int], Read]]:
-    """The members of families whose beginnings were read, row by row; the longest ends first."""
+    """Read the members of the families `shared`, whose beginnings are the rows of `read`, the longest ends first."""
     ends = {number: len(prompts[number]) - family.shared for family in shared for number in family.members}
     rows = {number: row for row, family in enumerate(shared) for number in family.members}
     left = sorted(ends, key=lambda number: -ends[number])
@@ -191,13 +193,13 @@ def _read_members(
 
 
 def _after(columns: int, longest: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The causal mask of `longest` places behind so many columns, one for all rows: the model would make each row its own."""
+    """The causal mask of `longest` places behind so many columns, one for all rows; the model would make one each."""
     mask = torch.full((longest, columns + longest), -torch.inf, dtype=dtype, device=device)
     return mask.triu(columns + 1)[None, None]
 
 
 class _Starts:
-    """What families begin with, in the place of whole prompts; implements `SoftRows`."""
+    """The beginnings of families, in place of whole prompts; implements `SoftRows`."""
 
     def __init__(self, soft: SoftRows, prompts: Sequence[Sequence[int]], found: Sequence[Family]) -> None:
         self.soft, self.most_shared = soft, soft.most_shared
@@ -210,7 +212,7 @@ class _Starts:
     def embed(self, numbers: Sequence[int]) -> Tensor:
         embedded = self.soft.embed([self.first[number] for number in numbers])
         longest = max(self.kept[number] for number in numbers)
-        # Whole prompts end at the last column, and so must their beginnings.
+        # Whole prompts end at the last column; their beginnings must end there too.
         cut = [self.whole[number] - self.kept[number] for number in numbers]
         rows = [
             torch.nn.functional.pad(row, (0, 0, gone, 0))[: len(row)] for row, gone in zip(embedded, cut, strict=True)

@@ -1,8 +1,10 @@
-"""How likely given answers are: a prompt is read once for all of its answers, and each answer at once; what many prompts begin
-with, such as the questions about all candidates of one user, is read once for these.
+"""Log-probabilities of given answers to prompts.
 
-An answer's first token is told by the prompt's last position, so answers of one token cost nothing more. The others are read
-behind copies of their prompt's keys and values.
+A prompt is read once for all of its answers, and each answer in one pass. What many prompts begin with, such as the
+questions about all candidates of one user, is read once for all of these.
+
+The logits of a prompt's last position score an answer's first token, so answers of one token cost nothing more. The
+other tokens are read behind copies of the prompt's keys and values.
 """
 
 from __future__ import annotations
@@ -27,9 +29,10 @@ def score(
     batch_tokens: int,
     soft: SoftRows | None = None,
 ) -> Iterator[tuple[int, list[float]]]:
-    """Of each prompt, in whatever order, its number and the log-probability of each of its answers, its tokens' sum in float32.
+    """Yield the number of each prompt and the log-probability of each of its answers, in any order of prompts.
 
-    `answers` hold a token at least. A batch holds at most `batch_tokens`, or one row; `soft` as in `decode`.
+    A log-probability is the sum over the answer's tokens, in float32. Each of `answers` holds at least one token. A
+    batch holds at most `batch_tokens` tokens, or one row; `soft` is as in `decode`.
     """
     for numbers, read in read_all(backbone, prompts, batch_tokens, soft):
         pairs = [(row, answer) for row, number in enumerate(numbers) for answer in answers[number]]
@@ -39,12 +42,12 @@ def score(
 
 
 def _scores(backbone: Backbone, read: Read, pairs: Sequence[tuple[int, Sequence[int]]], batch_tokens: int) -> Tensor:
-    """Of each pair of a row that was read and an answer to it, [pairs]."""
+    """The log-probability of each pair of a row that was read and an answer to it, [pairs]."""
     columns, vocabulary = read.read.shape[1], read.logits.shape[1]
     rows = torch.tensor([row for row, _ in pairs], device=backbone.device)
     first = torch.tensor([answer[0] for _, answer in pairs], device=backbone.device)
     found = torch.log_softmax(read.logits.float(), -1)[rows, first]
-    # Like lengths share a pass, the longest first.
+    # Answers of similar length share a pass, the longest first.
     longer = sorted((n for n, (_, answer) in enumerate(pairs) if len(answer) > 1), key=lambda n: -len(pairs[n][1]))
     while longer:
         most = len(pairs[longer[0]][1]) - 1
@@ -55,7 +58,7 @@ def _scores(backbone: Backbone, read: Read, pairs: Sequence[tuple[int, Sequence[
 
 
 def _rest(backbone: Backbone, read: Read, rows: Tensor, answers: Sequence[Sequence[int]]) -> Tensor:
-    """The log-probability of all tokens but the first of answers, longest first, to rows that were read, [answers]."""
+    """The log-probability [answers] of all tokens but the first. `answers`, longest first, are to `rows` of `read`."""
     columns, most = read.read.shape[1], len(answers[0]) - 1
     tokens = torch.zeros(len(answers), most + 1, dtype=torch.long)
     for row, answer in enumerate(answers):
@@ -66,7 +69,7 @@ def _rest(backbone: Backbone, read: Read, rows: Tensor, answers: Sequence[Sequen
     known = read.read[rows]
     logits = backbone.model(
         input_ids=tokens[:, :-1],
-        # What pads an answer stands behind it, where none of its tokens looks.
+        # Padding stands behind an answer, where none of the answer's tokens attends to it.
         attention_mask=torch.cat([known, known.new_ones(len(rows), most)], 1).long(),
         position_ids=known.sum(1)[:, None] + place,
         past_key_values=copied(read.cache, rows, columns, columns + most),

@@ -1,4 +1,4 @@
-"""An engine that begins nothing that comes too late."""
+"""An engine that begins no work after a deadline."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from raypipe.language.prompt import Prompt
 
 
 class TimedEngine:
-    """An engine of whose work nobody waits after `until` (Unix seconds); implements `Engine`. What it is asked to generate from then
-    on fails with kind `timeout`; what it has begun it finishes."""
+    """An engine whose callers wait until `until` (Unix seconds); implements `Engine`.
+
+    From then on `generate` fails every prompt with kind `timeout`. A call that has begun is finished.
+    """
 
     def __init__(self, engine: Engine, until: float) -> None:
         self.engine, self.until = engine, until

@@ -1,11 +1,11 @@
 """Batched generation with a Hugging Face model, on CPU or GPU.
 
-Prompts are sorted by length and share a batch of so many tokens, which others join as rows end (`decoding`). In float32
-every answer equals the one the prompt gets alone; in bfloat16 the order of summation differs with the batch, and a few
-per cent of long answers with it. Beams are searched (`beams`) and answers scored (`scoring`) in batches that prompts join
-at once.
+Prompts are sorted by length. They share a batch of at most `batch_tokens` tokens, which others join as rows end
+(`decoding`). In float32 every answer equals the one that the prompt gets alone. In bfloat16 the order of summation
+differs with the batch, and with it a few per cent of long answers. The prompts of a batch start together when beams are
+searched (`beams`) and answers are scored (`scoring`).
 
-Not covered: paged memory, several GPUs. The engine `vllm` has both.
+Not covered: paged memory and several GPUs. The engine `vllm` has both.
 """
 
 from __future__ import annotations
@@ -51,13 +51,14 @@ _NOT_FINITE = OutcomeError(
     "The language model found no number for what comes next. Its weights are damaged, or overflow in its dtype: check the checkpoint "
     "on a few prompts, or choose float32.",
 )
-_TRIES_KEPT = 2  # systems ask for one text, and for a list; what writes items, of a catalogue and of the one before
+# Systems ask for one text and for a list; a system that writes items asks with a catalogue and with the one before it.
+_TRIES_KEPT = 2
 
 
 class TransformersEngine:
     """Answers prompts with a model of transformers; implements `Engine`. With an adapter it reads vectors too.
 
-    A `backbone` that is loaded already is taken as it is. `adapted` is what the adapter has made of it, None without one.
+    A `backbone` that is given is taken as it is. `adapted` is the model with its adapter, None without one.
     """
 
     def __init__(self, config: EngineConfig, backbone: Backbone | None = None) -> None:
@@ -76,10 +77,10 @@ class TransformersEngine:
         self._tries: list[tuple[Choices, AnswerTrie]] = []
 
     def beside(self, adapter: Path) -> TransformersEngine:
-        """An engine with the adapter over the same weights, which are in memory once but for those that the adapter changes;
-        what this one answers stays the same.
+        """An engine with the adapter over the same weights.
 
-        Raises UsageError as `EngineConfig.build` does.
+        The weights are in memory once, except for those that the adapter changes. The answers of this engine stay the
+        same. Raises UsageError as `EngineConfig.build` does.
         """
         card = read_card(adapter).config
         own: Literal["nothing", "embeddings", "everything"] = "embeddings" if card.embeddings else "nothing"
@@ -116,7 +117,7 @@ class TransformersEngine:
         for answer in decode(self.backbone, rows, decoding, seeds, self._batch_tokens, soft, growing=True):
             index, (text,) = fitting[answer.prompt], self.backbone.decode([answer.tokens])
             if isinstance(answer, Growing):
-                # A character of several tokens shows once it is whole.
+                # A character of several tokens is shown once it is whole.
                 yield Piece(index, text.rstrip("\ufffd"))
             else:
                 yield self._outcome(index, len(rows[answer.prompt]), answer, text)
@@ -143,7 +144,7 @@ class TransformersEngine:
         return encode_prompts(self.backbone, prompts, room, self.context, self._adapter)
 
     def _longest_first(self, encoded: Mapping[int, Encoded]) -> tuple[list[int], list[list[int]], _Soft | None]:
-        """Indices and token ids of prompts, and their vectors; if memory does not suffice, that shows at once."""
+        """Indices, token ids and vectors of prompts, longest first: if memory does not suffice, that shows at once."""
         fitting = sorted(encoded, key=lambda index: (-len(encoded[index].ids), index))
         rows = [encoded[index] for index in fitting]
         adapted = self.adapted
@@ -152,7 +153,10 @@ class TransformersEngine:
         return fitting, [row.ids for row in rows], soft
 
     def _trie_of(self, choices: Choices, decoding: Decoding) -> AnswerTrie:
-        """That of an earlier call, where the choices are among the last that were asked for."""
+        """The trie of these choices, from an earlier call if they are among the last that were asked for.
+
+        Raises UsageError if `max_new_tokens` leave no room for the longest text.
+        """
         trie = next((trie for held, trie in self._tries if held == choices), None)
         if trie is None:
             trie = AnswerTrie(self.backbone, self.backbone.ends, choices.texts, choices.separator, choices.most)
@@ -175,7 +179,7 @@ class TransformersEngine:
         return Outcome(index, beams[0].text, tokens_in, len(best.tokens), reason, chosen=best.chosen, beams=beams)
 
     def _seeds(self, prompts: Sequence[Prompt], fitting: Sequence[int], decoding: Decoding) -> list[int]:
-        """One a prompt, where it samples."""
+        """One seed for each prompt if the decoding samples, else none."""
         return [prompt_seed(decoding.seed, prompts[index].key) for index in fitting] if decoding.temperature else []
 
     def _outcome(self, index: int, tokens_in: int, answer: Answer, text: str) -> Outcome:
@@ -189,11 +193,11 @@ class TransformersEngine:
 
 
 class _Soft:
-    """Prompts of one call, some with vectors, or behind a prefix; implements `SoftRows`."""
+    """The prompts of one call, some with vectors, or all behind a prefix; implements `SoftRows`."""
 
     def __init__(self, model: SoftPromptLm, rows: Sequence[Encoded]) -> None:
         self.model, self.rows = model, rows
-        # What stands behind different things is not the same.
+        # Equal tokens behind different vectors or prefixes have other keys and values, and are not shared.
         starts = [0] if model.prefix is not None else [start for row in rows for start, _ in row.soft]
         self.most_shared = min(starts)
         self.contents: Sequence[Sequence[int]] = [row.content for row in rows]

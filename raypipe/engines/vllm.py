@@ -1,9 +1,10 @@
-"""Generation with vLLM, for models that need paged memory or several GPUs; a package of its own, imported when chosen.
+"""Generation with vLLM, for models that need paged memory or several GPUs.
 
-vLLM shares the keys and values of what prompts begin with, and refills its batches itself. Its kernels sum in an order
-that depends on the batch: a greedy answer may differ between two runs where two tokens are all but equally likely.
+vLLM is a package of its own, imported when chosen. It shares the keys and values of what prompts begin with, and
+refills its batches itself. Its kernels sum in an order that depends on the batch: a greedy answer may differ between
+two runs if two tokens are all but equally likely.
 
-Not covered: beams, answers held to given texts and log-probabilities. The engine `transformers` has all three.
+Not covered: beams, answers held to given texts, and log-probabilities. The engine `transformers` has all three.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class VllmEngine:
             tensor_parallel_size=config.vllm.gpus,
             gpu_memory_utilization=config.vllm.memory_share,
             enable_prefix_caching=True,
-            # What a checkpoint says of sampling would decode otherwise than `Decoding` does.
+            # Otherwise a checkpoint's own settings of sampling would apply, which `Decoding` does not know.
             generation_config="vllm",
             seed=0,
         )
@@ -79,6 +80,6 @@ class VllmEngine:
         for index, request in zip(encoded, self._llm.generate(tokens, sampling, use_tqdm=False), strict=True):
             (answer,) = request.outputs
             ended = answer.finish_reason == "stop"
-            # The end mark is among vLLM's tokens, and is no token of the answer.
+            # vLLM counts the end mark among the tokens; it is not part of the answer.
             written = len(answer.token_ids) - int(ended)
             yield Outcome(index, answer.text.strip(), len(encoded[index].ids), written, "stop" if ended else "length")

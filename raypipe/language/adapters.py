@@ -1,6 +1,7 @@
-"""An adapter: what joins one recommender to one language model, projectors and changes of the latter, and its checkpoint.
+"""Adapters, which join one recommender to one language model, and their checkpoints.
 
-Both of them stay as they are; what was trained is saved alone, with the content of the two it was trained between.
+An adapter is projectors and updates of the language model. Only what was trained is saved, together with the identities
+of the recommender and the language model it was trained between; the models themselves are not changed.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ class LoraOptions(Config):
 
 
 def check_updates(lora: LoraOptions | None, full: bool) -> None:
-    """Raises ValueError where the same weights would be updated twice."""
+    """Raise ValueError if the same weights would be updated twice, by `lora` and by `full`."""
     if full and lora is not None:
         raise ValueError("full trains every weight itself: set lora to null")
 
 
 class AdapterConfig(Config):
-    """What is trained between a recommender and a language model."""
+    """Options of an adapter: what is trained between a recommender and a language model."""
 
     projectors: dict[str, ProjectorConfig] = shaping(dict, "source of vectors → how they become tokens")
     injection: Injection = shaping("replace", "tokens of vectors replace what the model reads, or are added to a word")
@@ -55,8 +56,11 @@ class AdapterConfig(Config):
 
 @dataclass(frozen=True)
 class AdapterCard:
-    """What an adapter's checkpoint is of: `widths` of the vectors by source, content hash of the language model, NAME/HASH
-    of the recommender."""
+    """Identity of an adapter, stored in its checkpoint.
+
+    `widths` are those of the vectors by source, `lm` is the content hash of the language model, `recommender` is
+    NAME/HASH.
+    """
 
     config: AdapterConfig
     widths: Mapping[str, int]
@@ -65,9 +69,10 @@ class AdapterCard:
 
 
 def build_adapter(backbone: Backbone, card: AdapterCard, seed: int = 0) -> SoftPromptLm:
-    """The language model with its untrained adapter; only the adapter takes gradients. Changes `backbone.model` if LoRA.
+    """The language model with an untrained adapter; only the adapter takes gradients.
 
-    Raises UsageError where the model has no matrix of LoRA's names.
+    Changes `backbone.model` in place: which of its weights take gradients and, with LoRA, its modules. Raises
+    UsageError if the model has none of the matrices that LoRA names.
     """
     lm: Any = backbone.model.requires_grad_(False)
     hidden = lm.get_input_embeddings().weight.shape[1]
@@ -89,7 +94,7 @@ def build_adapter(backbone: Backbone, card: AdapterCard, seed: int = 0) -> SoftP
 
 
 def save_adapter(folder: Path, card: AdapterCard, weights: Mapping[str, Tensor]) -> None:
-    """Writes a checkpoint; `weights` by the names of what takes gradients in the built model."""
+    """Write a checkpoint. `weights` are the parameters that take gradients in the built model, by name."""
     folder.mkdir(parents=True, exist_ok=True)
     told = {
         "format": 1,
@@ -103,9 +108,10 @@ def save_adapter(folder: Path, card: AdapterCard, weights: Mapping[str, Tensor])
 
 
 def load_adapter(folder: Path, backbone: Backbone, lm: str, recommender: str | None = None) -> SoftPromptLm:
-    """The adapted model in eval mode. `lm` is the content hash of the backbone, `recommender` NAME/HASH, None for any.
+    """Load the adapted model, in eval mode.
 
-    Raises UsageError where the folder holds no adapter, or one of another language model or recommender.
+    `lm` is the content hash of the backbone, `recommender` is NAME/HASH or None for any. Raises UsageError if the
+    folder holds no adapter, a damaged one, or one of another language model or recommender.
     """
     card = read_card(folder)
     for kind, mine, given in (("language model", card.lm, lm), ("recommender", card.recommender, recommender)):
@@ -132,7 +138,7 @@ def load_adapter(folder: Path, backbone: Backbone, lm: str, recommender: str | N
 
 
 def read_card(folder: Path) -> AdapterCard:
-    """What the adapter in `folder` is of; raises UsageError where there is none."""
+    """Read the card of the adapter in `folder`. Raises UsageError if there is none or it is damaged."""
     try:
         told = json.loads((folder / _CARD).read_text())
     except FileNotFoundError:

@@ -2,12 +2,12 @@
 
 `prepare_alignment` writes, and `AlignmentTask` reads, one folder:
 
-    tokens.npy          int32 [tokens], prompts and answers one after the other; 0 where vectors go
-    ends.npy            int64 [examples], where each ends
-    answer_starts.npy   int32 [examples], tokens of each before its answer
+    tokens.npy          int32 [tokens], prompts and answers one after the other; 0 in the places of vectors
+    ends.npy            int64 [examples], where each example ends in `tokens`
+    answer_starts.npy   int32 [examples], how many tokens of each example precede its answer
     segments.npy        int64 [segments, 5]: example, source, first place, first row of its vectors, how many
     vectors-N.npy       float32 [rows, width], the vectors of source N
-    prepared.json       what is trained between what; written last: its existence means that the rest is complete
+    prepared.json       what is trained between what; written last, so that its existence means the rest is complete
 """
 
 from __future__ import annotations
@@ -47,10 +47,11 @@ def prepare_alignment(
     card: AdapterCard,
     seed: int,
 ) -> dict[str, int]:
-    """Writes the folder a task trains from, and returns its counts: examples, tokens, answer_tokens, left_out.
+    """Write the folder that a task trains from, and return its counts: examples, tokens, answer_tokens, left_out.
 
-    `lm` is the language model's folder or hub name, found again on every worker; `end` ends an answer. An example longer than
-    `context` is left out: cut, it would teach answers to what is not shown. Raises ValueError where none is left.
+    `lm` is the language model's folder or hub name, which every worker resolves itself; `end` is the token that ends an
+    answer. An example longer than `context` is left out, because a truncated one would teach answers to what is not
+    shown. Raises ValueError if no example is left.
     """
     folder.mkdir(parents=True, exist_ok=True)
     sources = sorted(card.config.projectors)
@@ -98,7 +99,11 @@ def prepare_alignment(
 def _encoded(
     examples: Iterable[SoftExample], tokenizer: PromptTokenizer, end: int, card: AdapterCard
 ) -> Iterator[tuple[Encoded, list[int]]]:
-    """Prompts, and answers with the end mark."""
+    """Yield each example's encoded prompt and its answer's tokens with the end mark.
+
+    Of an example learnt as a `whole`, all but the first token belong to the answer. Raises ValueError if such a prompt
+    holds vectors.
+    """
     rest = iter(examples)
     while some := list(islice(rest, _EXAMPLES_AT_ONCE)):
         prompts = encode_all(tokenizer, [one.prompt for one in some], card.config.projectors, card.widths)
@@ -107,14 +112,14 @@ def _encoded(
             if one.whole:
                 if prompt.soft:
                     raise ValueError("A prompt that holds vectors cannot be learnt as a whole.")
-                # The first token is what the others are told from.
+                # The first token is not predicted: it only precedes the others.
                 yield Encoded(prompt.ids[:1], []), [*prompt.ids[1:], *answer, end]
             else:
                 yield prompt, [*answer, end]
 
 
 class AlignmentTask:
-    """What a trainer needs to know of training an adapter; picklable, reads files where it runs."""
+    """The training task of an adapter. It is picklable and reads its files where it runs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
@@ -132,7 +137,7 @@ class AlignmentTask:
         return type(self), (self.folder,)
 
     def build(self) -> nn.Module:
-        """The adapted model; forward(batch) is the mean cross-entropy of the answers."""
+        """Build the adapted model; forward(batch) is the mean cross-entropy of the answers."""
         self._backbone = load_backbone(self.lm, device="cpu")
         model = build_adapter(self._backbone, self.card, self.seed)
         for (source, config), vectors in zip(sorted(self.card.config.projectors.items()), self._vectors, strict=True):
@@ -151,7 +156,7 @@ class AlignmentTask:
     def batch(self, step: int, seed: int, rank: int, world: int, batch_size: int) -> dict[str, Tensor]:
         """This rank's share of the global batch of `step`: a function of the arguments alone.
 
-        `count` is that of all ranks' answer tokens, divided by their number.
+        `count` is the number of answer tokens of all ranks, divided by the number of ranks.
         """
         epoch, index = divmod(step, self.steps_per_epoch(batch_size))
         if self._batches_of != (epoch, seed, batch_size):

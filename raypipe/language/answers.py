@@ -1,7 +1,7 @@
 """Answers that a model is asked to choose between, as its tokenizer spells them after a prompt.
 
-Not covered, and refused: tokenizers that put a space before every text, such as Llama 2's, which spell an answer by itself with
-one more than after a prompt.
+Not covered, and refused: tokenizers that put a space before every text, such as Llama 2's. They spell an answer by
+itself with one space more than after a prompt.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from raypipe.language.trie import answer_tokens
 
 
 def telling_beginnings(tokenizer: PromptTokenizer, prompt: str, answers: Sequence[str]) -> list[str]:
-    """The beginning of each answer up to the token that no other has there, or the first text after it: mostly its first token,
-    which often is all of it.
+    """The beginning of each answer up to the first token in which the answers differ.
 
-    A softmax over how likely these are is the choice. Raises ValueError where an answer is the beginning of another, and where
-    the tokenizer spells one in another way after the prompt's last token than by itself.
+    That is mostly its first token, which often is the whole answer. The beginning is longer if it would not be a text
+    by itself. A softmax over the likelihoods of these beginnings is the choice. Raises ValueError if an answer is the
+    beginning of another, if the tokenizer spells an answer differently after the prompt's last token than by itself, or
+    if it spells no beginning of an answer by itself.
     """
     ids = answer_tokens(tokenizer, answers)
     for answer, mine in zip(answers, ids, strict=True):
@@ -31,7 +32,7 @@ def telling_beginnings(tokenizer: PromptTokenizer, prompt: str, answers: Sequenc
 
 
 def _beginning(tokenizer: PromptTokenizer, ids: Sequence[int], least: int) -> str:
-    """The shortest text of so many of the first tokens or more: a lone space is none, nor is half a letter."""
+    """The shortest text made of the first `least` tokens or more; a lone space or part of a character is not a text."""
     for count in range(least, len(ids) + 1):
         (text,) = tokenizer.decode([ids[:count]])
         if text and answer_tokens(tokenizer, [text]) == [list(ids[:count])]:

@@ -1,6 +1,6 @@
-"""Loading a causal language model from any checkpoint in Hugging Face layout, and putting text to it.
+"""Loading a causal language model from any checkpoint in Hugging Face layout, and tokenising text for it.
 
-Only safetensors weights are read and no code from a checkpoint is ever run. Not covered: quantised weights, and
+Only safetensors weights are read, and no code from a checkpoint is ever run. Not covered: quantised weights, and
 models that take no `position_ids`.
 """
 
@@ -23,16 +23,16 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class PromptTokenizer:
-    """Puts text to a model as it was taught to read it.
+    """Tokenises text as a model was taught to read it.
 
-    A mark among words, as `</s>` in a title, is words: it ends no turn and no answer. Special tokens are those that the tokenizer
-    itself puts around a text, and those of its chat template.
+    A mark inside a text, such as `</s>` in a title, is tokenised as words: it ends no turn and no answer. The only
+    special tokens are those that the tokenizer itself puts around a text, and those of its chat template.
     """
 
     tokenizer: Any
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of whole prompts as the model reads them: a user's turn where the tokenizer has a chat template."""
+        """Token ids of whole prompts as the model reads them; as a user's turn if the tokenizer has a chat template."""
         if not texts:
             return []
         if self.tokenizer.chat_template is None:
@@ -40,12 +40,12 @@ class PromptTokenizer:
         return [ids for ids, _ in self.encode_pieces([[text] for text in texts])]
 
     def encode_pieces(self, prompts: Sequence[Sequence[str | int]]) -> list[tuple[list[int], list[int]]]:
-        """Token ids of prompts in pieces, each tokenised by itself; a number stands for so many places, of id 0.
+        """Token ids of prompts that are given in pieces, each tokenised by itself.
 
-        Also where each such run of places begins.
+        A piece that is a number reserves that many places, with id 0. Also returns where each such run of places begins.
         """
         before, after = self._frame
-        # All at once: one call a piece took most of the time that preparing a training took.
+        # All pieces in one call: one call per piece took most of the time of preparing a training.
         texts = list(dict.fromkeys(piece for pieces in prompts for piece in pieces if isinstance(piece, str)))
         known = dict(zip(texts, self.tokens_of(texts), strict=True))
         found = []
@@ -61,7 +61,7 @@ class PromptTokenizer:
         return found
 
     def continued(self, prompt: str, text: str) -> list[int]:
-        """The tokens of a text that goes on where a prompt ends; empty where the two share a token."""
+        """The tokens of a text that continues a prompt; empty if prompt and text share a token."""
         if self.tokenizer.chat_template is None:
             start, whole = self.encode([prompt, prompt + text])
         else:
@@ -70,11 +70,11 @@ class PromptTokenizer:
         return whole[len(start) :] if whole[: len(start)] == start else []
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """Tokens each text takes inside a prompt, without chat wrapping and special tokens."""
+        """The number of tokens that each text takes inside a prompt, without chat wrapping and special tokens."""
         return [len(ids) for ids in self.tokens_of(texts)]
 
     def decode(self, answers: Sequence[Sequence[int]]) -> list[str]:
-        """The text of each answer, special tokens left out and outer whitespace stripped."""
+        """The text of each answer, without special tokens and outer whitespace."""
         return [text.strip() for text in self.tokenizer.batch_decode(list(answers), skip_special_tokens=True)]
 
     def tokens_of(self, texts: Sequence[str]) -> list[list[int]]:
@@ -89,8 +89,10 @@ class PromptTokenizer:
 
     @cached_property
     def _frame(self) -> tuple[list[int], list[int]]:
-        """What stands before and after a prompt: the user's turn where there is a chat template. Raises UsageError for one that
-        does not write what the user says once."""
+        """Token ids before and after a prompt: those of the user's turn if there is a chat template.
+
+        Raises UsageError if the template does not write what the user says exactly once.
+        """
         if self.tokenizer.chat_template is None:
             return self.tokenizer("")["input_ids"], []
         mark = "\u241f"
@@ -100,7 +102,7 @@ class PromptTokenizer:
                 f"The tokenizer's chat template writes what the user says {len(parts) - 1} times.",
                 "Name a checkpoint whose template writes it once.",
             )
-        # The template has written the special tokens, as text.
+        # The template has already written the special tokens, as text.
         before, after = (self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
         return before, after
 
@@ -111,7 +113,10 @@ class PromptTokenizer:
 
 @dataclass(frozen=True)
 class Backbone(PromptTokenizer):
-    """A loaded model with its tokenizer. `context` is the most tokens of prompt and answer; `ends` end an answer."""
+    """A loaded model with its tokenizer.
+
+    `context` is the largest number of tokens of prompt and answer together; `ends` are the tokens that end an answer.
+    """
 
     model: nn.Module
     device: torch.device
@@ -119,9 +124,10 @@ class Backbone(PromptTokenizer):
     ends: tuple[int, ...]
 
     def twin(self, own: Literal["nothing", "embeddings", "everything"] = "nothing") -> Backbone:
-        """The same weights in modules of their own: what is put into the twin's, such as LoRA, this one does not have.
+        """A backbone with the same weights in separate modules.
 
-        What is its `own` are copies, which may then be changed: of the embedding table and of the head, or of every weight.
+        What is put into the twin's modules, such as LoRA, is not in this one's. The weights named by `own` are copies
+        that may be changed: the embedding table and the head, or every weight.
         """
         kept: list[Any] = [*self.model.buffers()]
         if own == "embeddings":
@@ -134,9 +140,9 @@ class Backbone(PromptTokenizer):
 
 
 def load_backbone(ref: str, dtype: Literal["float32", "bfloat16"] = "float32", device: str = "auto") -> Backbone:
-    """The model at a folder or hub name, in evaluation mode on `device` ("auto": a GPU where there is one).
+    """Load the model at a folder or hub name, in evaluation mode on `device` ("auto": a GPU if there is one).
 
-    Raises UsageError when there is no such checkpoint, when it is no causal language model, or when it cannot be read.
+    Raises UsageError if there is no such checkpoint, if it is not a causal language model, or if it cannot be read.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -160,7 +166,10 @@ def load_backbone(ref: str, dtype: Literal["float32", "bfloat16"] = "float32", d
 
 
 def load_tokenizer(ref: str) -> PromptTokenizer:
-    """That of the checkpoint at a folder or hub name, without the model's weights. Raises UsageError as `load_backbone` does."""
+    """Load the tokenizer of the checkpoint at a folder or hub name, without the model's weights.
+
+    Raises UsageError as `load_backbone` does.
+    """
     from transformers import AutoTokenizer
 
     folder = resolve_checkpoint(ref)
@@ -174,8 +183,10 @@ def load_tokenizer(ref: str) -> PromptTokenizer:
 
 
 def read_context(ref: str) -> int:
-    """The most tokens of prompt and answer of the checkpoint at a folder or hub name, without its weights. Raises UsageError as
-    `load_backbone` does."""
+    """The largest number of tokens of prompt and answer together, for the checkpoint at a folder or hub name.
+
+    Reads no weights. Raises UsageError as `load_backbone` does.
+    """
     from transformers import AutoConfig
 
     tokenizer = load_tokenizer(ref).tokenizer

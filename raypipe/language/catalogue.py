@@ -1,4 +1,4 @@
-"""A catalogue as language models are told of it: what items are called, and what is said of them."""
+"""A catalogue as language models see it: the titles, attributes and texts of items."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from raypipe.language.summary_prompts import Attributes, SummaryPrompts, beginni
 
 @dataclass(frozen=True, slots=True)
 class Catalogue:
-    """Items in order of their index: row r describes item index r + 1, as index 0 is padding."""
+    """Items in order of index: row r describes the item of index r + 1, because index 0 is padding."""
 
     titles: Sequence[str]
     attributes: Sequence[Attributes]
     texts: Sequence[str] = ()
 
     def first(self, count: int) -> Catalogue:
-        """So many items, by index."""
+        """The catalogue of the first `count` items, by index."""
         return Catalogue(self.titles[:count], self.attributes[:count], self.texts[:count])
 
     def descriptions(self, characters: int) -> list[str]:
-        """The beginning of every item's text, on one line; empty where it has none."""
+        """The beginning of every item's text, on one line; empty if it has none."""
         return [beginning(text, characters) for text in self.texts or [""] * len(self.titles)]
 
     def lines(self, prompts: SummaryPrompts) -> list[str]:

@@ -1,6 +1,7 @@
-"""Where a language model's checkpoint lies and what it holds, without loading it.
+"""The location and content hash of a language model's checkpoint, without loading it.
 
-A reference is a folder in Hugging Face layout or a hub name; both end as a local folder whose content has one hash.
+A reference is a folder in Hugging Face layout or a hub name; either resolves to a local folder whose content has one
+hash.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ _CHUNK_BYTES = 1 << 22
 def resolve_checkpoint(ref: str) -> Path:
     """The local folder of a checkpoint; a hub name is fetched into (or found in) the local hub cache.
 
-    Raises UsageError when the folder is missing or is no checkpoint, or when the hub has not, or does not give, it.
+    Raises UsageError if the folder is missing or not a checkpoint, or if the hub does not have the model, refuses it or
+    cannot be reached.
     """
     path = Path(ref).expanduser()
     if path.is_dir():

@@ -1,7 +1,8 @@
-"""Grounding: what a language model wrote is taken for the item whose text it is nearest to (LANCER, arXiv 2309.10435, section 4.4).
+"""Grounding: mapping what a language model wrote to the item of nearest text (LANCER, arXiv 2309.10435, section 4.4).
 
-Both are represented by the model's own input embeddings of their tokens, the largest value of each dimension, and compared by
-cosine. Nothing is left ungrounded, so how much of that is guessed is told beside: `margin`, and what is a text exactly.
+Written and catalogue texts are embedded as the maximum, in each dimension, over the model's own input embeddings of
+their tokens, and compared by cosine. Every written text gets an item, so two values tell how much of that is a guess:
+`margin` and `exact`.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ _AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class Grounded:
-    """Of each answer: int64 [n], by number of the text, the nearest; float32 [n] by how much the cosine is above the next
-    one's; bool [n], whether the answer is a text to the letter."""
+    """Results for n answers.
+
+    `nearest` int64 [n] is the number of the nearest text, `margin` float32 [n] is by how much its cosine exceeds the
+    second nearest's, `exact` bool [n] is whether the answer is exactly one of the texts.
+    """
 
     nearest: NDArray[np.int64]
     margin: NDArray[np.float32]
@@ -33,7 +37,7 @@ class Grounded:
 
 
 class Grounding:
-    """The texts of a catalogue as a language model embeds them. Equal texts, the first is the nearest."""
+    """The texts of a catalogue as a language model embeds them. Of equal texts, the first is the nearest."""
 
     def __init__(self, backbone: Backbone, texts: Sequence[str]) -> None:
         lm: Any = backbone.model
@@ -43,7 +47,7 @@ class Grounding:
 
     @torch.inference_mode()
     def ground(self, answers: Sequence[str]) -> Grounded:
-        """Answers as they were written; of nothing written no text is the nearest: −1, by no margin."""
+        """Ground answers as they were written. A blank answer has no nearest text: −1, with a margin of 0."""
         nearest = np.zeros(len(answers), np.int64)
         margin = np.zeros(len(answers), np.float32)
         exact = np.array([self._number.get(answer, -1) for answer in answers], np.int64)
@@ -51,19 +55,19 @@ class Grounding:
             part = slice(start, start + _AT_ONCE)
             cosines = self._embedded(answers[part]) @ self.table.T
             best = cosines.topk(min(2, cosines.shape[1]), dim=1)
-            # NaN counts as the largest there: one such text would be everybody's nearest.
+            # topk takes NaN for the largest: a text with NaN would be the nearest to every answer.
             if best.values[:, 0].isnan().any():
                 best = cosines.nan_to_num_(nan=-2).topk(min(2, cosines.shape[1]), dim=1)
-            # Of equal cosines the first text's, which topk does not promise.
+            # Of equal cosines the first text is taken, which topk does not promise.
             nearest[part] = (cosines == best.values[:, :1]).int().argmax(1).cpu().numpy()
             margin[part] = (best.values[:, 0] - best.values[:, -1]).float().cpu().numpy()
         written = np.array([bool(answer.strip()) for answer in answers], bool)
-        # Words in another order are as near: what is a text to the letter is that text.
+        # A text with the same words in another order is as near, so an answer that is exactly a text is that text.
         nearest = np.where(exact >= 0, exact, np.where(written, nearest, -1))
         return Grounded(nearest, np.where(written, margin, 0).astype(np.float32), exact >= 0)
 
     def _embedded(self, texts: Sequence[str]) -> Tensor:
-        """Of length 1, [texts, hidden]; 0 for a text without tokens."""
+        """Embeddings [texts, hidden] of length 1; 0 for a text without tokens."""
         ids = answer_tokens(self.backbone, texts)
         device, width = self.weights.device, self.weights.shape[1]
         flat = torch.tensor(list(chain.from_iterable(ids)), dtype=torch.long, device=device)

@@ -1,10 +1,10 @@
 """Instruction examples made from histories and a catalogue: the prompts of summarising with their reference answers.
 
-Nothing here knows users: callers pass item lists that end before the cut (`histories_before_cut`), so that what is
-held out never reaches training text. Made-up histories over the same catalogue widen the data: both tasks are a
-function of the prompt, and a few hundred users alone would repeat themselves.
+Nothing here knows users: callers pass item lists that end before the cut (`histories_before_cut`), so that held-out
+events never reach training text. Made-up histories over the same catalogue widen the data. They can, because the
+answers are a function of the prompt; a few hundred users alone would repeat themselves.
 
-Not covered: other tasks than summarising (each system writes its own examples), and tokenising (`pretraining`).
+Not covered: tasks other than summarising (each system writes its own examples), and tokenising (`pretraining`).
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from raypipe.language.summary_prompts import SummaryPrompts
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One example: loss is taken on the answer only; without a prompt, on the whole text."""
+    """One example. Loss is taken on the answer only; if the prompt is empty, that is the whole text."""
 
     prompt: str
     answer: str
 
 
 class InstructionConfig(Config):
-    """How many examples of which kind are made."""
+    """Options: how many examples of each kind are made, and from what."""
 
     block_examples: int = shaping(14_000, "examples of summarising one block of items", ge=0)
     merge_examples: int = shaping(26_000, "examples of merging block summaries", ge=0)
@@ -45,7 +45,7 @@ class InstructionConfig(Config):
 def histories_before_cut(histories: Iterable[Sequence[int]], hold_out: int) -> list[list[int]]:
     """Each history without its last `hold_out` events (1: the last is held out; 2: the last two; 0: production).
 
-    Histories left empty are dropped.
+    Histories that become empty are dropped. Raises ValueError if `hold_out` is negative.
     """
     if hold_out < 0:
         raise ValueError(f"hold_out is a number of events, so {hold_out} makes no sense.")
@@ -56,9 +56,10 @@ def histories_before_cut(histories: Iterable[Sequence[int]], hold_out: int) -> l
 def summary_examples(
     histories: Sequence[Sequence[int]], catalogue: Catalogue, prompts: SummaryPrompts, config: InstructionConfig
 ) -> Iterator[Example]:
-    """Block, merge, update and catalogue examples; the same arguments always give the same examples in the same order.
+    """Yield block, merge, update and catalogue examples.
 
-    `histories` hold item indices (1…n) in time order and end before the cut.
+    The same arguments always give the same examples in the same order. `histories` hold item indices (1…n) in time
+    order and end before the cut.
     """
     rng = np.random.default_rng(config.seed)
     source = _Histories(histories, catalogue, prompts, config, rng)
@@ -72,11 +73,11 @@ def summary_examples(
         if rng.random() < config.noise:
             blocks = [_disturbed(counts, rng) for counts in blocks]
         texts = [prompts.block_summary_of_counts(counts) for counts in blocks]
-        # The answer follows from what is shown, so that the answer can be found.
+        # The answer is computed from the disturbed blocks that are shown, so that it follows from the prompt.
         yield Example(prompts.merge_prompt(texts).text, prompts.merge_of_counts(blocks))
     for _ in range(config.update_examples if config.blocks > 1 else 0):
         run = source.draw(int(rng.integers(2, config.blocks + 1)))
-        if len(run) > 1:  # else it is of a history of one block
+        if len(run) > 1:  # a run has one block only if its history has no more
             yield _update_example(run, [source.counts(rows) for rows in run], lines, prompts)
     for _ in range(config.catalogue_repeats):
         yield from (Example("", line) for line in lines)
@@ -85,7 +86,7 @@ def summary_examples(
 def _update_example(
     run: Sequence[Sequence[int]], counts: Sequence[Counter[str]], lines: Sequence[str], prompts: SummaryPrompts
 ) -> Example:
-    """The last block of a run of blocks (rows of the catalogue) added to the summary of those before it."""
+    """The example of adding the last block of a run to the summary of the blocks before; blocks are catalogue rows."""
     summary, worth = prompts.block_summary_of_counts(counts[0]), dict(counts[0])
     for block in counts[1:-1]:
         summary, worth = prompts.reference_update(worth, block)
@@ -94,12 +95,12 @@ def _update_example(
 
 
 def _number_of_blocks(most: int, rng: np.random.Generator) -> int:
-    # Short ones teach the same counting with fewer tokens, and are what new users have; long ones are the usual case.
+    # Short runs teach the same counting with fewer tokens, and are what new users have; long runs are the usual case.
     return int(rng.integers(1, most + 1 if rng.random() < 0.4 else max(2, most // 2)))
 
 
 def _disturbed(counts: Counter[str], rng: np.random.Generator) -> Counter[str]:
-    """A block as a model may miscount it: one value forgotten or counted once more."""
+    """The counts of a block as a model may miscount them: one value is forgotten or counted once more."""
     if not counts:
         return counts
     disturbed = counts.copy()
@@ -112,7 +113,7 @@ def _disturbed(counts: Counter[str], rng: np.random.Generator) -> Counter[str]:
 
 
 class _Histories:
-    """Draws runs of blocks, from the given histories or made up, as catalogue rows (item index − 1)."""
+    """Draws runs of blocks from the given or made-up histories, as catalogue rows (item index − 1)."""
 
     def __init__(
         self,
@@ -132,14 +133,14 @@ class _Histories:
             for value in values:
                 by_value.setdefault(value, []).append(row)
         self._rows_of = [np.asarray(rows) for rows in by_value.values()]
-        # A user's chance to be drawn grows with the blocks they have, so that long histories are not underread.
+        # A history's chance to be drawn grows with the square root of its length, so that long ones are read enough.
         self._chances = np.cumsum([len(items) ** 0.5 for items in self._real])
 
     def counts(self, rows: Sequence[int]) -> Counter[str]:
         return Counter(value for row in rows for value in self._values[row])
 
     def draw(self, blocks: int) -> list[list[int]]:
-        """Consecutive blocks of rows; the last one may be partial, as the newest block of a user is."""
+        """Draw consecutive blocks of rows; the last one may be partial, as the newest block of a user may be."""
         wanted = (blocks - 1) * self._size + self._last_block()
         rows = self._made_up(wanted) if self._rng.random() < self._synthetic_share else self._window(wanted)
         return [rows[start : start + self._size] for start in range(0, len(rows), self._size)]
@@ -153,7 +154,7 @@ class _Histories:
         return items[start : start + wanted].tolist()
 
     def _made_up(self, wanted: int) -> list[int]:
-        """A few favourite values with weights, other favourites later on, and plain chance in between."""
+        """Make up a history: a few weighted favourite values, other favourites later on, and pure chance in between."""
         rng = self._rng
         turn = int(rng.integers(0, wanted + 1))
         return self._taste(turn) + self._taste(wanted - turn)

@@ -1,17 +1,19 @@
-"""Numbers that a language model would put into the slots of a given answer, as expectations that gradients go through.
+"""Numbers that a language model would put into the slots of a given answer, as differentiable expectations.
 
-An answer is words with a slot for a number from 1 to `top` between them. It is teacher-forced as a whole, some number in each
-slot, and read at the place before each: the expectation of a slot is Σ n p(n), p(n) the probability of the number's whole
-spelling among the `top` there are. What a number's tokens are is not assumed: every number is put into every slot, and what
-differs between these answers is its spelling. "10" may be one token; where it is "1" and then "0", p(1) is the probability of
-"1" that "0" does not follow. For that, a branch of the one token "1" stands behind the answer for each slot and sees what
-comes before the slot, so that one pass is enough.
+An answer is words with slots between them, each for a number from 1 to `top`. The whole answer is teacher-forced with
+some number in each slot, and the model is read at the place before each slot. The expectation of a slot is Σ n p(n),
+where p(n) is the probability of the number's whole spelling, normalised over the `top` numbers.
 
-What stands in the slots that came before shifts what is expected in the next. Training draws these numbers, so that a model
-learns to look past them; a reading puts the middle into all.
+The tokens of a number are not assumed: every number is put into every slot, and the tokens in which these answers
+differ are its spelling. "10" may be one token. If it is "1" and then "0", p(1) is the probability of a "1" that is not
+followed by "0". For that, a branch for each slot, consisting of the one token "1", is appended behind the answer. It
+sees only what comes before the slot and itself, so that one pass is enough.
 
-Not covered: spellings of more than two tokens (a tokenizer that spells "10" so reads 1 to 9), and layers that let no token see
-farther than a window shorter than the prompt.
+The numbers in earlier slots shift what is expected in later ones. Training draws these numbers, so that a model learns
+to ignore them; a reading puts the middle number into all slots.
+
+Not covered: spellings of more than two tokens (with a tokenizer that spells "10" so, only 1 to 9 can be read), and
+layers with an attention window shorter than the prompt.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True)
 class NumberForm:
-    """The tokens of an answer: `segments` [slots + 1] of words, the `numbers` [top] that may stand between them, and its end."""
+    """The tokens of an answer: `segments` [slots + 1] of words, `numbers` [top] for the slots between, and `end`."""
 
     segments: tuple[Tokens, ...]
     numbers: tuple[Tokens, ...]
@@ -46,7 +48,10 @@ class NumberForm:
 
     @classmethod
     def of(cls, tokenizer: PromptTokenizer, words: Sequence[str], top: int, end: int) -> NumberForm:
-        """`words` [slots + 1] stand around the slots. Raises UsageError where the tokenizer does not keep numbers apart."""
+        """The form of an answer with `words` [slots + 1] around its slots.
+
+        Raises UsageError if the tokenizer does not spell each number by one or two tokens of its own.
+        """
         slots = len(words) - 1
         spelled = [_spelled(tokenizer, words, [_middle(top)] * slots, slot, top) for slot in range(slots)]
         numbers = spelled[0].numbers
@@ -72,16 +77,16 @@ class NumberForm:
 
     @cached_property
     def longest(self) -> int:
-        """Tokens of the longest answer, its end included."""
+        """The number of tokens of the longest answer, its end included."""
         return sum(map(len, self.segments)) + self.slots * max(map(len, self.numbers)) + 1
 
     @cached_property
     def branches(self) -> Tokens:
-        """First tokens of numbers that are spelled with a second."""
+        """The first tokens of numbers that have a second token."""
         return tuple(sorted({number[0] for number in self.numbers if len(number) > 1}))
 
     def answer(self, fill: Sequence[int]) -> tuple[list[int], list[int], list[bool]]:
-        """With the numbers `fill` [slots]: tokens without the end, the place before each slot, and which are words."""
+        """The answer with `fill` [slots]: tokens without the end, the place before each slot, and which are words."""
         tokens, before, words = list(self.segments[0]), [], [True] * len(self.segments[0])
         for number, segment in zip(fill, self.segments[1:], strict=True):
             before.append(len(tokens) - 1)
@@ -91,10 +96,10 @@ class NumberForm:
         return tokens, before, words
 
     def collate(self, prompts: Sequence[Sequence[int]], fills: NDArray[np.int64]) -> dict[str, Tensor]:
-        """Prompts with answers filled by `fills` int64 [batch, slots], padded on the right.
+        """A batch of prompts with answers filled by `fills` int64 [batch, slots], padded on the right.
 
-        `tokens`, `mask` and `labels` int64 [batch, length], labels at words and the end alone; `slots` int64 [batch, slots],
-        the place before each.
+        It holds `tokens`, `mask` and `labels` int64 [batch, length], with labels only at words and the end, and `slots`
+        int64 [batch, slots], the place before each slot.
         """
         rows = [self.answer(fill) for fill in fills.tolist()]
         length = max(len(prompt) + len(tokens) + 1 for prompt, (tokens, _, _) in zip(prompts, rows, strict=True))
@@ -112,14 +117,17 @@ class NumberForm:
         return {name: torch.from_numpy(values) for name, values in named.items()}
 
     def middle(self, rows: int) -> NDArray[np.int64]:
-        """What stands in the slots when they are read, [rows, slots]."""
+        """The numbers in the slots when they are read, all the middle one: [rows, slots]."""
         return np.full((rows, self.slots), _middle(self.top))
 
 
 @dataclass(frozen=True)
 class Expected:
-    """`numbers` float32 [batch, slots]; `form`, the summed cross-entropy of the words around them and of there being a number,
-    whichever, in each slot; `count`, of how many of both."""
+    """What a model expects of answers.
+
+    `numbers` float32 [batch, slots] are the expected numbers. `form` is the summed cross-entropy of the words around
+    them and of there being any number in each slot; `count` is the number of terms of that sum.
+    """
 
     numbers: Tensor
     form: Tensor
@@ -127,7 +135,7 @@ class Expected:
 
 
 def expected_numbers(lm: Any, form: NumberForm, batch: Mapping[str, Tensor]) -> Expected:
-    """What a causal language model expects in the slots of a batch of `form`."""
+    """What a causal language model expects in the slots of a batch made by `form.collate`."""
     tokens, slots = batch["tokens"], batch["slots"]
     hidden = lm.get_decoder()(**_with_branches(lm, form, batch), use_cache=False).last_hidden_state
     head = lm.get_output_embeddings()
@@ -145,8 +153,11 @@ def expected_numbers(lm: Any, form: NumberForm, batch: Mapping[str, Tensor]) -> 
 
 
 def _spelling_logprobs(form: NumberForm, first: Tensor, behind: Tensor) -> Tensor:
-    """[batch, slots, top], of whole spellings, out of those of the next token [batch, slots, vocabulary] at the slots and, where
-    there are branches, [batch, slots · branches, vocabulary] behind these."""
+    """Log-probabilities of the numbers' whole spellings, [batch, slots, top].
+
+    They are computed from those of the `first` token at the slots [batch, slots, vocabulary] and, if there are
+    branches, of the token `behind` each branch [batch, slots · branches, vocabulary].
+    """
     found = first[..., [number[0] for number in form.numbers]]
     if not form.branches:
         return found
@@ -160,14 +171,14 @@ def _spelling_logprobs(form: NumberForm, first: Tensor, behind: Tensor) -> Tenso
                 logprob = logprob + after[..., number[1]]
             else:
                 others = [other[1] for other in form.numbers if other[0] == number[0] and len(other) > 1]
-                # Rounding may make a sum of probabilities one: the logarithm of nothing has no gradient.
+                # Rounding may make a sum of probabilities 1, and the logarithm of 0 has no gradient.
                 logprob = logprob + torch.log1p(-after[..., others].exp().sum(-1).clamp(max=1 - 1e-6))
         columns.append(logprob)
     return torch.stack(columns, -1)
 
 
 def _with_branches(lm: Any, form: NumberForm, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the decoder reads: the batch, and for each slot each branch, which sees what comes before the slot and itself."""
+    """The decoder's arguments: the batch and each slot's branches, which see what precedes the slot and themselves."""
     tokens, mask = batch["tokens"], batch["mask"]
     embed = lm.get_input_embeddings()
     if not form.branches:
@@ -179,7 +190,7 @@ def _with_branches(lm: Any, form: NumberForm, batch: Mapping[str, Tensor]) -> di
     embedded = embed(torch.cat([tokens, extra], 1))
     columns = torch.arange(length, device=tokens.device)
     main = (columns[:, None] >= columns) & mask[:, None, :].bool()  # [batch, length, length]
-    # Every row sees something, itself, or attention would be over nothing.
+    # Every place sees at least itself, because attention over nothing is not a number.
     main = main | torch.eye(length, dtype=torch.bool, device=tokens.device)
     branch = columns <= before[..., None]  # [batch, branches, length]
     alone = torch.eye(extra.shape[1], dtype=torch.bool, device=tokens.device).expand(rows, -1, -1)
@@ -196,7 +207,7 @@ def _with_branches(lm: Any, form: NumberForm, batch: Mapping[str, Tensor]) -> di
 
 @dataclass(frozen=True)
 class _Spelled:
-    """The answer `whole` with the middle in all slots, where in it one slot starts, and the spellings there."""
+    """The answer `whole` with the middle number in all slots, where one slot starts in it, and the spellings there."""
 
     whole: Tokens
     start: int
@@ -216,7 +227,7 @@ def _spelled(tokenizer: PromptTokenizer, words: Sequence[str], fill: list[int], 
 
 
 def _shared(rows: Sequence[Sequence[int]]) -> int:
-    """How many tokens all rows begin with."""
+    """How many first tokens all rows have in common."""
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False)))
 
 

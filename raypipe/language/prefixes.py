@@ -1,10 +1,11 @@
-"""Prefixes: keys and values that stand before all that a language model reads, in every layer (Li & Liang 2021).
+"""Prefixes: keys and values before everything that a language model reads, in every layer (Li & Liang 2021).
 
-LANCER (arXiv 2309.10435, section 4) has two. The knowledge prompt is learnt: virtual tokens P through two layers with a tanh
-between, `W₂ tanh(W₁ P)`, as peft builds it. The reasoning prompt is made of vectors, of the items somebody chose last: by one
-head of attention these read the knowledge prompt's tokens, and one layer makes each a virtual token of every layer.
+LANCER (arXiv 2309.10435, section 4) has two. The knowledge prompt is learnt: virtual tokens P pass two layers with a
+tanh between, `W₂ tanh(W₁ P)`, as peft builds it. The reasoning prompt is made of the vectors of the items that a user
+chose last: they read the knowledge prompt's tokens by one head of attention, and one layer turns each into a virtual
+token of every layer.
 
-Vectors that make a prefix stand first in a prompt, under `PREFIX`; they take room, and positions, as tokens do.
+Vectors that make a prefix stand first in a prompt, with the source `PREFIX`; they take room and positions as tokens do.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ PREFIX = "prefix"
 
 
 class PrefixConfig(Config):
-    """What stands before a prompt, in every layer."""
+    """Options: what stands before a prompt in every layer."""
 
     knowledge: int = shaping(20, "virtual tokens of the knowledge prompt; 0 for none", ge=0)
     vectors: int = shaping(
@@ -47,13 +48,13 @@ class PrefixConfig(Config):
 
     @property
     def room(self) -> int:
-        """Most virtual tokens before a prompt."""
+        """The largest number of virtual tokens before a prompt."""
         return self.vectors or self.knowledge
 
 
 @dataclass(frozen=True)
 class PrefixShape:
-    """Layers, heads of keys and values, and the width of a head."""
+    """The dimensions of a prefix: layers, heads of keys and values, and the width of a head."""
 
     layers: int
     heads: int
@@ -61,7 +62,7 @@ class PrefixShape:
 
     @classmethod
     def of(cls, lm: Any) -> PrefixShape:
-        """Raises UsageError for a model that does not attend to all it has read."""
+        """The shape for a model. Raises UsageError if the model does not attend to its whole context."""
         config = lm.config.get_text_config()
         if any(layer.is_sliding for layer in DynamicCache(config=lm.config).layers):
             raise UsageError(
@@ -74,30 +75,30 @@ class PrefixShape:
 
     @property
     def token(self) -> int:
-        """Width of the keys of one layer."""
+        """Width of the keys of one layer, all heads together."""
         return self.heads * self.width
 
     @property
     def size(self) -> int:
-        """Numbers that a virtual token takes."""
+        """How many numbers a virtual token takes: keys and values of all layers."""
         return self.layers * 2 * self.token
 
     def cache(self, prefix: Tensor) -> DynamicCache:
-        """What a model goes on from, of virtual tokens [batch, tokens, size]."""
+        """The key-value cache that a model continues from, given virtual tokens [batch, tokens, size]."""
         found = DynamicCache()
         for layer, (keys, values) in enumerate(self.split(prefix)):
             found.update(keys, values, layer)
         return found
 
     def split(self, prefix: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of every layer, [batch, heads, tokens, width], of virtual tokens [batch, tokens, size]."""
+        """Keys and values [batch, heads, tokens, width] of every layer, from virtual tokens [batch, tokens, size]."""
         batch, tokens, _ = prefix.shape
         parts = prefix.view(batch, tokens, self.layers, 2, self.heads, self.width).permute(2, 3, 0, 4, 1, 5)
         return [(layer[0], layer[1]) for layer in parts]
 
 
 class Prefix(nn.Module):
-    """The knowledge prompt and the reasoning prompt of one language model; `width` is that of the vectors."""
+    """The knowledge prompt and the reasoning prompt of one language model; `width` is the width of the vectors."""
 
     def __init__(self, config: PrefixConfig, shape: PrefixShape, width: int) -> None:
         super().__init__()
@@ -119,12 +120,12 @@ class Prefix(nn.Module):
             self.norm = nn.LayerNorm(width)
             keys = shape.token if config.knowledge else width
             self.attention = nn.MultiheadAttention(width, 1, kdim=keys, vdim=keys, batch_first=True)
-            # A prefix has no order of its own; the last vector has the last place.
+            # A prefix has no order of its own, so places are learnt; the last vector has the last place.
             self.places = nn.Parameter(torch.zeros(config.vectors, width))
             self.out = nn.Linear(width, shape.size)
 
     def knowledge_of(self, batch: int) -> Tensor | None:
-        """The knowledge prompt, [batch, tokens, size]; None where there is none."""
+        """The knowledge prompt [batch, tokens, size]; None if there is none."""
         if not self.config.knowledge:
             return None
         weights = self.knowledge.embedding.weight
@@ -132,10 +133,10 @@ class Prefix(nn.Module):
         return tokens.expand(batch, -1, -1)
 
     def forward(self, batch: int, vectors: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Virtual tokens [batch, tokens, size], and bool [batch, tokens] which of these are there.
+        """Virtual tokens [batch, tokens, size], and which of them are there, bool [batch, tokens].
 
-        Of `vectors` [batch, count, width], of which `known` bool [batch, count] says which are there; those that are not
-        stand before those that are.
+        They are made of `vectors` [batch, count, width]. `known` bool [batch, count] says which vectors are there;
+        absent ones stand before present ones. Without a reasoning prompt, the virtual tokens are the knowledge prompt.
         """
         if not self.config.vectors:
             tokens = self.knowledge_of(batch)
@@ -148,18 +149,18 @@ class Prefix(nn.Module):
             read = self.knowledge.embedding.weight.expand(batch, -1, -1)
             seen, _ = self.attention(queries, read, read, need_weights=False)
         else:
-            # Of who has none a vector is read that is not there, for attention to nothing is no number.
+            # A row without any vector attends to absent ones, because attention over nothing is not a number.
             absent = ~known & known.any(1, keepdim=True)
             seen, _ = self.attention(queries, queries, queries, key_padding_mask=absent, need_weights=False)
         return self.out(queries + seen if self.config.residual else seen), known
 
     def of_batch(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """As `forward`, of `prefix/vectors` and `prefix/known` of a batch of `tokens`."""
+        """As `forward`, from `prefix/vectors` and `prefix/known` of a batch that has `tokens`."""
         return self(len(batch["tokens"]), batch.get(f"{PREFIX}/vectors"), batch.get(f"{PREFIX}/known"))
 
 
 def split_prefix(prompt: Prompt) -> tuple[Vectors | None, Prompt]:
-    """The vectors that a prompt begins with and that make its prefix, where it has some, and the prompt without them."""
+    """Split a prompt into the vectors at its beginning that make its prefix (None if there are none) and the rest."""
     first, *rest = prompt.segments
     if isinstance(first, Vectors) and first.source == PREFIX:
         return first, Prompt(tuple(rest))
@@ -169,9 +170,10 @@ def split_prefix(prompt: Prompt) -> tuple[Vectors | None, Prompt]:
 def behind(
     decoder: Any, shape: PrefixShape, tokens: Tensor, there: Tensor, words: Mapping[str, Any], mask: Tensor
 ) -> Tensor:
-    """The last layer's states, [batch, length, hidden], of `words`, the decoder's arguments, behind virtual tokens.
+    """The last layer's states [batch, length, hidden] of a decoder that reads behind virtual tokens.
 
-    `tokens` and `there` as of `Prefix.forward`; `mask` [batch, length] 1 where a token stands.
+    `words` are the decoder's arguments for its input. `tokens` and `there` are as `Prefix.forward` returns them; `mask`
+    [batch, length] is 1 where a token stands.
     """
     read = torch.cat([there.to(mask.dtype), mask], 1)
     return decoder(

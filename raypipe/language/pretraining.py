@@ -6,7 +6,7 @@
     tokens.npy          int32 [tokens], all examples one after the other
     ends.npy            int64 [examples], where each example ends in `tokens`
     answer_starts.npy   int32 [examples], how many tokens of each example carry no loss
-    prepared.json       counts, written last: its existence means that the rest is complete
+    prepared.json       counts; written last, so that its existence means the rest is complete
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _IGNORED = -100
 
 
 class LmDataConfig(Config):
-    """What the built-in LM is and what it is trained on."""
+    """Options: what the built-in LM is, and what it is trained on."""
 
     model: BuiltinLmConfig = shaping(BuiltinLmConfig)
     prompts: SummaryPrompts = shaping(SummaryPrompts)
@@ -49,10 +49,10 @@ class LmDataConfig(Config):
 def prepare_lm(
     folder: Path, histories: Sequence[Sequence[int]], catalogue: Catalogue, config: LmDataConfig
 ) -> dict[str, int]:
-    """Writes the folder a task trains from and returns its counts (examples, tokens, answer_tokens, vocabulary).
+    """Write the folder that a task trains from, and return its counts: examples, tokens, answer_tokens, vocabulary.
 
     `histories` hold item indices in time order, cut by the caller (`histories_before_cut`). The same arguments write
-    the same bytes. Raises ValueError for a catalogue without items.
+    the same bytes. Raises ValueError if the catalogue has no items or no example fits the context.
     """
     if not catalogue.titles:
         raise ValueError("A language model cannot be trained on a catalogue without items.")
@@ -83,15 +83,17 @@ def prepare_lm(
 
 
 def _tokenised(examples: Iterable[Example], tokenizer: Any, context: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Flat tokens with ends and answer starts. An example longer than the context is left out: cut, it would teach
-    answers to what is not shown."""
+    """The examples' tokens one after the other, their ends, and their answers' starts.
+
+    An example longer than the context is left out, because a truncated one would teach answers to what is not shown.
+    """
     reader = PromptTokenizer(tokenizer)
     pieces: list[list[int]] = []
     starts: list[int] = []
     remaining = iter(examples)
     while chunk := list(islice(remaining, _ENCODED_AT_ONCE)):
         prompts = reader.tokens_of([example.prompt for example in chunk])
-        # The space belongs to the answer: the prompt ends exactly as it will when the model is asked.
+        # The space belongs to the answer, so that the prompt ends exactly as it will when the model is asked.
         answers = answer_tokens(reader, [example.answer for example in chunk])
         for prompt, answer in zip(prompts, answers, strict=True):
             if len(prompt) + len(answer) < context:
@@ -104,10 +106,11 @@ def _tokenised(examples: Iterable[Example], tokenizer: Any, context: int) -> tup
 
 
 class LmLoss(nn.Module):
-    """A causal LM whose forward is the cross-entropy of the answer tokens, the mean over all ranks' once ranks are averaged.
+    """A causal LM whose `forward` returns the cross-entropy of the answer tokens.
 
-    Logits are made only where there is something to predict: with 4,096 words and a tenth of the tokens in answers,
-    the rest would cost as much as the model itself.
+    Averaged over ranks, it is the mean over the answer tokens of all ranks. Logits are computed only where there is
+    something to predict: with a vocabulary of 4,096 and a tenth of the tokens in answers, the rest would cost as much
+    as the model itself.
     """
 
     def __init__(self, lm: Any) -> None:
@@ -115,8 +118,11 @@ class LmLoss(nn.Module):
         self.lm: Any = lm
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """`tokens` int64 [batch, length], padded on the right; `labels` alike, with −100 where no loss is due; `count` the answer
-        tokens of all ranks, divided by their number."""
+        """The loss of a batch.
+
+        `tokens` int64 [batch, length] are padded on the right; `labels` alike, with −100 where no loss is taken.
+        `count` is the number of answer tokens of all ranks, divided by the number of ranks.
+        """
         # Padding comes after every real token, so the causal mask alone keeps it out.
         hidden = self.lm.model(input_ids=batch["tokens"], use_cache=False).last_hidden_state  # [batch, length, width]
         labels = batch["labels"][:, 1:]
@@ -126,7 +132,7 @@ class LmLoss(nn.Module):
 
 
 class LmTask:
-    """What the trainer needs to know of training an LM on a prepared folder; picklable, reads files where it runs."""
+    """The training task of an LM on a prepared folder. It is picklable and reads its files where it runs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
@@ -152,7 +158,7 @@ class LmTask:
     def batch(self, step: int, seed: int, rank: int, world: int, batch_size: int) -> dict[str, Tensor]:
         """This rank's share of the global batch of `step`: a function of the arguments alone.
 
-        Batches hold examples of like length, so that little is spent on padding.
+        Batches hold examples of similar length, so that little is spent on padding.
         """
         epoch, index = divmod(step, self.steps_per_epoch(batch_size))
         if self._order_of != (epoch, seed, batch_size):
@@ -164,7 +170,7 @@ class LmTask:
         return {**self._padded(whole[rank::world]), "count": torch.tensor(float(answers.sum() / world))}
 
     def save(self, weights: Mapping[str, Tensor], folder: Path) -> None:
-        """Writes trained weights (by parameter name of `build()`) as a checkpoint in Hugging Face layout."""
+        """Write trained weights (by parameter name of `build()`) as a checkpoint in Hugging Face layout."""
         from safetensors.torch import save_file
 
         shutil.copytree(

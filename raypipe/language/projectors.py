@@ -1,7 +1,8 @@
-"""Projectors: a recommender's vectors as tokens of a language model.
+"""Projectors, which turn a recommender's vectors into tokens of a language model.
 
-RecInterpreter (arXiv 2310.20487, section 3.2) has one linear layer without activation, RecExplainer (arXiv 2311.10947,
-section 3.2) two with a GELU between; a Q-former (Li et al. 2023, section 3.1) lets learned queries attend over the vectors.
+RecInterpreter (arXiv 2310.20487, section 3.2) has one linear layer without activation. RecExplainer (arXiv 2311.10947,
+section 3.2) has two layers with a GELU between. A Q-former (Li et al. 2023, section 3.1) lets learned queries attend
+over the vectors.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from torch import Tensor, nn
 
 from raypipe.config import Config, shaping
 
-# Of the largest direction's: *m*, one of SASRec's states is constant but for rounding.
+# A share of the largest direction's variance. Measured: one direction of SASRec's states is constant but for rounding.
 _LEAST_VARIANCE = 1e-4
 
 
 class ProjectorConfig(Config):
-    """How vectors [count, width] become tokens of the language model."""
+    """Options: how vectors [count, width] become tokens of the language model."""
 
     kind: Literal["linear", "mlp", "qformer"] = shaping("linear", "one layer, two with a GELU, or queries that attend")
     pool: Literal["each", "learned_positions"] = shaping(
@@ -33,24 +34,24 @@ class ProjectorConfig(Config):
     )
 
     def build(self, width: int, hidden: int) -> Projector:
-        """From vectors of `width` to embeddings of `hidden`."""
+        """A projector from vectors of `width` to embeddings of `hidden`."""
         return Projector(self, width, hidden)
 
     def tokens_of(self, vectors: int) -> int:
-        """How many tokens so many vectors take in a prompt."""
+        """How many tokens `vectors` vectors take in a prompt."""
         if self.kind == "qformer":
             return self.tokens
         return 1 if self.pool == "learned_positions" else vectors
 
 
 class Projector(nn.Module):
-    """See the module."""
+    """Turns vectors into tokens, as its config says."""
 
     def __init__(self, config: ProjectorConfig, width: int, hidden: int) -> None:
         super().__init__()
         self.config, self.width = config, width
         if config.pool == "learned_positions":
-            # All weight on the last one: pooling begins as if there was none.
+            # All weight starts on the last vector, as if there were no pooling.
             self.places = nn.Parameter(torch.eye(config.positions)[-1])
         if config.kind == "linear":
             self.layers: nn.Module = nn.Linear(width, hidden)
@@ -62,10 +63,11 @@ class Projector(nn.Module):
 
     @torch.no_grad()
     def whiten(self, sample: Tensor) -> None:
-        """Lets the layer that vectors pass first start as the whitening of these, [n, width], that changes them least (ZCA).
+        """Initialise the first layer as the whitening of `sample` [n, width] that changes vectors least (ZCA).
 
-        Most of what states differ by lies in a few directions, and what tells the last item in the others: a language model reads
-        it far sooner where these are as large. A direction in which nothing differs stays nothing.
+        Most of the variance of states lies in a few directions, but what tells the last item lies in the others. A
+        language model reads it far sooner if all directions are equally large. A direction without variance is left
+        without any.
         """
         centred = sample.double() - sample.double().mean(0)
         sizes, axes = torch.linalg.eigh(centred.T @ centred / max(1, len(sample)))
@@ -76,9 +78,9 @@ class Projector(nn.Module):
         self.enter.bias.copy_(-weight @ sample.double().mean(0))
 
     def forward(self, vectors: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [batch, tokens, hidden] of vectors [batch, count, width], and which of these are there, bool alike.
+        """Tokens [batch, tokens, hidden] of `vectors` [batch, count, width], and which are there, bool [batch, tokens].
 
-        `known` bool [batch, count] says which vectors are there; those that are not stand before those that are.
+        `known` bool [batch, count] says which vectors are there; absent ones stand before present ones.
         """
         if self.config.pool == "learned_positions":
             vectors, known = self._pooled(vectors * known[..., None]), known.any(1, keepdim=True)
@@ -94,7 +96,7 @@ class Projector(nn.Module):
 
 
 class _QFormer(nn.Module):
-    """Queries that attend over the vectors, each then through a feed-forward layer."""
+    """Learned queries that attend over the vectors; each then passes a feed-forward layer."""
 
     def __init__(self, width: int, hidden: int, tokens: int, heads: int) -> None:
         super().__init__()

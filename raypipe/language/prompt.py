@@ -1,6 +1,6 @@
-"""The prompt as a value: segments of text and of vectors, the same object for training, generation and serving.
+"""The prompt as a value: segments of text and of vectors. Training, generation and serving use the same object.
 
-Not covered here: tokenising (engines do that, each with its own model's tokenizer) and where vectors come from.
+Not covered here: tokenising (each engine does that with its own model's tokenizer) and where vectors come from.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Prompt:
 
     @property
     def key(self) -> str:
-        """The text, and in the place of vectors a digest of them: equal for equal prompts alone."""
+        """The text with a digest in the place of vectors; only equal prompts have equal keys."""
         return "".join(
             segment.text if isinstance(segment, Text) else f"\0{segment.source} {segment.digest}\0"
             for segment in self.segments
@@ -68,14 +68,14 @@ class Prompt:
 
     @property
     def words(self) -> str:
-        """The text without what stands between it."""
+        """The text of all text segments joined, without the vectors between them."""
         if len(self.segments) == 1 and isinstance(self.segments[0], Text):
             return self.segments[0].text
         return "".join([segment.text for segment in self.segments if isinstance(segment, Text)])
 
     @property
     def text(self) -> str:
-        """The whole prompt as text; raises ValueError when it holds vectors, which have no text."""
+        """The whole prompt as text. Raises ValueError if it holds vectors, which have no text."""
         if self.has_vectors:
             raise ValueError("This prompt holds vectors; only an engine with the capability `vectors` can read it.")
         return self.words

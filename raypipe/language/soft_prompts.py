@@ -1,7 +1,7 @@
-"""Prompts of text and vectors put to a language model, for training: vectors become tokens through projectors.
+"""Prompts of text and vectors as a language model's input, for training: projectors turn vectors into tokens.
 
 A segment of vectors takes as many places as its projector makes tokens of it. There its tokens `replace` what the model
-would read, or are added (`add`) to the embedding of a word of its own, as RecExplainer's `<user>` and `<item>` are
+would read, or are added (`add`) to a learnt word embedding of their source, as for RecExplainer's `<user>` and `<item>`
 (arXiv 2311.10947, section 3.2). The loss is taken on the answer alone.
 """
 
@@ -30,7 +30,7 @@ Injection = Literal["replace", "add"]
 
 @dataclass(frozen=True, slots=True)
 class SoftExample:
-    """One example: a prompt, and the answer that is learnt, or the `whole` text of both."""
+    """One example: a prompt and its answer. The answer is learnt, or with `whole` the text of both."""
 
     prompt: Prompt
     answer: str
@@ -39,7 +39,7 @@ class SoftExample:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A prompt as token ids, and its vectors with the first place of each. Ids at those places mean nothing."""
+    """A prompt as token ids, and its vectors with the first place of each; the ids at vectors' places mean nothing."""
 
     ids: list[int]
     soft: list[tuple[int, Vectors]]
@@ -48,12 +48,12 @@ class Encoded:
 
     @property
     def length(self) -> int:
-        """Places that it takes."""
+        """How many places it takes, its prefix included."""
         return len(self.ids) + (0 if self.prefix is None else len(self.prefix.values))
 
     @property
     def content(self) -> list[int]:
-        """The ids, and in the first places of vectors numbers below 0: equal where tokens and vectors are."""
+        """The ids, with negative hashes in the first places of vectors: equal if tokens and vectors are equal."""
         found = list(self.ids)
         for start, vectors in self.soft:
             found[start] = -1 - abs(hash(vectors))
@@ -65,7 +65,7 @@ class Encoded:
 def encode(
     tokenizer: PromptTokenizer, prompt: Prompt, projectors: Mapping[str, ProjectorConfig], widths: Mapping[str, int]
 ) -> Encoded:
-    """As `encode_all`, of one prompt."""
+    """As `encode_all`, for one prompt."""
     return encode_all(tokenizer, [prompt], projectors, widths)[0]
 
 
@@ -75,11 +75,10 @@ def encode_all(
     projectors: Mapping[str, ProjectorConfig],
     widths: Mapping[str, int],
 ) -> list[Encoded]:
-    """Prompts in the pieces they are made of, each tokenised by itself, in training as in generation.
+    """Encode prompts segment by segment, each tokenised by itself, in the same way for training and generation.
 
-    `projectors` and `widths` say, by source, how vectors become tokens and how wide they are.
-
-    Raises ValueError for vectors of a source or of a width that no projector is for.
+    `projectors` and `widths` say, by source, how vectors become tokens and how wide they are. Raises ValueError if no
+    projector fits the source or the width of some vectors.
     """
     pieces: list[list[str | int]] = []
     vectors: list[list[Vectors]] = []
@@ -107,11 +106,12 @@ def encode_all(
 def collate(
     prompts: Sequence[Encoded], answers: Sequence[Sequence[int]] | None = None, *, left: bool = False
 ) -> dict[str, Tensor]:
-    """One batch, padded on the right, or on the `left`: `tokens` int64 [batch, length] and, with answers, `labels` alike.
+    """Collate one batch, padded on the right, or on the `left`.
 
-    Per source of vectors, over all segments of it: `vectors/SOURCE` float32 [segments, count, width], `known/SOURCE` bool
-    [segments, count], `rows/SOURCE` and `starts/SOURCE` int64 [segments]. Of what stands before: `prefix/vectors` and
-    `prefix/known`, alike, [batch, count].
+    It holds `tokens` and `mask` int64 [batch, length] and, with answers, `labels` alike. For each source of vectors,
+    over all its segments, it holds `vectors/SOURCE` float32 [segments, count, width], `known/SOURCE` bool [segments,
+    count], and `rows/SOURCE` and `starts/SOURCE` int64 [segments]. For prefixes it holds `prefix/vectors` float32
+    [batch, count, width] and `prefix/known` bool [batch, count].
     """
     whole = [[*prompt.ids, *answer] for prompt, answer in zip(prompts, answers or [()] * len(prompts), strict=True)]
     length = max(map(len, whole))
@@ -141,7 +141,7 @@ def collate(
 
 
 def padded_vectors(rows: Sequence[NDArray[np.float32]], name: str) -> dict[str, Tensor]:
-    """`NAME/vectors` float32 [rows, longest, width] and `NAME/known` bool [rows, longest], what is there at the end."""
+    """`NAME/vectors` float32 [rows, longest, width] and `NAME/known` bool [rows, longest], padded at the beginning."""
     most = max(map(len, rows))
     values = np.zeros((len(rows), most, rows[0].shape[1]), np.float32)
     known = np.zeros((len(rows), most), bool)
@@ -152,8 +152,10 @@ def padded_vectors(rows: Sequence[NDArray[np.float32]], name: str) -> dict[str, 
 
 
 class SoftPromptLm(nn.Module):
-    """A causal language model, its projectors, by source of vectors, and what stands before all it reads; forward is the
-    cross-entropy of answers."""
+    """A causal language model with its projectors, by source of vectors, and its prefix.
+
+    `forward` returns the cross-entropy of answers.
+    """
 
     def __init__(
         self, lm: Any, projectors: Mapping[str, Projector], injection: Injection, prefix: Prefix | None = None
@@ -162,20 +164,20 @@ class SoftPromptLm(nn.Module):
         self.lm, self.injection, self.prefix = lm, injection, prefix
         self.projectors = nn.ModuleDict(projectors)
         hidden = lm.get_input_embeddings().weight.shape[1]
-        # The word that stands at the places of a source, where its tokens are added to one.
+        # With "add", the word embedding to which the tokens of a source are added.
         self.words = nn.ParameterDict(
             {source: nn.Parameter(torch.zeros(hidden)) for source in projectors} if injection == "add" else {}
         )
 
     def train(self, mode: bool = True) -> SoftPromptLm:
-        """A language model that is not trained stays in eval mode, dropout off."""
+        """Set the mode; a language model that is not trained stays in eval mode, dropout off."""
         super().train(mode)
         if not any(weight.requires_grad for weight in self.lm.parameters()):
             self.lm.eval()
         return self
 
     def embed(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """What the model reads, [batch, length, hidden]."""
+        """The embeddings that the model reads, [batch, length, hidden]."""
         embedded = self.lm.get_input_embeddings()(batch["tokens"])
         for source, projector in self.projectors.items():
             if f"rows/{source}" not in batch:
@@ -190,7 +192,7 @@ class SoftPromptLm(nn.Module):
         return embedded
 
     def states(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """The last layer's states, [batch, length, hidden], of a batch that is padded on the right."""
+        """The last layer's states [batch, length, hidden] of a batch that is padded on the right."""
         decoder, words = self.lm.get_decoder(), {"inputs_embeds": self.embed(batch), "use_cache": False}
         if self.prefix is None:
             return decoder(**words, attention_mask=batch["mask"]).last_hidden_state
@@ -198,9 +200,9 @@ class SoftPromptLm(nn.Module):
         return behind(decoder, self.prefix.shape, tokens, there, words, batch["mask"])
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Summed over answer tokens and divided by `count`, by their number where there is none.
+        """Cross-entropy summed over answer tokens and divided by `count`, or by their number if there is no `count`.
 
-        Logits are made only where there is something to predict.
+        Logits are computed only where there is something to predict.
         """
         hidden = self.states(batch)
         labels = batch["labels"][:, 1:]

@@ -1,21 +1,21 @@
-"""How histories are put to a language model and what a good answer is (LLM-TRSR, arXiv 2403.13325, section 3.2).
+"""Prompts that summarise histories, and their reference answers (LLM-TRSR, arXiv 2403.13325, section 3.2).
 
-An item is one line "column: value; column: value"; a block of items is summarised alone; the block summaries, numbered
-in time order, are merged by a second prompt. The reference answers count attribute values: they train the built-in LM
-and are the deterministic floor that a larger model should beat.
+An item is one line "column: value; column: value". Each block of items is summarised alone. A second prompt merges the
+block summaries, numbered in time order. The reference answers count attribute values: they train the built-in LM and
+are the deterministic floor that a larger model should beat.
 
 The grammar of a reference answer, which `raypipe.metrics.text` reads:
 
     block   "Comedy twice, Drama three times and War once."
     merged  "Mostly chooses Drama and Comedy; also Thriller. Lately more Comedy."
 
-A block states counts because a merge of bare names could not tell two mentions from ten. "Lately" restates the
-value, among those already named, whose frequency rose most; it is left out where none rose.
+A block states counts, because a merge of bare names could not tell two mentions from ten. "Lately" repeats the one of
+the named values whose frequency rose most; it is left out if none rose.
 
-An update knows a summary's order and no counts, so the reference carries what a place is worth: the first value named
-counts as six items, the second as four, the third as three, and each item of the new block as one. "Lately" is then the
-named value that most of the block has and that the block lifted to its place; a block summary that is updated shows
-counts, which stand for themselves.
+An update knows the order of a summary's values but not their counts. So the reference gives each place a worth: the
+first value named counts as six items, the second as four, the third as three, and each item of the new block as one.
+"Lately" is then, of the named values that the block lifted to a better place, the one that occurs in the most
+items of the block. If a block summary is updated, the counts that it states are used as they are.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ELLIPSIS = "…"
 
 _TIMES = {1: "once", 2: "twice", 3: "three times", 4: "four times", 5: "five times", 6: "six times", 7: "seven times"}
 _LEADING = 2  # values after "Mostly chooses"; the rest follow "also"
-_WORTH = 12  # of what a summary names, shared by place: 6, 4, 3, 2, …
+_WORTH = 12  # divided by 2 + place to give the worth of the values that a summary names: 6, 4, 3, 2, …
 
 _BLOCK = """Below are items one person chose, oldest first.
 {items}
@@ -58,7 +58,7 @@ Answer:"""
 
 
 class SummaryPrompts(Config):
-    """The templates of summarising, and what the reference answers name."""
+    """Options: the templates of summarising, and what the reference answers name."""
 
     block: str = shaping(_BLOCK, "prompt for one block of items; {items} stands for their lines")
     merge: str = shaping(_MERGE, "prompt that merges block summaries; {summaries} stands for the numbered summaries")
@@ -103,11 +103,11 @@ class SummaryPrompts(Config):
     def update_prompt(self, summary: str, item_lines: Sequence[str]) -> Prompt:
         """The prompt that adds a block of item lines, oldest first, to the summary of everything before."""
         values = {"{summary}": _one_line(summary), "{items}": "\n".join(item_lines)}
-        # At once: a title that reads like a placeholder stays a title.
+        # Replaced in one pass, so that a title that looks like a placeholder stays a title.
         return Prompt.of(re.sub(r"\{summary\}|\{items\}", lambda found: values[found[0]], self.update))
 
     def counts(self, items: Sequence[Attributes]) -> Counter[str]:
-        """In how many of the items each attribute value occurs, all attributes pooled."""
+        """Count in how many of the items each attribute value occurs, all attributes pooled."""
         return Counter(
             value for item in items for value in dict.fromkeys(v for _, values in self._shown(item) for v in values)
         )
@@ -144,9 +144,10 @@ class SummaryPrompts(Config):
         return f"{summary}. {LATELY} more {risen}." if risen else f"{summary}."
 
     def reference_update(self, before: Mapping[str, int], block: Mapping[str, int]) -> tuple[str, dict[str, int]]:
-        """The updated summary, and what the values it names are worth to the next update.
+        """The updated summary, and the worth of the values it names for the next update.
 
-        `before` says what each value is worth that the summary so far names, `block` in how many new items each occurs.
+        `before` is the worth of each value that the summary so far names; `block` is in how many new items each value
+        occurs.
         """
         total = Counter(before)
         total.update(block)
@@ -178,7 +179,7 @@ class SummaryPrompts(Config):
 
 
 def _ranked(counts: Mapping[str, int]) -> list[str]:
-    # Ties go by name, an order that holds in every history, so a model can learn it.
+    # Ties are ordered by name: that order is the same in every history, so a model can learn it.
     return sorted(counts, key=lambda value: (-counts[value], value))
 
 
@@ -200,7 +201,7 @@ def _one_line(text: str) -> str:
 
 
 def beginning(text: str, characters: int) -> str:
-    """At most so many characters of a text, on one line, and a mark where there were more; nothing of 0."""
+    """At most `characters` characters of a text, on one line, with an ellipsis if there were more; empty for 0."""
     text = _one_line(text)
     if len(text) <= characters or not characters:
         return text[:characters]

@@ -1,4 +1,4 @@
-"""Templates of prompts: words in which marks like {user} stand for pieces, of words or of vectors."""
+"""Templates of prompts: texts in which marks like {user} stand for pieces of words or vectors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MARK = re.compile(r"\{(\w+)\}")
 
 
 class Templates(Config):
-    """Paraphrases of one question; those of the tests are never trained on."""
+    """Paraphrases of one question; those for tests are never trained on."""
 
     training: tuple[str, ...] = shaping(description="what training asks", min_length=1)
     test: tuple[str, ...] = shaping(description="what is asked when it is measured", min_length=1)
@@ -29,12 +29,12 @@ class Templates(Config):
         return self
 
     def require(self, marks: Iterable[str]) -> None:
-        """As `require_marks`, of all of them."""
+        """As `require_marks`, for all templates."""
         require_marks((*self.training, *self.test), marks)
 
 
 def require_marks(templates: Iterable[str], marks: Iterable[str]) -> None:
-    """Raises ValueError unless every template has each of these marks once, and no other."""
+    """Raise ValueError unless every template has each of these marks exactly once, and no other mark."""
     wanted = sorted(marks)
     for template in templates:
         if sorted(_MARK.findall(template)) != wanted:
@@ -43,14 +43,17 @@ def require_marks(templates: Iterable[str], marks: Iterable[str]) -> None:
 
 
 def fill(template: str, pieces: Mapping[str, Piece]) -> Prompt:
-    """The prompt of a template. At once: a title that reads like a mark stays a title."""
+    """The prompt of a template with its marks replaced by `pieces`.
+
+    All marks are replaced in one pass, so that a title that looks like a mark stays a title.
+    """
     words = _MARK.split(template)
     segments: list[str | Vectors] = []
     for at, word in enumerate(words):
         piece = pieces[word] if at % 2 else word
         for part in [piece] if isinstance(piece, str | Vectors) else piece:
             if isinstance(part, str) and segments and isinstance(segments[-1], str):
-                segments[-1] += part  # One text is tokenised as one.
+                segments[-1] += part  # Adjacent texts are joined, so that they are tokenised as one.
             elif part != "":
                 segments.append(part)
     return Prompt.of(*segments)

@@ -1,13 +1,15 @@
-"""Answers out of given texts: a trie over their tokens tells which tokens may come next.
+"""Constraining answers to given texts: a trie over their tokens tells which tokens may come next.
 
-An answer is one text, or several with a separator between them, and then the end mark. Texts are tokenised as they stand
-in a trained answer: with a space before the first, and together with what of the separator follows them, for a tokenizer
-may join both sides: the built-in one makes `);` one token. The other side is cut, before the separator's last space:
+An answer is one text, or several with a separator between them, and then the end mark. Texts are tokenised as they
+stand in a trained answer: with a space before the first, and together with the beginning of the separator that follows.
+This is because a tokenizer may join the two: the built-in one makes `);` one token. The answer is cut before the
+separator's last space:
 
     " Alien (1979); Dune; Heat"  =  " Alien (1979);"  +  " Dune;"  +  " Heat"  +  end
 
-So an answer is spelled by the tokens that training reads, with byte-level tokenizers as with those that put a space before
-every text. Not covered: a tokenizer that joins words across spaces, whose training may spell the same text otherwise.
+So an answer is spelled by the same tokens that training reads, both with byte-level tokenizers and with those that put
+a space before every text. Not covered: a tokenizer that joins words across spaces, whose training may spell the same
+text differently.
 """
 
 from __future__ import annotations
@@ -24,14 +26,15 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from raypipe.language.backbone import PromptTokenizer
 
-_WORD = " A"  # Stands before a separator whose other side is to be tokenised.
+_WORD = " A"  # Stands before a separator, to tokenise what follows the separator.
 
 
 class TokenTrie:
-    """Sequences of token ids as a tree in flat arrays: a node is a number, the root is 0, children are in order of token.
+    """A tree of token-id sequences in flat arrays: a node is a number, the root is 0, children are in order of token.
 
-    Sequences in lexicographic order have ranks, equal ones the same; below a node are those of ranks `low` to `high`.
-    Measured: 100,000 titles of 6.2 tokens are 574,000 nodes and 12 MB, built in 0.4 s of CPU; to tokenise them takes 2.7 s.
+    A sequence's rank is its place in lexicographic order; equal sequences have the same rank. Below a node are the
+    sequences of ranks `low` to `high` (exclusive). Measured: 100,000 titles of 6.2 tokens make 574,000 nodes and 12 MB,
+    built in 0.4 s of CPU; tokenising them takes 2.7 s.
     """
 
     def __init__(self, sequences: Sequence[list[int]]) -> None:
@@ -47,9 +50,9 @@ class TokenTrie:
         self._grow(flat, np.cumsum(lengths) - lengths, lengths)
 
     def _grow(self, flat: NDArray[np.int32], starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
-        """Level by level, so that a node's children follow one another."""
+        """Build the tree level by level, so that a node's children are adjacent."""
         ranks = len(lengths)
-        node = np.zeros(ranks, np.int32)  # of each sequence, the one it has come to
+        node = np.zeros(ranks, np.int32)  # the node that each sequence has reached
         levels = [(np.array([-1], np.int32), np.array([-1], np.int32), np.array([0]), np.array([ranks]))]
         nodes = 1
         while len(rows := np.flatnonzero(lengths >= len(levels))):
@@ -68,16 +71,16 @@ class TokenTrie:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays."""
+        """Bytes that the arrays take."""
         return sum(part.nbytes for part in vars(self).values())
 
     def next_tokens(self, node: int, without: NDArray[np.int32]) -> NDArray[np.int32]:
-        """The tokens that lead on from a node, in order; `without` are ranks of sequences that do not count."""
+        """The tokens that lead on from a node, in order; `without` are the sorted ranks of excluded sequences."""
         children = slice(self._children[node], self._children[node + 1])
         return self._tokens[children][self._lead_on(children, without)] if len(without) else self._tokens[children]
 
     def child(self, node: int, token: int, without: NDArray[np.int32]) -> int | None:
-        """Where a token leads, None where to nothing that counts."""
+        """The child node that a token leads to; None if there is none with a sequence that is not excluded."""
         first, stop = int(self._children[node]), int(self._children[node + 1])
         place = first + int(np.searchsorted(self._tokens[first:stop], token))
         if place == stop or self._tokens[place] != token:
@@ -88,7 +91,7 @@ class TokenTrie:
         return bool(self._children[node] == self._children[node + 1])
 
     def end_at(self, node: int, without: NDArray[np.int32]) -> int | None:
-        """The sequence that ends at a node, if any that counts does."""
+        """The first sequence that ends at a node; None if there is none or it is excluded."""
         rank = self._ends[node]
         return None if rank < 0 or rank in without else int(self.owners[rank])
 
@@ -98,11 +101,11 @@ class TokenTrie:
 
 
 class AnswerTrie:
-    """The answers that hold one of the texts, or at most so many, none twice, as a tokenizer spells them.
+    """The answers that hold one of the texts, or up to `most` distinct ones, as a tokenizer spells them.
 
-    `ends` are the tokens that end an answer; their first stands for all of them. `longest` is the most tokens of one text and
-    what ends it. Of texts that the tokenizer spells alike the first is chosen. Raises ValueError for a text that takes no token,
-    or a token that ends answers.
+    `ends` are the tokens that end an answer; the first stands for all of them. `longest` is the largest number of
+    tokens of one text with what ends it. Of texts that the tokenizer spells alike, the first is chosen. Raises
+    ValueError if a text takes no token, or a token that ends answers.
     """
 
     def __init__(
@@ -129,17 +132,17 @@ class AnswerTrie:
                 self._later = _Tries(TokenTrie([[*ids, self.end] for ids in pieces]), TokenTrie(more))
             self.longest = max(self.longest, *map(len, followed))
             distinct = (len(trie.owners) for trie in self.tries)
-            self.most = min(most, *distinct)  # No list can run out of texts before it ends.
+            self.most = min(most, *distinct)  # So that no list runs out of texts before it ends.
         self.start = Walk(self, self.places(()), ())
 
     @property
     def tries(self) -> list[TokenTrie]:
-        """All that are walked, each once."""
+        """All tries that are walked, each once."""
         found = [self._first.last, self._first.followed, self._later.last, self._later.followed]
         return list({id(trie): trie for trie in found if trie is not None}.values())
 
     def places(self, chosen: tuple[int, ...]) -> tuple[_Place, ...]:
-        """Where a text may begin after those chosen: one that the end follows, one that another text does."""
+        """Places where a text may begin after those `chosen`: one for a last text, one if another text may follow."""
         tries = self._later if chosen else self._first
         goes_on = tries.followed is not None and len(chosen) + 1 < self.most
         kinds = [tries.last, tries.followed] if goes_on else [tries.last]
@@ -148,9 +151,9 @@ class AnswerTrie:
 
 @dataclass(frozen=True)
 class Walk:
-    """An answer begun: each way to read its tokens is a place. `chosen` are its whole texts, by number.
+    """The beginning of an answer: each way to read its tokens is a place; `chosen` numbers its complete texts.
 
-    There is more than one place where it is open what follows a text, and where a title holds the separator.
+    There is more than one place if it is still open what follows a text, or if a title holds the separator.
     """
 
     trie: AnswerTrie
@@ -159,14 +162,14 @@ class Walk:
 
     @cached_property
     def next_tokens(self) -> NDArray[np.int64]:
-        """The tokens that may come next; the end alone once it has come. There always is one."""
+        """The tokens that may come next, at least one; only the end token once the answer has ended."""
         if not self.places:
             return np.array([self.trie.end])
         found = [place.trie.next_tokens(place.node, place.without) for place in self.places]
         return np.unique(np.concatenate(found)).astype(np.int64)
 
     def after(self, token: int) -> Walk:
-        """The answer with one of the next tokens."""
+        """The answer continued by `token`, which must be one of the next tokens."""
         places: list[_Place] = []
         for place in self.places:
             node = place.trie.child(place.node, token, place.without)
@@ -186,7 +189,7 @@ class Walk:
 
 @dataclass(frozen=True)
 class _Tries:
-    """The texts as they are spelled where the end follows, and where another text does, for which there may be no place."""
+    """The texts as spelled before the end (`last`) and before another text (`followed`, None if none may follow)."""
 
     last: TokenTrie
     followed: TokenTrie | None = None
@@ -194,7 +197,7 @@ class _Tries:
 
 @dataclass(frozen=True)
 class _Place:
-    """A node on the way to the text after those `chosen`."""
+    """A node in a trie, on the way to the text that follows those `chosen`."""
 
     trie: TokenTrie
     node: int
@@ -202,12 +205,12 @@ class _Place:
 
     @cached_property
     def without(self) -> NDArray[np.int32]:
-        """Ranks of the chosen."""
+        """The sorted ranks of the chosen texts."""
         return np.unique(self.trie.ranks[list(self.chosen)])
 
 
 def answer_tokens(tokenizer: PromptTokenizer, answers: Sequence[str]) -> list[list[int]]:
-    """Token ids of whole answers as they follow a prompt, a space before each; marks such as `</s>` are words in them."""
+    """Token ids of whole answers as they follow a prompt, with a space before each; marks such as `</s>` are words."""
     return tokenizer.tokens_of([f" {answer}" for answer in answers])
 
 
@@ -220,7 +223,7 @@ def _spelled(tokenizer: PromptTokenizer, pieces: Sequence[str], ends: Sequence[i
 
 
 def _continued(tokenizer: PromptTokenizer, before: str, pieces: Sequence[str], ends: Sequence[int]) -> list[list[int]]:
-    """Tokens of each piece where it follows `before`; by itself where the two are joined in one."""
+    """Tokens of each piece as it follows `before`, or as it stands alone if a token joins the two."""
     (start,) = tokenizer.tokens_of([before])
     at = len(start)
     whole = tokenizer.tokens_of([before + piece for piece in pieces])

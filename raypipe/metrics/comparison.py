@@ -13,7 +13,10 @@ _DRAWS_AT_ONCE = 2**22
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean over users of one scorer's metric less the other's, and its 95 % interval over samples of the users."""
+    """The mean over users of one scorer's metric minus the other's, with its 95 % interval.
+
+    The interval is over bootstrap samples of the users.
+    """
 
     value: float
     low: float
@@ -21,7 +24,10 @@ class Difference:
 
 
 def paired_bootstrap(one: Values, other: Values, samples: int = 2_000, seed: int = 0) -> Difference:
-    """Of two metrics of the same users [n], in the same order. Raises ValueError for nobody, and for users without a partner."""
+    """The difference of two metrics [n] of the same users, in the same order.
+
+    Raises ValueError if there are no users, or if the two differ in length.
+    """
     if len(one) != len(other) or not len(one):
         raise ValueError(f"{len(one)} and {len(other)} users are no pairs.")
     apart = np.asarray(one, np.float64) - np.asarray(other, np.float64)

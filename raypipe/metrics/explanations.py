@@ -1,8 +1,9 @@
-"""What the words of free-text explanations give away.
+"""What the words of free-text explanations reveal.
 
-Distinction and coherence are RecExplainer's (arXiv 2311.10947): can a classifier tell which system wrote an explanation, and
-can a regressor read f's score of the item from it. Theirs are language models; here both are linear in TF-IDF weights of
-words, with an L2 penalty of 1, fitted on the other folds alone and each beside what knowing nothing gives.
+Distinction and coherence are RecExplainer's (arXiv 2311.10947): can a classifier tell which system wrote an
+explanation, and can a regressor read f's score of the item from it? The paper uses language models for both. Here both
+are linear in TF-IDF weights of words, with an L2 penalty of 1. They are fitted on the other folds only, and each is
+reported beside the value that a guess without the text gives.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ _Loss = Callable[[Floats], tuple[float, Floats]]
 
 @dataclass(frozen=True)
 class Distinction:
-    """The share of explanations whose writer is told, and that which guessing gives."""
+    """The share of explanations whose writer is recognised, and the share that guessing gives."""
 
     accuracy: float
     chance: float
 
 
 def distinction(explanations: Mapping[str, Sequence[str]], folds: int = 5, seed: int = 0) -> Distinction:
-    """How well a logistic regression tells which system wrote an explanation it did not learn from.
+    """How well a logistic regression recognises the system that wrote an explanation it was not fitted on.
 
-    `explanations` by system, each of the same cases in the same order. All explanations of a case are in one fold: what
-    they say of the case tells nothing about the writer. Raises ValueError for fewer than two systems or cases, or where a
-    system lacks a case.
+    `explanations` are by system, each with the same cases in the same order. All explanations of a case are in one
+    fold, so what they say about the case does not reveal the writer. Raises ValueError if there are fewer than two
+    systems or cases, or if a system lacks a case.
     """
     systems, counts = len(explanations), {len(texts) for texts in explanations.values()}
     if systems < 2 or len(counts) != 1:
@@ -55,7 +56,7 @@ def distinction(explanations: Mapping[str, Sequence[str]], folds: int = 5, seed:
 
 @dataclass(frozen=True)
 class Coherence:
-    """Mean squared error of scores read from explanations, and of the mean score of the explanations learnt from."""
+    """Mean squared error of scores read from explanations, and that of the mean score of the other folds."""
 
     mse: float
     constant: float
@@ -64,7 +65,7 @@ class Coherence:
 def coherence(
     texts: Sequence[str], scores: NDArray[np.floating], users: Sequence[Hashable], folds: int = 5, seed: int = 0
 ) -> Coherence:
-    """How well a ridge regression reads f's `scores` [n] from explanations of users it did not learn from.
+    """How well a ridge regression reads f's `scores` [n] from explanations of users it was not fitted on.
 
     Raises ValueError for fewer than two users.
     """
@@ -72,14 +73,14 @@ def coherence(
     read, constant = np.zeros_like(values), np.zeros_like(values)
     for learnt, asked in _folds(users, folds, seed):
         constant[asked] = mean = values[learnt].mean()
-        spread = values[learnt].std() or 1.0  # so that the precision of the fit does not depend on the scores' scale
+        spread = values[learnt].std() or 1.0  # makes the fit's precision independent of the scores' scale
         errors = _squared_error((values[learnt] - mean) / spread)
         read[asked] = mean + spread * _out_of_fold(texts, learnt, asked, 1, errors)[:, 0]
     return Coherence(float(((read - values) ** 2).mean()), float(((constant - values) ** 2).mean()))
 
 
 def _folds(groups: Sequence[Hashable], folds: int, seed: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Rows to learn from and rows to ask about; those of a group are always on one side."""
+    """Yield (rows to fit on, rows to test on) for each fold. All rows of a group are on the same side."""
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     if len(numbers) < 2:
         raise ValueError("Cross-validation wants at least two cases or users: one to learn from, one to ask about.")
@@ -90,7 +91,10 @@ def _folds(groups: Sequence[Hashable], folds: int, seed: int) -> Iterator[tuple[
 
 
 class _TfIdf:
-    """Words as weights: count × (ln((1 + texts) / (1 + texts with the word)) + 1), each text at length 1."""
+    """TF-IDF weights of words: count × (ln((1 + texts) / (1 + texts with the word)) + 1).
+
+    The weights of each text are scaled to length 1.
+    """
 
     def __init__(self, texts: Sequence[str]) -> None:
         counts = Counter(word for text in texts for word in set(_words(text)))
@@ -98,7 +102,7 @@ class _TfIdf:
         self.weights = np.array([np.log((1 + len(texts)) / (1 + counts[word])) + 1 for word in self.columns])
 
     def features(self, texts: Sequence[str]) -> csr_array:
-        """[texts, words]; words that it was not made from are left out."""
+        """The weights of texts: [texts, words]. Words that do not occur in the constructor's texts are left out."""
         found = [Counter(self.columns[word] for word in _words(text) if word in self.columns) for text in texts]
         ends = np.cumsum([0, *map(len, found)])
         columns = np.array([column for counts in found for column in counts], np.int64)
@@ -116,10 +120,10 @@ def _words(text: str) -> list[str]:
 def _out_of_fold(
     texts: Sequence[str], learnt: NDArray[np.int64], asked: NDArray[np.int64], outputs: int, loss: _Loss
 ) -> Floats:
-    """[asked, outputs]: what a linear model fitted to the texts learnt from says of those asked about.
+    """Predictions [asked, outputs] of a linear model that is fitted to the texts `learnt`.
 
-    `loss` gives of scores [learnt, outputs] their loss and its gradient; to it comes half the squared length of the weights,
-    the intercepts aside.
+    `loss` takes scores [learnt, outputs] and returns their loss and its gradient. Half the squared length of the
+    weights is added, without the intercepts.
     """
     words = _TfIdf([texts[row] for row in learnt])
     features = words.features([texts[row] for row in learnt])

@@ -1,7 +1,7 @@
-"""Published figures, to stand beside ours: of recommenders on public data sets, and of the systems on their papers' own.
+"""Published figures to compare with ours: of recommenders on public data sets, and of the systems in their papers.
 
-Recommenders: leave-one-out, the whole catalogue, seen items filtered. A system's figures are of other data and larger language
-models than ours unless the data set says otherwise: they are for orientation.
+Recommenders: leave-one-out, the whole catalogue, seen items filtered. A system's figures are from other data and larger
+language models than ours, unless the data set says otherwise, and serve only as orientation.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ MOVIELENS_100K = "ml-100k"
 
 @dataclass(frozen=True)
 class Published:
-    """Metric → value, who measured it, and how the model was trained."""
+    """Metric → value, the source of the figures, and how the model was trained."""
 
     values: Mapping[str, float]
     source: str
     training: str
 
 
-# A data set is known by its users and events.
+# A data set is recognised by its numbers of users and events.
 DATA_SETS = {(6_040, 1_000_209): MOVIELENS_1M, (943, 100_000): MOVIELENS_100K}
 
 _KLENITSKIY = "Klenitskiy & Vasilev, RecSys 2023"
@@ -96,7 +96,7 @@ CHANCE: Mapping[str, float] = {"T2 NDCG@5": 0.6131, "T2 NDCG@5 by interest": 0.6
 
 
 def chance_among(candidates: int) -> dict[str, float]:
-    """As `CHANCE`, of so many candidates of which one is relevant."""
+    """The values of chance, as in `CHANCE`, for metrics of `candidates` candidates of which one is relevant."""
     found = {}
     for k in _CUTOFFS:
         places = range(1, min(k, candidates) + 1)
@@ -106,10 +106,13 @@ def chance_among(candidates: int) -> dict[str, float]:
 
 
 def published(users: int, events: int, model: str) -> Published | None:
-    """The best figures known of `model` on the public data set of so many users and events; None where there are none."""
+    """The best known figures of `model` on a public data set; None if there are none.
+
+    The data set is recognised by its numbers of users and events.
+    """
     return published_on(DATA_SETS.get((users, events), ""), model)
 
 
 def published_on(dataset: str, model: str) -> Published | None:
-    """As `published`, by the data set's name."""
+    """The same as `published`, by the data set's name."""
     return _FIGURES.get((dataset, model))

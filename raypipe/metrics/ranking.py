@@ -1,8 +1,8 @@
-"""Ranking metrics of one relevant item per user, honest about ties.
+"""Ranking metrics of one relevant item per user, with an exact treatment of ties.
 
-Every function takes how many candidates score above the relevant one and how many the same, itself included. Tied items
-stand in every order with the same probability and a metric is its mean over these orders, so that a scorer which gives
-all items one score is as good as chance.
+Every function takes how many candidates score above the relevant one, and how many score the same, itself included.
+Every order of tied items is equally likely, and a metric is its mean over these orders. So a scorer that gives all
+items the same score is as good as chance.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ Values = NDArray[np.float64]
 
 
 def hit_rate(above: Counts, same: Counts, k: int) -> Values:
-    """Per user the probability that the relevant item is among the first k."""
+    """The probability that the relevant item is among the first k, per user."""
     return np.clip(k - above, 0, same) / same
 
 
 def ndcg(above: Counts, same: Counts, k: int) -> Values:
-    """Per user 1 / log2(1 + rank) where the rank is at most k, else 0."""
+    """1 / log2(1 + rank) if the rank is at most k, else 0, per user."""
     return _mean_over_ties(1 / np.log2(1 + np.arange(1, k + 1)), above, same)
 
 
 def reciprocal_rank(above: Counts, same: Counts, k: int) -> Values:
-    """Per user 1 / rank where the rank is at most k, else 0."""
+    """1 / rank if the rank is at most k, else 0, per user."""
     return _mean_over_ties(1 / np.arange(1, k + 1), above, same)
 
 
@@ -40,7 +40,10 @@ def _mean_over_ties(gains: Values, above: Counts, same: Counts) -> Values:
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over users with the half-width of its 95 % confidence interval (normal approximation); NaN of one user alone."""
+    """A mean over users, with the half-width of its 95 % confidence interval (normal approximation).
+
+    The half-width is NaN for a single user. Both are NaN for no users.
+    """
 
     value: float
     half_width: float
@@ -54,7 +57,10 @@ class Mean:
 
 
 def candidate_metrics(above: Counts, same: Counts, cutoffs: tuple[int, ...] = (3, 5, 10)) -> dict[str, Values]:
-    """Recall and MRR per user at each cutoff, by name: `Recall@3`. Of one relevant candidate, whose recall is its hit rate."""
+    """Recall and MRR per user at each cutoff, by name, such as `Recall@3`.
+
+    There is one relevant candidate, so its recall is its hit rate.
+    """
     functions = {"Recall": hit_rate, "MRR": reciprocal_rank}
     return {f"{name}@{k}": function(above, same, k) for k in cutoffs for name, function in functions.items()}
 
@@ -68,5 +74,5 @@ RANKING = {
 
 
 def ranking_metrics(above: Counts, same: Counts) -> dict[str, Mean]:
-    """HR, NDCG and MRR at each cutoff, by name: `NDCG@10`."""
+    """Means of HR, NDCG and MRR at each cutoff, by name, such as `NDCG@10`."""
     return {name: Mean.of(function(above, same, k)) for name, (function, k) in RANKING.items()}

@@ -1,5 +1,7 @@
-"""How much of a history an answer names, title by title (RecInterpreter, arXiv 2310.20487; released metrics are broken:
-they search titles as regular expressions, so that "Alien" is found in "Aliens")."""
+"""How much of a history an answer names, title by title (RecInterpreter, arXiv 2310.20487).
+
+The paper's released metrics are broken: they search titles as regular expressions, so "Alien" is found in "Aliens".
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,11 @@ from collections.abc import Collection, Sequence
 
 
 def titles_in(answer: str, known: Collection[str], separator: str = "; ") -> list[str]:
-    """The pieces of an answer, in order; a known title that holds the separator itself is one piece, and a full stop at the end
-    is none of the last title's unless a title is known with it."""
+    """The titles that an answer lists, in order.
+
+    A known title that contains the separator is one piece. A full stop at the end is removed from the last title,
+    unless a title is known with it.
+    """
     found = _pieces(answer.strip(), known, separator)
     if found and found[-1] not in known and found[-1].endswith("."):
         return _pieces(answer.strip().removesuffix("."), known, separator)
@@ -29,25 +34,27 @@ def _pieces(answer: str, known: Collection[str], separator: str) -> list[str]:
 
 
 def recovered(answer: Sequence[str], history: Sequence[str]) -> float:
-    """Share of the history's titles that the answer names among its first, as many as the history has, each title once; 0 for an
-    empty history."""
+    """Share of the history's distinct titles that the answer names; 0 for an empty history.
+
+    Only the answer's first distinct titles count, as many as the history has.
+    """
     titles = set(history)
     return len(titles.intersection(_first(answer, len(titles)))) / len(titles) if titles else 0.0
 
 
 def recovered_places(answer: Sequence[str], history: Sequence[str]) -> list[bool]:
-    """For each event of the history, oldest first, whether the answer names its title among those that `recovered` counts."""
+    """For each event of the history, oldest first, whether `recovered` counts its title as named."""
     named = set(_first(answer, len(set(history))))
     return [title in named for title in history]
 
 
 def _first(answer: Sequence[str], count: int) -> list[str]:
-    """The first distinct ones: a longer answer is no better guess."""
+    """The first `count` distinct titles of an answer, so that a longer answer is no better guess."""
     return list(dict.fromkeys(answer))[:count]
 
 
 def valid_ratio(answer: Sequence[str], known: Collection[str]) -> float:
-    """Share of the answer's pieces that are titles of the catalogue; 0 where it has none."""
+    """Share of the answer's pieces that are titles of the catalogue; 0 if the answer has no pieces."""
     return sum(piece in known for piece in answer) / len(answer) if answer else 0.0
 
 

@@ -1,7 +1,7 @@
-"""What a written summary says of a user, checked against what the user did: pure string and count arithmetic.
+"""What a written summary says about a user, compared with what the user did. Plain string and count arithmetic.
 
-A value counts as named when it stands in the text as a whole phrase, in its own spelling: "Fi" is not named by
-"Sci-Fi", nor "War" by "Warsaw" or "war". Where two values match at one place the longer one is named.
+A value counts as named if it stands in the text as a whole phrase in its exact spelling: "Fi" is not named by "Sci-Fi",
+nor "War" by "Warsaw" or "war". If two values match at one place, the longer one is named.
 Not covered: negation ("no Horror") and paraphrase ("scary films"); both count as the bare words do.
 """
 
@@ -23,7 +23,7 @@ _LATELY = re.compile(r"\bLately\b(.*)", re.DOTALL)
 
 
 class Vocabulary:
-    """The attribute values of a catalogue, compiled once; `named` reads about 100,000 summaries a second."""
+    """The attribute values of a catalogue, compiled once. `named` reads about 100,000 summaries a second."""
 
     def __init__(self, values: Iterable[str]) -> None:
         self.values = frozenset(value for value in values if value.strip())
@@ -33,11 +33,11 @@ class Vocabulary:
         self._lengths = {head: sorted(found, reverse=True) for head, found in lengths.items()}
 
     def named(self, text: str) -> tuple[str, ...]:
-        """The distinct values named in `text`, in order of first mention."""
+        """The distinct values that `text` names, in order of first mention."""
         return tuple(dict.fromkeys(value for _, value in self.found(text)))
 
     def found(self, text: str) -> Iterator[tuple[int, str]]:
-        """Where a value stands in `text`, and which: in order, no two in one place."""
+        """Yield (start, value) for each value that `text` names, in order and without overlaps."""
         end = 0
         for match in _HEAD.finditer(text):
             lengths = self._lengths.get(match.group())
@@ -60,7 +60,7 @@ class Vocabulary:
 
 
 def top_values(counts: Mapping[str, int], k: int = TOP) -> frozenset[str]:
-    """The k most frequent values of a history, every value tied with the kth included; empty for no values."""
+    """The k most frequent values of a history and every value that ties with the kth; empty if there are no values."""
     most = sorted(counts.values(), reverse=True)[:k]
     if not most:
         return frozenset()
@@ -69,20 +69,20 @@ def top_values(counts: Mapping[str, int], k: int = TOP) -> frozenset[str]:
 
 
 def item_values(attributes: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    """The distinct values of an item's attributes (name → values), all attributes pooled."""
+    """The distinct values of an item's attributes (name → values), of all attributes together."""
     return tuple({value for values in attributes.values() for value in values})
 
 
 def value_counts(items: Iterable[Sequence[str]]) -> Counter[str]:
-    """In how many items each value occurs; of each item its distinct values, as `item_values` gives them."""
+    """The number of items in which each value occurs. Each item gives its distinct values, as from `item_values`."""
     return Counter(chain.from_iterable(items))
 
 
 def attribute_precision(named: Sequence[str], user_top_values: frozenset[str]) -> float | None:
-    """Share of the values a summary names that are among the user's top ones.
+    """Share of the values a summary names that are among the user's top values.
 
-    None where the user has no top values, so there is nothing to be right about. A summary that names no value
-    scores 0: silence is not precision.
+    None if the user has no top values, because there is nothing to be right about. A summary that names no value scores
+    0: silence is not precision.
     """
     if not user_top_values:
         return None
@@ -90,7 +90,7 @@ def attribute_precision(named: Sequence[str], user_top_values: frozenset[str]) -
 
 
 def attribute_coverage(named: Sequence[str], user_top_values: frozenset[str]) -> float | None:
-    """Share of the user's top values that a summary names; None where the user has none."""
+    """Share of the user's top values that a summary names; None if the user has no top values."""
     if not user_top_values:
         return None
     return len(user_top_values.intersection(named)) / len(user_top_values)
@@ -103,10 +103,10 @@ def shift_precision(
     earlier_items: int,
     recent_items: int,
 ) -> float | None:
-    """Share of the values a summary names after "Lately" that really are more frequent per item in the recent part than before.
+    """Share of the values named after "Lately" that really are more frequent per item in the recent part than before.
 
-    `earlier` and `recent` count in how many of `earlier_items` and `recent_items` each value occurs. None where the
-    summary claims no shift or either part is empty.
+    `earlier` and `recent` count in how many of `earlier_items` and `recent_items` each value occurs. None if the
+    summary claims no shift or if either part is empty.
     """
     if not lately or not earlier_items or not recent_items:
         return None
@@ -115,13 +115,16 @@ def shift_precision(
 
 
 def stability(before: Sequence[str], after: Sequence[str]) -> float | None:
-    """How much of what two summaries of a user name is the same: shared values over all; None where neither names any."""
+    """How much two summaries of a user agree: shared named values over all named values; None if neither names any."""
     one, other = set(before), set(after)
     return len(one & other) / len(one | other) if one or other else None
 
 
 def distinctness(summaries: Sequence[str]) -> float | None:
-    """The chance that two different users have different summaries (Simpson 1949); None for fewer than two users."""
+    """The probability that two different users have different summaries (Simpson 1949).
+
+    None for fewer than two users.
+    """
     users = len(summaries)
     if users < 2:
         return None
@@ -130,10 +133,10 @@ def distinctness(summaries: Sequence[str]) -> float | None:
 
 
 def rule_summary_rating(named: Sequence[str], counts: Mapping[str, int]) -> int | None:
-    """A rating from 0 to 3 of a summary that names these values, by counting alone; None for a user without values.
+    """A rating from 0 to 3 of a summary that names these values, by counting only; None for a user without values.
 
-    0: it names none of the user's top values. 1: fewer than half of what it names are. 2: at least half are. 3: all are, and
-    at least two thirds of the top values are named.
+    0: none of the named values is a top value of the user. 1: fewer than half of the named values are. 2: at least half
+    are. 3: all are, and at least two thirds of the top values are named.
     """
     top = top_values(counts)
     precision, coverage = attribute_precision(named, top), attribute_coverage(named, top)

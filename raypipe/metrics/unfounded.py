@@ -1,4 +1,4 @@
-"""Titles that a free-text explanation names without ground: known ones that are beside the point, and ones that exist nowhere."""
+"""Titles that an explanation names without ground: known titles that are beside the point, and invented ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WORD = re.compile(r"\S+")
 _OPENING, _CLOSING = "\"“'‘([*_", '"”'
 
 _ARTICLES = frozenset(["The", "A", "An", "Le", "La", "Les", "Il", "El", "Los", "Las", "Der", "Die", "Das"])
-# Within a title these may be small.
+# These words may be in lower case within a title.
 _SMALL = frozenset(
     [
         *("a", "an", "the", "and", "&", "or", "of", "in", "on", "to", "for", "at", "by", "with", "from"),
@@ -25,40 +25,41 @@ _SMALL = frozenset(
     ]
 )
 _LINKS = frozenset(["and", "or", "&"])
-# What goes on behind a title; behind "American" goes on "comedies".
+# Words that may follow a title. Other words show that the phrase is no title: "American" in "American comedies".
 _AFTER = frozenset(["but", "because", "which", "that", "is", "are", "was", "were", "as", "since", "so", "while"])
 
-_MARK = re.compile(r" \[[^\]]*\]$")  # as `distinct_titles` puts it behind
+_MARK = re.compile(r" \[[^\]]*\]$")  # as `distinct_titles` appends it
 _LAST_YEAR = re.compile(rf"{_YEAR.pattern}$")
 _ASIDE = re.compile(r" \([^)]*\)")
 
 
 @dataclass(frozen=True)
 class Unfounded:
-    """Titles of the catalogue that are beside the point, `unchosen`, and titles `made_up`, which no item has."""
+    """`unchosen`, catalogue titles that are beside the point, and `made_up`, titles that no item has."""
 
     unchosen: tuple[str, ...]
     made_up: tuple[str, ...]
 
 
 class Titles:
-    """The titles of a catalogue, and the `values` of its attributes, which are no titles; compiled once."""
+    """The titles of a catalogue, and the `values` of its attributes, which are not titles. Compiled once."""
 
     def __init__(self, titles: Collection[str], values: Iterable[str]) -> None:
         self._titles, self._values = Vocabulary(titles), Vocabulary(values)
         self._spellings = Vocabulary(chain.from_iterable(map(_spellings, titles)))
 
     def unfounded(self, text: str, history_titles: Collection[str], item_title: str) -> Unfounded:
-        """What an explanation names beyond the user's history and the recommended item.
+        """What an explanation names other than the user's history and the recommended item.
 
-        Taken for titles are what stands in double quotes, capitalised words before a year in parentheses, and capitalised words
-        right behind "such as" or "like" up to the next comma or the sentence's end. Those that no item has are made up, where they
-        are no attribute values either. A title of the catalogue is none of them, also without its year, what is behind its
-        colon or its words in parentheses, with its article in front, or with another year behind it.
+        Three things are taken for titles: text in double quotes; capitalised words before a year in parentheses; and
+        capitalised words directly after "such as" or "like", up to the next comma or the end of the sentence. They are
+        made up if no item has such a title and they are no attribute value. A title of the catalogue is recognised in
+        other forms too: without its year, without what follows its colon, without its words in parentheses, with its
+        article in front, or with another year after it.
 
-        Not covered: made-up titles in other places. Persons and places behind "like", words quoted for another reason, and words
-        capitalised for another reason before a year, count as titles. Titles that are everyday words count as named wherever
-        the word stands in the title's spelling ("Speed" at the start of a sentence).
+        Not covered: made-up titles in other places. Persons and places after "like", words quoted for another reason,
+        and words before a year that are capitalised for another reason count as titles. Titles that are everyday words
+        count as named wherever the word stands in the title's spelling ("Speed" at the start of a sentence).
         """
         founded = {*history_titles, item_title}
         known = [(start, start + len(spelling)) for start, spelling in self._spellings.found(text)]
@@ -75,7 +76,7 @@ class Titles:
                 yield piece
 
     def _dated(self, text: str, known: list[tuple[int, int]]) -> Iterator[str]:
-        """Capitalised words before a year, which neither belongs to a known title nor stands right behind one."""
+        """Capitalised words before a year, unless the year belongs to a known title or directly follows one."""
         for year in _YEAR.finditer(text):
             if any(start < year.start() <= end for start, end in known):
                 continue
@@ -84,7 +85,7 @@ class Titles:
                 yield name + year[0]
 
     def _introduced(self, text: str, known: list[tuple[int, int]]) -> Iterator[str]:
-        """Capitalised words behind "such as" or "like"; those before a year are `_dated`."""
+        """Capitalised words after "such as" or "like". `_dated` yields those before a year."""
         for found in _INTRODUCED.finditer(text):
             if any(start <= found.start() < end for start, end in known):
                 continue
@@ -96,7 +97,7 @@ class Titles:
 
 
 def _spellings(title: str) -> set[str]:
-    """A title as it is, and shorter, as people write it."""
+    """The title, and shorter forms of it that people write."""
     whole = _MARK.sub("", title).strip()
     year = _LAST_YEAR.search(whole)
     name = whole[: year.start()] if year else whole
@@ -110,7 +111,7 @@ def _spellings(title: str) -> set[str]:
 
 
 def _name_before(text: str) -> str:
-    """The capitalised words that a text ends with, small ones between them; empty where there are none."""
+    """The capitalised words at the end of a text, with small words between them; "" if there are none."""
     words: list[str] = []
     for written in reversed(text.rpartition("\n")[2].split()):
         word = written.lstrip(_OPENING)
@@ -127,15 +128,18 @@ def _name_before(text: str) -> str:
 
 
 def _names_behind(text: str, start: int) -> Iterator[tuple[int, int]]:
-    """Where the names stand that a clause begins with, joined by "and" or "or"; without one that a year or a noun goes on."""
-    end = _CLAUSE_END.search(text, start).start()  # type: ignore[union-attr]  # the text's end is one
+    """The spans of the names with which a clause begins, joined by "and" or "or".
+
+    A last name is left out if a year or a noun continues it.
+    """
+    end = _CLAUSE_END.search(text, start).start()  # type: ignore[union-attr]  # the end of the text matches too
     names: list[list[tuple[int, int]]] = [[]]
     goes_on = any(_YEAR.match(text, at) for at in (end - 1, end + 1))
     for word in _WORD.finditer(text, start, end):
         if word[0] in _LINKS:
             names.append([])
         elif _is_capitalised(word[0]) or word[0] in _SMALL:
-            # A small word is within a name, not before it.
+            # A small word may be within a name, but not before it.
             if names[-1] or word[0] not in _SMALL:
                 names[-1].append(word.span())
         else:
@@ -149,7 +153,7 @@ def _names_behind(text: str, start: int) -> Iterator[tuple[int, int]]:
 
 
 def _article(name: str) -> int:
-    """The letters of the article that a name begins with, and of the space behind it."""
+    """The characters of the article that a name begins with and of the space after it; 0 without an article."""
     first, space, _ = name.partition(" ")
     return len(first) + 1 if space and first in _ARTICLES else 0
 

@@ -1,7 +1,8 @@
-"""`raypipe align`: joins a recommender to a language model, and measures what words can tell of users it never saw.
+"""`raypipe align`: train an adapter between a recommender and a language model, and measure it on users it never saw.
 
-The recommender and the language model stay as they are; the adapter between them is trained on the states of users who are
-not held out, and asked about those who are: beside it the same questions without any state, and with another user's.
+The recommender and the language model stay unchanged. The adapter between them is trained on the states of users who
+are not held out, and asked about the held-out users. The controls ask the same questions without any state, and with
+another user's state.
 """
 
 from __future__ import annotations
@@ -70,11 +71,11 @@ _ONLY_FOR = {
     "summaries": ("recexplainer", "trsr"),
     "beside": ("recinterpreter", "recexplainer", "trsr"),
 }
-"""Systems that read an option; to the others it would say nothing."""
+"""The systems that read an option. For other systems it has no effect."""
 
 
 class AlignOptions(TrainingOptions, ModelCache):
-    """What is joined to what, and how it is trained and measured."""
+    """Which recommender, language model and system are joined, and how the result is trained and measured."""
 
     model: str = free("sasrec", "a recommender's name, for its newest, or NAME/HASH")
     lm: str = free(
@@ -128,7 +129,7 @@ class AlignOptions(TrainingOptions, ModelCache):
     @model_validator(mode="before")
     @classmethod
     def _trained_as_published(cls, values: Any) -> Any:
-        """Under what is given lies what the system's paper says, and under that the default."""
+        """Fill in trainer options that are not given: first from the system's paper, then from the defaults."""
         if not isinstance(values, Mapping) or not isinstance(values.get("trainer", {}), Mapping):
             return values
         system = str(values.get("system", cls.model_fields["system"].default))
@@ -146,7 +147,10 @@ class AlignOptions(TrainingOptions, ModelCache):
         return self
 
     def chosen(self) -> InterpreterConfig | ExplainerConfig:
-        """The configuration of the system that reads states; the other's has no part in what comes out."""
+        """The configuration of the chosen one of the two systems that read states.
+
+        The other's has no effect on the output.
+        """
         assert self.system in ("recinterpreter", "recexplainer"), f"{self.system} has a job of its own"
         return self.recinterpreter if self.system == "recinterpreter" else self.recexplainer
 
@@ -157,7 +161,10 @@ class AlignConfig(AlignOptions, JobConfig):
 
 @dataclass(frozen=True)
 class _Inputs:
-    """The two that are joined, what is known up to the cut, and whether nothing trained here saw who is held out."""
+    """The recommender (NAME/HASH) and the language model to join, and the data up to the cut.
+
+    `unseen` is True if no model involved was trained on the held-out users.
+    """
 
     recommender: str
     lm: ChosenLm
@@ -165,7 +172,7 @@ class _Inputs:
     unseen: bool
 
     def check_room(self, system: System, answer_tokens: int) -> None:
-        """Raises UsageError where answers are held to titles longer than an answer: before training, and not after it."""
+        """Raise UsageError, before training, if answers are restricted to titles that are longer than an answer."""
         if held := system.choices(self.source):
             engine = EngineConfig(lm=str(self.lm.folder)).build()
             for choices in held:
@@ -188,8 +195,11 @@ class _Inputs:
 
 
 def run_align(config: AlignConfig) -> JobResult:
-    """Train the adapter unless one of this recipe is stored, and measure it. Raises UsageError before work starts."""
-    # Before it is asked and recorded: both have to be of the same cut and summaries.
+    """Train the adapter unless one of this recipe is stored, then measure it and record the figures.
+
+    Raises UsageError before work starts.
+    """
+    # Before measuring and recording: both have to use the same cut and summaries.
     config = as_trained(config)
     result = _joined(config)
     record(config, result)
@@ -263,7 +273,7 @@ def _read(config: AlignConfig, workspace: Workspace, version: int, adapter: Mode
     users, whole = read_histories(workspace, version)
     histories = whole.without_last(config.hold_out).within(loaded.recommender.items)
     seeds = None
-    if loaded.recommender.samples:  # Its labels and oracles are those of its lists.
+    if loaded.recommender.samples:  # Labels and oracles take the same seeds as its lists.
         drawn = read_event_seeds(workspace, version, loaded.items)
         seeds = known_seeds(drawn, whole, config.hold_out, loaded.recommender.items)
     held_out = are_held_out(users, config.held_out_share)
@@ -275,7 +285,7 @@ def _read(config: AlignConfig, workspace: Workspace, version: int, adapter: Mode
             f"Controls ask with another's state: it takes {_ASKED_AT_LEAST} of them, and somebody to learn from.",
             "Ingest more users, or change --held_out_share or --asked.",
         )
-    # Of items that came after the recommender's training there are no vectors.
+    # The recommender has no vectors of items that came after its training.
     catalogue = catalogue_of(loaded.items).first(loaded.recommender.items)
     replay = read_replay(config.replay) if config.replay is not None else []
     summaries = _read_summaries(config, workspace, users) if config.summaries is not None else {}
@@ -284,7 +294,10 @@ def _read(config: AlignConfig, workspace: Workspace, version: int, adapter: Mode
 
 
 def _read_summaries(config: AlignConfig, workspace: Workspace, users: pa.Array) -> dict[int, str]:
-    """By row of the histories; UsageError where none were written of what stands before the cut."""
+    """The summaries of what stands before the cut, by row of the histories.
+
+    Raises UsageError if none were written, or if the language model that wrote them may have read held-out events.
+    """
     table = workspace.tables["summaries"]
     assert config.summaries is not None
     variant = SummariesConfig(paradigm=config.summaries, hold_out=config.hold_out).variant
@@ -304,7 +317,7 @@ def _read_summaries(config: AlignConfig, workspace: Workspace, users: pa.Array) 
 def _train(
     config: AlignConfig, workspace: Workspace, inputs: _Inputs, system: System, recipe: str, versions: dict[str, int]
 ) -> Model:
-    """Train, measure, and only then store: who finds the model finds its figures in the lineage."""
+    """Train, measure, and only then store the model, so that a stored model always has its figures in its lineage."""
     name = f"{system.name}-{recipe}"
     folder = config.training_folder(workspace, name)
     node = config.workers_node(workspace, config.cluster)
@@ -313,7 +326,7 @@ def _train(
         system.adapter, dict.fromkeys(system.adapter.projectors, width), inputs.lm.hash, inputs.recommender
     )
     backbone = load_backbone(str(inputs.lm.folder), device="cpu")
-    build_adapter(backbone, card)  # what cannot be built is told here, and not by a worker
+    build_adapter(backbone, card)  # fail here rather than in a worker if it cannot be built
     rng = np.random.default_rng(config.trainer.seed)
 
     def prepare() -> dict[str, int]:
@@ -364,7 +377,10 @@ def _train(
 def _transferred(
     config: AlignConfig, workspace: Workspace, inputs: _Inputs, adapter: Model, started: float
 ) -> JobResult:
-    """What a stored adapter tells of this recommender's states, which need not be the one it was trained beside."""
+    """Measure a stored adapter on this recommender's states. The recommender need not be the one it was trained beside.
+
+    Raises UsageError if their widths differ, or if the options given do not fit the adapter's.
+    """
     folder = config.fetch(workspace, adapter)
     widths, width = set(read_card(folder).widths.values()), inputs.source.recommender.width
     if widths - {width}:

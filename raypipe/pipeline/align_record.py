@@ -1,4 +1,4 @@
-"""What `align` measured, as `report` reads it: one record, whichever system and however it was asked."""
+"""The record of what `align` measured, for `report`: one form for every system and every way of asking."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from raypipe.pipeline.align import AlignConfig
 
 _READS_STATES = {"recinterpreter", "recexplainer"}
-# What answers the same questions by itself, and not beside a model.
+# Scorers that answer the same questions by themselves, and are no variant of a model.
 _ALONE = {"popularity", "transitions", "boosted trees", "boosted trees on facts", *get_args(ModelName)}
-# Means over everybody who was asked, of values from 0 to 1, whose intervals are bounded where a system tells none.
+# Metrics that are means of values from 0 to 1 over all asked users. If a system gives no interval, a bound stands in.
 _SHARES = re.compile(
     r"(recovery|residual|oracle|order|valid|rouge_l|T\d .*|(residual|oracle) valid|(HR|Recall|NDCG|MRR)@\d+)$"
 )
 
 
 def record(config: AlignConfig, result: JobResult) -> None:
-    """Stores the record; the model may be another workspace's."""
+    """Store the record in the workspace. The model may belong to another workspace."""
     workspace = config.open_workspace()
     ((name, content),) = result.models.items()
     home = Workspace(config.adapter_workspace) if config.adapter_workspace is not None else workspace
@@ -86,9 +86,12 @@ def record(config: AlignConfig, result: JobResult) -> None:
 def _figures(
     name: str, names: Mapping[str, str], metrics: Mapping[str, Any], intervals: Mapping[str, float]
 ) -> dict[str, dict[str, Measured]]:
-    """`shuffled states: recovery` is a figure of what stands beside the model, `popularity: Recall@5` one of a scorer of its own,
-    and `above HASH: Recall@3` the model's: how far it is above another. `names` has scorers that get another name; `intervals` are
-    half-widths, by the names of `metrics`."""
+    """Metrics by scorer and figure, with half-widths. Values that are None or not finite are left out.
+
+    `shuffled states: recovery` is a figure of a control beside the model, `popularity: Recall@5` one of a separate
+    scorer, and `above HASH: Recall@3` one of the model: how far it is above another model. `names` maps scorers to the
+    name they get in the record. `intervals` are half-widths by the same names as `metrics`.
+    """
     found: dict[str, dict[str, Measured]] = {}
     asked = int(metrics.get("asked", 0))
     for metric, value in metrics.items():
@@ -106,17 +109,20 @@ def _figures(
 
 
 def _half_width(share: float, asked: int) -> float | None:
-    """Of the 95 % interval of a mean of `asked` values from 0 to 1, at most: none of that mean varies more than yes and no do."""
+    """The largest possible half-width of the 95 % interval of a mean of `asked` values from 0 to 1.
+
+    No values with that mean vary more than zeros and ones do. None if nobody was asked, or if the mean is 0 or 1.
+    """
     variance = share * (1 - share)
     return round(1.96 * math.sqrt(variance / asked), 6) if asked and variance > 0 else None
 
 
 def _protocol(config: AlignConfig, options: Mapping[str, Any], cut: Cut, metrics: Mapping[str, Any]) -> str:
-    """All that the floors beside the model hang on, too."""
+    """The protocol in words: all that the figures of the model depend on, and those of the floors beside it."""
     if config.system == "lancer":
         seen = "filtered" if options.get("filter_seen") else "kept"
         told = f"leave-one-out, whole catalogue, seen items {seen}, {cut.words}"
-        # Of everybody it is what recommenders are asked, who may stand in one table with it.
+        # If everybody is asked, it is the protocol of recommenders, which may stand in one table with it.
         everybody = metrics["asked"] == metrics.get("askable")
         return told if everybody else f"{told}, {metrics['asked']:.0f} users asked"
     if config.system == "trsr":

@@ -1,4 +1,4 @@
-"""Stored models of a system, asked anew: which of its options say how it is measured, and may be others than it was made with."""
+"""Measuring stored models anew: a system's options of how it is measured may differ from those of its training."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ _OPTIONS = {
     "recinterpreter": _READS_STATES,
     "recexplainer": _READS_STATES,
     "trsr": {"recent", "history", "missing", "noise", "controls", "candidates", "block_items", "against"},
-    # Of the prompts only what they are perturbed by.
+    # Of the prompts only the perturbation may differ.
     "lancer": {"constrained", "beams", "filter_seen", "cold_events", "shown", "prompts"},
 }
 _CUT = ("hold_out", "held_out_share")
 
 
 def as_trained(config: AlignConfig) -> AlignConfig:
-    """With the cut, and unless told the summaries, of a stored adapter that asks everybody: floors, facts and trees beside it are
-    of what it learnt from. Where it comes from another workspace, the cut is that of the data here.
+    """The config with the cut of the stored adapter, so that what stands beside it learns from the same events.
 
-    Raises UsageError where another cut is given, and for an adapter that has read every event.
+    That is floors, facts and trees. It is for the systems that ask everybody (trsr and lancer). For trsr the summaries
+    are the adapter's too, unless they are given. If the adapter comes from another workspace, the cut stays that of the
+    data here. Raises UsageError if another cut is given, and for an adapter that has read every event.
     """
     if config.adapter is None or config.system not in ("trsr", "lancer"):
         return config
@@ -39,7 +40,7 @@ def as_trained(config: AlignConfig) -> AlignConfig:
         return config
     adapter = find_model(Models(workspace.store), config.adapter)
     if adapter.lineage.get("system") != config.system:
-        return config  # told where it is asked
+        return config  # `find_adapter` refuses it later
     trained = {name: adapter.lineage[name] for name in _CUT}
     Cut(max(1, trained["hold_out"]), 0.0).check_events(adapter)
     for name, value in trained.items():
@@ -55,7 +56,7 @@ def as_trained(config: AlignConfig) -> AlignConfig:
 
 
 def asked_anew(system: str, given: Config, stored: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that a model was `stored` with, as JSON has them, and over them those `given` that say how it is asked."""
+    """The options that a model was `stored` with, as JSON values, and over them those `given` of how it is asked."""
     anew = given.model_dump(mode="json", include=_OPTIONS[system] & given.model_fields_set)
     if "prompts" in anew:
         anew["prompts"] = {**stored["prompts"], "perturbed": anew["prompts"]["perturbed"]}
@@ -63,6 +64,6 @@ def asked_anew(system: str, given: Config, stored: Mapping[str, Any]) -> dict[st
 
 
 def tell_stored(model: Model) -> None:
-    """For who asks for a training that was done: options of how it is measured are not read for it."""
+    """Tell the user that this training was done before, and that options of how it is measured were not read for it."""
     named = f"{model.name}/{model.hash}"
     say(f"align: {named} is stored, with the figures of its training; --adapter {named} measures it anew")

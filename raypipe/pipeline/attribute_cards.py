@@ -1,5 +1,8 @@
-"""One page of what a guided recommender makes of attributes: of a few users how they stand on each, what is recommended to them
-and which attribute speaks for it; of each attribute the items at both ends. And how much of the scores each attribute is."""
+"""A page that shows how a guided recommender uses attributes, and the share of the scores that each attribute makes up.
+
+The page shows, for a few users, how they stand on each attribute, what is recommended to them and which attribute
+speaks for it; and for each attribute the items at both ends.
+"""
 
 from __future__ import annotations
 
@@ -65,9 +68,10 @@ def write_attribute_cards(
     *,
     filter_seen: bool,
 ) -> str:
-    """Writes `evaluations/<model hash>/attributes.html`; returns its URI. `count` users of those that are asked, by hash.
+    """Write `evaluations/<model hash>/attributes.html` and return its URI.
 
-    Who is forgotten meanwhile is not among them. Raises UsageError for a model that no scores are in.
+    It shows `count` of the asked users, chosen by hash. Users who are forgotten meanwhile are left out. Raises
+    UsageError for a model without guided scores.
     """
     named = loaded.card.config.guided.scores
     if named is None:
@@ -110,8 +114,12 @@ def write_attribute_cards(
 def attribute_shares(
     config: ModelCache, workspace: Workspace, loaded: Loaded, held: HeldOut, *, filter_seen: bool
 ) -> dict[str, Mean]:
-    """By attribute, how much of what decides on a recommendation it is: its part's size among the sizes of all parts, over the
-    first recommendations of at most 1,000 users, chosen by hash. Nothing of a model without guided scores."""
+    """The mean share of each attribute in the scores that decide on recommendations, by name.
+
+    A user's share is the size of the attribute's part among the sizes of all parts, that of the history included, over
+    the user's first recommendations. At most 1,000 users are measured, chosen by hash. Empty for a model without guided
+    scores.
+    """
     if (named := loaded.card.config.guided.scores) is None:
         return {}
     models = Models(workspace.store)
@@ -126,7 +134,7 @@ def attribute_shares(
 
 
 def _chosen(held: HeldOut, count: int) -> Histories:
-    """`count` of those who are asked, by hash."""
+    """The prefixes of `count` of the asked users, by hash."""
     assert held.prefixes.users is not None
     chosen = np.argsort(held.prefixes.users.view(np.uint64), kind="stable")[:count]
     return held.prefixes.take(held.prefixes.starts[chosen], held.prefixes.lengths[chosen])
@@ -134,7 +142,7 @@ def _chosen(held: HeldOut, count: int) -> Histories:
 
 @torch.no_grad()
 def _parts(model: Recommender, prefixes: Histories, lists: NDArray[np.int64], attributes: int) -> NDArray[np.float32]:
-    """[users, recommendations, 1 + attributes], what the scores of each list are the sums of."""
+    """The parts that each recommendation's score is the sum of: [users, recommendations, 1 + attributes]."""
     known = prefixes.within(model.items)
     warm = np.flatnonzero(known.lengths)
     found = np.zeros((*lists.shape, 1 + attributes), np.float32)
@@ -171,7 +179,10 @@ def _card(
 def _standing(
     names: Sequence[str], mine: NDArray[np.float32], items: NDArray[np.float32], titles: Sequence[str]
 ) -> str:
-    """A user's bars, and the items nearest to and farthest from the user on the attribute that stands out most."""
+    """A user's bars as HTML.
+
+    With them come the items nearest to and farthest from the user on the attribute that stands out most.
+    """
     strongest = int(np.abs(mine).argmax())
     nearest, farthest = along(items[:, strongest], float(mine[strongest]), _SHOWN_ENDS)
     bars = _bars(zip(names, mine.tolist(), strict=True), max(1.0, float(np.abs(mine).max())))
@@ -191,7 +202,7 @@ def _ends(attribute: Mapping[str, str], column: NDArray[np.float32], titles: Seq
 
 
 def _bars(named: Iterable[tuple[str, float]], largest: float) -> str:
-    """Signed bars, the longest of them as long as `largest` is."""
+    """Signed bars as HTML. A bar of size `largest` has the full width."""
     rows = []
     for name, value in named:
         bar = f'<i style="width:{100 * abs(value) / largest:.0f}%"></i>'

@@ -1,8 +1,9 @@
 """Candidate sets of a workspace: drawn once for a cut, stored, and read by whatever ranks them.
 
-`candidates/<key>.parquet` holds of each user `user_key` (int64, the stable hash of the id), `items` (catalogue indices, the chosen
-one among them) and `place`, where that one stands. The key is a hash of the draw's options and of everybody's history, so
-that nothing that changes a set keeps its name; `forget` deletes all of them, and none is stored with who was forgotten since.
+`candidates/<key>.parquet` has a row for each user: `user_key` (int64, the stable hash of the id), `items` (catalogue
+indices, the chosen item among them) and `place`, the position of the chosen item. The key is a hash of the draw's
+options, the cut, the number of items and everybody's history, so that whatever changes a set also changes its name.
+`forget` deletes all sets, and no set is stored with a user who was forgotten while it was drawn.
 """
 
 from __future__ import annotations
@@ -24,16 +25,17 @@ from raypipe.systems.trsr import CandidateOptions
 
 FOLDER = "candidates"
 STEP_VERSION = 1
-_BEFORE = 2  # events a user has before the cut at least
+_BEFORE = 2  # least number of events before the cut
 _SCHEMA = pa.schema([("user_key", pa.int64()), ("items", pa.list_(pa.int32())), ("place", pa.int32())])
 
 
 def stored_candidates(
     workspace: Workspace, versions: dict[str, int], hold_out: int, options: CandidateOptions
 ) -> tuple[str, CandidateSets]:
-    """Their key, and the sets of every user who has two events before the last `hold_out` and leaves items enough unseen.
+    """The key of the candidate sets, and the sets. They are drawn and stored unless they are stored already.
 
-    What is asked for is the first of these last events; nothing of the user's whole history stands beside it.
+    There is a set for every user who has two events before the last `hold_out` and leaves enough items unseen. The item
+    asked for is the first of these last events. None of the other candidates is in the user's whole history.
     """
     key = fingerprint(
         {
@@ -51,7 +53,7 @@ def stored_candidates(
         file = io.BytesIO()
         pq.write_table(pa.table(columns, schema=_SCHEMA), file)
         with locked_traces(workspace, "align", LEASE_S):
-            # Of histories in which somebody is who was forgotten meanwhile nobody will ask again.
+            # Nobody will ask again for histories that contain a user who was forgotten meanwhile.
             if not np.isin(sets.keys, forgotten_keys(workspace)).any():
                 workspace.store.create(path, file.getvalue())
         return key, sets

@@ -38,7 +38,7 @@ h2 {{ font-size: 1.05rem; margin: 0 0 .5rem }} blockquote {{ margin: 0 0 .75rem;
 def write_cards(
     workspace: Workspace, date: str, versions: Mapping[str, int], count: int, summaries: SummariesConfig
 ) -> str:
-    """Write `nights/<date>/cards.html` from the night's own table versions; returns its URI."""
+    """Write `nights/<date>/cards.html` from the night's own table versions, and return its URI."""
     items = workspace.tables["items"].read(versions["items"]).sort_by("index")
     titles = items["title"].to_pylist()
     attributes = [dict(pairs) for pairs in items["attributes"].to_pylist()]
@@ -73,9 +73,10 @@ def choose_users(
     columns: Sequence[str] = ("user_id", "summary"),
     keep: Callable[[pa.Table, pa.Table], pa.Table] = lambda rows, owners: rows,
 ) -> tuple[pa.Table, dict[str, list[int]], dict[str, str]]:
-    """`count` rows, and their users' items and history keys, from as few buckets as hold them: millions of users are not read.
+    """`count` rows of a table at most, and the items and history keys of their users, by user id.
 
-    `keep` gives of a bucket's rows and its users' histories (user_id, items, history_key) the rows that may be chosen.
+    Only as many buckets are read as it takes to find them, so that millions of users are not read. `keep` takes a
+    bucket's rows and its users' histories (user_id, items, history_key), and returns the rows that may be chosen.
     """
     source = workspace.tables[table]
     chosen = source.read_files([], list(columns))

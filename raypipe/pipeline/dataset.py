@@ -1,4 +1,4 @@
-"""`raypipe dataset synthetic`: a log and a catalogue of any size with a known answer, for demos, tests and benchmarks."""
+"""`raypipe dataset synthetic`: a log and a catalogue of any size with a known answer, for demos, tests, benchmarks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ class SyntheticJobConfig(SyntheticConfig):
 
 
 def run_synthetic(config: SyntheticJobConfig) -> JobResult:
-    """Write the data set; the same arguments always write the same files. Raises UsageError where it cannot be written."""
+    """Write the data set; the same arguments always write the same files.
+
+    Raises UsageError if there is no permission to write the folder, and RaypipeError if writing fails otherwise.
+    """
     started = time.monotonic()
     folder = Path(config.folder)
     try:

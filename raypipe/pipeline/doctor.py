@@ -1,4 +1,4 @@
-"""`raypipe doctor`: what a person would check before the first night, each line with its remedy."""
+"""`raypipe doctor`: what a person would check before the first night, a line each; a failed check names its remedy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class DoctorConfig(JobConfig):
 
 
 def run_doctor(config: DoctorConfig) -> JobResult:
-    """Run every check; status "failed" where one did."""
+    """Run every check. The status is "failed" if one of them failed."""
     results = {name: _run(name, check) for name, check in _checks(config)}
     return JobResult("doctor", "ok" if all(results.values()) else "failed", metrics=results)
 

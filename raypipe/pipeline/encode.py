@@ -1,4 +1,4 @@
-"""What `extract` and `recommend` share: a model over every user whose history, model or options changed."""
+"""What `extract` and `recommend` share: running a model over every user whose history, model or options changed."""
 
 from __future__ import annotations
 
@@ -41,16 +41,17 @@ class EncodeOptions(ModelCache):
 
 
 class EncodeConfig(EncodeOptions, BatchConfig):
-    """The part that `extract` and `recommend` have in common; of a night the recommender is that of its release."""
+    """The options that `extract` and `recommend` share. In a night the recommender is that of its release."""
 
     model: str = shaping("sasrec", "a recommender's name, for its newest, or NAME/HASH")
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """What a job computes: rows of `output` under `variant`, by a recipe that names all that shapes them, within `limits`.
+    """What a job computes: rows of the table `output` under `variant`, within `limits`.
 
-    `item_states` [items + 1, width], the model's item vectors, are published too, under the same variant.
+    `recipe` names all that shapes the rows. `item_states` [items + 1, width] are the model's item vectors. If set, they
+    are published too, under the same variant.
     """
 
     job: str
@@ -68,7 +69,7 @@ class Encoding:
 
 
 def by_recommender(config: EncodeConfig, workspace: Workspace, model: Model, rows: Rows) -> ByRecommender:
-    """`rows` by that model, as configured."""
+    """The work that makes `rows` with the stored `model`, as configured."""
     cache = Path(config.model_cache)
     return ByRecommender(workspace, model, rows, config.micro_batch_positions, cache, config.device)
 
@@ -81,8 +82,11 @@ def run_encoding(
     started: float,
     night: NightRuns | None = None,
 ) -> JobResult:
-    """Compute what changed and publish it, as a step of `night` within what it left of the caps; a canary's rows go to a place of
-    their own."""
+    """Compute the rows that changed and publish them.
+
+    As a step of `night` the job spends at most what the night left of the caps. A canary's rows go to tables of their
+    own.
+    """
     workspace.require_info()
     tracking = config.open_tracking(workspace)
     canary = config.canary_users(workspace)
@@ -122,7 +126,7 @@ def run_encoding(
 
 
 def _item_states(session: Session, run: Run, variant: str, states: NDArray[np.float32], version: int) -> list[Publish]:
-    """The model's item vectors, unless they are published already."""
+    """What to publish of the model's item vectors; nothing if they are published already."""
     workspace, name = session.workspace, "item_states"
     table = workspace.tables[name]
     indices = pa.array(np.arange(1, len(states) + 1, dtype=np.int32))
@@ -131,7 +135,7 @@ def _item_states(session: Session, run: Run, variant: str, states: NDArray[np.fl
     if before.num_rows == rows.num_rows and before.combine_chunks().equals(rows):
         return []
     target = output_table(workspace, name, run.manifest["scope"], run.run_key)
-    # Under one name: what a resumed run stages again are the same bytes.
+    # Under a fixed name, so that a resumed run stages the same bytes again.
     staged = target.stage(rows, f"{run.run_key[:12]}-items", {"variant": variant})
     return [Publish(name, "overwrite", [staged], [{"variant": variant}])]
 

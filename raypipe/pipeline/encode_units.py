@@ -1,4 +1,4 @@
-"""The unit work of `extract` and `recommend`: the rows of one user bucket, made anew of who changed."""
+"""The unit work of `extract` and `recommend`: compute the rows of one bucket's changed users."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ from raypipe.storage.workspace import Workspace
 
 @dataclass(frozen=True)
 class Made:
-    """`tables` of rows, `place` standing for the user; by the place of those who have none their reason and message; how many were
-    skipped, and what all of it took."""
+    """What was made for the users of a bucket.
+
+    `tables` hold the rows, which have the user's `place` instead of the id. `failed` has, by place, the reason and
+    message of users whose rows could not be made. `skipped` counts users by reason, and `usage` is what all of it took.
+    """
 
     tables: Sequence[pa.Table] = ()
     failed: Mapping[int, tuple[str, str]] = field(default_factory=dict)
@@ -33,19 +36,22 @@ class Made:
 
 
 class Makes(Protocol):
-    """Picklable; makes rows of users on a worker."""
+    """Makes rows of users on a worker; picklable."""
 
     def make(
         self, state: UserRows, work: NDArray[np.int64], names: Sequence[str], context: UnitContext, budget: Budget
     ) -> Made:
-        """Of the users at the places `work`, of whom there is at least one; `names` are the ids of all users of the bucket. Skipped
-        are those who are `cold`, of whom nothing is known and nothing said, and who are `capped`, whom the budget left out."""
+        """Make the rows of the users at the places `work`, which are not empty.
+
+        `names` are the ids of all users of the bucket. Users are skipped as `cold` if nothing is known of them and they
+        get no row, and as `capped` if the budget left them out.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class EncodeTask:
-    """What every unit of a run shares; small and picklable. `users` restricts it to a canary's."""
+    """What every unit of a run shares; small and picklable. `users` restricts the run to those of a canary."""
 
     workspace: Workspace
     scope: str
@@ -58,7 +64,7 @@ class EncodeTask:
 
 
 class EncodeBucket:
-    """Computes the rows of one bucket's changed users and carries the others' over."""
+    """Computes the rows of one bucket's changed users and carries over those of the others."""
 
     def __init__(self, task: EncodeTask, budget: Budget) -> None:
         self.task, self.budget = task, budget
@@ -95,7 +101,7 @@ class EncodeBucket:
         staged: dict[str, Sequence] = {}
         places = [rows["place"].to_numpy() for rows in made.tables]
         carried = state.carried_over(np.unique(np.concatenate([np.zeros(0, np.int64), *places])))
-        # Users of whom there is nothing to say stay changed for ever: they alone are no reason to write the others anew.
+        # Users who get no row stay changed for ever. They alone are no reason to write the others anew.
         if made.tables or made.failed or carried.rows.num_rows < state.before.num_rows:
             context.journal([])
             staged = self._stage(state, made, carried.rows, context)
@@ -135,6 +141,6 @@ class EncodeBucket:
 
 
 def list_column(values: NDArray) -> pa.ListArray:
-    """[rows, width] as a list column, without copying row by row."""
+    """`values` [rows, width] as a list column, without copying row by row."""
     offsets = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.ascontiguousarray(values).reshape(-1)))

@@ -1,4 +1,4 @@
-"""`raypipe evaluate`: a stored recommender on the last event of every user, beside the floors it has to beat."""
+"""`raypipe evaluate`: measure a stored recommender on every user's last event, beside the floors it has to beat."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from raypipe.storage.workspace import Workspace
 
 JOB = "evaluate"
 MOST_ASKED = 100_000
-"""Users, whose NDCG@10 is known to about 0.002: more cost a machine hours and tell no more."""
+"""With so many users NDCG@10 is known to about 0.002. More users cost a machine hours and tell no more."""
 
 
 class EvaluateConfig(JobConfig, ModelCache):
@@ -41,7 +41,10 @@ class EvaluateConfig(JobConfig, ModelCache):
 
 
 def run_evaluate(config: EvaluateConfig) -> JobResult:
-    """Measure, print the table, log the figures. Raises UsageError for a model that saw all events or other items."""
+    """Measure, print the table, log the figures.
+
+    Raises UsageError for a model that saw all events or knows other items.
+    """
     started = time.monotonic()
     workspace = config.open_workspace()
     tracking = config.open_tracking(workspace)
@@ -73,12 +76,12 @@ def run_evaluate(config: EvaluateConfig) -> JobResult:
         f"{row}.{name}": round(mean.value, 6)
         for row, means in rows.items()
         for name, mean in means.items()
-        if not math.isnan(mean.value)  # of nobody, as of cold items where there are none
+        if not math.isnan(mean.value)  # a mean over nobody, as for cold items if there are none
     }
     run_key = fingerprint(
         {"job": JOB, "model": model.hash, "versions": pinned_versions(workspace), "config": config.shaping_values()}
     )
-    # MLflow takes no other signs, and attributes are named by whoever wrote their list.
+    # MLflow restricts the characters of a name, and attributes have whatever names the list gives them.
     numbers = {name: value for name, value in metrics.items() if SHARE not in name}
     tracking.log_run(JOB, run_key, {"model": model.hash, **protocol}, numbers)
     cost = cost_of(Usage(), time.monotonic() - started)
@@ -88,7 +91,7 @@ def run_evaluate(config: EvaluateConfig) -> JobResult:
 def record(
     workspace: Workspace, model: Model, rows: dict[str, dict[str, Mean]], held: HeldOut, filter_seen: bool
 ) -> None:
-    """What `report` reads."""
+    """Store the figures as the record that `report` reads."""
     figures = {
         row: {
             name: Measured(round(mean.value, 6), round(mean.half_width, 6) if mean.half_width > 0 else None)
@@ -98,7 +101,7 @@ def record(
         for row, means in rows.items()
     }
     seen = "filtered" if filter_seen else "kept"
-    # Figures of other users are another protocol's.
+    # Figures of a part of the users belong to another protocol.
     asked = {} if held.asks_all else {"asked": len(held.targets)}
     whom = f"{len(held.targets):,} of {held.askable:,} users, " if asked else ""
     lineage = model.lineage
@@ -124,14 +127,16 @@ def record(
 
 
 def held_out(workspace: Workspace, models: Sequence[Model], most: int) -> HeldOut:
-    """The last event of every user with an event that all models learnt from, or of so many of these; UsageError where one of the
-    models saw every event."""
+    """The last event of every user who has an event before the cut of all models, or of `most` of these users.
+
+    Raises UsageError if one of the models saw every event.
+    """
     versions = pinned_versions(workspace)
     users, histories = read_histories(workspace, versions["histories"])
     seen_by_none = are_held_out(users, min(map(share_of, models)))
     hold_outs = [int(model.lineage["hold_out"]) for model in models]
     items = workspace.tables["items"].rows(versions["items"])
-    # What was trained on every event is asked for nothing, whatever another model left out.
+    # A model that was trained on every event cannot be asked, whatever another model left out.
     hold_out = max(hold_outs) if min(hold_outs) else 0
     asked = some_of(users, histories.lengths > hold_out, most)
     try:
@@ -141,7 +146,7 @@ def held_out(workspace: Workspace, models: Sequence[Model], most: int) -> HeldOu
 
 
 def table(rows: dict[str, dict[str, Mean]], protocol: dict[str, str], users: int) -> str:
-    """Metrics as lines, models and floors as columns, each with its 95 % interval."""
+    """The figures as text: metrics as lines, models and floors as columns, each figure with its 95 % interval."""
     switches = ", ".join(f"{name}: {value}" for name, value in protocol.items())
     told = (name for means in rows.values() for name, mean in means.items() if not math.isnan(mean.value))
     names = list(dict.fromkeys(told))

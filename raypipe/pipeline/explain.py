@@ -1,7 +1,7 @@
 """`raypipe explain`: why an item is recommended to a user, in words.
 
-An adapter of RecExplainer reads a user's history and state; it decides whether the item fits, and says why. The top
-recommendation of everybody is explained, or the pairs of a file. Only what is new or whose history changed is computed.
+An adapter of RecExplainer reads a user's history and state, decides whether the item fits, and says why. It explains
+everybody's top recommendation, or the pairs of a file. Only pairs that are new or whose history changed are computed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ STEP_VERSION = 4
 
 
 class ExplainOptions(CapOptions, ModelCache):
-    """Who explains, what, and with an eye on what."""
+    """Which adapter and engine explain, which pairs, and what the explanations attend to."""
 
     adapter: str = free("recexplainer-h", "NAME, for its newest, or NAME/HASH of an adapter made by `align`")
     engine: EngineConfig = free(
@@ -72,7 +72,7 @@ class ExplainPolicy(Config):
     explain: ExplainOptions = shaping(ExplainOptions, "the explanations, by the adapter of the release in force")
 
     def of_release(self, workspace: Workspace, release: Release) -> ExplainOptions | None:
-        """The options with the release's adapter and language model; None where nothing is to be explained."""
+        """The options with the release's adapter and language model; None if nothing is to be explained."""
         name, _, wanted = self.explain.adapter.partition("/")
         content = release.adapters.get(name)
         if self.explain_policy == "never" or content is None or not content.startswith(wanted):
@@ -85,8 +85,11 @@ class ExplainPolicy(Config):
 
 @dataclass(frozen=True)
 class Explainer:
-    """Who explains, resolved and checked: the adapter, the recommender behind it, and the workspace's own language model where
-    that is the one it reads with. `recipe` is what an explanation depends on beside its user and item."""
+    """The resolved and checked models: the adapter, its recommender, and the language model.
+
+    `lm` is the workspace's own language model, None if the adapter reads with another. `recipe` is the fingerprint of
+    what an explanation depends on beside its user and item.
+    """
 
     adapter: Model
     loaded: Loaded
@@ -96,8 +99,11 @@ class Explainer:
 
     @classmethod
     def of(cls, config: ExplainOptions, workspace: Workspace) -> Explainer:
-        """Raises UsageError for an adapter that is none of RecExplainer's, for a language model it was not trained beside, and
-        for an engine that reads no adapter."""
+        """Resolve and check the models.
+
+        Raises UsageError for an adapter of another system than RecExplainer, for a language model it was not trained
+        beside, and for an engine that reads no adapter.
+        """
         adapter = find_adapter(Models(workspace.store), config.adapter, "recexplainer")
         if not config.engine.capabilities.logprobs:
             raise UsageError(
@@ -140,7 +146,7 @@ class Explainer:
         scope: str = WHOLE,
         users: Sequence[str] | None = None,
     ) -> ExplainTask:
-        """The work of all units, over the tables' `versions`."""
+        """The work that all units share, over the tables' `versions`."""
         return ExplainTask(
             workspace=workspace,
             scope=scope,
@@ -164,11 +170,11 @@ class Explainer:
 
 
 def run_explain(config: ExplainConfig, night: NightRuns | None = None) -> JobResult:
-    """Explanations into `explanations`, variant `explain-<adapter>`, of a file's pairs `explain-<adapter>-pairs`; as a step of
-    `night` within what it left of the caps.
+    """Write explanations to the table `explanations`, variant `explain-<adapter>`.
 
-    Raises UsageError, before work starts, as `Explainer.of` does, for recommendations that are not there, and for pairs of
-    users or items nobody knows.
+    Those of a file's pairs have the variant `explain-<adapter>-pairs`. As a step of `night` the job spends at most what
+    the night left of the caps. Raises UsageError before work starts: as `Explainer.of` does, if there are no
+    recommendations, and for pairs of unknown users or items.
     """
     started = time.monotonic()
     workspace = config.open_workspace()
@@ -177,7 +183,7 @@ def run_explain(config: ExplainConfig, night: NightRuns | None = None) -> JobRes
     explainer = Explainer.of(config, workspace)
     pairs = read_pairs(config, workspace, explainer)
     canary = config.canary_users(workspace)
-    # Which pairs are asked for, and what is counted of them, makes another run, and no row another one.
+    # Other pairs, or other figures counted of them, make another run, but change no row.
     listed = pairs.to_pylist() if pairs is not None else None
     run_recipe = fingerprint({"recipe": explainer.recipe, "pairs": listed, "figures": FIGURES})
     variant = explainer.variant(config)
@@ -216,7 +222,7 @@ def run_explain(config: ExplainConfig, night: NightRuns | None = None) -> JobRes
 
 
 def input_tables(config: ExplainOptions) -> tuple[str, ...]:
-    """Whose versions a run pins."""
+    """The tables whose versions a run pins."""
     return ("histories", "items", "rejects", *(["recommendations"] if config.pairs is None else []))
 
 
@@ -226,16 +232,16 @@ def check_recommended(versions: Mapping[str, int]) -> None:
 
 
 def _figures(receipts: Collection[Receipt]) -> dict[str, float | None]:
-    """Of what was explained, the shares of which something can be said."""
+    """The share of the new explanations that each fact of `FIGURES` applies to; None if nothing was explained."""
     facts = {name: sum(receipt.facts[name] for receipt in receipts) for name in FIGURES}
     explained = facts["explained"]
     return {f"{name}_share": round(facts[name] / explained, 4) if explained else None for name in FIGURES[1:]}
 
 
 def read_pairs(config: ExplainOptions, workspace: Workspace, explainer: Explainer) -> pa.Table | None:
-    """user_id and item_index of the file's pairs, each once, sorted; None where everybody's top recommendation is meant.
+    """The file's pairs as user_id and item_index, each once, sorted; None if everybody's top recommendation is meant.
 
-    Raises UsageError for what cannot be read or is unknown.
+    Raises UsageError for a file that cannot be read or has no pairs, and for users or items that are unknown.
     """
     if config.pairs is None:
         return None

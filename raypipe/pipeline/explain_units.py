@@ -1,4 +1,4 @@
-"""The unit work of `explain`: pairs of one user bucket's users and items, decided and put into words, in micro-batches."""
+"""The unit work of `explain`: decide on and explain the pairs (user, item) of one user bucket, in micro-batches."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ was decided, how many name titles beside the user's and the item's, and how many
 class ExplainTask:
     """What every unit of a run shares; small and picklable.
 
-    `pairs` has user_id and item_index; where it is None every user's first item in `recommendations`, of the variant
-    `recommended`, is explained. `users` restricts a run to a canary's.
+    `pairs` has user_id and item_index. If it is None, every user's first item in `recommendations`, of the variant
+    `recommended`, is explained. `users` restricts the run to those of a canary.
     """
 
     workspace: Workspace
@@ -75,9 +75,12 @@ class ExplainTask:
 
 @dataclass(frozen=True)
 class Due:
-    """Of one bucket: its `pairs` (user_id, item_index, place among the bucket's users, change_key), those of them that are to be
-    explained, `work`, and how many were skipped for which reason. Only of pairs that are `shown` (user_id, item_index) may an
-    older explanation stay."""
+    """What is due in one bucket.
+
+    `pairs` has user_id, item_index, place among the bucket's users, and change_key. `work` are those of the pairs that
+    are to be explained, and `skipped` counts the others by reason. An older explanation may stay only if its pair is in
+    `shown` (user_id, item_index).
+    """
 
     pairs: pa.Table
     shown: pa.Table
@@ -86,7 +89,7 @@ class Due:
 
 
 class ExplainBucket:
-    """Writes the explanations of one bucket's pairs that are new or whose history changed; the others' are carried over."""
+    """Explains one bucket's pairs that are new or whose history changed, and carries over the other explanations."""
 
     def __init__(self, task: ExplainTask, budget: Budget) -> None:
         self.task, self.budget = task, budget
@@ -109,7 +112,7 @@ class ExplainBucket:
 
     @cached_property
     def engine(self) -> Engine:
-        # Built at the first pair there is work for: a night without changes loads no weights.
+        # Built for the first pair that is to be explained, so that a night without changes loads no weights.
         task, models = self.task, Models(self.task.workspace.store)
         folders = {"adapter": str(models.fetch(task.adapter, task.model_cache))}
         if task.lm is not None:
@@ -144,7 +147,7 @@ class ExplainBucket:
         return UserRows(task.workspace, bucket, TABLE, task.variant, task.recipe, *versions, task.users)
 
     def due(self, state: UserRows) -> Due:
-        """What of a bucket is to be explained, and what is left out."""
+        """Which pairs of a bucket are to be explained, and which are left out."""
         task = self.task
         if task.pairs is not None:
             pairs = shown = task.pairs
@@ -167,8 +170,10 @@ class ExplainBucket:
         return Due(pairs, shown, free.filter(pa.array(warm)), {**skipped, "cold": int((~warm).sum())})
 
     def _keyed(self, state: UserRows, pairs: pa.Table) -> pa.Table:
-        """Those of the bucket's users, with the place among these, and the change key, which is of the history and of the item's
-        words."""
+        """The pairs of the bucket's users, with the user's place in the bucket and the pair's change key.
+
+        The key is of the history and of the item's words.
+        """
         place = pc.index_in(pairs["user_id"], value_set=state.users)
         pairs = pairs.append_column("place", place).filter(
             pc.and_(pc.is_valid(place), pc.greater(pairs["item_index"], 0))
@@ -177,10 +182,11 @@ class ExplainBucket:
         return pairs.append_column("change_key", keys).sort_by([("user_id", "ascending"), ("item_index", "ascending")])
 
     def _carried_over(self, before: pa.Table, due: Due, made: pa.Table) -> CarriedOver:
-        """Where these pairs are explained anew: the explanations of all others.
+        """The published explanations that stay when the pairs `made` are explained anew.
 
-        A user has one of what is recommended first, and one of each pair of a file. An older one may be of an item that is not
-        first any more, but not of one that is in no list: neither the deny list nor what is available is in this recipe.
+        A user has one explanation of the first recommended item, or one of each pair of a file. An older one may be of
+        an item that is not first any more, but not of one that is in no list: neither the deny list nor the
+        availability of items is part of this recipe.
         """
         one_of = _users if self.task.pairs is None else _names
         shown = pc.is_in(_names(before), value_set=_names(due.shown))
@@ -188,7 +194,7 @@ class ExplainBucket:
         return carry_over(before, owners, one_of(due.pairs), due.pairs["change_key"], one_of(made))
 
     def _explain(self, state: UserRows, work: pa.Table, context: UnitContext) -> dict[int, Explanation]:
-        """By row of `work`."""
+        """Explain the pairs of `work`. The results are by row of `work`; a pair that the caps left out has none."""
         task = self.task
         return run_micro_batches(
             _names(work).to_pylist(),
@@ -203,13 +209,16 @@ class ExplainBucket:
         )
 
     def _most(self, pairs: int) -> Usage:
-        """What so many pairs may take: a decision each, and as many tries at the words as the checks allow."""
+        """An upper bound of what so many pairs take.
+
+        It is a decision each, and as many tries at the words as the checks allow.
+        """
         calls = pairs * (2 + self.task.checks.retries)
         return Usage(calls, calls * self.engine.context, calls * self.task.decoding.max_new_tokens)
 
     @torch.no_grad()
     def asked(self, state: UserRows, work: pa.Table) -> list[ExplanationRequest]:
-        """What the engine is asked about pairs of a bucket whose users and items the recommender knows."""
+        """The requests to the engine for pairs of a bucket whose users and items the recommender knows."""
         task, model = self.task, self.recommender
         known = state.histories.within(model.items)
         places = work["place"].to_numpy()
@@ -275,7 +284,10 @@ class ExplainBucket:
 
 
 def pair_keys(user_keys: pa.ChunkedArray, items: pa.ChunkedArray, contents: pa.Array) -> pa.ChunkedArray:
-    """Change keys of pairs: of the user's, the item's index, and what its words are, `contents` being those of all items."""
+    """The change keys of pairs: the user's change key, the item's index and the hash of its words.
+
+    `contents` are the hashes of all items' words.
+    """
     content = contents.take(pc.subtract(items, 1))
     return pc.binary_join_element_wise(user_keys, pc.cast(items, pa.string()), content, "-")
 
@@ -285,7 +297,7 @@ def _users(rows: pa.Table) -> pa.Array:
 
 
 def _names(pairs: pa.Table) -> pa.Array:
-    """Of pairs, as in the journal."""
+    """The names of pairs in the journal."""
     items = pc.cast(pairs["item_index"], pa.string())
     return pc.binary_join_element_wise(pairs["user_id"], items, " ").combine_chunks()
 

@@ -1,4 +1,4 @@
-"""`raypipe extract`: the states of every user, after the last event or after each, and those of the items."""
+"""`raypipe extract`: compute the states of every user, after the last event or after each, and those of the items."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STEP_VERSION = 3
 
 
 class ExtractOptions(EncodeOptions):
-    """Which states."""
+    """Which states are extracted."""
 
     positions: Literal["last", "all"] = shaping(
         "last", "one state per user, after the last event, or one after every event"
@@ -38,8 +38,10 @@ def state_recipe(model: str, positions: str = "last", vectors: str = "states") -
 
 
 def run_extract(config: ExtractConfig, night: NightRuns | None = None) -> JobResult:
-    """States into `hidden_states` and `item_states`, variant `extract-<model>` with `-queries` and `-all` as asked. `night` as for
-    `run_encoding`."""
+    """Write states to `hidden_states` and `item_states`, variant `extract-<model>` with `-queries` and `-all` as asked.
+
+    `night` is as for `run_encoding`.
+    """
     started = time.monotonic()
     workspace = config.open_workspace()
     workspace.require_info()

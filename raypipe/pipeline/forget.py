@@ -1,14 +1,16 @@
-"""`raypipe forget`: nothing of a user stays in the workspace, and no old log brings them back.
+"""`raypipe forget`: remove users from the workspace, so that nothing of them stays and no old log brings them back.
 
-A tombstone, two hashes of the id, is published together with tables that are without the user. Then goes whatever else
-named them: nights that cannot be without them, user cards, judgements, canaries' tables, spills, the ledger's rows, what
-models keep of single users, and the files of every version that still had them. Killed anywhere, the same command goes on.
+A tombstone, two hashes of the id, is published together with tables that no longer hold the user. Then everything else
+that named the users is removed: nights that cannot exist without them, user cards, judgements, canaries' tables,
+spills, the ledger's rows, what models keep of single users, and the files of every version that still had them. After a
+kill at any point, the same command continues.
 
 The hashes hold no secret: whoever can read `tombstones` and guesses an id can check that it was forgotten.
 
-What it does not reach: weights of models that were trained on the user's events, which keep traces of them until they are
-trained anew; the logs themselves and any copy outside of the workspace, such as versions that a bucket keeps. Folders outside of
-it in which trainings that never ended keep histories are told.
+Some things it does not reach. Weights of models that were trained on the user's events keep traces of them until they
+are trained anew. The logs themselves stay, and so does any copy outside of the workspace, such as versions that a
+storage bucket keeps. If trainings that never ended keep histories in folders outside of the workspace, it names these
+folders.
 """
 
 from __future__ import annotations
@@ -66,7 +68,10 @@ class ForgetConfig(JobConfig):
 
 
 def run_forget(config: ForgetConfig) -> JobResult:
-    """Forget users; see the module. Raises UsageError while a run is open, or where the night in force is an old one."""
+    """Forget users; see the module.
+
+    Raises UsageError while a run is open, or if the night in force reads older tables that hold one of the users.
+    """
     started = time.monotonic()
     users = _users(config)
     workspace = config.open_workspace()
@@ -112,7 +117,10 @@ def _buckets(users: Sequence[str], buckets: int) -> dict[int, list[str]]:
 
 
 def _check_night_in_force(sought: Sought, base: Mapping[str, int]) -> None:
-    """A night in force of older tables that hold a user can be neither kept nor moved. Raises UsageError."""
+    """Raise UsageError if the night in force reads older tables that hold one of the users.
+
+    Such a night can be neither kept nor moved.
+    """
     night = Nights(sought.workspace.store).current()
     if night is not None and any(
         version != base.get(name) and sought.are_in(name, version) for name, version in night.tables.items()
@@ -167,26 +175,27 @@ def _publish(
 
 
 def _sweep(session: Session, config: ForgetConfig, users: Sequence[str]) -> dict[str, Any]:
-    """Everything beside the tables' newest versions that may name a user."""
+    """Remove everything beside the tables' newest versions that may name a user. Returns counts of what was removed."""
     workspace, store = session.workspace, session.workspace.store
     session.check_held()
     nights = Nights(store)
     kept: list[Night] = [night for date in nights.dates() if (night := nights.get(date)) is not None]
     releases = Releases(store).all()
-    for date in store.folders("nights"):  # of those that were never published too
+    for date in store.folders("nights"):  # those that were never published included
         forget_in_cards(store, date, users)
     with locked_traces(workspace, JOB, config.lock_lease_s):
         forget_in_judgements(store, users)
-        # Its users have numbers and no ids: who is drawn cannot be told.
+        # The users on these pages have numbers instead of ids, so that nobody can tell who is drawn.
         Evaluations(store).drop_pages()
         # Candidate sets are drawn anew when they are asked for.
         store.delete_folder("candidates")
-    # Of everybody who was ever forgotten: a model may have come back from a backup.
+    # For everybody who was ever forgotten, as a model may have come back from a backup.
     of_models = forget_in_models(store, forgotten_keys(workspace))
-    # Canaries are of few users and are never published, spills of runs that are over and of trainings that nobody runs.
+    # Canaries hold few users and are never published. What is staged is of runs that are over, or of trainings that
+    # nobody runs.
     for place in trainings_outside(store):
         say(f"{JOB}: a training that has not ended keeps histories outside of the workspace; delete {place}")
-    refuse_open_runs(workspace, JOB)  # a canary that began meanwhile read what held them
+    refuse_open_runs(workspace, JOB)  # a canary that began meanwhile has read tables that held them
     session.check_held()
     for folder in ("canary", "staging"):
         store.delete_folder(folder)
@@ -200,7 +209,7 @@ def _sweep(session: Session, config: ForgetConfig, users: Sequence[str]) -> dict
     files = []
     with hold(store, ["rejects"], JOB, config.lock_lease_s) as locks:
         for name, table in workspace.tables.items():
-            session.check_held()  # each takes as long as it has files
+            session.check_held()  # a table of many files takes long
             check_held(locks)
             files += remove_unneeded(table, versions_to_keep(kept, releases, name), grace_hours=0)
     return {
@@ -211,7 +220,7 @@ def _sweep(session: Session, config: ForgetConfig, users: Sequence[str]) -> dict
 
 
 def _load_anew(workspace: Workspace, config: ForgetConfig) -> None:
-    """The night in force into the online store once more, and all that was there before out of it."""
+    """Load the night in force into the online store once more, and remove all that was there before."""
     is_named = bool(config.store or os.environ.get(ADDRESS))
     if not is_named and not (workspace.store.is_local and workspace.store.local_path(EMBEDDED).exists()):
         if not workspace.store.is_local:

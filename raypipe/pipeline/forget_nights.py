@@ -1,7 +1,7 @@
-"""Nights of tables that a forgetting has replaced: it publishes tables first, then moves the nights to them.
+"""Moving nights to the tables that `forget` published without its users.
 
-Where it is killed in between, whoever deletes files has to move them first: nights name the tables from before it, and the ones
-without its users are nobody's.
+`forget` publishes tables first, then moves the nights to them. If it is killed in between, the nights still name the
+tables from before it, and no night names the new ones. A job that deletes files has to move the nights first.
 """
 
 from __future__ import annotations
@@ -18,14 +18,19 @@ JOB = "forget"
 
 
 def last_forgetting(workspace: Workspace) -> Run | None:
-    """The newest run, whose nights may wait to be moved: it was killed after its publish."""
+    """The newest run of `forget` if it has published, else None.
+
+    If it was killed after that, its nights wait to be moved.
+    """
     run = workspace.ledger(JOB).newest()
     return run if run is not None and "tables" in (run.result() or {}) else None
 
 
 def move_nights(workspace: Workspace, run: Run | None, sought: Sought | None = None) -> int:
-    """Nights of the tables that a run replaced read its tables; those of older ones that hold a user who is sought go. How many
-    went."""
+    """Let nights that read the tables which `run` replaced read those that it published. Returns how many were removed.
+
+    A night is removed if it reads older tables that hold one of the users who are `sought`.
+    """
     if run is None:
         return 0
     result = run.result()

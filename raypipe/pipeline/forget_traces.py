@@ -1,4 +1,4 @@
-"""Where a user may be named beside the tables of users: rejects, cards of a night, judgements, older versions."""
+"""Places beside the tables of users that may name a user: rejects, cards of a night, judgements, older versions."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ from raypipe.storage.tables import StagedFile, Table
 from raypipe.storage.workspace import Workspace
 
 _ARTICLE = re.compile(r"<article><h2>User (.*?) <small>.*?</article>\n?", re.DOTALL)
-# The tables whose rejects are keyed by the user; those of logs are keyed by a place in a file.
+# Rejects are keyed by the user, but for those of logs, which are keyed by a place in a file, and those of items.
 _OF_LOGS = "histories"
 _OF_NOBODY = "items"
-# In Arrow's dialect: what \w is not, and what JSON writes in the place of a character that is not.
+# In Arrow's dialect: characters that are not \w, and the escapes that JSON writes in the place of such characters.
 _BETWEEN_WORDS = r"[^\pL\pN_]+"
 _ESCAPED = r"\\(?:u[0-9a-fA-F]{4}|.)"
 _ROWS_AT_ONCE = 1 << 17
 
 
 class Sought:
-    """Users, and where they are. Of a workspace's files each is read once, however many versions share it.
+    """Users to be forgotten, and where they are found.
 
-    A rejected row of a log says what stood where in the log's own words, or is a line nobody could read: it is a user's
-    where the id is one of its values, or stands alone in the line.
+    Each file of the workspace is read once, however many versions share it. A rejected row of a log holds the log's own
+    values, or a line that nobody could read. It is a user's if the id is one of its values, or stands alone in the
+    line.
     """
 
     def __init__(self, workspace: Workspace, users: Sequence[str]) -> None:
@@ -64,7 +65,7 @@ class Sought:
         if table.spec.name == REJECTS.name:
             rows = table.read_files([file], REJECTS.columns.names)
             return not self.rejects_to_keep(rows, file.partition["table"]).all()
-        # Older versions may have fewer buckets: a user is where some of the hash's last bits say.
+        # Older versions may have fewer buckets: compare as many of the hash's last bits as the bucket's number has.
         bucket = int(file.partition["bucket"])
         bits = np.uint64((1 << max(2, bucket.bit_length())) - 1)
         if not np.any((self.hashes & bits) == bucket):
@@ -73,7 +74,7 @@ class Sought:
         return bool(pc.any(pc.is_in(there, value_set=self.users)).as_py())
 
     def rejects_to_keep(self, rows: pa.Table, table: str) -> NDArray[np.bool_]:
-        """Which rejects of a table are of none of the users: [rows]."""
+        """Which rejects of a table belong to none of the users: bool [rows]."""
         if table == _OF_NOBODY:
             return np.ones(rows.num_rows, bool)
         if table != _OF_LOGS:
@@ -83,7 +84,10 @@ class Sought:
         return np.concatenate([np.zeros(0, bool), *(self._log_rows_to_keep(part) for part in parts)])
 
     def _log_rows_to_keep(self, rows: pa.Array) -> NDArray[np.bool_]:
-        """Rows of logs as JSON. Few of them hold a word of an id, and only those are looked at one by one."""
+        """Which rejected rows of logs, as JSON, belong to none of the users: bool [rows].
+
+        Few rows hold a word of an id, and only those are looked at one by one.
+        """
         words = pc.split_pattern_regex(pc.replace_substring_regex(rows, _ESCAPED, " "), _BETWEEN_WORDS)
         known = pc.is_in(words.flatten(), value_set=pa.array(self.by_word, pa.string()))
         suspect = np.zeros(len(rows), bool)
@@ -106,9 +110,10 @@ class Sought:
 
 
 def _by_word(users: pa.Array) -> tuple[dict[str, list[str]], list[str]]:
-    """Users by the word of their id that fewest of them have, and those whose ids have no words.
+    """The users by that word of their id which the fewest users have, and the users whose ids have no words.
 
-    An id that stands alone in a text has its own words there, whole: between them are the signs between them in the id.
+    If an id stands alone in a text, all of its words are whole words of the text: the characters between them are those
+    of the id.
     """
     parts = pc.split_pattern_regex(users, _BETWEEN_WORDS).to_pylist()
     words = {user: {*mine} - {""} for user, mine in zip(users.to_pylist(), parts, strict=True)}
@@ -134,7 +139,7 @@ def _values(value: Any) -> Iterator[str]:
 
 
 def forget_in_cards(store: Store, date: str, users: Sequence[str]) -> None:
-    """A night's page without the cards of the users."""
+    """Remove the users' cards from a night's page."""
     path = f"nights/{date}/cards.html"
     if (data := store.get(path)) is None:
         return
@@ -146,7 +151,7 @@ def forget_in_cards(store: Store, date: str, users: Sequence[str]) -> None:
 
 
 def forget_in_judgements(store: Store, users: Sequence[str]) -> None:
-    """Every judgement without what was said of the users; its figures stay."""
+    """Remove what was said of the users from every judgement. Its figures stay."""
     named = set(users)
     for entry in store.list("judgements"):
         report = json.loads(store.read(entry.path))
@@ -155,7 +160,7 @@ def forget_in_judgements(store: Store, users: Sequence[str]) -> None:
 
 
 def without_users(report: Mapping[str, Any], users: Set[str]) -> dict[str, Any]:
-    """A judgement without what was said of the users; its figures stay."""
+    """A judgement without what was said of the users. Its figures stay."""
     stay = [user not in users for user in report["users"]]
     ratings = {judge: list(compress(given, stay)) for judge, given in report["ratings"].items()}
     return {**report, "users": list(compress(report["users"], stay)), "ratings": ratings}

@@ -1,4 +1,4 @@
-"""The unit work of `forget`: a bucket of every table without some of its users."""
+"""The unit work of `forget`: rewrite one bucket of every table without the forgotten users."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from raypipe.storage.workspace import Workspace
 
 
 class ForgetBucket:
-    """Stages what stays of the partitions that hold one of the users; the fact `touched` names those by table."""
+    """Stages the rows that stay of partitions that hold one of the users.
+
+    The fact `touched` names these partitions by table.
+    """
 
     def __init__(self, workspace: Workspace, base: Mapping[str, int], users: Mapping[int, Sequence[str]]) -> None:
         self.workspace = workspace

@@ -1,8 +1,9 @@
-"""`raypipe align --system guided`: items and users scored on attributes by a language model, tuned to recommend or as it is.
+"""`raypipe align --system guided`: score items and users on attributes by a language model, tuned or as it is.
 
-What is stored is `guided/HASH`: the scores, and the tuned language model's adapter beside them. `train` puts them into a
-recommender by `--recommender.guided.scores guided`. Nothing here reads an event at or after the cut: users are scored by what
-stands before their last `hold_out` events, and tuned on the users who are not held out.
+It stores `guided/HASH`: the scores, and the adapter of the language model tuned to recommend beside them. `train` puts
+them into a recommender by `--recommender.guided.scores guided`. Nothing here reads an event at or after the cut: users
+are scored by what stands before their last `hold_out` events, and the language model is tuned on the users who are not
+held out.
 """
 
 from __future__ import annotations
@@ -49,15 +50,18 @@ if TYPE_CHECKING:
 
 STEP_VERSION = 5
 _SHOWN_EVERY_S = 10.0
-_BATCH_TOKENS = 4096  # of one pass, padding and answers included
-_OF_TRAINING = ("trainer", "users", "positions")  # options that mean nothing where nothing is trained
+_BATCH_TOKENS = 4096  # tokens of one pass, padding and answers included
+_OF_TRAINING = ("trainer", "users", "positions")  # options that mean nothing if nothing is trained
 _ADAPTER = ("adapter.json", "adapter.safetensors")
 
 
 @dataclass(frozen=True)
 class _Inputs:
-    """Who is scored, on what, by which language model; histories end before the cut, `held_out` bool [users], of whom the
-    share `unseen` was not seen by any model either."""
+    """The users to score, the attributes to score them on, and the language model.
+
+    `histories` end before the cut, and `held_out` is bool [users]. `unseen` is the share of all users that neither this
+    tuning nor any of the models used has seen.
+    """
 
     rating: Rating
     histories: Histories
@@ -69,7 +73,7 @@ class _Inputs:
 
     @property
     def trains(self) -> bool:
-        """Whether the language model is tuned here; else it is asked as it is, or as it was tuned before."""
+        """Whether the language model is tuned here. Otherwise it is asked as it is, or as it was tuned before."""
         return self.rating.config.tuned and self.adapter is None
 
     def firsts(self, rows: NDArray[np.int64], events: NDArray[np.int64]) -> list[list[int]]:
@@ -80,7 +84,11 @@ class _Inputs:
 
 
 def run_guided(config: AlignConfig) -> JobResult:
-    """Score unless scores of this recipe are stored, and store them. Raises UsageError before work starts."""
+    """Score items and users and store the scores, unless scores of this recipe are stored.
+
+    Raises UsageError before work starts. After scoring it does so if no score could be read, or if no attribute tells
+    items apart.
+    """
     started = time.monotonic()
     workspace = config.open_workspace()
     workspace.require_info()
@@ -227,7 +235,7 @@ def _scored(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: 
 def _tuned(
     config: AlignConfig, inputs: _Inputs, questions: RatingPrompts, folder: Path, name: str, node: str | None
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Trains the language model's updates into `folder/checkpoint`; figures of the training, and its curve."""
+    """Tune the language model into `folder/checkpoint`. Returns figures of the training, and its curve."""
     guided = inputs.rating.config
     rng = np.random.default_rng(config.trainer.seed)
     there = np.flatnonzero(~inputs.held_out & (inputs.histories.lengths > 1))
@@ -253,7 +261,7 @@ def _tuned(
         counts = prepared_once(folder / "data", inputs.lm.folder, prepare)
     except ValueError as error:
         raise UsageError(str(error), "Ingest more users, or lower --held_out_share.") from None
-    build_adapter(questions.backbone, card)  # what cannot be built is told here, and not by a worker
+    build_adapter(questions.backbone, card)  # fail here rather than in a worker if it cannot be built
     say(f"{NAME}: training on {counts['examples']:,} examples, {counts['tokens']:,} tokens")
     config.cluster.connect()
     trained = fit(TuningTask(folder / "data"), config.trainer, name, folder / "checkpoint", node)
@@ -265,7 +273,7 @@ def _tuned(
 
 
 class _Reader:
-    """Reads scores from the language model, with the adapter in `folder` where there is one."""
+    """Reads scores from the language model, with the adapter in `folder` if there is one."""
 
     def __init__(self, config: AlignConfig, inputs: _Inputs, questions: RatingPrompts, folder: Path) -> None:
         self.questions, self.answer_tokens = questions, config.answer_tokens
@@ -281,7 +289,10 @@ class _Reader:
             self.lm = load_adapter(adapter, backbone, inputs.lm.hash).lm
 
     def read(self, what: str, prompts: Sequence[Prompt]) -> NDArray[np.float32]:
-        """[prompts, attributes]."""
+        """The scores of prompts, [prompts, attributes], NaN for those that could not be read.
+
+        `what` names the prompts in messages.
+        """
         ids = self.questions.ids(prompts)
         self.tokens += sum(map(len, ids))
         found = np.full((len(prompts), self.questions.form.slots), np.nan, np.float32)
@@ -300,7 +311,7 @@ class _Reader:
         return found
 
     def told(self) -> dict[str, float]:
-        """What reading came to so far."""
+        """Figures of all reading so far."""
         if self.engine is None:
             return {"tokens_read": self.tokens}
         written = self.written
@@ -310,7 +321,10 @@ class _Reader:
 def _measured(
     config: AlignConfig, inputs: _Inputs, questions: RatingPrompts, reader: _Reader, scores: AttributeScores
 ) -> dict[str, float]:
-    """How the scores alone rank the last event before the cut of users nobody was tuned on, scored by what is before it."""
+    """Measure how the scores alone rank the last event before the cut of held-out users, who were not tuned on.
+
+    These users are scored by what is before that event. Empty if there are none.
+    """
     there = np.flatnonzero(inputs.held_out & (inputs.histories.lengths > 1))
     rows = np.random.default_rng(0).permutation(there)[: config.asked]
     if not len(rows):

@@ -13,20 +13,24 @@ from raypipe.errors import UsageError
 from raypipe.storage.hashing import stable_hash
 from raypipe.storage.models import Model
 
-# Another order than that of buckets and canaries, which go by the hash itself.
+# Makes the order another than that of buckets and canaries, which go by the hash itself.
 _SALT = np.uint64(0x9E3779B97F4A7C15)
 
 
 def are_held_out(users: pa.Array, share: float) -> NDArray[np.bool_]:
-    """Which of the users are among the held-out `share`: by their ids alone, and whoever is in a smaller share is in a
-    larger one."""
+    """Which users are among the held-out `share`: bool [users].
+
+    It depends on their ids alone, and a user who is in a smaller share is also in every larger one.
+    """
     mixed = (stable_hash(users).astype(np.uint64) ^ _SALT) * _SALT
     return (mixed >> np.uint64(11)).astype(np.float64) / 2.0**53 < share
 
 
 def some_of(users: pa.Array, among: NDArray[np.bool_], most: int) -> NDArray[np.bool_]:
-    """At most so many of those `among` the users [users], as good as drawn: by the hashes of their ids, in another order than
-    that of `are_held_out`."""
+    """At most `most` of the users `among` [users], as good as drawn: bool [users].
+
+    They are chosen by the hashes of their ids, in another order than that of `are_held_out`.
+    """
     places = np.flatnonzero(among)
     if len(places) <= most:
         return among
@@ -44,13 +48,16 @@ class Cut:
 
     @property
     def words(self) -> str:
-        """For the protocol of figures: what counts and trainings were left, and so whose figures can be compared."""
+        """The cut in words, for the protocol of figures.
+
+        It says what was left to counts and trainings, and so whose figures can be compared.
+        """
         last = "last event" if self.hold_out == 1 else f"last {self.hold_out} events"
         seen = f"trained before everybody's {last}" if self.hold_out else "trained on all events"
         return f"{seen} without {100 * self.held_out_share:g}% of the users" if self.held_out_share else seen
 
     def check(self, model: Model) -> None:
-        """Raises UsageError where the model may have seen more."""
+        """Raise UsageError if the model may have seen more events or users than the cut leaves."""
         self.check_events(model)
         if (share := share_of(model)) < self.held_out_share:
             raise UsageError(
@@ -60,7 +67,7 @@ class Cut:
             )
 
     def check_events(self, model: Model) -> None:
-        """Raises UsageError where the model may have seen an event of anybody that is held out."""
+        """Raise UsageError if the model may have seen an event that is held out, of any user."""
         if (hold_out := int(model.lineage["hold_out"])) < self.hold_out:
             raise UsageError(
                 f"{model.name}/{model.hash} may have read all but the last {hold_out} events of every user, and {self.hold_out} "
@@ -69,7 +76,7 @@ class Cut:
             )
 
     def least_share(self, models: Sequence[Model]) -> float:
-        """The share of the users whom none of the models has seen, nor who goes by this cut."""
+        """The share of the users whom neither the models nor a training by this cut has seen."""
         return min([self.held_out_share, *map(share_of, models)])
 
 

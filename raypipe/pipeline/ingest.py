@@ -1,7 +1,8 @@
-"""`raypipe ingest`: one log and its catalogue into `items` and `histories`, exactly once.
+"""`raypipe ingest`: read one log and its catalogue into `items` and `histories`, exactly once.
 
-Two phases of units. Splits of the log become spills regrouped by user; buckets merge their share of every spill with the
-old histories. Rows in = histories + rejects + filtered + duplicates + forgotten, checked before anything is published.
+It has two phases of units. In the first, splits of the log become spills regrouped by user. In the second, buckets
+merge their share of every spill with the old histories. Rows in = histories + rejects + filtered + duplicates +
+forgotten, which is checked before anything is published.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ class IngestConfig(IngestOptions, JobConfig):
 
 
 def run_ingest(config: IngestConfig, night: NightRuns | None = None) -> JobResult:
-    """Ingest one log, as a step of `night` where there is one; see the module.
+    """Ingest one log, as a step of `night` if there is one; see the module.
 
-    Raises UsageError before work starts, and where more rows are rejected than is allowed: the same log would be so again.
+    Raises UsageError before work starts, and if more rows are rejected than allowed, as the same log would fail again.
     """
     started = time.monotonic()
     if config.buckets is not None and config.buckets & (config.buckets - 1):
@@ -96,7 +97,7 @@ def _ingest(
             "step": STEP_VERSION,
             "config": config.shaping_values(),
             "log": log.checksum if log else None,
-            # Receipts are found by the number of a split: those of other splits are of other rows.
+            # Receipts are found by the number of a split. If the splits change, the same number stands for other rows.
             "splits": [[split.name, split.start, split.end] for split in log.splits] if log else None,
             "items": fingerprint({"hashes": items.rows["content_hash"].to_pylist()}),
         }

@@ -24,7 +24,7 @@ from raypipe.storage.workspace import Workspace, WorkspaceInfo
 
 
 class SpillSplit:
-    """Phase 1: read a split, refuse what cannot be used, regroup the rest by user."""
+    """Phase 1: read a split, reject what cannot be used, and regroup the rest by user."""
 
     def __init__(
         self, workspace: Workspace, run: Run, splits: Sequence[LogSplit], tombstones: int, groups: int | None
@@ -44,7 +44,7 @@ class SpillSplit:
         for chunk in read_split(split):
             rows_in += chunk.rows_in
             filtered += chunk.filtered
-            # First of all: a forgotten user's rows are not to come back as rejects.
+            # First of all, so that a forgotten user's rows do not come back as rejects.
             known, bad = self._without_forgotten(chunk)
             forgotten += chunk.events.num_rows - known.num_rows + chunk.rejects.num_rows - bad.num_rows
             events, unknown = self._index_items(known, split)
@@ -78,8 +78,8 @@ class SpillSplit:
     def _without_forgotten(self, chunk: LogChunk) -> tuple[pa.Table, pa.Table]:
         """Events and rejects without those of users who have a tombstone.
 
-        Tombstones are hashes of whole ids: whether a line that never became columns holds one cannot be told, so that nothing of
-        it is kept but its place and the reason.
+        Tombstones are hashes of whole ids, so nobody can tell whether a line that never became columns holds such an
+        id. Of such a line only its place and the reason are kept.
         """
         if self.tombstones.num_rows == 0:
             return chunk.events, chunk.rejects
@@ -93,7 +93,7 @@ class SpillSplit:
         return events, rejects.filter(stay)
 
     def _are_known(self, users: pa.Array) -> pa.Array:
-        """Who has no tombstone: bool [users]."""
+        """Which users have no tombstone: bool [users]."""
         encoded = users.dictionary_encode()
         return pa.array(~is_forgotten(encoded.dictionary, self.tombstones)[encoded.indices.to_numpy()])
 

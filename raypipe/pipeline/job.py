@@ -37,8 +37,10 @@ def cost_of(usage: Usage, seconds: float) -> dict[str, float]:
 def model_result(
     job: str, model: Model, status: str, metrics: Mapping[str, Any], started: float, usage: Usage | None = None
 ) -> JobResult:
-    """Of a job that trains or measures a model; `started` on the monotonic clock, `usage` what the model was asked, None for
-    nothing that was counted."""
+    """The result of a job that trains or measures a model.
+
+    `started` is on the monotonic clock. `usage` is what asking the model took, None if nothing was counted.
+    """
     cost = cost_of(usage or Usage(), time.monotonic() - started)
     return JobResult(job, status, model.recipe, models={model.name: model.hash}, metrics=metrics, cost=cost)
 
@@ -93,7 +95,11 @@ class BatchConfig(JobConfig):
     sample: int | None = free(None, "as `users`, for so many users chosen by hash", ge=1)
 
     def canary_users(self, workspace: Workspace) -> list[str] | None:
-        """The canary's users, sorted; None for all. Raises UsageError for a file that cannot be read or names nobody."""
+        """The canary's users, sorted; None for all.
+
+        Raises UsageError if both options are given, and for a file that cannot be read, names nobody, or names users
+        without a history.
+        """
         if self.users is not None and self.sample is not None:
             raise UsageError("Both --users and --sample are given.", "Name the canary's users one way.")
         if self.users is not None:
@@ -119,7 +125,7 @@ def scope_of(canary: list[str] | None) -> str:
 
 
 def read_users(path: str) -> list[str]:
-    """The user ids of a file, a line each, sorted. Raises UsageError for a file that cannot be read or names nobody."""
+    """The user ids of a file, one a line, sorted. Raises UsageError for a file that cannot be read or names nobody."""
     if not (users := sorted(read_ids(path, "users file"))):
         raise UsageError(f"The users file {path} names nobody.", "Write one user id a line.")
     return users

@@ -1,9 +1,9 @@
-"""`raypipe judge`: how good the newest summaries or explanations are, by any engines asked and by a rule that counts.
+"""`raypipe judge`: rate the newest summaries or explanations, by any number of engines and by a rule that counts.
 
-A sample of users, the same for every judge. What each judge said of whom is written to `judgements/<key>.json`; the means, the
-shares of each rating and the agreement of every two judges are reported, and logged with prompt, models and seed. Of
-explanations also how often what was decided is right, their coherence, and their distinction from every other variant that
-explains the same pairs.
+Every judge rates the same sample of users. What each judge said of each user is written to `judgements/<key>.json`. The
+means, the shares of each rating and the agreement of every two judges are reported, and logged with prompt, models and
+seed. For explanations the report also tells how often the decision is right, their coherence, and their distinction
+from every other variant that explains the same pairs.
 """
 
 from __future__ import annotations
@@ -58,7 +58,10 @@ class JudgeConfig(JobConfig, ModelCache):
 
 
 def run_judge(config: JudgeConfig) -> JobResult:
-    """Rate a sample of the newest of what is judged. Raises UsageError where there is none."""
+    """Rate a sample of the newest summaries or explanations.
+
+    Raises UsageError if there are none, or if the rubric cannot be asked.
+    """
     started = time.monotonic()
     workspace = config.open_workspace()
     workspace.require_info()
@@ -118,7 +121,7 @@ def run_judge(config: JudgeConfig) -> JobResult:
 
 
 def _figures(ratings: Mapping[str, Sequence[int | None]]) -> dict[str, Any]:
-    """Of each judge the mean, the share rated, and the share of each rating; of every two their agreement."""
+    """The mean, the share rated and the share of each rating of each judge, and the agreement of every two judges."""
     found: dict[str, Any] = {}
     for name, given in ratings.items():
         rated = [rating for rating in given if rating is not None]

@@ -1,4 +1,4 @@
-"""Engines that judge, by options: with the workspace's own language model where one of them reads it."""
+"""Engines that judge, with the workspace's own language model resolved for those that read it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,20 @@ from raypipe.systems.recinterpreter import InterpreterConfig
 def resolved_judges(
     config: ModelCache, workspace: Workspace, judges: Mapping[str, EngineConfig], option: str
 ) -> dict[str, EngineConfig]:
-    """`judges` with the folder of the model in the place of `builtin` and `builtin/HASH`; UsageError, with the `option` that names
-    them, where it is not there."""
+    """`judges` with the folder of the model in the place of `builtin` and `builtin/HASH`.
+
+    Raises UsageError, naming the `option` that names the judges, if the model is not there.
+    """
     return {name: _resolved(config, workspace, engine, option) for name, engine in judges.items()}
 
 
 def with_judges(
     config: ModelCache, workspace: Workspace, options: InterpreterConfig | ExplainerConfig
 ) -> InterpreterConfig | ExplainerConfig:
-    """A system's options as it is built of them: an adapter is stored with the names of its judges, and not with their folders."""
+    """A system's options with its judges resolved, as the system is built from them.
+
+    An adapter is stored with the names of its judges, and not with their folders.
+    """
     if isinstance(options, ExplainerConfig):
         return options
     judges = resolved_judges(config, workspace, options.judges, "--recinterpreter.judges")

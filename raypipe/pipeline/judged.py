@@ -1,4 +1,4 @@
-"""Samples of what `judge` judges: what an engine is shown of each, and what a rule that counts gives it."""
+"""Samples of what `judge` judges: the texts that an engine is shown of each case, and the ratings of a rule."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ SUMMARY_PIECES = ("items", "summary")
 EXPLANATION_PIECES = ("history", "item", "label", "decision", "explanation")
 
 FEWEST = 10
-"""Cases that a classifier or a regressor wants: a fold of five has two of them."""
+"""Least number of cases for a classifier or regressor: each of five folds then has two."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Users, what an engine is shown of each, the rule's rating, and figures of all of them together."""
+    """Users, what an engine is shown of each case, the rule's ratings, and figures of all cases together."""
 
     users: list[str]
     cases: list[Case]
@@ -58,10 +58,10 @@ class Sample:
 
 
 def sample_summaries(workspace: Workspace, summaries: SummariesConfig, count: int) -> Sample:
-    """The newest summaries of one paradigm that are of today's histories and items.
+    """A sample of the newest summaries of one paradigm that are of today's histories and items.
 
-    The figure `stale` is how many others there were in the buckets read, None where no run tells how to know them. Raises
-    UsageError where there are none.
+    The figure `stale` counts the others in the buckets read, None if no run in the ledger tells how to recognise them.
+    Raises UsageError if there are no summaries to judge.
     """
     tables = workspace.tables
     versions = {name: tables[name].version() for name in ("items", "histories", "summaries")}
@@ -96,7 +96,7 @@ def sample_summaries(workspace: Workspace, summaries: SummariesConfig, count: in
     cases: list[Case] = []
     rule: list[int | None] = []
     for user, summary in zip(users, texts, strict=True):
-        # What the summary is of: events that it leaves out tell nothing of how good it is.
+        # Only the events that the summary is of. Those it leaves out tell nothing of how good it is.
         known = histories[user][: len(histories[user]) - summaries.hold_out]
         window = known[summaries.window_start(len(known)) :]
         cases.append(dict(zip(SUMMARY_PIECES, ("\n".join(map(catalogue.line, window)), summary), strict=True)))
@@ -106,11 +106,11 @@ def sample_summaries(workspace: Workspace, summaries: SummariesConfig, count: in
 
 
 def sample_explanations(workspace: Workspace, cache: ModelCache, variant: str, count: int) -> Sample:
-    """The newest explanations of one variant that are of today's histories and items; what is right is what the recommender behind
-    the adapter says.
+    """A sample of the newest explanations of one variant that are of today's histories and items.
 
-    The figure `stale` is how many others there were in the buckets read, None where no run tells how to know them. Raises
-    UsageError where there are none.
+    What is right is decided by the recommender behind the adapter. The figure `stale` counts the others in the buckets
+    read, None if no run in the ledger tells how to recognise them. Raises UsageError if there are no explanations to
+    judge.
     """
     tables = workspace.tables
     versions = {name: tables[name].version() for name in ("items", "histories", "explanations")}
@@ -150,14 +150,14 @@ def sample_explanations(workspace: Workspace, cache: ModelCache, variant: str, c
     rule: list[int | None] = []
     users, explained = chosen["user_id"].to_pylist(), chosen["item_index"].to_numpy().astype(np.int32)
     prefixes = _prefixes(chosen["user_id"].combine_chunks(), histories)
-    # As `recommend` samples, where it does: what is right is what the published list says.
+    # With the seeds of `recommend`, for recommenders that sample: what is right is what the published list says.
     seeds = user_seeds(chosen["user_id"].combine_chunks(), pa.array([keys[user] for user in users]))
     labels = _labels(loaded, prefixes, explained, seeds)
     shown_last = int(adapter.lineage["options"]["titles"])
     for row, label in zip(chosen.to_pylist(), labels, strict=True):
         items, item, text = histories[row["user_id"]], row["item_index"], row["text"]
         history = [titles[one - 1] for one in items]
-        # Of the whole history a title may tell, but what is told is of the events that the explanation was asked from.
+        # An explanation may name titles of the whole history, but engines are shown the events that it was asked from.
         asked_from = "\n".join(history[-shown_last:])
         shown = (asked_from, titles[item - 1], label or "undecided", row["decision"], text)
         cases.append(dict(zip(EXPLANATION_PIECES, shown, strict=True)))
@@ -175,8 +175,10 @@ def sample_explanations(workspace: Workspace, cache: ModelCache, variant: str, c
 
 @dataclass
 class _Standing:
-    """Rows that are of today's histories and items, and how many are not. `current` tells it of rows and their users' histories;
-    None: all are taken to be."""
+    """Keeps rows that are of today's histories and items, and counts the others.
+
+    `current` tells from rows and their users' histories which rows these are. If it is None, all rows are kept.
+    """
 
     current: Callable[[pa.Table, pa.Table], pa.Array | pa.ChunkedArray] | None
     stale: int = 0
@@ -198,7 +200,7 @@ class _Standing:
 
 
 def _recipes(workspace: Workspace, variant: str) -> Recipes | None:
-    """How the newest run made the summaries of a variant; None where the ledger has none."""
+    """How the newest run made the summaries of a variant; None if the ledger has no such run."""
     for run in workspace.ledger("summarize").finished():
         facts = run.manifest["facts"]
         if facts["variant"] == variant:
@@ -207,8 +209,10 @@ def _recipes(workspace: Workspace, variant: str) -> Recipes | None:
 
 
 def _who_explained(workspace: Workspace, variant: str) -> tuple[Model, str | None]:
-    """The adapter that wrote what is published, and its recipe: those of the newest run, where the ledger has one, else the newest
-    of its name, and None."""
+    """The adapter that wrote the published explanations, and its recipe.
+
+    They are those of the newest run if the ledger has one, else the newest adapter of that name, and None.
+    """
     recipe: str | None = None
     name = variant.removeprefix("explain-").removesuffix("-pairs")
     for run in workspace.ledger("explain").finished():
@@ -229,9 +233,12 @@ def _prefixes(users: pa.Array, histories: Mapping[str, Sequence[int]]) -> Histor
 def _labels(
     loaded: Loaded, prefixes: Histories, items: NDArray[np.int32], seeds: NDArray[np.int64]
 ) -> list[str | None]:
-    """Whether each item is in the best fifth of what its user has not seen, yes, in the worse half, no, or between."""
+    """Each item's label by the recommender's ranking of what its user has not seen.
+
+    It is "yes" in the best fifth, "no" in the worse half, and None in between.
+    """
     above, _ = target_ranks(loaded.recommender, prefixes, items, seeds=seeds)
-    # Of items that came after the recommender there are none among those that it ranks.
+    # Items that came after the recommender are not among those that it ranks.
     known = prefixes.within(loaded.recommender.items)
     seen = [len(set(known.items[start:end])) for start, end in zip(known.starts, known.ends, strict=True)]
     place: NDArray[np.float64] = above / np.maximum(loaded.recommender.items - np.array(seen), 1)
@@ -239,7 +246,10 @@ def _labels(
 
 
 def _decisions(given: Sequence[str], labels: Sequence[str | None]) -> dict[str, float | None]:
-    """How often what is decided is what the recommender says, and how often yes would be, of the cases of which it says either."""
+    """How often the decision is what the recommender says, and how often a constant yes would be.
+
+    Cases without a label of the recommender do not count.
+    """
     pairs = [(mine, label) for mine, label in zip(given, labels, strict=True) if label is not None]
     figures: dict[str, float | None] = {
         "decision.cases": len(pairs),
@@ -261,7 +271,11 @@ def _coherence(
     texts: Sequence[str],
     users: Sequence[str],
 ) -> dict[str, float | None]:
-    """How well the recommender's score of the item is read from the words: squared error, and that of the mean score."""
+    """How well the recommender's score of the item is predicted from the words.
+
+    It is the squared error, beside that of the mean score. Both are None if the explanations are of fewer than `FEWEST`
+    users.
+    """
     known = prefixes.within(loaded.recommender.items)
     rows = np.flatnonzero((known.lengths > 0) & (items <= loaded.recommender.items))
     of_rows = [users[row] for row in rows.tolist()]
@@ -286,7 +300,7 @@ def _scores(
     items: NDArray[np.int32],
     seeds: NDArray[np.int64],
 ) -> NDArray[np.float32]:
-    """Of one item [n] after each of the histories in `rows` [n], sampled by `seeds` [n]: float32 [n]."""
+    """The scores of one item [n] after each of the histories in `rows` [n], sampled by `seeds` [n]: float32 [n]."""
     model = loaded.recommender
     model.eval()
     states = torch.from_numpy(prefix_states(model, prefixes, rows, prefixes.lengths[rows]))
@@ -295,7 +309,7 @@ def _scores(
 
 
 def _distinctions(workspace: Workspace, version: int, variant: str, chosen: pa.Table) -> dict[str, float | None]:
-    """How well each other variant's explanations of the same pairs are told from these."""
+    """How well each other variant's explanations of the same pairs can be told from these."""
     table, buckets = workspace.tables["explanations"], workspace.require_info().buckets
     mine = set((stable_hash(chosen["user_id"].combine_chunks()) % np.uint64(buckets)).tolist())
     files = [file for file in table.files(version) if int(file.partition["bucket"]) in mine]

@@ -1,8 +1,8 @@
-"""`raypipe align --system lancer`: a language model that writes the next item of a history, and how often it is the right one.
+"""`raypipe align --system lancer`: train a language model to write the next item, and measure how often it is right.
 
-Training reads what stands before the last `hold_out` events; of everybody the last event is asked for, over the whole catalogue,
-beside popularity and item transitions of the same training events. A stored one is measured with other options, or on the data
-of another workspace than its own: `--adapter lancer --adapter_workspace URI`.
+Training reads what stands before the last `hold_out` events of a history. Everybody's last event is asked for, over the
+whole catalogue, beside popularity and item transitions of the same training events. A stored model can be measured with
+other options, or on the data of another workspace than its own: `--adapter lancer --adapter_workspace URI`.
 """
 
 from __future__ import annotations
@@ -54,8 +54,11 @@ STEP_VERSION = 3
 
 @dataclass(frozen=True)
 class _Inputs:
-    """Everybody's whole histories, of whom `held_out` bool [users] are not trained on here, and `unseen` bool [users] were not
-    when the language model and a stored adapter were made either; and what the language model is."""
+    """The catalogue, everybody's whole histories, and the language model.
+
+    `held_out` bool [users] are not trained on here. `unseen` bool [users] were not trained on either when the language
+    model and a stored adapter were made.
+    """
 
     catalogue: Catalogue
     histories: Histories
@@ -64,7 +67,10 @@ class _Inputs:
     lm: ChosenLm
 
     def evaluation_set(self, hold_out: int, most: int) -> EvaluationSet:
-        """At most so many users, drawn, and what was chosen last; UsageError where there is nobody."""
+        """At most `most` users, drawn, and the item that each chose last.
+
+        Raises UsageError if nobody has more than `hold_out` events.
+        """
         held = HeldOut.of(self.histories, hold_out, len(self.catalogue.titles), ~self.held_out)
         if not len(held.targets):
             raise UsageError(
@@ -86,12 +92,12 @@ class _Figures:
 
     @classmethod
     def of(cls, model: Model) -> _Figures:
-        """As they were measured when the model was trained."""
+        """The figures that were measured when the model was trained."""
         return cls(model.lineage["metrics"], model.lineage["intervals"])
 
 
 def run_lancer(config: AlignConfig) -> JobResult:
-    """Train unless one of this recipe is stored, and measure it. Raises UsageError before work starts."""
+    """Train a model unless one of this recipe is stored, and measure it. Raises UsageError before work starts."""
     started = time.monotonic()
     workspace = config.open_workspace()
     workspace.require_info()
@@ -146,7 +152,10 @@ def _read(config: AlignConfig, workspace: Workspace, versions: dict[str, int]) -
 
 
 def check_lines(options: LancerConfig, catalogue: Catalogue, lm: Path, answer_tokens: int) -> None:
-    """Raises UsageError where answers are held to lines of which two are the same, or one is longer than an answer."""
+    """Raise UsageError if answers are restricted to lines that cannot serve.
+
+    That is so if two lines are the same, or if one is longer than an answer may be.
+    """
     if not options.constrained:
         return
     first: dict[str, int] = {}
@@ -164,7 +173,11 @@ def check_lines(options: LancerConfig, catalogue: Catalogue, lm: Path, answer_to
 def _known(
     workspace: Workspace, versions: dict[str, int], cut: Cut, trained: Sequence[Model]
 ) -> tuple[Catalogue, Histories, NDArray[np.bool_], NDArray[np.bool_]]:
-    """The catalogue in words, everybody's histories, who is held out by the cut, and who was when all of `trained` were."""
+    """The catalogue in words, everybody's histories, and two masks of users, bool [users].
+
+    The first are the users held out by this cut, the second those held out by it and from the training of all of
+    `trained`.
+    """
     items = workspace.tables["items"].read(versions["items"]).sort_by("index")
     catalogue = catalogue_of(items)
     users, histories = read_histories(workspace, versions["histories"])
@@ -173,7 +186,7 @@ def _known(
 
 
 def _train(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: str, versions: dict[str, int]) -> Model:
-    """Train, measure, and only then store: who finds the model finds its figures in the lineage."""
+    """Train, measure, and only then store the model, so that a stored model always has its figures in its lineage."""
     name = f"{NAME}-{recipe}"
     folder = config.training_folder(workspace, name)
     node = config.workers_node(workspace, config.cluster)
@@ -209,7 +222,10 @@ def _train(config: AlignConfig, workspace: Workspace, inputs: _Inputs, recipe: s
 def _trained(
     config: AlignConfig, inputs: _Inputs, folder: Path, name: str, node: str | None
 ) -> tuple[dict[str, float], TrainingResult]:
-    """Both stages; the second's checkpoint is what is stored."""
+    """Run both stages of the training.
+
+    Returns counts, and the result of the second stage, whose checkpoint is to be stored.
+    """
     lancer = config.lancer
     validated = int(config.trainer.validate_every is not None)
     seen = inputs.histories.without_last(config.hold_out - validated).of(~inputs.held_out)
@@ -224,7 +240,7 @@ def _trained(
         counts: dict[str, float] = dict(prepare_lancer(data, told, backbone, str(inputs.lm.folder), card, lancer, seed))
     except ValueError as error:
         raise UsageError(str(error), "Ingest longer histories, or lower --hold_out.") from None
-    build_adapter(backbone, card, seed)  # what cannot be built is told here, and not by a worker
+    build_adapter(backbone, card, seed)  # fail here rather than in a worker if it cannot be built
     say(f"{NAME}: {counts['targets']:,} items of {len(seen):,} users are learnt, of {counts['items']:,} lines")
     config.cluster.connect()
     if lancer.first_epochs and lancer.prefix is not None:
@@ -244,7 +260,7 @@ def _trained(
 def _measure(
     config: AlignConfig, options: LancerConfig, inputs: _Inputs, evaluated: EvaluationSet, adapter: Path
 ) -> _Figures:
-    """Figures of the model, of the same model asked otherwise, and of the floors; the table of them is told."""
+    """The figures of the model, of the same model asked otherwise, and of the floors. They are printed as a table."""
     found = measured(
         evaluated, load_writer(options, inputs.catalogue, str(inputs.lm.folder), adapter, config.answer_tokens), _tell
     )
@@ -267,7 +283,7 @@ def _measure(
     return _Figures(
         {"asked": users, "askable": evaluated.held.askable}
         | {name: round(mean.value, 4) for name, mean in named.items()},
-        # Of one user alone it is no number.
+        # For one user alone the half-width is no number.
         {name: round(mean.half_width, 6) for name, mean in named.items() if mean.half_width > 0},
     )
 
@@ -279,7 +295,7 @@ def _tell(what: str, done: int, of: int) -> None:
 def _measured_anew(
     config: AlignConfig, workspace: Workspace, versions: dict[str, int], named: str, started: float
 ) -> JobResult:
-    """A stored model on this workspace's data, which need not be what it was trained on."""
+    """Measure a stored model on this workspace's data, which need not be what it was trained on."""
     home = workspace if config.adapter_workspace is None else Workspace(config.adapter_workspace)
     adapter = find_adapter(Models(home.store), named, NAME)
     cut, trained = Cut(config.hold_out, config.held_out_share), list[Model]()
@@ -296,7 +312,10 @@ def _measured_anew(
 
 
 def _language_model(config: AlignConfig, home: Workspace, adapter: Model) -> ChosenLm:
-    """The one beside which the adapter was trained."""
+    """The language model beside which the adapter was trained.
+
+    Raises UsageError if --lm has to name it and names another.
+    """
     if named := adapter.lineage["lm_model"]:
         own = find_model(Models(home.store), named)
         return ChosenLm(config.fetch(home, own), adapter.lineage["lm"], own)

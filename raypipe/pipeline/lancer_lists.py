@@ -1,4 +1,4 @@
-"""Lists that LANCER writes, for `recommend`: its model on a worker, and the rows it makes of a bucket's users."""
+"""Lists that LANCER writes, for `recommend`: loading its model on a worker, and making the rows of a bucket's users."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ from raypipe.systems.lancer_lists import ListWriter, load_writer, stored_config
 
 @dataclass(frozen=True)
 class LoadsWriter:
-    """Makes a writer of the stored `adapter` and its language model, `lm_model` of the workspace or the hub's `lm`; picklable."""
+    """Loads a writer from the stored `adapter` and its language model; picklable.
+
+    The language model is `lm_model` of the workspace, or else the checkpoint `lm`.
+    """
 
     workspace: Workspace
     adapter: Model
@@ -47,7 +50,10 @@ class LoadsWriter:
     def of(
         cls, config: ModelCache, workspace: Workspace, model: Model, items: pa.Table, answer_tokens: int
     ) -> LoadsWriter:
-        """Of the stored `model` and the catalogue `items`. Raises UsageError where its language model is not there any more."""
+        """Resolve the stored `model` over the catalogue `items`.
+
+        Raises UsageError if its language model is not there any more.
+        """
         catalogue = catalogue_of(items)
         options = stored_config(model.name, model.lineage)
         named, path = model.lineage["lm_model"], model.lineage["lm_path"]
@@ -70,7 +76,10 @@ class LoadsWriter:
 
 @dataclass(frozen=True)
 class _Written:
-    """A user's list, [≤ k] each, best first, or why there is none; either way what it took. Implements `Result`."""
+    """A user's list, `items` and `scores` [≤ k] each, best first, or the reason why there is none.
+
+    In both cases it has what it took. Implements `Result`.
+    """
 
     items: Sequence[int] = ()
     scores: Sequence[float] = ()
@@ -83,11 +92,11 @@ class _Written:
 
 @dataclass(frozen=True)
 class ByWriter:
-    """The first k items that are written for a history; implements `Makes`. Where fewer are, the rest is item 0 with −∞, and
-    for whom the language model writes nothing there is no row.
+    """Makes lists of the first k allowed items that the language model writes for a history; implements `Makes`.
 
-    `allowed` bool [items + 1]. A score is the log-probability of the line that was taken for the item. A user without any item
-    of the catalogue is cold.
+    A list of fewer items is filled up with item 0 and score −∞. A user is rejected, and has no row, if the engine
+    returns an error. `allowed` is bool [items + 1]. A score is the log-probability of the line that was taken for the
+    item. A user without any item of the catalogue is cold.
     """
 
     loads: LoadsWriter
@@ -99,7 +108,7 @@ class ByWriter:
 
     @cached_property
     def writer(self) -> ListWriter:
-        # Loaded at the first changed user: a night without changes loads no weights.
+        # Loaded for the first changed user, so that a night without changes loads no weights.
         return self.loads.load(self.device)
 
     def make(

@@ -1,7 +1,7 @@
-"""`raypipe lm`: the workspace's own language model, trained on its catalogue and on histories before the cut.
+"""`raypipe lm`: train the workspace's own language model on its catalogue and on histories before the cut.
 
-It is what a workspace summarises with when no other model is named. Training reads item texts and templated examples
-made from histories without their last events, so that an evaluation that holds those out stays honest.
+A workspace summarises with this model if no other is named. Training reads item texts, and templated examples made from
+histories without their last events, so that an evaluation that holds those out stays honest.
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ class LmConfig(LmOptions, JobConfig):
 
 
 def run_lm(config: LmConfig) -> JobResult:
-    """Train the model unless one of this very recipe is stored; register it. Raises UsageError for an empty workspace."""
+    """Train the model unless one of this very recipe is stored, and register it.
+
+    Raises UsageError for an empty workspace.
+    """
     started = time.monotonic()
     workspace = config.open_workspace()
     tracking = config.open_tracking(workspace)
@@ -113,12 +116,15 @@ def _train(
 
 
 def training_histories(workspace: Workspace, version: int, most: int, held_out_share: float = 0.0) -> pa.Table:
-    """Item lists and keys of at most `most` users, none of them held out, the same ones whatever their order in the table."""
+    """Item lists and keys of at most `most` users, none of them held out, sorted by id.
+
+    Which users are chosen does not depend on their order in the table.
+    """
     table = workspace.tables["histories"]
     users = table.read(version, ["user_id"])["user_id"].combine_chunks()
     hashes = np.sort(stable_hash(users.filter(pa.array(~are_held_out(users, held_out_share)))))
     parts = [table.spec.schema.empty_table().select(_LEARNT)]
-    # A file at a time: the item lists of everybody would not fit this machine.
+    # One file at a time, as the item lists of everybody would not fit into this machine's memory.
     for file in table.files(version) if len(hashes) else ():
         rows = table.read_files([file], _LEARNT)
         users = rows["user_id"].combine_chunks()

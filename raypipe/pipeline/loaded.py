@@ -1,4 +1,7 @@
-"""A stored recommender, resolved by name and checked against the workspace's catalogue."""
+"""Stored recommenders and language models, resolved by name.
+
+Recommenders are checked against the workspace's catalogue.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ BUILTIN = "builtin"
 
 @dataclass(frozen=True)
 class Loaded:
-    """The resolved model and what it is, and the catalogue it works on."""
+    """A stored recommender, with its card and the catalogue it works on, in order of index."""
 
     model: Model
     recommender: Recommender
@@ -32,7 +35,10 @@ class Loaded:
 
     @classmethod
     def of(cls, config: ModelCache, workspace: Workspace, named: str) -> Loaded:
-        """`named` as for `find_model`. Raises UsageError for a model that is not there, is no recommender or knows other items."""
+        """Load the recommender `named` as for `find_model`.
+
+        Raises UsageError for a model that is not there, is no recommender or knows other items.
+        """
         version = pinned_versions(workspace)["items"]
         model = find_model(Models(workspace.store), named)
         if model.lineage["job"] == "align":
@@ -56,7 +62,7 @@ def is_builtin(named: str) -> bool:
 def find_builtin_lm(workspace: Workspace, option: str, named: str = BUILTIN) -> Model:
     """The workspace's own language model, the newest or that of `builtin/HASH`.
 
-    Raises UsageError where there is none, with the option that names another.
+    Raises UsageError if there is none. The message tells to name another one with `option`.
     """
     _, _, content = named.partition("/")
     found = [model for model in Models(workspace.store).all("lm") if model.hash.startswith(content)]
@@ -71,8 +77,10 @@ def find_builtin_lm(workspace: Workspace, option: str, named: str = BUILTIN) -> 
 
 @dataclass(frozen=True)
 class ChosenLm:
-    """The language model beside which something is trained: its checkpoint's folder, that one's content hash, and which of the
-    workspace's own models it is, where it is one of them."""
+    """The language model beside which something is trained: the folder of its checkpoint, and its content hash.
+
+    `own` is the workspace's model if the language model is one of its own.
+    """
 
     folder: Path
     hash: str
@@ -80,21 +88,29 @@ class ChosenLm:
 
     @classmethod
     def of(cls, config: ModelCache, workspace: Workspace, named: str) -> ChosenLm:
-        """By --lm: `builtin`, `builtin/HASH`, a folder or a hub name. Raises UsageError where there is none."""
+        """Resolve what --lm names: `builtin`, `builtin/HASH`, a folder or a hub name.
+
+        Raises UsageError if there is no such model.
+        """
         own = find_builtin_lm(workspace, "--lm", named) if is_builtin(named) else None
         folder = resolve_checkpoint(named) if own is None else config.fetch(workspace, own)
         return cls(folder, checkpoint_hash(folder), own)
 
     @property
     def lineage(self) -> dict[str, str]:
-        """What a model that was trained beside it is stored with: `lm_model`, NAME/HASH, is found again and kept with it."""
+        """What a model that was trained beside it has in its lineage.
+
+        By `lm_model`, NAME/HASH, the language model is found again, and kept as long as the model.
+        """
         named = "" if self.own is None else f"{self.own.name}/{self.own.hash}"
         return {"lm": self.hash, "lm_model": named, "lm_path": "" if named else str(self.folder)}
 
 
 def lm_beside(config: ModelCache, workspace: Workspace, card: AdapterCard, named: str) -> Model:
-    """The workspace's own language model that an adapter was trained beside, or the newest, where it is none of them; `named`
-    is `builtin` or `builtin/HASH`, by --engine.lm."""
+    """The workspace's own language model that an adapter was trained beside, or the newest if it is none of them.
+
+    `named`, the value of --engine.lm, is `builtin` or `builtin/HASH`. Raises UsageError if the workspace has none.
+    """
     newest = find_builtin_lm(workspace, "--engine.lm", named)
     _, _, content = named.partition("/")
     stored = [model for model in Models(workspace.store).all("lm") if model.hash.startswith(content)]

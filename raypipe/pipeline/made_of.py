@@ -1,4 +1,4 @@
-"""How a stored model was made, as a record for `report` tells it: by its lineage, and by those of the models it was made of."""
+"""How a stored model was made, for the records of `report`: by its lineage and those of the models it was made of."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from raypipe.errors import UsageError
 from raypipe.storage.evaluations import Part
 from raypipe.storage.models import Models, find_model
 
-# Of a lineage: what was joined, which no option of the system says.
+# Entries of a lineage: what was joined, which no option of the system says.
 _JOINED = ("lm", "recommender", "summaries", "replay", "tuned")
 _NAMED = re.compile(r"[\w.-]+/[0-9a-f]{32}")
 
 
 def settings_of(lineage: Mapping[str, Any]) -> dict[str, Any]:
-    """All that a model was made with, as values; what was joined has the names of what options say of it."""
+    """All that a model was made with, as values by name.
+
+    What was joined takes the place of an option of the same name.
+    """
     joined = {name: lineage[name] for name in _JOINED if name in lineage}
     options = lineage.get("options", {})
     named = {name: value for name, value in joined.items() if value is not None}
@@ -24,8 +27,10 @@ def settings_of(lineage: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parts_of(homes: Sequence[Models], settings: Mapping[str, Any]) -> dict[str, Part]:
-    """By NAME/HASH the models that `settings` name and those that these were made of, where one of `homes` has them still and
-    tells what they were made with."""
+    """The models that `settings` name, and those that these were made of, by NAME/HASH.
+
+    A model is left out if none of `homes` has it any more, or if its lineage does not tell what it was made with.
+    """
     found: dict[str, Part] = {}
     unread = [*_named(settings)]
     while unread:
@@ -41,7 +46,7 @@ def _lineage(homes: Sequence[Models], named: str) -> Mapping[str, Any]:
     for models in homes:
         try:
             return find_model(models, named).lineage
-        except UsageError:  # vacuum took it
+        except UsageError:  # `vacuum` removed it
             continue
     return {}
 

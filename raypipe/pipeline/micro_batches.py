@@ -1,17 +1,20 @@
-"""Rows of a unit through an engine, in micro-batches: what a poison row, a death or a cap costs, the same for every job.
+"""Running the rows of a unit through an engine, in micro-batches.
 
-* Before a micro-batch runs, the unit's journal names its rows and no others: a death makes them suspects. What is built or
-  read for all rows is no row's doing and comes before (`read`, `most`).
-* Suspects run alone and first, those that died alone most often before the others: a death ends the attempt, and costs what was
-  answered before it in this unit. A row that died alone `MAX_DEATHS` times is rejected as `WORKER_DIED`, and neither named nor
-  run.
-* A micro-batch runs once the budget granted a bound on what it may take. Afterwards the budget gets back what was not used,
-  and the ledger is told what was.
-* A cap that does not do for a micro-batch halves it, until one row is refused. As much work as was refused is not asked for
-  again in this unit; smaller micro-batches go on for as long as the caps leave room for anything at all.
-* No row runs twice. One that the caps left out has no result.
+A poison row, a death or a cap costs the same in every job:
 
-How a row is asked, what is checked of its answer and what becomes of it in a table are the job's.
+* Before a micro-batch runs, the unit's journal names its rows and no others: a death makes them suspects. What is built
+  or read for all rows comes before (`read`, `most`), as no single row is to blame for it.
+* Suspects run alone and before the other rows, those that died alone most often first: a death ends the attempt, and
+  costs what was answered before it in this unit. A row that died alone `MAX_DEATHS` times is rejected as `WORKER_DIED`,
+  and is neither named nor run.
+* A micro-batch runs once the budget has granted an upper bound of what it may take. Afterwards the budget gets back
+  what was not used, and the ledger is told what was used.
+* A micro-batch that does not fit a cap is halved, down to single rows. A single row that does not fit is refused. As
+  much work as was refused is not asked for again in this unit. Smaller micro-batches go on for as long as the caps
+  leave room for anything at all.
+* No row runs twice. A row that the caps left out has no result.
+
+The job decides how a row is asked, how its answer is checked, and what becomes of it in a table.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from raypipe.storage.ledger import MAX_DEATHS, Usage
 
 
 class Result(Protocol):
-    """What came of a row: what it took, and where it is rejected a reason and a message."""
+    """The result of a row: what it took, and a reason and a message if it is rejected."""
 
     @property
     def reason(self) -> str: ...
@@ -64,12 +67,13 @@ def run_micro_batches(
     rejected: Callable[[int, str, str], R],
     alike: Callable[[int], int] = lambda row: 0,
 ) -> dict[int, R]:
-    """What came of each row, by its place in `names`, which are the rows' names in the journal; in the order they ran.
+    """The results of rows by their place in `names`, in the order in which they ran.
 
-    `read` makes a micro-batch of at most `size` rows, and `run` answers it, one result a row. Rows share a micro-batch where
-    they have the same number by `alike`, the smallest number first. `weigh` tells how much work a micro-batch is, 1 being the
-    least there is; only caps need it. `most` bounds what so much work takes and grows with it; it is asked before the journal,
-    caps or not, and so builds what `run` needs. `rejected` makes the result of a row with a reason and a message.
+    `names` are the rows' names in the journal. `read` makes a micro-batch of at most `size` rows, and `run` answers it
+    with one result a row. Rows share a micro-batch if `alike` gives them the same number; the smallest number comes
+    first. `weigh` tells how much work a micro-batch is, at least 1; only caps need it. `most` returns an upper bound of
+    what so much work takes, and grows with it. It is called before the journal is written, with or without caps, and so
+    builds what `run` needs. `rejected` makes the result of a row from a reason and a message.
     """
     results: dict[int, R] = {}
     batches = deque(_cut(names, context.deaths, size, alike))
@@ -85,7 +89,7 @@ def run_micro_batches(
         if weight >= refused or not budget.take(reserved):
             if weight < refused and not _leaves_room(budget, most(1)):
                 break
-            # What is left of a cap may not do for all of them, but for some.
+            # What is left of a cap may not be enough for all of these rows, but for some.
             refused = min(refused, weight)
             if len(rows) > 1:
                 half = len(rows) // 2
@@ -100,7 +104,7 @@ def run_micro_batches(
 
 
 def used(results: Iterable[Result]) -> Usage:
-    """What all of them took together."""
+    """What all results took together."""
     results = list(results)
     return Usage(
         sum(result.calls for result in results),

@@ -20,7 +20,7 @@ class NightConfig(JobConfig):
 
 
 def run_night(config: NightConfig) -> JobResult:
-    """Show nights or point back to one; no table is touched, readers follow the pointer."""
+    """Show nights, or put an earlier one back in force. No table is touched: readers follow the pointer."""
     workspace = config.open_workspace()
     workspace.require_info()
     nights = Nights(workspace.store)

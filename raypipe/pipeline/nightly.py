@@ -1,15 +1,18 @@
 """`raypipe nightly`: ingest, models, states, recommendations, summaries, explanations, night manifest, user cards.
 
-A step is skipped when nothing it reads and nothing of its recipe changed. The language model is trained once, when the
-workspace has none, and never again by this job. A recommender is trained where `train_policy` says so, and takes the
-place of the one in force only if it passes the gate; if it does not, the night is published on the old one and the job
-ends refused, exit code 3. Where `explain_policy` says so, everybody's top recommendation is explained by the release's adapter.
-What a step spends counts against its caps for the whole night: in every pass, and in every submission until the night is published.
-The manifest is written last: until then readers see the night before. It names the histories and items that states, lists,
-summaries and explanations were made of: where another job has published others meanwhile, or rows in the place of these, the
-steps run again, which costs what changed. A training does not: a model may be older than what it is asked about.
+A step is skipped if nothing it reads and nothing of its recipe changed. The language model is trained once, if the
+workspace has none, and never again by this job. A recommender is trained if `train_policy` says so, and takes the place
+of the one in force only if it passes the gate. If it does not pass, the night is published on the old one and the job
+ends refused, exit code 3. If `explain_policy` says so, everybody's top recommendation is explained by the release's
+adapter. A step's caps are for the whole night: they count what the step spends in every pass, and in every submission
+until the night is published.
 
-With `until` it is a backfill: one night after the other, each over the log of its date.
+The manifest is written last: until then readers see the night before. It names the histories and items that states,
+lists, summaries and explanations were made of. If another job has meanwhile published other histories or items, or rows
+in the place of these, the steps run again, which costs only what changed. A training does not run again: a model may be
+older than what it is asked about.
+
+With `until` the job is a backfill: one night after the other, each over the log of its date.
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ JOB = "nightly"
 _DATE = "{date}"
 _READ = ("histories", "items")
 _PASSES = 3
-"""How often the steps run, until nobody publishes what they read meanwhile."""
+"""How often the steps run at most, if other jobs keep publishing what they read."""
 
 
 class NightlyConfig(ExplainPolicy, JobConfig):
@@ -88,7 +91,7 @@ class NightlyConfig(ExplainPolicy, JobConfig):
         return self
 
     def shared(self) -> dict[str, Any]:
-        """What every step takes from the night."""
+        """The options that every step takes from the night."""
         return {name: getattr(self, name) for name in JobConfig.model_fields}
 
 
@@ -110,10 +113,10 @@ def run_nightly(config: NightlyConfig) -> JobResult:
 
 
 def _left(config: NightlyConfig, dates: Sequence[str]) -> list[str]:
-    """The dates without a published night, and the last of them, which may be done again.
+    """The dates to run: those without a published night, and the last one, which may be done again.
 
-    What a later date brought is in the tables by now, and would be in an earlier night. Raises UsageError where that is the
-    only night asked for.
+    The tables hold what later dates brought by now, and it would be in an earlier night. So a published night is left
+    out if a later date is published or asked for. Raises UsageError if that is the only night asked for.
     """
     published = Nights(config.open_workspace().store).dates()
     done = [date for date in dates if date in published and date < max(dates[-1], published[-1])]
@@ -161,10 +164,10 @@ def _run_night(config: NightlyConfig, date: str) -> JobResult:
     if config.online is not None:
         open_online_store(
             config.online.store, workspace.store
-        ).close()  # one that is not named is told before the night's work
+        ).close()  # if none is named, this fails before the night's work
     champion = Releases(workspace.store).named("champion")
     if champion is not None and (explaining := config.of_release(workspace, champion)) is not None:
-        Explainer.of(explaining, workspace)  # what cannot explain is told before the night's work
+        Explainer.of(explaining, workspace)  # what cannot explain fails before the night's work
 
     engine = config.summarize.engine
     lm = engine.model_name or engine.engine
@@ -201,7 +204,7 @@ def _run_night(config: NightlyConfig, date: str) -> JobResult:
 
     parts = {"release": release.hash, "recommender": release.recommender, "lm": release.lm}
     tables, is_new = _published(config, workspace, date, parts, compute, steps)
-    steps.end()  # whatever becomes of what follows, which spends nothing
+    steps.end()  # now, as what follows spends nothing and may fail
     if (online := config.online) is not None:
         steps.take("online", lambda: run_online(OnlineConfig(**shared, **dict(online))))
     status = "ok" if is_new else "nothing_to_do"
@@ -210,7 +213,7 @@ def _run_night(config: NightlyConfig, date: str) -> JobResult:
         status = "refused"
     ended = _result(config, workspace, steps, status, tables, parts, time.monotonic() - started)
     if refusal is not None:
-        Releases(workspace.store).tell(trained)  # late, so that a night that was interrupted refuses again
+        Releases(workspace.store).tell(trained)  # last, so that a night that was interrupted refuses again
     return ended
 
 
@@ -232,9 +235,9 @@ class _Steps:
         return result
 
     def write(self, job: str, step: Callable[[], JobResult]) -> None:
-        """As `take`, of a step that writes tables."""
+        """Run a step that writes tables as `take` does, and note which files it left in them."""
         key, ledger = self.take(job, step).run_key, self.workspace.ledger(job)
-        run = ledger.run(key) if key else ledger.newest()  # of which there was nothing left to do
+        run = ledger.run(key) if key else ledger.newest()  # without a key there was nothing left to do
         assert run is not None, f"{job} has run"
         after = {name: table["version"] for name, table in (run.result() or {}).get("tables", {}).items()}
         variant = run.manifest["facts"]["variant"]
@@ -249,7 +252,7 @@ class _Steps:
         )
 
     def end(self) -> None:
-        """The night is published: what comes next on its date is another one."""
+        """Note that the night is published. What comes next on its date is another night."""
         self._ended = self._runs.all()
         self._runs.close()
 
@@ -258,7 +261,10 @@ class _Steps:
         return self._runs.all() if self._ended is None else self._ended
 
     def told(self) -> dict[str, JobResult]:
-        """By step what it did last; what it did before it had to run again is the night's too, as `NAME.pass1` and so on."""
+        """The last result of each step by name.
+
+        What a step did before it had to run again belongs to the night too, as `NAME.pass1` and so on.
+        """
         runs, found = self.runs(), dict[str, JobResult]()
         for name, result in self._results.items():
             ended = [JobResult.from_dict(run.result) for run in runs if run.job == name and run.result is not None]
@@ -276,10 +282,10 @@ def _published(
     compute: Callable[[], None],
     steps: _Steps,
 ) -> tuple[dict[str, int], bool]:
-    """Run the steps that write tables, which `compute` takes as `steps`, and publish the night of what they wrote. Its tables, and
-    whether it is another than the one in force.
+    """Run the steps that write tables, and publish the night of what they wrote. `compute` runs them through `steps`.
 
-    Raises RaypipeError where others published histories, items or rows in the place of the steps' during each of the passes.
+    Returns the night's tables, and whether it is another than the one in force. Raises RaypipeError if, during each of
+    the passes, other jobs published histories, items or rows in the place of the steps' rows.
     """
     for passes in range(_PASSES):
         if passes:
@@ -288,11 +294,13 @@ def _published(
             )
         read = settled_versions(workspace, *_READ)
         compute()
-        # Under the lock of who forgets: nobody is taken out of the tables between their versions' reading and the manifest.
+        # Under the lock that `forget` takes, so that it removes nobody from the tables between this reading of their
+        # versions and the manifest.
         with hold(workspace.store, ["nights"], JOB, config.lock_lease_s) as locks:
             versions = {name: table.version() for name, table in workspace.tables.items()}
             tables = {name: version for name, version in versions.items() if version != ABSENT}
-            # Versions only grow: if those that stood before the steps stand now, no step and no line above has read others.
+            # Versions only grow: if those from before the steps are the newest now, no step and no line above read
+            # others.
             if read is not None and settled_versions(workspace, *_READ) == read and steps.stand(versions):
                 night = Night(date, tables, parts, _metrics(steps.told()), config.summarize.summaries.variant)
                 return tables, _publish(config, workspace, night, locks)
@@ -305,7 +313,10 @@ def _published(
 
 
 def _publish(config: NightlyConfig, workspace: Workspace, night: Night, locks: Sequence[Lock]) -> bool:
-    """Put the night in force, unless one of the same tables, release and summaries is; under the nights' lock, which is held."""
+    """Put the night in force, unless one of the same tables, release and summaries is. Returns whether it did.
+
+    The caller holds the nights' lock.
+    """
     nights = Nights(workspace.store)
     current = nights.current()
     if current is not None and replace(night, date=current.date, metrics=current.metrics) == current:
@@ -322,8 +333,11 @@ def _metrics(results: Mapping[str, JobResult]) -> dict[str, dict[str, Any]]:
 
 
 def _judge(config: NightlyConfig, workspace: Workspace, named: str, is_new: bool, lm: str) -> RefusedError | None:
-    """Put a newly trained recommender in force, or tell why not. One that passed, or that this very gate refused, is not judged
-    again; a refusal with which no night has ended yet is told again."""
+    """Put a newly trained recommender in force, or return the refusal.
+
+    A recommender that passed, or that this very gate refused, is not judged again. A refusal with which no night has
+    ended yet is returned again.
+    """
     releases = Releases(workspace.store)
     if not is_new and (verdict := releases.verdict(named)) is not None:
         if verdict.passed:
@@ -340,7 +354,10 @@ def _judge(config: NightlyConfig, workspace: Workspace, named: str, is_new: bool
 
 
 def _in_force(config: NightlyConfig, workspace: Workspace, lm: str) -> Release:
-    """The release in force. Its language model is the one its adapters read with, without any the one that summarises."""
+    """The release in force. Its language model is the one its adapters read with, or `lm` if it has no adapters.
+
+    `lm` is the one that summarises.
+    """
     releases = Releases(workspace.store)
     champion = releases.named("champion") or Release(catalogue=workspace.tables["items"].version())
     if champion.lm != lm and not champion.adapters:
@@ -371,7 +388,7 @@ def _result(
     }
     results = steps.told()
     for result in results.values():
-        # What a step published and another job replaced before the night came is not the night's.
+        # What a step published is not the night's if another job replaced it before the night was published.
         shown.update({name: dict(table) for name, table in result.tables.items() if table["version"] == tables[name]})
     spent = steps.runs()
     prices: dict[str, CapOptions] = {

@@ -1,8 +1,8 @@
-"""`raypipe online`: the night in force into the online store, bucket by bucket, for requests to read.
+"""`raypipe online`: load the night in force into the online store, bucket by bucket, for requests to read.
 
-Loading is deterministic, and an interrupted one goes on where it stopped. What requests read changes when the load is
-complete, at once and as a whole; the night before stays loaded, so that `raypipe night --restore DATE` is a way back that
-takes a moment.
+Loading is deterministic, and an interrupted load continues where it stopped. What requests read changes when the load
+is complete, at once and as a whole. The night before stays loaded, so that `raypipe night --restore DATE` goes back in
+a moment.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SUMMARIES = "summarize-"
 
 
 class OnlineOptions(Config):
-    """Where users are read from in requests, and how many nights of them."""
+    """Which store requests read users from, and how many nights stay loaded in it."""
 
     store: str | None = free(
         None, "redis://HOST:PORT/DB or a folder; unset: RAYPIPE_ONLINE_STORE, else below a local workspace"
@@ -58,7 +58,8 @@ class OnlineConfig(OnlineOptions, JobConfig):
 def run_online(config: OnlineConfig) -> JobResult:
     """Load the night in force, then drop what is older than the nights to keep.
 
-    Raises UsageError where no night is in force or the store may forget, OnlineStoreDownError where it does not answer.
+    Raises UsageError if no night is in force or the store may evict records, and OnlineStoreDownError if it does not
+    answer.
     """
     started = time.monotonic()
     workspace = config.open_workspace()
@@ -123,14 +124,15 @@ def _load(store: OnlineStore, workspace: Workspace, night: Night, version: str) 
 
 
 def _old_versions(store: OnlineStore, current: str, date: str, keep: int) -> list[str]:
-    """All but the current version, of the night of `date`, and the `keep` complete ones of other nights that were begun last.
+    """The versions to drop: all but the current one, and the `keep` complete ones of other nights that were begun last.
 
-    What never got complete is old too, and so is what a night was before it was published again, but for the last of it: nobody can
-    go back to that, yet replicas serve it until they have taken up the current one, which may take long or be refused. With `keep` 0
-    it goes as well, for whoever wants it gone.
+    The current version is of the night of `date`. A version that never became complete is dropped too. Of a night that
+    was published several times only the last version is kept. The last earlier version of the night of `date` is kept
+    too: nobody can go back to it, but replicas serve it until they have taken up the current one, which may take long
+    or be refused. With `keep` 0 it is dropped as well, for those who want it gone.
     """
     others = [version for version in store.versions() if version != current]
-    newest: dict[str, str] = {}  # by night, of which one may have been published several times
+    newest: dict[str, str] = {}  # by night; one may have been published several times
     for version in others:
         if (facts := store.facts(version)) is not None:
             newest.pop(facts["night"], None)
@@ -141,8 +143,11 @@ def _old_versions(store: OnlineStore, current: str, date: str, keep: int) -> lis
 
 
 def _paradigms(workspace: Workspace, night: Night) -> tuple[str, ...]:
-    """The one of the night's own summaries. Those of another variant may lie in the table for ever, of whoever asked for them once;
-    those before a cut are of less than is known, and for evaluations alone."""
+    """The paradigm of the night's own summaries; none if they cannot be served.
+
+    Summaries of another variant may stay in the table for ever, after somebody asked for them once. Summaries before a
+    cut are of less than is known, and only for evaluations.
+    """
     if "summaries" not in night.tables or "-cut" in night.summaries:
         return ()
     files = workspace.tables["summaries"].files(night.tables["summaries"], variant=night.summaries)
@@ -151,7 +156,7 @@ def _paradigms(workspace: Workspace, night: Night) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class BucketRows:
-    """Users and their packed records, in one order."""
+    """Users and their packed records, in the same order."""
 
     users: list[str]
     records: list[bytes]
@@ -159,8 +164,11 @@ class BucketRows:
 
 @dataclass(frozen=True)
 class NightRows:
-    """A night's tables as records of users. `recommender` is the name of the night's, `recipe` that of its states, `paradigms`
-    are those of its summaries, where these are of whole histories."""
+    """A night's tables as records of users.
+
+    `recommender` is the name of the night's recommender, `recipe` that of its states, and `paradigms` are those of its
+    summaries if these are of whole histories.
+    """
 
     workspace: Workspace
     night: Night
@@ -178,14 +186,14 @@ class NightRows:
     def buckets(self) -> int:
         """How many buckets the night's users are in: a power of two.
 
-        The workspace may have been split since. A user's bucket is the hash's last bits; where the upper half of the buckets
-        has nobody, one bit less says the same.
+        The workspace may have been split since. A user's bucket is the last bits of the hash. If nobody is in the upper
+        half of the buckets, one bit less says the same.
         """
         files = self.workspace.tables["histories"].files(self.night.tables["histories"])
         return 1 << max((int(file.partition["bucket"]) for file in files), default=0).bit_length()
 
     def counts(self) -> dict[str, Any]:
-        """How many users there are, and of how many there are states, lists and summaries."""
+        """How many users there are, and how many of them have states, lists and summaries."""
         found: dict[str, Any] = {
             "users": self._rows("histories"),
             "states": sum(self._state_count(bucket) for bucket in range(self.buckets())),
@@ -222,10 +230,10 @@ class NightRows:
         return BucketRows(users.to_pylist(), records)
 
     def _states(self, bucket: int, histories: pa.Table, *columns: str) -> pa.Table | None:
-        """The states that the night's recommender has of the night's histories.
+        """The states that the night's recommender has of the night's histories; None if the night has no such table.
 
-        Nights that extract something else leave an older night's rows as they are: those would rank a user by a history that
-        is no more, while the service computes the state of whom there is none.
+        Nights that extract something else leave an older night's rows as they are. Those would rank a user by an
+        outdated history, while the service computes the state of a user who has none.
         """
         rows = self._read("hidden_states", ["user_id", "change_key", *columns], bucket, self._variant("extract"))
         if rows is None:
@@ -249,7 +257,10 @@ class NightRows:
         return sum(file.rows for file in files)
 
     def _read(self, table: str, columns: list[str], bucket: int, variant: str | None = None) -> pa.Table | None:
-        """None where the night has no such table, or no recommender that would have written this variant."""
+        """A bucket of the table, as the night has it.
+
+        None if the night has no such table, or no recommender that would have written this variant.
+        """
         if table not in self.night.tables or variant == "":
             return None
         partition: dict[str, str | int] = {"bucket": bucket} | ({"variant": variant} if variant is not None else {})
@@ -257,7 +268,10 @@ class NightRows:
 
 
 def _slices(rows: pa.Table | None, column: str, users: pa.Array | None = None) -> Iterator[Any]:
-    """A list column's values row by row, as views; with `users` in their order, None for those without a row."""
+    """A list column's values row by row, as views.
+
+    With `users` they come in the order of these, with None for users without a row.
+    """
     if rows is None:
         assert users is not None
         yield from [None] * len(users)

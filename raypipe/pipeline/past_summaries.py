@@ -1,4 +1,4 @@
-"""Stored summaries by what they are of: for prompts about an event that tell of nothing but what came before it."""
+"""Stored summaries by the events that they are of, for prompts that may only tell what came before an event."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def past_summaries(
     users: pa.Array,
     lengths: NDArray[np.int64],
 ) -> PastSummaries:
-    """All that leave out at least `needed[0]` last events of the histories, which have `lengths` [users] events.
+    """All summaries that leave out at least the last `needed[0]` events of histories of `lengths` [users] events.
 
-    Recurrent ones are of their blocks of so many items too. Raises UsageError where those that leave out so many events as
-    `needed` were not written, of recurrent ones the first alone, as they are of their blocks too, or were written of other
-    blocks or by a language model that may have read what `needed[0]` leaves out.
+    Recurrent summaries are also there after each of their blocks of `block_items` items, so that only `needed[0]` is
+    needed of them. Raises UsageError if no summaries that leave out as many events as each of `needed` were written, or
+    if they were written of other blocks, or by a language model that may have read what `needed[0]` leaves out.
     """
     table = workspace.tables["summaries"]
     version = table.version()
@@ -56,11 +56,11 @@ def past_summaries(
                 continue
             blocks = (int(lengths[row]) - cut) // block_items
             whole, known = whole + bool(covered or blocks), known + bool(covered and covered == blocks)
-            # One of an older and shorter history is left out: it would pass for one of more than it is.
+            # A summary of an older, shorter history is left out: it would pass for one of more events than it covers.
             if covered == blocks:
                 texts.setdefault(row, {})[int(lengths[row]) - cut] = text
                 fresh.add(row)
-        # Histories of less than a block tell nothing of how long one is.
+        # Histories of less than a block do not tell how long a block is.
         if whole and not known:
             raise UsageError(
                 f"The {paradigm} summaries without the last {cut} events are not of blocks of {block_items}.",
@@ -75,8 +75,11 @@ def past_summaries(
 
 
 def check_written(workspace: Workspace, variant: str, hold_out: int, block_items: int | None = None) -> None:
-    """Raises UsageError where the newest run that wrote summaries of this variant tells that its language model may have read
-    some of everybody's last `hold_out` events, or that its blocks were not of `block_items`."""
+    """Raise UsageError if, by the newest run that wrote summaries of this variant, they cannot be used here.
+
+    That is so if its language model may have read some of everybody's last `hold_out` events, or if its blocks were not
+    of `block_items`.
+    """
     runs = (run.manifest["facts"] for run in workspace.ledger("summarize").finished())
     facts: dict[str, Any] | None = next((facts for facts in runs if facts["variant"] == variant), None)
     if facts is None:
@@ -104,7 +107,7 @@ def _add_blocks(
     fresh: set[int],
     texts: dict[int, dict[int, str]],
 ) -> None:
-    """What a recurrent summary was after each full block."""
+    """Add to `texts` what the recurrent summaries of the `fresh` users were after each full block."""
     table = workspace.tables["block_summaries"]
     rows = table.read(table.version(), ["user_id", "level", "block", "text"], variant=variant)
     places = pc.index_in(rows["user_id"], value_set=users).to_pylist()

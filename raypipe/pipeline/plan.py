@@ -1,8 +1,9 @@
-"""`raypipe plan`: what the next `summarize` would cost, and where a night explains that too, before a GPU is touched.
+"""`raypipe plan`: predict what the next `summarize`, and a night's explanations, would cost, before a GPU is touched.
 
-Users and calls are counted, not guessed, in up to `read_buckets` buckets and scaled from there. Prompt tokens come from a
-sample of real prompts under the real tokenizer, with two standard errors; what earlier answers add to them, the generated
-tokens and the seconds from the newest finished runs of the same engine in this workspace, seconds with the range of those.
+Users and calls are counted, not guessed, in up to `read_buckets` buckets, and scaled from there. Prompt tokens come
+from a sample of real prompts under the real tokenizer, with two standard errors. The newest finished runs of the same
+engine in this workspace give the rest: what earlier answers add to prompts, the generated tokens, and the seconds with
+their range over these runs.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _COST = {"calls": "calls", "tokens_in": "tokens_in", "tokens_out": "tokens_out_m
 
 
 class PlanConfig(SummarizeOptions, ExplainPolicy, JobConfig):
-    """Configuration of `plan`: the options of the `summarize` it is about, and a night's of its explanations."""
+    """Configuration of `plan`: the options of the `summarize` it is about, and those of a night's explanations."""
 
     read_buckets: int = free(8, "buckets that are counted; the others are scaled from them", ge=1)
     sample_users: int = free(100, "changed users whose prompts are tokenised", ge=1)
@@ -45,7 +46,7 @@ class PlanConfig(SummarizeOptions, ExplainPolicy, JobConfig):
 def run_plan(config: PlanConfig) -> JobResult:
     """Count and predict; nothing is written. Raises UsageError as `summarize` and `explain` would.
 
-    Figures of explanations begin with `explain.`, and the cost is of both.
+    Figures of explanations begin with `explain.`, and the cost is that of summaries and explanations together.
     """
     workspace = config.open_workspace()
     info = workspace.require_info()
@@ -86,7 +87,7 @@ def run_plan(config: PlanConfig) -> JobResult:
 
 
 def _explanations(config: PlanConfig, workspace: Workspace, buckets: Sequence[int]) -> dict[str, Any] | None:
-    """What the explanations of the next night would take; None where it would explain nothing."""
+    """What the explanations of the next night would take; None if it would explain nothing."""
     if config.explain_policy == "never":
         return None
     release = Releases(workspace.store).named("champion") or Release()
@@ -104,8 +105,11 @@ def _explanations(config: PlanConfig, workspace: Workspace, buckets: Sequence[in
 
 @dataclass(frozen=True)
 class _Counted:
-    """What one bucket holds: users, changed ones, blocks to read, those of them that are added to an earlier answer, merges;
-    of a sample, a prompt of a block without that answer, and of each of those users who has a merge the blocks it merges.
+    """What one bucket holds: users, changed users, blocks to read (`reads`), and merges.
+
+    `updates` is how many of the blocks to read are added to an earlier answer. Of a sample of the changed users,
+    `prompts` has the prompt of one block each, without the earlier answer, and `merged` the number of blocks that are
+    merged, for each user who has a merge.
     """
 
     users: int
@@ -148,7 +152,7 @@ def _tokens(
     merges: int,
     past: Sequence[PastRun],
 ) -> dict[str, Any]:
-    """Prompt tokens with two standard errors of the sample, expected and most generated tokens."""
+    """Prompt tokens with two standard errors of the sample, and the expected and the most generated tokens."""
     prompts = [prompt for count in counted for prompt in count.prompts]
     most = reads * summaries.block_decoding.max_new_tokens + merges * summaries.merge_decoding.max_new_tokens
     if not prompts:
@@ -157,7 +161,7 @@ def _tokens(
     frames = [summaries.prompts.merge_prompt([""] * blocks).text for blocks in merged]
     counts = engine.token_counter()([*prompts, *frames])
     lengths, frame_lengths = counts[: len(prompts)], counts[len(prompts) :]
-    # Without a run to learn from, answers are as long as they may be.
+    # Without a past run, answers are assumed to be as long as they may be.
     answer = float(np.median([run.answer for run in past])) if past else summaries.block_decoding.max_new_tokens
     shown = reads * answer * sum(count.updates for count in counted) / sum(count.reads for count in counted)
     if merged:
@@ -172,7 +176,7 @@ def _tokens(
 
 
 def _memory_mb(workspace: Workspace, lm: str, buckets: int, pins: Pins) -> int:
-    """Weights plus one bucket's rows, decompressed about fourfold, plus the interpreter."""
+    """A worker's memory in MiB: weights, one bucket's rows, decompressed about fourfold, and the interpreter."""
     weights = sum(file.stat().st_size for file in Path(lm).glob("*.safetensors")) if lm and Path(lm).is_dir() else 0
     tables = (("histories", pins.histories), ("block_summaries", pins.block_summaries))
     stored = sum(file.size for name, version in tables for file in workspace.tables[name].files(version))

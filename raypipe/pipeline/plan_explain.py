@@ -1,4 +1,4 @@
-"""What the next `explain` would cost: pairs counted in some buckets, real prompts of a sample tokenised."""
+"""What the next `explain` would cost: pairs are counted in some buckets, and real prompts of a sample are tokenised."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from raypipe.storage.ledger import Usage
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.explanations import ExplanationRequest
 
-_CALLS = 2  # of a pair: the decision is scored, the explanation generated
+_CALLS = 2  # for each pair: the decision is scored, the explanation generated
 
 
 def plan_explanations(
     config: ExplainOptions, workspace: Workspace, buckets: Sequence[int], sample: int
 ) -> dict[str, Any]:
-    """Pairs, calls, tokens and seconds, scaled from these buckets; raises UsageError as `explain` would.
+    """Pairs, calls, tokens and seconds, scaled from these buckets. Raises UsageError as `explain` would.
 
-    `tokens_in_error` are two standard errors of the sample. Answers that are asked for again are not foreseen.
+    `tokens_in_error` is two standard errors of the sample. Answers that are asked for again are not foreseen.
     """
     explainer = Explainer.of(config, workspace)
     versions = {name: workspace.tables[name].version() for name in (*input_tables(config), TABLE)}
@@ -76,7 +76,7 @@ def _tokens(
 
 
 def _lengths(prompts: Sequence[Prompt], engine: EngineConfig, adapter: AdapterConfig) -> list[int]:
-    """In tokens; each piece of text is tokenised by itself, as where prompts are read."""
+    """The lengths of prompts in tokens. Each piece of text is tokenised by itself, as the engine does."""
     texts = [[one.text for one in prompt.segments if isinstance(one, Text)] for prompt in prompts]
     counts = iter(engine.token_counter()([text for mine in texts for text in mine]))
     soft = [

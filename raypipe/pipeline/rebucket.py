@@ -1,8 +1,8 @@
-"""`raypipe rebucket --buckets N`: more user buckets, for a workspace that grew.
+"""`raypipe rebucket --buckets N`: split the user buckets of a workspace that grew.
 
-N is a power of two and a multiple of what there is, so that every bucket is split where it lies and no row changes its
-place but to a part of its own bucket. The tables and the workspace's number of buckets change together, or after a kill,
-when the next job completes it. Nights published before keep the buckets they were published with.
+N is a power of two and a multiple of the present number, so that every bucket is split where it lies: a row only moves
+to a part of its own bucket. The tables and the workspace's number of buckets change together. After a kill they do so
+when the next job completes the change. Nights published before keep the buckets they were published with.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ class RebucketConfig(JobConfig):
 
 
 def run_rebucket(config: RebucketConfig) -> JobResult:
-    """Split every bucket; see the module. Raises UsageError for a number that cannot be, and while a run is open."""
+    """Split every bucket; see the module.
+
+    Raises UsageError for a number of buckets that cannot be, and while a run is open.
+    """
     started = time.monotonic()
     workspace = config.open_workspace()
     workspace.require_info()
@@ -82,7 +85,7 @@ def _check(buckets: int, present: int) -> None:
 
 
 def _parts(workspace: Workspace, base: Mapping[str, int], receipts: Sequence[Receipt]) -> list[Publish]:
-    """Every table anew. Raises AssertionError where a row is missing."""
+    """The new files of every table, to be published. Raises AssertionError if a row is missing."""
     parts = []
     for name, version in base.items():
         if version == ABSENT:
@@ -95,7 +98,7 @@ def _parts(workspace: Workspace, base: Mapping[str, int], receipts: Sequence[Rec
 
 
 class SplitBucket:
-    """A bucket of every table, split by its users' hashes into those it becomes."""
+    """Splits one bucket of every table into the buckets that it becomes, by the users' hashes."""
 
     def __init__(self, workspace: Workspace, base: Mapping[str, int], present: int, buckets: int) -> None:
         self.workspace = workspace

@@ -1,4 +1,4 @@
-"""`raypipe recommend`: the best items of every user, over the whole catalogue."""
+"""`raypipe recommend`: list the best items of every user, over the whole catalogue."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from raypipe.systems.lancer import NAME as LANCER
 JOB = "recommend"
 STEP_VERSION = 3
 _WRITTEN_STEP_VERSION = 4
-"""Of lists that a language model writes."""
+"""The step version for lists that a language model writes."""
 
 
 class RecommendOptions(CapOptions, EncodeOptions):
@@ -59,9 +59,9 @@ class RecommendConfig(RecommendOptions, EncodeConfig):
 
 
 def run_recommend(config: RecommendConfig, night: NightRuns | None = None) -> JobResult:
-    """Lists into `recommendations`, variant `recommend-<model>`; unavailable items are in none. `night` as for `run_encoding`.
+    """Write lists to `recommendations`, variant `recommend-<model>`. Unavailable items are in none of them.
 
-    Raises UsageError where fewer than `length` items may be recommended.
+    `night` is as for `run_encoding`. Raises UsageError if fewer than `length` items may be recommended.
     """
     started = time.monotonic()
     workspace = config.open_workspace()
@@ -87,7 +87,7 @@ def run_recommend(config: RecommendConfig, night: NightRuns | None = None) -> Jo
 
 
 def _written(config: RecommendConfig, workspace: Workspace, model: Model) -> Encoding:
-    """Lists that a language model writes."""
+    """What to compute for lists that a language model writes."""
     items = workspace.tables["items"].read(pinned_versions(workspace)["items"]).sort_by("index")
     loads = LoadsWriter.of(config, workspace, model, items, config.answer_tokens)
     allowed = _enough(allowed_items(items, config), config.length)
@@ -115,7 +115,7 @@ def _encoding(config: RecommendConfig, model: Model, recipe: str, makes: Makes) 
 
 
 def _enough(allowed: NDArray[np.bool_], length: int) -> NDArray[np.bool_]:
-    """Raises UsageError where lists would be longer than what may be in them."""
+    """`allowed` itself. Raises UsageError if lists of this length would be longer than what may be in them."""
     if (left := int(allowed.sum())) < length:
         raise UsageError(
             f"Lists of {length} were asked for, and {left:,} of the model's {len(allowed) - 1:,} items may be recommended.",
@@ -125,7 +125,7 @@ def _enough(allowed: NDArray[np.bool_], length: int) -> NDArray[np.bool_]:
 
 
 def allowed_items(items: pa.Table, config: RecommendOptions) -> NDArray[np.bool_]:
-    """bool [items + 1] by index: available, not denied, with the attributes asked for.
+    """Which items may be recommended, bool [items + 1] by index: available, not denied, with the attributes asked for.
 
     Raises UsageError for a deny list that cannot be read or an attribute that no item has.
     """

@@ -1,4 +1,4 @@
-"""What a recommender makes of users: their states, or the items it ranks first for them."""
+"""The rows that a recommender makes of users: their states, or the items it ranks first for them."""
 
 from __future__ import annotations
 
@@ -30,25 +30,28 @@ from raypipe.storage.workspace import Workspace
 
 
 class Rows(Protocol):
-    """What a job makes of users; columns of its table, `place` standing for the user."""
+    """Makes the rows of users for a job: the columns of its table, with the user's `place` instead of the id."""
 
     def warm(
         self, model: Recommender, known: Histories, places: NDArray[np.int64], seeds: NDArray[np.int64]
     ) -> pa.Table:
-        """Of the users at `places`, of whose histories `known` holds what the model has seen; one seed each."""
+        """The rows of the users at `places`.
+
+        `known` holds the part of histories that the model has seen, and `seeds` has one for each of these users.
+        """
         ...
 
     def cold(self, places: NDArray[np.int64]) -> pa.Table | None:
-        """Rows of users of whom the model knows nothing; None where there is nothing to say."""
+        """The rows of users unknown to the model; None if they get none."""
         ...
 
 
 @dataclass(frozen=True)
 class ByRecommender:
-    """`rows` by the stored recommender `model`; implements `Makes`.
+    """Makes `rows` by the stored recommender `model`; implements `Makes`.
 
-    Items the model never saw are left out of a history. A user without any item it knows is cold: skipped, unless there are
-    rows for such users.
+    Items the model never saw are left out of a history. A user without any item that it knows is cold, and is skipped
+    unless there are rows for such users.
     """
 
     workspace: Workspace
@@ -60,7 +63,7 @@ class ByRecommender:
 
     @cached_property
     def recommender(self) -> Recommender:
-        # Loaded at the first changed user: a night without changes loads no weights.
+        # Loaded for the first changed user, so that a night without changes loads no weights.
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -77,7 +80,7 @@ class ByRecommender:
         failed: dict[int, tuple[str, str]] = {}
         left = int(is_warm.sum())
         for batch in self._batches(known, work[is_warm], names, context.deaths):
-            # A recommender costs no calls: the deadline alone can refuse.
+            # A recommender costs no calls, so only the deadline can refuse.
             if not budget.take(Usage()):
                 break
             left -= len(batch)
@@ -98,22 +101,28 @@ class ByRecommender:
     def _batches(
         self, known: Histories, users: NDArray[np.int64], names: Sequence[str], suspects: Mapping[str, int]
     ) -> Iterator[NDArray[np.int64]]:
-        """Users of like length together; before them suspects alone, those that died most often first: a death costs what was
-        computed before it."""
+        """Batches of users of like length. Before them come suspects, each alone.
+
+        The suspects that died most often come first, as a death costs what was computed before it.
+        """
         alone = np.array([names[place] in suspects for place in users], bool)
         for place in sorted(users[alone].tolist(), key=lambda place: -suspects[names[place]]):
             yield np.array([place])
         yield from batches_by_length(known, self.recommender.max_length, users[~alone], self.micro_batch_positions)
 
     def _blocks(self, known: Histories, batch: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-        """A micro-batch as a GPU takes it, whole, or in the smaller batches that a CPU is fast at."""
+        """The batches that a micro-batch is computed in: one for a GPU, or the smaller ones that a CPU is fast at."""
         if self.recommender.table.is_cuda:
             return iter([batch])
         return batches_by_length(known, self.recommender.max_length, batch)
 
 
 def _at_events(rows: pa.Table, starts: NDArray[np.int64], events: NDArray[np.int64]) -> pa.Table:
-    """Rows with a `position` among the events a model knows, `starts` [users] their first ones, at that among all events."""
+    """`rows` with each `position`, which counts the events that the model knows, counted among all events instead.
+
+    `starts` [users] are the users' first known events; `events` has the place of each known event in its whole history.
+    Rows without a `position` stay as they are.
+    """
     if "position" not in rows.column_names:
         return rows
     at = starts[rows["place"].to_numpy()] + rows["position"].to_numpy()
@@ -122,10 +131,11 @@ def _at_events(rows: pa.Table, starts: NDArray[np.int64], events: NDArray[np.int
 
 @dataclass(frozen=True)
 class States:
-    """The state of every history (`last`), or of every prefix of it (`all`): after each event, and as if nothing had followed.
+    """Makes the state of every history (`last`), or of every prefix of it (`all`).
 
-    With `queries`, what the model multiplies item vectors with instead: DreamRec's oracles. Those of a last position are
-    the very ones that `recommend` ranks by.
+    A prefix's state is that after its last event, as if nothing had followed. With `queries` it makes what the model
+    multiplies item vectors with instead: DreamRec's oracles. Those of a last position are the very ones that
+    `recommend` ranks by.
     """
 
     positions: str
@@ -162,9 +172,9 @@ class States:
 
 @dataclass(frozen=True)
 class Recommendations:
-    """The best k items of every history; to users of whom the model knows nothing, what is popular.
+    """Makes lists of the best k items of every history. Users unknown to the model get what is popular.
 
-    `allowed` bool [items + 1] over the model's items; `popular` int32 [≤ k], what is recommended to these.
+    `allowed` is bool [items + 1] over the model's items; `popular` int32 [≤ k] is what those users get.
     """
 
     k: int

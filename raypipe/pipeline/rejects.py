@@ -15,11 +15,14 @@ from raypipe.storage.tables import StagedFile
 from raypipe.storage.workspace import Workspace
 
 WORKER_DIED = ("worker_died", f"Its worker died or hung {MAX_DEATHS} times with it alone, on a healthy node.")
-"""Reason and message of a row that ends its process."""
+"""Reason and message for a row that kills its process."""
 
 
 def reject_rows(run_key: str, rejects: pa.Table, variant: str | None = None) -> pa.Table:
-    """Rejects (key, reason, message, row and, where it has them, change_key and attempts) as rows of the table."""
+    """Rejects as rows of the table `rejects`.
+
+    They have key, reason, message and row, and may have change_key and attempts.
+    """
     count = rejects.num_rows
     columns = set(rejects.column_names)
     return pa.table(
@@ -45,10 +48,10 @@ def stage_rejected(
     names: Sequence[str] | None = None,
     items: Sequence[int] | None = None,
 ) -> list[StagedFile]:
-    """Users whose row of `table` could not be computed: stages them with their reason and message, `outcomes`.
+    """Stage rejects of users whose row of `table` could not be computed. `outcomes` are their reasons and messages.
 
-    `names` are their rows in the unit's journal, where these are not their ids; `items` the indices of the items that the rows
-    are of too, where they are of a user and an item.
+    `names` are the names of their rows in the unit's journal, if these are not their ids. `items` are the indices of
+    the items, if the rows are of a user and an item.
     """
     rejected: list[dict[str, str | int]] = [{"user_id": user} for user in users]
     if items is not None:
@@ -68,7 +71,7 @@ def stage_rejected(
 
 
 def blocked_users(workspace: Workspace, version: int, table: str, variant: str) -> set[tuple[str, str]]:
-    """(user, change key) of every user that was rejected for `table` and is not tried again with that change key."""
+    """(user, change key) of all users that were rejected for `table` and are not tried again with that change key."""
     rows = workspace.tables["rejects"].read(version, ["key", "variant", "change_key"], table=table)
     chosen = rows.filter(pc.equal(rows["variant"], variant))
     return set(zip(chosen["key"].to_pylist(), chosen["change_key"].to_pylist(), strict=True))

@@ -1,7 +1,7 @@
-"""`raypipe release`: judge a candidate beside the release in force, and put it in force, or point back to an earlier one.
+"""`raypipe release`: judge a candidate beside the release in force, and put it in force; or restore an earlier one.
 
-The gate asks for the same held-out events of both recommenders, over the same catalogue. A candidate has to reach a
-share of the champion's figure and to beat popularity; the first release has popularity alone to beat.
+The gate asks both recommenders for the same held-out events over the same catalogue. A candidate has to reach a share
+of the champion's figure and to beat popularity. The first release only has to beat popularity.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class ReleaseConfig(JobConfig, ModelCache):
 
 
 def run_release(config: ReleaseConfig) -> JobResult:
-    """Judge and promote, restore, or list. Raises RefusedError, exit code 3, where the gate keeps the old release."""
+    """Judge and promote, restore, or list. Raises RefusedError, exit code 3, if the gate keeps the old release."""
     workspace = config.open_workspace()
     workspace.require_info()
     releases = Releases(workspace.store)
@@ -98,7 +98,7 @@ def run_release(config: ReleaseConfig) -> JobResult:
 def promote(config: ReleaseConfig, workspace: Workspace, recommender: str, lm: str | None) -> dict[str, float]:
     """Make `recommender` a candidate, judge it, and put it in force. Returns the figures it was judged by.
 
-    Raises RefusedError where the gate keeps the release in force.
+    Raises RefusedError if the gate keeps the release in force.
     """
     releases = Releases(workspace.store)
     model = find_model(Models(workspace.store), recommender)
@@ -128,9 +128,9 @@ def promote(config: ReleaseConfig, workspace: Workspace, recommender: str, lm: s
 def _adapters(
     config: ReleaseConfig, workspace: Workspace, recommender: str, lm: str, champion: Release
 ) -> dict[str, str]:
-    """The candidate's adapters, by name; none of another recommender or language model.
+    """The candidate's adapters, by name, without those of another recommender or language model.
 
-    Raises UsageError where one is asked for that belongs to others.
+    Raises UsageError if one that belongs to others is asked for.
     """
     models = Models(workspace.store)
     asked = config.adapters
@@ -140,7 +140,7 @@ def _adapters(
     for name in names:
         model = find_model(models, name)
         card = read_card(config.fetch(workspace, model))
-        # What is told all in words, as what ranks, belongs to no recommender.
+        # An adapter that is told everything in words, as one that ranks, belongs to no recommender.
         if card.recommender in {"", recommender} and card.lm == content:
             found[model.name] = model.hash
         elif asked is None:
@@ -166,7 +166,10 @@ def _content_of(config: ReleaseConfig, workspace: Workspace, lm: str) -> str:
 
 
 def _judged(config: ReleaseConfig, workspace: Workspace, candidate: str, champion: str) -> dict[str, float]:
-    """The gate's metric of candidate, champion and popularity, on the events that neither model was trained on."""
+    """The gate's metric of candidate, champion and popularity, on the events that neither model was trained on.
+
+    A champion that was trained on every event is left out.
+    """
     loaded = {candidate: Loaded.of(config, workspace, candidate)}
     if champion not in {"", candidate}:
         loaded[champion] = Loaded.of(config, workspace, champion)

@@ -1,8 +1,9 @@
-"""Examples of somebody's own: prompts with their answers, which a language model learns too, so that it keeps its language.
+"""Examples of one's own: prompts with their answers, which a language model learns too, so that it keeps its language.
 
-A line of the file is {"prompt": …, "answer": …}, or a conversation as chats are published: {"messages": [{"role": …, "content":
-…}, …]} of the roles system, user and assistant. Of a conversation every turn of the assistant is an example of its own, whose
-prompt is all that was said before. Where the assistant has spoken before, the turns of a prompt begin with who speaks.
+A line of the file is {"prompt": …, "answer": …}, or a conversation as chats are published: {"messages": [{"role": …,
+"content": …}, …]} with the roles system, user and assistant. Every turn of the assistant that follows another turn is
+an example, whose prompt is all that was said before. If the assistant has spoken before, each turn of the prompt begins
+with its role.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ _BETWEEN_TURNS = "\n\n"
 
 
 def read_replay(path: str) -> list[SoftExample]:
-    """Of a file of JSON lines, empty ones left out. Raises UsageError where the file cannot be read or holds no example, with the
-    first line that is wrong."""
+    """The examples of a file of JSON lines; empty lines are left out.
+
+    Raises UsageError if the file cannot be read or holds no example, and names the first line that is wrong.
+    """
     examples: list[SoftExample] = []
     try:
         with Path(path).open(encoding="utf-8") as lines:
@@ -51,7 +54,7 @@ def _of_line(path: str, number: int, line: str) -> list[SoftExample]:
 
 
 def _examples(row: Any) -> Iterator[SoftExample]:
-    """Raises ValueError for a row that is neither."""
+    """The examples of one row. Raises ValueError for a row of neither form."""
     if not isinstance(row, dict):
         raise ValueError("it is no object")
     if "messages" in row:

@@ -1,8 +1,9 @@
-"""`raypipe report`: every recommender and system that was measured, beside floors, controls and what is published.
+"""`raypipe report`: show every recommender and system that was measured, beside floors, controls and what is published.
 
-One HTML page that needs nothing else and the same tables as Markdown, below `reports/` or in `--folder`. The figures are those
-that `evaluate`, `align` and `judge` recorded in the workspace, and those of golden tables. Nothing is measured here, and no user
-is named; what a report says follows from these figures alone, so that the same figures give the same bytes.
+It writes one HTML page that needs nothing else, and the same tables as Markdown, below `reports/` or in `--folder`. The
+figures are those that `evaluate`, `align` and `judge` recorded in the workspace, those of `summarize` runs in the
+ledger, and those of golden tables. Nothing is measured here, and no user is named. What a report says follows from
+these figures alone, so that the same figures give the same bytes.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class ReportConfig(JobConfig):
 
 
 def run_report(config: ReportConfig) -> JobResult:
-    """Write both files. Raises UsageError where nothing was measured, or a golden table cannot be read."""
+    """Write both files. Raises UsageError if nothing was measured, or a golden table cannot be read."""
     started = time.monotonic()
     workspace = config.open_workspace()
     tracking = config.open_tracking(workspace)
@@ -98,12 +99,12 @@ def _report(
 
 
 def _models(figures: list[Figure]) -> int:
-    """How many there are, of each data set: no floors, and nothing that only stands beside one."""
+    """How many models there are, over all data sets, without floors and without what only stands beside a model."""
     return len({(figure.dataset, *figure.row) for figure in figures if kind_of(figure.model) == "model"})
 
 
 def _data_set(workspace: Workspace) -> str:
-    """A public data set's name, by its users and events; else the workspace's last folder."""
+    """A public data set's name, known by its users and events; else the last folder of the workspace's URI."""
     versions = pinned_versions(workspace)
     users, histories = read_histories(workspace, versions["histories"])
     return DATA_SETS.get((len(users), len(histories.items)), workspace.uri.rstrip("/").rsplit("/", 1)[-1])
@@ -124,7 +125,10 @@ def _judged(workspace: Workspace, dataset: str) -> list[Figure]:
 
 
 def _summarised(workspace: Workspace, dataset: str) -> list[Figure]:
-    """What the newest finished run of each kind of summaries found of those it wrote."""
+    """The quality figures of the newest finished `summarize` run of each variant and engine.
+
+    They are of the summaries that the run wrote.
+    """
     found: dict[str, list[Figure]] = {}
     for run in reversed(list(workspace.ledger("summarize").finished())):
         result = run.result()
@@ -141,7 +145,7 @@ def _summarised(workspace: Workspace, dataset: str) -> list[Figure]:
 
 
 def _spent(workspace: Workspace) -> list[tuple[str, ...]]:
-    """Of every job with a ledger its finished runs, and what they cost together; see `report_page.SPENT`."""
+    """A row for every job with a ledger: its finished runs, and what they cost together; see `report_page.SPENT`."""
     rows = []
     for job in workspace.store.folders("ledger"):
         ledger = workspace.ledger(job)
@@ -162,7 +166,7 @@ class _Written:
 
 
 def _write(config: ReportConfig, workspace: Workspace, files: dict[str, str]) -> _Written:
-    """Where the files are, and whether one of them says something new."""
+    """Write the files that say something new. Returns where the files are, and whether one was written."""
     places, changed = [], False
     store = workspace.store if config.folder is None else Store(config.folder)
     for name, text in files.items():

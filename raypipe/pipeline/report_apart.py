@@ -1,8 +1,8 @@
-"""What tells models of one name apart in a report: everything that they were made with, but for the seeds of trainings.
+"""What tells models of one name apart in a report: everything that they were made with, except the seeds of trainings.
 
-A model that others were made of is told by its settings, and not by the hash of its content, which differs by seed. Seeds become
-one row only where nothing else is known to differ: where one seed would stand for two models that were made of others of
-different seeds, these tell them apart, and so does what they were trained on.
+A model that others were made of is known by its settings, and not by the hash of its content, which differs by seed.
+Models become seeds of one row only if nothing else is known to differ. If one seed would stand for two models that were
+made of models of different seeds, those seeds tell them apart, and so does what they were trained on.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ _SEED = "trainer.seed"
 
 @dataclass(frozen=True)
 class Made:
-    """How a model was made, in values by dotted names. `rows` is where it may stand beside others, its name among it.
+    """How a model was made: `settings` are values by dotted names.
 
-    `of` has the names of those settings that are models; `seeds` theirs, and `data` what they were trained on, each by the
-    setting, and by "" what the model itself was.
+    Models of equal `rows`, which holds the name, may stand beside each other in a table. `of` has the names of the
+    settings that are models. `seeds` are the seeds of these models, by setting. `data` is what they were trained on, by
+    setting, and by "" what the model itself was trained on.
     """
 
     rows: Hashable
@@ -45,7 +46,7 @@ class Made:
         versions: Mapping[str, int],
         parts: Mapping[str, Part],
     ) -> Made:
-        """A model of these settings, of which those that name one of `parts` are told by what that was made with."""
+        """A model of these settings. A setting that names one of `parts` is told by that part's name and settings."""
         told: dict[str, str] = {}
         seeds: dict[str, str] = {}
         data = {"": str(versions["histories"])} if "histories" in versions else {}
@@ -64,11 +65,14 @@ class Made:
 
 
 def parts_of(evaluations: Sequence[Evaluation]) -> dict[str, Part]:
-    """By NAME/HASH what is known of models that others may be made of: from their records, and from those of the others."""
+    """What is known of models that others may be made of, by NAME/HASH.
+
+    It comes from their own records, and from those of the models that were made of them.
+    """
     found = {
         f"{one.name}/{one.hash}": Part(one.seed, one.settings, one.versions)
         for one in evaluations
-        # Records of other systems may tell of how they were asked, too.
+        # The settings in records of other systems may also say how they were asked.
         if one.settings and (one.job == "evaluate" or one.name == "guided")
     }
     for one in evaluations:
@@ -77,7 +81,7 @@ def parts_of(evaluations: Sequence[Evaluation]) -> dict[str, Part]:
 
 
 def told_apart(made: Sequence[Made]) -> list[str]:
-    """Of each what tells it from the others of its `rows`, the oldest first; "" where nothing but the seed does."""
+    """What tells each model from the others of its `rows`, given oldest first; "" if nothing but the seed does."""
     settings = [dict(one.settings) for one in made]
     for members in _alike(made, settings):
         by_seed: dict[int, list[Made]] = {}
@@ -96,7 +100,7 @@ def told_apart(made: Sequence[Made]) -> list[str]:
 
 
 def _alike(made: Sequence[Made], settings: Sequence[Mapping[str, str]]) -> list[list[int]]:
-    """Which have the same settings and may stand in one row."""
+    """Groups of models, by place, that have the same settings and may stand in one row."""
     found: dict[Hashable, list[int]] = {}
     for at, (one, mine) in enumerate(zip(made, settings, strict=True)):
         found.setdefault((one.rows, frozenset(mine.items())), []).append(at)
@@ -118,13 +122,17 @@ def _told(at: int, made: Sequence[Made], settings: Sequence[Mapping[str, str]]) 
     apart = [name for name in names if _tells(name, others, models)]
     differences = _differences(mine, apart)
     if any(theirs != mine and _differences(theirs, apart) == differences for theirs in others):
-        # What is cut short reads alike, and rows that read alike would take each other's place.
+        # Labels that are cut short may read alike, and rows that read alike would take each other's place.
         differences = f"{differences}; settings {fingerprint(mine)[:8]}"
     return differences
 
 
 def _tells(name: str, several: Sequence[Mapping[str, str]], models: set[str]) -> bool:
-    """Whether a value differs; of a setting of a model that others were made of, among those made of models of that name."""
+    """Whether the values of a setting differ.
+
+    The setting of a model that others were made of counts only if it differs among those made of models of the same
+    name.
+    """
     model = max((one for one in models if name.startswith(f"{one}.")), key=len, default=None)
     found: dict[str | None, set[str | None]] = {}
     for one in several:
@@ -139,7 +147,7 @@ def _differences(settings: Mapping[str, str], names: Sequence[str]) -> str:
 
 
 def _flat(settings: Mapping[str, Any], prefix: str) -> dict[str, str]:
-    """Dotted names of values, `prefix` before each, but for the seed's of the training."""
+    """Values by dotted names, with `prefix` before each, without the seed of the training."""
     found: dict[str, str] = {}
     unread = [("", settings)]
     while unread:

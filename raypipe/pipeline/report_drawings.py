@@ -1,4 +1,4 @@
-"""Which plots a report has: training, recall by history length, recovery by position, what projection loses, attributes."""
+"""The plots of a report: training, recall by history length, recovery by position, projection losses, attributes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PROBES = ("probe of states", "probe of tokens", "probe of hidden states")
 
 
 def plots_of(figures: Sequence[Figure]) -> list[Plot]:
-    """Of one data set, those there are numbers for."""
+    """The plots of one data set that there are numbers for."""
     return [*_by_length(figures), *_by_place(figures), *_projection(figures), *_attributes(figures)]
 
 
@@ -56,13 +56,13 @@ def _by_place(figures: Sequence[Figure]) -> list[Plot]:
 
 
 def _groups(figures: Iterable[Figure], pattern: re.Pattern[str], group: int) -> list[tuple[str, str]]:
-    """Every (group of the metric's name, protocol) that is there; with group 0 the metric's name means nothing."""
+    """The distinct pairs (group of the metric's name, protocol). With group 0 the first of a pair is ""."""
     found = [(m[group] if group else "", f.protocol) for f in figures if (m := pattern.match(f.metric))]
     return list(dict.fromkeys(found))
 
 
 def _series(figures: Sequence[Figure], metrics: Sequence[str]) -> list[Series]:
-    """A line of each model over `metrics`, models before what stands beside them."""
+    """A line over `metrics` for each row: models come first, each before what stands beside it."""
     found = []
     for row in rows_of(figures):
         points = [
@@ -77,7 +77,7 @@ def _series(figures: Sequence[Figure], metrics: Sequence[str]) -> list[Series]:
 
 
 def _projection(figures: Sequence[Figure]) -> list[Plot]:
-    """What probes read on the way from a state to words, beside the words."""
+    """Plots of what probes read on the way from a state to words, beside the words."""
     found = []
     for metric in ("recovery", "T1 HR@5", "T1 HR@5 unseen"):
         rows = rows_of(figure for figure in figures if figure.metric == metric)
@@ -99,7 +99,7 @@ def _projection(figures: Sequence[Figure]) -> list[Plot]:
 
 
 def _attributes(figures: Sequence[Figure]) -> list[Plot]:
-    """Which attributes decide on what a guided recommender recommends."""
+    """Plots of which attributes decide on what a guided recommender recommends."""
     found = []
     for row in rows_of(figure for figure in figures if SHARE.match(figure.metric)):
         cells = sorted(row.cells.items(), key=lambda pair: -pair[1].value)
@@ -110,7 +110,7 @@ def _attributes(figures: Sequence[Figure]) -> list[Plot]:
 
 
 def training_plots(evaluations: Sequence[Evaluation]) -> list[Plot]:
-    """Loss and validation of every training whose curve is stored."""
+    """Plots of loss and validation of every training whose curve is stored."""
     found = []
     newest = {
         (label, beside_of(one), one.seed): one for label, one in zip(labels(evaluations), evaluations, strict=True)

@@ -1,4 +1,7 @@
-"""Figures as a report compares them: each belongs to a data set, a protocol, a model and a seed; seeds become mean and spread."""
+"""Figures as a report compares them, with seeds reduced to mean and spread.
+
+Each figure belongs to a data set, a protocol, a model and a seed.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,10 @@ _GAINED = "NDCG@10"
 
 @dataclass(frozen=True)
 class Figure:
-    """One number of one seed. `model` is followed by what stands beside it after commas: "RecInterpreter, shuffled states"."""
+    """One number of one seed.
+
+    In `model`, what stands beside the model follows after a comma: "RecInterpreter, shuffled states".
+    """
 
     dataset: str
     protocol: str
@@ -57,8 +63,11 @@ class Figure:
 
 @dataclass(frozen=True)
 class Cell:
-    """Over seeds: the mean, the standard deviation where there are several, and the mean half-width of the intervals over
-    users where there are any."""
+    """A figure over seeds: `value` is the mean.
+
+    `spread` is the standard deviation, None for a single figure. `half_width` is the mean half-width of the intervals
+    over users, None if there are none.
+    """
 
     value: float
     spread: float | None
@@ -94,7 +103,10 @@ _ROWS = TypeAdapter(list[GoldenRow])
 
 
 def read_golden(path: str) -> list[Figure]:
-    """The figures of a golden table. Raises UsageError for a file that is none, with the first thing that is wrong."""
+    """The figures of a golden table.
+
+    Raises UsageError for a file that cannot be read or is no golden table, with the first thing that is wrong.
+    """
     try:
         rows = _ROWS.validate_python(json.loads(Path(path).read_text(encoding="utf-8")))
     except OSError as error:
@@ -122,7 +134,10 @@ def read_golden(path: str) -> list[Figure]:
 
 
 def figures_of(evaluations: Sequence[Evaluation], dataset: str) -> list[Figure]:
-    """The figures of a workspace's records, given oldest first: of two with equal settings and seed the newer counts."""
+    """The figures of a workspace's records, which are given oldest first.
+
+    Of two records with equal settings and seed the newer counts.
+    """
     newest: dict[tuple[str, str, str, str, int], Figure] = {}
     alone = _Alone(evaluations)
     for evaluation, label in zip(evaluations, labels(evaluations), strict=True):
@@ -154,7 +169,7 @@ def figures_of(evaluations: Sequence[Evaluation], dataset: str) -> list[Figure]:
 
 
 class _Alone:
-    """What ranks beside models by itself: floors, and recommenders, of which there may be several of one name."""
+    """Names what ranks beside models by itself: floors, and recommenders. Several recommenders may have one name."""
 
     def __init__(self, evaluations: Sequence[Evaluation]) -> None:
         self._parts = parts_of(evaluations)
@@ -165,14 +180,20 @@ class _Alone:
         self._names = {named: told for mine in by_name.values() for named, told in self._named(mine)}
 
     def of(self, scorer: str, evaluation: Evaluation) -> tuple[str, int]:
-        """Its name, and its seed: 0 of a floor, which learns from what all models learn from, and where none is known."""
+        """A scorer's name and its seed.
+
+        The seed is 0 for a floor, which learns from what all models learn from, and if none is known.
+        """
         named = _beside(evaluation)
         if named is None or named.partition("/")[0] != scorer:
             return proper(scorer), 0
         return self._names[named], self._parts[named].seed if named in self._parts else 0
 
     def _named(self, stored: Sequence[str]) -> Iterator[tuple[str, str]]:
-        """Models of one name, each with what tells it apart: its hash, unless it is known of all how they were made."""
+        """Stored models of one name, each with what tells it apart.
+
+        That is how it was made if this is known of all of them, else its hash.
+        """
         names = [proper(named.partition("/")[0]) for named in stored]
         if all(named in self._parts for named in stored):
             parts = [self._parts[named] for named in stored]
@@ -188,13 +209,13 @@ class _Alone:
 
 
 def _beside(evaluation: Evaluation) -> str | None:
-    """NAME/HASH of the recommender that a system stands beside."""
+    """NAME/HASH of the recommender that a system stands beside, if there is one."""
     named = evaluation.settings.get("recommender")
     return named if isinstance(named, str) else None
 
 
 def _costs(evaluation: Evaluation) -> dict[str, Measured]:
-    """Of the training, where its curve is stored."""
+    """Seconds and steps of the training, if its curve is stored."""
     told = {"train_seconds": "seconds", "steps": "steps"}
     return {
         metric: Measured(float(evaluation.training[name]))
@@ -204,7 +225,10 @@ def _costs(evaluation: Evaluation) -> dict[str, Measured]:
 
 
 def _gain(evaluation: Evaluation, evaluations: Sequence[Evaluation]) -> dict[str, Measured]:
-    """Of a guided recommender, over the very base it started from, where that is of its seed and was asked the same."""
+    """The relative gain of a guided recommender over the very base it started from.
+
+    It is there only if the base is of the same seed and was asked the same.
+    """
     guided = _guided(evaluation.settings)
     mine = evaluation.figures.get(evaluation.name, {}).get(_GAINED)
     if guided is None or mine is None:
@@ -220,14 +244,17 @@ def _gain(evaluation: Evaluation, evaluations: Sequence[Evaluation]) -> dict[str
 
 
 def _guided(settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What a recommender's vectors were refined by; None of others."""
+    """What a recommender's vectors were refined by; None for other models."""
     recommender = settings.get("recommender")
     guided = recommender.get("guided") if isinstance(recommender, Mapping) else None
     return guided if guided and (guided.get("scores") or guided.get("base")) else None
 
 
 def name_of(name: str, settings: Mapping[str, Any], parts: Mapping[str, Part]) -> str:
-    """Under which a model stands in a report: a guided recommender under the system's, and that of the control it is."""
+    """The name under which a model stands in a report.
+
+    A guided recommender stands under the system's name, with that of the control that it is.
+    """
     guided = _guided(settings)
     if guided is None:
         return proper(name)
@@ -243,12 +270,12 @@ def name_of(name: str, settings: Mapping[str, Any], parts: Mapping[str, Part]) -
 
 
 def beside_of(evaluation: Evaluation) -> str:
-    """The recommender that a system stands beside, or that a guided one is; "" of another recommender."""
+    """The recommender that a system stands beside, or the kind of recommender that a guided one is; else ""."""
     return proper(evaluation.recommender if _guided(evaluation.settings) is None else evaluation.name)
 
 
 def labels(evaluations: Sequence[Evaluation]) -> list[str]:
-    """Each model's name, and where models of one name were made in several ways what tells them apart."""
+    """Each model's name, with what tells it apart if models of one name were made in several ways."""
     parts = parts_of(evaluations)
     names = [name_of(one.name, one.settings, parts) for one in evaluations]
     made = [

@@ -72,7 +72,7 @@ _PAGE = """<!doctype html>
 
 @dataclass(frozen=True)
 class DataSet:
-    """Everything a report shows of one data set. `commands` made golden tables."""
+    """Everything a report shows of one data set. `commands` are those that made golden tables."""
 
     name: str
     tables: Sequence[ReportTable]
@@ -83,7 +83,7 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Report:
-    """`spent` has a row of a job: its name, finished runs, calls, tokens in and out, seconds."""
+    """A report. `spent` has a row for each job: its name, finished runs, calls, tokens in and out, seconds."""
 
     title: str
     told: str
@@ -98,7 +98,7 @@ _SPENT = "What jobs spent"
 
 
 def to_html(report: Report) -> str:
-    """The page: no script, no font, no picture from anywhere."""
+    """The report as one page, without scripts, and without fonts or pictures from anywhere else."""
     parts, contents = [], []
     for number, one in enumerate(report.sets):
         contents.append(f'<li><a href="#set-{number}">{html.escape(one.name)}</a></li>')
@@ -139,7 +139,7 @@ def to_html(report: Report) -> str:
 
 
 def to_markdown(report: Report) -> str:
-    """The same tables, and the plots' numbers."""
+    """The same tables, and the plots' numbers, as Markdown."""
     lines = [f"# {report.title}", "", report.told, ""]
     for one in report.sets:
         lines += [f"## {one.name}", "", *(f"- {finding}" for finding in findings(one.tables)), "", _INTERVALS, ""]
@@ -162,7 +162,10 @@ def to_markdown(report: Report) -> str:
 
 
 def number(value: float, metric: str) -> str:
-    """Four digits of a share, whole thousands of a count, tenths of a second; a gain has its sign."""
+    """A value as text, in the form of its metric.
+
+    A share has four decimals, a count none, and seconds one. A gain is a percentage with its sign.
+    """
     if metric.startswith("relative"):
         return f"{value:+.1%}"
     if metric.endswith("seconds"):

@@ -1,4 +1,4 @@
-"""Plots as inline SVG: text stays text, colours come from the page, and every plot has its numbers in a table below it."""
+"""Plots as inline SVG. Text stays text, colours come from the page, and every plot has its numbers in a table."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TICKS = 5
 
 @dataclass(frozen=True)
 class Point:
-    """One value; `x` is a number, or the place of a category. `half_width` is its interval's."""
+    """One value. `x` is a number, or the place of a category; `half_width` is that of the value's interval."""
 
     x: float
     y: float
@@ -29,7 +29,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """`aside` is drawn in grey: a control, or what is there for orientation."""
+    """The line of one model. With `aside` it is drawn in grey: a control, or what is there for orientation."""
 
     name: str
     points: Sequence[Point]
@@ -65,7 +65,10 @@ def lines(
     *,
     zero: bool = True,
 ) -> Plot:
-    """Lines over a number `x`, or over `categories`. The axis of `y` begins at zero unless told otherwise."""
+    """Draw lines over numbers, or over `categories`. `x` and `y` are the names of the axes.
+
+    The axis of `y` includes zero unless `zero` is False.
+    """
     shown = sorted(series, key=lambda one: one.aside)[:COLOURS]
     points = [point for one in shown for point in one.points]
     lows = [point.y - (point.half_width or 0) for point in points]
@@ -109,7 +112,7 @@ def lines(
 
 
 def bars(title: str, told: str, what: str, values: Sequence[Bar]) -> Plot:
-    """Bars to the right from zero, in the order given."""
+    """Draw bars to the right from zero, in the order given. `what` heads the column of their names."""
     most = ticks(0.0, max((bar.value + (bar.half_width or 0) for bar in values), default=1.0))[-1]
     width = _WIDTH - _BAR_LEFT - _BAR_RIGHT
     parts = []
@@ -134,7 +137,7 @@ def bars(title: str, told: str, what: str, values: Sequence[Bar]) -> Plot:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """About five round numbers that hold low and high between them."""
+    """About five round numbers, from at most `low` to at least `high`."""
     span = high - low if high > low else abs(high) or 1.0
     raw = span / (_TICKS - 1)
     power = 10.0 ** math.floor(math.log10(raw))
@@ -170,7 +173,7 @@ def _marker(x: float, y: float, at: int, colour: str) -> str:
 
 
 def _apart(places: Sequence[float]) -> list[float]:
-    """The places of labels, moved apart so that none covers another, in the drawing."""
+    """The places of labels, moved apart so that none covers another, within the drawing."""
     order = sorted(range(len(places)), key=lambda at: places[at])
     moved = list(places)
     for before, at in pairwise(order):

@@ -1,4 +1,7 @@
-"""Figures in tables: one of each kind of metric and each protocol, floors first, then models and what stands beside them."""
+"""Figures in tables: one table for each kind of metric and each protocol.
+
+Floors come first, then models, each with what stands beside it.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ _NOT_BETTER_WHEN_HIGHER = re.compile(r"untouched|users$")
 
 @dataclass(frozen=True)
 class Section:
-    """A kind of metrics: those whose names match. `judged` where a higher value is a better model."""
+    """A kind of metrics: those whose names match `metrics`. `judged` says that a higher value is a better model."""
 
     title: str
     told: str
@@ -102,7 +105,7 @@ _REST = Section("Other figures", "What fits nowhere else.", re.compile(""), judg
 
 @dataclass(frozen=True)
 class Row:
-    """One model beside one recommender. `note` is how it was trained, or who published it."""
+    """One model beside one recommender. `note` says how it was trained, or who published it."""
 
     model: str
     recommender: str
@@ -121,7 +124,7 @@ class Row:
 
 @dataclass(frozen=True)
 class ReportTable:
-    """The rows of one protocol. `best` is metric → the best value of a model."""
+    """The rows of one protocol. `best` is the best value of a model, by metric."""
 
     section: Section
     protocol: str
@@ -135,7 +138,7 @@ class ReportTable:
 
 
 def tables_of(dataset: str, figures: Sequence[Figure]) -> list[ReportTable]:
-    """Every figure of a data set that no plot shows alone, in tables by kind of metric and protocol."""
+    """Every figure of a data set, except those that plots show alone, in tables by kind of metric and protocol."""
     found: dict[tuple[int, str], list[Figure]] = {}
     for figure in figures:
         if any(pattern.match(figure.metric) for pattern in _DRAWN):
@@ -169,13 +172,15 @@ def _table(dataset: str, section: Section, protocol: str, figures: Sequence[Figu
 
 
 def _as_recall(metric: str) -> str:
-    """Of one relevant item a hit is its recall: where both words are used, one column compares all."""
+    """The metric with HR called Recall: with one relevant item they are the same, so that one column compares all."""
     return re.sub(r"^HR@", "Recall@", metric)
 
 
 def rows_of(figures: Iterable[Figure]) -> list[Row]:
-    """In the order of models' first figures, each followed by what stands beside it. What is told twice of one seed, as floors are
-    beside several systems, counts once."""
+    """Rows in the order of models' first figures, each model followed by what stands beside it.
+
+    A figure that is there twice for one seed, as floors are beside several systems, counts once.
+    """
     by_row: dict[tuple[str, str], dict[str, dict[int, Figure]]] = {}
     for figure in figures:
         by_row.setdefault(figure.row, {}).setdefault(figure.metric, {}).setdefault(figure.seed, figure)
@@ -197,17 +202,17 @@ def kind_of(model: str) -> Kind:
 
 
 def is_control(model: str) -> bool:
-    """Whether a model that holds what it says it holds has to be better."""
+    """Whether this is a control: a model that really holds what it says it holds has to be better."""
     return _CONTROLS.search(_bare(model)) is not None
 
 
 def own_name(model: str) -> str:
-    """The model that something stands beside."""
+    """The name of the model that something stands beside."""
     return _CONTROLS.split(_bare(model).split(", ")[0])[0].strip()
 
 
 def _bare(model: str) -> str:
-    """Without the settings in brackets."""
+    """The name without the settings in brackets."""
     return re.sub(r" \(.*?\)", "", model)
 
 
@@ -216,7 +221,7 @@ def _family(row: Row) -> tuple[str, str]:
 
 
 def _known(dataset: str, metrics: Sequence[str], rows: Sequence[Row], protocol: str) -> list[Row]:
-    """What others published of these models on this data by this protocol, and what chance gives."""
+    """Rows of what others published of these models on this data by this protocol, and of what chance gives."""
     found = []
     drawn = _CANDIDATES.search(protocol)
     worth = {**CHANCE, **(chance_among(int(drawn[1])) if drawn else {})}
@@ -239,7 +244,7 @@ def _known(dataset: str, metrics: Sequence[str], rows: Sequence[Row], protocol: 
 
 
 def published_systems(figures: Iterable[Figure]) -> list[ReportTable]:
-    """What the papers of the systems that are reported say, on their own data."""
+    """Tables of what the papers of the reported systems say, on their own data."""
     ours = {_bare(figure.model).split(",")[0].split("-")[0].split(" ")[0] for figure in figures}
     found: dict[str, list[Row]] = {}
     for (system, dataset), known in SYSTEMS.items():
@@ -260,7 +265,7 @@ def published_systems(figures: Iterable[Figure]) -> list[ReportTable]:
 
 
 def _metric_order(metric: str) -> tuple[int, int, str]:
-    """NDCG@10 behind NDCG@5, and HR before NDCG before MRR at one cut-off."""
+    """The sort key of a metric: NDCG@10 after NDCG@5, and at one cut-off HR before NDCG before MRR."""
     name, at, cutoff = metric.partition("@")
     if at and cutoff.isdigit():
         place = ("HR", "Recall", "NDCG", "MRR").index(name) if name in ("HR", "Recall", "NDCG", "MRR") else 9
@@ -269,8 +274,11 @@ def _metric_order(metric: str) -> tuple[int, int, str]:
 
 
 def findings(tables: Iterable[ReportTable]) -> list[str]:
-    """What should be read first: the best model beside its floor and what is published, models that are below a floor, and
-    ablations, controls and surrogates that are as good as what they stand beside."""
+    """What should be read first, as sentences.
+
+    They tell the best model beside its floor and what is published, models that are below a floor, and ablations,
+    controls and surrogates that are as good as what they stand beside.
+    """
     found = []
     for table in tables:
         if not table.section.judged:
@@ -283,7 +291,10 @@ def findings(tables: Iterable[ReportTable]) -> list[str]:
 
 
 def _headlines(table: ReportTable) -> list[str]:
-    """What a system is published by, of unseen titles too; and the first of the usual metrics where a model has none of these."""
+    """The metrics that a system's paper reports, those of unseen titles included.
+
+    If a model has none of these, the first of the usual metrics is added.
+    """
     models = [row for row in table.rows if row.kind == "model"]
     published = {metric for row in models for metric in _published_by(row)}
     found = [metric for metric in table.metrics if metric.removesuffix(" unseen") in published]
@@ -318,7 +329,7 @@ def _best(table: ReportTable, metric: str) -> list[str]:
 
 
 def _not_better(table: ReportTable, metrics: Sequence[str]) -> list[str]:
-    """A sentence of two rows, with all of the metrics by which it is so."""
+    """Sentences on rows that are not better than what they should beat, with all of the metrics by which it is so."""
     floors = [row for row in table.rows if row.kind == "floor"]
     found = []
     for row in table.rows:
@@ -344,7 +355,7 @@ def _not_better(table: ReportTable, metrics: Sequence[str]) -> list[str]:
 
 
 def _as_good(row: Row, other: Row, metrics: Sequence[str]) -> list[str]:
-    """The metrics of both by which `row` is not below `other`."""
+    """The metrics that both rows have and by which `row` is not below `other`."""
     both = [metric for metric in metrics if metric in row.cells and metric in other.cells]
     return [metric for metric in both if row.cells[metric].value >= other.cells[metric].value]
 

@@ -1,7 +1,8 @@
-"""`raypipe rerank`: everybody's recommendations in the order of a language model that reads them, with a summary of the user.
+"""`raypipe rerank`: put everybody's recommendations in the order of a language model that reads them.
 
-What ranks is a model of `align --system trsr`, with the numbers of its own counts where it was taught by them. Only users whose
-history, list or summary changed are asked about.
+The language model also reads a summary of the user. The ranker is a model of `align --system trsr`. If it was taught by
+counts, its prompts have the numbers of the counts stored with it. Only users whose history, list or summary changed are
+asked about.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ STEP_VERSION = 3
 
 
 class RerankOptions(CapOptions, ModelCache):
-    """What ranks, whose lists, and what it is shown of a user."""
+    """Which model ranks, whose lists it ranks, and what it is shown of a user."""
 
     ranker: str = free(NAME, "NAME, for its newest, or NAME/HASH of a model made by `align --system trsr`")
     engine: EngineConfig = free(
@@ -57,8 +58,10 @@ class RerankConfig(RerankOptions, BatchConfig):
 
 @dataclass(frozen=True)
 class _Ranker:
-    """What ranks, resolved and checked: the model, the workspace's own language model where it reads with that one, and how users
-    and items are shown to it."""
+    """The resolved and checked ranker: the model, and how users and items are shown to it.
+
+    `lm` is the workspace's own language model, None if the ranker reads with another.
+    """
 
     model: Model
     lm: Model | None
@@ -68,8 +71,11 @@ class _Ranker:
 
     @classmethod
     def of(cls, config: RerankOptions, workspace: Workspace) -> _Ranker:
-        """Raises UsageError for a model that ranks no candidates, for a language model it was not trained beside, and for an
-        engine that scores no answers."""
+        """Resolve and check the ranker.
+
+        Raises UsageError for a model that ranks no candidates, for a language model it was not trained beside, and for
+        an engine that scores no answers.
+        """
         model = find_adapter(Models(workspace.store), config.ranker, NAME)
         if not config.engine.capabilities.logprobs:
             raise UsageError(
@@ -96,7 +102,7 @@ class _Ranker:
                 "config": {**config.shaping_values(), "summaries": summaries},
                 "engine": identity,
                 "options": options.shaping_values(),
-                # With the counts that stand beside its weights.
+                # This hash also covers the counts that are stored beside its weights.
                 "ranker": model.hash,
             }
         )
@@ -104,9 +110,9 @@ class _Ranker:
 
 
 def run_rerank(config: RerankConfig) -> JobResult:
-    """Lists into `recommendations`, variant `rerank-<recommender>`, with the probability of yes as scores.
+    """Write lists to `recommendations`, variant `rerank-<recommender>`. Their scores are the probabilities of yes.
 
-    Raises UsageError, before work starts, for a model that cannot rank, and where there are no lists or summaries.
+    Raises UsageError before work starts: for a model that cannot rank, and if there are no lists or summaries.
     """
     started = time.monotonic()
     workspace = config.open_workspace()
@@ -162,7 +168,7 @@ def run_rerank(config: RerankConfig) -> JobResult:
 
 
 def _check_written(task: RerankTask) -> None:
-    """Raises UsageError where there is nothing to put in order, or nothing to show."""
+    """Raise UsageError if there are no lists to put in order, or no summaries to show."""
 
     def there(table: str, version: int, variant: str) -> bool:
         partitions = task.workspace.tables[table].partitions(version)

@@ -1,4 +1,4 @@
-"""The unit work of `rerank`: the lists of one user bucket put in order by a language model, in micro-batches."""
+"""The unit work of `rerank`: put the lists of one user bucket in order by a language model, in micro-batches."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ TABLE = "recommendations"
 class RerankTask:
     """What every unit of a run shares; small and picklable.
 
-    `lists` and `summaries` are variants of `recommendations`, of its `lists_version`, and of `summaries`, None for none.
+    `lists` is a variant of `recommendations` at `lists_version`. `summaries` is a variant of `summaries`, None for
+    none.
     """
 
     workspace: Workspace
@@ -65,7 +66,10 @@ class RerankTask:
 
 @dataclass(frozen=True)
 class _Ranked:
-    """A list in order, [k] each, or why there is none; either way what it took. Implements `Result`."""
+    """A list in order, `items` and `scores` [k] each, or the reason why there is none; in both cases what it took.
+
+    Implements `Result`.
+    """
 
     items: NDArray[np.int32]
     scores: NDArray[np.float64]
@@ -77,7 +81,7 @@ class _Ranked:
 
 
 class RerankBucket:
-    """Puts the lists of one bucket's changed users in order and carries the others' over."""
+    """Puts the lists of one bucket's changed users in order and carries over those of the others."""
 
     def __init__(self, task: RerankTask, budget: Budget) -> None:
         self.task, self.budget = task, budget
@@ -85,7 +89,7 @@ class RerankBucket:
 
     @cached_property
     def engine(self) -> Engine:
-        # Built at the first user there is work for: a night without changes loads no weights.
+        # Built for the first user there is work for, so that a night without changes loads no weights.
         folders = {"adapter": str(self._fetch(self.task.ranker))}
         if self.task.lm is not None:
             folders["lm"] = str(self._fetch(self.task.lm))
@@ -101,12 +105,12 @@ class RerankBucket:
 
     @cached_property
     def contents(self) -> pa.Array:
-        """A hash of each item's words."""
+        """The hash of each item's words."""
         return self._items["content_hash"].combine_chunks()
 
     @cached_property
     def facts(self) -> Facts | None:
-        """Those that the model was taught by."""
+        """The facts about candidates that the model was taught by; None if it was taught by none."""
         task = self.task
         return Facts.load(self._fetch(task.ranker), len(self.catalogue.titles)) if task.options.facts else None
 
@@ -138,11 +142,11 @@ class RerankBucket:
         )
 
     def _rows(self, state: UserRows) -> pa.Table:
-        """user_id, items, summary, place among the bucket's users, and change_key, of users with a list; the key is of the
-        history, the list, the words of its items, and the summary.
+        """The rows of users with a list: user_id, items, summary, place among the bucket's users, and change_key.
 
-        The recipe that it begins with is also of the recipes of lists and summaries: an older list in order may hold what the
-        deny list of a newer recipe denies.
+        The key is of the history, the list, the words of its items, and the summary. The recipe that it begins with
+        also covers the recipes of lists and summaries: an older list in order may hold what the deny list of a newer
+        recipe denies.
         """
         task, tables = self.task, self.task.workspace.tables
         lists = tables[TABLE].read(
@@ -181,7 +185,7 @@ class RerankBucket:
         ).sort_by("user_id")
 
     def _rank(self, state: UserRows, work: pa.Table, context: UnitContext) -> dict[int, _Ranked]:
-        """By row of `work`."""
+        """Put the lists of `work` in order. The results are by row of `work`; a row that the caps left out has none."""
         lengths = pc.list_value_length(work["items"]).to_pylist()
         ranker = cache(partial(self._ranker, state, work))
         return run_micro_batches(
@@ -198,19 +202,22 @@ class RerankBucket:
         )
 
     def _ranker(self, state: UserRows, work: pa.Table) -> Trsr:
-        """That knows the bucket's histories, and the summaries of those there is work for."""
+        """A ranker that knows the bucket's histories, and the summaries of the users in `work`."""
         told = zip(work["place"].to_pylist(), work["summary"].to_pylist(), strict=True)
         summaries = PastSummaries({row: [(0, text)] for row, text in told if text is not None})
         return self._of_nobody.of(state.histories, summaries)
 
     @cached_property
     def _of_nobody(self) -> Trsr:
-        """What is made of the catalogue, a token count of every line among it, is made once for all buckets."""
+        """A ranker that knows no users, made once for all buckets.
+
+        It holds what is made of the catalogue, such as the token count of every line.
+        """
         past = Past(Histories(np.zeros(0, np.int32), np.zeros(0, np.int64)), np.zeros(0, bool), self.catalogue)
         return Trsr(self.task.options, past, self._tokenizer, self.engine.context, self.facts)
 
     def _ordered(self, trsr: Trsr, work: pa.Table) -> list[_Ranked]:
-        """Of users whose lists are of one length."""
+        """Put the lists of the users in `work` in order. All of these lists have the same length."""
         rows = work["place"].to_numpy().astype(np.int64)
         items = np.array(work["items"].to_pylist(), np.int32)
         sets = CandidateSets(rows, items, np.zeros(len(rows), np.int64))
@@ -267,7 +274,7 @@ class RerankBucket:
 
 
 def without_padding(lists: pa.ListArray) -> pa.ListArray:
-    """The lists without the item 0 that fills those that are short."""
+    """The lists without the item 0 that pads short ones."""
     items = lists.flatten()
     there = pc.greater(items, 0)
     owners = pc.list_parent_indices(lists).filter(there)
@@ -276,10 +283,10 @@ def without_padding(lists: pa.ListArray) -> pa.ListArray:
 
 
 def _distinct_recipes(rows: pa.Table) -> list[str]:
-    """A bucket's rows of one variant are all of one recipe."""
+    """The recipes of rows. All rows of one variant in a bucket are of one recipe."""
     return sorted(pc.unique(recipes_of(rows["change_key"])).to_pylist())
 
 
 def _offsets(lengths: pa.Array) -> pa.Array:
-    """Where each of lists of these lengths begins in what they hold together, and where the last one ends."""
+    """Where each list begins among the values of all lists of these lengths, and where the last one ends."""
     return pa.array(np.concatenate([[0], np.cumsum(lengths.to_numpy())]).astype(np.int32))

@@ -1,8 +1,8 @@
 """`raypipe retry-rejected`: give rejected rows another chance, now that the reason may be gone.
 
-Log rows whose item was unknown are ingested again once the catalogue has it. Users whose summary, states, list or explanation
-was rejected are unblocked: the next `summarize`, `extract`, `recommend`, `rerank` or `explain` tries them. A row that goes
-through leaves `rejects`; Delta's history keeps it until `raypipe vacuum`.
+Log rows whose item was unknown are ingested again once the catalogue has it. Users whose summary, states, list or
+explanation was rejected are unblocked: the next `summarize`, `extract`, `recommend`, `rerank` or `explain` tries them.
+A row that is retried leaves `rejects`; Delta's history keeps it until `raypipe vacuum`.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _now_known(workspace: Workspace, rows: pa.Table) -> pa.Table:
 
 
 def _ingest_again(config: RetryConfig, workspace: Workspace, rows: pa.Table) -> JobResult:
-    """Ingest the rows as a log of their own; its checksum makes a second try after a crash a no-op."""
+    """Ingest the rows as a log of their own. Its checksum makes a second try after a crash a no-op."""
     events = [json.loads(row) for row in rows["row"].to_pylist()]
     weights = {f"weight {event['weight']}": float(event["weight"]) for event in events}
     lines = [row_json({**event, "event": f"weight {event['weight']}"}) for event in events]
@@ -112,7 +112,11 @@ def _ingest_again(config: RetryConfig, workspace: Workspace, rows: pa.Table) -> 
 
 
 def _remove(config: RetryConfig, workspace: Workspace, gone: pa.Table) -> int:
-    """Rewrite the table's share of `rejects` without the rows that were retried; not while `forget` does, which holds `tombstones`."""
+    """Rewrite the table's share of `rejects` without the rows that were retried.
+
+    It holds the lock of `tombstones` too, so that `forget`, which holds that lock, does not rewrite them at the same
+    time.
+    """
     table = workspace.tables["rejects"]
     with open_session(workspace, JOB, ("rejects", "tombstones"), config.cluster, config.lock_lease_s):
         rows = table.read(table.version(), REJECTS.columns.names, table=config.table)

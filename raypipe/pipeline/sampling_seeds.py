@@ -1,5 +1,7 @@
-"""Seeds of what a recommender samples, DreamRec's oracles: one way for lists, labels, judges and explanations, so that all of them
-are of what is recommended."""
+"""Seeds of what a recommender samples, as DreamRec does its oracles.
+
+Lists, labels, judges and explanations take their seeds in one way, so that all of them are of what is recommended.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,16 @@ from raypipe.storage.workspace import Workspace
 
 
 def user_seeds(users: pa.Array, history_keys: pa.Array) -> NDArray[np.int64]:
-    """Of what is sampled for each user, from the user and the history alone: [users]."""
+    """The seeds of what is sampled for each user, from the user and the history alone: [users]."""
     return _seeds(stable_hash(users), digest_lanes(history_keys)[:, 0])
 
 
 def read_event_seeds(workspace: Workspace, version: int, items: pa.Table) -> NDArray[np.int64]:
-    """After every event of everybody, in the order of `read_histories`, the seed that `user_seeds` gives where the history ends
-    there: int64 [events]. `items` are the rows of the catalogue in order of index.
+    """A seed after every event of everybody, in the order of `read_histories`: int64 [events].
 
-    Made of what is before, so that what follows moves nothing; and of all items, those that a model never saw too.
+    It is the one that `user_seeds` gives if the history ends there. `items` are the rows of the catalogue in order of
+    index. A seed is made of the events up to its own, so that what follows changes nothing. It is made of all items,
+    including those that a model never saw.
     """
     rows = (
         workspace.tables["histories"].read(version, ["user_id", "items", "times"]).sort_by("user_id").combine_chunks()
@@ -36,8 +39,11 @@ def read_event_seeds(workspace: Workspace, version: int, items: pa.Table) -> NDA
 
 
 def known_seeds(seeds: NDArray[np.int64], histories: Histories, hold_out: int, items: int) -> NDArray[np.int64]:
-    """Of the events of `histories` those that `without_last(hold_out).within(items)` keeps, each with the seed after the unknown
-    items that follow it: a list is of the whole history, whatever of it the model knows."""
+    """The seeds of those events of `histories` that `without_last(hold_out).within(items)` keeps.
+
+    Each is the seed after the unknown items that follow the event, as a list is of the whole history, whatever of it
+    the model knows.
+    """
     cut = histories.without_last(hold_out)
     seeds = seeds[stretches(histories.starts, cut.lengths)]
     kept = np.flatnonzero(cut.items <= items)

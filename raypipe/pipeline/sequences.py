@@ -18,7 +18,7 @@ from raypipe.storage.workspace import Workspace
 
 
 def pinned_versions(workspace: Workspace) -> dict[str, int]:
-    """The newest versions of items and histories; UsageError where nothing was ingested."""
+    """The newest versions of items and histories. Raises UsageError if nothing was ingested."""
     # Histories first: an ingest publishes its items before them, and no history may name an item of a later version.
     versions = {name: workspace.tables[name].version() for name in ("histories", "items")}
     if ABSENT in versions.values():
@@ -29,7 +29,7 @@ def pinned_versions(workspace: Workspace) -> dict[str, int]:
 
 
 def catalogue_of(items: pa.Table) -> Catalogue:
-    """As language models read it, of rows of `items` in order of index."""
+    """The catalogue as language models read it. `items` are its rows in order of index."""
     return Catalogue(
         distinct_titles(items["title"].to_pylist(), items["item_id"].to_pylist()),
         [dict(pairs) for pairs in items["attributes"].to_pylist()],
@@ -38,24 +38,24 @@ def catalogue_of(items: pa.Table) -> Catalogue:
 
 
 def read_histories(workspace: Workspace, version: int, held_out_share: float = 0.0) -> tuple[pa.Array, Histories]:
-    """All users but those held out, sorted by id, and their items in time order."""
+    """All users except those held out, sorted by id, and their items in time order."""
     users, items, ends = _lists(workspace, version, "items", held_out_share)
     return users, Histories(items.astype(np.int32), ends, user_keys(users))
 
 
 def user_keys(users: pa.Array) -> NDArray[np.int64]:
-    """By which models know users, int64 [users]."""
+    """The keys by which models know users: int64 [users]."""
     return stable_hash(users).view(np.int64)
 
 
 def read_ties(workspace: Workspace, version: int, held_out_share: float = 0.0) -> Histories:
-    """As `read_histories`, the numbers of the groups of events of one time in the place of items."""
+    """As `read_histories`, with group numbers in the place of items: a user's events of one time are one group."""
     _, times, ends = _lists(workspace, version, "times", held_out_share)
     return Histories(tie_groups(times, ends), ends)
 
 
 def histories_hash(workspace: Workspace, version: int) -> str:
-    """A hash of everybody's history, whichever version holds it."""
+    """A hash of everybody's history. It does not depend on the version that holds the histories."""
     rows = workspace.tables["histories"].read(version, ["user_id", "history_key"]).sort_by("user_id")
     return fingerprint_of_digits("keys", rows["history_key"])
 
@@ -63,7 +63,7 @@ def histories_hash(workspace: Workspace, version: int) -> str:
 def _lists(
     workspace: Workspace, version: int, name: str, held_out_share: float
 ) -> tuple[pa.Array, NDArray[np.int64], NDArray[np.int64]]:
-    """Users, sorted by id, the values of a list column one after the other, and where each user's end."""
+    """Users sorted by id, the values of a list column one user after the other, and where each user's values end."""
     rows = workspace.tables["histories"].read(version, ["user_id", name])
     if held_out_share:
         rows = rows.filter(pa.array(~are_held_out(rows["user_id"].combine_chunks(), held_out_share)))

@@ -1,4 +1,4 @@
-"""What a recommender's training starts from that is not drawn: another model's item vectors, and scores of attributes."""
+"""What a recommender's training starts from that is not drawn: another model's item vectors, and attribute scores."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from raypipe.storage.workspace import Workspace
 
 
 def resolved(config: RecommenderConfig, workspace: Workspace) -> RecommenderConfig:
-    """With the content hashes of the models it starts from, which then are part of the recipe.
+    """The config with the content hashes of the models that training starts from, which makes them part of the recipe.
 
-    Raises UsageError where one is not there.
+    Raises UsageError if one is not there.
     """
     models = Models(workspace.store)
 
@@ -41,7 +41,7 @@ def resolved(config: RecommenderConfig, workspace: Workspace) -> RecommenderConf
 
 
 def _is_plain(model: Model) -> bool:
-    """Whether it started from no other model, so that a retrained guided recommender is not based on itself."""
+    """Whether a model started from no other model, so that a retrained guided recommender is not based on itself."""
     guided = model.lineage["config"]["recommender"]["guided"]
     return guided["scores"] is None and guided["base"] is None
 
@@ -55,9 +55,10 @@ def start_of(
     items: Sequence[str],
     seed: int,
 ) -> Start:
-    """What `recommender` starts from over the catalogue `items`, whose training sees the histories `seen` and holds out `cut`.
+    """What `recommender` starts from over the catalogue `items`.
 
-    Raises UsageError for models that do not fit, or that have read what is held out.
+    Its training sees the histories `seen` and holds out `cut`. Raises UsageError for models that do not fit, or that
+    have read what is held out.
     """
     if recommender.model == "dreamrec":
         return Start(_oracle_table(config, workspace, recommender, cut, len(items)))
@@ -81,7 +82,10 @@ def start_of(
 def _oracle_table(
     config: ModelCache, workspace: Workspace, recommender: RecommenderConfig, cut: Cut, items: int
 ) -> NDArray[np.float32] | None:
-    """Item vectors of the model `dreamrec.table` names."""
+    """The item vectors of the model that `dreamrec.table` names; None if it names none.
+
+    They are scaled to a mean length of √width. Raises UsageError if the widths differ.
+    """
     named = recommender.dreamrec.table
     if named is None:
         return None
@@ -94,13 +98,16 @@ def _oracle_table(
             "Give both the same --recommender.width.",
         )
     table = trained.item_states().detach()
-    # Noise has a length of √width: the vectors start at its scale.
+    # Noise has a length of √width, and the vectors start at its scale.
     scale = table.shape[1] ** 0.5 / table[1:].norm(dim=1).mean()
     return _over_all((table * scale).numpy(), items)
 
 
 def _over_all(vectors: NDArray[np.float32], items: int) -> NDArray[np.float32]:
-    """A model's item vectors [items it knows + 1, width] over the catalogue; items that came after it start in their middle."""
+    """A model's item vectors [items it knows + 1, width], extended to the catalogue: [items + 1, width].
+
+    Items that came after the model start at the mean of the items it knows.
+    """
     table = np.empty((items + 1, vectors.shape[1]), np.float32)
     table[: len(vectors)] = vectors
     table[len(vectors) :] = vectors[1:].mean(0)

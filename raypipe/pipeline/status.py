@@ -1,4 +1,4 @@
-"""`raypipe status`: what runs are open, how far they are, what they were rejected; and the tables as they stand."""
+"""`raypipe status`: show which runs are open, how far they are and what they rejected, and the tables as they stand."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class StatusConfig(JobConfig):
 
 
 def run_status(config: StatusConfig) -> JobResult:
-    """Report the workspace; with `discard`, give one open run up; with `watch`, follow those that are open."""
+    """Report the workspace. With `discard`, give up one open run; with `watch`, follow the open runs."""
     workspace = config.open_workspace()
     info = workspace.require_info()
     if config.discard is not None:
@@ -59,7 +59,7 @@ def run_status(config: StatusConfig) -> JobResult:
 
 
 def _shown(workspace: Workspace) -> list[dict[str, Any]]:
-    """The open runs, a line each."""
+    """The open runs. A line is printed for each."""
     found = [_describe(run) for run in workspace.open_runs()]
     for run in found:
         say(
@@ -70,7 +70,10 @@ def _shown(workspace: Workspace) -> list[dict[str, Any]]:
 
 
 def _watched(workspace: Workspace, every_s: float) -> list[dict[str, Any]]:
-    """The open runs as they go on, until none is open or the person who watches stops; those that are open then."""
+    """Tell of the open runs every `every_s` seconds, until none is open or the person who watches stops.
+
+    Returns those that are open then.
+    """
     before: dict[tuple[str, str], tuple[int, float]] = {}
     found: list[dict[str, Any]] = []
     with contextlib.suppress(KeyboardInterrupt):
@@ -86,7 +89,7 @@ def _watched(workspace: Workspace, every_s: float) -> list[dict[str, Any]]:
 
 
 def _watch_line(run: dict[str, Any], fresh: int, seconds: float) -> str:
-    """How far a run is, and at the pace of `fresh` units in so many seconds, for how long still."""
+    """How far a run is, and how long it still takes at the pace of `fresh` units in so many seconds."""
     left = run["planned"] - run["done"]
     pace = f", {clock(left * seconds / fresh)} left" if fresh else ""
     return (
@@ -125,7 +128,7 @@ def _discard(workspace: Workspace, config: StatusConfig, open_runs: list[Run]) -
 
 
 def _stale(workspace: Workspace) -> dict[str, int]:
-    """How many users, or pairs, each job's newest run left with older rows than they should have, by its variant."""
+    """How many users, or pairs, have older rows than they should after each job's newest run, by its variant."""
     found = {}
     for job in workspace.store.folders("ledger"):
         run = next(workspace.ledger(job).finished(), None)

@@ -1,7 +1,7 @@
-"""`raypipe summarize`: a written preference summary of every user whose history or recipe changed.
+"""`raypipe summarize`: write a preference summary of every user whose history or recipe changed.
 
-The work is decided by change keys, so a night costs what changed: unchanged users are carried over, and of a changed
-user only the blocks whose items are new are read again.
+The work is decided by change keys, so a night costs what changed: unchanged users are carried over, and only those
+blocks of a changed user are read again whose items are new.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _WRITES = ("block_summaries", "summaries")
 
 
 class SummarizeOptions(CapOptions, ModelCache):
-    """What writes the summaries, how, and at what cost at most."""
+    """Which engine writes the summaries, how, and at what cost at most."""
 
     engine: EngineConfig = shaping(
         lambda: EngineConfig(lm=BUILTIN),
@@ -49,7 +49,10 @@ class SummarizeOptions(CapOptions, ModelCache):
     micro_batch_users: int = free(256, "users a worker gives the engine at a time", ge=1)
 
     def resolve_model(self, workspace: Workspace) -> Model | None:
-        """The workspace's own LM where the config asks for it, the newest or the one named; UsageError where it is not there."""
+        """The workspace's own language model, the newest or the one named, if the config asks for it.
+
+        Raises UsageError if it is not there.
+        """
         if not self.engine.reads_checkpoint or not is_builtin(self.engine.lm):
             return None
         return find_builtin_lm(workspace, "--engine.lm", self.engine.lm)
@@ -70,9 +73,9 @@ class SummarizeConfig(SummarizeOptions, BatchConfig):
 
 
 def run_summarize(config: SummarizeConfig, night: NightRuns | None = None) -> JobResult:
-    """Summarise every changed user, as a step of `night` within what it left of the caps; see the module.
+    """Summarise every changed user; see the module.
 
-    Raises UsageError before work starts.
+    As a step of `night` the job spends at most what the night left of the caps. Raises UsageError before work starts.
     """
     started = time.monotonic()
     workspace = config.open_workspace()
@@ -100,7 +103,8 @@ def run_summarize(config: SummarizeConfig, night: NightRuns | None = None) -> Jo
                 "engine": config.engine.engine,
                 "model": model.hash if model else config.engine.model_name,
                 "block_items": config.summaries.block_items,
-                # What of every user the language model has not read; of one that is not the workspace's nobody knows.
+                # How many last events of every user the language model has not read. Nobody knows it for a model that
+                # is not the workspace's own.
                 "model_hold_out": model and int(model.lineage["hold_out"]),
                 "recipes": {"block": recipes.block, "merge": recipes.merge},
             },

@@ -1,4 +1,4 @@
-"""The unit work of `summarize`: one user bucket, in micro-batches, each named in the journal before it runs."""
+"""The unit work of `summarize`: one user bucket in micro-batches, each named in the journal before it runs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class SummaryTask:
 
 
 class SummarizeBucket:
-    """Writes the summaries of one bucket's changed users and carries the others' over."""
+    """Writes the summaries of one bucket's changed users and carries over those of the others."""
 
     def __init__(self, task: SummaryTask, budget: Budget) -> None:
         self.task = task
@@ -61,7 +61,7 @@ class SummarizeBucket:
 
     @cached_property
     def summarizer(self) -> Summarizer:
-        # Built at the first changed user: a night without changes loads no weights.
+        # Built for the first changed user, so that a night without changes loads no weights.
         return build_summarizer(
             build_engine(self.task.workspace, self.task.engine, self.task.model, self.task.model_cache),
             self.task.config,
@@ -74,7 +74,7 @@ class SummarizeBucket:
         state = BucketState(
             task.workspace, unit.index, task.pins, task.recipes, task.config, self.catalogue, task.users
         )
-        # Where a cap or the deadline ends the night early, whoever did most has been read.
+        # If a cap or the deadline ends the night early, those who did most have been read.
         changed = state.changed_by_activity.tolist()
         names = state.users.take(pa.array(changed, pa.int64())).to_pylist()
         keys = state.blocks.change_key.take(pa.array(changed, pa.int64())).to_pylist()
@@ -113,7 +113,7 @@ class SummarizeBucket:
         names, places = list(work), list(work.values())
 
         def read(rows: list[int]) -> tuple[dict[str, list[Block]], dict[str, Known]]:
-            """Blocks of users, and what is known of them."""
+            """The users' blocks, and what is known of them from before."""
             users, chosen = [names[row] for row in rows], [places[row] for row in rows]
             blocks = dict(zip(users, state.user_blocks(chosen), strict=True))
             return blocks, dict(zip(users, state.known(chosen), strict=True))
@@ -132,7 +132,7 @@ class SummarizeBucket:
         return {result.user_id: result for result in results.values()}
 
     def _most(self, answers: int) -> Usage:
-        """What so many answers may take, each asked for again as often as the checks allow."""
+        """An upper bound of what so many answers take, if each is asked for again as often as the checks allow."""
         calls = answers * (1 + self.task.config.checks.retries)
         return Usage(calls * self.task.engine.most_calls, *self.summarizer.most_tokens(calls))
 
@@ -167,7 +167,7 @@ class SummarizeBucket:
         return staged
 
     def _summary_rows(self, state: BucketState, users: pa.Array, good: Sequence[UserSummary]) -> pa.Table:
-        """New rows, of these users by number."""
+        """The new rows of `users`, who are given by number."""
         keys = state.blocks.change_key.take(users).to_pylist()
         done = [
             key[:RECIPE_DIGITS] + UNFINISHED if result.unfinished else key
@@ -189,7 +189,10 @@ class SummarizeBucket:
     def _carries(
         self, state: BucketState, users: pa.Array, results: Sequence[UserSummary]
     ) -> tuple[pa.Array, pa.Array, pa.Array]:
-        """What a later summary is built on, where one is: its text, the full blocks it is of, and their key."""
+        """What a later summary is built on.
+
+        That is its text if there is one, the number of full blocks it is of, and their key.
+        """
         if self.task.config.paradigm == "hierarchical":
             covered = pa.array(state.blocks.covered, pa.int32()).take(users)
             return pa.nulls(len(results), pa.string()), covered, state.blocks.covered_key.take(users)
@@ -209,18 +212,21 @@ class SummarizeBucket:
 
 
 def build_engine(workspace: Workspace, engine: EngineConfig, model: Model | None, cache: Path) -> Engine:
-    """The engine on this machine; `model` is the workspace's own, fetched first where it lies on an object store."""
+    """The engine on this machine. `model` is the workspace's own, and is fetched first from an object store."""
     if model is not None:
         engine = engine.model_copy(update={"lm": str(Models(workspace.store).fetch(model, cache))})
     return engine.build()
 
 
 def _block_rows(state: BucketState, results: Mapping[str, UserSummary]) -> pa.Table:
-    """All block summaries of the bucket: what these users' summaries are made of, and the other users' as they were."""
+    """All block summaries of the bucket.
+
+    These users have those that their summaries are made of, and the other users have theirs as they were.
+    """
     written = [result.written for result in results.values()]
     owners = np.repeat(np.arange(len(written)), [len(texts) for texts in written])
     users = pa.array(list(results), pa.string())
-    # Who ends the worker has written nothing, and keeps what was there.
+    # For a user whose worker died nothing was written, and what was there stays.
     asked = [user for user, result in results.items() if result.reason != WORKER_DIED[0]]
     texts = list(zip(*chain.from_iterable(written), strict=True)) or [()] * len(Written._fields)
     fresh = pa.table([users.take(pa.array(owners)), *texts], schema=BLOCK_SUMMARIES.columns)

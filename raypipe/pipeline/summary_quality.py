@@ -1,4 +1,4 @@
-"""How good new summaries are without a judge: figures of a bucket, each a sum and a count."""
+"""How good new summaries are without a judge: figures of a bucket, each given as a sum and a count."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ QUALITY = (
 
 
 class SummaryQuality:
-    """Reads summaries by the catalogue's attribute values."""
+    """Measures summaries by the attribute values of the catalogue that they name."""
 
     def __init__(self, catalogue: PromptCatalogue, config: SummariesConfig) -> None:
         self._of_items = catalogue.values
@@ -34,7 +34,7 @@ class SummaryQuality:
         self._recent = config.prompts.recent_blocks * config.block_items
 
     def figures(self, state: BucketState, users: Sequence[int], summaries: Sequence[str]) -> dict[str, list[float]]:
-        """Of these users' new summaries the sum and the count of each figure of `QUALITY`."""
+        """The sum and the count of each figure of `QUALITY` over these users' new summaries."""
         named = list(map(self._vocabulary.named, summaries))
         windows = state.windows(users)
         shares = named_shares(named, windows.items, windows.lengths, self._numbered)
@@ -60,14 +60,17 @@ class SummaryQuality:
         }
 
     def _shift(self, lately: Sequence[str], items: NDArray[np.int32]) -> float | None:
-        """Whether what a summary calls new is more frequent in the last blocks of the window than before."""
+        """The share of what a summary calls new that is more frequent in the last blocks of the window than before.
+
+        None if it cannot be told.
+        """
         values = [self._of_items[item] for item in items.tolist()]
         earlier, later = values[: -self._recent], values[-self._recent :]
         return shift_precision(lately, value_counts(earlier), value_counts(later), len(earlier), len(later))
 
 
 def _summed(figures: Sequence[float | None] | NDArray[np.float64]) -> list[float]:
-    """Their sum and their count, leaving out those that say nothing."""
+    """The sum and the count of figures, without those that are None or NaN."""
     said = np.array(figures, np.float64)
     said = said[~np.isnan(said)]
     return [float(said.sum()), len(said)]

@@ -1,4 +1,4 @@
-"""One bucket as summarising sees it: histories, blocks, what was written before, who has changed."""
+"""One bucket as summarising sees it: histories, blocks, what was written before, and which users have changed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class PromptCatalogue:
         self.titles = items["title"].to_pylist()
         self.texts = items["text"].to_pylist()
         self.attributes = [dict(pairs) for pairs in items["attributes"].to_pylist()]
-        # One object for equal values: those of a user are counted in a fifth of the time (measured).
+        # Equal values are one object: those of a user are then counted in a fifth of the time (measured).
         self.values = [(), *(tuple(map(sys.intern, item_values(attributes))) for attributes in self.attributes)]
         self.lanes = np.concatenate([np.zeros((1, 2), np.uint64), digest_lanes(items["content_hash"])])
         self.line = cache(self._line)
@@ -71,7 +71,7 @@ class Pins:
 
 
 class BucketState:
-    """Loads one bucket at the pinned versions; `users` restricts it to a canary's."""
+    """Loads one bucket at the pinned versions. `users` restricts it to those of a canary."""
 
     def __init__(
         self,
@@ -107,13 +107,13 @@ class BucketState:
         return pc.fill_null(pc.index_in(self.users, value_set=self.before["user_id"].combine_chunks()), -1).to_numpy()
 
     def summaries_before(self, users: Sequence[int]) -> list[str | None]:
-        """The published summary of each of these users, where there is one."""
+        """The published summary of each of these users, if there is one."""
         places = self.place_before[users]
         return self.before["summary"].take(pa.array(places, mask=places < 0)).to_pylist()
 
     @cached_property
     def changed(self) -> NDArray[np.bool_]:
-        """Whose change key is not the published one: [users]."""
+        """Which users have another change key than the published one: bool [users]."""
         there = self.place_before >= 0
         keys = self.before["change_key"].combine_chunks().take(pa.array(self.place_before[there]))
         changed = ~there
@@ -123,7 +123,7 @@ class BucketState:
 
     @property
     def changed_by_activity(self) -> NDArray[np.int64]:
-        """The changed users by number, those with most events since their published summary first."""
+        """The changed users by number. Those with the most events since their published summary come first."""
         covered = np.zeros(len(self.users), np.int64)
         there = self.place_before >= 0
         covered[there] = self.before["covered"].to_numpy()[self.place_before[there]]
@@ -132,7 +132,7 @@ class BucketState:
         return changed[np.argsort(-new, kind="stable")]
 
     def carried_over(self, made: NDArray[np.int64]) -> CarriedOver:
-        """Where the users `made`, by number, have new summaries: those of all others."""
+        """The published summaries that stay when the users `made`, by number, have new ones."""
         users = self.users
         return carry_over(self.before, self.before["user_id"], users, self.blocks.change_key, users.take(made))
 
@@ -144,14 +144,14 @@ class BucketState:
 
     @cached_property
     def _written_rows(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The rows of `written_before` by user number, and where each user's begin and end among them: [users + 1]."""
+        """The rows of `written_before` in order of user number, and the bounds of each user's rows: [users + 1]."""
         owners = pc.index_in(self.written_before["user_id"].combine_chunks(), value_set=self.users)
         owners = pc.fill_null(owners, -1).to_numpy()
         order = np.argsort(owners, kind="stable")
         return order, np.searchsorted(owners[order], np.arange(len(self.users) + 1))
 
     def known(self, users: Sequence[int]) -> list[Known]:
-        """What was written before of each of these users."""
+        """What was written before for the blocks of each of these users."""
         if not self.written_before.num_rows:
             return [{}] * len(users)
         order, bounds = self._written_rows
@@ -177,7 +177,7 @@ class BucketState:
         return _pieces(list(found), counts)
 
     def windows(self, users: Sequence[int]) -> Histories:
-        """Of each of these users' histories what the summary is about."""
+        """The part of each of these users' histories that the summary is about."""
         # A window is one stretch of the history: from its first block to the end.
         starts = self.blocks.start[self.blocks.bounds[users]]
         return self.histories.take(starts, self.histories.ends[users] - starts)
@@ -186,7 +186,7 @@ class BucketState:
 def summarised(
     histories: pa.Table, recipes: Recipes, config: SummariesConfig, catalogue: PromptCatalogue
 ) -> tuple[pa.Array, Histories, BucketBlocks]:
-    """Whose histories (`user_id`, `items`) have a summary, what of them it is of, and the blocks it is made of."""
+    """The users whose histories (`user_id`, `items`) get a summary, what it is of in each history, and its blocks."""
     if config.hold_out:
         histories = histories.filter(pc.greater(pc.list_value_length(histories["items"]), config.hold_out))
     lists = histories["items"].combine_chunks()

@@ -1,6 +1,6 @@
-"""`raypipe train`: one recommender over the workspace's histories, its weights those of the best validation.
+"""`raypipe train`: train one recommender on the workspace's histories, and keep the weights of the best validation.
 
-Training never sees the last `hold_out` events of any history; validation asks for the first of them, and `evaluate` for
+Training never sees the last `hold_out` events of any history. Validation asks for the first of them, and `evaluate` for
 the last. A model of this very recipe over these very histories is not trained twice.
 """
 
@@ -34,7 +34,7 @@ from raypipe.storage.models import Model, Models
 from raypipe.storage.workspace import Workspace
 
 JOB = "train"
-# Raised for a model whose training does something else than before, so that those of before are not taken for current.
+# Raised for a model whose training changes what it does, so that models from before are not taken for current.
 STEP_VERSIONS = {"bert4rec": 2}
 
 
@@ -190,7 +190,7 @@ def _train(
 
 
 def _held(histories: Histories, hold_out: int) -> np.ndarray:
-    """The first held-out event of every history; 0 where there is no training prefix before it."""
+    """The first held-out event of every history; 0 if there is no training prefix before it."""
     held = np.zeros(len(histories), np.int32)
     asked = histories.lengths > hold_out
     if hold_out:

@@ -1,6 +1,6 @@
-"""Where trainings keep prepared histories and checkpoints, and how these go once the model is stored.
+"""Folders in which trainings keep prepared histories and checkpoints, and their removal once the model is stored.
 
-A folder outside of the workspace is noted in it until then, as nobody else there could tell of it.
+Until then a folder outside of the workspace is noted in the workspace, as nobody else there could tell of it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ _COUNTS = "counts.json"
 
 @dataclass(frozen=True)
 class Training:
-    """Which model is trained by which job: `recipe` is the fingerprint of all that shapes it, `lease_s` that of the job's lock."""
+    """A training of the model `name` by a job.
+
+    `recipe` is the fingerprint of all that shapes the model; `lease_s` is the lease of the job's lock, in seconds.
+    """
 
     job: str
     name: str
@@ -39,7 +42,7 @@ class Training:
 
     @property
     def folder(self) -> str:
-        """Of its prepared data and checkpoints."""
+        """The name of the folder of its prepared data and checkpoints."""
         return f"{self.name}-{self.recipe}"
 
 
@@ -53,7 +56,10 @@ class TrainingOptions(Config):
     trainer: TrainerConfig = shaping(TrainerConfig, "training under Ray Train and DeepSpeed")
 
     def training_folder(self, workspace: Workspace, name: str) -> Path:
-        """A folder for the prepared data and the checkpoints of the training `name`, which is also its run's name."""
+        """The folder for the prepared data and the checkpoints of the training `name`, which is also its run's name.
+
+        If the folder is outside of the workspace, this notes it there.
+        """
         if places := self._outside(workspace, name):
             note = f"{_staging(name)}/{_NOTE}"
             earlier = json.loads(workspace.store.get(note) or b"[]")
@@ -61,9 +67,10 @@ class TrainingOptions(Config):
         return self._folder(workspace, name)
 
     def workers_node(self, workspace: Workspace, cluster: ClusterConfig) -> str | None:
-        """The id of the node that workers have to be on, as the training's folder is there alone; None where any will do.
+        """The id of the node that workers have to be on, as only it has the training's folder; None if any will do.
 
-        To be asked before anything is prepared: raises UsageError where they do not fit there, and as `connect` does.
+        It is to be asked before anything is prepared. Raises UsageError if the workers do not fit on that node, and
+        what `connect` raises.
         """
         if self.work_folder is not None or workspace.store.is_local or cluster.is_private:
             return None
@@ -71,14 +78,17 @@ class TrainingOptions(Config):
         return only_node(self.trainer, cluster.driver_cpus)
 
     def remove_training(self, workspace: Workspace, name: str) -> None:
-        """Delete all that the training `name` kept; its model is stored. What cannot be deleted is told, and fails nothing."""
+        """Delete all that the training `name` kept, once its model is stored.
+
+        What cannot be deleted is told, and is no error.
+        """
         folder = self._folder(workspace, name)
         try:
             if self.trainer.storage:
                 remove_checkpoints(self.trainer, name)
             if folder.exists():
                 shutil.rmtree(folder)
-            # Last, as the note of what lies elsewhere is there.
+            # Last, as the note of what lies outside is in it.
             workspace.store.delete_folder(_staging(name))
         except (OSError, ValueError, RaypipeError) as error:
             places = self._outside(workspace, name) or [str(folder)]
@@ -92,14 +102,14 @@ class TrainingOptions(Config):
     ) -> tuple[Model, str]:
         """The model that is stored, or that `train` stores now, and the job's status: "nothing_to_do" or "ok".
 
-        Raises UnavailableError where another job trains models of that name.
+        Raises UnavailableError if another job trains models of that name.
         """
         with hold(workspace.store, [f"models-{training.name}"], training.job, training.lease_s):
             model, status = Models(workspace.store).newest(training.name, training.recipe), "nothing_to_do"
             if model is None:
                 model, status = train(), "ok"
             else:
-                self.remove_training(workspace, training.folder)  # a driver may have died before
+                self.remove_training(workspace, training.folder)  # a driver may have died before it did this
             tracking.register(model)
         return model, status
 
@@ -111,7 +121,7 @@ class TrainingOptions(Config):
         return Path(tempfile.gettempdir()) / "raypipe-training" / name
 
     def _outside(self, workspace: Workspace, name: str) -> list[str]:
-        """What of the training `name` lies outside of the workspace, in words."""
+        """The places outside of the workspace where the training `name` keeps files, in words."""
         places = []
         if self.work_folder is not None or not workspace.store.is_local:
             places.append(f"{self._folder(workspace, name).absolute()} on {socket.gethostname()}")
@@ -121,10 +131,10 @@ class TrainingOptions(Config):
 
 
 def prepared_once(folder: Path, lm: Path | None, prepare: Callable[[], Mapping[str, float]]) -> dict[str, float]:
-    """What `prepare` counted as it filled `folder`: now, or before this training was interrupted; of many users it takes long.
+    """Fill `folder` by `prepare`, unless this training did before it was interrupted, and return what was counted.
 
-    The folder belongs to one recipe, so that it holds what would be prepared again; but for where the language model lies, which
-    is read from there by all workers.
+    Preparing many users takes long. The folder belongs to one recipe, so that it holds what would be prepared again.
+    Only the place of the language model may differ, which all workers read from there: then the folder is filled again.
     """
     told = folder / _COUNTS
     if told.is_file() and (earlier := json.loads(told.read_text()))["lm"] == str(lm):
@@ -138,7 +148,10 @@ def prepared_once(folder: Path, lm: Path | None, prepare: Callable[[], Mapping[s
 
 
 def trainings_outside(store: Store, folder: str = "staging") -> list[str]:
-    """Where trainings that have not ended keep histories outside of the workspace; `folder` is theirs, or holds them all."""
+    """Where trainings that have not ended keep histories outside of the workspace.
+
+    `folder` is that of one training, or holds those of all.
+    """
     notes = [entry.path for entry in store.list(folder) if entry.path.endswith(f"/{_NOTE}")]
     return [place for note in notes for place in json.loads(store.read(note))]
 

@@ -1,10 +1,12 @@
-"""`raypipe align --system trsr`: a language model that says yes or no to candidates, beside what ranks the same candidates without.
+"""`raypipe align --system trsr`: train a language model to say yes or no to candidates, and measure how it ranks them.
 
-What comes next of every user is asked for, among the stored candidates; training reads what stands before the last `hold_out`
-events. Summaries are read as `summarize --summaries.hold_out N` wrote them: of N as here for the asked, of larger N (or, where
-they are recurrent, of blocks) for what training reads, so that no prompt tells of its own answer.
+It is measured beside scorers that rank the same candidates without a language model. Everybody's next item is asked
+for, among the stored candidates. Training reads what stands before the last `hold_out` events. Summaries are read as
+`summarize --summaries.hold_out N` wrote them: with N as here for the users who are asked, and with larger N (or of
+blocks, if they are recurrent) for what training reads, so that no prompt tells of its own answer.
 
-The ranks are stored with the model, by user: another model's, of the same candidates, are compared with them one by one.
+The ranks are stored with the model, by user, so that another model's ranks of the same candidates can be compared with
+them user by user.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ _MANY_WITHOUT = 0.2
 
 
 def run_trsr(config: AlignConfig) -> JobResult:
-    """Train unless one of this recipe is stored, and measure it. Raises UsageError before work starts."""
+    """Train a model unless one of this recipe is stored, and measure it. Raises UsageError before work starts."""
     started = time.monotonic()
     workspace = config.open_workspace()
     workspace.require_info()
@@ -107,8 +109,11 @@ def run_trsr(config: AlignConfig) -> JobResult:
 
 
 def cuts_of(config: AlignConfig) -> range:
-    """How many last events the summaries leave out that prompts show: those of what is asked about, of what is validated, and of
-    every place that is learnt."""
+    """How many last events the summaries in prompts leave out.
+
+    The range has a cut for the event that is asked about, for the one that is validated, and for every place that is
+    learnt.
+    """
     return range(config.hold_out, config.hold_out + _left(config) + config.positions + 1)
 
 
@@ -144,22 +149,24 @@ def _read(config: AlignConfig, workspace: Workspace, versions: dict[str, int]) -
 
 
 def _left(config: AlignConfig) -> int:
-    """Events before the cut that training leaves to validation."""
+    """How many events before the cut training leaves to validation."""
     return int(config.trainer.validate_every is not None)
 
 
 def _train(
     config: AlignConfig, workspace: Workspace, inputs: RankingInputs, recipe: str, versions: dict[str, int]
 ) -> tuple[Model, Usage]:
-    """Train, measure, and only then store: who finds the model finds its figures in the lineage, and its ranks beside it. With
-    what it was asked."""
+    """Train, measure, and only then store the model, so that a stored model always has its figures in its lineage.
+
+    Its ranks are stored beside it. Returns the model, and what asking it took.
+    """
     name = f"{NAME}-{recipe}"
     folder = config.training_folder(workspace, name)
     node = config.workers_node(workspace, config.cluster)
     card = AdapterCard(config.trsr.adapter, {}, inputs.lm.hash, "")
     backbone = load_backbone(str(inputs.lm.folder), device="cpu")
     trsr = ranker_of(config.trsr, inputs, backbone)
-    build_adapter(backbone, card)  # what cannot be built is told here, and not by a worker
+    build_adapter(backbone, card)  # fail here rather than in a worker if it cannot be built
     shown = tell_shown(trsr, inputs, backbone.context)
     rng = np.random.default_rng(config.trainer.seed)
 
@@ -225,7 +232,7 @@ def _train(
 
 
 def _without_summary(config: AlignConfig, inputs: RankingInputs) -> float:
-    """The share of the places that are learnt of which no summary tells what came before; said where it is large."""
+    """The share of the learnt places without a summary of what came before. Warns if it is large."""
     past, backs = inputs.past, range(_left(config) + 1, _left(config) + config.positions + 1)
     rows = np.flatnonzero(~past.held_out)
     told = [
@@ -247,7 +254,11 @@ def _without_summary(config: AlignConfig, inputs: RankingInputs) -> float:
 
 
 def _prepare_validation(config: AlignConfig, inputs: RankingInputs, trsr: Trsr, context: int, folder: Path) -> int:
-    """Of the asked the last event before the cut, among as many candidates, drawn anew; how many are left out."""
+    """Prepare the questions that validate; return how many are left out.
+
+    They ask for the last event before the cut of the asked users who are not held out, among as many candidates, drawn
+    anew. Raises UsageError if nobody can validate.
+    """
     histories, options = inputs.past.histories, config.trsr.candidates
     rows = inputs.rows[~inputs.past.held_out[inputs.rows]]
     seen = histories.take(histories.starts[rows], histories.lengths[rows])
@@ -276,7 +287,10 @@ def _measured_anew(
     against: Model | None,
     started: float,
 ) -> JobResult:
-    """A stored model asked with what is given here: other summaries, fewer items, summaries that are missing or wrong."""
+    """Measure a stored model as it is asked here.
+
+    It may be asked with other summaries, fewer items, or summaries that are missing or wrong.
+    """
     options = TrsrConfig.model_validate(asked_anew(NAME, config.trsr, adapter.lineage["options"]))
     inputs = _read(config.model_copy(update={NAME: options}), workspace, versions)
     if against is not None:

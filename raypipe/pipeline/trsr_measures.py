@@ -1,7 +1,7 @@
-"""What ranks stored candidates, how well, and at what cost: LLM-TRSR, its controls, and what does without a language model.
+"""How well stored candidates are ranked, and at what cost: by LLM-TRSR, its controls, and other scorers.
 
-Everybody sees the last `history` events of a user, but for summaries, which tell of what `summarize` reads of the same history.
-Counts and recommenders know nothing from the cut on.
+The other scorers do without a language model. Every scorer sees the last `history` events of a user. Only summaries
+tell more: what `summarize` reads of the same history. Counts and recommenders know nothing from the cut on.
 """
 
 from __future__ import annotations
@@ -44,17 +44,23 @@ _ITSELF = {
     "no summaries": "its own without summaries",
     "shuffled summaries": "its own with shuffled summaries",
 }
-"""Controls with which a model is compared user by user, in words: of one training, so that the interval over users holds all
-that is by chance. It tells what the model does with the summaries that it is shown, and not how well one would rank that had
-learnt to do without."""
-_LENGTHS = (2, 5, 10, 25, 100, 10_000)  # of histories, whose users are told apart
+"""Controls with which a model is compared user by user, in words.
+
+Both sides come from one training, so the interval over users covers all chance. The comparison tells what the model
+does with the summaries that it is shown, not how well a model would rank that had learnt to do without.
+"""
+_LENGTHS = (2, 5, 10, 25, 100, 10_000)  # bounds of the lengths of histories by which users are told apart
 Ranks = dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]
-"""By scorer, of each asked user how many candidates stand above the chosen one, and how many beside it, itself included."""
+"""By scorer, for each asked user: how many candidates score above the chosen one, and how many the same, itself
+included."""
 
 
 @dataclass(frozen=True)
 class RankingInputs:
-    """What is known up to the cut and by which models, the candidates, and the users they are of, by their `rows` in the histories."""
+    """What is known up to the cut, the models, and the candidates with their key.
+
+    `rows` are the places of the candidates' users in the histories.
+    """
 
     past: Past
     lm: ChosenLm
@@ -65,11 +71,11 @@ class RankingInputs:
 
     @property
     def recommender(self) -> str:
-        """NAME/HASH of the one that ranks the same candidates."""
+        """NAME/HASH of the recommender that ranks the same candidates."""
         return f"{self.loaded.model.name}/{self.loaded.model.hash}"
 
     def prefixes(self, most: int) -> Histories:
-        """The last events before the cut, as many at most, of those who are asked."""
+        """The last events before the cut of each asked user, `most` at most."""
         histories = self.past.histories
         kept = np.minimum(histories.lengths[self.rows], most)
         return histories.take(histories.ends[self.rows] - kept, kept)
@@ -83,8 +89,11 @@ def ranker_of(options: TrsrConfig, inputs: RankingInputs, backbone: Backbone) ->
 
 
 def tell_shown(trsr: Trsr, inputs: RankingInputs, context: int) -> dict[str, float]:
-    """How many last items the prompts that are asked show on average, and the share of them whose `context` ends before all that
-    were to be shown; said where there are such."""
+    """How many last items the prompts show on average, and the share of prompts that are cut.
+
+    A prompt is cut if its `context`, in tokens, ends before all items that were to be shown. Warns if there are such
+    prompts.
+    """
     rows, sets = inputs.rows, inputs.sets
     shown, wanted = trsr.shown(rows, 0, sets.items, trsr.summaries(rows, 0))
     cut = shown < wanted
@@ -100,8 +109,10 @@ def tell_shown(trsr: Trsr, inputs: RankingInputs, context: int) -> dict[str, flo
 
 @dataclass(frozen=True)
 class Measurement:
-    """Figures and ranks of the model, of the model asked as its controls say, and of what ranks without it; and how many prompts
-    of how many tokens all that took."""
+    """Figures and ranks of the model, of its controls, and of the scorers without it.
+
+    `usage` is how many prompts of how many tokens all that took.
+    """
 
     metrics: dict[str, float]
     ranks: Ranks
@@ -109,7 +120,10 @@ class Measurement:
 
 
 def measure(config: AlignConfig, trsr: Trsr, inputs: RankingInputs, adapter: Path) -> Measurement:
-    """Asks the model that is stored in the folder `adapter` by the prompts of `trsr`."""
+    """Ask the model in the folder `adapter` by the prompts of `trsr`, and measure it.
+
+    Its controls and the scorers without it are measured beside it.
+    """
     engine = EngineConfig(lm=str(inputs.lm.folder), adapter=str(adapter)).build()
     options = trsr.config
     controls: tuple[Control, ...] = options.controls if inputs.past.summaries.texts else ()
@@ -157,8 +171,10 @@ def measure(config: AlignConfig, trsr: Trsr, inputs: RankingInputs, adapter: Pat
 def _others(
     config: AlignConfig, options: TrsrConfig, inputs: RankingInputs
 ) -> dict[str, Callable[[], NDArray[np.floating]]]:
-    """What ranks the same candidates without a language model, by name. The seconds of a floor and of the trees are those of
-    learning too; a recommender was trained before."""
+    """The scorers that rank the same candidates without a language model, by name.
+
+    The seconds of a floor and of the trees include learning. The recommender was trained before.
+    """
     prefixes, candidates, past = inputs.prefixes(options.history), inputs.sets.items, inputs.past
     items = len(past.catalogue.titles)
 
@@ -199,7 +215,7 @@ def save_ranks(folder: Path, keys: NDArray[np.int64], ranks: Ranks) -> None:
 
 
 def check_comparable(other: Model, sets_key: str) -> None:
-    """Raises UsageError for a model that ranked other candidates than those of the key."""
+    """Raise UsageError for a model that ranked other candidates than those of the key."""
     if other.lineage.get("candidates") != sets_key:
         raise UsageError(
             f"{other.name}/{other.hash} ranked other candidates than these.",
@@ -209,7 +225,11 @@ def check_comparable(other: Model, sets_key: str) -> None:
 
 @dataclass(frozen=True)
 class ModelRanks:
-    """Of each asked user, by key [users], how many candidates a model puts above the chosen one, and how many beside it."""
+    """A model's ranks of the chosen items, by user: `keys` [users] are the users' keys.
+
+    `above` [users] is how many candidates the model puts above the chosen one, and `same` [users] how many beside it,
+    itself included.
+    """
 
     keys: NDArray[np.int64]
     above: NDArray[np.int64]
@@ -217,19 +237,20 @@ class ModelRanks:
 
     @classmethod
     def stored(cls, workspace: Workspace, model: Model) -> ModelRanks:
-        """As they were measured when the model was trained."""
+        """The ranks that were measured when the model was trained."""
         told = Models(workspace.store).users(model)
         assert told is not None, f"{model.name}/{model.hash} has ranked candidates"
         return cls(told["keys"], told["above/"].astype(np.int64), told["same/"].astype(np.int64))
 
 
 def compared(ranks: ModelRanks, workspace: Workspace, other: Model) -> dict[str, float]:
-    """How far the same candidates are ranked better than by a stored model, with 95 % intervals over users.
+    """How much better the same candidates are ranked than by a stored model, with 95 % intervals over users.
 
-    The two were trained apart, and trainings of one recipe differ by their seeds: the intervals hold what other users would
-    change, and not what other seeds would. They tell whether this model ranks better than that one, and of how they were made,
-    as with summaries and without, only over several seeds. What a model gains by the summaries that it is shown, no training
-    between, is told by its own controls: `above its own without summaries`.
+    The two were trained apart, and trainings of one recipe differ by their seeds. The intervals hold what other users
+    would change, and not what other seeds would. They tell whether this model ranks better than that one. Whether one
+    way to make models is better, such as with summaries or without, takes several seeds to tell. What a model gains
+    from the summaries that it is shown, with no training between, is told by its own controls: `above its own without
+    summaries`.
     """
     theirs = ModelRanks.stored(workspace, other)
     _, mine, others = np.intersect1d(ranks.keys, theirs.keys, return_indices=True)
@@ -241,7 +262,7 @@ def compared(ranks: ModelRanks, workspace: Workspace, other: Model) -> dict[str,
 
 
 def _above(other: str, mine: Mapping[str, Values], theirs: Mapping[str, Values]) -> dict[str, float]:
-    """By how much the mean over the same users is higher, and the ends of the interval of it."""
+    """By how much the mean over the same users is higher, and the ends of its interval."""
     found: dict[str, float] = {}
     for figure in _COMPARED:
         apart = paired_bootstrap(mine[figure], theirs[figure])

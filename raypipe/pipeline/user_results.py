@@ -1,4 +1,4 @@
-"""What jobs over buckets of users tell of a run."""
+"""The result of jobs over buckets of users."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ def users_result(
     figures: Mapping[str, Any] | None = None,
     rows: str = "users",
 ) -> JobResult:
-    """The result of a run that publishes `parts`; `rows` names what it counts, `figures` are what its job tells beside, and
-    `started` is on the monotonic clock.
+    """The result of a run that publishes `parts`.
 
-    The cost is all submissions' but for its seconds, which are the last one's: `calls_before` of the calls were made before it.
+    `rows` names what the run counts, `figures` are further metrics of its job, and `started` is on the monotonic clock.
+    The cost is that of all submissions, except for its seconds, which are those of the last one. `calls_before` is how
+    many of the calls were made before the last one.
     """
     counts, usage = counts_of(receipts), usage_of(receipts)
     if capped := counts.skipped.get("capped"):

@@ -1,7 +1,7 @@
-"""One user bucket as a job sees it that computes something of every user: who has changed, and what is carried over.
+"""One user bucket, for jobs that compute something of every user: who has changed, and what is carried over.
 
-Who has no new row keeps an older one of the same recipe, whether a cap left him out, his row was rejected, or he is blocked.
-The older row keeps its change key, so that it is made anew as soon as it can be.
+A user who gets no new row keeps an older one of the same recipe, whether a cap left the user out, the row was rejected,
+or the user is blocked. The older row keeps its change key, so that it is made anew as soon as it can be.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from raypipe.storage.workspace import Workspace
 
 @dataclass(frozen=True)
 class UserRows:
-    """Users of a bucket at the pinned versions, and the rows of one variant published of them.
+    """The users of a bucket at the pinned versions, and their published rows of one variant.
 
-    A user's change key is made of the history's key and the recipe.
+    A user's change key is made of the history's key and the recipe. `only` restricts the users to those of a canary.
     """
 
     workspace: Workspace
@@ -74,18 +74,20 @@ class UserRows:
 
     @cached_property
     def changed(self) -> NDArray[np.int64]:
-        """The users without a standing row, by their place in `users`."""
+        """The users whose published row is not of today's change key, or who have none, by their place in `users`."""
         standing = pa.array(are_standing(self.before, self.users, self.change_keys))
         known = pc.is_in(self.users, value_set=self.before["user_id"].combine_chunks().filter(standing))
         return np.flatnonzero(~known.to_numpy(zero_copy_only=False))
 
     def carried_over(self, made: NDArray[np.int64]) -> CarriedOver:
-        """Where the users at the places `made` have new rows: those of all others."""
+        """The published rows that stay when the users at the places `made` have new ones."""
         return carry_over(self.before, self.before["user_id"], self.users, self.change_keys, self.users.take(made))
 
     def divide(self, rows: pa.Table, blocked: Container[tuple[str, str]]) -> tuple[pa.Table, dict[str, int]]:
-        """Where a change key is of more than a history, `rows` being all that there should be: those there is work for, and how
-        many there is none for: unchanged, or `blocked` by (user, change key)."""
+        """The rows there is work for, and how many of the others are unchanged, or `blocked` by (user, change key).
+
+        `rows` are all that there should be. It is for jobs whose change keys are of more than a history.
+        """
         before, wanted = _identities(self.before), _identities(rows)
         changed = rows.filter(pc.invert(pc.is_in(wanted, value_set=before)))
         keys = zip(changed["user_id"].to_pylist(), changed["change_key"].to_pylist(), strict=True)
@@ -96,17 +98,20 @@ class UserRows:
 
 @dataclass(frozen=True)
 class CarriedOver:
-    """Published rows that are published again; `stale` users, or whatever else has rows, have older ones than they should."""
+    """Published rows that are published again.
+
+    `stale` is how many users, or other owners of rows, have older rows than they should.
+    """
 
     rows: pa.Table
     stale: int
 
 
 def carry_over(before: pa.Table, owners: pa.Array, wanted: pa.Array, keys: pa.Array, made: pa.Array) -> CarriedOver:
-    """Of the published rows `before` those that stand, and older ones of the same recipe of whom nothing new is made.
+    """The published rows of `before` that are current, and older ones of the same recipe whose owners get no new row.
 
-    `owners` [rows] says whose each is, null where it is nobody's any more and goes. `wanted` [n] are all who should have rows,
-    `keys` [n] the change keys of these rows, and `made` those who get new ones.
+    `owners` [rows] says whose each row is, null if it is nobody's any more and goes. `wanted` [n] are all owners who
+    should have rows, `keys` [n] the change keys of these rows, and `made` the owners who get new ones.
     """
     due = keys.take(pc.index_in(owners, value_set=wanted))
     stands = pc.fill_null(pc.equal(before["change_key"], due), False)
@@ -116,17 +121,17 @@ def carry_over(before: pa.Table, owners: pa.Array, wanted: pa.Array, keys: pa.Ar
 
 
 def change_keys(history_keys: pa.Array, recipe: str) -> pa.Array:
-    """Of the rows that `recipe` makes of histories: [users]."""
+    """The change keys of the rows that `recipe` makes of histories: [users]."""
     return keys_of(digest_lanes(history_keys), recipe)
 
 
 def are_standing(rows: pa.Table, users: pa.Array, keys: pa.Array) -> NDArray[np.bool_]:
-    """Which rows are of one of `users` and have that user's change key of `keys`: [rows]."""
+    """Which rows are of one of `users` and have that user's change key of `keys`: bool [rows]."""
     owners = pc.index_in(rows["user_id"].combine_chunks(), value_set=users)
     current = pc.equal(keys.take(owners), rows["change_key"].combine_chunks())
     return pc.fill_null(current, False).to_numpy(zero_copy_only=False)
 
 
 def _identities(rows: pa.Table) -> pa.ChunkedArray:
-    """Of rows, whose change keys two users of one history may share."""
+    """A name for each row, of user and change key, as two users of one history may share a change key."""
     return pc.binary_join_element_wise(rows["user_id"], rows["change_key"], "\0")

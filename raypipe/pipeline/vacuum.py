@@ -1,9 +1,10 @@
-"""`raypipe vacuum`: what no kept night, release or model and no open run needs goes, and small files become large ones.
+"""`raypipe vacuum`: delete what no kept night, release or model and no open run needs, and merge small files.
 
-Nights are counted back from the newest; the one in force is always kept. A night that went can no longer be restored. Files
-of tables go when neither the newest version nor a kept night's names them, and they lost their place long enough ago for
-readers of that version to have ended. It waits for open runs, because it would delete what they staged. Nights that a `forget`
-was killed before it had moved are moved first: else the files would go that it made for them.
+Nights are counted back from the newest; the one in force is always kept. A night that was deleted can no longer be
+restored. Files of tables are deleted if neither the newest version nor that of a kept night or release names them, and
+they lost their place long enough ago for readers of that version to have ended. The job refuses to run while a run is
+open, because it would delete what that run staged. If a `forget` was killed before it had moved the nights to its
+tables, they are moved first: otherwise the files it made for them would be deleted.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def run_vacuum(config: VacuumConfig) -> JobResult:
     workspace = config.open_workspace()
     workspace.require_info()
     tracking = config.open_tracking(workspace)
-    # `rejects` is locked for a moment by whoever publishes there, as here.
+    # Every job that publishes to `rejects` locks it only for a moment, as is done here.
     tables = [name for name in TABLES if name != "rejects"]
     locks = [*tables, "nights", "releases", *workspace.training_locks()]
     with open_session(workspace, JOB, locks, config.cluster, config.lock_lease_s):
@@ -135,8 +136,11 @@ def _runs(workspace: Workspace, config: VacuumConfig) -> int:
 
 
 def _folders(workspace: Workspace, config: VacuumConfig) -> int:
-    """Canaries' tables, what was staged for trainings that nobody resumed, and what is left of nights that were never
-    published; spills of runs that are over go at once."""
+    """Delete folders that nobody needs any more, and return how many there are.
+
+    These are old tables of canaries, what was staged for trainings that nobody resumed, and what is left of nights that
+    were never published. Spills of runs that are over go at once.
+    """
     store, before = workspace.store, time.time() - config.keep_days * _DAY_S
     published = set(Nights(store).dates())
     old = []
@@ -144,7 +148,7 @@ def _folders(workspace: Workspace, config: VacuumConfig) -> int:
         for name in store.folders(parent):
             if parent == "nights" and name in published:
                 continue
-            # No run is open, and so no spill is anybody's.
+            # No run is open, so that no spill is needed any more.
             is_over = parent == "staging" and len(name) == _RUN_KEY_DIGITS
             if is_over or max((entry.modified for entry in store.list(f"{parent}/{name}")), default=0.0) < before:
                 old.append(f"{parent}/{name}")
@@ -156,7 +160,7 @@ def _folders(workspace: Workspace, config: VacuumConfig) -> int:
 
 
 def remove_unfinished(workspace: Workspace, dry_run: bool = False) -> list[Path]:
-    """Delete what killed writers left half written; the caller knows that nobody writes. Returns the files."""
+    """Delete what killed writers left half written. The caller knows that nobody writes. Returns the files."""
     files = workspace.store.unfinished()
     for path in files if not dry_run else ():
         path.unlink(missing_ok=True)
@@ -164,7 +168,10 @@ def remove_unfinished(workspace: Workspace, dry_run: bool = False) -> list[Path]
 
 
 def _compact(table: Table, config: VacuumConfig) -> int:
-    """Partitions whose many files became one: what is appended to run by run."""
+    """Merge the files of each partition that has many, and return how many partitions these are.
+
+    Such are the partitions that are appended to run by run.
+    """
     app = f"{table.spec.name}:{JOB}"
     crowded = [
         (values, files) for values, files in table.partitions(table.version()) if len(files) >= config.compact_files
@@ -188,7 +195,7 @@ def _files(workspace: Workspace, config: VacuumConfig) -> list[StagedFile]:
 
 
 def remove_unneeded(table: Table, keep: Iterable[int], grace_hours: int, dry_run: bool = False) -> list[StagedFile]:
-    """Delete the files that no kept version names; returns them."""
+    """Delete the files that no kept version names, and return them."""
     files = table.unneeded(keep, grace_hours)
     if not dry_run:
         table.remove(files)

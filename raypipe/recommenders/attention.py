@@ -1,4 +1,4 @@
-"""Transformer blocks over packed sequences: everything but the attention itself runs without padding."""
+"""Transformer blocks over packed sequences. Everything but the attention itself runs without padding."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from raypipe.recommenders.sequences import Sequences
 
 
 def rotated(vectors: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021): [batch, heads, length, width], pairs of halves turned by place × rate.
+    """Vectors [batch, heads, length, width] with rotary positions (Su et al. 2021).
 
-    Products of two turned vectors depend on the distance of their places alone, so that a state in the middle of a long
-    window teaches as much as one at its end.
+    Pairs of halves are turned by place × rate. The product of two turned vectors depends only on the distance of their
+    places, so that a state in the middle of a long window teaches as much as one at its end.
     """
     half = vectors.shape[-1] // 2
     rates = 10_000 ** (-torch.arange(half, device=vectors.device) / half)
@@ -29,8 +29,8 @@ def rotated(vectors: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention within each sequence.
 
-    Where attention weights are dropped, training on CPU holds [batch, heads, longest, longest] of them, of which a causal
-    model leaves nearly half out.
+    If attention weights are dropped, training on CPU holds all of them, [batch, heads, longest, longest], of which a
+    causal model leaves nearly half out.
     """
 
     def __init__(self, width: int, heads: int, dropout: float, *, causal: bool, rotary: bool) -> None:
@@ -50,7 +50,7 @@ class Attention(nn.Module):
         inside = None
         if not self.causal:
             inside = torch.arange(longest, device=states.device) < sequences.lengths[:, None]
-        # Under a causal mask nothing real looks at padding, which is on the right.
+        # Under a causal mask no real position attends to padding, which is on the right.
         dropped = self.dropout.dropped if self.training else 0
         if dropped and states.device.type == "cpu":
             mixed = dropped_attention(queries, keys, values, dropped, inside)
@@ -89,7 +89,7 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Positions, dropout, blocks, and a last norm: item vectors [positions, width] → states [positions, width]."""
+    """Positions, dropout, blocks and a last norm: item vectors [positions, width] → states [positions, width]."""
 
     def __init__(
         self,

@@ -1,5 +1,7 @@
-"""Scores of items and users on named attributes, and their files: `scores.json` and `scores.safetensors`; the users' as
-`storage/model_users.py` says."""
+"""Scores of items and users on named attributes, and their files.
+
+These are `scores.json` and `scores.safetensors`; users' scores are stored as `storage/model_users.py` says.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,16 @@ from raypipe.storage.model_users import Rows, read_users, write_users
 _CARD = "scores.json"
 _VALUES = "scores.safetensors"
 LEAST_DEVIATION = 1e-3
-"""Of items' scores on an attribute that tells them apart; below it they are alike, and what is left is rounding."""
+"""The least standard deviation of items' scores on an attribute that tells items apart; less is rounding."""
 
 
 @dataclass(frozen=True)
 class AttributeScores:
-    """`items` float32 [items + 1, attributes], row 0 padding, and `users` float32 [users, attributes] of those whose keys (the
-    stable hashes of their ids as int64, rising) are `keys`. What could not be read is NaN. `names` [attributes] tell the
-    columns, and `catalogue` which items the rows are.
+    """Scores of items and users on attributes.
+
+    `items` float32 [items + 1, attributes], row 0 is padding; `users` float32 [users, attributes]. `keys` int64 [users]
+    are the users' keys, the stable hashes of their ids, rising. A score that could not be read is NaN. `names`
+    [attributes] name the columns; `catalogue` says which items the rows are.
     """
 
     names: tuple[str, ...]
@@ -37,10 +41,11 @@ class AttributeScores:
     catalogue: Mapping[str, Any]
 
     def normalised(self, clip: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Items and users in standard deviations from their own mean, attribute by attribute, at most `clip` of them.
+        """Scores of items and of users in standard deviations from their mean, by attribute, clipped at ±`clip`.
 
-        Users among users: they are asked about in other words than items, so that the two have no scale in common. What could
-        not be read stands at the mean, and so does an attribute on which all items, or all users, are alike.
+        Users are normalised among users: they are asked about in other words than items, so that the two have no scale
+        in common. A score that could not be read becomes 0, the mean. So do all scores on an attribute on which all
+        items are alike, and those of users on one on which all users are alike.
         """
         found = []
         for rows, whose in ((self.items, self.items[1:]), (self.users, self.users)):
@@ -53,12 +58,12 @@ class AttributeScores:
 
     @property
     def telling(self) -> NDArray[np.bool_]:
-        """[attributes]: which tell items apart."""
+        """Which attributes tell items apart, bool [attributes]."""
         return _moments(self.items[1:])[1] > LEAST_DEVIATION
 
 
 def _moments(rows: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and standard deviation of rows' scores, [attributes] each; 0 where none could be read."""
+    """Mean and standard deviation of the rows' scores, [attributes] each; 0 for an attribute without a score."""
     scores = rows.astype(np.float64)
     known = ~np.isnan(scores)
     counts = np.maximum(known.sum(0), 1)
@@ -69,7 +74,8 @@ def _moments(rows: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np
 def along(column: NDArray[np.float32], place: float, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The items nearest to a place on one attribute, and those farthest from it, int64 [≤ count] each, from 1.
 
-    `column` float32 [items + 1] are the items' normalised scores; of equally near ones the first come first.
+    `column` float32 [items + 1] are the items' normalised scores. Items at the same distance are in the order of their
+    index.
     """
     distances = np.abs(column[1:] - place)
     return (
@@ -87,9 +93,10 @@ def save_scores(folder: Path, scores: AttributeScores) -> None:
 
 
 def load_scores(folder: Path, users: Rows | None = None) -> AttributeScores:
-    """`users` are those of stored scores, `Models.users`; scores that are not stored yet have them in their folder.
+    """Read the scores of a folder.
 
-    Raises UsageError where the folder holds no scores.
+    `users` are the rows of stored scores (`Models.users`); scores that are not stored yet have them in their folder.
+    Raises UsageError if the folder holds no scores, or damaged ones.
     """
     try:
         told = json.loads((folder / _CARD).read_text())

@@ -15,7 +15,7 @@ from raypipe.recommenders.sequences import Sequences
 
 
 class Bert4Rec(Recommender):
-    """One prefix, one state: that of a mask appended to it. A window is the last max_length − 1 items and the mask."""
+    """The state of a prefix is that of a mask behind it. A window is the last max_length − 1 items and the mask."""
 
     causal: ClassVar[bool] = False
 
@@ -39,9 +39,10 @@ class Bert4Rec(Recommender):
         return self.personal(self.head(asked.last(self._states(asked, asked.items == 0))), asked.users)
 
     def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Mean loss of the masked items, each masked with probability `masked`, the last of a window always.
+        """Mean loss of the masked items. Each item is masked with probability `masked`, the last of a window always.
 
-        `items` are whole windows; `targets` are not used. The division is by this worker's own masked items.
+        `items` are whole windows; `targets` are not used. The sum is divided by the number of this worker's masked
+        items.
         """
         sequences = Sequences.of_batch(batch)
         hidden = torch.rand(len(sequences.items), device=sequences.items.device) < self.masked

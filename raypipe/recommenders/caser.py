@@ -1,7 +1,7 @@
 """Caser: horizontal and vertical convolutions over the last few items (Tang & Wang, WSDM 2018).
 
-Without the paper's user embedding (eq. 12): a state is a function of the prefix, so that users who came after training
-have one too.
+It has no user embedding, unlike the paper (eq. 12): a state is a function of the prefix, so that users who came after
+training have one too.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Caser(Recommender):
         self.project = nn.Linear(options.horizontal * window + options.vertical * width, width)
 
     def encode_all(self, sequences: Sequences) -> Tensor:
-        # The window before each position in the sequence, oldest first, padded by item 0 where the sequence starts.
+        # The window that ends at each position of the sequence, oldest first, padded with item 0 before its start.
         back = torch.arange(self.window - 1, -1, -1, device=sequences.items.device)
         positions = torch.arange(len(sequences.items), device=back.device)
         inside = sequences.offsets[:, None] >= back

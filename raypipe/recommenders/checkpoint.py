@@ -1,5 +1,7 @@
-"""A recommender on disk: `recommender.json` (what it is, over which items) and `model.safetensors`; the guided blocks of users,
-where it has any, as `storage/model_users.py` says."""
+"""A recommender on disk: `recommender.json` (what it is, and over which items) and `model.safetensors`.
+
+Guided blocks of users, if it has any, are stored as `storage/model_users.py` says.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +28,16 @@ from raypipe.storage.model_users import Rows, read_users, write_users
 _FORMAT = 1
 _CARD = "recommender.json"
 _WEIGHTS = "model.safetensors"
-# Weights that are one user's each, by the names of their rows.
+# Weights whose rows belong to one user each: name of the rows in the users' file → name of the weight.
 _OF_USERS = {"keys": "user_keys", "blocks": "user_block"}
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a checkpoint is of: which items the rows of its table are, and the most frequent ones of its training data.
+    """What a checkpoint is of: its config, the items of its table's rows, and the most frequent items of training.
 
-    `catalogue` is {"items": count, "hash": of their ids in order}; `popular` are item indices, most events first; `blocks` the
-    attributes and the users of guided blocks at the training.
+    `catalogue` is {"items": count, "hash": of their ids in order}. `popular` are item indices, most events first.
+    `blocks` are the numbers of attributes and of users of the guided blocks at the training.
     """
 
     config: RecommenderConfig
@@ -45,7 +47,7 @@ class Card:
 
 
 def save_recommender(folder: Path, card: Card, weights: Mapping[str, Tensor]) -> None:
-    """Writes a checkpoint; `weights` by the names of the built model's state."""
+    """Write a checkpoint. `weights` are by the names of the built model's state."""
     folder.mkdir(parents=True, exist_ok=True)
     told = {
         "format": _FORMAT,
@@ -65,10 +67,11 @@ def save_recommender(folder: Path, card: Card, weights: Mapping[str, Tensor]) ->
 def load_recommender(
     folder: Path, device: torch.device | str = "cpu", users: Rows | None = None
 ) -> tuple[Recommender, Card]:
-    """The model in eval mode and its card. `users` are those of a stored model, `Models.users`; one that is not stored yet has
-    them in its folder.
+    """The model in eval mode, and its card.
 
-    Raises UsageError where the folder holds none, a damaged one, one of a newer raypipe, or another's weights.
+    `users` are the rows of a stored model's users (`Models.users`); a model that is not stored yet has them in its
+    folder. Raises UsageError if the folder holds no recommender, a damaged one, one of a newer raypipe, or another
+    model's weights.
     """
     try:
         told = json.loads((folder / _CARD).read_text())
@@ -86,7 +89,7 @@ def load_recommender(
     if (rows := read_users(folder) if users is None else users) is not None:
         weights |= {name: torch.from_numpy(rows[row]).to(device) for row, name in _OF_USERS.items()}
     attributes, count = card.blocks
-    # Some of those it was trained on may have been forgotten.
+    # Some of the users it was trained on may have been forgotten.
     blocks = (attributes, len(weights["user_keys"]) if "user_keys" in weights else count)
     model = card.config.build(card.catalogue["items"], blocks=blocks).to(device)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -98,7 +101,7 @@ def load_recommender(
             "Do not edit recommender.json, nor mix files of two models.",
         )
     if broken := [name for name, weight in weights.items() if not weight.isfinite().all()]:
-        # Each of its scores would be no number: lists would be empty, and nobody would be told why.
+        # None of its scores would be a number: lists would be empty, and nobody would learn why.
         raise UsageError(
             f"The recommender in {folder} is damaged: {broken[0]} holds weights that are no finite numbers.",
             "Train it again, or restore it.",
@@ -108,12 +111,12 @@ def load_recommender(
 
 
 def _as_array(weight: Tensor) -> NDArray[Any]:
-    """NumPy knows no bfloat16."""
+    """A weight as an array; floats become float32, as NumPy knows no bfloat16."""
     return (weight.float() if weight.is_floating_point() else weight).detach().cpu().numpy()
 
 
 def _card(folder: Path, told: Any) -> Card:
-    """What recommender.json tells. Raises UsageError where it is damaged or of a newer raypipe."""
+    """The card in recommender.json. Raises UsageError if that is damaged or of another version of raypipe."""
     try:
         if told["format"] > _FORMAT:
             raise UsageError(
@@ -138,13 +141,13 @@ def _card(folder: Path, told: Any) -> Card:
 
 
 def catalogue_card(item_ids: Sequence[str], count: int | None = None) -> dict[str, object]:
-    """Which items the first `count` rows of a table are (all where unset), in the order of their index."""
+    """The card's `catalogue` for a table whose rows are the first `count` items (all if None), in order of index."""
     known = list(item_ids if count is None else item_ids[:count])
     return {"items": len(known), "hash": fingerprint({"item_ids": known})}
 
 
 def check_catalogue(card: Mapping[str, object], item_ids: Sequence[str], model: str) -> None:
-    """Raises UsageError unless the model's items are the first of this catalogue, in the same order."""
+    """Check that the model's items are the first of this catalogue, in the same order. Raises UsageError if not."""
     count = int(str(card["items"]))
     if count > len(item_ids) or catalogue_card(item_ids, count) != dict(card):
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Which recommender and how large; the one place that knows all of them."""
+"""Which recommender, and how large it is. This is the one place that knows all recommenders."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _GUIDED = ("gru4rec", "sasrec", "bert4rec")
 
 
 class RecommenderConfig(Config):
-    """A model; the options of the others do not matter."""
+    """A model and its size. The options of models other than `model` do not matter."""
 
     model: ModelName = shaping("sasrec", "which recommender")
     width: int = shaping(64, "of states and item vectors", ge=2)
@@ -65,11 +65,11 @@ class RecommenderConfig(Config):
         """How many last items of a history a state sees."""
         if self.model == "caser":
             return min(self.caser.window, self.max_length)
-        return self.max_length - (self.model == "bert4rec")  # whose last place asks
+        return self.max_length - (self.model == "bert4rec")  # its last place holds the mask
 
     @property
     def objective(self) -> str:
-        """What training makes small, in words."""
+        """What training minimises, in words."""
         if self.model == "bert4rec":
             return f"{self.loss.kind} of masked items"
         if self.model == "dreamrec":
@@ -80,7 +80,7 @@ class RecommenderConfig(Config):
     def build(self, items: int, seed: int = 0, blocks: tuple[int, int] = (0, 0)) -> Recommender:
         """An untrained model over `items` items; equal arguments give equal weights.
 
-        `blocks` are the attributes and the users of its guided blocks, which hold nothing yet.
+        `blocks` are the numbers of attributes and of users of its guided blocks, which still hold zeros.
         """
         with torch.random.fork_rng():
             torch.manual_seed(seed)

@@ -1,7 +1,7 @@
-"""Dropout that spends a byte of randomness on a value.
+"""Dropout that spends one byte of randomness on each value.
 
-On CPU torch's own takes 10 ns a value, a fifth of a training step of a small recommender; this one a quarter of that. The
-rate is rounded to a multiple of 1/256, and values that stay are scaled by what the rounded rate asks for.
+On CPU torch's own takes 10 ns a value, a fifth of a training step of a small recommender; this one takes a quarter of
+that. The rate is rounded to a multiple of 1/256, and the values that stay are scaled for the rounded rate.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Dropout(nn.Module):
 
 
 def draw_kept(shape: torch.Size, dropped: int) -> Tensor:
-    """bool of `shape` on CPU, each False with the probability `dropped` / 256."""
+    """Draw which values are kept: bool of `shape` on CPU, each False with probability `dropped` / 256."""
     count = shape.numel()
     draws = torch.empty(-(-count // 8), dtype=torch.int64).random_(-(2**63), None).view(torch.uint8)
     return draws[:count].view(shape) >= dropped

@@ -1,8 +1,9 @@
-"""Attention whose weights are dropped, for training on CPU.
+"""Attention with dropout of its weights, for training on CPU.
 
-torch's own kernel has no dropout there, and written as one product after the other every step passes over a [batch, heads,
-length, length] tensor in memory. Here a few sequences' queries are taken at a time, so that their weights stay in a core's
-caches, and under a causal mask keys behind the last query of a block are left out: two thirds of the time.
+torch's own kernel has no dropout on CPU, and written as one product after the other, every step passes over a [batch,
+heads, length, length] tensor in memory. Here the queries of a few sequences are taken at a time, so that their weights
+stay in a core's caches, and under a causal mask the keys behind the last query of a block are left out. That takes two
+thirds of the time.
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ _BLOCK_QUERIES = 64
 
 
 def dropped_attention(queries: Tensor, keys: Tensor, values: Tensor, dropped: int, inside: Tensor | None) -> Tensor:
-    """softmax(queries · keysᵀ / √width) without `dropped` of 256 weights, times values: [batch, heads, length, width].
+    """softmax(queries · keysᵀ / √width) with `dropped` of 256 weights dropped, times values.
 
-    `inside` bool [batch, length] says which keys are real; where it is None, a query sees the keys up to its own place. The
-    weights that stay are scaled by 256 / (256 − dropped).
+    The result is [batch, heads, length, width], as are `queries`, `keys` and `values`. `inside` bool [batch, length]
+    says which keys are real; if it is None, a query sees the keys up to its own place. The weights that stay are scaled
+    by 256 / (256 − dropped).
     """
     return _DroppedAttention.apply(queries, keys, values, dropped, inside)
 
 
 class _DroppedAttention(torch.autograd.Function):
-    """Saves each block's weights and which of them were kept, five bytes a weight."""
+    """Saves each block's weights and which of them were kept for the backward pass: five bytes a weight."""
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, dropped: int, inside: Tensor | None) -> Tensor:
@@ -61,7 +63,7 @@ class _DroppedAttention(torch.autograd.Function):
         queries, keys, values, mixed, *saved = ctx.saved_tensors
         shape = gradients[0].shape
         gradient = gradients[0].reshape(mixed.shape)
-        # What a row of weights loses to its normalisation: Σ weights · gradients, which is that of the mixture itself.
+        # The term of softmax's normalisation in each row: Σ weights · gradients, which is mixture · its gradient.
         inner = (gradient * mixed).sum(-1, keepdim=True)
         gradient = gradient * ctx.kept_scale
         to_queries, to_keys, to_values = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
@@ -77,7 +79,7 @@ class _DroppedAttention(torch.autograd.Function):
 
 
 def _blocks(rows: int, length: int, *, causal: bool) -> list[tuple[slice, slice, slice]]:
-    """Which (sequence, head) pairs, which of their queries, and the keys those see."""
+    """The blocks: which (sequence, head) pairs, which of their queries, and the keys that those see."""
     together = max(1, _BLOCK_WEIGHTS // length**2)
     size = _BLOCK_QUERIES if causal else length
     return [
@@ -88,5 +90,5 @@ def _blocks(rows: int, length: int, *, causal: bool) -> list[tuple[slice, slice,
 
 
 def _bias(inside: Tensor, like: Tensor) -> Tensor:
-    """[batch, length] to be added to scores: 0 for real keys, −∞ for the others."""
+    """What is added to scores, [batch, length]: 0 for real keys, −∞ for the others."""
     return like.new_zeros(inside.shape).masked_fill_(~inside, -math.inf)

@@ -1,4 +1,4 @@
-"""Leave-one-out evaluation over the whole catalogue: ranks of the last events, and what the lists are like."""
+"""Leave-one-out evaluation over the whole catalogue: ranks of the last events, and properties of the lists."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ _COLD = f"HR@{_CUTOFF} cold items"
 _LISTS = (f"coverage@{_CUTOFF}", f"novelty@{_CUTOFF}", f"diversity@{_CUTOFF}", "collapse")
 
 METRICS = (*RANKING, *_BANDS, _COLD, *_LISTS)
-"""All that `evaluate_model` tells, in its order."""
+"""The names of all metrics of `evaluate_model`, in its order."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What an evaluation asks: the last event of every history that has one beyond training's.
+    """What an evaluation asks for: the last event of every history that has one beyond those of training.
 
-    `training` are the histories that models learnt from; `prefixes` everything before the last event and `targets` the last
-    events, one entry per asked user, of `askable` with such an event. `items` is the size of the catalogue, `users` and `events`
-    are those of the whole log.
+    `training` are the histories that models learnt from. Per asked user, `prefixes` hold the events before the last
+    one, and `targets` the last events. `askable` is the number of users with such an event, asked or not. `items` is
+    the size of the catalogue; `users` and `events` are the numbers of users and events in the whole log.
     """
 
     training: Histories
@@ -61,10 +61,10 @@ class HeldOut:
         learnt_from: NDArray[np.bool_] | None = None,
         asked: NDArray[np.bool_] | None = None,
     ) -> HeldOut:
-        """Asks users with more than `hold_out` events, of `asked` bool [users] alone where it is set; models learnt from those of
-        `learnt_from` bool [users], all where unset.
+        """Ask users with more than `hold_out` events; if `asked` bool [users] is given, those of them only.
 
-        Raises ValueError where `hold_out` is 0: training saw all there is.
+        Models learnt from the users of `learnt_from` bool [users], or from all if it is not given. Raises ValueError if
+        `hold_out` is 0, as training then saw every event.
         """
         if hold_out < 1:
             raise ValueError("The model was trained on every event, so that none is left to ask for.")
@@ -80,7 +80,7 @@ class HeldOut:
 
 
 def ranks_of_floor(floor: Floor, held: HeldOut, *, filter_seen: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """As `target_ranks`, for a scorer without states."""
+    """As `target_ranks`, for a floor, which has no states."""
     above = np.empty(len(held.targets), np.int64)
     same = np.empty_like(above)
     size = max(1, BLOCK_SCORES // (held.items + 1))
@@ -95,13 +95,16 @@ def ranks_of_floor(floor: Floor, held: HeldOut, *, filter_seen: bool) -> tuple[N
 
 
 def evaluate_floor(floor: Floor, held: HeldOut, *, filter_seen: bool = True) -> dict[str, Mean]:
-    """HR, NDCG and MRR of a scorer without learning."""
+    """HR, NDCG and MRR of a floor, which is a scorer without learning."""
     return ranking_metrics(*ranks_of_floor(floor, held, filter_seen=filter_seen))
 
 
 def evaluate_model(model: Recommender, held: HeldOut, *, filter_seen: bool = True) -> dict[str, Mean]:
-    """HR, NDCG and MRR; HR@10 by length of the prefix and for items of few training events, NaN where they are nobody's;
-    coverage, novelty (bits) and diversity of the lists of ten; collapse of the item vectors. By the names of `METRICS`."""
+    """All metrics of a model, by the names of `METRICS`.
+
+    These are HR, NDCG and MRR; HR@10 by length of the prefix and for items of few training events, NaN if no user is in
+    the group; coverage, novelty (bits) and diversity of the lists of ten; and collapse of the item vectors.
+    """
     above, same = target_ranks(model, held.prefixes, held.targets, filter_seen=filter_seen)
     metrics = ranking_metrics(above, same)
     hits = hit_rate(above, same, _CUTOFF)
@@ -115,8 +118,11 @@ def evaluate_model(model: Recommender, held: HeldOut, *, filter_seen: bool = Tru
 
 
 def list_metrics(lists: NDArray[np.int64], vectors: NDArray[np.float32], held: HeldOut) -> dict[str, Mean]:
-    """What lists are like beyond being right: coverage, novelty (bits) and diversity of the first ten items, NaN where there are
-    none; collapse of the item vectors. `lists` int64 [users, k], 0 for no item; `vectors` float32 [items + 1, width]."""
+    """Coverage, novelty (bits) and diversity of the lists' first ten items, and collapse of the item vectors.
+
+    `lists` int64 [users, k], 0 for no item; `vectors` float32 [items + 1, width]. Without any item coverage is 0 and
+    novelty NaN; diversity is NaN if no list has two items.
+    """
     first, counts = lists[:, :_CUTOFF], held.training.counts(held.items)
     surprise = novelty(first, counts) if first.any() else math.nan
     exact = (coverage(first, held.items), surprise, diversity(first, vectors), collapse(vectors))

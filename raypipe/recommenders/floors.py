@@ -1,4 +1,4 @@
-"""Scorers without learning that a recommender has to beat: what is popular, and what tends to follow what."""
+"""Floors: scorers without learning that a recommender has to beat, by popularity and by which items follow which."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from raypipe.recommenders.windows import Histories
 
 class Floor(Protocol):
     def scores(self, prefixes: Histories) -> NDArray[np.float32]:
-        """[users, items + 1] for each prefix; column 0 has no meaning."""
+        """The scores of all items after each prefix, [users, items + 1]; column 0 has no meaning."""
         ...
 
 
 class Popularity:
-    """An item's number of events in training, the same for everybody."""
+    """Scores an item by its number of events in training, the same for every user."""
 
     def __init__(self, training: Histories, items: int) -> None:
         self.counts = training.counts(items).astype(np.float32)
@@ -28,7 +28,7 @@ class Popularity:
 
 
 class Transitions:
-    """How often an item came within `window` places after one of the last `recent` items."""
+    """Scores an item by how often, in training, it came within `window` places after a prefix's last `recent` items."""
 
     def __init__(self, training: Histories, items: int, window: int = 10, recent: int = 5) -> None:
         self.recent = recent

@@ -1,4 +1,4 @@
-"""GRU4Rec: gated recurrent units over the history (Hidasi et al., ICLR 2016), trained on the items that came next."""
+"""GRU4Rec: gated recurrent units over the history (Hidasi et al., ICLR 2016), trained to predict the next item."""
 
 from __future__ import annotations
 

@@ -1,16 +1,17 @@
-"""Guided embedding refinement (arXiv 2504.11658): columns of item and user vectors that a language model's scores fill.
+"""Guided embedding refinement (arXiv 2504.11658): a language model's scores fill columns of item and user vectors.
 
-An item's vector is [reduced | guided]: a base model's vector on fewer dimensions, which is trained, and the item's scores on
-named attributes, which stay. A user's guided block is a parameter that starts at the user's own scores. The width is that of
-the base, and so is the cost of serving: the language model is not asked.
+An item's vector is [reduced | guided]: a base model's vector reduced to fewer dimensions, which is trained, and the
+item's scores on named attributes, which stay. A user's guided block is a parameter that starts at the user's own
+scores. The width is that of the base, and so is the cost of serving: the language model is not asked.
 
-The paper adds user and item vectors of two towers. In a sequential model a user is the state after a history, and no user has
-a vector. Our reading: the block of a user is added to the guided columns of each of the user's states,
+The paper adds user and item vectors of two towers. In a sequential model a user is the state after a history, and no
+user has a vector. Our reading is that a user's block is added to the guided columns of each of the user's states,
 
     score(user, item) = state · item + block of the user · block of the item,
 
-so that what is stored and served is one vector for each user as before. `alone` leaves the state its reduced columns only, the
-paper's concatenation to the letter. Users whom the scores do not know have no block and are ranked by the state.
+so that one vector for each user is stored and served, as before. With `alone` the state keeps only its reduced columns,
+which is the paper's concatenation to the letter. Users whom the scores do not know have no block, and are ranked by the
+state.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Floats = NDArray[np.float32]
 
 
 class GuidedOptions(Config):
-    """Which scores fill columns of the vectors, what is beside them, and what of it is trained."""
+    """Which scores fill columns of the vectors, what stands beside them, and which parts are trained."""
 
     scores: str | None = shaping(
         None,
@@ -71,8 +72,11 @@ class GuidedOptions(Config):
 
 @dataclass(frozen=True)
 class Blocks:
-    """`items` float32 [items + 1, attributes], row 0 padding; `users` float32 [users, attributes], of those whose keys, int64
-    [users] and rising, are `keys`."""
+    """Guided blocks of items and users.
+
+    `items` float32 [items + 1, attributes], row 0 is padding; `users` float32 [users, attributes]; `keys` int64 [users]
+    are the users' keys, rising.
+    """
 
     items: Floats
     users: Floats
@@ -80,7 +84,7 @@ class Blocks:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Attributes and users."""
+        """The numbers of attributes and of users."""
         return self.items.shape[1], len(self.users)
 
 
@@ -100,10 +104,10 @@ def fuse(
     trained: NDArray[np.bool_],
     seed: int,
 ) -> Start:
-    """The blocks of `width` wide vectors over `len(trained)` − 1 items, and the base's vectors on the columns left.
+    """The blocks of vectors of this `width` over `len(trained)` − 1 items, and the base's vectors for the columns left.
 
-    `base` float32 [items + 1, base width]; `trained` bool [items + 1], the items of training, which the reduction is fitted on.
-    Raises UsageError where the scores leave no column, or the base has fewer than are left.
+    `base` float32 [items + 1, base width]; `trained` bool [items + 1] are the items of training, on which the reduction
+    is fitted. Raises UsageError if the scores leave no column, or the base has fewer dimensions than columns are left.
     """
     attributes = 0 if scores is None else len(scores.names)
     left = width - attributes
@@ -115,20 +119,23 @@ def fuse(
     table = None if base is None else reduced(base, left, trained)
     if scores is None:
         return Start(table)
-    # Vectors that start anew are drawn with a standard deviation of 1 / √width.
+    # Vectors without a base are drawn with a standard deviation of 1 / √width.
     beside = (left / width) ** 0.5 if table is None else float(np.linalg.norm(table[trained], axis=1).mean())
     return Start(table, _blocks(scores, options, len(trained), options.scale * beside, seed))
 
 
 def reduced(vectors: Floats, width: int, trained: NDArray[np.bool_]) -> Floats:
-    """float32 [items + 1, width]: the first principal components of the trained items' vectors (PCA), row 0 nothing."""
+    """The vectors on the first principal components of the trained items' vectors (PCA), float32 [items + 1, width].
+
+    Row 0 is zero. Raises UsageError if `width` is larger than the vectors' width or the number of trained items.
+    """
     most = min(vectors.shape[1], int(trained.sum()))
     if width > most:
         raise UsageError(
             f"The base's vectors have {most} dimensions to be reduced to {width}.",
             "Name a wider base with --recommender.guided.base, or narrow the vectors with --recommender.width.",
         )
-    # Every worker imports this module, few reduce, and scikit-learn takes as long to import as torch.
+    # Every worker imports this module and few reduce vectors, but scikit-learn takes as long to import as torch.
     from sklearn.decomposition import PCA
 
     components = PCA(width, svd_solver="full").fit(vectors[trained])
@@ -138,9 +145,9 @@ def reduced(vectors: Floats, width: int, trained: NDArray[np.bool_]) -> Floats:
 
 
 def _blocks(scores: AttributeScores, options: GuidedOptions, rows: int, length: float, seed: int) -> Blocks:
-    """`rows` of items; their blocks are `length` long in the mean."""
+    """Blocks for `rows` rows of items, whose mean length is `length`, and for the users, scaled alike."""
     known, users = scores.normalised(options.clip)
-    items = np.zeros((rows, len(scores.names)), np.float32)  # What was never scored is in the middle.
+    items = np.zeros((rows, len(scores.names)), np.float32)  # An item that was never scored stands in the middle.
     count = min(rows, len(known))
     items[:count] = known[:count]
     rng = np.random.default_rng((seed, 1))
@@ -160,13 +167,13 @@ def _blocks(scores: AttributeScores, options: GuidedOptions, rows: int, length: 
 
 
 def user_rows(known: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each of `keys` int64 [n] stands in `known` int64 [users], which rises, and whether it does: int64, bool [n]."""
+    """The place of each of `keys` int64 [n] in the rising `known` int64 [users], and whether it is there, bool [n]."""
     places = torch.searchsorted(known, keys).clamp(max=len(known) - 1)
     return places, known[places] == keys
 
 
 def with_block(states: Tensor, block: Tensor, there: Tensor, how: Literal["added", "alone"]) -> Tensor:
-    """States [n, width] with the users' blocks [n, attributes] in their last columns; `there` bool [n], who has one."""
+    """States [n, width] with the users' blocks [n, attributes] in the last columns; `there` bool [n]: has a block."""
     attributes = block.shape[1]
     block = torch.where(there[:, None], block, 0).to(states.dtype)
     if how == "alone":
@@ -175,9 +182,9 @@ def with_block(states: Tensor, block: Tensor, there: Tensor, how: Literal["added
 
 
 def contributions(states: Tensor, vectors: Tensor, attributes: int) -> Tensor:
-    """What a score is the sum of, [n, 1 + attributes]: the reduced columns' part, and each attribute's.
+    """The parts whose sum is a score, [n, 1 + attributes]: that of the reduced columns, and that of each attribute.
 
-    States and vectors of the items they are multiplied with, [n, width] each.
+    `states` and `vectors`, those of the items they are multiplied with, are [n, width] each.
     """
     products = states * vectors
     left = products.shape[1] - attributes

@@ -1,8 +1,8 @@
 """Next-item losses that never hold a [positions × catalogue] tensor.
 
-A loss compares one score of the item that came next with the scores of candidates that all positions share: the whole
-catalogue or a sample. Scores are made a block of positions at a time and turned into gradients at once, so that memory
-is one block of `_BLOCK_SCORES` scores, or those of 16 positions, plus the gradients.
+A loss compares the score of the item that came next with the scores of candidates that all positions share: the whole
+catalogue or a sample. Scores are computed for a block of positions at a time and turned into gradients at once, so that
+memory holds one block of `_BLOCK_SCORES` scores, or the scores of 16 positions, plus the gradients.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def sampled_softmax_loss(states: Tensor, table: Tensor, targets: Tensor, negativ
     """Sum of the cross-entropies over the target and shared negatives, with logQ correction (Bengio & Senécal 2008).
 
     negatives int64 [samples], distinct items; expected [items + 1], the probability of each item to be in the sample. A
-    negative that is a position's target is no candidate for it. The target itself is always among the candidates, so its
-    score stays as it is, and the sum of exponentials is an unbiased estimate of the whole catalogue's.
+    negative that is a position's target is no candidate for that position. The target itself is always a candidate, so
+    its score is not corrected, and the sum of exponentials is an unbiased estimate of that over the whole catalogue.
     """
     positives = _wide((states * table[targets]).sum(1))
     column = _columns(negatives, len(table))[targets]
@@ -59,9 +59,10 @@ def sampled_softmax_loss(states: Tensor, table: Tensor, targets: Tensor, negativ
 
 
 def gbce_loss(states: Tensor, table: Tensor, targets: Tensor, negatives: Tensor, calibration: float) -> Tensor:
-    """Sum of generalised binary cross-entropies (Petrov & Macdonald, RecSys 2023, eq. 10), mean over samples + 1.
+    """Sum over positions of the generalised binary cross-entropy (Petrov & Macdonald, RecSys 2023, eq. 10).
 
-    σ of the positive score is raised to β = α (t (1 − 1/α) + 1/α), where α = samples / (items − 1).
+    At each position it is the mean over the samples and the target. σ of the positive score is raised to
+    β = α (t (1 − 1/α) + 1/α), where α = samples / (items − 1).
     """
     alpha = len(negatives) / max(1, len(table) - 2)
     beta = alpha * (calibration * (1 - 1 / alpha) + 1 / alpha)
@@ -82,24 +83,24 @@ def bce_loss(states: Tensor, table: Tensor, targets: Tensor, negatives: Tensor) 
 
 
 def _wide(values: Tensor) -> Tensor:
-    """At least float32: sums over a catalogue lose too much in 16 bits."""
+    """The values in at least float32: sums over a catalogue lose too much precision in 16 bits."""
     return values.float() if values.dtype.itemsize < 4 else values
 
 
 def _columns(negatives: Tensor, items: int) -> Tensor:
-    """int64 [items]: the column of each item among the negatives, −1 where it is none."""
+    """The column of each item among the negatives, int64 [items]; −1 if it is not among them."""
     columns = negatives.new_full((items,), -1)
     columns[negatives] = torch.arange(len(negatives), device=negatives.device)
     return columns
 
 
 class _SharedCandidates(torch.autograd.Function):
-    """Summed loss of all positions against shared candidates, gradients computed with the scores.
+    """Summed loss of all positions against shared candidates. The gradients are computed with the scores.
 
     forward(states [positions, width], candidates [m, width], positives [positions], hits int64 [positions], bias [m] or
-    None, binary) → scalar. `hits` is the column that is the position's own target, −1 for none: it is left out. With
-    `binary` the loss is Σ softplus(scores), and positives do not matter; otherwise logsumexp(positive, scores) −
-    positive.
+    None, binary) → scalar. `hits` is the column of the position's own target, −1 for none; that column is left out.
+    With `binary` the loss is Σ softplus(scores), and positives do not matter; otherwise it is Σ (logsumexp(positive,
+    scores) − positive).
     """
 
     @staticmethod

@@ -1,6 +1,6 @@
 """Matrix factorisation whose user vector is made of item vectors (asymmetric SVD, Paterek 2007; FISM, Kabbur 2013).
 
-The target that knows no order: a prefix in any order has the same state, and users who came after training have one.
+It knows no order: a prefix has the same state in any order. Users who came after training have a state too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Mf(Recommender):
         self.dropout = Dropout(dropout)
 
     def encode_all(self, sequences: Sequences) -> Tensor:
-        """State of a prefix of n items: their source vectors' sum over √n."""
+        """The state of a prefix of n items: the sum of their source vectors divided by √n."""
         vectors = self.dropout(functional.embedding(sequences.items, self.sources))
         sums = sequences.unpad(sequences.pad(vectors).cumsum(1))
         return sums * (sequences.offsets[:, None] + 1).to(sums.dtype).rsqrt()

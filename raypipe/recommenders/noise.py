@@ -1,4 +1,4 @@
-"""Gaussian noise that is a function of a row's seed and nothing else, so that no batch or worker changes a sample."""
+"""Gaussian noise that depends on a row's seed alone, so that no batch or worker changes a sample."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-# SplitMix64 (Steele, Lea & Flood, OOPSLA 2014), its constants as signed 64-bit numbers.
+# The constants of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014) as signed 64-bit numbers.
 _STEP = -7046029254386353131
 _MIX_1 = -4658895280553007687
 _MIX_2 = -7723592293110705685
 
 
 def seeded_normal(seeds: Tensor, draw: int, width: int) -> Tensor:
-    """float32 [batch, width], standard normal; seeds int64 [batch]; `draw` tells apart the draws of one seed."""
+    """Standard normal noise, float32 [batch, width]; seeds int64 [batch]; `draw` tells apart the draws of one seed."""
     counters = torch.arange(width, device=seeds.device) + draw * width
     bits = _mixed(_mixed(seeds)[:, None] + counters * _STEP)
     upper = ((bits >> 40) & 0xFFFFFF).double()
@@ -30,5 +30,5 @@ def _mixed(values: Tensor) -> Tensor:
 
 
 def _shifted(values: Tensor, by: int) -> Tensor:
-    """Right shift that fills with zeros; torch's own keeps the sign."""
+    """Shift right and fill with zeros; torch's own shift keeps the sign."""
     return (values >> by) & ((1 << (64 - by)) - 1)

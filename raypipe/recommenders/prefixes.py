@@ -1,4 +1,4 @@
-"""States of prefixes: what a recommender knew of a user after so many events."""
+"""States of prefixes: what a recommender knew of a user after a number of events."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _PREFIXES_AT_ONCE = 50_000
 def prefix_states(
     model: Recommender, histories: Histories, rows: NDArray[np.int64], events: NDArray[np.int64]
 ) -> NDArray[np.float32]:
-    """The state after the first `events` [n] of each history in `rows` [n], float32 [n, width]; for any model, exactly.
+    """The state after the first `events` [n] events of each history in `rows` [n], float32 [n, width].
 
-    None sees anything after its prefix, and each sees the last `max_length` items of it. Where a state depends on the items
-    before it alone, the prefixes of a history that begin where it does are read at once. Raises ValueError for a prefix that is
-    empty or longer than its history.
+    It is exact for any model: a state sees the last `max_length` items of its prefix, and nothing after it. If a model
+    is causal, all prefixes of a history that are no longer than `max_length` are read at once. Raises ValueError if a
+    prefix is empty or longer than its history.
     """
     if len(rows) and (events.min() < 1 or (events > histories.lengths[rows]).any()):
         raise ValueError("A prefix has at least one event, and no more than its history.")
@@ -40,7 +40,10 @@ def prefix_states(
 def _read_at_once(
     model: Recommender, histories: Histories, rows: NDArray[np.int64], events: NDArray[np.int64]
 ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
-    """Places in `rows` and their states, of prefixes within the window of a causal model: each history once, as far as asked."""
+    """Yield places in `rows` and their states, for prefixes within the window of a causal model.
+
+    Each history is read once, up to its longest prefix.
+    """
     order = np.argsort(rows, kind="stable")
     owners, starts, counts = np.unique(rows[order], return_index=True, return_counts=True)
     longest = np.zeros(len(owners), np.int64)

@@ -1,4 +1,4 @@
-"""Ranks and lists of many users: prefixes in batches of like length, states once, scores in blocks."""
+"""Ranks and lists of many users. Prefixes are batched by similar length, states computed once, and scores in blocks."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from raypipe.recommenders.sequences import Sequences
 from raypipe.recommenders.windows import Histories
 
 BATCH_POSITIONS = 4_000
-"""Padded: a third faster on CPU than batches that leave the caches of a core."""
+"""Positions of a batch once padded: a third faster on CPU than batches that leave the caches of a core."""
 
 
 def batches_by_length(
     histories: Histories, max_length: int, rows: NDArray[np.int64] | None = None, positions: int = BATCH_POSITIONS
 ) -> Iterator[NDArray[np.int64]]:
-    """`rows` of histories (all where unset) in groups of like length, each of about `positions` once padded."""
+    """Yield `rows` of histories (all if None) in groups of similar length, each of about `positions` once padded."""
     rows = np.arange(len(histories)) if rows is None else rows
     lengths = np.minimum(histories.lengths[rows], max_length)
     order = np.argsort(lengths, kind="stable")
     rows, lengths = rows[order], lengths[order]
     start = 0
     while start < len(rows):
-        # The longest of a group is its last: as many rows as fit when padded to it.
+        # The last row of a group is the longest: take as many rows as fit when padded to it.
         padded = lengths[start:] * np.arange(1, len(rows) - start + 1)
         size = max(1, int(np.searchsorted(padded, positions, side="right")))
         yield rows[start : start + size]
@@ -36,7 +36,7 @@ def batches_by_length(
 
 
 def sequences_of(histories: Histories, rows: NDArray[np.int64], last: int | None = None) -> Sequences:
-    """The histories of `rows`, of each its `last` items where given."""
+    """The histories of `rows`; if `last` is given, only the last items of each, so many at most."""
     lengths = histories.lengths[rows]
     kept = lengths if last is None else np.minimum(lengths, last)
     taken = histories.take(histories.ends[rows] - kept, kept)
@@ -55,8 +55,8 @@ def target_ranks(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """How many items score above each user's target, and how many the same, itself included: int64 [users] each.
 
-    Items the model never saw are left out of the prefixes. A target it never saw, or one after nothing it knows, is `UNRANKED`.
-    `seeds` int64 [users] are those of what is sampled, where these ranks are to be those of lists made by them.
+    Items the model never saw are left out of the prefixes. A target is `UNRANKED` if the model never saw it, or knows
+    no item of its prefix. `seeds` int64 [users] are for models that sample: give those of lists whose ranks are wanted.
     """
     above = np.full(len(prefixes), UNRANKED, np.int64)
     same = np.ones_like(above)
@@ -71,8 +71,10 @@ def target_ranks(
 
 @torch.no_grad()
 def candidate_scores(model: Recommender, prefixes: Histories, candidates: NDArray[np.int32]) -> NDArray[np.float32]:
-    """Of the items int32 [users, candidates] after each prefix, float32 alike; −∞ for items the model never saw, and for all of
-    them after nothing it knows."""
+    """The scores of the items int32 [users, candidates] after each prefix, float32 of the same shape.
+
+    They are −∞ for items the model never saw, and for all candidates of a prefix of which it knows no item.
+    """
     scores = np.full(candidates.shape, -np.inf, np.float32)
     table = model.item_states()
     for rows, queries, _ in _queries(model, prefixes, filter_seen=False):
@@ -84,7 +86,7 @@ def candidate_scores(model: Recommender, prefixes: Histories, candidates: NDArra
 
 @torch.no_grad()
 def top_lists(model: Recommender, prefixes: Histories, k: int, *, filter_seen: bool = True) -> NDArray[np.int64]:
-    """The best k items of each prefix, int64 [users, k]; 0 where there are fewer, or nothing the model knows."""
+    """The best k items of each prefix, int64 [users, k]; 0 if there are fewer, or the model knows none of its items."""
     lists = np.zeros((len(prefixes), k), np.int64)
     table = model.item_states()
     for rows, queries, filters in _queries(model, prefixes, filter_seen=filter_seen):
@@ -101,8 +103,11 @@ def _queries(
     filter_seen: bool,
     seeds: NDArray[np.int64] | None = None,
 ) -> Iterator[tuple[NDArray[np.int64], Tensor, Filters]]:
-    """Batches of the prefixes, all or those `asked` bool [users], that hold anything the model knows: rows, queries, and what
-    may be recommended. The model is in eval mode meanwhile."""
+    """Yield batches of prefixes: their rows, queries, and filters of what may be recommended.
+
+    These are the prefixes, all or those `asked` bool [users], of which the model knows an item. The model is in eval
+    mode meanwhile.
+    """
     prefixes = prefixes.within(model.items)
     there = prefixes.lengths > 0 if asked is None else asked & (prefixes.lengths > 0)
     device = model.table.device

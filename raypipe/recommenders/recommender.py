@@ -1,4 +1,4 @@
-"""What every recommender is: prefixes in, one state per prefix, one score per state and item."""
+"""The base of every recommender: prefixes in, one state per prefix, one score per state and item."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from raypipe.recommenders.sequences import Sequences
 class Recommender(nn.Module):
     """Base of the models: an item table, states of prefixes, inner-product scores, and next-item training.
 
-    A subclass gives `encode_all` where the state of a position depends on it and the positions before it alone, else
-    `encode` and `loss`. States of a prefix longer than `max_length` are those of its last `max_length` items.
+    A subclass implements `encode_all` if the state of a position depends only on it and the positions before it, else
+    `encode` and `loss`. The state of a prefix longer than `max_length` is that of its last `max_length` items.
     """
 
     causal: ClassVar[bool] = True
-    queries_are_items: ClassVar[bool] = False  # of items that need not exist: vectors among theirs
+    queries_are_items: ClassVar[bool] = False  # queries are vectors in the items' space, of items that need not exist
     samples: ClassVar[bool] = False  # its queries depend on seeds
-    # Of guided models: float [items + 1, attributes], float [users, attributes], int64 [users].
+    # Only guided models have these: float [items + 1, attributes], float [users, attributes], int64 [users].
     item_block: Tensor
     user_block: Tensor
     user_keys: Tensor
@@ -47,7 +47,7 @@ class Recommender(nn.Module):
         self.guided: GuidedOptions | None = None
 
     def guide(self, attributes: int, users: int, options: GuidedOptions) -> None:
-        """Makes the last columns of all vectors those of a guided block, and room for so many users' blocks, all nothing."""
+        """Turn the last columns of all vectors into guided blocks, with room for so many users' blocks, all zeros."""
         self.guided = options
         self.table = nn.Parameter(self.table.detach()[:, : self.width - attributes].clone())
         blocks = {"item_block": (self.items + 1, options.items), "user_block": (users, options.users)}
@@ -60,49 +60,50 @@ class Recommender(nn.Module):
         self.register_buffer("user_keys", torch.zeros(users, dtype=torch.int64))
 
     def vectors(self, items: Tensor) -> Tensor:
-        """Those of items int64 […], [..., width]."""
+        """The vectors of items int64 […], [..., width]."""
         vectors = functional.embedding(items, self.table)
         if self.guided is None:
             return vectors
         return torch.cat([vectors, functional.embedding(items, self.item_block).to(vectors.dtype)], -1)
 
     def personal(self, states: Tensor, users: Tensor | None) -> Tensor:
-        """States [n, width] with what is known of their users beyond the history: nothing, or a block; keys int64 [n]."""
+        """States [n, width] with the guided blocks of their users, where there are any; `users` are keys, int64 [n]."""
         if self.guided is None or users is None or not len(self.user_keys):
             return states
         places, there = user_rows(self.user_keys, users)
         return with_block(states, functional.embedding(places, self.user_block), there, self.guided.states)
 
     def encode_all(self, sequences: Sequences) -> Tensor:
-        """The state at every position, [positions, width]: that of the prefix which ends there."""
+        """The state at every position, [positions, width]: the state of the prefix that ends there."""
         raise NotImplementedError(f"{type(self).__name__} has one state per prefix; encode every prefix by itself")
 
     def encode(self, prefixes: Sequences) -> Tensor:
-        """[batch, width]; sees nothing but the prefix."""
+        """The state of each prefix, [batch, width]. It sees nothing but the prefix."""
         recent = prefixes.tail(self.max_length)
         return recent.last(self.encode_all(recent))
 
     def item_states(self) -> Tensor:
-        """[items + 1, width]; row 0 is padding."""
+        """The vectors of all items, [items + 1, width]; row 0 is padding."""
         return self.table if self.guided is None else torch.cat([self.table, self.item_block.to(self.table.dtype)], 1)
 
     def queries(self, states: Tensor, seeds: Tensor | None = None) -> Tensor:
-        """[batch, width], what item states are multiplied with; the states themselves where a model says no other.
+        """What item states are multiplied with, [batch, width]: the states themselves, unless a model overrides this.
 
-        `seeds` int64 [batch], one per user, for a model that samples.
+        `seeds` int64 [batch], one per user, are for a model that samples.
         """
         return states
 
     def score(self, states: Tensor, items: slice | Tensor | None = None) -> Tensor:
-        """[batch, items + 1], or the columns of `items` alone; higher is better. Row 0, padding, has no meaning."""
+        """The scores [batch, items + 1], or the columns of `items` alone; higher is better. Column 0 has no meaning."""
         table = self.item_states()
         return self.queries(states) @ (table if items is None else table[items]).T
 
     def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Mean next-item loss.
 
-        `items` and `targets` int64 [positions], `lengths` int64 [batch]; `count` the positions the sum is divided by, all
-        workers' divided by their number; `negatives` and `expected` as the loss wants them; `users` as in `Sequences`.
+        `items` and `targets` int64 [positions], `lengths` int64 [batch]. `count`, by which the sum is divided, is the
+        number of positions of all workers divided by the number of workers. `negatives` and `expected` are as the loss
+        takes them; `users` as in `Sequences`.
         """
         states = self.encode_all(Sequences.of_batch(batch))
         return self.next_item_loss(states, batch["targets"], batch)
@@ -125,14 +126,14 @@ class Recommender(nn.Module):
 
 
 def freeze(model: Recommender) -> Recommender:
-    """The model in eval mode, for good, and without gradients: the target of an alignment."""
+    """Put the model into eval mode for good, and without gradients: it is the target of an alignment."""
     model.eval().requires_grad_(False)
     model.train = _refuse_training  # type: ignore[method-assign]
     return model
 
 
 def weights_hash(model: nn.Module) -> str:
-    """A hash of every weight's bytes, to show that a frozen model stayed what it was."""
+    """A hash of every weight's bytes, to show that a frozen model has not changed."""
     state = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         state.update(name.encode() + b"\0" + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

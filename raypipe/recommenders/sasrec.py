@@ -11,7 +11,7 @@ from raypipe.recommenders.sequences import Sequences
 
 
 class SasRec(Recommender):
-    """Places are counted from the window's start, so that a prefix has the state it has within a longer sequence."""
+    """Places are counted from the window's start, so that a prefix has the same state within a longer sequence."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Exact top-k and ranks over the whole catalogue, a block of items at a time, with items that may not be recommended."""
+"""Exact top-k and ranks over the whole catalogue, a block of items at a time, with filters of items."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch import Tensor
 from raypipe.recommenders.sequences import Sequences
 
 BLOCK_SCORES = 2**22
-"""Held at a time, whatever the catalogue."""
+"""Most scores that are held at a time, whatever the size of the catalogue."""
 UNRANKED = 2**31 - 1
-"""How many items are above a target that has no score: beyond every cutoff, however few items there are."""
+"""The number of items above a target that has no score: it is beyond every cutoff, however few items there are."""
 
 
 @dataclass(frozen=True)
 class Filters:
-    """Which items may be recommended to whom.
+    """Which items may be recommended to which user.
 
-    allowed: bool [items + 1] for all users alike (availability, deny lists, categories), or None for every item.
+    allowed: bool [items + 1], the same for all users (availability, deny lists, categories), or None for every item.
     excluded: one sequence of items per user (what they have seen, their own deny list), or None.
     """
 
@@ -35,11 +35,12 @@ EVERYTHING = Filters()
 
 
 def top_k(queries: Tensor, table: Tensor, k: int, filters: Filters = EVERYTHING) -> tuple[Tensor, Tensor]:
-    """The best k items of each user: int64 and float32 [batch, k], by falling score and, where equal, rising index.
+    """The best k items of each user, int64 [batch, k], and their scores, float32 [batch, k].
 
-    queries [batch, width]; table [items + 1, width], whose row 0, padding, is no item. Scores are inner products. Where
-    fewer than k items may be recommended, or have a score that is a number, the rest is item 0 with score −inf. Raises ValueError
-    where the catalogue has fewer than k items.
+    They are in the order of falling score, and of rising index where scores are equal. queries [batch, width]; table
+    [items + 1, width], whose row 0, padding, is no item. Scores are inner products. If fewer than k items may be
+    recommended, or have a score that is a number, the rest is item 0 with score −inf. Raises ValueError if the
+    catalogue has fewer than k items.
     """
     items = len(table) - 1
     if k > items:
@@ -58,10 +59,10 @@ def top_k(queries: Tensor, table: Tensor, k: int, filters: Filters = EVERYTHING)
 def most_popular(
     popular: Sequence[int], allowed: NDArray[np.bool_], k: int, excluded: Collection[int] = ()
 ) -> NDArray[np.int64]:
-    """At most k allowed items, int64, for whom a model knows nothing of: the `popular` first, and then the others by index.
+    """At most k allowed items, int64, for users of whom a model knows nothing: `popular` ones first, then by index.
 
-    `popular` item indices, most events first, of as many items as a checkpoint tells of; `allowed` bool [items + 1];
-    `excluded` item indices of any catalogue.
+    `popular` are item indices, most events first, as many as a checkpoint lists; `allowed` bool [items + 1]; `excluded`
+    are item indices of any catalogue.
     """
     found = [item for item in popular if allowed[item] and item not in excluded][:k]
     if len(found) < k:
@@ -73,10 +74,10 @@ def most_popular(
 
 
 def ranks(queries: Tensor, table: Tensor, targets: Tensor, filters: Filters = EVERYTHING) -> tuple[Tensor, Tensor]:
-    """How many items score above each user's target and how many the same, the target included: int64 [batch] each.
+    """How many items score above each user's target, and how many the same, the target included: int64 [batch] each.
 
-    The target is a candidate even where a filter would take it out. One whose score is NaN is `UNRANKED`; of other items such
-    a score is the lowest there is.
+    The target is a candidate even if a filter would exclude it. A target whose score is NaN is `UNRANKED`; a NaN of any
+    other item counts as the lowest score there is.
     """
     blocks = _blocks(len(table) - 1, len(queries))
     if len(blocks) == 1:
@@ -93,7 +94,7 @@ def ranks(queries: Tensor, table: Tensor, targets: Tensor, filters: Filters = EV
 
 
 def ranks_among(scores: Tensor, targets: Tensor, filters: Filters = EVERYTHING) -> tuple[Tensor, Tensor]:
-    """As `ranks`, from scores [batch, items + 1] themselves; column 0 has no meaning."""
+    """As `ranks`, from given scores [batch, items + 1]; column 0 has no meaning."""
     own = scores.gather(1, targets[:, None])[:, 0].float()
     rows = slice(1, scores.shape[1])
     above, same = _counted(scores[:, rows].clone(), rows, targets, own, filters)
@@ -101,13 +102,13 @@ def ranks_among(scores: Tensor, targets: Tensor, filters: Filters = EVERYTHING) 
 
 
 def _unranked_where_nan(own: Tensor, above: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
-    """No score compares with NaN, which would leave such a target alone on the first place."""
+    """Make targets whose score is NaN `UNRANKED`: no score compares with NaN, so they would stand first alone."""
     unknown = own.isnan()
     return above.masked_fill(unknown, UNRANKED), same.masked_fill(unknown, 1)
 
 
 def _counted(scores: Tensor, rows: slice, targets: Tensor, own: Tensor, filters: Filters) -> tuple[Tensor, Tensor]:
-    """Items of a block above `own` and equal to it, the target itself left out. Overwrites `scores`."""
+    """How many items of a block score above `own`, and how many the same, the target left out. Overwrites `scores`."""
     scores = _filtered(scores, rows, filters)
     here = _within(targets, rows)
     scores[here, targets[here] - rows.start] = -math.inf
@@ -125,10 +126,10 @@ def _blocks(items: int, batch: int) -> list[slice]:
 
 
 def _filtered(scores: Tensor, rows: slice, filters: Filters) -> Tensor:
-    """Overwrites `scores`."""
+    """The scores with −∞ for items that may not be recommended. Overwrites `scores`."""
     scores = scores.float()
     if filters.allowed is not None:
-        # Most catalogues forbid few items: a mask would read every score again.
+        # Most catalogues forbid few items, and a mask would read every score again.
         scores.index_fill_(1, (~filters.allowed[rows]).nonzero()[:, 0], -math.inf)
     if filters.excluded is not None:
         items = filters.excluded.items
@@ -138,14 +139,16 @@ def _filtered(scores: Tensor, rows: slice, filters: Filters) -> Tensor:
 
 
 def _best_keys(scores: Tensor, rows: slice, k: int) -> Tensor:
-    """The k largest keys of each user among a block's scores, all where it has no more, in no order. Overwrites `scores`.
+    """The k largest keys of each user among a block's scores, in no order; all if it has no more. Overwrites `scores`.
 
-    Keys are made of the k best scores alone, a third of the work, but where others score the same as the last of them.
+    Keys are made of the k best scores only, which is a third of the work, unless other items score the same as the last
+    of them.
     """
     if scores.shape[1] <= k:
         return _keys(_without_nan(scores), torch.arange(rows.start, rows.stop, device=scores.device))
     values, places = scores.topk(k + 1, dim=1)
-    # NaN counts as the largest there, so the first ones tell of any: *m*, to look at every score takes 5 to 8 % more.
+    # topk counts NaN as the largest, so the first values show any. To look at every score takes 5 to 8 % more
+    # (measured).
     if values[:, 0].isnan().any():
         values, places = _without_nan(scores).topk(k + 1, dim=1)
     keys = _keys(values[:, :k], places[:, :k] + rows.start)
@@ -157,12 +160,12 @@ def _best_keys(scores: Tensor, rows: slice, k: int) -> Tensor:
 
 
 def _without_nan(scores: Tensor) -> Tensor:
-    """Overwrites `scores`."""
+    """The scores with −∞ for NaN. Overwrites `scores`."""
     return scores.nan_to_num_(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
 
 
 def _keys(scores: Tensor, indices: Tensor) -> Tensor:
-    """One int64 per score that orders by score and then by falling index: the float's order in the upper half."""
+    """One int64 for each score that orders by score, then by falling index: its upper half has the float's order."""
     bits = (scores + 0.0).contiguous().view(torch.int32)  # adding 0.0 makes −0.0 equal 0.0
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
     return (ordered << 32) | (0xFFFFFFFF - indices)

@@ -13,11 +13,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sequences:
-    """Item sequences one after the other.
+    """Item sequences, one after the other.
 
-    `items` int64 [positions] are catalogue indices from 1; `lengths` int64 [batch], each at least 1. What is computed
-    per position without looking at others never sees padding; what mixes positions goes through `pad` and `unpad`. `users`
-    int64 [batch] are the keys of those whose sequences they are, for models that know users.
+    `items` int64 [positions] are catalogue indices from 1; `lengths` int64 [batch], each at least 1. Computations at
+    one position alone never see padding; those that mix positions go through `pad` and `unpad`. `users` int64 [batch]
+    are the keys of the sequences' users, for models that know users.
     """
 
     items: Tensor
@@ -26,7 +26,7 @@ class Sequences:
 
     @classmethod
     def of(cls, lists: Sequence[Sequence[int]]) -> Sequences:
-        """Raises ValueError for an empty sequence."""
+        """The sequences in `lists`. Raises ValueError for an empty sequence."""
         if not all(len(items) for items in lists):
             raise ValueError("An empty history has no state; recommend what is popular to users without events.")
         flat = np.concatenate([np.asarray(items, np.int64) for items in lists]) if lists else np.zeros(0, np.int64)
@@ -34,7 +34,7 @@ class Sequences:
 
     @classmethod
     def of_batch(cls, batch: Mapping[str, Tensor]) -> Sequences:
-        """Those of a training batch."""
+        """The sequences of a training batch."""
         return cls(batch["items"], batch["lengths"], batch.get("users"))
 
     def __len__(self) -> int:
@@ -42,22 +42,22 @@ class Sequences:
 
     @cached_property
     def ends(self) -> Tensor:
-        """int64 [batch], where each sequence ends in `items`."""
+        """Where each sequence ends in `items`, exclusive, int64 [batch]."""
         return self.lengths.cumsum(0)
 
     @cached_property
     def rows(self) -> Tensor:
-        """int64 [positions], the sequence each position belongs to."""
+        """The sequence that each position belongs to, int64 [positions]."""
         return torch.repeat_interleave(self.lengths, output_size=len(self.items))
 
     @cached_property
     def owners(self) -> Tensor | None:
-        """int64 [positions], the key of each position's user; None where users are not known."""
+        """The key of each position's user, int64 [positions]; None if users are not known."""
         return None if self.users is None else self.users[self.rows]
 
     @cached_property
     def offsets(self) -> Tensor:
-        """int64 [positions], the place of each position in its sequence, from 0."""
+        """The place of each position in its sequence, from 0, int64 [positions]."""
         starts = self.ends - self.lengths
         return torch.arange(len(self.items), device=self.items.device) - starts[self.rows]
 
@@ -83,16 +83,16 @@ class Sequences:
         return Sequences(items, self.lengths + 1, self.users)
 
     def pad(self, values: Tensor) -> Tensor:
-        """[positions, …] as [batch, longest, …], filled with zeros on the right."""
+        """Values [positions, …] as [batch, longest, …], padded with zeros on the right."""
         padded = values.new_zeros(len(self) * self.longest, *values.shape[1:])
         return padded.index_copy(0, self._cells, values).view(len(self), self.longest, *values.shape[1:])
 
     def unpad(self, padded: Tensor) -> Tensor:
-        """[batch, longest, …] as [positions, …]."""
+        """Padded values [batch, longest, …] as [positions, …]."""
         return padded.reshape(-1, *padded.shape[2:])[self._cells]
 
     def last(self, values: Tensor) -> Tensor:
-        """[positions, …] as [batch, …], the value at each sequence's end."""
+        """The value at each sequence's last position, from values [positions, …]: [batch, …]."""
         return values[self.ends - 1]
 
     def to(self, device: torch.device | str) -> Sequences:

@@ -1,18 +1,18 @@
-"""Training a recommender: a prepared folder of histories, and the task a trainer runs on it.
+"""Training of a recommender: a prepared folder of histories, and the task that a trainer runs on it.
 
-`prepare_training` writes, and `RecommenderTask` reads, one folder:
+`prepare_training` writes one folder, which `RecommenderTask` reads:
 
     items.npy        int32 [events], the training histories one after the other
     ends.npy         int64 [users], where each ends
-    held.npy         int32 [users], the event after each history that validation asks for; 0 for none
-    ties.npy         int32 [events], groups of events without an order; only where it is to be drawn anew
-    table.npy        float32 [items + 1, width less the blocks'], item vectors to start from; only where the model takes some
-    item_block.npy   float32 [items + 1, attributes], guided blocks of items, and with it
-    user_block.npy   float32 [users, attributes], and
-    user_keys.npy    int64 [users], whose blocks these are
-    users.npy        int64 [users], the keys of the histories' users; only where there are blocks
-    ids.arrow        the ids of the histories' users, for a person to read; only where they are known
-    prepared.json    model, catalogue, sampling; written last: its existence means that the rest is complete
+    held.npy         int32 [users], the event after each history, which validation asks for; 0 for none
+    ties.npy         int32 [events], groups of events without an order; only if the order is to be drawn anew
+    table.npy        float32 [items + 1, width less the blocks'], item vectors to start from; only if given
+    item_block.npy   float32 [items + 1, attributes], guided blocks of items; only if there are blocks
+    user_block.npy   float32 [users, attributes], guided blocks of users; only if there are blocks
+    user_keys.npy    int64 [users], the keys of the users who have these; only if there are blocks
+    users.npy        int64 [users], the keys of the histories' users; only if there are blocks
+    ids.arrow        the ids of the histories' users, for a person to read; only if they are known
+    prepared.json    config, catalogue, seed, size of blocks; written last: it means that the rest is complete
 """
 
 from __future__ import annotations
@@ -56,10 +56,13 @@ def prepare_training(
     ties: NDArray[np.int32] | None = None,
     ids: pa.Array | None = None,
 ) -> None:
-    """Writes the folder a task trains from. `catalogue` is the checkpoint's card: {"items": count, "hash": …}; `start`
-    where not all is drawn; `ties` as for `Windows`; `ids` are those of the histories' users.
+    """Write the folder that a task trains from.
 
-    Raises ValueError where there is nothing to learn from.
+    `held` int32 [users] is the event after each history, 0 for none. `catalogue` is that of the checkpoint's card:
+    {"items": count, "hash": …}. `start` is given if not all weights are drawn. `ties` is as for `Windows`. `ids` are
+    the ids of the histories' users.
+
+    Raises ValueError if no history has two events, so that there is nothing to learn.
     """
     if not len(histories) or int(histories.lengths.max()) < 2:
         raise ValueError("No history has two events, so there is no next item to learn.")
@@ -90,7 +93,7 @@ def prepare_training(
 
 
 class RecommenderTask:
-    """What a trainer needs to know of a recommender; picklable, reads files where it runs."""
+    """What a trainer needs to know of a recommender. It can be pickled, and reads the files where it runs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
@@ -119,7 +122,10 @@ class RecommenderTask:
         return self._windows.steps_per_epoch(batch_size)
 
     def batch(self, step: int, seed: int, rank: int, world: int, batch_size: int) -> dict[str, Tensor]:
-        """This rank's windows of `step`, and the negatives all ranks share; a function of the arguments alone."""
+        """This rank's windows of `step`, and negatives if the loss samples; a function of the arguments alone.
+
+        All ranks share the negatives, but for `bce`, which draws one for each position of this rank.
+        """
         batch = self._windows.batch(step, seed, rank, world, batch_size)
         tensors = {
             "items": torch.from_numpy(batch.items),
@@ -141,7 +147,10 @@ class RecommenderTask:
         return tensors
 
     def describe(self, step: int, seed: int, batch_size: int) -> str:
-        """Whose events are in the batch of `step`: the ids of ten users at most, numbers of histories where ids are not known."""
+        """Describe whose events are in the batch of `step`.
+
+        It names at most ten users, by their ids, or by the numbers of their histories if ids are not known.
+        """
         users = np.unique(self._windows.batch(step, seed, 0, 1, batch_size).users)
         more = f" and {len(users) - _DESCRIBED_USERS} more" if len(users) > _DESCRIBED_USERS else ""
         users = users[:_DESCRIBED_USERS]
@@ -151,7 +160,7 @@ class RecommenderTask:
         return f"events of the users {', '.join(ids.to_pylist())}{more}"
 
     def validate(self, module: nn.Module, rank: int, world: int) -> tuple[float, float]:
-        """Sum of NDCG@10 over this rank's share of validated users, and their number; seen items are filtered."""
+        """Sum of NDCG@10 over this rank's share of the validated users, and their number. Seen items are filtered."""
         chosen = self._validated[rank::world]
         histories = self._histories
         prefixes = histories.take(histories.starts[chosen], histories.lengths[chosen])
@@ -201,7 +210,7 @@ class RecommenderTask:
 
     @cached_property
     def _shares(self) -> NDArray[np.float64]:
-        """The probability of each item, from 1, to be drawn as a negative."""
+        """The probability of each item to be drawn as a negative, float64 [items], from item 1."""
         loss = self.config.loss
         exponent = loss.popularity if loss.kind == "sampled_softmax" else 0.0
         weights = np.maximum(self._histories.counts(self._items)[1:], 1).astype(np.float64) ** exponent
@@ -213,6 +222,6 @@ class RecommenderTask:
 
     @cached_property
     def _expected(self) -> Tensor:
-        """float32 [items + 1]: the probability of each item to be among the distinct negatives of a step."""
+        """The probability of each item to be among the distinct negatives of a step, float32 [items + 1]."""
         inclusion = -np.expm1(self.config.loss.negatives * np.log1p(-self._shares))
         return torch.from_numpy(np.concatenate([[1.0], inclusion]).astype(np.float32))

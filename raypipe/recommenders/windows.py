@@ -1,7 +1,8 @@
-"""Training batches of packed windows: every event of every history is a target exactly once in an epoch.
+"""Training batches of packed windows. In an epoch every event after the first of a history is a target once.
 
-Batches are a function of (seed, step): a run that was interrupted goes on with the batch it would have had, and there is
-no loader whose state could be lost.
+In masked training (`whole`) the first event is a target too. The few windows that fill no batch sit out an epoch.
+Batches are a function of (seed, step): an interrupted run goes on with the batch it would have had, and there is no
+loader whose state could be lost.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-# Batches of like length waste little attention on padding; shuffling this many windows first keeps them mixed.
+# Windows of similar length share a batch, so that little attention is wasted on padding. They are sorted only within so
+# many batches of shuffled windows, which keeps them mixed.
 _SORTED_BATCHES = 16
 
 
 @dataclass(frozen=True)
 class Histories:
-    """Item sequences of many users as one array. `items` int32 [events]; `ends` int64 [users].
+    """Item sequences of many users in one array. `items` int32 [events]; `ends` int64 [users], where each one ends.
 
-    `users` int64 [users] are keys that tell whose they are, the stable hashes of their ids; None where nobody asks.
+    `users` int64 [users] are the keys of the sequences' users, the stable hashes of their ids; None if not needed.
     """
 
     items: NDArray[np.int32]
@@ -39,24 +41,24 @@ class Histories:
         return self.ends - self.starts
 
     def without_last(self, count: int) -> Histories:
-        """Every history without its last `count` events; one that is not longer becomes empty."""
+        """Every history without its last `count` events; one that has no more than these becomes empty."""
         kept = np.maximum(self.lengths - count, 0)
         return self.take(self.starts, kept)
 
     def take(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> Histories:
-        """One slice of `items` per entry, each of one history; the user of one without events means nothing."""
+        """Histories made of slices of `items`, each within one history. The user of an empty slice has no meaning."""
         users = self.users
         if users is not None and len(users):
             users = users[np.searchsorted(self.ends, starts, side="right").clip(max=len(users) - 1)]
         return Histories(self.items[stretches(starts, lengths)], lengths.cumsum(), users)
 
     def of(self, chosen: NDArray[np.bool_]) -> Histories:
-        """Those of the chosen users, bool [users]."""
+        """The histories of the `chosen` users, bool [users]."""
         rows = np.flatnonzero(chosen)
         return self.take(self.starts[rows], self.lengths[rows])
 
     def within(self, items: int) -> Histories:
-        """Every history without events of items beyond the first `items`; one may become empty."""
+        """Every history without events of items beyond the first `items`; a history may become empty."""
         inside = self.items <= items
         if inside.all():
             return self
@@ -64,41 +66,41 @@ class Histories:
         return Histories(self.items[inside], kept[self.ends], self.users)
 
     def offsets_within(self, items: int) -> NDArray[np.int64]:
-        """Of each event that `within` keeps its place in the whole history, from 0."""
+        """The place in the whole history, from 0, of each event that `within` keeps."""
         inside = self.items <= items
         return stretches(np.zeros_like(self.lengths), self.lengths)[inside]
 
     def counts(self, items: int) -> NDArray[np.int64]:
-        """int64 [items + 1], how often each item occurs."""
+        """How often each item occurs, int64 [items + 1]."""
         return np.bincount(self.items, minlength=items + 1).astype(np.int64)
 
 
 def stretches(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The places start … start + length − 1 of every stretch, one after the other."""
+    """The places start … start + length − 1 of every stretch, one stretch after the other."""
     before = lengths.cumsum() - lengths
     return np.arange(lengths.sum()) + np.repeat(starts - before, lengths)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs and the items that came next, packed. `users` int64 [windows] are rows of the histories."""
+    """Packed inputs, and `targets`, the items that came next. `users` int64 [windows] are rows of the histories."""
 
     items: NDArray[np.int64]
     targets: NDArray[np.int64]
     lengths: NDArray[np.int64]
     users: NDArray[np.int64]
-    count: int  # targets of the whole step, all workers'
+    count: int  # targets of the whole step, over all workers
 
 
 class Windows:
     """Windows of at most `max_length` inputs over histories, and the batches of every step.
 
-    A history of n events has n − 1 targets. Its windows end at its end and are cut backwards, so that the newest has
-    the most context. With `whole` (masked training) a window is its own targets, and its last event stands where a prefix
-    that is asked about has its mask.
+    A history of n events has n − 1 targets. Its windows are cut backwards from its end, so that the newest window has
+    the most context. With `whole` (masked training) the inputs of a window are its targets, n in all, and its last
+    event stands where a prefix that is asked about has its mask.
 
-    `ties` int32 [events] numbers the groups of events whose order means nothing, in order; every epoch draws another
-    order within each.
+    `ties` int32 [events] numbers, in order, the groups of events whose order means nothing. Every epoch draws another
+    order within each group.
     """
 
     def __init__(
@@ -109,7 +111,7 @@ class Windows:
         pieces = np.maximum(-(-targets // max_length), 0)
         self.users = np.repeat(np.arange(len(histories)), pieces)
         nth_from_end = np.arange(int(pieces.sum())) - np.repeat(pieces.cumsum() - pieces, pieces)
-        # `stop` is where the inputs end, exclusive: the last target lies there.
+        # Inputs end before `stop`, where the last target lies unless `whole`.
         stops = np.repeat(histories.ends - (0 if whole else 1), pieces) - nth_from_end * max_length
         self.starts = np.maximum(stops - max_length, histories.starts[self.users])
         self.lengths = stops - self.starts
@@ -124,7 +126,7 @@ class Windows:
         return max(1, len(self) // batch_size)
 
     def batch(self, step: int, seed: int, rank: int, world: int, batch_size: int) -> Batch:
-        """This rank's share of the `batch_size` windows of `step`."""
+        """The share of rank `rank`, of `world` ranks, in the `batch_size` windows of `step`."""
         epoch, index = divmod(step, self.steps_per_epoch(batch_size))
         if self._epoch != (epoch, seed, batch_size):
             self._order, self._epoch = self._shuffled(epoch, seed, batch_size), (epoch, seed, batch_size)
@@ -138,7 +140,7 @@ class Windows:
         return Batch(inputs, targets, lengths, self.users[chosen], count)
 
     def _shuffled(self, epoch: int, seed: int, batch_size: int) -> NDArray[np.int64]:
-        """int64 [steps, batch_size]; the few windows that fill no batch sit out this epoch."""
+        """The windows of every step of an epoch, int64 [steps, batch_size]; the few that fill no batch sit it out."""
         rng = np.random.default_rng((seed, epoch))
         steps = self.steps_per_epoch(batch_size)
         if len(self) < batch_size:
@@ -157,7 +159,7 @@ class Windows:
 
 
 def tie_groups(times: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int32]:
-    """int32 [events]: the number, from 1, of each event's group of one history's events of one time."""
+    """The number of each event's group, from 1, int32 [events]. A group holds the events of one history at one time."""
     begins = np.ones(len(times), bool)
     begins[1:] = times[1:] != times[:-1]
     begins[ends[:-1][ends[:-1] < len(times)]] = True

@@ -1,1 +1,1 @@
-"""The room that knows Ray and DeepSpeed: clusters, units over workers, sessions, training."""
+"""The layer that knows Ray and DeepSpeed: clusters, units on workers, sessions, training."""

@@ -1,4 +1,4 @@
-"""An exponential moving average of weights while they are trained (Polyak & Juditsky 1992), shard by shard."""
+"""An exponential moving average of weights during training (Polyak & Juditsky 1992), kept shard by shard."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class WeightAverage:
-    """The average of what this rank holds of every trained parameter: all of it, or its ZeRO-3 shard."""
+    """The average of this rank's part of every trained parameter: the whole parameter, or its ZeRO-3 shard."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -21,14 +21,17 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, steps: int) -> None:
-        """After step number `steps`, from 1: the first ones count for more, as nothing is there to be averaged with."""
+        """Add the weights after step number `steps`, counted from 1.
+
+        The first steps have a larger share, because there is little yet to average them with.
+        """
         share = 1 - min(self.decay, (1 + steps) / (10 + steps))
         torch._foreach_lerp_(self._averages, [held.to(torch.float32) for held in held_of(self._module)], share)
 
     @contextmanager
     @torch.no_grad()
     def in_place(self) -> Iterator[None]:
-        """The module holds the average; afterwards what it held before."""
+        """Put the average into the module for the duration of the block, and then restore the module's own weights."""
         before = [held.clone() for held in held_of(self._module)]
         torch._foreach_copy_(held_of(self._module), self._averages)
         try:
@@ -45,5 +48,5 @@ class WeightAverage:
 
 
 def held_of(module: nn.Module) -> list[Tensor]:
-    """What this rank holds of every trained parameter: all of it, or its ZeRO-3 shard."""
+    """This rank's part of every trained parameter: the whole parameter, or its ZeRO-3 shard."""
     return [getattr(weight, "ds_tensor", weight.data) for weight in module.parameters() if weight.requires_grad]

@@ -1,9 +1,9 @@
 """Hard caps shared by all workers of a run: what is not granted is not spent.
 
-A worker asks before each micro-batch with an upper bound (calls, prompt tokens, most generated tokens) and gives back
-what it did not use. Where a worker died, its execution ends with all its workers, and the driver gives back what they had
-reserved: what they answered before is settled, and what their last micro-batches took nobody knows. Without caps there is
-no actor and nothing is asked.
+A worker asks before each micro-batch with an upper bound (calls, prompt tokens, most generated tokens). Afterwards it
+gives back what it did not use. When a worker dies, Ray Data ends the other workers too, and the driver releases
+everything that they had reserved: earlier micro-batches are settled already, and nobody knows what the last ones used.
+Without caps there is no actor, and nothing is asked.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from raypipe.storage.ledger import Usage
 
 @dataclass(frozen=True)
 class Limits:
-    """Caps of one run; None is no cap. `deadline` in Unix seconds, prices per million tokens."""
+    """Caps of one run; None means no cap. `deadline` is in Unix seconds, and prices are per million tokens."""
 
     calls: int | None = None
     tokens: int | None = None
@@ -31,7 +31,7 @@ class Limits:
         return any(limit is not None for limit in (self.calls, self.tokens, self.cost, self.deadline))
 
     def money(self, usage: Usage) -> float:
-        """What so much costs, by the prices."""
+        """The price of this usage."""
         return (usage.tokens_in * self.price_in + usage.tokens_out * self.price_out) / 1e6
 
     def allows(self, spent: Usage) -> bool:
@@ -43,7 +43,7 @@ class Limits:
 
 
 class Budget:
-    """What is left of the limits; `spent` is what earlier attempts of the run already used (`Run.spent`). Picklable."""
+    """What is left of the limits. `spent` is what earlier attempts of the run used (`Run.spent`). Picklable."""
 
     def __init__(self, limits: Limits, spent: Usage) -> None:
         self.limits = limits
@@ -54,7 +54,7 @@ class Budget:
             self._account = ray.remote(num_cpus=0)(_Account).remote(limits, spent)
 
     def take(self, most: Usage) -> bool:
-        """Reserve at most `most`; False where that could break a cap or the deadline has passed."""
+        """Reserve `most`. Returns False if that could exceed a cap or if the deadline has passed."""
         if self._account is None:
             return True
         if self.limits.deadline is not None and time.time() >= self.limits.deadline:
@@ -64,18 +64,18 @@ class Budget:
         return bool(ray.get(self._account.take.remote(_worker(), most)))
 
     def give_back(self, most: Usage, used: Usage) -> None:
-        """Return what was reserved and not used."""
+        """Release the reservation `most`, and count `used` as spent."""
         if self._account is not None:
             self._account.give_back.remote(_worker(), most, used)
 
     def release(self) -> None:
-        """Return all that is reserved: its workers have ended, or end with the micro-batch that they have."""
+        """Release all reservations. Their workers have ended, or will end with their current micro-batch."""
         if self._account is not None:
             self._account.release.remote()
 
 
 def _worker() -> str | None:
-    """The id of the actor that asks; None in a process that is none."""
+    """The id of the calling actor, or None in a process that is not an actor."""
     import ray
 
     return ray.get_runtime_context().get_actor_id()
@@ -95,7 +95,7 @@ class _Account:
 
     def give_back(self, worker: str | None, most: Usage, used: Usage) -> None:
         self.spent = self.spent + used
-        # One whose execution ended may still end its micro-batch.
+        # A worker whose execution has ended may still finish its micro-batch after `release`.
         if worker in self.reserved:
             self.reserved[worker] = self.reserved[worker] - most
 

@@ -1,4 +1,4 @@
-"""Reaching Ray: the cluster a job was submitted to, or a private one on this machine."""
+"""The connection to Ray: the cluster that a job was submitted to, or a private one on this machine."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ import threading
 from raypipe.config import Config, free
 from raypipe.errors import UnavailableError, UsageError
 
-# Read when Ray is first imported. With 0 this machine is 127.0.0.1 to Ray, and its processes, which else listen on every
-# address, are reached from here alone.
+# Ray reads this when it is first imported. With 0 Ray uses 127.0.0.1 for this machine; otherwise its processes would
+# listen on every address. With 0 they can be reached from this machine only.
 _LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-# A process a training that looks for nodes about to be taken away; a cluster of one machine goes with its only one.
+# Ray Train starts one process per training that looks for nodes that will be preempted. A cluster of one machine has no
+# other node, so it needs none.
 _WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
-# What Ray says when it could not start in time.
+# Part of Ray's message when it could not start in time.
 _LATE = "timed out during startup"
-# A private cluster claims at least this many, so that training with two workers never waits for a second core.
+# A private cluster claims at least this many CPUs, so that training with two workers never waits for a second core.
 _MIN_CPUS = 2
 
 
 class ClusterConfig(Config):
-    """Where the units run. Nothing here shapes an output."""
+    """Where the units run. No field shapes an output."""
 
     address: str | None = free(None, "Ray address; unset: the cluster of `ray job submit`, else a private one here")
     workers: int | None = free(
@@ -39,13 +40,14 @@ class ClusterConfig(Config):
 
     @property
     def is_private(self) -> bool:
-        """Whether Ray is started here, for this process alone."""
+        """Whether Ray is started on this machine for this process only."""
         return not (self.address or os.environ.get("RAY_ADDRESS"))
 
     def connect(self, metrics_port: int | None = None) -> None:
-        """Connect once per process; raises UnavailableError where nothing answers, UsageError where it will not have us.
+        """Connect to Ray, once per process.
 
-        A Ray that is started here tells its metrics on 127.0.0.1:`metrics_port`, or unset on any.
+        A Ray that is started here exports its metrics on 127.0.0.1:`metrics_port`; if that is None, on any port. Raises
+        UnavailableError if nothing answers, and UsageError if the cluster refuses the connection.
         """
         if self.is_private:
             os.environ.setdefault(_LOOPBACK, "0")
@@ -63,7 +65,7 @@ class ClusterConfig(Config):
             if address:
                 ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
             else:
-                # Unset, Ray would join whatever `ray start` ran here last, dead or alive.
+                # Without an address Ray would join what `ray start` last started here, dead or alive.
                 ray.init(
                     address="local",
                     include_dashboard=False,
@@ -80,7 +82,7 @@ class ClusterConfig(Config):
                 "Check `ray status`, RAY_ADDRESS and RAY_AUTH_TOKEN, or leave --cluster.address out to run on this machine.",
             ) from error
         except Exception as error:
-            # Ray has no type of its own for this.
+            # Ray has no exception type for this.
             if _LATE not in str(error):
                 raise
             raise UnavailableError(
@@ -88,13 +90,14 @@ class ClusterConfig(Config):
                 "Submit the same command again when less does.",
             ) from error
         if callable(on_term) and threading.current_thread() is threading.main_thread():
-            # Ray's core puts a crash handler of its own on SIGTERM; a job should stop cleanly instead.
+            # Ray's core installs a crash handler for SIGTERM, but a job should stop cleanly.
             signal.signal(signal.SIGTERM, on_term)
 
     def size(self) -> int:
-        """Workers to start: as asked, else as many as the CPUs (or GPUs) hold that the cluster has now.
+        """The number of workers to start: `workers`, or as many as fit on the CPUs (or GPUs) that the cluster has now.
 
-        Work begins on the first that starts, and those that find no place are asked of the autoscaler, where there is one.
+        Work begins as soon as the first worker runs. Workers that do not fit are requested from the autoscaler, if
+        there is one.
         """
         if self.workers is not None:
             return self.workers

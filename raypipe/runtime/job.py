@@ -1,4 +1,4 @@
-"""What every job shares: where it works, and the one JSON object it ends with."""
+"""What every job shares: where it works, and the JSON object that it ends with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from raypipe.storage.workspace import Workspace
 
 
 class JobConfig(Config):
-    """The part of a job's configuration that says where, never what."""
+    """The part of a job's configuration that says where it runs, not what it computes."""
 
     workspace: str = free("./workspace", "workspace folder or s3:// URI")
     tracking: Literal["auto", "off"] = free("auto", "MLflow: MLFLOW_TRACKING_URI or the workspace's own, or off")
@@ -37,21 +37,24 @@ class JobConfig(Config):
 
 
 class ModelCache(Config):
-    """For jobs that read stored models."""
+    """The model cache of jobs that read stored models."""
 
     model_cache: str = free(
         str(Path(tempfile.gettempdir()) / "raypipe-models"), "where models of a remote workspace are kept"
     )
 
     def fetch(self, workspace: Workspace, model: Model) -> Path:
-        """The model's checkpoint on this machine."""
+        """The model's checkpoint folder on this machine."""
         return Models(workspace.store).fetch(model, Path(self.model_cache))
 
 
 @dataclass(frozen=True)
 class JobResult:
-    """How a job ended; its JSON is the last line of stdout. `intervals` has, by their names, the half-widths of the 95 % intervals
-    over users of those metrics of which they are known."""
+    """How a job ended. Its JSON is the last line of stdout.
+
+    `intervals` maps names of metrics to the half-widths of their 95 % intervals over users, for the metrics that have
+    one.
+    """
 
     job: str
     status: str

@@ -1,4 +1,4 @@
-"""A Ray cluster's job server: what was submitted there, submitting, and following a job to its end."""
+"""A Ray cluster's job server: list what was submitted, submit a job, and follow it to its end."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ import aiohttp
 from raypipe.errors import RaypipeError, UnavailableError, UsageError
 
 _POLL_S = 2.0
-# A node that is lost closes no connection, so a job's status is asked for while its log is followed.
+# A lost node closes no connection, so the job's status is polled while its log is followed.
 _ASKED_S = 10.0
-_LAST_WORDS_S = 5.0  # for what is left of the log of a job that has ended
-# A head that comes back, with its jobs from Redis, takes about a minute.
+_LAST_WORDS_S = 5.0  # how long to wait for the rest of the log of an ended job
+# A head that restarts and reads its jobs from Redis takes about a minute.
 _AWAY_S = 300.0
 _AWAY = (RuntimeError, ConnectionError, aiohttp.ClientError)
 _LOG_TRIES = 30
@@ -36,7 +36,7 @@ _CHATTY = (
 
 @dataclass(frozen=True)
 class Attempt:
-    """One submission of a run: its number, from 1, Ray's status in capitals, and when it started, in Unix seconds."""
+    """One submission of a run: its number from 1, Ray's status in capitals, and its start in Unix seconds."""
 
     number: int
     submission_id: str
@@ -46,7 +46,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a job ended: Ray's status, its driver's exit code where there was one, and all it printed."""
+    """How a job ended: Ray's status and message, its driver's exit code if there is one, and all that it printed."""
 
     status: str
     exit_code: int | None
@@ -55,8 +55,10 @@ class Ended:
 
 
 class JobServer:
-    """The Jobs API at `address` (http://HOST:8265). Raises UsageError where it does not let us in, UnavailableError where it does
-    not answer."""
+    """The Jobs API at `address` (http://HOST:8265).
+
+    Raises UsageError if the server denies access, and UnavailableError if it does not answer.
+    """
 
     def __init__(self, address: str) -> None:
         from ray.job_submission import JobSubmissionClient
@@ -68,7 +70,7 @@ class JobServer:
             self._client = JobSubmissionClient(address)
 
     def attempts(self, run: str) -> list[Attempt]:
-        """The submissions `<run>-<number>` that the server knows, first to last."""
+        """The submissions `<run>-<number>` that the server knows, by number."""
         with _reached(self.address):
             jobs = self._client.list_jobs()
         found = []
@@ -101,14 +103,17 @@ class JobServer:
             )
 
     def follow(self, submission_id: str, show: Callable[[str], None]) -> Ended:
-        """Show what the job prints until it has ended. A server that is away for minutes is waited for."""
+        """Show what the job prints until it ends. If the server is away for minutes, wait for it.
+
+        Raises RaypipeError if the server does not answer for longer than that.
+        """
         shown = 0
 
         async def tail() -> None:
             nonlocal shown
             place = 0
             async for text in self._client.tail_job_logs(submission_id):
-                # Asked again, the server begins at the beginning.
+                # After a reconnect the server sends the log from its beginning.
                 fresh = text[max(0, shown - place) :]
                 place += len(text)
                 shown = max(shown, place)
@@ -129,7 +134,8 @@ class JobServer:
 
         answered = time.monotonic()
         while True:
-            # A log that cannot be read, as of a node that is gone, keeps nobody from seeing how the job ended.
+            # If the log cannot be read, for example because its node is gone, the job's status still tells how it
+            # ended.
             with contextlib.suppress(*_AWAY):
                 asyncio.run(until_ended())
             try:
@@ -147,7 +153,10 @@ class JobServer:
             time.sleep(_POLL_S)
 
     def _logs(self, submission_id: str) -> str:
-        """All that an ended job printed; nothing where it cannot be read, as where its node and the files there are gone."""
+        """Everything that an ended job printed; "" if that cannot be read.
+
+        That is so if its node, and the files there, are gone.
+        """
         for _ in range(_LOG_TRIES):
             with contextlib.suppress(*_AWAY):
                 return str(self._client.get_job_logs(submission_id))
@@ -156,9 +165,9 @@ class JobServer:
 
 
 def check_upload(folder: Path, excludes: list[str]) -> int:
-    """The bytes that Ray would upload of a working directory; raises UsageError where they are too many.
+    """The bytes of a working directory that Ray would upload. Raises UsageError if it is no folder or too large.
 
-    What `.gitignore` and `.rayignore` name is left out, as Ray does.
+    Files that `.gitignore` and `.rayignore` name are left out, as Ray does.
     """
     from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE, get_runtime_env_default_excludes
     from ray._private.runtime_env import packaging
@@ -197,7 +206,8 @@ def _reached(address: str) -> Iterator[None]:
     try:
         yield
     except (AuthenticationError, OSError, RuntimeError, ValueError) as error:
-        # Ray's client raises what requests does, and of an answer of the server its number alone tells.
+        # Ray's client raises the exceptions of `requests`, and only the status code tells what kind of answer the
+        # server gave.
         away = isinstance(error, OSError) and "Client Error" not in str(error)
         passing = away or _SERVER_ERROR.search(str(error)) is not None
         raise (UnavailableError if passing else UsageError)(

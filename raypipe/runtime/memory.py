@@ -1,4 +1,4 @@
-"""Memory that long-lived workers no longer need."""
+"""Control over the memory that long-lived workers no longer need."""
 
 from __future__ import annotations
 
@@ -14,15 +14,21 @@ _SMALL_BLOCK_BYTES, _SMALL_GAP_BYTES = 1 << 20, 16 << 20
 
 
 def return_memory() -> None:
-    """What was freed goes back to the system: glibc would keep the gaps, and a worker grow from one piece of work to the
-    next (measured: from 0.7 to 4.9 GB over 12,000 steps of one training)."""
+    """Return freed memory to the system.
+
+    Otherwise glibc keeps the gaps, and a worker grows from one piece of work to the next (measured: from 0.7 to 4.9 GB
+    over 12,000 steps of one training).
+    """
     with contextlib.suppress(OSError, AttributeError):  # another libc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def keep_heap_small() -> bool:
-    """Of a process that answers small requests without end: glibc keeps to these thresholds, which it else raises, up to 32 MB,
-    with every larger block that is freed, and the heap with them. False where another libc takes none."""
+    """Fix glibc's thresholds for large blocks and for trimming. Returns False if the libc has no such setting.
+
+    Use it in a process that answers small requests without end. By default glibc raises these thresholds, up to 32 MB,
+    whenever a larger block is freed, and the heap grows with them.
+    """
     try:
         libc = ctypes.CDLL(None)
         return bool(
@@ -33,10 +39,11 @@ def keep_heap_small() -> bool:
 
 
 class WorkingMemory:
-    """Of a worker whose pieces of work take and free the same memory again and again.
+    """Memory policy of a worker whose pieces of work allocate and free the same memory again and again.
 
-    Within a piece what was freed stays at hand, and between two it goes back once 256 MB have gathered: taking the pages
-    anew for every batch, and after every bucket, was a seventh of extracting states, and a twentieth of training (measured).
+    Freed memory stays with the process during a piece of work. Between two pieces it is returned to the system once 256
+    MB have gathered. Allocating the pages anew for every batch and after every bucket took a seventh of the time of
+    extracting states, and a twentieth of that of training (measured).
     """
 
     def __init__(self) -> None:
@@ -47,14 +54,14 @@ class WorkingMemory:
         self._held = _resident_bytes()
 
     def settle(self) -> None:
-        """A piece of work is done."""
+        """Return freed memory if enough has gathered. Call it after each piece of work."""
         if _resident_bytes() >= self._held + _GATHERED_BYTES:
             return_memory()
             self._held = _resident_bytes()
 
 
 def _resident_bytes() -> int:
-    """0 where the system does not tell."""
+    """The resident memory of this process in bytes; 0 if the system does not tell."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:

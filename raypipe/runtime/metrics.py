@@ -1,6 +1,7 @@
-"""What running work says to Prometheus, through Ray's own metrics: rows, calls and tokens of a job, and units left.
+"""Prometheus metrics of running work, through Ray's own metrics: rows, calls and tokens of a job, and units left.
 
-On every node Ray serves them as `ray_raypipe_…`; a dead worker's counts stay in the sums of those that were scraped.
+Ray serves them on every node as `ray_raypipe_…`. The counts of a dead worker stay in the sums of what was scraped
+before.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ from raypipe.storage.ledger import Receipt
 
 
 class WorkMetrics:
-    """The counters of one process; made where Ray is connected."""
+    """The counters of one process. Create it after Ray is connected."""
 
     def __init__(self, job: str) -> None:
         from ray.util.metrics import Counter, Gauge, Histogram
 
-        # Not "job", which Prometheus puts on everything itself.
+        # Not "job", because Prometheus adds a label of that name to everything.
         tags = {"pipeline": job}
         self._rows = Counter("raypipe_rows", "Rows of finished units, by what became of them.", ("pipeline", "outcome"))
         self._calls = Counter("raypipe_calls", "Model calls of finished units.", ("pipeline",))

@@ -1,7 +1,7 @@
-"""Progress on stderr: how far, how fast, how long still. One line every few seconds, none for what ends at once.
+"""Progress on stderr: how much is done, how fast, and how long it still takes.
 
-Lines are text for the person who watches, or JSON for what collects logs: then each carries its time, level, job, run key and
-unit as well.
+One line every few seconds, and none for work that ends at once. Lines are text for a person, or JSON for a log
+collector. A JSON line also carries its time, level, job, run key and unit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _facts: dict[str, Any] = {}
 
 
 def speak(form: LogFormat, **facts: Any) -> None:
-    """From here on this process says its lines so, and each of them is about `facts`."""
+    """Set the format of this process's lines and replace the `facts` that each JSON line carries."""
     global _format
     _format = form
     _facts.clear()
@@ -33,13 +33,13 @@ def speak(form: LogFormat, **facts: Any) -> None:
 
 
 def note(**facts: Any) -> None:
-    """What the lines after this one are about as well."""
+    """Add facts that all later lines carry."""
     _facts.update(facts)
 
 
 @contextlib.contextmanager
 def about(**facts: Any) -> Iterator[None]:
-    """What the lines within the block are about; what was noted within it is forgotten after it."""
+    """Add facts to the lines within the block. After the block these facts, and those noted within it, are dropped."""
     before = dict(_facts)
     _facts.update(facts)
     try:
@@ -50,14 +50,17 @@ def about(**facts: Any) -> Iterator[None]:
 
 
 def say(message: str, level: Literal["info", "warning", "error"] = "info", **facts: Any) -> None:
-    """One line for the person who watches, or with the facts for what collects lines."""
+    """Print one line to stderr: the message as text, or as JSON with the facts."""
     if _format == "json":
         message = _line(time.time(), level, message, {**_facts, **facts})
     print(message, file=sys.stderr, flush=True)
 
 
 class JsonLines(logging.Formatter):
-    """What is logged, as `say` says it in JSON, with `facts`; a traceback is one of them."""
+    """A logging formatter that writes records as JSON lines like `say` does, with `facts`.
+
+    A traceback, if there is one, is one of the facts.
+    """
 
     def __init__(self, **facts: Any) -> None:
         super().__init__()
@@ -75,7 +78,10 @@ def _line(at: float, level: str, message: str, facts: Mapping[str, Any]) -> str:
 
 @dataclass
 class Progress:
-    """Counts towards `total` steps of `what`; `amount` is the real work (rows, calls) behind them, in `unit`."""
+    """Counts `done` towards `total` steps of `what`.
+
+    `amount` is the real work (rows, calls) behind the steps, in `unit`.
+    """
 
     what: str
     total: int
@@ -87,7 +93,7 @@ class Progress:
     _shown: float = field(default_factory=time.monotonic)
 
     def resume(self, done: int) -> None:
-        """Steps that were done before this process began; they do not count towards the rate."""
+        """Set the steps that were done before this process began. They do not count towards the rate."""
         self.done = self._base = done
 
     def step(self, amount: int) -> None:

@@ -1,4 +1,4 @@
-"""When a phase rejects so many rows that it is better stopped."""
+"""The limit on rejected rows that stops a phase."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ class RejectLimit:
         self._reasons: dict[str, str] = {}
 
     def count(self, receipts: Iterable[Receipt]) -> None:
-        """Each unit once. Receipts tell in their fact `reasons` why rows were rejected, reason → message."""
+        """Count the receipts, each unit once.
+
+        The fact `reasons` of a receipt says why rows were rejected, reason → message.
+        """
         for receipt in receipts:
             if receipt.unit not in self._units:
                 self._units.add(receipt.unit)
@@ -28,7 +31,7 @@ class RejectLimit:
                 self._reasons |= receipt.facts.get("reasons", {})
 
     def check(self) -> None:
-        """Raises RaypipeError where more was rejected of what is counted by now."""
+        """Raise RaypipeError if more than that share of the rows counted so far was rejected."""
         counts = self._counts
         if not self._is_too_much(counts):
             return
@@ -41,14 +44,16 @@ class RejectLimit:
         )
 
     def undone(self, receipts: Mapping[Unit, Receipt]) -> list[Unit]:
-        """Where an earlier submission was stopped by `check`, the units whose own share is too large; none where it would pass now,
-        as with a larger `most`."""
+        """The units to run again after `check` stopped an earlier submission: those whose own share is too large.
+
+        There are none if the check would pass now, for example with a larger `most`.
+        """
         if not self._is_too_much(counts_of(receipts.values())):
             return []
         return [unit for unit, receipt in receipts.items() if self._is_above(receipt.counts)]
 
     def _is_too_much(self, counts: Counts) -> bool:
-        """A handful proves nothing."""
+        """Whether the share is too large. A handful of rejects proves nothing and is never too much."""
         return counts.rejected >= _FEW_REJECTS and self._is_above(counts)
 
     def _is_above(self, counts: Counts) -> bool:

@@ -1,8 +1,9 @@
-"""One job's stay in a workspace: locks, recovery of what a killed run began to publish, the run, and the publish.
+"""A job's session in a workspace: locks, recovery of interrupted publishes, the run, and its publish.
 
-Crash points, all of them: before the manifest (nothing happened), between units (receipts stand), before `publish.json`
-(staged files wait for the resubmission), after it (any later job completes it), between two tables' commits (each is
-recognised by its application transaction), before `done.json` (all tables are recognised; only the result is written).
+All crash points are: before the manifest (nothing happened); between units (receipts stand); before `publish.json`
+(staged files wait for the resubmission); after it (any later job completes the publish); between two tables' commits
+(each commit is recognised by its application transaction); before `done.json` (all commits are recognised, and only the
+result is written).
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from raypipe.storage.night_runs import NightRuns, settle_all
 from raypipe.storage.tables import Table
 from raypipe.storage.workspace import Workspace, WorkspaceInfo
 
-# Rejects are shared by all jobs and written for a moment at the end, as tables are that one job commits together: wait for the
-# other job's moment.
+# All jobs write the rejects table, and each holds its lock only briefly, at the end. The same holds for tables that one
+# job commits together. So a job waits this long for another job's commits.
 _COMMITS_WAIT_S = 60.0
 _POLL_S = 0.2
 
 
 class Session:
-    """A job that holds the locks of the tables it writes; of a `night` where it is one of its steps."""
+    """A job that holds the locks of the tables it writes. `night` is set if the job is a step of a night."""
 
     def __init__(
         self,
@@ -56,16 +57,22 @@ class Session:
 
     @cached_property
     def info(self) -> WorkspaceInfo:
-        """The workspace's, which nobody changes while its locks are held; raises UsageError for an empty one."""
+        """The workspace's info, which does not change while its locks are held.
+
+        Raises UsageError for an empty workspace.
+        """
         return self.workspace.require_info()
 
     def versions(self, *tables: str) -> dict[str, int]:
-        """The newest versions of tables, to pin."""
+        """The newest versions of the tables, to be pinned."""
         return {name: self.workspace.tables[name].version() for name in tables}
 
     def is_current(self, recipe: str, pins: Mapping[str, int]) -> bool:
-        """Whether the newest run over everything is of this recipe, read these very versions and left nothing undone, and its
-        output stands."""
+        """Whether the output of the newest run over all users is still current, so that there is nothing to do.
+
+        That run must have this recipe and must have left nothing undone. The tables that it read and wrote, the tables
+        in `pins` among them, must still be at the versions that it read and wrote.
+        """
         last = self.workspace.ledger(self.job).newest()
         result = last.result() if last is not None else None
         if last is None or result is None or result["status"] not in {"ok", "nothing_to_do"}:
@@ -83,11 +90,11 @@ class Session:
     def run(
         self, recipe: str, pins: Mapping[str, int], base: Mapping[str, int], scope: str, facts: Mapping[str, Any]
     ) -> Run:
-        """The run of this recipe over these inputs: the one a killed job left open, or a new one.
+        """The run of this recipe over these inputs: the open run that a killed job left, or a new one.
 
-        `pins` are the input versions no unit reads beyond, `base` the versions of the tables it will write, `scope` is
-        "all" or the hash of a canary's users. An open run of another key is given up, and told where units of it were done: its
-        inputs moved on, or its recipe.
+        `pins` are the input versions that all units read. `base` are the versions of the tables that the run will
+        write. `scope` is "all" or the hash of a canary's users. Open runs of other keys are given up, because their
+        inputs or their recipe changed. A warning says so if they had finished units.
         """
         ledger = self.workspace.ledger(self.job)
         key = _run_key(recipe, pins, base, scope)
@@ -99,7 +106,7 @@ class Session:
             for other in list(ledger.open_runs(scope)):
                 if other.publish_intent() is None:
                     self._give_up(other, key)
-            # A finished run of this key, of whichever night it was, makes room for the new one.
+            # A finished run of this key, of any night, is replaced by the new one, so its results are noted before.
             settle_all(self.workspace.store)
             published = max(self.workspace.tables[table].published_number(f"{table}:{self.job}") for table in base)
             manifest = {"recipe": recipe, "pins": dict(pins), "base": dict(base), "scope": scope, "facts": dict(facts)}
@@ -125,17 +132,20 @@ class Session:
         writes: Sequence[str],
         reject_limit: RejectLimit | None = None,
     ) -> None:
-        """Publish what a killed run over everything has finished, where what it read has moved on since, so that it cannot go on:
-        its users who have not changed are not computed, and paid for, again. Its result is told as `interrupted`.
+        """Publish the finished buckets of killed runs over all users that can no longer resume.
 
-        So too that of another variant than this job's, whatever its recipe, for what is written now moves the tables under it; one of
-        this variant only where it is of this recipe. For jobs whose units are buckets of users and whose runs tell their variant.
-        Without the units that `reject_limit` would start again, and only where the rows that it would replace stand as it found them.
+        They cannot resume because what they read has changed. Publishing saves computing, and paying for, their users
+        who have not changed. The result's status is `interrupted`.
+
+        A run of another variant is published whatever its recipe is, because this job is about to change the tables
+        under it. A run of this variant is published only if it has this recipe. Units that `reject_limit` would start
+        again are left out. Nothing is published if the rows it would replace have changed since the run began. Use it
+        in jobs whose units are buckets of users and whose runs record their variant.
         """
         ledger = self.workspace.ledger(self.job)
         if ledger.open(_run_key(recipe, self.versions(*reads), self.versions(*writes), WHOLE)) is not None:
-            return  # it goes on
-        for run in reversed(list(ledger.open_runs(WHOLE))):  # as their transactions are numbered
+            return  # this run resumes
+        for run in reversed(list(ledger.open_runs(WHOLE))):  # oldest first, the order of their transaction numbers
             mine = run.manifest["facts"]["variant"]
             if run.publish_intent() is None and (mine != variant or run.manifest["recipe"] == recipe):
                 why = (
@@ -159,21 +169,24 @@ class Session:
             f"{self.job}: run {run.run_key[:12]} was killed and {why}; the {len(kept)} of {run.planned().get('users', 0)} buckets of "
             "users that it finished are published"
         )
-        counts, usage = counts_of(kept), usage_of(kept)  # whose seconds are of all workers together, and no clock's
+        counts, usage = counts_of(kept), usage_of(kept)  # no seconds: they are summed over workers, not wall-clock time
         metrics = {"users": counts.rows_in, "computed": counts.ok, "rejected": counts.rejected, **counts.skipped}
         cost = {"calls": usage.calls, "tokens_in": usage.tokens_in, "tokens_out": usage.tokens_out}
         rows = rows_of(parts, counts.rejected)
         self.publish(run, parts, JobResult(self.job, "interrupted", run.run_key, rows, {}, metrics, cost))
 
     def _are_current(self, receipt: Receipt) -> bool:
-        """Whether what a unit staged has the schemas of today."""
+        """Whether the schemas of what a unit staged are today's schemas."""
         return all(
             staged_as == schema_hash(self.workspace.tables[table].spec.schema)
             for table, staged_as in receipt.schemas.items()
         )
 
     def budget(self, limits: Limits, run: Run) -> Budget:
-        """What the caps leave, of which all attempts of the run have spent, and in a night all its runs of this job."""
+        """The budget that the caps leave.
+
+        All attempts of the run count as spent. In a night, all runs of this job in that night count.
+        """
         if not limits.any:
             return Budget(limits, Usage())
         self.cluster.connect()
@@ -190,7 +203,7 @@ class Session:
     ) -> dict[Unit, Receipt]:
         """Run the units that are left on the cluster; see `run_units`.
 
-        Raises RaypipeError where receipts of an older raypipe staged files of another schema.
+        Raises RaypipeError if the receipts of an older raypipe staged files with another schema.
         """
         before = run.receipts(units[0].kind) if self._resumes and units else {}
         receipts = run_units(run, units, build, self.cluster, what, reject_limit, budget)
@@ -204,16 +217,17 @@ class Session:
         return receipts
 
     def publish(self, run: Run, parts: Sequence[Publish], result: JobResult, buckets: int | None = None) -> JobResult:
-        """Commit all tables and finish the run; `rejects` first, then in the order given. Returns the result with the tables'
-        versions.
+        """Commit all tables and finish the run. Returns the result with the tables' versions.
 
-        With `buckets` the workspace has so many from then on.
+        `rejects` is committed first, then the other tables in the given order. If `buckets` is given, it becomes the
+        workspace's number of buckets. Raises RaypipeError if a staged file is missing or truncated, or if a lock's
+        lease was lost.
         """
         self.check_held()
-        # Before the intent, for a run with one can no longer be given up.
+        # Check before the intent is written, because a run with an intent can no longer be given up.
         for part in parts:
             output_table(self.workspace, part.table, run.manifest["scope"], run.run_key).check_staged(part.files)
-        self.check_held()  # looking at many files takes longer than a lease
+        self.check_held()  # checking many files takes longer than a lease
         run.intend_publish(parts, result.to_dict(), buckets)
         final = JobResult.from_dict(complete(self.workspace, run))
         if self._night is not None:
@@ -221,7 +235,10 @@ class Session:
         return final
 
     def check_held(self) -> None:
-        """Raise RaypipeError where the lease of one of the locks was lost, before anything is written under it."""
+        """Raise RaypipeError if the lease of one of the locks was lost.
+
+        Call it before anything is written under the locks.
+        """
         check_held(self._locks)
 
 
@@ -230,7 +247,10 @@ def _run_key(recipe: str, pins: Mapping[str, int], base: Mapping[str, int], scop
 
 
 def bucket_parts(receipts: Iterable[Receipt], variant: str, tables: Sequence[str]) -> list[Publish]:
-    """What units of user buckets staged: each table's touched buckets of `variant` replaced, rejects appended."""
+    """The publish of what units of user buckets staged.
+
+    It replaces the touched buckets of `variant` in each table and appends rejects.
+    """
     touched = [receipt for receipt in receipts if receipt.staged]
     buckets: list[dict[str, str | int]] = [{"variant": variant, "bucket": receipt.unit.index} for receipt in touched]
     return [
@@ -246,18 +266,24 @@ def bucket_parts(receipts: Iterable[Receipt], variant: str, tables: Sequence[str
 
 
 def rows_of(parts: Iterable[Publish], rejected: int) -> dict[str, dict[str, int]]:
-    """The `tables` of a result that publishes these parts."""
+    """The `tables` entry of the result of a job that publishes these parts."""
     return {part.table: {"rows": sum(file.rows for file in part.files), "rejected": rejected} for part in parts}
 
 
 def write_locks(job: str, scope: str, tables: Iterable[str]) -> list[str]:
-    """What a run holds that writes the tables: their locks. A canary's tables are its own, and it holds one of its users, so that
-    nobody makes the same twice."""
+    """The names of the locks that a run holds to write `tables`: the tables' own.
+
+    A canary writes tables of its own. It holds one lock for its job and users, so that no two jobs make the same canary
+    at once.
+    """
     return sorted(tables) if scope == WHOLE else [f"canary-{job}-{scope[:12]}"]
 
 
 def refuse_open_runs(workspace: Workspace, job: str) -> None:
-    """Raises UsageError where another job's run is open: it pins versions, and its staged files are no version's yet."""
+    """Raise UsageError if another job's run is open.
+
+    An open run pins versions, and no version names its staged files yet.
+    """
     runs = [run for run in workspace.open_runs() if run.job != job]
     if runs:
         named = ", ".join(f"{run.job} {run.run_key[:12]}" for run in runs)
@@ -277,7 +303,11 @@ def open_session(
     night: NightRuns | None = None,
     scope: str = WHOLE,
 ) -> Iterator[Session]:
-    """Check the workspace, take the locks, complete what killed runs began to publish. `scope` is that of the run."""
+    """Open a session: check the workspace, take the locks, and complete publishes that killed runs began.
+
+    `scope` is that of the run. Raises UsageError if the workspace cannot be written, UnavailableError if a lock is
+    held, and RaypipeError if recovery changed the workspace's number of buckets.
+    """
     workspace.info()
     workspace.store.check_writable()
     names = write_locks(job, scope, writes)
@@ -293,9 +323,10 @@ def open_session(
 
 
 def recover(workspace: Workspace, job: str, held: set[str]) -> None:
-    """Complete every publish that a killed run began, of any job, so that no job reads half of it.
+    """Complete every publish that a killed run of any job began, so that no job reads half of it.
 
-    Raises UnavailableError where a living job holds what it takes for longer than commits do.
+    `held` names the locks that this job holds already. Raises UnavailableError if a living job holds one of the other
+    locks needed for longer than commits take.
     """
     for name in workspace.store.folders("ledger"):
         for run in list(workspace.ledger(name).publishing()):
@@ -307,7 +338,10 @@ def recover(workspace: Workspace, job: str, held: set[str]) -> None:
 
 
 def _complete_once_free(workspace: Workspace, run: Run, locks: Sequence[str], owner: str) -> None:
-    """Whoever holds the locks may be the run's own job, which is alive and ends, or another that completes it."""
+    """Complete the run's publish as soon as its locks are free.
+
+    The holder may be the run's own job, which is alive and will finish, or another job that completes the publish.
+    """
     deadline = time.monotonic() + _COMMITS_WAIT_S
     while run.result() is None:
         with contextlib.ExitStack() as stack:
@@ -325,15 +359,16 @@ def _complete_once_free(workspace: Workspace, run: Run, locks: Sequence[str], ow
 
 
 def settled_versions(workspace: Workspace, *tables: str) -> dict[str, int] | None:
-    """The newest versions of tables, where no job is between its commits of them: they belong together as it left them.
+    """The newest versions of tables at a moment when no job is between its commits, so that they belong together.
 
-    Waits for a publish that is under way; None where it stays so, as that of a killed run does until a session completes it.
+    Waits for a publish that is under way. Returns None if it does not end in time: a killed run's publish stays
+    incomplete until a session completes it.
     """
     deadline = time.monotonic() + _COMMITS_WAIT_S
     while True:
         versions = {name: workspace.tables[name].version() for name in tables}
         if not _is_publishing(workspace, tables):
-            # A publish may have ended since the first of these versions was read.
+            # A publish may have ended after the first of these versions was read.
             if all(workspace.tables[name].version() == version for name, version in versions.items()):
                 return versions
         elif time.monotonic() > deadline:
@@ -343,7 +378,7 @@ def settled_versions(workspace: Workspace, *tables: str) -> dict[str, int] | Non
 
 
 def _is_publishing(workspace: Workspace, tables: Sequence[str]) -> bool:
-    """Whether a run that began to publish one of the tables has not ended."""
+    """Whether a run over all users that began to publish one of the tables has not ended yet."""
     for job in workspace.store.folders("ledger"):
         for run in workspace.ledger(job).publishing():
             intent = run.publish_intent()
@@ -354,7 +389,7 @@ def _is_publishing(workspace: Workspace, tables: Sequence[str]) -> bool:
 
 
 def complete(workspace: Workspace, run: Run) -> dict[str, Any]:
-    """Carry out a written publish intent; what is already committed is left alone. Returns the run's result."""
+    """Carry out a written publish intent. Commits that were made already are skipped. Returns the run's result."""
     intent = run.publish_intent()
     assert intent is not None, "only a written intent can be completed"
     parts, result = intent
@@ -362,7 +397,7 @@ def complete(workspace: Workspace, run: Run) -> dict[str, Any]:
     versions: dict[str, int] = {}
     places: Counter[str] = Counter()
     for part in sorted(parts, key=lambda part: part.table != "rejects"):
-        # One transaction replaces partitions along one column: a table may need several.
+        # One transaction replaces partitions along one column, so a table may need several transactions.
         places[part.table] += 1
         app = f"{part.table}:{run.job}" + (f":{places[part.table]}" if places[part.table] > 1 else "")
         table = output_table(workspace, part.table, run.manifest["scope"], run.run_key)
@@ -385,7 +420,10 @@ def complete(workspace: Workspace, run: Run) -> dict[str, Any]:
 
 
 def output_table(workspace: Workspace, name: str, scope: str, run_key: str) -> Table:
-    """The table a run writes: the workspace's own, or for a canary one below `canary/<run_key>` that nobody reads."""
+    """The table that a run writes: the workspace's own, or for a canary one that no job reads.
+
+    A canary's table is below `canary/<run_key>`.
+    """
     table = workspace.tables[name]
     if scope == WHOLE:
         return table

@@ -1,13 +1,14 @@
-"""Training on a Ray cluster: Ray Train starts the workers and restarts them, DeepSpeed shards what they hold.
+"""Training on a Ray cluster: Ray Train starts and restarts the workers, and DeepSpeed shards their state.
 
-A task says what is trained and on which batches and is plain torch; the trainer says how: workers, ZeRO stage,
-steps, schedule, checkpoints. A run that lost a worker goes on from its last checkpoint and ends with the weights of the
-run that lost none; so does a run submitted again under the same name after its driver died. Another number of workers
-or ZeRO stage starts anew, as optimiser state is bound to both. A time budget (`max_seconds`) ends that equality: by it
-a slower machine takes fewer steps.
+A task is plain torch and says what is trained on which batches. The trainer says how: workers, ZeRO stage, steps,
+schedule, checkpoints. A run that lost a worker continues from its last checkpoint and ends with the same weights as a
+run that lost none. So does a run that is submitted again under the same name after its driver died. With another number
+of workers or another ZeRO stage training starts anew, because optimiser state depends on both. With a time budget
+(`max_seconds`) results are no longer equal, because a slower machine takes fewer steps.
 
-A checkpoint counts once Ray's controller has polled it, which it does every 2 s: a worker that dies sooner goes on from
-the checkpoint before. More than one checkpoint in 2 s falls behind, so `checkpoint_every` should take longer.
+A checkpoint counts once Ray's controller has polled it, which it does every 2 s. If a worker dies sooner, training
+continues from the checkpoint before. The controller falls behind if there is more than one checkpoint in 2 s, so
+`checkpoint_every` steps should take longer.
 
 Not covered: gradient accumulation, tensor or pipeline parallelism.
 """
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 MODEL = "model"
 """The folder of a checkpoint that holds what the task saved."""
-# Nodes that KubeRay or an autoscaler starts have this label, and machines of a cluster of its own have not.
+# Nodes that KubeRay or an autoscaler starts have this label; machines of a manually started cluster do not.
 _NODE_GROUP = "ray.io/node-group"
 _NODE_ID = "ray.io/node-id"
 _CURVE_POINTS = 100
@@ -43,45 +44,50 @@ _END_STEPS = 10
 
 
 class TrainingTask(Protocol):
-    """What is trained: pickled to every worker, opened there."""
+    """What is trained. It is pickled to every worker and opened there."""
 
     def build(self) -> nn.Module:
-        """The module to train, on CPU; its forward(batch) returns the mean loss of the batch as a scalar. Under ZeRO-3 each
-        validation builds another, to hold the whole weights."""
+        """The module to train, on CPU. Its forward(batch) returns the mean loss of the batch as a scalar.
+
+        Under ZeRO-3 each validation builds another module, to hold the whole weights.
+        """
         ...
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """How many such batches all examples fill, at least one."""
+        """The number of batches of this size that all examples fill, at least one."""
         ...
 
     def batch(self, step: int, seed: int, rank: int, world: int, batch_size: int) -> Any:
-        """This rank's share of the global batch of `step`, name → tensor: a function of the arguments alone."""
+        """This rank's share of the global batch of `step`, name → tensor. It must depend on the arguments only."""
         ...
 
     def save(self, weights: Mapping[str, Tensor], folder: Path) -> None:
-        """Writes the trained weights, whole and by their names in `build()`, as a checkpoint."""
+        """Write the trained weights as a checkpoint. `weights` are whole tensors by their names in `build()`."""
         ...
 
 
 @runtime_checkable
 class ValidatedTask(TrainingTask, Protocol):
-    """A task that can tell how good a model is; the trained weights are those of the best validation."""
+    """A task that can measure how good a model is. The trained weights are those of the best validation."""
 
     def validate(self, module: nn.Module, rank: int, world: int) -> tuple[float, float]:
-        """Sum of a metric over this rank's share of examples, and their number; a higher mean is better."""
+        """The sum of a metric over this rank's share of examples, and their number. A higher mean is better."""
         ...
 
     def describe(self, step: int, seed: int, batch_size: int) -> str:
-        """What the batch of `step` holds, for a person to look at when its loss is no number."""
+        """A text for a person that says what the batch of `step` holds.
+
+        It is shown if the loss of that step is not finite.
+        """
         ...
 
 
 @runtime_checkable
 class PartialTask(TrainingTask, Protocol):
-    """A task that trains a part of a model that is somebody else's: the rest is neither checkpointed nor stored."""
+    """A task that trains a part of an existing model. The rest of that model is neither checkpointed nor stored."""
 
     def keeps(self, name: str) -> bool:
-        """Whether the weight of this name is among what is trained and stored."""
+        """Whether the weight of this name is trained and stored."""
         ...
 
 
@@ -126,8 +132,11 @@ class TrainerConfig(Config):
 
 @dataclass(frozen=True, slots=True)
 class TrainingResult:
-    """A finished run: its checkpoint folder, the mean loss of every step, the seconds spent in steps, and every
-    validation as (step, metric)."""
+    """A finished training.
+
+    It holds the checkpoint folder, the mean loss of every step, the seconds spent in steps, and every validation as
+    (step, metric).
+    """
 
     folder: Path
     losses: list[float]
@@ -139,14 +148,17 @@ class TrainingResult:
         return len(self.losses)
 
     def figures(self) -> dict[str, float]:
-        """What a job tells of the training: mean loss of its first and of its last steps, their number, and the seconds."""
+        """The figures that a job reports: mean loss of the first and of the last steps, number of steps, seconds."""
         ends = {"loss_first": self.losses[:_END_STEPS], "loss_last": self.losses[-_END_STEPS:]}
         means = {name: float(np.mean(losses)) for name, losses in ends.items()}
         return {**means, "steps": self.steps, "train_seconds": round(self.seconds, 1)}
 
     def curve(self) -> dict[str, Any]:
-        """What a plot of the training wants, small enough to be kept with the model: `seconds`, `steps`, `losses` as (step,
-        mean loss since the one before) at most 100 times, and `validations` as (step, metric)."""
+        """The data of a plot of the training, small enough to be stored with the model.
+
+        `seconds`; `steps`; `losses`, at most 100 pairs of (step, mean loss since the pair before); `validations` as
+        (step, metric).
+        """
         length = max(1, -(-self.steps // _CURVE_POINTS))
         ends = range(length, self.steps + length, length)
         losses = [[min(end, self.steps), float(np.mean(self.losses[end - length : end]))] for end in ends]
@@ -159,16 +171,19 @@ class TrainingResult:
 
 
 def fit(task: TrainingTask, config: TrainerConfig, run: str, out: Path, node: str | None = None) -> TrainingResult:
-    """Trains `task` and writes its checkpoint to `out`, which appears whole or not at all.
+    """Train `task` and write its checkpoint to `out`, which appears whole or not at all.
 
-    Ray must be initialised. With `node`, workers are on the node of that id, as no other has the task's files (`only_node`).
-    `run` names the training in `config.storage` (default: beside `out`); the same name goes on where that run stopped, so it
-    must contain a hash of everything that shapes the result. Raises UsageError where there are fewer examples than workers or the
-    cluster has no room for them, and RaypipeError where the loss is no number any more or more than `max_failures` workers failed.
+    Ray must be initialised. `run` names the training in `config.storage` (default: beside `out`). A training of the
+    same name continues where that run stopped, so the name must contain a hash of everything that shapes the result. If
+    `node` is given, all workers run on the node of that id, because no other node has the task's files (`only_node`).
+
+    Raises UsageError if there are fewer examples than workers, if the cluster has no room for the workers, or if
+    validation is asked for and the task has none. Raises RaypipeError if the loss or the weights are no longer finite,
+    or if more than `max_failures` workers failed.
     """
     if config.validate_every is not None and not isinstance(task, ValidatedTask):
         raise UsageError("This training has nothing to be validated on.", "Leave out --trainer.validate_every.")
-    # Of a copy: what a task has opened here is not to be pickled to every worker.
+    # Ask a copy: what a task has opened here must not be pickled to every worker.
     if (examples := copy(task).steps_per_epoch(1)) < config.workers:
         raise UsageError(
             f"{config.workers} workers are too many for {examples} examples: each learns from a share of every batch.",
@@ -201,7 +216,7 @@ def fit(task: TrainingTask, config: TrainerConfig, run: str, out: Path, node: st
                     label_selector=None if node is None else {_NODE_ID: node},
                 ),
                 run_config=RunConfig(
-                    # A checkpoint fits the stage and number of workers that wrote it and no other.
+                    # A checkpoint can be read only with the ZeRO stage and the number of workers that wrote it.
                     name=f"{run}-workers{config.workers}-zero{config.zero_stage}",
                     storage_path=storage,
                     failure_config=FailureConfig(max_failures=config.max_failures),
@@ -228,8 +243,11 @@ def fit(task: TrainingTask, config: TrainerConfig, run: str, out: Path, node: st
 
 
 def check_room(workers: int, needed: Mapping[str, int], nodes: Sequence[Mapping[str, Any]]) -> None:
-    """Raises UsageError where so many workers, each with the resources `needed` of one node, will never fit on these `nodes`, as
-    `ray.nodes()` tells of them; on those that an autoscaler starts Ray waits for more."""
+    """Raise UsageError if the workers can never fit on these nodes.
+
+    Each worker needs the resources `needed` on one node. `nodes` are as from `ray.nodes()`. If an autoscaler starts the
+    nodes, nothing is raised, because Ray waits for more of them.
+    """
     alive = [node for node in nodes if node["Alive"]]
     if any(_NODE_GROUP in node["Labels"] for node in alive):
         return
@@ -246,9 +264,10 @@ def check_room(workers: int, needed: Mapping[str, int], nodes: Sequence[Mapping[
 
 
 def only_node(config: TrainerConfig, driver_cpus: float) -> str:
-    """The id of the driver's node, for workers that read what no other node has. `driver_cpus` of its CPUs are the driver's own.
+    """The id of the driver's node, for workers that read files that no other node has.
 
-    Ray must be initialised. Raises UsageError where the workers do not fit there.
+    The driver itself takes `driver_cpus` of the node's CPUs. Ray must be initialised. Raises UsageError if the workers
+    do not fit on the node.
     """
     import ray
 
@@ -270,7 +289,7 @@ def only_node(config: TrainerConfig, driver_cpus: float) -> str:
 
 
 def _needed(config: TrainerConfig) -> dict[str, int]:
-    """Resources of one worker."""
+    """The resources of one worker, name → count."""
     import ray
 
     gpu = config.device == "cuda" or (
@@ -284,16 +303,19 @@ def _each(needed: Mapping[str, int]) -> str:
 
 
 def _told(error: TrainingFailedError) -> str:
-    """The first line of what the workers, or Ray's controller, died of; of several that differ the first two."""
+    """The first line of the error of the workers or of Ray's controller.
+
+    If several workers differ, the first two lines.
+    """
     causes = getattr(error, "worker_failures", {}).values() or [getattr(error, "controller_failure", error)]
     lines = ("".join(traceback.format_exception_only(cause)).splitlines()[0] for cause in causes)
     return "; ".join([*dict.fromkeys(lines)][:2]).removesuffix(".")
 
 
 def remove_checkpoints(config: TrainerConfig, run: str) -> None:
-    """Delete what `fit` kept of `run`, and of runs named after it, in `config.storage`, whatever workers and stage they had.
+    """Delete what `fit` stored in `config.storage` of `run`, and of runs named after it.
 
-    Raises OSError or pyarrow.ArrowInvalid where that cannot be.
+    Their number of workers and ZeRO stage do not matter. Raises OSError or pyarrow.ArrowInvalid if that fails.
     """
     from pyarrow.fs import FileSelector, FileSystem, FileType
 

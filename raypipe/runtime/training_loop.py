@@ -1,4 +1,4 @@
-"""What each training worker runs: the step loop over a DeepSpeed engine, checkpoints, and progress."""
+"""The code of each training worker: the step loop over a DeepSpeed engine, checkpoints, and progress."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _RECORDED_AT_ONCE = 50
 
 
 def train_on_worker(arguments: dict[str, Any]) -> dict[str, Any] | None:
-    """Trains `arguments["task"]`; the losses and seconds of the run, on rank 0."""
+    """Train `arguments["task"]`. Returns the losses, seconds and validations of the run, or what diverged."""
     config: TrainerConfig = arguments["config"]
     worker = _Worker(arguments["task"], config, arguments["board"], gpu=arguments["gpu"])
     return worker.run()
@@ -48,10 +48,10 @@ class _Worker:
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.task, self.config, self.board = task, config, board
         self.partial = isinstance(task, PartialTask)
-        self.losses: list[float] = []  # mean over ranks, one a step
+        self.losses: list[float] = []  # the mean over ranks of every step
         self.validations: list[tuple[int, float]] = []
-        self.best: dict[str, Tensor] = {}  # whole weights of the best validation; on rank 0 alone
-        self.seconds = 0.0  # of earlier attempts, up to the checkpoint this one started from
+        self.best: dict[str, Tensor] = {}  # whole weights of the best validation; on rank 0 only
+        self.seconds = 0.0  # spent by earlier attempts, up to the checkpoint that this one started from
         self.memory = WorkingMemory()
         if not gpu:
             torch.set_num_threads(config.cpus_per_worker)
@@ -66,7 +66,7 @@ class _Worker:
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is not None:
             self._restore(checkpoint)
-        pending: list[Tensor] = []  # losses of this rank since they were last averaged
+        pending: list[Tensor] = []  # this rank's losses that are not averaged over ranks yet
         started = reported = time.monotonic()
         first = step = len(self.losses)
         while (progress := self._progress(step, started)) < 1 and not self._out_of_patience():
@@ -103,14 +103,14 @@ class _Worker:
         return {"losses": self.losses, "seconds": seconds, "validations": self.validations}
 
     def _validate(self, step: int) -> None:
-        """Every rank validates its share of examples with the whole weights."""
+        """Measure the whole weights. Every rank validates its share of the examples."""
         assert isinstance(self.task, ValidatedTask), "validate_every is set for a task that has no validation"
         with self._averaged():
             module = self._whole_module().eval()
             total = torch.tensor(self.task.validate(module, self.rank, self.world), device=self.engine.device)
             dist.all_reduce(total)
             metric = (total[0] / total[1]).item()
-            # One that is no number is no best, and is none to be beaten either.
+            # A metric that is not finite never becomes the best, and never has to be beaten.
             if math.isfinite(metric) and metric > max(self._validated(), default=-math.inf):
                 self.best = dict(self._weights(here=self.rank == 0))
         self.engine.module.train()
@@ -119,10 +119,10 @@ class _Worker:
             self.board.post.remote(f"step {step}/{self.steps}  validation {metric:.4f}")
 
     def _whole_module(self) -> nn.Module:
-        """The module in no pieces; every rank must call it.
+        """The module with whole parameters. Every rank must call it.
 
-        Under ZeRO-3 a copy: each layer of the module itself is gathered for its forward and given back after it, by all ranks
-        together, and their shares of what is validated may be of unequal numbers of batches.
+        Under ZeRO-3 it is a copy. In the module itself each layer is gathered for its forward pass and released after
+        it by all ranks together, but the ranks' shares of the validation may have different numbers of batches.
         """
         if self.config.zero_stage < 3:
             return self.engine.module
@@ -134,12 +134,12 @@ class _Worker:
         return module.to(self.engine.device)
 
     def _weights(self, *, here: bool) -> Mapping[str, Tensor]:
-        """What is stored of the module, `here` or nowhere; every rank must call it."""
+        """The weights that are stored, or nothing unless `here` is set. Every rank must call it."""
         keeps = self.task.keeps if isinstance(self.task, PartialTask) else lambda name: True
         return _whole_weights(self.engine.module, self.config.zero_stage, keeps, here=here)
 
     def _averaged(self) -> AbstractContextManager[None]:
-        """The module holds what is to be validated and stored."""
+        """A context in which the module holds the weights that are validated and stored."""
         return nullcontext() if self.average is None else self.average.in_place()
 
     def _out_of_patience(self) -> bool:
@@ -147,17 +147,20 @@ class _Worker:
         return bool(values) and len(values) - 1 - values.index(max(values)) >= self.config.patience
 
     def _validated(self) -> list[float]:
-        """The metric of every validation, −∞ where it is no number."""
+        """The metric of every validation, −∞ if it is not finite."""
         return [value if math.isfinite(value) else -math.inf for _, value in self.validations]
 
     def _diverged(self) -> str:
-        """What to tell of the first newly recorded step whose loss is no number; empty where there is none."""
+        """A message on the first newly recorded step whose loss is not finite, or "" if there is none."""
         first = max(0, len(self.losses) - _RECORDED_AT_ONCE)
         step = next((at for at in range(first, len(self.losses)) if not math.isfinite(self.losses[at])), None)
         return "" if step is None else f"The loss of step {step} is {self.losses[step]}.{self._circumstances(step)}"
 
     def _broken(self) -> str:
-        """What to tell where weights are no numbers, which a loss shows one step later; every rank must call it."""
+        """A message if weights are not finite, or "". Every rank must call it.
+
+        A loss shows broken weights only one step later.
+        """
         finite = all(bool(torch.isfinite(held).all()) for held in held_of(self.engine.module))
         broken = torch.tensor(float(not finite), device=self.engine.device)
         dist.all_reduce(broken)
@@ -173,7 +176,7 @@ class _Worker:
         return f"{held} {good}"
 
     def _progress(self, step: int, started: float) -> float:
-        """The share of the run that is over, of its steps or of its time, whichever is more; the same on every rank."""
+        """The share of the run that is over, by steps or by time, whichever is more. It is the same on every rank."""
         share = step / self.steps
         if self.config.max_seconds is None:
             return share
@@ -199,7 +202,10 @@ class _Worker:
         return f"average-{self.rank}.safetensors"
 
     def _checkpoint(self, elapsed: float, *, final: bool) -> None:
-        """Every rank saves its shard into a directory of its own; Ray puts them into one, and waits for all ranks."""
+        """Save a checkpoint.
+
+        Every rank writes its shard into a directory of its own; Ray merges them and waits for all ranks.
+        """
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             run = {
@@ -252,7 +258,8 @@ def _deepspeed_engine(module: nn.Module, config: TrainerConfig, world: int, *, g
     deepspeed = _imported_deepspeed()
     from deepspeed.utils import logger
 
-    # An operator for inference alone, compiled on first use behind a lock file that a killed worker would leave for ever.
+    # This operator is for inference only. It is compiled on first use behind a lock file, which a killed worker would
+    # leave for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed logs to stdout, which belongs to the job's result.
     logger.setLevel("ERROR")
@@ -261,7 +268,8 @@ def _deepspeed_engine(module: nn.Module, config: TrainerConfig, world: int, *, g
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
     share = max(1, config.batch_size // world)
-    # Small parameters that every rank keeps whole have two values to be averaged, and two to be put in place.
+    # DeepSpeed keeps small parameters whole on every rank, and they then have two values to average and to put in
+    # place.
     whole = {"param_persistence_threshold": 0} if config.average else {}
     engine, *_ = deepspeed.initialize(
         model=module,
@@ -284,9 +292,9 @@ def _deepspeed_engine(module: nn.Module, config: TrainerConfig, world: int, *, g
 def _whole_weights(
     module: nn.Module, zero_stage: int, keeps: Callable[[str], bool], *, here: bool
 ) -> Mapping[str, Tensor]:
-    """Parameters and persistent buffers that are kept, on CPU, `here` or nowhere.
+    """The parameters and persistent buffers that are kept, on CPU; nothing unless `here` is set.
 
-    Every rank must call it, as ZeRO-3 gathers from all.
+    Every rank must call it, because ZeRO-3 gathers from all ranks.
     """
     weights: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
@@ -301,7 +309,10 @@ def _whole_weights(
 
 
 def _imported_deepspeed() -> Any:
-    """DeepSpeed without MLflow, which its autotuner alone asks for: *m*, 2 of the 5 s that a worker's imports take."""
+    """Import DeepSpeed without MLflow, which only its autotuner needs.
+
+    MLflow takes 2 of the 5 s of a worker's imports (measured).
+    """
     absent = "mlflow" not in sys.modules
     if absent:
         sys.modules["mlflow"] = None  # type: ignore[assignment]  # what Python documents for "cannot be imported"
@@ -315,7 +326,7 @@ def _imported_deepspeed() -> Any:
 
 @contextmanager
 def _gathered(parameters: list[nn.Parameter], zero_stage: int) -> Iterator[None]:
-    """The parameters whole on every rank."""
+    """A context in which the parameters are whole on every rank."""
     if zero_stage < 3:
         yield
         return

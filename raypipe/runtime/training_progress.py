@@ -1,6 +1,6 @@
 """Training's progress lines on the driver's stderr, wherever the workers run.
 
-Workers' own output goes to Ray's log files, so rank 0 posts its lines to an actor and the driver fetches them.
+The workers' own output goes to Ray's log files. So rank 0 posts its lines to an actor, and the driver fetches them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _EVERY_S = 2.0
 
 
 class Board:
-    """Lines posted by a worker, until the driver takes them."""
+    """Lines that a worker posted and the driver has not taken yet."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []
@@ -33,7 +33,7 @@ class Board:
 
 @contextmanager
 def shown_on_stderr() -> Iterator[Any]:
-    """An actor handle of a `Board`; what is posted there is printed here, until the block ends."""
+    """The actor handle of a `Board`. Lines posted there are printed here until the block ends."""
     board = ray.remote(num_cpus=0)(Board).remote()
     over = threading.Event()
 

@@ -1,10 +1,10 @@
-"""Units over workers: Ray Data hands one unit at a time to a pool of actors; the ledger says which are left.
+"""Run units on workers: Ray Data hands units to a pool of actors, and the ledger says which units are left.
 
-Ray's own retries are off. A worker marks its attempt before the first row; when its process dies, the driver finds the
-unit by that marker, makes the rows of its journal suspects, gives back what is reserved of the budget, and starts the units
-that are left again. A suspect runs alone; one that killed its process `MAX_DEATHS` times alone is rejected by the
-work. Deaths of the driver or of a node count for nothing. A process in which nothing moves for `stall_s` ends itself, and
-counts as dead.
+Ray's own retries are off. A worker writes an attempt marker before the first row. When its process dies, the driver
+finds the unit by that marker, makes the rows of its journal suspects, releases what is reserved of the budget, and
+starts the units that are left again. A suspect runs alone; the work rejects a row that killed its process `MAX_DEATHS`
+times while it ran alone. Deaths of the driver or of a node do not count. A process in which nothing moves for `stall_s`
+seconds ends itself, and counts as dead.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ from raypipe.runtime.progress import Progress, about, say, speak
 from raypipe.runtime.reject_limit import RejectLimit
 from raypipe.storage.ledger import MAX_DEATHS, Receipt, Run, Unit, Usage
 
-# Ray gives a node that does not answer 5 chances, 3 s apart; seen on 2 cores: 11 s.
+# Ray gives a node that does not answer 5 chances, 3 s apart; 11 s were seen on 2 cores.
 _NODE_VERDICT_S = 30.0
 _KILLED = re.compile(r"Actor\(([0-9a-f]+)\)[^\n]*actual memory used=([0-9.]+)GB")
-# Ray Data takes about 0.1 s from one task's end to the next one's start (measured), as long as a small unit takes to run.
+# Ray Data takes about 0.1 s from one task's end to the next one's start (measured). A small unit takes no longer to
+# run.
 _TASKS_PER_WORKER = 8
 
 
 class UnitContext:
-    """What the work may ask of the runner while it has a unit: its attempt, its journal, its suspects."""
+    """The runner's services for the work on one unit: its attempt, its journal, and its suspects."""
 
     def __init__(self, run: Run, unit: Unit, attempt: int, stall_s: float) -> None:
         self.run = run
@@ -51,12 +52,15 @@ class UnitContext:
         self._spent = Usage()
 
     def journal(self, rows: Sequence[str]) -> None:
-        """Name the rows that are about to run, so that a death finds them; none where what follows is no row's doing."""
+        """Record the rows that are about to run, so that a death can be traced to them, and restart the stall timer.
+
+        Pass no rows before work for which no row can be blamed.
+        """
         self.run.journal(self.unit, rows)
         _end_after(self.stall_s)
 
     def spent(self, usage: Usage) -> None:
-        """What the micro-batch in the journal took: it counts against caps even if this attempt never ends."""
+        """Record what the micro-batch in the journal used. It counts against caps even if this attempt never ends."""
         self._spent = self._spent + usage
         self.run.record_usage(self.unit, self.attempt, self._spent)
 
@@ -66,7 +70,10 @@ class UnitContext:
 
 
 class UnitWork(Protocol):
-    """One phase's work, built once per worker. `run` stages files and returns the receipt; the runner commits it."""
+    """The work of one phase, built once per worker.
+
+    `run` stages files and returns the receipt; the runner commits it.
+    """
 
     def run(self, unit: Unit, context: UnitContext) -> Receipt: ...
 
@@ -80,10 +87,10 @@ def run_units(
     reject_limit: RejectLimit | None = None,
     budget: Budget | None = None,
 ) -> dict[Unit, Receipt]:
-    """Run every unit that has no receipt yet and return all receipts of the phase. `budget` is what the work asks, where it does.
+    """Run every unit that has no receipt yet and return all receipts of the phase.
 
-    Raises RaypipeError where a unit failed, with what the worker said, where workers die again and again, and what `reject_limit`
-    raises; the finished units keep their receipts.
+    `budget` is the budget that the work asks, if it has one. Raises RaypipeError if a unit failed (with the worker's
+    message), if workers die again and again, or if `reject_limit` is exceeded. Finished units keep their receipts.
     """
     if not units:
         return {}
@@ -128,13 +135,13 @@ def run_units(
             if death is not None:
                 _release_workers()
                 if budget is not None:
-                    budget.release()  # Ray Data ends with the one that died all the others
+                    budget.release()  # when one worker dies, Ray Data ends all the others
                 done = run.receipts(kind)
                 if not _account_for_death(run, [unit for unit in todo if unit not in done], death):
                     unexplained += 1
                     _check_explained(unexplained, death)
     finally:
-        # Units that nobody works on stand still and are no alarm; of a driver that was killed Ray forgets the gauge itself.
+        # Units left after this phase ends must raise no alarm. If the driver is killed, Ray drops the gauge itself.
         metrics.units_left(0)
     return {unit: done[unit] for unit in units}
 
@@ -145,14 +152,15 @@ def _execute(
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
-    # What it logs as errors is raised too; and a handler that keeps records would keep their tracebacks, thus the actors.
+    # What Ray Data logs as errors is raised too. A handler that keeps records would keep their tracebacks, and so the
+    # actors, alive.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.actor_task_retry_on_errors = False
     context.log_internal_stack_trace = False
-    # Ray Data's own default restarts a dead actor without end; it has no named parameter to say otherwise.
+    # By default Ray Data restarts a dead actor without end, and it has no named parameter to change that.
     warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
     rows = [{"kind": unit.kind, "index": unit.index} for unit in units]
     workers = min(cluster.size(), len(rows))
@@ -162,7 +170,8 @@ def _execute(
         fn_constructor_args=(build, run, cluster.stall_s),
         batch_size=None,
         batch_format="numpy",
-        # A task queued behind a busy worker saves the wait for dispatch, but of few tasks it would leave a worker idle.
+        # A task queued behind a busy worker saves the wait for dispatch. With few tasks it would leave another worker
+        # idle.
         compute=ActorPoolStrategy(
             size=workers, max_tasks_in_flight_per_actor=2 if tasks >= workers * _TASKS_PER_WORKER else 1
         ),
@@ -179,20 +188,24 @@ def _execute(
 
 
 def _release_workers() -> None:
-    """Ray Data ends the actors of an aborted execution by dropping their handles, which its own exceptions keep in cycles.
+    """Collect garbage, so that the actors of an aborted execution end and release their CPUs.
 
-    Uncollected, those actors hold their CPUs and the next execution waits for them, for ever.
+    Ray Data ends these actors by dropping their handles, but its own exceptions keep the handles in reference cycles.
+    Without collection the next execution would wait for their CPUs for ever.
     """
     gc.collect()
 
 
 def _tasks(units: int, workers: int) -> int:
-    """How many tasks to cut the units into: enough to even out their lengths, few enough not to wait for dispatch."""
+    """The number of tasks into which the units are cut.
+
+    There are enough to even out their lengths, and few enough not to wait for dispatch.
+    """
     return -(-units // max(1, units // (workers * _TASKS_PER_WORKER)))
 
 
 class _Worker:
-    """The actor: builds the work once, then runs unit after unit and commits each receipt."""
+    """The actor: it builds the work once, then runs unit after unit and commits each receipt."""
 
     def __init__(self, build: Callable[[], UnitWork], run: Run, stall_s: float) -> None:
         import ray
@@ -210,7 +223,7 @@ class _Worker:
         self.work: UnitWork | None = None
         self.memory = WorkingMemory()
         self.metrics = WorkMetrics(run.job)
-        # What a worker says goes to Ray's log files, which machines read.
+        # A worker's lines go to Ray's log files, which machines read.
         speak("json", job=run.job, run_key=run.run_key)
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[Any]]]:
@@ -249,8 +262,8 @@ class _Worker:
         try:
             if self.work is None:
                 self.work = self.build()
-                # Imports and what the work holds are alive to the end: looking through them again and again for
-                # garbage took a sixth of a unit of summaries (measured).
+                # Imported modules and what the work holds live to the end. Scanning them again and again in garbage
+                # collection took a sixth of the time of a unit of summaries (measured).
                 gc.freeze()
             return self.work.run(unit, UnitContext(self.run, unit, attempt, self.stall_s))
         finally:
@@ -258,9 +271,10 @@ class _Worker:
 
 
 def _end_after(seconds: float) -> None:
-    """This process ends in so many seconds, its stacks in the worker's log, unless it is told so again or the unit ends.
+    """End this process in `seconds`, unless it is called again or the unit ends before.
 
-    The clock is a thread of C: code that hangs holding Python's lock is ended too.
+    The process's stacks go to the worker's log. The timer is a C thread, so that code that hangs while it holds
+    Python's lock is ended too.
     """
     faulthandler.dump_traceback_later(seconds, exit=True, file=sys.stderr.fileno())
 
@@ -270,7 +284,10 @@ def _row(receipt: Receipt | None, error: str = "", remedy: str = "") -> dict[str
 
 
 def _worker_deaths() -> tuple[type[BaseException], ...]:
-    """What Ray Data raises when a worker's process dies; imported late because most nights have nothing to run."""
+    """The exceptions that Ray Data raises when a worker's process dies.
+
+    They are imported late, because most nights have nothing to run.
+    """
     from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
 
     return (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError)
@@ -278,7 +295,10 @@ def _worker_deaths() -> tuple[type[BaseException], ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Death:
-    """What Ray told of a dead worker, without the exception, whose traceback holds on to the execution it ended."""
+    """What Ray reported of a dead worker.
+
+    The exception itself is not kept, because its traceback keeps the execution it ended alive.
+    """
 
     actors: Sequence[str]
     preempted: bool
@@ -298,16 +318,18 @@ class _Death:
 
 
 def _killed_for_memory(told: str) -> list[str]:
-    """Actors that Ray's memory monitor killed, of which its message alone tells: it takes several at once, and the one that held
-    most is to blame."""
+    """The actors that Ray's memory monitor killed, the one that used the most memory first.
+
+    Only the text of Ray's message names them. The monitor kills several at once, and the largest is to blame.
+    """
     found = [(float(memory), actor) for actor, memory in _KILLED.findall(told)]
     return [actor for _, actor in sorted(found, reverse=True)]
 
 
 def _account_for_death(run: Run, left: Sequence[Unit], death: _Death) -> bool:
-    """Make the journal of the dead worker's unit suspect; raise where one unit kills every worker it is given.
+    """Find the unit that the dead worker worked on and make the rows of its journal suspects, unless its node was lost.
 
-    False where no unit was being worked on by who died.
+    Returns False if the dead worker worked on no unit. Raises RaypipeError if one unit kills every worker it is given.
     """
     markers = {worker["actor"]: (unit, worker) for unit, _, worker in run.attempt_markers(left)}
     for unit, worker in (markers[actor] for actor in death.actors if actor in markers):
@@ -325,10 +347,10 @@ def _account_for_death(run: Run, left: Sequence[Unit], death: _Death) -> bool:
 
 
 def _lost_node(node: str, death: _Death) -> bool:
-    """Whether the worker went down with its node.
+    """Whether the worker died because its node did.
 
-    Ray reports a process that died on a living node as such. Of one that merely stopped answering it knows no more until
-    the node's heartbeats have been missed.
+    If a process died on a living node, Ray reports that. If a process merely stopped answering, Ray cannot tell until
+    the node has missed its heartbeats.
     """
     import ray
 

@@ -1,4 +1,4 @@
-"""The adapters of a release as requests need them: which there are, and how each puts what it reads to the language model."""
+"""The adapters of a release, each with the system that makes its prompts for the language model."""
 
 from __future__ import annotations
 
@@ -29,8 +29,11 @@ EXPLAINER, INTERPRETER, RANKER, WRITER = "recexplainer", "recinterpreter", "trsr
 
 @dataclass(frozen=True)
 class Ranker:
-    """An LLM-TRSR, stored in `folder`, that asks in words of the catalogue; its tokenizer is that of the language model `lm`, of
-    which it may read `context` tokens, None for all it can. `summaries` are those it is shown, None for none."""
+    """An LLM-TRSR that is stored in `folder` and asks in the words of `catalogue`.
+
+    Its tokenizer is that of the language model `lm`, which may read `context` tokens, None for all it can. `summaries`
+    is the paradigm of the summaries it is shown, None for none.
+    """
 
     options: TrsrConfig
     summaries: str | None
@@ -41,7 +44,10 @@ class Ranker:
 
     @cached_property
     def trsr(self) -> Trsr:
-        """Of nobody yet. Raises UsageError for a language model that cannot be read, or that this one cannot be asked with."""
+        """The system, with no users yet.
+
+        Raises UsageError if the language model cannot be read, and ValueError if the system cannot be asked with it.
+        """
         most = read_context(self.lm)
         facts = Facts.load(self.folder, len(self.catalogue.titles)) if self.options.facts else None
         nobody = Past(Histories(np.zeros(0, np.int32), np.zeros(0, np.int64)), np.zeros(0, bool), self.catalogue)
@@ -50,7 +56,7 @@ class Ranker:
 
 @dataclass(frozen=True)
 class ServedAdapter:
-    """An adapter of a release, by its `model` NAME/HASH, and the system it was trained by."""
+    """An adapter of a release: its `model` NAME/HASH, and the system that trained it."""
 
     model: str
     system: RecExplainer | RecInterpreter | Ranker | LancerConfig
@@ -73,14 +79,14 @@ def load_adapters(
 ) -> Mapping[str, ServedAdapter]:
     """The release's adapters, by name.
 
-    Raises UsageError for files that are not those that were stored, and for an adapter of another recommender.
+    Raises UsageError if files are not those that were stored, or an adapter belongs to another recommender.
     """
     adapters, cache = {}, Path(config.model_cache)
     for name, content in sorted(release.adapters.items()):
         model = find_model(models, f"{name}/{content}")
         folder = models.fetch_unharmed(model, cache)
         card = read_card(folder)
-        # What ranks and what writes items is told all in words, and belongs to no recommender.
+        # Adapters that rank or write items read words only, and belong to no recommender.
         if card.recommender not in {"", release.recommender}:
             raise UsageError(
                 f"The adapter {name} was trained beside {card.recommender}, and the release has {release.recommender}.",
@@ -93,7 +99,7 @@ def load_adapters(
 
 
 def lm_of(models: Models, lm: str, cache: Path) -> str:
-    """The folder of a release's language model where the workspace has it, else its hub name."""
+    """The folder of a release's language model if the workspace has it, else its hub name."""
     stored = [model for model in models.all("lm") if model.hash == lm]
     return str(models.fetch_unharmed(stored[0], cache)) if stored else lm
 
@@ -103,7 +109,7 @@ def adapters_of_kind(adapters: Mapping[str, ServedAdapter], kind: str) -> Sequen
 
 
 def _system(model: Model) -> RecExplainer | RecInterpreter | LancerConfig | None:
-    """None for another system."""
+    """The system that trained an adapter; None for a ranker, and for systems that answer no requests."""
     options = model.lineage.get("options")
     if model.lineage.get("system") == EXPLAINER:
         return ExplainerConfig.model_validate(options).build()
@@ -117,7 +123,7 @@ def _system(model: Model) -> RecExplainer | RecInterpreter | LancerConfig | None
 def _ranker(
     models: Models, model: Model, folder: Path, release: Release, config: ServiceConfig, catalogue: Catalogue
 ) -> Ranker | None:
-    """None for a system that answers no requests."""
+    """The ranker of an adapter; None if another system trained it."""
     if model.lineage.get("system") != RANKER:
         return None
     engine, options = config.language.engine, TrsrConfig.model_validate(model.lineage["options"]).undisturbed()

@@ -1,4 +1,4 @@
-"""The HTTP interface: routes under /v1, their limits and their errors. What answers them is a `Backend`."""
+"""The HTTP interface: routes under /v1, their limits and their errors. A `Backend` answers them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ UserPath = Annotated[str, Path(min_length=1, max_length=512)]
 
 
 def build_api(backend: Backend, limits: LimitOptions) -> FastAPI:
-    """The routes alone; `RequestMiddleware` goes around them. `state.lm_paths` are the paths that ask the language model."""
+    """Build the routes; `RequestMiddleware` goes around them. `state.lm_paths` are those that ask a language model."""
     app = FastAPI(
         title="raypipe",
         version=__version__,
@@ -55,36 +55,36 @@ def build_api(backend: Backend, limits: LimitOptions) -> FastAPI:
 
     @app.post("/v1/recommend", response_model=RecommendAnswer)
     async def recommend(query: RecommendQuery) -> Answer:
-        """The best items for a user or a history."""
+        """Recommend the best items for a user or a history."""
         check_query(limits, query)
         return await backend.answer(query)
 
     @app.post("/v1/recommend/batch", response_model=RecommendAnswers)
     async def recommend_batch(request: Request, batch: RecommendBatch) -> dict[str, list[Any]]:
-        """Many lists at a time, all of one release and night."""
+        """Recommend for many users or histories at a time, all with the same release and night."""
         check_queries(limits, batch.queries, request.state.charge)
         return answers_of(request, await backend.answer_all(batch.queries))
 
     @app.post("/v1/score", response_model=ScoreAnswer)
     async def score(query: ScoreQuery) -> Answer:
-        """What the recommender gives items."""
+        """Score given items for a user or a history with the recommender."""
         check_query(limits, query)
         return await backend.answer(query)
 
     @app.post("/v1/score/batch", response_model=ScoreAnswers)
     async def score_batch(request: Request, batch: ScoreBatch) -> dict[str, list[Any]]:
-        """Many at a time, all of one release and night."""
+        """Score items for many users or histories at a time, all with the same release and night."""
         check_queries(limits, batch.queries, request.state.charge)
         return answers_of(request, await backend.answer_all(batch.queries))
 
     @app.get("/v1/users")
     async def users() -> Users:
-        """Some users of the night, to look around with."""
+        """List some users of the night, to look around with."""
         return backend.some_users()
 
     @app.get("/v1/users/{user_id:path}", responses={404: {"model": Failure}})
     async def user(user_id: UserPath) -> User:
-        """A user as the night left them."""
+        """Show what the night knows of a user: history, summaries and its list of recommendations."""
         return await backend.user(user_id)
 
     others = len(app.routes)
@@ -94,17 +94,17 @@ def build_api(backend: Backend, limits: LimitOptions) -> FastAPI:
 
     @app.get("/v1/release")
     async def release() -> ReleaseStatus:
-        """What is served, and since when."""
+        """Show what is served, and since when."""
         return backend.release_status()
 
     @app.get("/v1/health", responses={503: {"model": HealthStatus}})
     async def health() -> JSONResponse:
-        """Runs the model; the one route that asks for no token."""
+        """Check that the model answers, by running it. This is the one route under /v1 that needs no token."""
         return _health(await backend.health())
 
     @app.get("/v1/ready", responses={503: {"model": HealthStatus}})
     async def ready() -> JSONResponse:
-        """Whether requests by user id can be answered too."""
+        """Check that requests by user id can be answered too, which takes the online store."""
         return _health(await backend.readiness())
 
     add_swagger(app, without_token="/v1/health")
@@ -127,7 +127,7 @@ async def _refused(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
-    """Where the request is wrong, without what stood there: it may be personal, and without end."""
+    """Answer where the request is wrong, without the value found there: it may be personal, and of any length."""
     assert isinstance(error, RequestValidationError)
     found = error.errors()
     problems = [
@@ -145,7 +145,7 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _failed_inside(request: Request, error: Exception) -> JSONResponse:
-    """What happened is in the log, which `RequestMiddleware` writes: it gets the exception next."""
+    """Answer 500 without a reason. `RequestMiddleware`, which gets the exception next, writes it to the log."""
     return _failed(request, 500, "internal", "The service failed; the request id names it in the log.")
 
 

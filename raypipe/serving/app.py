@@ -1,6 +1,7 @@
-"""The Serve application: `build` makes it for `raypipe serve` and, by its import path, for `serve deploy`."""
+"""The Serve application, made by `build`: for `raypipe serve`, and for `serve deploy` by the import path of `build`."""
 
-# Ray Serve looks at the annotation of `build` to make its config of a YAML file's `args`: it must not be a string.
+# Ray Serve reads the annotation of `build` to make a config of a YAML file's `args`, so it must not be a string: this
+# module must not import `annotations` from `__future__`.
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
@@ -15,15 +16,17 @@ _RETRY_AFTER_S = 1.0
 
 
 def build(config: ServiceConfig) -> Application:
-    """The ingress recommends by itself, so that a recommendation is one hop from the proxy; it asks the language model, which
-    is a deployment of its own."""
+    """Build the application: an ingress that recommends, and a deployment of the language model, which it asks.
+
+    As the ingress recommends by itself, a recommendation is one hop from the proxy.
+    """
     replicas = config.replicas
     autoscaling = None
     if replicas.most > replicas.least:
         autoscaling = AutoscalingConfig(
             min_replicas=replicas.least,
             max_replicas=replicas.most,
-            # The rest of what one can have in hand is for the wave's rise while the next one loads.
+            # A replica can have more in hand than this: the rest is for load that rises while the next replica starts.
             target_ongoing_requests=max(1.0, replicas.ongoing * replicas.busy),
             upscale_delay_s=5,
             downscale_delay_s=replicas.calm_s,
@@ -42,7 +45,7 @@ def build(config: ServiceConfig) -> Application:
         graceful_shutdown_timeout_s=replicas.drain_s,
         health_check_period_s=5,
         health_check_timeout_s=30,
-        # It holds paths, and thus user ids; `RequestMiddleware` writes a line of its own.
+        # The access log holds paths, and thus user ids. `RequestMiddleware` writes a line of its own instead.
         logging_config=LoggingConfig(enable_access_log=False),
     )
     return deployment.bind(config, _lm(config) if config.language.replicas else None)

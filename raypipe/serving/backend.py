@@ -1,4 +1,4 @@
-"""What answers requests, and what of a request is checked before it is asked."""
+"""The interface of what answers requests, and the checks of a request before it is asked."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from raypipe.serving.service import Answer, Code, Query, RefusedQueryError
 FAILURES: dict[int | str, dict[str, Any]] = {
     status: {"model": Failure} for status in (400, 401, 413, 422, 429, 500, 503)
 }
-"""What any route may answer instead."""
+"""Failures that any route may answer with, by HTTP status."""
 
 
 STATUS: dict[Code, int] = {
@@ -46,16 +46,16 @@ STATUS: dict[Code, int] = {
     "not_ready": 503,
     "internal": 500,
 }
-"""Of a query that gets no answer."""
+"""HTTP status of a query that gets no answer, by its code."""
 
 
 class Backend(Protocol):
-    """Answers queries. Raises RefusedQueryError for what gets no answer."""
+    """Answers queries. Raises RefusedQueryError for a query that gets no answer."""
 
     async def answer(self, query: Query) -> Answer: ...
 
     async def answer_all(self, queries: Sequence[Query]) -> list[Answer | RefusedQueryError]:
-        """Of one release and night."""
+        """Answers in the order of the queries, all of one release and night."""
         ...
 
     async def user(self, user_id: str) -> User: ...
@@ -65,7 +65,7 @@ class Backend(Protocol):
     async def answer_with_lm(self, query: LmQuery) -> LmAnswer: ...
 
     async def answer_all_with_lm(self, queries: Sequence[LmQuery]) -> list[LmAnswer | RefusedQueryError]:
-        """Of one release and night."""
+        """Answers in the order of the queries, all of one release and night."""
         ...
 
     async def stream(self, query: ExplainQuery) -> AsyncIterator[Event]: ...
@@ -73,22 +73,25 @@ class Backend(Protocol):
     def release_status(self) -> ReleaseStatus: ...
 
     async def health(self) -> HealthStatus:
-        """Whether the model answers: it is asked."""
+        """Whether the model answers, which asking it finds out."""
         ...
 
     async def readiness(self) -> HealthStatus:
-        """Whether everything that requests need is there, the online store included."""
+        """Whether all that requests need is available, the online store included."""
         ...
 
 
 def note_failure(request: Request, codes: Sequence[Code]) -> None:
-    """Why the service failed within an answer that began well, for `RequestMiddleware`, which counts it."""
+    """Note a failure of the service among `codes`, for `RequestMiddleware` to count, if the HTTP answer began well.
+
+    It is the first code whose status is 500 or above.
+    """
     if mine := [code for code in codes if STATUS[code] >= 500]:
         request.state.code = mine[0]
 
 
 def check_query(limits: LimitOptions, query: UserOrHistory) -> None:
-    """Raises RefusedQueryError for a query that asks too much."""
+    """Check a query against the limits. Raises RefusedQueryError if it asks for too much."""
     asked = {"history": (len(query.history or ()), limits.history)}
     if isinstance(query, RecommendQuery):
         asked |= {"count": (query.count, limits.count), "deny": (len(query.deny), limits.history)}
@@ -102,7 +105,11 @@ def check_query(limits: LimitOptions, query: UserOrHistory) -> None:
 
 
 def check_queries(limits: LimitOptions, queries: Sequence[UserOrHistory], charge: Callable[[int], None]) -> None:
-    """As `check_query`, of a batch, whose token is charged for each query beside the request itself."""
+    """Check a batch, each query as `check_query` does, and charge the token for every query beyond the first.
+
+    The request itself was charged for the first one. Raises RefusedQueryError if the batch or a query asks for too
+    much.
+    """
     if len(queries) > limits.queries:
         raise RefusedQueryError("too_much", f"A batch has at most {limits.queries:,} queries.")
     charge(len(queries) - 1)
@@ -111,7 +118,7 @@ def check_queries(limits: LimitOptions, queries: Sequence[UserOrHistory], charge
 
 
 def answers_of(request: Request, answers: Sequence[Any]) -> dict[str, list[Any]]:
-    """The body of a batch's answer: a query that gets none has its problem in the place of one."""
+    """The body of a batch's answer. A query that gets no answer has its problem in place of one."""
     note_failure(request, [answer.code for answer in answers if isinstance(answer, RefusedQueryError)])
     return {
         "answers": [

@@ -1,4 +1,4 @@
-"""A catalogue as requests speak of it: items by their own ids, attributes by name and value."""
+"""The catalogue as requests refer to it: items by their own ids, attributes by name and value."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ from raypipe.language.titles import distinct_titles
 
 @dataclass(frozen=True)
 class ServedCatalogue:
-    """`ids`, `titles`, `texts` and `attributes` by index − 1; `index_of` back; `recommendable` bool [items + 1]: available
-    and not denied; `holders` the indices of the items that have an attribute's value."""
+    """The items that are served.
+
+    `ids`, `titles`, `texts` and `attributes` are by index − 1; `index_of` maps an id to its index. `recommendable` bool
+    [items + 1]: the item is available and not denied. `holders`: the indices of the items that have an attribute value.
+    """
 
     ids: Sequence[str]
     titles: Sequence[str]
@@ -31,7 +34,7 @@ class ServedCatalogue:
 
     @classmethod
     def of(cls, items: pa.Table, denied: frozenset[str] = frozenset()) -> ServedCatalogue:
-        """Of the rows of `items`, all of them, in any order."""
+        """The catalogue of `items`, which holds the rows of all items, in any order."""
         items = items.sort_by("index")
         ids = items["item_id"].to_pylist()
         attributes = attributes_of(items)
@@ -47,21 +50,21 @@ class ServedCatalogue:
 
     @cached_property
     def for_prompts(self) -> Catalogue:
-        """As a language model is to tell items apart: each by a title of its own."""
+        """The catalogue for prompts, in which every item has a title of its own, so that they can be told apart."""
         return Catalogue(distinct_titles(self.titles, self.ids), self.attributes, self.texts)
 
     def lines(self, indices: Sequence[int], prompts: SummaryPrompts) -> list[str]:
-        """The line of each, as prompts of summaries show it."""
+        """The line of each item, as prompts of summaries show it."""
         titles, attributes, texts = self.titles, self.attributes, self.texts
         return [prompts.item_line(titles[index - 1], attributes[index - 1], texts[index - 1]) for index in indices]
 
     def indices(self, item_ids: Sequence[str]) -> NDArray[np.int32]:
-        """Of those ids that are known, in their order."""
+        """The indices of the ids that are known, in their order; unknown ids are left out."""
         found = (self.index_of.get(item, 0) for item in item_ids)
         return np.array([index for index in found if index], np.int32)
 
     def allowed(self, only: Sequence[tuple[str, str]], items: int) -> NDArray[np.bool_]:
-        """bool [items + 1], of the first `items`: recommendable, with every attribute value of `only`.
+        """Which of the first `items` are recommendable and have every attribute value of `only`, bool [items + 1].
 
         Raises UnknownValueError for a value that no item has.
         """

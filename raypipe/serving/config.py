@@ -14,11 +14,11 @@ from raypipe.systems.summaries import SummariesConfig
 from raypipe.systems.trsr import Shown
 
 OF_RELEASE = "release"
-"""Names the language model of the release that is served."""
+"""Stands for the language model of the release that is served."""
 
 
 class LimitOptions(Config):
-    """What a request may ask for; more is refused before any work."""
+    """What a request may ask for; a request for more is refused before any work."""
 
     body_bytes: int = free(1_000_000, "of a request", ge=1)
     history: int = free(10_000, "items of a given history", ge=1)
@@ -32,7 +32,7 @@ class LimitOptions(Config):
 
 
 class BatchingOptions(Config):
-    """How requests are put together for the model."""
+    """How requests are batched for the model."""
 
     size: int = free(64, "most requests of a batch", ge=1)
     wait_ms: float = free(
@@ -41,7 +41,7 @@ class BatchingOptions(Config):
 
 
 class ReplicaOptions(Config):
-    """How many processes answer, and how much waits for them."""
+    """How many processes answer, and how many requests wait for them."""
 
     least: int = free(1, "replicas at any time", ge=1)
     most: int = free(1, "replicas under load", ge=1)
@@ -64,7 +64,7 @@ class ReplicaOptions(Config):
 
 
 class ReadingOptions(Config):
-    """How titles are read from a recommender's states: asked for and decoded as `align` does."""
+    """How titles are read from a recommender's states. Prompts and decoding are those of `align`."""
 
     max_new_tokens: int = shaping(256, "most tokens of one answer, as `align --answer_tokens`", ge=1)
     constrained: bool = shaping(
@@ -73,7 +73,7 @@ class ReadingOptions(Config):
 
 
 class LanguageOptions(Config):
-    """The language model of the release, in processes of its own, and what it is asked for."""
+    """The release's language model, which runs in processes of its own, and what it is asked for."""
 
     replicas: int = free(1, "processes that hold it; with none nothing is put into words", ge=0)
     cpus: float = free(1.0, "CPUs reserved for each", ge=0)
@@ -96,7 +96,7 @@ class LanguageOptions(Config):
 
     @property
     def at_once(self) -> int:
-        """Requests to it that one HTTP request has out at a time: of every process a batch, and the next one."""
+        """Most requests to it in flight for one HTTP request: the current batch and the next of every process."""
         return max(1, 2 * self.batching.size * self.replicas)
 
     @model_validator(mode="after")
@@ -109,7 +109,7 @@ class LanguageOptions(Config):
 
 
 class ServiceConfig(ModelCache):
-    """A service of one workspace: the release and the night that are in force there, whichever these become."""
+    """A service of one workspace. It serves the release and the night in force there, and follows when they change."""
 
     workspace: str = free("./workspace", "workspace folder or s3:// URI")
     store: str | None = free(
@@ -129,7 +129,7 @@ class ServiceConfig(ModelCache):
 
     @model_validator(mode="after")
     def _two_batches_fit(self) -> Self:
-        # One is computed while the next fills: with fewer at a time, batches could never be full.
+        # One batch is computed while the next fills. With fewer requests at a time, batches could never be full.
         if self.replicas.ongoing < 2 * self.batching.size:
             raise ValueError(
                 f"replicas.ongoing is {self.replicas.ongoing}, less than two batches of {self.batching.size}"

@@ -1,4 +1,4 @@
-"""The gRPC port that Ray Serve opens in every replica, and how it is kept closed."""
+"""Keeps closed the gRPC port that Ray Serve opens in every replica."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from typing import Any
 
 
 def disable_grpc_port() -> None:
-    """In a replica, before it gets its first request: no gRPC port for calls between deployments.
+    """Open no gRPC port for calls between deployments. Call it in a replica before its first request.
 
-    Ray Serve opens one on every address, and unpickles what arrives there without asking who sent it: whoever reaches it has
-    code run. Calls go through it only with RAY_SERVE_USE_GRPC_BY_DEFAULT; else they go through Ray, which asks for a token.
+    Ray Serve opens the port on every address, and unpickles what arrives without asking who sent it: whoever reaches
+    the port can run code. Calls use it only with RAY_SERVE_USE_GRPC_BY_DEFAULT, and then it stays open; otherwise calls
+    go through Ray, which asks for a token.
     """
     from ray.serve._private import constants, replica
 

@@ -1,9 +1,10 @@
-"""HAProxy as Ray Serve starts it, with nothing open but the API.
+"""HAProxy as Ray Serve starts it, but with nothing open except the API.
 
-Ray's template lets statistics and metrics listen on every address, gives everybody on the machine the admin socket, by which
-requests and their tokens could be led elsewhere, waits an hour for a request's head, gives replicas whatever comes, lets who shows
-no token hold what it gives them, and answers 500 where none is left. None of it is an option; which binary Ray starts is, and so ours
-is a script that mends the configuration first.
+Ray's template has these faults: statistics and metrics listen on every address; everybody on the machine may use the
+admin socket, by which requests and their tokens could be led elsewhere; a request's head may take an hour; replicas get
+every request at once; clients without a token may hold up what they are given; and the answer is 500 if no replica is
+left. None of this is an option of Ray's, but the binary that it starts is one. So we name a script that first corrects
+the configuration.
 """
 
 from __future__ import annotations
@@ -22,16 +23,20 @@ from raypipe.serving.middleware import HEALTH_PATH, PUBLIC_PATHS, UNAUTHORISED, 
 BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 LOOPBACK = "127.0.0.1"
 HEAD_TIMEOUT_S = 10
-"""Seconds a request's head may take: there are 4,096 connections, and nobody needs a token to hold one."""
+"""Seconds that a request's head may take: there are 4,096 connections, and holding one needs no token."""
 FILES_AT_ONCE = 16
-"""Answers with a file of the pages that are under way at a time. Nobody needs a token to ask for one, and what is larger than buffers
-holds one of the requests that a replica works on until it is read, which may be slowly."""
+"""How many answers with a file of the pages may be under way at a time.
+
+Asking for a file needs no token. A file larger than the buffers takes up one of the requests that a replica works on
+until the client has read it, which may be slowly.
+"""
 _UNAVAILABLE = failure("", "not_ready", "No replica can be asked: ask again later.")
 _FILES = " ".join(sorted(PUBLIC_PATHS - {HEALTH_PATH}))
 _UNAUTHORISED = json.dumps(failure("%[var(txn.raypipe_id)]", *UNAUTHORISED))
-# Of who shows no token, the rules of the frontend; paths as the replica reads them. A connection is theirs for one answer: had
-# they sent a thousand requests on it and read nothing, small answers too would fill its buffers, and hold up a replica. So would one
-# answer before whose end their body does not come; what is returned in the place of a replica's, with the same words, ends that.
+# Rules of the frontend for clients that show no token. Paths are compared as the replica reads them. Such a client has
+# a connection for one answer only: if it sent a thousand requests on a connection and read nothing, even small answers
+# would fill the buffers and hold up a replica. So would an answer to a request whose body does not come to its end.
+# Therefore HAProxy returns its own answer, with the same words, in place of a replica's 401, which ends the request.
 _UNTRUSTED = (
     f"acl raypipe_files path,url_dec {_FILES}",
     f"acl raypipe_open path,url_dec {_FILES} {HEALTH_PATH}",
@@ -49,13 +54,14 @@ _UNTRUSTED = (
 
 
 def write_haproxy_wrapper(folder: Path, host: str, port: int, inner: Iterable[int], replicas: ReplicaOptions) -> Path:
-    """A script in `folder` to be started in the place of HAProxy: of the addresses in its configuration `port` is opened to
-    `host`, and the `inner` ports to this machine alone.
+    """Write a script to `folder` that is started in place of HAProxy, and return its path.
 
-    A replica is given no more than it works on. To refuse what is past that would cost it as much as a small answer, and it would be
-    busy refusing: HAProxy, to which it is nothing, lets the rest wait, and after a while says 503.
+    Of the addresses in HAProxy's configuration, the script opens `port` on `host`, and the `inner` ports to this
+    machine only. A replica is given no more requests than it works on. To refuse more would cost the replica as much as
+    a small answer, and keep it busy. For HAProxy that costs nothing: it lets the rest wait, and answers 503 after
+    `replicas.wait_s` seconds.
 
-    Raises UsageError where there is no HAProxy.
+    Raises UsageError if there is no HAProxy.
     """
     errorfile = folder / "unavailable.http"
     body = json.dumps(_UNAVAILABLE)
@@ -66,11 +72,11 @@ def write_haproxy_wrapper(folder: Path, host: str, port: int, inner: Iterable[in
         "cache-control: no-store",
     ]
     errorfile.write_bytes("\r\n".join([*head, f"content-length: {len(body)}", "", body]).encode())
-    # HTTP/2 would let a connection have a hundred requests at a time, and take nothing of their answers.
+    # With HTTP/2 a connection could have a hundred requests at a time and read none of their answers.
     rules = [rf"s#^( *bind) [^ ]*:{port}$#\1 {host}:{port} proto h1#"]
     rules += [rf"s#^( *bind) [^ ]*:{number}$#\1 {LOOPBACK}:{number}#" for number in inner]
     rules += ["s#^( *stats socket .*) mode 666#\\1 mode 600#", rf"s#^( *errorfile [0-9]+) .*#\1 {errorfile}#"]
-    # What is behind the proxy is nobody's business who has no token.
+    # A client without a token must not learn what is behind the proxy.
     rules.append(r"s#^( *)http-request return .* if routes$#\1http-request deny deny_status 401 if routes#")
     rules.append(r"s#^( *)acl routes path .*#&" + "".join(rf"\n\1{rule}" for rule in _UNTRUSTED) + "#")
     rules.append(rf"/ backup$/!s#^( *server [^ ]+ [^ ]+ check)#\1 maxconn {replicas.ongoing}#")

@@ -1,4 +1,4 @@
-"""What replicas say, to Ray's log files: lines of JSON, as those of a job's workers are."""
+"""Writes the log lines of replicas to Ray's log files as JSON, like those of a job's workers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from raypipe.runtime.progress import JsonLines
 
 
 def log_as_json(deployment: str) -> None:
-    """From here on the service's lines of this process are JSON, each of this deployment; Ray's own are as Ray has them."""
+    """Write the service's log lines of this process as JSON from now on, each with this `deployment`.
+
+    Ray's own lines stay as they are.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines(job="serve", deployment=deployment))
     log = logging.getLogger("raypipe.serving")

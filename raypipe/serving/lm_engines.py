@@ -1,6 +1,7 @@
-"""The engines of a release: its language model in memory once, its adapters beside it, and their tasks. No HTTP and no Ray.
+"""The engines of a release: its language model, in memory once, with its adapters, and the tasks they answer.
 
-The engines are those of batch work, so that equal prompts get equal answers (G7).
+This module knows neither HTTP nor Ray. The engines are those of batch work, so that equal prompts get equal answers
+(G7).
 """
 
 from __future__ import annotations
@@ -39,15 +40,19 @@ from raypipe.systems.title_search import ONE_TITLE, TitleQuestion
 from raypipe.systems.trsr import likelihoods
 
 ECHO = "echo"
-# Language models, and engines of an adapter's name: of the release in force, and of the one before or after it.
+# Language models that are kept, and engines of each adapter's name: those of the release in force, and of the one
+# before or after it.
 _KEPT = 2
 _PROBE_TOKENS = 2
 
 
 @dataclass(frozen=True)
 class ModelKey:
-    """Which weights answer: a language model as a release names it, and beside it an adapter NAME/HASH, or none; of one that
-    writes items or is held to their titles, the version of the catalogue."""
+    """Which weights answer: a language model as a release names it, and an adapter NAME/HASH, or none.
+
+    `catalogue` is the catalogue's version if the adapter writes items or its answers are held to item titles, else
+    None.
+    """
 
     lm: str
     adapter: str = ""
@@ -58,27 +63,27 @@ class ModelKey:
 
     @property
     def name(self) -> str:
-        """The adapter's."""
+        """The adapter's name."""
         return self.adapter.partition("/")[0]
 
     @classmethod
     def parse(cls, text: str) -> ModelKey:
         before, _, lm = text.partition("@")
         catalogue, colon, adapter = before.partition(":")
-        # An adapter is NAME/HASH: what has a colon behind digits alone is none.
+        # An adapter is NAME/HASH and never digits before a colon, so such digits are a catalogue's version.
         return cls(lm, adapter, int(catalogue)) if colon and catalogue.isdecimal() else cls(lm, before)
 
 
 @dataclass(frozen=True)
 class Explain:
-    """To decide, and to put into words."""
+    """A task: decide whether an item fits, and explain why in words."""
 
     request: ExplanationRequest
 
 
 @dataclass(frozen=True)
 class Generate:
-    """To answer a prompt that asks for titles."""
+    """A task: answer a prompt that asks for titles."""
 
     prompt: Prompt
     question: TitleQuestion = ONE_TITLE
@@ -86,14 +91,14 @@ class Generate:
 
 @dataclass(frozen=True)
 class Summarize:
-    """To sum up a history, by its blocks."""
+    """A task: summarise a history, which is given in blocks."""
 
     blocks: Sequence[Block]
 
 
 @dataclass(frozen=True)
 class Rank:
-    """To tell how likely the first of two answers to each prompt is."""
+    """A task: find how likely the first of two answers to each prompt is."""
 
     prompts: Sequence[Prompt]
     answers: tuple[str, ...]
@@ -109,7 +114,10 @@ class RankScores:
 
 @dataclass(frozen=True)
 class WriteList:
-    """To write what is chosen after a history, item indices in time order; with `filter_seen` nothing of it."""
+    """A task: write what is chosen after `history`.
+
+    `history` holds item indices in time order; with `filter_seen` none of its items is written.
+    """
 
     history: Sequence[int]
     filter_seen: bool
@@ -117,7 +125,7 @@ class WriteList:
 
 @dataclass(frozen=True)
 class WrittenList:
-    """Items, the best first, and the log-probability of each one's line, or the `reason` why nothing was written."""
+    """Item indices, best first, and the log-probability of each one's line, or why (`reason`) nothing was written."""
 
     items: Sequence[int]
     logprobs: Sequence[float]
@@ -129,7 +137,7 @@ Task = Explain | Generate | Summarize | Rank | WriteList
 
 @dataclass(frozen=True)
 class Failed:
-    """No answer, and why not."""
+    """Why a task has no answer."""
 
     code: Code
     message: str
@@ -142,7 +150,7 @@ Result = Explanation | Outcome | UserSummary | RankScores | WrittenList | Failed
 
 @dataclass(frozen=True)
 class PendingTask:
-    """A task, until when (Unix seconds) somebody waits for it, and who is told of it meanwhile."""
+    """A task and until when its caller waits (Unix seconds). `listen` is called with the explanation while it grows."""
 
     task: Task
     until: float
@@ -151,8 +159,11 @@ class PendingTask:
 
 @dataclass(frozen=True)
 class LoadedEngine:
-    """What answers: an engine, and over it what writes items, where its adapter was trained to; by question the choices that
-    answers are held to, if they are."""
+    """An engine in memory.
+
+    `writer` writes items with the engine, None if its adapter was not trained to. `choices` are, by question, the
+    choices that answers are held to; empty if answers are free.
+    """
 
     engine: Engine
     writer: ListWriter | None = None
@@ -160,10 +171,10 @@ class LoadedEngine:
 
 
 class LmEngines:
-    """Loads engines and lets them answer. Loading may go on in one thread while another one answers.
+    """Loads engines and lets them answer. One thread may load while another one answers.
 
-    Of language models, and of the adapters of one name, each of which may be a whole copy of its language model, the two that
-    were used last are kept.
+    The two last used language models are kept, and the two last used adapters of each name: an adapter may be a whole
+    copy of its language model.
     """
 
     def __init__(self, config: ServiceConfig) -> None:
@@ -175,16 +186,17 @@ class LmEngines:
         self._loading = Lock()
 
     def get(self, key: ModelKey) -> LoadedEngine | None:
-        """What answers with these weights if they are in memory; waits for no loading."""
+        """The engine with these weights if they are in memory, else None. It does not wait for loading."""
         loaded = self._loaded.get(key)
         if loaded is not None:
             self._used[key] = time.monotonic()
         return loaded
 
     def load(self, key: ModelKey) -> LoadedEngine:
-        """What answers with these weights; those of the language model are shared by all of its adapters.
+        """The engine with these weights, loaded if it is not in memory.
 
-        Raises UsageError for what is missing, damaged or does not belong together.
+        All adapters of a language model share its weights. Raises UsageError if something is missing, is damaged or
+        does not belong together.
         """
         with self._loading:
             for wanted in dict.fromkeys((ModelKey(key.lm), key)):
@@ -196,7 +208,7 @@ class LmEngines:
             return self._loaded[key]
 
     def _evict(self, key: ModelKey) -> None:
-        """Before it is loaded, let go of all but the last used of what it may take the place of."""
+        """Make room for `key` before it is loaded: drop all but the last used of what it may take the place of."""
         if key.adapter:
             rivals = {one: str(one) for one in self._loaded if (one.lm, one.name) == (key.lm, key.name)}
         else:
@@ -209,7 +221,7 @@ class LmEngines:
                 self._used.pop(one)
 
     def keys(self, release: Release, catalogue: int) -> list[ModelKey]:
-        """All weights of a release that may be asked, of a catalogue of this version."""
+        """The keys of all weights of a release that may be asked, with this version of the catalogue."""
         if not release.lm:
             return []
         found = [ModelKey(release.lm)]
@@ -221,7 +233,7 @@ class LmEngines:
         return found
 
     def check(self, key: ModelKey, loaded: LoadedEngine) -> None:
-        """Raises UnfitError where there is no answer, or one that is no number."""
+        """Ask the weights something. Raises UnfitError if they do not answer, or a log-probability is not finite."""
         if loaded.writer is not None:
             written = loaded.writer.lists([[1]])
             answered = written.outcomes[0].error is None
@@ -253,7 +265,7 @@ class LmEngines:
         return outcome.error is None
 
     def answer(self, loaded: LoadedEngine, pending: Sequence[PendingTask]) -> list[Result]:
-        """In their order; one that nobody waits for any more is not begun."""
+        """Results in the order of the tasks. A task that nobody waits for any more is not begun."""
         now = time.time()
         found: list[Result] = [LATE] * len(pending)
         due = [at for at, one in enumerate(pending) if one.until > now]
@@ -325,19 +337,20 @@ class LmEngines:
         return found
 
     def _titles(self, loaded: LoadedEngine, question: TitleQuestion, prompts: Sequence[Prompt]) -> Iterator[Outcome]:
-        """One outcome for each prompt that asks this, in any order."""
+        """One outcome for each prompt, all of which ask this question, in any order."""
         decoding = question.decoding(self.config.language.reading.max_new_tokens)
         return loaded.engine.generate(prompts, decoding, loaded.choices.get(question))
 
     def _summarize(self, loaded: LoadedEngine, pending: Sequence[PendingTask]) -> Sequence[Result]:
         blocks = {str(at): one.task.blocks for at, one in enumerate(pending) if isinstance(one.task, Summarize)}
-        # A long history takes one level of summaries after the other.
+        # A long history takes one level of summaries after the other; none begins after the last caller stopped
+        # waiting.
         engine = TimedEngine(loaded.engine, max(one.until for one in pending))
         summaries = build_summarizer(engine, self.config.language.summaries, "").summarize(blocks, {})
         return [LATE if summary.reason == "timeout" else summary for summary in summaries]
 
     def _rank(self, loaded: LoadedEngine, pending: Sequence[PendingTask]) -> Sequence[Result]:
-        """One after the other: a batch of them takes longer than anybody waits."""
+        """Answer one task after the other: a batch of them would take longer than callers wait."""
         scores: list[Result] = []
         for one in pending:
             task = one.task

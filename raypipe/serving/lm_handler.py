@@ -1,4 +1,4 @@
-"""Queries to the language model, whichever client reaches it: requests are built, waited for, and streamed while they grow."""
+"""Answers queries with the language model through any client: builds requests, waits for them, and streams answers."""
 
 from __future__ import annotations
 
@@ -19,26 +19,29 @@ Event = tuple[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class PartialExplanation:
-    """An explanation as far as it goes."""
+    """An explanation as far as it is written."""
 
     decision: str
     text: str
 
 
 class LmClient(Protocol):
-    """Answers tasks with a language model. What gets no answer until then (Unix seconds) fails."""
+    """Answers tasks with a language model. A task without an answer by `until` (Unix seconds) fails."""
 
     async def ask(self, key: ModelKey, task: Task, until: float) -> Result: ...
 
     def stream(self, key: ModelKey, task: Task, until: float) -> AsyncIterator[PartialExplanation | Result]:
-        """The explanation as it grows, and at last its result."""
+        """Yield the explanation as it grows, and its result last."""
         ...
 
 
 class LmHandler:
-    """Answers queries. `build` makes requests of them as `LmRequestBuilder.build` does, in a place where that holds up nobody;
-    without `client` it makes none. Of one HTTP request at most `at_once` requests are out at a time: many at once
-    would leave no room for anybody's, their own included."""
+    """Answers queries with the language model.
+
+    `build` makes requests of queries as `LmRequestBuilder.build` does, without holding up the event loop; without
+    `client` it makes none. One HTTP request has at most `at_once` requests in flight: more would leave no room for
+    other requests, nor for its own.
+    """
 
     def __init__(
         self,
@@ -50,22 +53,25 @@ class LmHandler:
         self.client, self.wait_s, self.at_once, self.build = client, wait_s, at_once, build
 
     async def answer(self, query: LmQuery) -> LmAnswer:
-        """Raises RefusedQueryError for what gets no answer."""
+        """Answer one query. Raises RefusedQueryError if it gets no answer."""
         (found,) = await self.answer_all([query])
         if isinstance(found, RefusedQueryError):
             raise found
         return found
 
     async def answer_all(self, queries: Sequence[LmQuery]) -> list[LmAnswer | RefusedQueryError]:
-        """In their order, all of one release and night."""
+        """Answers in the order of the queries, all of one release and night."""
         until = time.time() + self.wait_s
         requests = await self.build(queries)
         slots = asyncio.Semaphore(self.at_once)
         return await asyncio.gather(*(self._answer(request, until, slots) for request in requests))
 
     async def stream(self, query: ExplainQuery) -> AsyncIterator[Event]:
-        """Events: `decision`, `text` (a piece), `again` (what was written is no answer, and is begun anew), and at the end
-        `done` with the whole answer, or `error`. Raises RefusedQueryError for what cannot be asked."""
+        """The events of a growing explanation, the last of which is `done` with the whole answer, or `error`.
+
+        Before that come `decision`, `text` (a piece), and `again` (the text so far is no answer, and starts over).
+        Raises RefusedQueryError if the query cannot be asked.
+        """
         until = time.time() + self.wait_s
         (request,) = await self.build([query])
         if isinstance(request, RefusedQueryError):

@@ -1,7 +1,7 @@
-"""The deployment of the language model, downstream of the one that takes HTTP requests, and that one's client of it.
+"""The deployment of the language model, and the client by which the deployment that takes HTTP requests asks it.
 
-A request names the weights it is for, the id of a multiplexed model: Ray Serve sends it to a replica that has the adapter
-already, where there is one. Requests for the same weights are answered together.
+A request names its weights by the id of a multiplexed model. Ray Serve sends it to a replica that has the adapter
+already, if there is one. Requests for the same weights are answered together.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from raypipe.systems.explanations import Explanation
 T = TypeVar("T")
 _LOG = logging.getLogger("raypipe.serving")
 _TRIES = 3
-_MOST_FAILURES = 3  # batches in a row, until the process counts as broken: a device that failed once fails for good
-_MOST_KEYS = 32  # that Ray Serve is told this replica has; more than a release and the one before have
+_MOST_FAILURES = 3  # batches in a row until the process counts as broken: a device that failed once fails for good
+_MOST_KEYS = 32  # most weights that Ray Serve knows this replica has; a release and the one before have fewer
 _CHECK_S = 600.0
 _LOAD_FAILED = Failed("not_ready", "The language model of the release cannot be loaded.")
 _TASK_FAILED = Failed("not_ready", "The language model of the release cannot be asked.")
@@ -54,9 +54,9 @@ class LmReplica:
         self._answers, self._loads = ThreadPoolExecutor(1, "answers"), ThreadPoolExecutor(1, "loads")
         self.batcher = Batcher(self._batch, config.language.batching)
         self._stall_s = config.language.stall_s
-        self._begun: float | None = None  # monotonic seconds, of the batch that runs
+        self._begun: float | None = None  # when the running batch began, in monotonic seconds
         self._failures = 0
-        # A replica that is started under load has its weights before it is asked for the first time.
+        # A replica that is started under load must have its weights before its first request.
         releases = Releases(self.engines.workspace.store)
         release = releases.named("served") or releases.named("champion")
         if release is not None and release.lm:
@@ -85,9 +85,9 @@ class LmReplica:
             whole.cancel()
 
     async def check(self, release: str, catalogue: int) -> str:
-        """Load all weights of a release, for a catalogue of this version, and ask them; the reason why it is unfit, or nothing.
+        """Load all weights of a release, for this version of the catalogue, and ask each of them something.
 
-        Raises RaypipeError for what may pass.
+        Returns the reason why the release is unfit, or an empty text. Raises RaypipeError for a failure that may pass.
         """
         found = Releases(self.engines.workspace.store).get(release)
         try:
@@ -95,7 +95,8 @@ class LmReplica:
                 loaded = await self._load(str(key))
                 await _in_thread(self._answers, partial(self.engines.check, key, loaded))
         except RaypipeError as error:
-            # Without adapters the language model is asked for nothing but summaries of given histories.
+            # Without adapters the language model only writes summaries of given histories: the release is fit without
+            # it.
             if not found.adapters:
                 return ""
             if is_lasting(error):
@@ -104,7 +105,7 @@ class LmReplica:
         return ""
 
     async def check_health(self) -> None:
-        """For Ray Serve, which replaces a replica that raises here."""
+        """Called by Ray Serve, which replaces a replica if this raises."""
         if self._begun is not None and (running_s := time.monotonic() - self._begun) > self._stall_s:
             raise RuntimeError(f"A batch has not ended for {running_s:.0f} s.")
         if self._failures >= _MOST_FAILURES:
@@ -112,7 +113,7 @@ class LmReplica:
 
     async def _answer(self, pending: PendingTask, key: str) -> Result:
         try:
-            # Loading may take minutes: others are answered meanwhile.
+            # Loading may take minutes; other requests are answered meanwhile.
             loaded = self.engines.get(ModelKey.parse(key)) or await self._load(key)
         except RaypipeError as error:
             _LOG.error("%s", error)
@@ -138,8 +139,10 @@ class LmReplica:
 
     @serve.multiplexed(max_num_models_per_replica=_MOST_KEYS)
     async def _announce(self, key: str) -> str:
-        """Lets Ray Serve know that this replica has these weights; which are kept is for `LmEngines` to say, as adapters share
-        theirs."""
+        """Tell Ray Serve that this replica has these weights.
+
+        `LmEngines` decides which weights are kept, since adapters share those of their language model.
+        """
         return key
 
     async def _load(self, key: str) -> LoadedEngine:
@@ -147,9 +150,9 @@ class LmReplica:
 
 
 class ServeLmClient:
-    """Implements `LmClient` with the deployment behind a handle.
+    """Asks the deployment through its handle; implements `LmClient`.
 
-    A request whose replica dies is sent again to another one: answers depend on nothing but the request.
+    A request whose replica dies is sent again to another one, since answers depend on nothing but the request.
     """
 
     def __init__(self, handle: DeploymentHandle) -> None:
@@ -184,12 +187,14 @@ class ServeLmClient:
         yield _UNAVAILABLE
 
     def check(self, release: str, catalogue: int) -> None:
-        """Raises UnfitError where a release's language model or an adapter does not answer, and RaypipeError where that could not
-        be found out. Not for an event loop."""
+        """Check that a release's language model and adapters answer. It blocks: do not call it in an event loop.
+
+        Raises UnfitError if one of them does not answer, and RaypipeError if that could not be found out.
+        """
         try:
             reason = self._handle.check.remote(release, catalogue).result(timeout_s=_CHECK_S)
         except (RayError, TimeoutError, BackPressureError, DeploymentUnavailableError) as error:
-            last_line = str(error).strip().splitlines()[-1:]  # of another process, the last line is the error
+            last_line = str(error).strip().splitlines()[-1:]  # the error itself, below another process's traceback
             raise RaypipeError(
                 f"The language model could not be checked: {type(error).__name__} {' '.join(last_line)}"
             ) from error
@@ -204,7 +209,8 @@ def _failure(error: Exception) -> Failed:
         return _TIMED_OUT
     if isinstance(error, DeploymentUnavailableError):
         return _UNAVAILABLE
-    # What was raised there. Raised here, it would fail a whole HTTP batch for one of its queries, and end a stream without a word.
+    # The error was raised in the replica. Raised here, it would fail a whole HTTP batch for one of its queries, and end
+    # a stream without a word.
     _LOG.error("the language model failed: %s", error)
     return _FAILED
 

@@ -1,6 +1,6 @@
-"""From queries to requests to the language model, and from its results to answers: no HTTP and no Ray.
+"""Turns queries into requests to the language model, and its results into answers. It knows neither HTTP nor Ray.
 
-Prompts are made here, where the recommender is; they go to the language model as values, wherever that is.
+Prompts are made here, where the recommender is. They are sent as values to the language model, wherever that runs.
 """
 
 from __future__ import annotations
@@ -71,7 +71,10 @@ R = TypeVar("R", Explanation, Outcome, UserSummary, RankScores, WrittenList)
 
 @dataclass(frozen=True)
 class LmRequest:
-    """A task for the language model of `key`, and what its result is as an answer; RefusedQueryError where it is none."""
+    """A task for the language model of `key`, and how its result becomes an answer.
+
+    `answer` raises RefusedQueryError if the result holds none.
+    """
 
     key: ModelKey
     task: Task
@@ -79,13 +82,17 @@ class LmRequest:
 
 
 class LmRequestBuilder:
-    """Makes requests by whatever is served at the moment: a whole batch by one release and night."""
+    """Makes requests with the release and night that are served when a batch begins, the same for the whole batch."""
 
     def __init__(self, config: ServiceConfig, service: Service) -> None:
         self.config, self.service = config, service
 
     def build(self, queries: Sequence[LmQuery]) -> list[LmRequest | LmAnswer | RefusedQueryError]:
-        """In their order; what needs no language model is answered, and what cannot be asked costs the others nothing."""
+        """The requests, in the order of the queries.
+
+        A query that needs no language model gets its answer instead, and one that cannot be asked gets its error; the
+        others are not affected.
+        """
         served = self.service.served()
         users = self.service.resolve_users(served, queries)
         blocks_left = self.config.limits.batch_blocks
@@ -306,7 +313,11 @@ def _named(known: Collection[str], expected: str) -> Callable[[str, dict[str, An
 
 
 def _choose_adapter(served: Served, named: str | None, kind: str, oracle: bool = False) -> ServedAdapter:
-    """The adapter that is asked for, or the first that can do what is asked."""
+    """The adapter of this `kind` with the name `named`, the first one if that is None.
+
+    An `oracle` needs an interpreter that was trained with `after: item`. Raises RefusedQueryError if the release has no
+    such adapter.
+    """
     fit = [
         adapter
         for adapter in adapters_of_kind(served.adapters, kind)

@@ -49,12 +49,12 @@ _LM_FAILURES: dict[int | str, dict[str, Any]] = {**FAILURES, 404: {"model": Fail
 def add_lm_routes(app: FastAPI, backend: Backend, limits: LimitOptions) -> None:
     @app.post("/v1/explain", response_model=ExplainAnswer, responses=_LM_FAILURES)
     async def explain(query: ExplainQuery) -> LmAnswer:
-        """Whether an item fits a user or a history, and why, in words."""
+        """Explain in words whether an item fits a user or a history, and why."""
         return await _answer(backend, limits, query)
 
     @app.post("/v1/explain/batch", response_model=ExplainAnswers, responses=_LM_FAILURES)
     async def explain_batch(request: Request, batch: ExplainBatch) -> dict[str, list[Any]]:
-        """Many at a time, all of one release and night."""
+        """Explain for many users or histories at a time, all with the same release and night."""
         return await _answer_all(request, backend, limits, batch.queries)
 
     @app.post(
@@ -63,69 +63,72 @@ def add_lm_routes(app: FastAPI, backend: Backend, limits: LimitOptions) -> None:
         responses={**_LM_FAILURES, 200: {"content": {"text/event-stream": {}}}},
     )
     async def explain_stream(request: Request, query: ExplainQuery) -> StreamingResponse:
-        """The same, told while it grows, as server-sent events: `decision`, `text` (a piece), `again` (what was told so far is
-        no answer, and begins anew), and at the end `done` with the whole answer, or `error`."""
+        """Explain as `/v1/explain` does, and stream the explanation while it grows, as server-sent events.
+
+        The events are `decision`, `text` (a piece), `again` (the text so far is no answer, and starts over), and at the
+        end `done` with the whole answer, or `error`.
+        """
         check_query(limits, query)
         return StreamingResponse(_server_sent(request, await backend.stream(query)), media_type="text/event-stream")
 
     @app.post("/v1/interpret", response_model=InterpretAnswer, responses=_LM_FAILURES)
     async def interpret(query: InterpretQuery) -> LmAnswer:
-        """The titles a language model reads from the recommender's state."""
+        """Read the titles of the history from the recommender's state, with a language model."""
         return await _answer(backend, limits, query)
 
     @app.post("/v1/interpret/batch", response_model=InterpretAnswers, responses=_LM_FAILURES)
     async def interpret_batch(request: Request, batch: InterpretBatch) -> dict[str, list[Any]]:
-        """Many at a time, all of one release and night."""
+        """Read titles for many users or histories at a time, all with the same release and night."""
         return await _answer_all(request, backend, limits, batch.queries)
 
     @app.post("/v1/residual", response_model=TitleAnswer, responses=_LM_FAILURES)
     async def residual(query: ResidualQuery) -> LmAnswer:
-        """The last title, read from the states before and after it."""
+        """Read the last title of the history from the states before and after it, with a language model."""
         return await _answer(backend, limits, query)
 
     @app.post("/v1/residual/batch", response_model=TitleAnswers, responses=_LM_FAILURES)
     async def residual_batch(request: Request, batch: ResidualBatch) -> dict[str, list[Any]]:
-        """Many at a time, all of one release and night."""
+        """Read the last title for many users or histories at a time, all with the same release and night."""
         return await _answer_all(request, backend, limits, batch.queries)
 
     @app.post("/v1/oracle", response_model=TitleAnswer, responses=_LM_FAILURES)
     async def oracle(query: OracleQuery) -> LmAnswer:
-        """What the recommender would have next, as a title."""
+        """Name what the recommender expects next, by the title that a language model reads from the oracle vector."""
         return await _answer(backend, limits, query)
 
     @app.post("/v1/oracle/batch", response_model=TitleAnswers, responses=_LM_FAILURES)
     async def oracle_batch(request: Request, batch: OracleBatch) -> dict[str, list[Any]]:
-        """Many at a time, all of one release and night."""
+        """Name what comes next for many users or histories at a time, all with the same release and night."""
         return await _answer_all(request, backend, limits, batch.queries)
 
     @app.post("/v1/rerank", response_model=RerankAnswer, responses=_LM_FAILURES)
     async def rerank(query: RerankQuery) -> LmAnswer:
-        """Items, or the recommender's best, in the order of a language model."""
+        """Put given items, or the recommender's best ones, in the order of a language model."""
         return await _answer(backend, limits, query)
 
     @app.post("/v1/rerank/batch", response_model=RerankAnswers, responses=_LM_FAILURES)
     async def rerank_batch(request: Request, batch: RerankBatch) -> dict[str, list[Any]]:
-        """Many at a time, all of one release and night."""
+        """Put items in order for many users or histories at a time, all with the same release and night."""
         return await _answer_all(request, backend, limits, batch.queries)
 
     @app.post("/v1/next", response_model=NextAnswer, responses=_LM_FAILURES)
     async def next_items(query: NextQuery) -> LmAnswer:
-        """What is chosen next, as a language model writes it, taken for items of the catalogue."""
+        """Let a language model write what is chosen next, and match what it writes to items of the catalogue."""
         return await _answer(backend, limits, query)
 
     @app.post("/v1/next/batch", response_model=NextAnswers, responses=_LM_FAILURES)
     async def next_items_batch(request: Request, batch: NextBatch) -> dict[str, list[Any]]:
-        """Many at a time, all of one release and night."""
+        """Write the next items for many users or histories at a time, all with the same release and night."""
         return await _answer_all(request, backend, limits, batch.queries)
 
     @app.post("/v1/summary", response_model=SummaryAnswer, responses=_LM_FAILURES)
     async def summary(query: SummaryQuery) -> LmAnswer:
-        """What the night wrote of a user, or what is written of a history now."""
+        """Give the night's summaries of a user, or summarise a history now with the language model."""
         return await _answer(backend, limits, query)
 
     @app.post("/v1/summary/batch", response_model=SummaryAnswers, responses=_LM_FAILURES)
     async def summary_batch(request: Request, batch: SummaryBatch) -> dict[str, list[Any]]:
-        """Many at a time, all of one release and night."""
+        """Give or write summaries for many users or histories at a time, all with the same release and night."""
         return await _answer_all(request, backend, limits, batch.queries)
 
 

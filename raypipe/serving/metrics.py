@@ -1,4 +1,4 @@
-"""What the service says to Prometheus, through Ray's own metrics: `ray_raypipe_serving_…` on every node."""
+"""The service's metrics for Prometheus, exported by Ray on every node as `ray_raypipe_serving_…`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from raypipe.serving.queries import ReleaseStatus
 
 
 class ServingMetrics:
-    """The counters of one replica; made where Ray is connected. Implements `RequestMetrics`."""
+    """The metrics of one replica. Make it where Ray is connected. Implements `RequestMetrics`."""
 
     def __init__(self) -> None:
         from ray.util.metrics import Counter, Gauge, Histogram

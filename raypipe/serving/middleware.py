@@ -1,6 +1,7 @@
-"""The middleware before every route: token, rate, size and deadline; and one audit line, without personal text.
+"""The middleware before every route: it checks token, rate, size and deadline, and writes an audit line.
 
-Plain ASGI, so that a body is counted while it arrives and a stream is passed on as it comes.
+The audit line holds no personal text. The middleware is plain ASGI, so that a body is counted while it arrives and a
+stream is passed on as it comes.
 """
 
 from __future__ import annotations
@@ -28,31 +29,34 @@ AUDIT = logging.getLogger("raypipe.audit")
 _LOG = logging.getLogger("raypipe.serving")
 HEALTH_PATH = "/v1/health"
 PUBLIC_PATHS = frozenset({HEALTH_PATH, *page.FILES, swagger.DOCS_PATH, swagger.OPENAPI_PATH, *swagger.FILES})
-"""Routes that ask for no token: the pages that one is typed into hold no data."""
+"""Routes that need no token: health, and the pages into which a user types one, which hold no data."""
 UNAUTHORISED = "unauthorised", "Send a valid token: Authorization: Bearer TOKEN."
-"""Code and message of the one kind of 401 that there is."""
-_GRACE_S = 2.0  # What asks the language model gives up by itself first, and says so.
+"""Code and message of every 401."""
+_GRACE_S = 2.0  # A request to the language model times out by itself first, with its own message.
 _TOO_LARGE = "A request has at most {:,} bytes."
 _SIZE = re.compile(r"[0-9]{1,18}")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class RequestMetrics(Protocol):
-    """Where requests are counted; `code` is that of a failure, else `none`."""
+    """Counts requests. `code` is that of a failure, else `none`."""
 
     def request(self, route: str, status: int, code: str, seconds: float) -> None: ...
 
 
 class RateLimiter:
-    """A bucket of requests for each token: `burst` at once, filled again at `requests_per_s`. Of this replica alone. A batch is as
-    many as it has queries: it needs one to be taken, and who owes the rest waits the longer."""
+    """A bucket of requests for each token: it holds `burst` requests and refills at `requests_per_s`.
+
+    Every replica counts by itself. A batch counts as many requests as it has queries. It is accepted if one request is
+    left; the token then owes the rest, and waits the longer for its next request.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._left: dict[str, tuple[float, float]] = {}
 
     def wait_s(self, token: Token) -> float:
-        """0 and one taken where the token may ask now; else the seconds until it may."""
+        """Take one request and return 0 if the token may ask now, else return the seconds until it may."""
         now = self._clock()
         left, then = self._left.get(token.sha256, (float(token.burst), now))
         left = min(float(token.burst), left + (now - then) * token.requests_per_s)
@@ -61,14 +65,16 @@ class RateLimiter:
         return 0.0 if allowed else (1 - left) / token.requests_per_s
 
     def charge(self, token: Token, queries: int) -> None:
-        """Take so many more from a token that was allowed to ask."""
+        """Take so many more `queries` from a token that was allowed to ask."""
         left, then = self._left[token.sha256]
         self._left[token.sha256] = (left - queries, then)
 
 
 class RequestMiddleware:
-    """ASGI middleware; `tokens` gives the valid tokens by hash at any moment, `lm_paths` are the paths that ask the language
-    model."""
+    """ASGI middleware around the routes.
+
+    `tokens` returns the tokens that are valid now, by hash; `lm_paths` are the paths that ask the language model.
+    """
 
     def __init__(
         self,
@@ -86,7 +92,7 @@ class RequestMiddleware:
             await self.app(scope, receive, send)
             return
         if scope["type"] != "http":
-            # There are no other kinds of routes; unanswered, it would be an error of the server's.
+            # No other kind of route exists. Left unanswered, the connection would count as an error of the server.
             await receive()
             await send({"type": "websocket.close", "code": 1008})
             return
@@ -125,7 +131,7 @@ class RequestMiddleware:
                 message = f"No answer within {wait_s:g} s: ask again later."
                 await _refuse(send_with_headers, request_id, 503, "deadline", message, 1)
         except Exception:
-            # The traceback is for the log alone.
+            # The traceback goes to the log only.
             _LOG.exception("request %s failed", request_id)
             state["code"] = "internal"
             if not status:
@@ -158,7 +164,7 @@ class RequestMiddleware:
     def _refusal(
         self, scope: Scope, headers: Mapping[str, str], token: Token | None
     ) -> tuple[int, str, str, float] | None:
-        """Status, code, message and seconds to wait of a request that goes no further."""
+        """Status, code, message and seconds to wait if the request is refused, else None."""
         if scope["path"] not in PUBLIC_PATHS:
             if token is None:
                 return 401, *UNAUTHORISED, 0
@@ -178,7 +184,7 @@ def _limited(receive: Receive, most: int) -> Receive:
         message = await receive()
         taken += len(message.get("body", b""))
         if taken > most:
-            # Of all that is raised while it reads a body, FastAPI passes on this alone.
+            # FastAPI passes on no other exception that is raised while it reads a body.
             raise HTTPException(413, _TOO_LARGE.format(most))
         return message
 
@@ -186,7 +192,7 @@ def _limited(receive: Receive, most: int) -> Receive:
 
 
 def _request_id(headers: Mapping[str, str]) -> str:
-    """The caller's own, where it is fit for a log line."""
+    """The caller's own request id if it is fit for a log line, else a new one."""
     given = headers.get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
@@ -206,12 +212,12 @@ async def _refuse(send: Send, request_id: str, status: int, code: str, message: 
         headers.append((b"www-authenticate", b"Bearer"))
     if retry_after_s:
         headers.append((b"retry-after", str(math.ceil(retry_after_s)).encode()))
-    # Whoever asked may be gone.
+    # The client may have disconnected.
     with contextlib.suppress(OSError):
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
 
 def failure(request_id: str, code: str, message: str) -> dict[str, Any]:
-    """The body of an answer that is none."""
+    """The body of an answer that reports a failure."""
     return {"error": {"code": code, "message": message}, "request_id": request_id}

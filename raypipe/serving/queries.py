@@ -1,4 +1,4 @@
-"""What requests and answers look like: the types behind /docs."""
+"""The types of requests and answers, whose schemas /docs shows."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-_MOST_KEYS = 32  # of an object in a request; more than any has fields
+_MOST_KEYS = 32  # of an object in a request; no type has as many fields
 
 
 def _few_keys(values: Any) -> Any:
-    # Each wrong key would be an error of its own, as would without `fail_fast` each wrong element of a list: of a body of a
-    # megabyte that is half a gigabyte of errors, and seconds.
+    # Pydantic reports every wrong key, and without `fail_fast` every wrong element of a list. For a body of a megabyte
+    # that takes half a gigabyte of errors, and seconds.
     if isinstance(values, Mapping) and len(values) > _MOST_KEYS:
         raise ValueError(f"has {len(values):,} keys, and {_MOST_KEYS} are the most")
     return values
@@ -32,7 +32,10 @@ class _Query(BaseModel):
 
 
 class UserOrHistory(_Query):
-    """Who is asked about: a user of the night that is served, or anybody with this history, the newest item last."""
+    """The user or history that a query is about: give one of the two.
+
+    `user_id` is a user of the night that is served; `history` are item ids, the newest last.
+    """
 
     user_id: UserId | None = None
     history: list[ItemId] | None = Field(None, fail_fast=True)
@@ -45,7 +48,11 @@ class UserOrHistory(_Query):
 
 
 class RecommendQuery(UserOrHistory):
-    """The best items: no unavailable or denied ones, none of `deny`, only those with these attribute values."""
+    """Asks for the best items.
+
+    The list holds no unavailable or denied items and none of `deny`; every item in it has the attribute values of
+    `only`.
+    """
 
     count: int = Field(10, ge=1)
     only: Annotated[dict[str, str], BeforeValidator(_few_keys)] = Field(
@@ -58,17 +65,17 @@ class RecommendQuery(UserOrHistory):
 
 
 class ScoreQuery(UserOrHistory):
-    """What the recommender gives items; comparable for one user or history."""
+    """Asks for the recommender's scores of items. Scores can be compared only within one user or history."""
 
     items: list[ItemId] = Field(min_length=1, fail_fast=True)
 
 
 class SummaryQuery(UserOrHistory):
-    """Of a user what the night wrote; of a history what the release's language model writes now."""
+    """Asks for a summary: of a user, what the night wrote; of a history, what the language model writes now."""
 
 
 class ExplainQuery(UserOrHistory):
-    """Why an item fits a user, or does not."""
+    """Asks why an item fits a user or history, or why it does not."""
 
     item_id: ItemId | None = Field(None, description="unset: the one that is recommended first")
     adapter: str | None = Field(None, max_length=200, description="of the release, by name; unset: its first")
@@ -80,20 +87,22 @@ class _Reading(UserOrHistory):
 
 
 class InterpretQuery(_Reading):
-    """The titles that a language model reads from the recommender's state alone."""
+    """Asks for the titles that a language model reads from the recommender's state alone."""
 
 
 class ResidualQuery(_Reading):
-    """The title it reads from the states before and after the last event."""
+    """Asks for the title that a language model reads from the states before and after the last event."""
 
 
 class OracleQuery(_Reading):
-    """The title it reads from what the recommender would have next."""
+    """Asks for the title that a language model reads from the oracle: the item vector the recommender expects next."""
 
 
 class RerankQuery(UserOrHistory):
-    """Items in the order of a language model that reads them, the last of the history, and a summary of the user if there is
-    one."""
+    """Asks a language model to put items in order.
+
+    It reads the items, the last items of the history, and a summary of the user if there is one.
+    """
 
     items: list[ItemId] | None = Field(None, min_length=1, fail_fast=True, description="unset: the recommender's best")
     count: int = Field(10, ge=1, description="of the recommender's best, where no items are given")
@@ -101,7 +110,7 @@ class RerankQuery(UserOrHistory):
 
 
 class NextQuery(RecommendQuery):
-    """The items that a language model writes as those chosen next, under the conditions of a recommendation."""
+    """Asks for the items that a language model writes as the next ones, under the conditions of a recommendation."""
 
     adapter: str | None = Field(None, max_length=200, description="of the release, by name; unset: its first")
 
@@ -120,7 +129,11 @@ class Origin(BaseModel):
 
 
 class RecommendAnswer(BaseModel):
-    """`basis` is popular where the recommender knows nothing of who asks; `known` whether the user is of the night."""
+    """Recommended items, best first.
+
+    `basis` is `popular` if the recommender knows nothing of the user or history; `known` is true if the night has the
+    user.
+    """
 
     basis: Literal["model", "popular"]
     known: bool
@@ -142,7 +155,7 @@ class ScoreAnswer(BaseModel):
 
 
 class SummaryAnswer(BaseModel):
-    """What was written, by paradigm; `user_id` is null for a history."""
+    """Summaries, by paradigm. `user_id` is null if the query gave a history."""
 
     user_id: str | None
     unknown_items: int = 0
@@ -151,7 +164,7 @@ class SummaryAnswer(BaseModel):
 
 
 class AdapterAnswer(BaseModel):
-    """What every answer of an adapter says of itself."""
+    """What every answer of an adapter holds."""
 
     known: bool
     unknown_items: int
@@ -160,7 +173,7 @@ class AdapterAnswer(BaseModel):
 
 
 class ExplainAnswer(AdapterAnswer):
-    """Whether the item fits, as the language model understood the recommender, and why."""
+    """Whether the item fits (`decision`) and why (`text`), as the language model understood the recommender."""
 
     item: Item
     decision: Literal["yes", "no"]
@@ -168,8 +181,10 @@ class ExplainAnswer(AdapterAnswer):
 
 
 class InterpretAnswer(AdapterAnswer):
-    """`titles` that the language model named, and the `history` they should be: both oldest first. Titles of an adapter that
-    learnt each as an answer of its own are the likeliest first."""
+    """The `titles` that the language model named and the `history` it should have named, both oldest first.
+
+    If the adapter learnt each title as an answer of its own, `titles` are likeliest first.
+    """
 
     titles: list[str]
     history: list[str]
@@ -177,7 +192,10 @@ class InterpretAnswer(AdapterAnswer):
 
 
 class TitleAnswer(AdapterAnswer):
-    """The `title` that the language model named, null where it is none of the catalogue's, and the one it should be."""
+    """The `title` that the language model named, null if the catalogue has no such title.
+
+    `expected` is the title it should have named.
+    """
 
     title: str | None
     expected: str
@@ -191,7 +209,7 @@ class RerankedItem(BaseModel):
 
 
 class RerankAnswer(AdapterAnswer):
-    """Best first; items that are not in the catalogue are last."""
+    """Items, best first; those that are not in the catalogue come last."""
 
     items: list[RerankedItem]
 
@@ -203,13 +221,16 @@ class NextItem(BaseModel):
 
 
 class NextAnswer(AdapterAnswer):
-    """Best first; no more than the language model writes lines."""
+    """Items, best first; at most as many as the language model writes lines."""
 
     items: list[NextItem]
 
 
 class User(BaseModel):
-    """A user as the night left them; `history` newest last, the last of `events`; `recommended` is the night's own list."""
+    """What the night knows of a user.
+
+    `history` holds the last items of the user's `events`, newest last; `recommended` is the night's own list.
+    """
 
     user_id: str
     events: int
@@ -220,14 +241,14 @@ class User(BaseModel):
 
 
 class Users(BaseModel):
-    """Some users of the night, by id; not all."""
+    """Ids of some users of the night, not of all."""
 
     users: list[str]
     served: Origin
 
 
 class Problem(BaseModel):
-    """Why there is no answer: `code` for programs, `message` for people."""
+    """Why there is no answer: `code` is for programs, `message` for people."""
 
     code: str
     message: str
@@ -275,7 +296,7 @@ class NextBatch(_Query):
 
 
 class RecommendAnswers(BaseModel):
-    """In the order of the queries; a query that cannot be answered has its problem in the place of an answer."""
+    """Answers in the order of the queries. A query that cannot be answered has a problem in place of its answer."""
 
     answers: list[RecommendAnswer | Problem]
 
@@ -309,9 +330,12 @@ class SummaryAnswers(BaseModel):
 
 
 class ReleaseStatus(BaseModel):
-    """What is served, since when (Unix seconds), and why a release, or as `night DATE` a night, was refused. `adapters`:
-    name → system; `night_behind`: the night in force, or what it was published again as, is not what is served;
-    `held_back`: as `refused`, why what may pass has failed, which is tried again."""
+    """What is served, and why other releases and nights are not.
+
+    `since`: Unix seconds. `adapters`: name → system. `night_behind`: the night in force, or its latest publication, is
+    not the one that is served. `refused`: why a release, or a night (as `night DATE`), is not served. `held_back`: the
+    same for a failure that may pass; what failed is tried again.
+    """
 
     release: str
     recommender: str

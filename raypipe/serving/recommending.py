@@ -1,4 +1,4 @@
-"""Recommendations and scores of many requests at a time, each with filters of its own: pure torch, as in batch."""
+"""Recommendations and scores for many requests at a time, each with filters of its own, in plain torch, as in batch."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ from raypipe.storage.hashing import U64, mix
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """What is known of who asks: the history, item indices in time order; the `seed` of what is sampled; where a night has
-    computed it, the `state` [width]; and the `user` key, the stable hash of an id, 0 of nobody a model could know."""
+    """What is known of a user.
+
+    `items` is the history, item indices in time order. `seed` is for models that sample. `state` [width] is there if a
+    night has computed it. `user` is the stable hash of the user id, 0 for somebody no model can know.
+    """
 
     items: NDArray[np.int32]
     seed: int
@@ -31,14 +34,17 @@ class ModelInputs:
 
     @classmethod
     def of(cls, items: NDArray[np.int32]) -> ModelInputs:
-        """Somebody of whom nothing is known but a history: equal histories draw equal samples."""
+        """The inputs of a history of which nothing else is known. Equal histories draw equal samples."""
         return cls(items, int(_seed(items.astype(np.uint64))))
 
 
 @dataclass(frozen=True)
 class ListSpec:
-    """A list: its length, attribute values every item must have, items that must not be in it, and whether what the
-    history holds may."""
+    """The list that is asked for.
+
+    `count` is its length, `only` are attribute values that every item must have, `deny` are the indices of items that
+    must not be in it, and `filter_seen` keeps out the items of the history.
+    """
 
     count: int
     only: tuple[tuple[str, str], ...] = ()
@@ -48,7 +54,7 @@ class ListSpec:
 
 @dataclass(frozen=True)
 class Ranked:
-    """Item indices, best first, and their scores: None where they are no model's but what is popular."""
+    """Item indices, best first, and their scores: None if the items are the popular ones and not a model's."""
 
     items: NDArray[np.int64]
     scores: NDArray[np.float32] | None
@@ -62,10 +68,11 @@ def recommend(
     popular: Sequence[int],
     requests: Sequence[tuple[ModelInputs, ListSpec]],
 ) -> list[Ranked]:
-    """A list for each; of whom the model knows nothing, what is popular. Fewer items than wanted where no more are allowed.
+    """A list for each request; if the model knows nothing of the history, a list of popular items.
 
-    `table` [items + 1, width] are the model's item states, which it may take long to put together.
-    Raises UnknownValueError for an attribute value nobody has; check before, for it is raised for all.
+    A list is shorter than asked for if fewer items are allowed. `table` [items + 1, width] are the model's item states,
+    which may take the model long to compute. Raises UnknownValueError for an attribute value that no item has. Check
+    that before, as it fails all requests.
     """
     allowed = {only: catalogue.allowed(only, model.items) for only in {spec.only for _, spec in requests}}
     lists: list[Ranked | None] = [None] * len(requests)
@@ -93,7 +100,10 @@ def recommend(
 def score(
     model: Recommender, table: Tensor, requests: Sequence[tuple[ModelInputs, NDArray[np.int32]]]
 ) -> list[NDArray[np.float32] | None]:
-    """The score of each item [n] for each; None where the model knows nothing of who asks. NaN for items it never saw."""
+    """The scores of each request's items, [n]; None if the model knows nothing of the history.
+
+    Items that the model never saw have the score NaN.
+    """
     histories = known_histories(model, [inputs for inputs, _ in requests])
     warm = np.flatnonzero(histories.lengths > 0)
     queries = _queries(model, histories, warm, [inputs for inputs, _ in requests])
@@ -109,20 +119,20 @@ def score(
 
 @torch.inference_mode()
 def state_of(model: Recommender, inputs: ModelInputs) -> tuple[Histories, NDArray[np.float32]]:
-    """The history without items the model never saw, and the state [1, width] after it; [0, width] where nothing is left."""
+    """The history without items the model never saw, and the state [1, width] after it; [0, width] if it is empty."""
     histories = known_histories(model, [inputs])
     return histories, _states(model, histories, np.flatnonzero(histories.lengths > 0), [inputs]).numpy()
 
 
 @torch.inference_mode()
 def queries_of(model: Recommender, inputs: ModelInputs) -> Tensor:
-    """[1, width], by which `recommend` ranks the items; of a history without anything the model knows [0, width]."""
+    """The query [1, width] by which `recommend` ranks items; [0, width] if the model knows no item of the history."""
     histories = known_histories(model, [inputs])
     return _queries(model, histories, np.flatnonzero(histories.lengths > 0), [inputs])
 
 
 def known_histories(model: Recommender, inputs: Sequence[ModelInputs]) -> Histories:
-    """Without items the model never saw."""
+    """The histories without items that the model never saw."""
     lengths = np.array([len(mine.items) for mine in inputs], np.int64)
     items = np.concatenate([mine.items for mine in inputs]) if inputs else np.zeros(0, np.int32)
     users = np.array([mine.user for mine in inputs], np.int64)
@@ -132,14 +142,14 @@ def known_histories(model: Recommender, inputs: Sequence[ModelInputs]) -> Histor
 def _queries(
     model: Recommender, histories: Histories, warm: NDArray[np.int64], inputs: Sequence[ModelInputs]
 ) -> Tensor:
-    """[warm, width]."""
+    """The queries [warm, width] of the histories in the rows `warm`."""
     states = _states(model, histories, warm, inputs)
     seeds = torch.tensor([inputs[at].seed for at in warm.tolist()], dtype=torch.int64)
     return model.queries(states, seeds) if len(warm) else states
 
 
 def _states(model: Recommender, histories: Histories, warm: NDArray[np.int64], inputs: Sequence[ModelInputs]) -> Tensor:
-    """[warm, width]: those that a night has computed are taken, the others computed."""
+    """States [warm, width]: those that a night has computed are taken, the others are computed."""
     states = torch.zeros((len(warm), model.width))
     missing = []
     for row, at in enumerate(warm.tolist()):

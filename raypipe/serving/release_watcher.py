@@ -1,4 +1,4 @@
-"""The change from one release or night to another, in a running replica: loaded beside the old, checked, then switched."""
+"""Switches a running replica to another release or night, which is loaded beside the old one and checked first."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from raypipe.storage.workspace import Workspace
 
 _LOG = logging.getLogger("raypipe.serving")
 _RECORDED = 128
-_MOST_WAIT_S = 60.0  # until what could not be loaded is tried again
+_MOST_WAIT_S = 60.0  # most seconds until what could not be loaded is tried again
 _DOUBLINGS = 10
-_MEMORY_S = 60.0  # between two times that what requests freed is given back
+_MEMORY_S = 60.0  # seconds between two times that memory which requests freed is returned to the system
 
 
 @dataclass(frozen=True)
 class _HeldBack:
-    """What could not be loaded: how often, until when it is left alone (monotonic seconds), and why."""
+    """A target that could not be loaded: how often, until when it is left alone (monotonic seconds), and why."""
 
     failed: int
     until: float
@@ -38,14 +38,15 @@ class _HeldBack:
 
 
 class ReleaseWatcher:
-    """Polls the workspace every `watch_s`, and holds what is served at the moment.
+    """Polls the workspace every `watch_s` seconds, and holds what is served at the moment.
 
-    A request keeps what it began with. A release that is damaged or fails its check is refused, with the reason, until another
-    one is in force, and so is a night of whose catalogue the release does not answer; what was served before stays. A workspace or
-    a store that does not answer changes nothing, and is tried again: at the next poll, and then ever more rarely. Tokens are looked
-    up beside that, as a release may take minutes to load.
-    `check_lm` raises UnfitError for a release whose language model does not answer of a catalogue in that version; without it
-    this polls, and marks nothing as served.
+    A request keeps what it began with. A release that is damaged or fails its check is refused, with the reason, until
+    another one is in force. So is a night if the release fails its check with that night's catalogue. What was served
+    before stays. A workspace or a store that does not answer changes nothing, and is tried again: at the next poll, and
+    then ever more rarely. Tokens are read in a thread of their own, as a release may take minutes to load.
+
+    `check_lm` raises UnfitError if the language model of a release does not answer with that version of the catalogue.
+    Without `check_lm` the watcher polls, but marks nothing as served.
     """
 
     def __init__(
@@ -64,7 +65,10 @@ class ReleaseWatcher:
         self.served = self._initial()
 
     def record(self, inputs: ModelInputs, spec: ListSpec) -> None:
-        """Keep a request, in memory alone, to ask the next release the same; not the state that a night computed with this one."""
+        """Keep a request, in memory only, to ask the next release the same.
+
+        Its state is left out: a night computed that with the current release.
+        """
         self._recorded.append((replace(inputs, state=None), spec))
 
     def start(self) -> None:
@@ -75,16 +79,16 @@ class ReleaseWatcher:
         self._stop.set()
 
     def refresh_tokens(self) -> None:
-        """Take up the tokens that are valid by now. Raises RaypipeError or OSError where they cannot be seen."""
+        """Read the tokens that are valid now. Raises RaypipeError or OSError if they cannot be read."""
         self.tokens = Tokens(self.workspace.store).valid()
 
     def poll(self) -> None:
-        """Take up the release and the night that are in force by now. Raises RaypipeError or OSError where they cannot be seen."""
+        """Switch to the release and night that are in force. Raises RaypipeError or OSError if they cannot be read."""
         self._wanted = in_force(self.workspace)
         target = find_target(self.workspace, self.store, self._wanted, self.served.target)
-        # A release that is not served keeps no night from being served.
+        # If the release in force cannot be served, its night still is, with the release that is served now.
         targets = dict.fromkeys((target, replace(target, release=self.served.target.release)))
-        # Once another one is in force, this one may come back mended.
+        # What is no longer in force is forgotten: it may come back mended.
         self._unfit = {one: reason for one, reason in self._unfit.items() if one in targets}
         self._held_back = {one: held for one, held in self._held_back.items() if one in targets}
         for one in targets:
@@ -93,17 +97,17 @@ class ReleaseWatcher:
 
     @property
     def night_in_force(self) -> str | None:
-        """Its date, whether it is served or not."""
+        """The date of the night in force, whether it is served or not; None if there is none."""
         return self._wanted.night or None
 
     @property
     def refused(self) -> dict[str, str]:
-        """Why it is not served, by release, or as `night DATE` of the release that is."""
+        """Why releases and nights are not served, by release, or by `night DATE` for a night of the served release."""
         return self._told(self._unfit)
 
     @property
     def held_back(self) -> dict[str, str]:
-        """As `refused`, of what is tried again."""
+        """As `refused`, for releases and nights that are tried again."""
         return self._told({one: held.reason for one, held in self._held_back.items()})
 
     def _told(self, reasons: Mapping[Target, str]) -> dict[str, str]:
@@ -128,7 +132,7 @@ class ReleaseWatcher:
         )
 
     def _switch(self, target: Target) -> bool:
-        """Whether the target is served now."""
+        """Load and check the target, and serve it if it is fit. Returns whether it is served now."""
         held = self._held_back.get(target)
         if target in self._unfit or (held is not None and time.monotonic() < held.until):
             return False
@@ -154,9 +158,9 @@ class ReleaseWatcher:
         return True
 
     def _reject(self, target: Target, error: Exception) -> None:
-        """It is not served: for good, or until it is tried again."""
+        """Note that the target is not served, for good or until it is tried again, and why."""
         if is_lasting(error):
-            self._unfit = {**self._unfit, target: str(error)}  # somebody may be reading it
+            self._unfit = {**self._unfit, target: str(error)}  # a new dict: another thread may be reading the old one
             _LOG.error("%s", error)
             return
         failed = self._held_back[target].failed if target in self._held_back else 0
@@ -173,11 +177,14 @@ class ReleaseWatcher:
         )
 
     def _initial(self) -> Served:
-        """What was served last, for what is in force by now is taken up by the first poll, once it is checked; or if nothing
-        was, what is in force. Where that is unfit a new replica must not be the one without.
+        """What is served first.
 
-        While the online store is down it begins without a night, and answers by history as those do that run: one that would not
-        start would make the store's outage the service's.
+        With `check_lm` it is the release that was served last: the first poll switches to the one in force, once that
+        is checked. If none was served, or it is unfit, it is the release in force. If that cannot be loaded, it is
+        again the one that was served last, so that a new replica does not fail where the running ones answer.
+
+        While the online store is down the replica begins without a night, and answers by history as running replicas
+        do. If it did not start, an outage of the store would become one of the service.
         """
         try:
             target = find_target(self.workspace, self.store, self._wanted)
@@ -214,7 +221,7 @@ class ReleaseWatcher:
         while not self._stop.wait(self.config.watch_s):
             try:
                 look()
-            except Exception as error:  # the next look may see more
+            except Exception as error:  # the next look may succeed
                 _LOG.warning("what is in force cannot be seen: %s", error)
 
     def _look(self) -> None:

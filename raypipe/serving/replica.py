@@ -1,4 +1,4 @@
-"""The replica: what Ray Serve runs. HTTP ends here, tokens are checked here, and the model is asked here, in batches."""
+"""The replica that Ray Serve runs. It takes HTTP requests, checks their tokens, and asks the model in batches."""
 
 from __future__ import annotations
 
@@ -36,12 +36,15 @@ from raypipe.storage.online import OnlineStoreDownError, open_online_store
 from raypipe.storage.store import Store
 
 T = TypeVar("T")
-_THREADS = 2  # of what is done aside; health has one of its own, so that what waits for a store keeps no replica from being well
-# Batches that take no longer than this as a rule are answered where requests are taken: handed to another thread, the two wait for
-# each other's turn at the interpreter. Measured on two cores, at 350 requests a second: p50 20 ms so, and 2,658 ms handed over. A
-# batch of 64 takes some 20 ms there; were that too long already, a backlog would make itself last.
+# Threads for work off the event loop. Health has a thread of its own, so that a replica whose threads wait for a store
+# still counts as healthy.
+_THREADS = 2
+# If batches usually take less than this, they are answered in the event loop, which also takes requests. In another
+# thread, the two would wait for each other's turn at the interpreter. Measured on two cores, at 350 requests a second:
+# p50 20 ms in the loop, and 2,658 ms in another thread. A batch of 64 takes some 20 ms there; with a limit below that,
+# a backlog would keep itself up.
 _SHORT_S = 0.1
-_LEARNT = 0.2  # of a batch's seconds, in what is the rule
+_LEARNT = 0.2  # weight of the newest batch in the running average of a batch's seconds
 _HEALTH_S = 1.0
 _AUDIT_BYTES = 50_000_000
 
@@ -109,7 +112,7 @@ class Replica:
         return self.watcher.release_status()
 
     async def health(self) -> HealthStatus:
-        # Nobody needs a token to ask, so that asking often must not cost more than asking once.
+        # Asking needs no token, so asking often must not cost more than asking once.
         async with self._health_lock:
             asked, health = self._health
             if time.monotonic() - asked > _HEALTH_S:
@@ -121,7 +124,7 @@ class Replica:
         return await self._in_thread(self._check_store)
 
     async def check_health(self) -> None:
-        """For Ray Serve, which replaces a replica that raises here."""
+        """Called by Ray Serve, which replaces a replica if this raises."""
         self.metrics.served(self.watcher.release_status())
         health = await self.health()
         if not health.ok:
@@ -139,7 +142,7 @@ class Replica:
         return answer() if self._batch_s < _SHORT_S else await self._in_thread(answer)
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
-        """Off the event loop, which has to take requests meanwhile."""
+        """Run `work` in another thread, as the event loop has to take requests meanwhile."""
         return await asyncio.get_running_loop().run_in_executor(self.threads, work)
 
     def _check_model(self) -> HealthStatus:
@@ -164,7 +167,7 @@ class Replica:
 
 
 def _no_lm(release: str, catalogue: int) -> None:
-    """Without a language model there is none to check."""
+    """Check nothing: there is no language model."""
 
 
 def _log_audit(folder: str | None) -> None:

@@ -1,4 +1,4 @@
-"""`raypipe serve`: the service on this machine, or on the cluster it is pointed to, until it is stopped."""
+"""`raypipe serve`: runs the service on this machine, or on the cluster it is pointed to, until it is stopped."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from raypipe.storage.workspace import Workspace
 
 JOB = "serve"
 _LOOK_S = 0.5
-_ASK_S = 5.0  # between two times that Ray Serve is asked whether it is there
-_SILENT_S = 60.0  # without an answer, until it counts as dead
+_ASK_S = 5.0  # seconds between two times that Ray Serve is asked whether it is there
+_SILENT_S = 60.0  # seconds without an answer until Ray Serve counts as dead
 _HAPROXY_PORTS = {
     "RAY_SERVE_HAPROXY_STATS_PORT": 8404,
     "RAY_SERVE_HAPROXY_METRICS_PORT": 9101,
-    # Of the proxy that HAProxy falls back to.
+    # The port of the proxy that HAProxy falls back to.
     "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": 8500,
 }
 
 
 _SETTINGS = {
-    # Ray's workers give way to whatever else runs on the machine, by 15, which is right for a night and not for requests.
+    # By default Ray's workers have a niceness of 15, below whatever else runs: right for a night, but not for requests.
     "RAY_worker_niceness": "0",
-    # A request is taken, answered and sent by one event loop: what takes long is done in threads of ours.
+    # One event loop takes, answers and sends a request; work that takes long is done in threads of ours.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    # It tells a process of Ray of each request, which counts them once more: `ServingMetrics` does.
+    # These metrics report each request to a process of Ray, which counts it once more: `ServingMetrics` counts already.
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
-    # Seconds for which a client may neither send what it has begun nor take what is there for it; Ray's own are an hour. How long an
-    # answer takes, and its pieces one after the other, is no matter of it.
+    # Seconds for which a client may neither send the rest of its request nor read what is there for it; Ray's default
+    # is an hour. They do not limit how long an answer takes, nor the time between its pieces.
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "30",
 }
 
@@ -68,14 +68,14 @@ class ServeConfig(ServiceConfig):
 def run_serve(config: ServeConfig) -> JobResult:
     """Serve until SIGTERM or Ctrl-C, then finish the requests in hand.
 
-    Raises UsageError or UnfitError, before anything is started, where nothing can be served or the port is taken, and
-    UnavailableError where Ray dies meanwhile.
+    Raises UsageError or UnfitError, before anything is started, if nothing can be served or a port is taken, and
+    UnavailableError if Ray dies meanwhile.
     """
     workspace = Workspace(config.workspace)
     workspace.require_info()
     service = ServiceConfig(**{name: getattr(config, name) for name in ServiceConfig.model_fields})
     store = open_online_store(config.store, workspace.store)
-    # What a replica would do first: what is missing or unfit is told here, in one paragraph, and not by its log.
+    # A replica would do this first. Done here, it reports what is missing or unfit in one paragraph, not in a log.
     watcher = ReleaseWatcher(service, store)
     target = watcher.served.target
     store.close()
@@ -114,7 +114,7 @@ def run_serve(config: ServeConfig) -> JobResult:
         except KeyboardInterrupt:
             say(f"{JOB}: stopping")
         finally:
-            if not is_dead:  # who does not answer cannot be asked to end
+            if not is_dead:  # a Ray that does not answer cannot be asked to end
                 _end(is_private)
     if is_dead:
         raise UnavailableError(
@@ -127,13 +127,13 @@ def run_serve(config: ServeConfig) -> JobResult:
 
 
 def _wait_while(answers: Callable[[], object]) -> None:
-    """Return once it has returned nothing for a minute."""
+    """Wait while calls of `answers` return; return once none has done so for a minute."""
     last, stop = time.monotonic(), threading.Event()
 
     def ask() -> None:
         nonlocal last
         while not stop.wait(_ASK_S):
-            # Of a Ray that is dead some calls fail, and some never return.
+            # If Ray is dead, some calls fail and some never return.
             with contextlib.suppress(Exception):
                 answers()
                 last = time.monotonic()
@@ -147,7 +147,7 @@ def _wait_while(answers: Callable[[], object]) -> None:
 
 
 def _end(is_private: bool) -> None:
-    """Take the service away, and Ray Serve with it where nobody else has anything there."""
+    """Delete the service; on a private cluster, where nobody else has applications, shut Ray Serve down."""
     from ray import serve
 
     from raypipe.serving.app import NAME
@@ -159,8 +159,10 @@ def _end(is_private: bool) -> None:
 
 
 def _prepare(config: ServeConfig, folder: Path) -> str:
-    """Set what Ray Serve reads when it is first imported, here and in every process it starts; returns the address that its
-    own ports are opened on. Raises UsageError where one is taken."""
+    """Set the environment that Ray Serve reads when it is first imported, here and in every process it starts.
+
+    Returns the address on which Ray Serve opens its own ports. Raises UsageError if one of HAProxy's ports is taken.
+    """
     for variable, value in _SETTINGS.items():
         os.environ.setdefault(variable, value)
     if config.cluster.is_private:
@@ -168,14 +170,14 @@ def _prepare(config: ServeConfig, folder: Path) -> str:
     os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1" if config.ingress == "haproxy" else "0"
     if config.ingress != "haproxy":
         return config.host
-    # Every answer depends on its request alone: what a process took to its grave is asked again of another one.
+    # An answer depends on its request alone, so a request whose process died is sent to another one.
     os.environ.setdefault("RAY_SERVE_HAPROXY_RETRY_ON", "conn-failure empty-response")
     ports = {variable: int(os.environ.get(variable, port)) for variable, port in _HAPROXY_PORTS.items()}
     for variable, taken in ports.items():
         _check_port("", taken, f"Set {variable} to a free one; a killed service may have left its haproxy behind.")
     if not config.cluster.is_private:
         return config.host
-    # Replicas and the other proxy are asked from this machine alone; HAProxy opens the API to who shall reach it.
+    # Replicas and the fallback proxy are reached from this machine only; HAProxy opens the API on `config.host`.
     os.environ[BINARY] = str(write_haproxy_wrapper(folder, config.host, config.port, ports.values(), config.replicas))
     return LOOPBACK
 

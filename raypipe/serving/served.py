@@ -1,4 +1,4 @@
-"""What is served at a moment: a release's recommender and a night's users, loaded and checked, and never changed."""
+"""What is served at a moment: a release's recommender and a night's users, loaded, checked and never changed."""
 
 from __future__ import annotations
 
@@ -38,18 +38,21 @@ _SOME_USERS = 20
 
 
 class UnfitError(RaypipeError):
-    """A release that was loaded and does not answer as one should: it is not put in the place of the one that does."""
+    """A release was loaded but does not answer as it should. It does not replace the one that does."""
 
 
 def is_lasting(error: Exception) -> bool:
-    """Whether a release that could not be loaded for this is unfit: damaged, of parts that do not belong together, or without
-    answers. What else fails, a store or a network, may not fail the next time."""
+    """Whether a release that failed to load with this error is unfit.
+
+    It is if it is damaged, its parts do not belong together, or it does not answer. Other failures, of a store or a
+    network, may pass.
+    """
     return isinstance(error, UsageError | UnfitError) and not isinstance(error, AccessError)
 
 
 @dataclass(frozen=True)
 class Target:
-    """What should be served: a release's hash, and the night whose version is loaded, both empty where there is none."""
+    """What should be served: a release's hash, and a night with the version that is loaded, empty if there is none."""
 
     release: str
     night: str = ""
@@ -58,10 +61,14 @@ class Target:
 
 @dataclass(frozen=True)
 class Served:
-    """See the module. `table` [items + 1, width] are the recommender's item states; `states_fit`: the night's states are this
-    recommender's, and need not be computed again; `catalogue_version` is that of the items table, `denied` who of it nobody is
-    recommended; `lm` is the release's language model, `adapters` its adapters by name; `some_users` of the night, for who wants to
-    look around; `users` is of how many the recommender keeps something, which are fewer once some are forgotten."""
+    """A release's recommender and a night's users, as they are served.
+
+    `table` [items + 1, width] holds the recommender's item states. `states_fit`: the night's states are this
+    recommender's, and need not be computed again. `since` is in Unix seconds. `catalogue_version` is that of the items
+    table; `denied` are the ids of items that are never recommended. `lm` is the release's language model, `adapters`
+    its adapters by name. `some_users` are ids of the night, to look around with. `users` is the number of users of whom
+    the recommender keeps something; it falls when users are forgotten.
+    """
 
     target: Target
     recommender_name: str
@@ -80,12 +87,12 @@ class Served:
 
     @cached_property
     def item_states(self) -> NDArray[np.float32]:
-        """float32 [items + 1, width]: the table as language models are shown it."""
+        """float32 [items + 1, width]: `table` in the form that language models are shown."""
         return self.table.detach().float().numpy()
 
     @cached_property
     def source(self) -> Source:
-        """What systems read, of nobody yet."""
+        """The source that systems read, with no users yet."""
         nobody = Histories(np.zeros(0, np.int32), np.zeros(0, np.int64))
         return Source(
             self.recommender, nobody, np.zeros(0, bool), self.catalogue.for_prompts, computed=self.item_states
@@ -99,9 +106,9 @@ class Served:
 
 
 def in_force(workspace: Workspace) -> Target:
-    """The release in force, and the night in force whether its users are loaded or not.
+    """The release in force, and the night in force, whether its users are loaded or not.
 
-    Raises UsageError where no release is in force.
+    Raises UsageError if no release is in force.
     """
     release = Releases(workspace.store).named("champion")
     if release is None or not release.recommender:
@@ -114,10 +121,10 @@ def in_force(workspace: Workspace) -> Target:
 
 
 def find_target(workspace: Workspace, store: OnlineStore, wanted: Target, before: Target | None = None) -> Target:
-    """`wanted`, what is in force, if its night's users are loaded; else its release with the night `before`, or where there was
-    none, with the night that was loaded last.
+    """What to serve where `wanted` is in force: `wanted` itself if its night's users are loaded.
 
-    Raises OnlineStoreDownError where the store does not answer.
+    Otherwise it is the release of `wanted` with the night of `before`, or without such a night, with the night that was
+    loaded last. Raises OnlineStoreDownError if the store does not answer.
     """
     if wanted.version and store.facts(wanted.version) is not None:
         return wanted
@@ -137,25 +144,29 @@ def _version(workspace: Workspace, night: Night) -> str:
 
 @lru_cache(maxsize=2)
 def _version_of(uri: str, night: str) -> str:
-    """Of a night as its manifest has it, which is looked at all the time, while the log of its tables stays as it is."""
+    """The version of a night, whose manifest is given as JSON.
+
+    It is cached: every poll asks for it, and the logs of the night's tables do not change.
+    """
     return version_of(Workspace(uri), Night(**json.loads(night)))
 
 
 def load(config: ServiceConfig, target: Target, before: Served | None = None) -> Served:
-    """Read the target's parts from the workspace: safetensors and JSON alone, byte for byte what was stored, but for who was
-    forgotten. What is served
-    `before` is moved to the target's night where its other parts are the target's own, so that it takes no longer than `online`
-    waits before it drops the night before.
+    """Read the target's parts from the workspace: safetensors and JSON only, byte for byte as they were stored.
 
-    Raises UsageError for what is missing, damaged or does not belong together.
+    Only what was kept of users who are forgotten is missing. If `before` differs from the target in its night alone,
+    its parts are kept and only the night is changed, so that this takes no longer than `online` waits before it drops
+    the previous night.
+
+    Raises UsageError if something is missing, is damaged or does not belong together.
     """
     workspace = Workspace(config.workspace)
     release = Releases(workspace.store).get(target.release)
     night = Nights(workspace.store).get(target.night) if target.night else None
-    # Items are only ever added: the newer catalogue of the two holds every item that either speaks of.
+    # Items are only ever added, so the newer of the two catalogues holds every item that release or night refer to.
     version = max(release.catalogue, night.tables["items"] if night is not None else 0)
     denied = read_ids(config.deny, "deny list") if config.deny is not None else frozenset()
-    # A night that was published again may be of another recommender than the version of it that is loaded.
+    # The night may have been published again, by another recommender than that of the version which is loaded.
     states_fit = (
         night is not None
         and night.release.get("recommender") == release.recommender
@@ -204,10 +215,10 @@ def _some_users(workspace: Workspace, night: Night) -> Sequence[str]:
 
 
 def check(served: Served, recorded: Sequence[tuple[ModelInputs, ListSpec]] = ()) -> None:
-    """Answer recorded requests, and made-up ones; the first answers of a model are also its slowest.
+    """Check the answers to recorded requests and to made-up ones, which also takes a model's slow first answers.
 
-    Raises UnfitError where an answer is no list of finite scores, best first, of items that may be recommended, or is empty
-    although some may.
+    Raises UnfitError if scores of an answer are not finite or not in falling order, if it lists an item that may not be
+    recommended, or if it is shorter than asked for although more items may be recommended.
     """
     model = served.recommender
     rng = np.random.default_rng(0)
@@ -218,7 +229,7 @@ def check(served: Served, recorded: Sequence[tuple[ModelInputs, ListSpec]] = ())
         )
         for _ in range(_PROBES)
     ]
-    # A recorded request may filter by what the new catalogue has no more.
+    # A recorded request may filter by an attribute value that the new catalogue no longer has.
     requests = made_up + [(inputs, spec) for inputs, spec in recorded if _can_be_asked(served.catalogue, spec)]
     for (inputs, spec), ranked in zip(requests, served.recommend(requests), strict=True):
         reason = _flaw(served, inputs, spec, ranked)

@@ -1,4 +1,7 @@
-"""From queries to answers over what is served: no HTTP and no Ray, so that every way in gives the same."""
+"""Answers queries with the release and night that are served.
+
+It knows neither HTTP nor Ray, so that every entry point gives the same answers.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,7 @@ _SHOWN = 200
 
 
 class RefusedQueryError(Exception):
-    """A query that gets no answer; `code` for programs, the message for people."""
+    """A query that gets no answer: `code` is for programs, `message` for people."""
 
     def __init__(self, code: Code, message: str) -> None:
         super().__init__(message)
@@ -59,7 +62,11 @@ class RefusedQueryError(Exception):
 
 @dataclass(frozen=True)
 class ResolvedUser:
-    """Who asks, as the model takes it; `is_known` whether the night has this user, and with what `summaries` by paradigm."""
+    """The user or history of a query, as the model's `inputs`.
+
+    `is_known`: the night has this user. `unknown_items` counts the items of the history that are not in the catalogue.
+    `summaries` are the night's summaries of the user, by paradigm.
+    """
 
     inputs: ModelInputs
     is_known: bool
@@ -68,7 +75,7 @@ class ResolvedUser:
 
 
 class Service:
-    """Answers queries by whatever `served` is at the moment a batch begins: the whole batch by one release and night."""
+    """Answers queries with what `served` returns when a batch begins: one release and night for the whole batch."""
 
     def __init__(
         self,
@@ -80,7 +87,7 @@ class Service:
         self.config, self.store, self.served, self.record = config, store, served, record
 
     def answer(self, queries: Sequence[Query]) -> list[Answer | RefusedQueryError]:
-        """In their order; one that cannot be answered costs the others nothing."""
+        """Answers in the order of the queries. One that cannot be answered gets its error; the others are answered."""
         served = self.served()
         users = self.resolve_users(served, queries)
         found: list[Answer | RefusedQueryError] = [
@@ -99,7 +106,7 @@ class Service:
                 lists.append((at, user, self.list_spec(served, query)))
             except RefusedQueryError as problem:
                 found[at] = problem
-        # Asking the model for nothing costs as much as a small answer.
+        # A call of the model without requests costs as much as a small answer.
         requests = [(user.inputs, spec) for _, user, spec in lists]
         for (at, user, spec), ranked in zip(lists, served.recommend(requests) if requests else (), strict=True):
             found[at] = _recommendations(served, user, ranked)
@@ -110,7 +117,10 @@ class Service:
         return found
 
     def user(self, user_id: str, shown: int = _SHOWN) -> User:
-        """What the night knows of a user; raises RefusedQueryError where it knows nobody of that id."""
+        """What the night knows of a user, with at most the last `shown` items of the history.
+
+        Raises RefusedQueryError if the night knows no user of that id, or users cannot be looked up.
+        """
         served = self.served()
         record = self._record(served, user_id)
         listed = record.listed if record.listed is not None else np.zeros(0, np.int32)
@@ -124,7 +134,7 @@ class Service:
         )
 
     def some_users(self) -> Users:
-        """Of the night that is served, to look around with."""
+        """Ids of some users of the night that is served, to look around with."""
         served = self.served()
         return Users(users=list(served.some_users), served=origin(served))
 
@@ -143,7 +153,7 @@ class Service:
             raise RefusedQueryError("store_down", "Users cannot be looked up now: ask by history, or later.") from None
 
     def resolve_users(self, served: Served, queries: Sequence[UserOrHistory]) -> list[ResolvedUser | RefusedQueryError]:
-        """Who asks each of the queries."""
+        """The user or history of each query, in their order; an error in place of a user that cannot be looked up."""
         users = list(dict.fromkeys(query.user_id for query in queries if query.user_id is not None))
         down: RefusedQueryError | None = None
         packed: dict[str, bytes | None] = {}
@@ -173,7 +183,7 @@ class Service:
         return ResolvedUser(inputs, True, 0, record.summaries or {})
 
     def list_spec(self, served: Served, query: RecommendQuery) -> ListSpec:
-        """The list that is asked for; raises RefusedQueryError for an attribute's value that no item has."""
+        """The list that a query asks for. Raises RefusedQueryError for an attribute value that no item has."""
         only = tuple(sorted(query.only.items()))
         try:
             served.catalogue.allowed(only, served.recommender.items)
@@ -208,7 +218,7 @@ def _scores(served: Served, query: ScoreQuery, user: ResolvedUser, values: NDArr
 
 
 def shown_items(served: Served, indices: NDArray, scores: NDArray[np.float32] | None) -> list[Item]:
-    """As answers tell items, in their order."""
+    """The items as answers show them, in the order of `indices`; index 0 is left out, and a score of NaN is null."""
     ids, titles = served.catalogue.ids, served.catalogue.titles
     values = [None] * len(indices) if scores is None else [None if np.isnan(s) else s for s in scores.tolist()]
     return [
@@ -219,5 +229,5 @@ def shown_items(served: Served, indices: NDArray, scores: NDArray[np.float32] | 
 
 
 def origin(served: Served) -> Origin:
-    """Which release answers, and of which night."""
+    """The release and the night that answer."""
     return Origin(release=served.target.release, night=served.target.night or None)

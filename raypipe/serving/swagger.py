@@ -1,6 +1,6 @@
-"""The description of the API as a page: Swagger UI, from files of this machine, since a cluster may reach nothing else.
+"""The API's description as a page: Swagger UI, from files of this machine, since a cluster may reach no other.
 
-It holds no data, as the page at `/` holds none, and asks the routes with the token that is typed in.
+Like the page at `/` it holds no data, and calls the routes with the token the user types in.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FILES = {
     "/docs/swagger-ui.css": ("swagger-ui.css", "text/css"),
 }
 _SCHEME = "token"
-# Swagger writes styles into elements and draws its signs from the style sheet.
+# Swagger UI writes styles into elements (`unsafe-inline`), and takes its icons from the style sheet (`data:`).
 _POLICY = (
     "default-src 'none'; script-src 'self' {script}; style-src 'self' 'unsafe-inline'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; frame-ancestors 'none'; form-action 'none'"
@@ -30,9 +30,9 @@ _POLICY = (
 
 
 def add_swagger(app: FastAPI, without_token: str) -> None:
-    """The page and its files; and into the schema that every route but one asks for a token."""
+    """Add the page and its files, and note in the schema that every route except `without_token` needs a token."""
     page = get_swagger_ui_html(
-        # Relative: the page may stand behind a path of somebody's proxy.
+        # Relative, since a proxy may serve the page below a path of its own.
         openapi_url=OPENAPI_PATH.removeprefix("/"),
         title=app.title,
         swagger_js_url="docs/swagger-ui-bundle.js",

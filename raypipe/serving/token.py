@@ -21,7 +21,10 @@ class TokenConfig(JobConfig):
 
 
 def run_token(config: TokenConfig) -> JobResult:
-    """Make, list or revoke. A new token is in the result and nowhere else: what is kept is its hash."""
+    """Make, list or revoke tokens. A new token is in the result and nowhere else: only its hash is stored.
+
+    Raises UsageError if both `name` and `revoke` are given.
+    """
     workspace = config.open_workspace()
     workspace.require_info()
     tokens = Tokens(workspace.store)

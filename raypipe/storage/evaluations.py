@@ -1,6 +1,7 @@
-"""What was measured of models: `evaluations/<model hash>/<key>.json`, one record for each model and way to measure it.
+"""Measurements of models: `evaluations/<model hash>/<key>.json`, one record for each model and way to measure it.
 
-A record says all that a report needs, so that it can be told of a model that vacuum took. It names no user.
+A record holds everything that a report needs, so that a report can still show a model that `vacuum` has deleted. It
+names no user.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ PAGE = "attributes.html"
 
 @dataclass(frozen=True)
 class Measured:
-    """One number: its mean and, where it is one over users, the half-width of its 95 % interval."""
+    """One number: its value and, where it is a mean over users, the half-width of its 95 % interval."""
 
     value: float
     half_width: float | None = None
@@ -29,7 +30,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Part:
-    """Of a stored model that another was made of, what an `Evaluation` tells of its own."""
+    """How one of the models was made from which the measured model was built. The fields are as in `Evaluation`."""
 
     seed: int
     settings: Mapping[str, Any]
@@ -40,11 +41,14 @@ class Part:
 class Evaluation:
     """What `job` measured of the model `name`/`hash`.
 
-    `figures` is scorer → metric → number: the model's own under its name, those of floors and others beside it under theirs.
-    `recommender` is the one that an adapter reads ("" for a recommender itself), `protocol` what was asked in words, the same
-    for all that can be compared, `switches` how the model was trained, in words, `settings` the same as values, the seed apart,
-    and `training` its `TrainingResult.curve()`. `versions` are those of the tables it was trained on, and `parts` has of each
-    model that `settings` name, NAME/HASH, how that was made, as far as it is known.
+    `figures` is scorer → metric → number. The model's own figures are under its name; the floors and other scorers
+    measured beside it are under theirs.
+    `recommender` is the one that an adapter reads ("" for a recommender itself).
+    `protocol` says in words what was asked; it is the same for all evaluations that can be compared.
+    `switches` says in words how the model was trained, and `settings` says the same as values, except for the seed.
+    `training` is the `TrainingResult.curve()` of the model.
+    `versions` are the versions of the tables that the model was trained on.
+    `parts` says how each model that `settings` name (as NAME/HASH) was made, as far as that is known.
     """
 
     job: str
@@ -68,7 +72,7 @@ class Evaluations:
         self.store = store
 
     def put(self, evaluation: Evaluation, asked: Mapping[str, Any]) -> None:
-        """Store a record in the place of an older one of the same model that was `asked` the same way."""
+        """Store a record. It replaces an older record of the same model that was `asked` the same way."""
         key = fingerprint({"job": evaluation.job, "recommender": evaluation.recommender, "asked": dict(asked)})
         path = f"{_FOLDER}/{evaluation.hash}/{key}.json"
         self.store.put(path, canonical_json({**asdict(evaluation), "created": time.time()}).encode())
@@ -80,11 +84,11 @@ class Evaluations:
         return [evaluation for evaluation, _, _ in sorted(found, key=lambda one: one[1:])]
 
     def page(self, content: str) -> str:
-        """The path of a model's page of users."""
+        """The path of the page that shows users of a model."""
         return f"{_FOLDER}/{content}/{PAGE}"
 
     def drop_pages(self) -> None:
-        """Deletes every page of users; it can be drawn again."""
+        """Delete every page of users; they can be drawn again."""
         self.store.delete(entry.path for entry in self.store.list(_FOLDER) if entry.path.endswith(f"/{PAGE}"))
 
 
@@ -96,6 +100,6 @@ def _read(data: bytes) -> tuple[Evaluation, float]:
         scorer: {metric: Measured(**number) for metric, number in mine.items()}
         for scorer, mine in raw.pop("figures").items()
     }
-    # Records of before this was told have none.
+    # Older records have no parts.
     parts = {named: Part(**part) for named, part in raw.pop("parts", {}).items()}
     return Evaluation(figures=figures, parts=parts, **raw), created

@@ -1,7 +1,9 @@
-"""What an output depends on, as one short hash per stage.
+"""The fingerprint of a stage: one short hash of everything that its output depends on.
 
-In: engine and version, dtype, content hash of the model, the stage's prompt, decoding, output schema and `STEP_VERSION`.
-Out: git revisions, dates, paths, workers, batch sizes, prices — fields declared `free`, which `shaping_values` leaves out.
+It includes: engine and version, dtype, content hash of the model, the stage's prompt, decoding, output schema and
+`STEP_VERSION`.
+It excludes: git revisions, dates, paths, workers, batch sizes and prices. These are fields declared `free`, which
+`shaping_values` leaves out.
 """
 
 from __future__ import annotations
@@ -18,17 +20,20 @@ _JOINED = 65_536
 
 
 def canonical_json(values: Any) -> str:
-    """JSON text that is equal for equal values: sorted keys, no spaces, text as it is."""
+    """JSON text that is equal for equal values: sorted keys, no spaces, non-ASCII text not escaped."""
     return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:
-    """32 hex digits over the canonical JSON of `values`."""
+    """32 hex digits of the SHA-256 of the canonical JSON of `values`."""
     return hashlib.sha256(canonical_json(values).encode()).hexdigest()[:32]
 
 
 def fingerprint_of_digits(name: str, values: pa.ChunkedArray) -> str:
-    """`fingerprint({name: values.to_pylist()})` of strings of hex digits, without an object for each: there may be millions."""
+    """`fingerprint({name: values.to_pylist()})` for strings of hex digits.
+
+    It does not make a Python object for each string, because there may be millions.
+    """
     digest = hashlib.sha256(f'{{"{name}":['.encode())
     for start in range(0, len(values), _JOINED):
         some = values.slice(start, _JOINED).combine_chunks()
@@ -39,5 +44,5 @@ def fingerprint_of_digits(name: str, values: pa.ChunkedArray) -> str:
 
 
 def schema_hash(schema: pa.Schema) -> str:
-    """32 hex digits over the names and types of a schema."""
+    """32 hex digits that depend on the names and types of a schema's fields."""
     return fingerprint({"fields": [[field.name, str(field.type)] for field in schema]})

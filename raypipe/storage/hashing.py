@@ -1,4 +1,4 @@
-"""Stable hashes, vectorised: of strings (which bucket a user is in) and of sequences (which content a row came from).
+"""Stable, vectorised hashes of strings (which choose a user's bucket) and of sequences (a row's content).
 
 They are part of the workspace format: the same bytes give the same hash on every machine and in every version.
 """
@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 
 U64 = NDArray[np.uint64]
 
-# FNV-1a (http://www.isthe.com/chongo/tech/comp/fnv/) with splitmix64's finaliser, because FNV's low bits alone are weak.
+# FNV-1a (http://www.isthe.com/chongo/tech/comp/fnv/), followed by splitmix64's finaliser because the low bits of FNV
+# alone are weak.
 _OFFSET = np.uint64(0xCBF29CE484222325)
 _PRIME = np.uint64(0x100000001B3)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _LANES = (np.uint64(0x243F6A8885A308D3), np.uint64(0x13198A2E03707344))
-# Longer strings are rare and would make every short one pay for their length: they go through blake2b one by one.
+# Longer strings are rare, and the vectorised loop would make every short string pay for their length. They are hashed
+# one by one with blake2b.
 _VECTOR_BYTES = 64
 
 
@@ -32,7 +34,7 @@ def mix(values: U64) -> U64:
 
 
 def stable_hash(strings: pa.Array) -> U64:
-    """64-bit hashes of the UTF-8 bytes of `strings` (no nulls), one each."""
+    """A 64-bit hash of the UTF-8 bytes of each of `strings` (no nulls): [strings]."""
     strings = strings.cast(pa.large_string())
     count = len(strings)
     if count == 0:
@@ -54,7 +56,7 @@ def stable_hash(strings: pa.Array) -> U64:
 
 
 def digest_lanes(hex_digests: pa.Array) -> NDArray[np.uint64]:
-    """The two 64-bit halves of 32-digit hex strings: [rows, 2]."""
+    """Split hex strings of 32 digits into their two 64-bit halves: [rows, 2]."""
     count = len(hex_digests)
     joined = "".join(hex_digests.to_pylist())
     assert len(joined) == 32 * count, "a digest is 32 hex digits"
@@ -62,7 +64,7 @@ def digest_lanes(hex_digests: pa.Array) -> NDArray[np.uint64]:
 
 
 def content_digest(*parts: str) -> str:
-    """32 hex digits over the parts, with their borders."""
+    """32 hex digits of a hash over the parts. The length of each part is hashed too, so that its borders count."""
     state = hashlib.blake2b(digest_size=16)
     for part in parts:
         data = part.encode("utf-8", "surrogatepass")
@@ -72,9 +74,9 @@ def content_digest(*parts: str) -> str:
 
 
 def sequence_lanes(elements: NDArray[np.uint64], lengths: NDArray[np.integer]) -> NDArray[np.uint64]:
-    """A 128-bit hash of every run of `elements`, order and length included: [runs, 2].
+    """A 128-bit hash of every run of `elements`, which depends on the order and the length: [runs, 2].
 
-    `elements` is [total, 2] (two independent 64-bit hashes of each element) and `lengths` sums to its length.
+    `elements` is [total, 2] (two independent 64-bit hashes of each element). `lengths` [runs] sums to its length.
     """
     lengths = np.asarray(lengths, np.int64)
     starts = np.cumsum(lengths) - lengths
@@ -82,7 +84,7 @@ def sequence_lanes(elements: NDArray[np.uint64], lengths: NDArray[np.integer]) -
     out = np.empty((len(lengths), 2), np.uint64)
     with np.errstate(over="ignore"):
         for lane in range(2):
-            # A running sum differenced at the borders: unlike add.reduceat it is right for empty runs too.
+            # A running sum differenced at the borders is right for empty runs too, unlike `add.reduceat`.
             total = _running(elements[:, lane], position, lane)
             sums = total[starts + lengths] - total[starts]
             out[:, lane] = mix(sums ^ mix(lengths.astype(np.uint64) ^ _LANES[lane]))
@@ -90,7 +92,7 @@ def sequence_lanes(elements: NDArray[np.uint64], lengths: NDArray[np.integer]) -
 
 
 def prefix_lanes(elements: NDArray[np.uint64], lengths: NDArray[np.integer]) -> NDArray[np.uint64]:
-    """For every element the `sequence_lanes` of its run up to it, itself included: [total, 2]."""
+    """For every element, the `sequence_lanes` of its run up to and including that element: [total, 2]."""
     lengths = np.asarray(lengths, np.int64)
     starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
     position = np.arange(len(elements), dtype=np.int64) - starts
@@ -104,14 +106,17 @@ def prefix_lanes(elements: NDArray[np.uint64], lengths: NDArray[np.integer]) -> 
 
 
 def _running(elements: NDArray[np.uint64], position: NDArray[np.int64], lane: int) -> NDArray[np.uint64]:
-    """Sums of the elements before each, and of all: [total + 1]; an element's place in its run is mixed in."""
+    """Running sums of the hashed elements: the sum before each element, then the sum of all: [total + 1].
+
+    Each element is hashed together with its place in its run.
+    """
     places = np.arange(position.max(initial=-1) + 1, dtype=np.uint64)
     placed = mix(elements ^ mix(places + _LANES[lane])[position])
     return np.concatenate([np.zeros(1, np.uint64), np.cumsum(placed)])
 
 
 def event_lanes(item_lanes: NDArray[np.uint64], times: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Two hashes of each event from its item's content ([events, 2]) and its time: [events, 2]."""
+    """Two hashes of each event, made from its item's content ([events, 2]) and its time: [events, 2]."""
     moment = mix(times.astype(np.uint64))
     with np.errstate(over="ignore"):
         return np.stack(
@@ -120,13 +125,13 @@ def event_lanes(item_lanes: NDArray[np.uint64], times: NDArray[np.int64]) -> NDA
 
 
 def combine_lanes(lanes: NDArray[np.uint64], salt: str) -> NDArray[np.uint64]:
-    """Keys that also depend on `salt` (a fingerprint): [rows, 2]."""
+    """Hashes that also depend on `salt` (a fingerprint): [rows, 2]."""
     salts = digest_lanes(pa.array([content_digest(salt)]))[0]
     return np.stack([mix(lanes[:, lane] ^ mix(salts[lane : lane + 1])) for lane in range(2)], axis=1)
 
 
 def to_hex(lanes: NDArray[np.uint64]) -> pa.Array:
-    """32-digit hex strings of [rows, 2] hashes."""
+    """Hex strings of 32 digits for hashes [rows, 2]: [rows]."""
     count = len(lanes)
     data = lanes.astype(">u8").tobytes().hex().encode()
     offsets = np.arange(0, 32 * (count + 1), 32, dtype=np.int32)

@@ -1,17 +1,17 @@
-"""The ledger: what a run set out to do, which units of it are done, and how far its publish came.
+"""The ledger: what a run set out to do, which of its units are done, and how far its publish got.
 
-    ledger/<job>/runs/<number>.json          created-if-absent: allocates the run's number, names its run key
-    ledger/<job>/<run_key>/manifest.json     recipe, pinned versions, scope; before the first unit
+    ledger/<job>/runs/<number>.json          allocates the run's number and names its run key; created if absent
+    ledger/<job>/<run_key>/manifest.json     recipe, pinned versions, scope; written before the first unit
     ledger/<job>/<run_key>/plan/<kind>.json  the units of one phase
-    ledger/<job>/<run_key>/units/<unit>.json one receipt a unit, created-if-absent, after all its files are staged
-    ledger/<job>/<run_key>/attempts/<unit>/  one marker an attempt, before its first row
-    ledger/<job>/<run_key>/deaths/<unit>.json  suspect rows, after the driver saw the unit's process die
+    ledger/<job>/<run_key>/units/<unit>.json one receipt a unit; created if absent, after all its files are staged
+    ledger/<job>/<run_key>/attempts/<unit>/  one marker an attempt, written before its first row
+    ledger/<job>/<run_key>/deaths/<unit>.json  suspect rows, written after the driver saw the unit's process die
     ledger/<job>/<run_key>/journal/<unit>    the rows of the micro-batch in flight
     ledger/<job>/<run_key>/usage/<unit>/     what each attempt has spent, rewritten after each micro-batch
     ledger/<job>/<run_key>/publish.json      everything the publish will commit; from here on it only rolls forward
-    ledger/<job>/<run_key>/done.json         last
+    ledger/<job>/<run_key>/done.json         the result; written last
 
-Resume is set difference: planned units less those with a receipt.
+A resumed run works on the planned units that have no receipt.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from raypipe.storage.fingerprint import canonical_json
 from raypipe.storage.store import Store
 from raypipe.storage.tables import StagedFile
 
-# The scope of a run over everything; a canary's is the hash of its users.
+# The scope of a run over all users. The scope of a canary run is the hash of its users.
 WHOLE = "all"
-# A row that killed its process this often, alone and on a healthy node, is rejected.
+# A row is rejected once it has killed its process this often while it ran alone on a healthy node.
 MAX_DEATHS = 3
 
 
@@ -46,7 +46,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Counts:
-    """Rows of a unit. Nothing vanishes: rows_in = ok + rejected + all kinds of skipped."""
+    """Row counts of a unit. No row may vanish: rows_in = ok + rejected + all kinds of skipped."""
 
     rows_in: int = 0
     ok: int = 0
@@ -65,7 +65,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a unit spent: model calls, tokens, seconds of wall clock."""
+    """What a unit spent: model calls, tokens, and seconds of wall-clock time."""
 
     calls: int = 0
     tokens_in: int = 0
@@ -91,7 +91,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What one unit did: counts, usage, staged files by table, their schema hashes, and facts the next phase needs."""
+    """What one unit did: counts, usage, staged files and schema hashes by table, and facts for the next phase."""
 
     unit: Unit
     counts: Counts
@@ -115,18 +115,18 @@ class Receipt:
 
 
 def counts_of(receipts: Iterable[Receipt]) -> Counts:
-    """Of all of them together."""
+    """The sum of the counts of all receipts."""
     return sum((receipt.counts for receipt in receipts), Counts())
 
 
 def usage_of(receipts: Iterable[Receipt]) -> Usage:
-    """Of all of them together."""
+    """The sum of the usage of all receipts."""
     return sum((receipt.usage for receipt in receipts), Usage())
 
 
 @dataclass(frozen=True)
 class Publish:
-    """One table's share of a publish: what `Table.publish` is given."""
+    """One table's share of a publish: the arguments of `Table.publish`."""
 
     table: str
     mode: str
@@ -159,11 +159,11 @@ class Run:
         return int(self.manifest["number"])
 
     def plan(self, kind: str, units: Sequence[Unit]) -> None:
-        """Write down the units of a phase, so that `status` knows the total."""
+        """Record the units of a phase, so that `status` knows the total."""
         self._put(f"plan/{kind}.json", [unit.index for unit in units])
 
     def planned(self) -> dict[str, int]:
-        """Units of every phase planned so far."""
+        """The number of units of every phase planned so far, by kind."""
         entries = self.store.list(f"{self.folder}/plan")
         return {
             entry.path.rsplit("/", 1)[1].removesuffix(".json"): len(json.loads(self.store.read(entry.path)))
@@ -171,12 +171,15 @@ class Run:
         }
 
     def commit(self, receipt: Receipt) -> bool:
-        """Record a unit as done; False where another attempt was first (its files stand, these are waste)."""
+        """Record a unit as done.
+
+        Returns False if another attempt committed first: then its files count, and those of this attempt are waste.
+        """
         assert receipt.counts.balanced, f"unit {receipt.unit.name} lost rows: {receipt.counts}"
         return self.store.create(f"{self.folder}/units/{receipt.unit.name}.json", receipt.to_json())
 
     def receipts(self, kind: str | None = None) -> dict[Unit, Receipt]:
-        """The receipts of the units that are done, of one phase or of all."""
+        """The receipts of the finished units, of one phase or of all phases."""
         prefix = f"{self.folder}/units/"
         paths = [entry.path for entry in self.store.list(prefix)]
         if kind is not None:
@@ -186,30 +189,33 @@ class Run:
         return {receipt.unit: receipt for receipt in sorted(found, key=lambda receipt: receipt.unit)}
 
     def undo(self, units: Iterable[Unit]) -> None:
-        """The units are no longer done; what they staged is waste."""
+        """Delete the receipts of these units, so that they count as not done. The files they staged become waste."""
         self.store.delete(f"{self.folder}/units/{unit.name}.json" for unit in units)
 
     def begin_attempt(self, unit: Unit, worker: Mapping[str, Any]) -> int:
-        """Mark that `worker` starts on `unit`; returns the attempt's number, from 1."""
+        """Record that `worker` starts on `unit`. Returns the attempt's number, counted from 1."""
         folder = f"{self.folder}/attempts/{unit.name}"
         attempt = 1 + len(self.store.list(folder))
         if attempt > 1:
-            # What an earlier attempt left there has no part in this one's death.
+            # The journal of an earlier attempt must not be blamed if this attempt dies.
             self.journal(unit, [])
         while not self.store.create(f"{folder}/{attempt:04d}.json", canonical_json(dict(worker)).encode()):
             attempt += 1
         return attempt
 
     def journal(self, unit: Unit, rows: Sequence[str]) -> None:
-        """Write down the rows of the micro-batch that is about to run; none where what follows is no row's doing."""
+        """Record the rows of the micro-batch that is about to run.
+
+        Pass no rows before work for which no row can be blamed.
+        """
         self._put(f"journal/{unit.name}.json", list(rows))
 
     def record_usage(self, unit: Unit, attempt: int, usage: Usage) -> None:
-        """Write down what an attempt has spent so far, for caps to count even if it never ends."""
+        """Record what an attempt has spent so far, so that it counts against caps even if the attempt never ends."""
         self._put(f"usage/{unit.name}/{attempt:04d}.json", asdict(usage))
 
     def spent(self, kind: str) -> Usage:
-        """What all attempts at the units of a phase have spent, but for micro-batches in flight."""
+        """What all attempts at the units of a phase have spent, without the micro-batches in flight."""
         receipts = {(receipt.unit.name, receipt.attempt): receipt.usage for receipt in self.receipts(kind).values()}
         prefix = f"{self.folder}/usage/"
         found = dict(receipts)
@@ -220,22 +226,26 @@ class Run:
         return sum(found.values(), Usage())
 
     def record_death(self, unit: Unit) -> None:
-        """The driver saw the process working on `unit` die on a healthy node: what its journal holds is suspect."""
-        # Without a journal there is no row to suspect; such deaths are counted under the empty name.
+        """Make the rows in the journal of `unit` suspects.
+
+        The driver calls this when it saw the process that worked on `unit` die on a healthy node.
+        """
+        # Without a journal there is no row to suspect. Such deaths are counted under the empty name.
         rows = self._get(f"journal/{unit.name}.json") or [""]
         deaths = self.deaths(unit)
         alone = len(rows) == 1
         for row in rows:
-            # A death in company proves nothing about a row: it makes it a suspect, to be run alone.
+            # If several rows were in flight, the death proves nothing about any one of them: each becomes a suspect, to
+            # be run alone.
             deaths[row] = deaths.get(row, 0) + int(alone)
         self._put(f"deaths/{unit.name}.json", deaths)
 
     def deaths(self, unit: Unit) -> dict[str, int]:
-        """Suspect rows of a unit, with the number of times each died alone."""
+        """The suspect rows of a unit, with how often each killed its process while it ran alone."""
         return dict(self._get(f"deaths/{unit.name}.json") or {})
 
     def attempt_markers(self, units: Iterable[Unit]) -> list[tuple[Unit, int, dict[str, Any]]]:
-        """The newest attempt of each unit that has one: unit, attempt number, worker."""
+        """The newest attempt of each unit that has one, as (unit, attempt number, worker)."""
         markers = []
         for unit in units:
             entries = self.store.list(f"{self.folder}/attempts/{unit.name}")
@@ -245,9 +255,9 @@ class Run:
         return markers
 
     def intend_publish(self, parts: Sequence[Publish], result: Mapping[str, Any], buckets: int | None = None) -> None:
-        """Write down all that will be committed, and where it changes, the workspace's number of buckets.
+        """Record everything that will be committed and, if it changes, the workspace's number of buckets.
 
-        From here the run can only be completed, by anyone.
+        From here on the run can only be completed. Any job may complete it.
         """
         intent = {"parts": [asdict(part) for part in parts], "result": dict(result), "buckets": buckets}
         self._put("publish.json", intent)
@@ -257,28 +267,28 @@ class Run:
         return None if raw is None else ([Publish.from_dict(part) for part in raw["parts"]], raw["result"])
 
     def intended_buckets(self) -> int | None:
-        """The number of buckets that the publish gives the workspace, or None where it stays."""
+        """The number of buckets that the publish gives the workspace, or None if the number does not change."""
         return (self._get("publish.json") or {}).get("buckets")
 
     def trim(self) -> None:
-        """Of a finished run, keep what it set out to do and how it ended: the units' rows are nobody's business now."""
+        """Drop the per-unit records of a finished run. What it set out to do and how it ended is kept."""
         assert self.result() is not None, f"run {self.run_key} is open"
         for name in ("units", "attempts", "deaths", "journal", "usage", "plan"):
             self.store.delete_folder(f"{self.folder}/{name}")
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """The run is over: drop its staging folder, then write its result, so that a kill leaves no folder behind."""
+        """End the run: drop its staging folder, then write its result. In this order a kill leaves no folder behind."""
         self.store.delete_folder(self.staging)
         self._put("done.json", dict(result))
 
     def result(self) -> dict[str, Any] | None:
-        """What the run ended with, or None while it is open."""
+        """The result that the run ended with, or None while it is open."""
         return self._get("done.json")
 
     def abandon(self, why: str) -> None:
-        """Give the run up: its inputs or its recipe moved on before it could publish."""
+        """Give the run up, because its inputs or its recipe changed before it could publish."""
         assert self.publish_intent() is None, "a run that began to publish can only be completed"
-        # In this order: units that lost their spills must not look resumable.
+        # The result goes first: a run whose staged files are gone must not look resumable.
         self._put("done.json", {"status": "abandoned", "why": why})
         self.store.delete_folder(self.staging)
 
@@ -298,18 +308,18 @@ class Ledger:
         self.job = job
 
     def numbers(self) -> dict[int, str]:
-        """Run keys by run number."""
+        """The run keys by run number."""
         paths = [entry.path for entry in self.store.list(f"ledger/{self.job}/runs")]
         with ThreadPoolExecutor(16) as readers:
             found = [json.loads(data)["run_key"] for data in readers.map(self.store.read, paths)]
         return {int(path.rsplit("/", 1)[1].split(".")[0]): key for path, key in zip(paths, found, strict=True)}
 
     def newest(self) -> Run | None:
-        """The newest run over everything that wrote its manifest, open or not."""
+        """The newest run over all users that wrote its manifest, open or not."""
         return next((run for run, scope in self._newest_first() if scope == WHOLE), None)
 
     def finished(self) -> Iterator[Run]:
-        """The runs over everything that ended and were not given up, newest first."""
+        """The runs over all users that ended and were not given up, newest first."""
         for run, scope in self._newest_first():
             result = run.result()
             if scope == WHOLE and result is not None and result["status"] != "abandoned":
@@ -318,7 +328,8 @@ class Ledger:
     def open_runs(self, scope: str) -> Iterator[Run]:
         """The unfinished runs of a scope, newest first.
 
-        Only those after its newest finished one are looked at: that one gave up all that were open before it.
+        The search stops at the newest finished run of the scope, because that run gave up all runs that were open
+        before it.
         """
         for run, found in self._newest_first():
             if found != scope:
@@ -330,7 +341,7 @@ class Ledger:
     def publishing(self) -> Iterator[Run]:
         """The unfinished runs of any scope that began to publish.
 
-        Only those after the newest finished one over everything are looked at: that one completed all before it.
+        The search stops at the newest finished run over all users, because that run completed all publishes before it.
         """
         for run, scope in self._newest_first():
             if run.result() is None:
@@ -340,14 +351,14 @@ class Ledger:
                 return
 
     def _newest_first(self) -> Iterator[tuple[Run, str]]:
-        """Runs that wrote their manifest, and their scopes."""
+        """The runs that wrote their manifest, each with its scope, newest first."""
         for _, run_key in sorted(self.numbers().items(), reverse=True):
             run = self.run(run_key)
             if self.store.exists(f"{run.folder}/manifest.json"):
                 yield run, run.manifest["scope"]
 
     def drop(self, number: int, run_key: str) -> None:
-        """Delete a finished run; its number goes last, so that a deletion that was killed is done again."""
+        """Delete a finished run. Its number goes last, so that a deletion that was killed is done again."""
         self.store.delete_folder(self.run(run_key).folder)
         self.store.delete([f"ledger/{self.job}/runs/{number:08d}.json"])
 
@@ -355,15 +366,16 @@ class Ledger:
         return Run(self.store, self.job, run_key)
 
     def open(self, run_key: str) -> Run | None:
-        """The unfinished run of that key, if there is one."""
+        """The unfinished run of this key, or None if there is none."""
         run = self.run(run_key)
         return run if self.store.exists(f"{run.folder}/manifest.json") and run.result() is None else None
 
     def start(self, run_key: str, manifest: Mapping[str, Any], at_least: int = 1) -> Run:
-        """Begin a new run: take the next number (never under `at_least`), then write the manifest.
+        """Begin a new run: take the next number (at least `at_least`), then write the manifest.
 
-        A finished run of the same key (its output was taken back since) makes room for the new one. A start that was
-        killed before its manifest keeps its number, so that what carries the number equals the uninterrupted run's.
+        A finished run of the same key, whose output was taken back since, is replaced by the new one. A start that was
+        killed before it wrote its manifest keeps its number, so that outputs that carry the number equal those of an
+        uninterrupted run.
         """
         run = self.run(run_key)
         manifest_path = f"{run.folder}/manifest.json"
@@ -371,7 +383,8 @@ class Ledger:
         number = max(numbers, default=0)
         if self.store.exists(manifest_path):
             assert run.result() is not None, f"run {run_key} is still open"
-            # First: a kill during the deletion must not leave a manifest without a result, which is an open run.
+            # The manifest goes first: a kill during the deletion must not leave a manifest without a result, because
+            # that would be an open run.
             self.store.delete([manifest_path])
             is_mine = False
         else:

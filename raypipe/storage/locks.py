@@ -1,10 +1,11 @@
-"""One writer per table: `flock` on one machine's folder, a leased lock on an object store. Readers take none.
+"""One writer per table: `flock` in a folder of one machine, a leased lock on an object store. Readers take no lock.
 
-The leased lock is a row of numbered objects `locks/<name>/<generation>.json`. Holding the lock is having created the
-highest generation, which needs only create-if-absent; the holder rewrites its own object to renew the lease, and anyone
-may create the next generation once the lease has run out, or at once when the holder released it or is a dead process of
-this machine. Before it commits, a holder checks that no later generation exists, so that a writer that slept through its
-lease finds out. Leases are judged by the clocks of the machines that take part: keep them within a few seconds.
+The leased lock is a series of numbered objects `locks/<name>/<generation>.json`. Whoever created the highest generation
+holds the lock, which needs only create-if-absent. The holder rewrites its own object to renew the lease. Any job may
+create the next generation once the lease has run out, or at once if the holder released it or was a process of this
+machine that has died. Before it commits, a holder checks that no later generation exists: so a writer that slept
+through its lease finds out. Leases are compared with the clocks of the machines that take part; keep the clocks within
+a few seconds of each other.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ LEASE_S = 60.0
 
 
 class Lock:
-    """An exclusive lock by name; use it as a context manager. Raises UnavailableError while another job holds it."""
+    """An exclusive lock by name, used as a context manager.
+
+    Raises UnavailableError while another job holds it, and UsageError if its lock file cannot be opened.
+    """
 
     def __init__(self, store: Store, name: str, owner: str, lease_s: float = LEASE_S) -> None:
         self.store = store
@@ -65,7 +69,7 @@ class Lock:
                 )
 
     def check_held(self) -> None:
-        """Raise RaypipeError where the lease was lost, before anything is committed under it."""
+        """Raise RaypipeError if the lease was lost. Call it before anything is committed under the lock."""
         if self._thread is not None and max(self._generations(), default=0) != self._generation:
             raise RaypipeError(
                 f"This job's lease on {self.name} ran out while it was not running, and another job took the lock.",
@@ -120,7 +124,7 @@ class Lock:
 
     def _renew(self) -> None:
         while not self._stop.wait(self.lease_s / 3):
-            with contextlib.suppress(Exception):  # the next beat tries again; check_held has the last word
+            with contextlib.suppress(Exception):  # the next renewal tries again, and check_held decides
                 self.store.put(self._path(self._generation), self._record())
 
     def _generations(self) -> list[int]:
@@ -147,9 +151,9 @@ class Lock:
 def hold(
     store: Store, names: Sequence[str], owner: str, lease_s: float = LEASE_S, wait_s: float = 0.0
 ) -> Iterator[list[Lock]]:
-    """Hold several locks, taken in name order so that two jobs never wait for each other.
+    """Hold several locks. They are taken in name order, so that two jobs never wait for each other.
 
-    A lock that another job holds is asked for again until `wait_s` have passed; then UnavailableError.
+    If another job holds a lock, it is tried again for up to `wait_s` seconds. Raises UnavailableError after that.
     """
     deadline = time.monotonic() + wait_s
     with contextlib.ExitStack() as stack:
@@ -167,18 +171,18 @@ def hold(
 
 
 def check_held(locks: Iterable[Lock]) -> None:
-    """Raise RaypipeError where the lease of one was lost."""
+    """Raise RaypipeError if the lease of any of the locks was lost."""
     for lock in locks:
         lock.check_held()
 
 
 def run_lock(store: Store, run: str, lease_s: float = LEASE_S) -> Lock:
-    """What the driver of a submitted run holds while it lives."""
+    """The lock that the driver of a submitted run holds while it lives."""
     return Lock(store, f"run-{run}", run, lease_s)
 
 
 def _is_dead_here(record: dict[str, Any]) -> bool:
-    """Whether the holder was a process of this very machine and boot that is no more."""
+    """Whether the holder was a process of this machine, since its last boot, that no longer exists."""
     if record.get("host") != socket.gethostname() or record.get("boot") != _boot_id():
         return False
     try:

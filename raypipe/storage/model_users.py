@@ -1,11 +1,13 @@
-"""What a model keeps of single users: beside its checkpoint, where `forget` can take it out and the model keeps its name.
+"""What a model keeps of single users.
 
-    models/<name>/<hash>/users.safetensors      arrays [users, ...]: `keys`, and what is kept of each; rewritten by `forget`
-    models/<name>/<hash>/checkpoint/users.json  their digest as they were first stored; never changes
+It lies beside the checkpoint, so that `forget` can change it and the model keeps its name.
 
-Whoever makes a checkpoint writes the arrays with `write_users`, and `Models.add` puts them in their place. The digest is part
-of what the model's hash is over, so that models that differ in nothing but their users are two. Readers ask the workspace each
-time, and no node keeps a copy.
+    models/<name>/<hash>/users.safetensors      arrays [users, ...]: `keys` and what is kept; rewritten by `forget`
+    models/<name>/<hash>/checkpoint/users.json  the digest of the arrays as they were first stored; never changes
+
+The code that makes a checkpoint writes the arrays with `write_users`, and `Models.add` moves them to their place. The
+digest is part of the content that the model's hash covers, so models that differ only in their users have different
+hashes. Readers read the arrays from the workspace each time, and no node keeps a copy.
 """
 
 from __future__ import annotations
@@ -34,18 +36,18 @@ Rows = Mapping[str, NDArray[Any]]
 
 
 def write_users(folder: Path, rows: Rows) -> None:
-    """Into the folder of a checkpoint that is to be stored."""
+    """Write the rows of users into the folder of a checkpoint that will be stored."""
     (folder / USERS).write_bytes(pack(rows))
 
 
 def read_users(folder: Path) -> Rows | None:
-    """Of a checkpoint that is not stored yet; None where it keeps nothing of users."""
+    """The rows of users in a checkpoint folder that is not stored yet; None if it keeps nothing of users."""
     path = folder / USERS
     return unpack(path.read_bytes(), str(path)) if path.exists() else None
 
 
 def first_stored(rows: Rows) -> str:
-    """The text of `users.json`."""
+    """The text of `users.json`: the digest of the rows and the number of users."""
     return canonical_json({_DIGEST: _digest(rows), "users": len(rows["keys"])})
 
 
@@ -55,7 +57,7 @@ def pack(rows: Rows) -> bytes:
 
 
 def unpack(data: bytes, where: str) -> Rows:
-    """Raises UsageError where the bytes are not what was packed."""
+    """The rows that `pack` wrote. Raises UsageError if the bytes are damaged; `where` names them in the message."""
     try:
         rows = load(data)
         is_whole = json.loads(data[8 : 8 + _header_bytes(data)])["__metadata__"][_DIGEST] == _digest(rows)
@@ -67,14 +69,16 @@ def unpack(data: bytes, where: str) -> Rows:
 
 
 def without(rows: Rows, keys: NDArray[np.int64]) -> Rows:
-    """The rows of all other users."""
+    """The rows of all users whose key is not in `keys`."""
     stay = ~np.isin(rows["keys"], keys)
     return {name: values[stay] for name, values in rows.items()}
 
 
 def forget_in_models(store: Store, keys: NDArray[np.int64]) -> int:
-    """Takes users out of what models keep beside their checkpoints. How many rows went. Raises UsageError for rows that are
-    damaged."""
+    """Remove users from what models keep beside their checkpoints. Returns how many rows were removed.
+
+    Raises UsageError if the rows of a model are damaged.
+    """
     gone = 0
     for entry in store.list("models"):
         if entry.path.endswith(f"/{USERS}"):
@@ -86,7 +90,7 @@ def forget_in_models(store: Store, keys: NDArray[np.int64]) -> int:
 
 
 def _header_bytes(data: bytes) -> int:
-    """A safetensors file begins with the length of its header."""
+    """The length in bytes of the header of a safetensors file, which the file begins with."""
     return int.from_bytes(data[:8], "little")
 
 

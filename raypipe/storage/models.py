@@ -1,8 +1,8 @@
-"""Content-addressed models: `models/<name>/<hash>/checkpoint/` holds safetensors, JSON and nothing that could run.
+"""Content-addressed models: `models/<name>/<hash>/checkpoint/` holds safetensors, JSON and text, nothing executable.
 
-The hash is over the files' bytes, so the same weights are the same model wherever they were trained. `model.json` beside
-the checkpoint, written last, carries the lineage (data versions, seeds, protocol); what a model keeps of single users lies
-beside the checkpoint too (`storage/model_users.py`).
+The hash covers the files' bytes, so the same weights are the same model wherever they were trained. `model.json` lies
+beside the checkpoint and is written last; it holds the lineage (data versions, seeds, protocol). What a model keeps of
+single users also lies beside the checkpoint (`storage/model_users.py`).
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _CARD = "model.json"
 _SMALL = 1 << 20
 _CHUNK = 1 << 24
 _DOWNLOAD = ".download-"
-_KILLED_S = 86_400.0  # a download that has gone on for a day was killed
+_KILLED_S = 86_400.0  # a download older than a day was killed
 
 
 @dataclass(frozen=True)
 class Model:
-    """One stored model; `created` is when it was last added, in Unix seconds."""
+    """One stored model. `created` is the time at which it was last added, in Unix seconds."""
 
     name: str
     hash: str
@@ -54,10 +54,10 @@ class Models:
         self.store = store
 
     def add(self, name: str, files: Path, recipe: str, lineage: Mapping[str, Any]) -> Model:
-        """Store the files of a checkpoint folder under the hash of their content, the digest of its rows of users among them, as
-        the newest of that name.
+        """Store the files of a checkpoint folder under the hash of their content, as the newest model of that name.
 
-        `recipe` is the fingerprint of what made it. Raises UsageError on a file that is neither weights nor text.
+        The hash also covers the digest of the rows of users. `recipe` is the fingerprint of what made the model. Raises
+        UsageError on a file that is neither weights nor text.
         """
         if (users := read_users(files)) is not None:
             (files / FIRST_STORED).write_text(first_stored(users))
@@ -74,31 +74,34 @@ class Models:
         return self.store.folders("models")
 
     def mentions(self, model: Model) -> str:
-        """The text in which a model names others it cannot do without: its lineage and its checkpoint's small JSON."""
+        """The text in which a model names other models that it needs.
+
+        It is the model's lineage and the small JSON files of its checkpoint.
+        """
         entries = self.store.list(f"{model.folder}/checkpoint")
         small = [entry.path for entry in entries if entry.path.endswith(".json") and entry.size < _SMALL]
         return "\n".join([canonical_json(dict(model.lineage)), *(self.store.read(path).decode() for path in small)])
 
     def remove(self, model: Model) -> None:
-        """Delete a model; its card goes first, so that half of one is never found."""
+        """Delete a model. Its `model.json` goes first, so that a partly deleted model is never found."""
         self.store.delete([f"{model.folder}/{_CARD}"])
         self.store.delete_folder(model.folder)
 
     def all(self, name: str) -> list[Model]:
-        """Every complete model of that name, the oldest first."""
+        """Every complete model of that name, oldest first."""
         entries = [entry for entry in self.store.list(f"models/{name}") if entry.path.endswith(f"/{_CARD}")]
         found = [Model(**json.loads(self.store.read(entry.path))) for entry in entries]
         return sorted(found, key=lambda model: (model.created, model.hash))
 
     def newest(self, name: str, recipe: str | None = None) -> Model | None:
-        """The newest model of that name, of one recipe or of any."""
+        """The newest model of that name, and of `recipe` if it is given. None if there is none."""
         found = [model for model in self.all(name) if recipe is None or model.recipe == recipe]
         return found[-1] if found else None
 
     def users(self, model: Model) -> Rows | None:
-        """What the model keeps of single users by now, without those who were forgotten; None for one that never kept any.
+        """What the model keeps of single users now, without forgotten users; None for a model that never kept any.
 
-        Raises UsageError where that is gone or damaged.
+        Raises UsageError if that is gone or damaged.
         """
         path = f"{model.folder}/{USERS}"
         if (data := self.store.get(path)) is not None:
@@ -111,7 +114,7 @@ class Models:
         return None
 
     def fetch_unharmed(self, model: Model, cache: Path) -> Path:
-        """As `fetch`; raises UsageError where the files are not, byte for byte, those that were stored."""
+        """Do the same as `fetch`, and raise UsageError if the files are not byte for byte those that were stored."""
         folder = self.fetch(model, cache)
         if _content_hash(folder, _files(folder)) != model.hash:
             raise UsageError(
@@ -121,16 +124,16 @@ class Models:
         return folder
 
     def fetch(self, model: Model, cache: Path) -> Path:
-        """The checkpoint as a local folder, downloaded into `cache` when it lies on an object store.
+        """The checkpoint as a local folder, downloaded into `cache` if the workspace is on an object store.
 
-        Several processes may share a cache: the folder is there whole or not at all, and its files never change. What does
-        change, the rows of users, is never in it.
+        Several processes may share a cache: the folder is there whole or not at all, and its files never change. The
+        rows of users do change, so they are never in it.
         """
         if self.store.is_local:
             return self.store.local_path(f"{model.folder}/checkpoint")
         target = cache / model.name / model.hash
         if not (target / _CARD).exists():
-            shutil.rmtree(target, ignore_errors=True)  # what something else left of one
+            shutil.rmtree(target, ignore_errors=True)  # the folder is incomplete: something else left it
             self._download(model, target)
         return target / "checkpoint"
 
@@ -156,7 +159,7 @@ class Models:
 
 
 def find_model(models: Models, named: str, fits: Callable[[Model], bool] = lambda model: True) -> Model:
-    """The model of NAME/HASH, or the newest of NAME that `fits`; UsageError where there is none."""
+    """The model NAME/HASH, or the newest model of NAME that `fits`. Raises UsageError if there is none."""
     name, _, wanted = named.partition("/")
     found = [model for model in models.all(name) if model.hash.startswith(wanted) and (wanted or fits(model))]
     if not found:
@@ -168,7 +171,7 @@ def find_model(models: Models, named: str, fits: Callable[[Model], bool] = lambd
 
 
 def find_adapter(models: Models, named: str, system: str) -> Model:
-    """As `find_model`, what `align` made by that system. Raises UsageError for any other model."""
+    """The model that `find_model` finds, if `align` made it by `system`. Raises UsageError for any other model."""
     model = find_model(models, named)
     made_by = model.lineage.get("system")
     if made_by != system:

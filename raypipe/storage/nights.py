@@ -1,4 +1,7 @@
-"""Night manifests: which version of every table, and which release, belong together. Written last, read first."""
+"""Night manifests: they say which table versions and which release belong together.
+
+They are written last and read first.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ _CURRENT = "nights/current.json"
 
 @dataclass(frozen=True)
 class Night:
-    """One published night: table versions and the release they were computed with, and the variant of summaries that it keeps up."""
+    """One published night: its table versions, their release, and the variant of summaries that it maintains."""
 
     date: str
     tables: Mapping[str, int]
@@ -29,7 +32,7 @@ class Night:
 
 
 class Nights:
-    """All nights of a workspace, and the one in force."""
+    """All nights of a workspace, and which of them is in force."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -39,7 +42,7 @@ class Nights:
         return sorted(name for name in names if _DATE.fullmatch(name))
 
     def get(self, date: str) -> Night | None:
-        """The night of that date; None where none was published. Raises UsageError where its manifest is damaged."""
+        """The night of that date, or None if none was published. Raises UsageError if its manifest is damaged."""
         data = self.store.get(path := f"nights/{check_date(date)}.json")
         if data is None:
             return None
@@ -52,7 +55,10 @@ class Nights:
             ) from error
 
     def current(self) -> Night | None:
-        """The night in force: the newest, or the one pointed back to. Raises UsageError where what points to it is damaged."""
+        """The night in force: the newest one, or an earlier one that was put back in force.
+
+        Raises UsageError if the file that names it or its manifest is damaged.
+        """
         data = self.store.get(_CURRENT)
         if data is None:
             return None
@@ -66,23 +72,26 @@ class Nights:
         return self.get(date)
 
     def publish(self, night: Night) -> None:
-        """Write the night, then point to it: a reader sees it whole or not at all."""
+        """Write the night, then put it in force. A reader sees it whole or not at all."""
         self.store.put(f"nights/{check_date(night.date)}.json", canonical_json(asdict(night)).encode())
         self.point_to(night.date)
 
     def rewrite(self, night: Night) -> None:
-        """Put other table versions of equal meaning into a published night; which one is in force stays."""
+        """Replace the table versions of a published night by others of equal meaning.
+
+        The night in force does not change.
+        """
         self.store.put(f"nights/{check_date(night.date)}.json", canonical_json(asdict(night)).encode())
 
     def remove(self, date: str) -> None:
-        """Delete a night that is not in force, and its cards."""
+        """Delete a night and its cards. It must not be the night in force."""
         current = self.current()
         assert current is None or current.date != date, f"the night of {date} is in force"
         self.store.delete([f"nights/{check_date(date)}.json"])
         self.store.delete_folder(f"nights/{date}")
 
     def point_to(self, date: str) -> Night:
-        """Put a published night in force; raises UsageError where there is none of that date."""
+        """Put a published night in force. Raises UsageError if no night of that date was published."""
         night = self.get(date)
         if night is None:
             raise UsageError(f"No night of {date} was published.", _known(self.dates()))
@@ -95,7 +104,7 @@ def _known(dates: Sequence[str]) -> str:
 
 
 def check_date(date: str) -> str:
-    """The date itself; raises UsageError for what is none."""
+    """The date itself. Raises UsageError if it is not a date."""
     try:
         if not _DATE.fullmatch(date):
             raise ValueError

@@ -1,9 +1,9 @@
-"""The online store: what is known of a user, read by id in a request.
+"""The online store: what is known of a user, read by id during a request.
 
-A store holds versions, each made of one night's tables. A version is loaded bucket by bucket, and readers see it once it is
-complete, which is one write, the last; what is left of an interrupted load is finished by the next one. Which complete version
-is read is not the store's to say: the night in force decides (`nights/current.json`), so that pointing back to an earlier
-night moves every reader back.
+A store holds versions, and each version is made of one night's tables. A version is loaded bucket by bucket. Readers
+see it once it is complete, which one last write records; the next load finishes what an interrupted load left. The
+store does not decide which complete version is read: the night in force does (`nights/current.json`), so that putting
+an earlier night back in force moves every reader back.
 """
 
 from __future__ import annotations
@@ -36,16 +36,19 @@ EMBEDDED = "online"
 
 
 class OnlineStoreDownError(RaypipeError):
-    """A store that cannot be reached, or has lost the version that was asked for: a matter of time, not of the request."""
+    """The store cannot be reached, or it has lost the version that was asked for.
+
+    The request itself is not at fault.
+    """
 
 
 @dataclass(frozen=True)
 class UserRecord:
-    """A user as a night left them.
+    """What a night knows of a user.
 
-    `items` int32, the history in time order; `seed` of what is sampled for this user; `state` float32 [width] of the night's
-    recommender; `listed` int32 and `scores` float32, its recommendations; `summaries` by paradigm. What there is none of is
-    None or empty.
+    `items` int32 is the history in time order; `seed` seeds what is sampled for this user; `state` float32 [width] is
+    of the night's recommender; `listed` int32 and `scores` float32 are the recommendations; `summaries` are by
+    paradigm. What does not exist is None or empty.
     """
 
     items: NDArray[np.int32]
@@ -56,7 +59,7 @@ class UserRecord:
     summaries: Mapping[str, str] | None = None
 
     def pack(self) -> bytes:
-        """As bytes, in a form that can hold nothing but data; numbers are little-endian."""
+        """The record as bytes, in a format that can hold only data. Numbers are little-endian."""
         values: dict[str, Any] = {"i": self.items.astype("<i4").tobytes(), "r": self.seed}
         if self.state is not None:
             values["s"] = self.state.astype("<f4").tobytes()
@@ -80,68 +83,78 @@ class UserRecord:
 
 
 class OnlineStore(Protocol):
-    """Versions of packed records by user id. Every method raises OnlineStoreDownError where the store does not answer."""
+    """Versions of packed records by user id. Every method raises OnlineStoreDownError if the store does not answer."""
 
     def begin(self, version: str, buckets: int) -> set[int]:
-        """Make the version known, and tell which of its buckets are there already."""
+        """Register the version, and return which of its buckets are already loaded."""
         ...
 
     def write(self, version: str, bucket: int, users: Sequence[str], records: Sequence[bytes]) -> None:
-        """Put a whole bucket: afterwards it is there, or nothing of it counts."""
+        """Write a whole bucket. It counts as loaded only once all of it is written."""
         ...
 
     def complete(self, version: str, facts: Mapping[str, Any]) -> None:
-        """Let readers see the version; `facts` tell what it is."""
+        """Make the version visible to readers; `facts` describe it."""
         ...
 
     def facts(self, version: str) -> dict[str, Any] | None:
-        """The facts of a complete version, None of any other."""
+        """The facts of a complete version, or None for any other version."""
         ...
 
     def versions(self) -> list[str]:
-        """Every version, complete or not, the one begun last at the end."""
+        """Every version, complete or not, in the order in which they were begun."""
         ...
 
     def drop(self, version: str) -> None:
-        """Take a version away: first from sight, then its records. One that is not there is no error."""
+        """Remove a version: first hide it from readers, then delete its records.
+
+        A version that does not exist is no error.
+        """
         ...
 
     def get(self, version: str, users: Sequence[str]) -> list[bytes | None]:
-        """The records of users, None of those it does not have.
+        """The records of users, with None for users that the version does not have.
 
-        Raises OnlineStoreDownError where the version is not complete: that is no answer about anybody.
+        Raises OnlineStoreDownError if the version is not complete, because it then says nothing about any user.
         """
         ...
 
     def size(self, version: str) -> int:
-        """Bytes the version takes in the store, its own upkeep included; about, where only the store knows."""
+        """The bytes that the version takes in the store, with overhead.
+
+        The number is approximate where only the store itself knows.
+        """
         ...
 
     def scrub(self) -> bool:
-        """Have what was dropped leave the store's files too; False where the store does not let it be done."""
+        """Remove dropped data from the store's files too. Returns False if the store does not allow that."""
         ...
 
     def check_room(self) -> None:
-        """Raises UsageError where the store is set up so that it may forget what it was given."""
+        """Raise UsageError if the store is configured so that it may evict records."""
         ...
 
     def close(self) -> None: ...
 
 
 def version_of(workspace: Workspace, night: Night) -> str:
-    """The version a night is served from: equal for nights of the same tables, recommender and variant of summaries."""
+    """The version that a night is served from.
+
+    It is equal for nights of the same tables, recommender and variant of summaries.
+    """
     tables = {name: workspace.tables[name].commit_digest(night.tables[name]) for name in TABLES if name in night.tables}
     named = {"recommender": night.release.get("recommender", ""), "summaries": night.summaries}
     return fingerprint({"format": FORMAT, "tables": tables, **named})[:16]
 
 
 def open_online_store(url: str | None, store: Store) -> OnlineStore:
-    """The store at `redis://…` or `rediss://…`, or the embedded one in a folder.
+    """The store at `redis://…` or `rediss://…`, or the embedded store in a folder.
 
-    Unset it is that of `RAYPIPE_ONLINE_STORE`, which keeps a password out of the list of processes, or else the embedded one of
-    a local workspace.
+    If `url` is None, `RAYPIPE_ONLINE_STORE` is used, which keeps a password out of the process list; without it, the
+    embedded store of a local workspace.
 
-    Raises UsageError where none is named and the workspace is on an object store, and where Redis's client is not installed.
+    Raises UsageError if no store is named and the workspace is on an object store, if Redis's client is not installed,
+    or if the URL is of another kind.
     """
     url = url or os.environ.get(ADDRESS)
     name = content_digest(store.uri)[:12]  # Two workspaces may share a store.

@@ -1,7 +1,7 @@
-"""The online store of one machine: a SQLite file for each version, a folder for all.
+"""The online store of one machine: one folder with a SQLite file for each version.
 
 A bucket is one transaction. Several processes may read while one writes; readers of a complete version take no locks.
-Dropping a version removes its file, which a reader that has it open does not notice.
+Dropping a version removes its file; a reader that has the file open can read on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _WAIT_S = 60.0
 
 
 class EmbeddedStore:
-    """Implements `OnlineStore` in `folder`, which is made at the first load."""
+    """Implements `OnlineStore` in `folder`, which is created at the first load."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -57,7 +57,7 @@ class EmbeddedStore:
                 row = db.execute("SELECT facts FROM facts").fetchone()
             except sqlite3.OperationalError as error:
                 is_begun = "no such table" in str(error)
-                # Whoever wrote was killed; the next to write rolls that back.
+                # The writer was killed; the next writer rolls its transaction back.
                 is_left = error.sqlite_errorcode == sqlite3.SQLITE_READONLY_ROLLBACK
                 if is_begun or is_left:
                     return None
@@ -71,7 +71,7 @@ class EmbeddedStore:
 
     def drop(self, version: str) -> None:
         with _told(self.folder):
-            # A rollback journal that outlived its file would be taken for the next one's.
+            # If a rollback journal outlived its file, SQLite would apply it to the next file of that name.
             for path in (self._path(version), self._path(version).with_name(f"{version}{_SUFFIX}-journal")):
                 path.unlink(missing_ok=True)
 
@@ -93,7 +93,7 @@ class EmbeddedStore:
         return True  # a version is a file, and a dropped one is deleted
 
     def check_room(self) -> None:
-        """A file forgets nothing."""
+        """Do nothing: a file evicts nothing."""
 
     def close(self) -> None:
         for db, _ in getattr(self._open, "read", {}).values():
@@ -108,20 +108,21 @@ class EmbeddedStore:
 
     @contextlib.contextmanager
     def _writing(self, version: str) -> Iterator[sqlite3.Connection]:
-        """A transaction. Killed processes leave a journal that the next one rolls back; power loss is not covered."""
+        """A write transaction. If the process is killed, the next writer rolls it back; power loss is not covered."""
         with contextlib.closing(self._connect(version, "rwc")) as db:
             db.execute("PRAGMA synchronous = OFF")
             with db:
                 yield db
 
     def _reading(self, version: str) -> sqlite3.Connection:
-        """This thread's connection to a complete version, which never changes again."""
+        """This thread's connection to a complete version. A complete version never changes."""
         if not hasattr(self._open, "read"):
             self._open.read = {}
         known: dict[str, tuple[sqlite3.Connection, int]] = self._open.read
         path = self._path(version)
         inode = path.stat().st_ino if path.exists() else 0
-        # A file that was deleted, for who was in it is forgotten, is read on by whoever has it open.
+        # A connection still reads a deleted file. A file is deleted when a user in it is forgotten, so the connection
+        # is closed.
         if version in known and known[version][1] != inode:
             known.pop(version)[0].close()
         if version not in known:

@@ -1,8 +1,8 @@
 """The online store of a cluster: a Redis server that every replica reaches.
 
-Below one prefix: a hash of the complete versions and their facts, a sorted set of all versions by when they were begun, and
-for each version a set of the buckets that are there and one hash a bucket, user id → record. A user takes about 100 bytes beside the
-record (measured), and a version is dropped by unlinking its buckets.
+The keys below one prefix are: a hash of the complete versions and their facts; a sorted set of all versions by start
+time; for each version, its number of buckets, a set of the buckets that are loaded, and one hash a bucket, user id →
+record. A user takes about 100 bytes in addition to the record (measured). Dropping a version unlinks its buckets.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from raypipe.storage.online import OnlineStoreDownError
 _USERS_A_COMMAND = 500
 _CONNECT_S = 2.0
 _ANSWER_S = 5.0
-# In a request, where everybody else of its batch waits too.
+# Shorter limits during a request, because all other requests of its batch wait too.
 _READER_CONNECT_S = 0.3
 _READER_ANSWER_S = 0.5
-_LONG_S = 0.1  # a failed try that took longer is not made again by the next request,
+_LONG_S = 0.1  # after a failed request that took longer, later requests fail at once
 _REST_S = 2.0  # for this long
 _POLL_S = 0.1
 
 
 class RedisStore:
-    """Implements `OnlineStore` below `prefix` on the server at `url`; raises UsageError for an address that is none.
+    """Implements `OnlineStore` below `prefix` on the server at `url`. Raises UsageError for an invalid address.
 
     Connections are opened at first use and shared by the threads of a process.
     """
@@ -85,9 +85,9 @@ class RedisStore:
         self._buckets.pop(version, None)
         with _told(self.host):
             self._redis.hdel(f"{self.prefix}:complete", version)
-            # Before its buckets: whoever loads a version that is half gone must not take them for loaded.
+            # This goes before the buckets: a later load of a half-deleted version must not take its buckets for loaded.
             self._redis.unlink(f"{self.prefix}:{version}:loaded")
-            # A bucket whose load was interrupted is in no set, but has its key.
+            # A bucket whose load was interrupted is in no set, but its key exists.
             buckets = int(self._redis.get(f"{self.prefix}:{version}:buckets") or 0)
             for start in range(0, buckets, _USERS_A_COMMAND):
                 chunk = range(start, min(start + _USERS_A_COMMAND, buckets))
@@ -97,7 +97,8 @@ class RedisStore:
 
     def get(self, version: str, users: Sequence[str]) -> list[bytes | None]:
         with self._in_time(), _told(self.host):
-            # Of a version that is not there nothing is kept, which another thread might read or take away meanwhile.
+            # The number of buckets is cached only for a version that exists: another thread may read or remove the
+            # entry meanwhile.
             if not (buckets := self._buckets.get(version)):
                 if not (buckets := int(self._reader.get(f"{self.prefix}:{version}:buckets") or 0)):
                     raise self._gone()
@@ -106,7 +107,8 @@ class RedisStore:
             asked: dict[int, list[int]] = {}
             for at, bucket in enumerate(homes):
                 asked.setdefault(bucket, []).append(at)
-            # In the same round trip: a server that came back empty knows nobody, which is no answer.
+            # Checked in the same round trip: a server that restarted empty knows no user, and that must not count as an
+            # answer.
             pipeline = self._reader.pipeline(transaction=False)
             pipeline.hexists(f"{self.prefix}:complete", version)
             for bucket, places in asked.items():
@@ -128,7 +130,10 @@ class RedisStore:
             return sum(size or 0 for size in pipeline.execute())
 
     def scrub(self) -> bool:
-        """Rewrite the append-only file and the snapshot, where there are any: both keep what was dropped until then."""
+        """Rewrite the append-only file and the snapshot, if the server keeps them.
+
+        Until then both still hold dropped data.
+        """
         with _told(self.host):
             try:
                 kept = {**self._redis.config_get("appendonly"), **self._redis.config_get("save")}
@@ -163,7 +168,10 @@ class RedisStore:
 
     @contextlib.contextmanager
     def _in_time(self) -> Iterator[None]:
-        """A server that hangs costs one request its time, and not each of them."""
+        """Fail at once for a while after a request that failed slowly.
+
+        So a hanging server delays one request only.
+        """
         started = time.monotonic()
         if started < self._rests_until:
             raise OnlineStoreDownError(
@@ -187,7 +195,7 @@ class RedisStore:
 
 
 def _client(url: str, connect_s: float, answer_s: float) -> Any:
-    # Once more, for a connection that the server closed meanwhile; the client's own default waits for seconds.
+    # One retry, in case the server closed the connection meanwhile. The client's default would wait for seconds.
     retry = Retry(NoBackoff(), 1, (redis.ConnectionError,))
     return redis.Redis.from_url(url, socket_connect_timeout=connect_s, socket_timeout=answer_s, retry=retry)
 

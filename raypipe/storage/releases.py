@@ -1,8 +1,8 @@
 """Releases: which recommender, language model and adapters belong together, and which release is in force.
 
-A release is content-addressed (`releases/<hash>.json`) and never changes; an alias (`releases/aliases/<alias>.json`)
-points to one, and moving it is one write. `champion` is what batch and serving read, `candidate` what is to be judged,
-`served` what the online service loaded last and found fit.
+A release is content-addressed (`releases/<hash>.json`) and never changes. An alias (`releases/aliases/<alias>.json`)
+points to a release; moving it is one write. Batch jobs and serving read `champion`. `candidate` is the release to be
+judged. `served` is the release that the online service loaded last and found fit.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ Alias = Literal["champion", "candidate", "served"]
 
 @dataclass(frozen=True)
 class Release:
-    """Models by name and content: `recommender` as NAME/HASH, `lm` as a hash or hub name, each empty where there is none,
-    `adapters` by name, `catalogue` the version of the items."""
+    """The models that belong together, by name and content.
+
+    `recommender` is NAME/HASH and `lm` a hash or hub name; each is empty if there is none. `adapters` are by name, and
+    `catalogue` is the version of the items.
+    """
 
     recommender: str = ""
     lm: str = ""
@@ -37,8 +40,11 @@ class Release:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate of these options said of a recommender: `refusal` is the problem and the remedy, empty where it passed, and
-    `told` whether a night has ended with it."""
+    """What a quality gate said of a recommender. `gate` are the options of the gate.
+
+    `refusal` is the problem and the remedy, and empty if the recommender passed. `told` says whether a night has ended
+    with this refusal.
+    """
 
     passed: bool
     metrics: Mapping[str, float]
@@ -54,13 +60,13 @@ class Releases:
         self.store = store
 
     def add(self, release: Release) -> Release:
-        """Store a release, as the newest."""
+        """Store a release as the newest one."""
         told = {**asdict(release), "created": time.time()}
         self.store.put(f"releases/{release.hash}.json", canonical_json(told).encode())
         return release
 
     def get(self, start: str) -> Release:
-        """The release whose hash starts so; UsageError where there is none, or several."""
+        """The release whose hash starts with `start`. Raises UsageError if there is none or more than one."""
         stored = self._stored()
         found = [release for name, release in stored.items() if name.startswith(start)]
         if len(found) != 1:
@@ -69,7 +75,7 @@ class Releases:
         return found[0]
 
     def hashes(self) -> list[str]:
-        """Oldest first."""
+        """The hashes of all releases, oldest first."""
         return list(self._stored())
 
     def remove(self, name: str) -> None:
@@ -77,11 +83,11 @@ class Releases:
         self.store.delete([f"releases/{name}.json"])
 
     def judge(self, recommender: str, verdict: Verdict) -> None:
-        """Keep the gate's verdict on a recommender (NAME/HASH), in the place of an earlier one."""
+        """Store the gate's verdict on a recommender (NAME/HASH). It replaces an earlier verdict."""
         self.store.put(_verdict(recommender), canonical_json(asdict(verdict)).encode())
 
     def verdict(self, recommender: str) -> Verdict | None:
-        """The last one on a recommender; None where it was not judged."""
+        """The last verdict on a recommender, or None if it was not judged."""
         data = self.store.get(_verdict(recommender))
         return None if data is None else Verdict(**json.loads(data))
 
@@ -92,11 +98,11 @@ class Releases:
         self.judge(recommender, replace(verdict, told=True))
 
     def all(self) -> list[Release]:
-        """Oldest first."""
+        """All releases, oldest first."""
         return list(self._stored().values())
 
     def _stored(self) -> dict[str, Release]:
-        """By hash, the oldest first."""
+        """All releases by hash, oldest first."""
         found = []
         for entry in self.store.list("releases"):
             name = entry.path.removeprefix("releases/").removesuffix(".json")
@@ -106,18 +112,18 @@ class Releases:
         return {name: release for _, name, release in sorted(found, key=lambda one: one[:2])}
 
     def named(self, alias: Alias) -> Release | None:
-        """The release an alias points to; None where it points to none, or to one that is gone."""
+        """The release that an alias points to; None if it points to none, or to one that no longer exists."""
         data = self.store.get(f"releases/aliases/{alias}.json")
         found = None if data is None else self.store.get(f"releases/{json.loads(data)['release']}.json")
         return None if found is None else _read(found)[0]
 
     def point(self, alias: Alias, release: Release) -> None:
-        """Move an alias; readers see the old release or the new one."""
+        """Move an alias to `release`. Readers see the old release or the new one."""
         self.store.put(f"releases/aliases/{alias}.json", canonical_json({"release": release.hash}).encode())
 
 
 def _read(data: bytes) -> tuple[Release, float]:
-    """A release and when it was last added."""
+    """A release, and the time at which it was last added."""
     told = json.loads(data)
     created = told.pop("created")
     return Release(**told), created

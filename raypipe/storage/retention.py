@@ -1,6 +1,7 @@
-"""What may go: nights, releases, models and runs that nothing kept refers to any more. Selecting deletes nothing.
+"""What may be deleted: nights, releases, models and runs to which nothing that is kept refers. Nothing is deleted here.
 
-A release is kept while a kept night or an alias names it, a model while a kept release or a kept model names it.
+A release is kept while a kept night or an alias names it. A model is kept while a kept release or a kept model names
+it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _CONTENT = re.compile(r"\b[0-9a-f]{64}\b")
 
 
 def nights_to_keep(nights: Nights, newest: int) -> list[Night]:
-    """The newest nights, and the one in force."""
+    """The `newest` nights, and the night in force."""
     dates = nights.dates()
     current = nights.current()
     kept = {*dates[-newest:], *([current.date] if current is not None else [])}
@@ -30,13 +31,16 @@ def nights_to_keep(nights: Nights, newest: int) -> list[Night]:
 
 
 def versions_to_keep(nights: Iterable[Night], releases: Iterable[Release], table: str) -> set[int]:
-    """The versions of a table that nights read, and of the items those that releases are served with."""
+    """The versions of a table that nights read.
+
+    For the items table, also the versions that releases are served with.
+    """
     of_nights = {int(night.tables[table]) for night in nights if table in night.tables}
     return of_nights | ({release.catalogue for release in releases} if table == ITEMS.name else set())
 
 
 def releases_to_keep(releases: Releases, nights: Iterable[Night], newest: int) -> set[str]:
-    """Hashes of the newest releases, of those with an alias, and of those that nights were computed with."""
+    """The hashes of the newest releases, of releases with an alias, and of releases that nights were computed with."""
     found = set(releases.hashes()[-newest:])
     found |= {str(night.release["release"]) for night in nights if "release" in night.release}
     for alias in get_args(Alias):
@@ -48,9 +52,10 @@ def releases_to_keep(releases: Releases, nights: Iterable[Night], newest: int) -
 def models_to_drop(
     models: Models, releases: Iterable[Release], newest: int, lm_content: Callable[[Model], str]
 ) -> list[Model]:
-    """Models that are neither among the newest of their name, nor named by a release, nor by a model that is kept.
+    """The models that are not among the newest of their name and that no release and no kept model names.
 
-    `lm_content` is the checkpoint hash of a stored language model, by which alone some adapters name the one they read with.
+    `lm_content` returns the checkpoint hash of a stored language model. Some adapters name their language model by this
+    hash only.
     """
     known = {f"{model.name}/{model.hash}": model for name in models.names() for model in models.all(name)}
 
@@ -80,7 +85,7 @@ def models_to_drop(
 
 
 def runs_to_drop(ledger: Ledger, newest: int) -> list[tuple[int, str]]:
-    """Numbers and keys of finished runs before the newest ones."""
+    """The numbers and keys of finished runs that are older than the `newest` ones."""
     numbers = sorted(ledger.numbers().items())
     kept = {key for _, key in numbers[-newest:]}
     return [(number, key) for number, key in numbers[:-newest] if key not in kept and _is_over(ledger, key)]

@@ -1,6 +1,7 @@
-"""The tables of a workspace: one Arrow schema each, and nothing is ever inferred.
+"""The tables of a workspace, with one Arrow schema each. No schema is ever inferred.
 
-Partition columns come last and live in Delta's log, not in the Parquet files. `bucket` is `stable_hash(user_id) % N`.
+Partition columns come last. They are stored in Delta's log, not in the Parquet files. `bucket` is `stable_hash(user_id)
+% N`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class TableSpec:
 
     @property
     def schema(self) -> pa.Schema:
-        """The schema a reader sees: the files' columns, then the partition columns."""
+        """The schema that a reader sees: the columns of the files, then the partition columns."""
         return pa.schema([*self.columns, *(pa.field(name, _PARTITION_TYPES[name]) for name in self.partition_by)])
 
 
@@ -79,7 +80,7 @@ HISTORIES = _spec(
     ("bucket",),
     ("user_id",),
 )
-# `position` is the place in the whole history, from 0, of the last event that the state has read.
+# `position` is the place, from 0 and in the whole history, of the last event that the state has read.
 HIDDEN_STATES = _spec(
     "hidden_states",
     [("user_id", pa.string()), ("position", pa.int32()), ("state", _STATE), ("change_key", pa.string())],

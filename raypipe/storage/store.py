@@ -1,8 +1,9 @@
 """Objects under one URI: a local folder or an `s3://` prefix, with the same atomic operations on both.
 
-Covered: whole-object put, create-if-absent, listing, seekable reads. Not covered: power
-loss under a local folder (nothing is fsynced; a killed process or node loses nothing).
-S3 is reached with the variables the AWS tools read: AWS_ENDPOINT_URL, AWS_ALLOW_HTTP, AWS_REGION and the credentials.
+Covered: whole-object put, create-if-absent, listing, seekable reads. Not covered: power loss under a local folder
+(nothing is fsynced; a killed process or node loses nothing).
+S3 is reached with the environment variables of the AWS tools: AWS_ENDPOINT_URL, AWS_ALLOW_HTTP, AWS_REGION and the
+credentials.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _DELETIONS = 10
 
 @dataclass(frozen=True)
 class Entry:
-    """One object: its path below the store's URI, its size in bytes, its last change in Unix seconds."""
+    """One object: its path below the store's URI, its size in bytes, and its last change in Unix seconds."""
 
     path: str
     size: int
@@ -42,9 +43,9 @@ class Entry:
 
 
 class Store:
-    """The objects below `uri`. Picklable: a worker opens its own connection at first use.
+    """The objects below `uri`. It can be pickled: a worker opens its own connection at first use.
 
-    Raises UsageError for a URI of another kind.
+    Raises UsageError if the URI is of another kind.
     """
 
     def __init__(self, uri: str) -> None:
@@ -70,18 +71,19 @@ class Store:
         if not bucket:
             raise UsageError(f"{self.uri!r} names no bucket.", "Write s3://BUCKET/PREFIX.")
         check_endpoint()
-        # Options take the place of what obstore reads of AWS_ALLOW_HTTP.
+        # Given client options replace those that obstore reads from the environment, so AWS_ALLOW_HTTP is passed on
+        # here.
         return S3Store(
             bucket, prefix=prefix or None, client_options={"allow_http": _http_is_allowed(), "timeout": "60s"}
         )
 
     def _refuse_absent_folder(self) -> None:
-        # LocalStore makes its folder when it is opened; looking into a mistyped workspace should leave no trace.
+        # LocalStore creates its folder when it is opened, but looking into a mistyped workspace should leave no trace.
         if self.is_local and not self.local_path().is_dir():
             raise FileNotFoundError(self.uri)
 
     def local_path(self, path: str = "") -> Path:
-        """The path in the file system of an object of a local store."""
+        """The path of an object of a local store in the file system."""
         assert self.is_local, f"{self.uri} has no local paths"
         return Path(self.uri) / path
 
@@ -89,20 +91,20 @@ class Store:
         return f"{self.uri}/{path}"
 
     def read(self, path: str) -> bytes:
-        """The object's bytes; raises FileNotFoundError where there is none."""
+        """The object's bytes. Raises FileNotFoundError if there is no such object."""
         with _plain_errors(self.uri):
             self._refuse_absent_folder()
             return bytes(obstore.get(self._objects, path).bytes())
 
     def get(self, path: str) -> bytes | None:
-        """The object's bytes, or None where there is none."""
+        """The object's bytes, or None if there is no such object."""
         try:
             return self.read(path)
         except FileNotFoundError:
             return None
 
     def download(self, path: str, target: Path) -> None:
-        """The object as a file, piece by piece; raises FileNotFoundError where there is none."""
+        """Write the object to the file `target`, piece by piece. Raises FileNotFoundError if it does not exist."""
         with _plain_errors(self.uri), target.open("wb") as file:
             self._refuse_absent_folder()
             for piece in obstore.get(self._objects, path).stream():
@@ -112,7 +114,7 @@ class Store:
         return self.size(path) is not None
 
     def size(self, path: str) -> int | None:
-        """Bytes of the object, or None where there is none."""
+        """The size of the object in bytes, or None if there is no such object."""
         try:
             with _plain_errors(self.uri):
                 self._refuse_absent_folder()
@@ -121,12 +123,12 @@ class Store:
             return None
 
     def put(self, path: str, data: bytes) -> None:
-        """Write the whole object; a reader sees the old bytes or the new, never a part."""
+        """Write the whole object. A reader sees the old bytes or the new ones, never a part."""
         with _plain_errors(self.uri, writing=True):
             obstore.put(self._objects, path, data)
 
     def create(self, path: str, data: bytes) -> bool:
-        """Write the object only where there is none; False where another came first."""
+        """Write the object only if it does not exist. Returns False if it exists already."""
         try:
             with _plain_errors(self.uri, writing=True):
                 obstore.put(self._objects, path, data, mode="create", use_multipart=False)
@@ -135,13 +137,16 @@ class Store:
         return True
 
     def folders(self, prefix: str) -> list[str]:
-        """The names directly below `prefix` that hold objects, without reading what they hold."""
+        """The names directly below `prefix` that hold objects. What they hold is not read."""
         with _plain_errors(self.uri):
             found = obstore.list_with_delimiter(self._objects, prefix)["common_prefixes"]
         return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in found)
 
     def unfinished(self) -> list[Path]:
-        """Files `NAME#N` of a local store, which no listing shows: NAME half written, or left so by a writer that was killed."""
+        """The files `NAME#N` of a local store: NAME is being written, or a killed writer left it half written.
+
+        No listing shows these files.
+        """
         if not self.is_local:
             return []
         return sorted(path for path in self.local_path().rglob("*#*") if _UNFINISHED.fullmatch(path.name))
@@ -156,17 +161,20 @@ class Store:
         return sorted(entries, key=lambda entry: entry.path)
 
     def delete(self, paths: Iterable[str]) -> None:
-        """Delete the objects; one that is not there is no error."""
+        """Delete the objects. An object that does not exist is no error."""
         if not self.is_local:
             with _plain_errors(self.uri):
-                obstore.delete(self._objects, list(paths))  # a request for a thousand
+                obstore.delete(self._objects, list(paths))  # one request deletes up to a thousand
             return
         for path in paths:
             with contextlib.suppress(FileNotFoundError), _plain_errors(self.uri):
                 obstore.delete(self._objects, path)
 
     def delete_folder(self, prefix: str) -> None:
-        """Delete everything below `prefix`; what another deletes or writes there at the same time is no error."""
+        """Delete everything below `prefix`.
+
+        It is no error if another process deletes or writes there at the same time.
+        """
         if not self.is_local:
             self.delete(entry.path for entry in self.list(prefix))
             return
@@ -183,14 +191,18 @@ class Store:
                         raise
 
     def open_input(self, path: str) -> pa.NativeFile:
-        """A seekable file over the object, for Arrow's readers."""
+        """A seekable file that reads the object, for Arrow's readers."""
         with _plain_errors(self.uri):
             if self.is_local:
                 return pa.OSFile(str(self.local_path(path)))
             return pa.PythonFile(_Seekable(obstore.open_reader(self._objects, path)), mode="r")
 
     def check_writable(self) -> None:
-        """Raise UsageError where nothing can be written below the URI, UnavailableError where an object store does not answer."""
+        """Check that the store can be written.
+
+        Raises UsageError if nothing can be written below the URI, and UnavailableError if an object store does not
+        answer.
+        """
         probe = f".probe-{uuid.uuid4().hex}"
         try:
             self.put(probe, b"raypipe")
@@ -202,7 +214,7 @@ class Store:
             ) from error
 
     def free_bytes(self) -> int | None:
-        """Bytes free below a local store, None on an object store."""
+        """The free bytes of the disk of a local store, or None on an object store."""
         if not self.is_local:
             return None
         folder = self.local_path()
@@ -212,7 +224,7 @@ class Store:
 
 
 def check_endpoint() -> str:
-    """AWS_ENDPOINT_URL, or "" where it is not set; raises UsageError when it is http:// and that is not allowed."""
+    """AWS_ENDPOINT_URL, or "" if it is not set. Raises UsageError if it starts with http:// and that is not allowed."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
     if endpoint.lower().startswith("http://") and not _http_is_allowed():
         raise UsageError(
@@ -227,7 +239,7 @@ def _http_is_allowed() -> bool:
 
 
 class _Seekable:
-    """obstore's reader with the names Arrow calls."""
+    """An obstore reader with the method names that Arrow calls."""
 
     def __init__(self, reader: Any) -> None:
         self._reader = reader
@@ -257,7 +269,10 @@ class _Seekable:
 
 @contextlib.contextmanager
 def _plain_errors(uri: str, writing: bool = False) -> Iterator[None]:
-    """Turn what object stores and disks raise into one paragraph each; absent and existing stay Python's own errors."""
+    """Turn the errors of object stores and disks into errors of one paragraph each.
+
+    FileNotFoundError and FileExistsError stay Python's own errors.
+    """
     try:
         yield
     except RaypipeError:

@@ -1,8 +1,9 @@
 """Delta tables: pinned reads by file list, staged Parquet, and one transaction per publish.
 
-A worker only stages: its files lie in the table's folder, unknown to readers until the driver's commit names them. The
-commit replaces exactly the partitions it names, and carries an application transaction `(app, number)` so that a publish
-repeated after a crash is recognised and left alone (Delta itself does not refuse a repeated number).
+A worker only stages files: they lie in the table's folder, and readers do not see them until the driver's commit names
+them. The commit replaces exactly the partitions it names. It carries an application transaction `(app, number)`, so
+that a publish that is repeated after a crash is recognised and skipped (Delta itself does not refuse a repeated
+number).
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from raypipe.storage.store import Store, check_endpoint
 
 ABSENT = -1
 _ROW_GROUP = 8192
-# Delta would forget versions after 30 days; how long a night is kept is `vacuum`'s to say.
+# Delta would drop old versions after 30 days, but `vacuum` decides how long a night is kept.
 _AFTER_COMMIT = PostCommitHookProperties(cleanup_expired_logs=False)
 _SAFE = re.compile(r"[A-Za-z0-9._-]+")
 
 
 @dataclass(frozen=True)
 class StagedFile:
-    """One Parquet file in a table's folder: path below the folder, bytes, rows, sha256, partition values as text."""
+    """One Parquet file of a table: path below the table's folder, bytes, rows, SHA-256, partition values as text."""
 
     path: str
     size: int
@@ -45,7 +46,7 @@ class StagedFile:
 
 
 class Table:
-    """One Delta table of a workspace, in `tables/<name>` unless another folder is named."""
+    """One Delta table of a workspace. Its folder is `tables/<name>` unless another one is given."""
 
     def __init__(self, store: Store, spec: TableSpec, folder: str = "") -> None:
         self.store = store
@@ -58,12 +59,12 @@ class Table:
         return self.store.object_uri(self.folder)
 
     def version(self) -> int:
-        """The newest version, or `ABSENT`."""
+        """The newest version, or `ABSENT` if the table does not exist."""
         newest = self._open()
         return ABSENT if newest is None else int(newest.version())
 
     def files(self, version: int, **partition: str | int) -> list[StagedFile]:
-        """The data files of `version`, of the named partition values only."""
+        """The data files of `version`, only those with the given partition values."""
         if version == ABSENT:
             return []
         wanted = {name: str(value) for name, value in partition.items()}
@@ -71,22 +72,22 @@ class Table:
         return [file for file in self._all_files(version) if wanted.items() <= dict(file.partition).items()]
 
     def paths(self, version: int, **partition: str | int) -> set[str]:
-        """Of these data files: the same ones hold the same rows."""
+        """The paths of these data files. Equal paths hold equal rows."""
         return {file.path for file in self.files(version, **partition)}
 
     def partitions(self, version: int, **partition: str | int) -> list[tuple[dict[str, str | int], list[StagedFile]]]:
-        """The data files of `version` by the values of their partition, of the named values only."""
+        """The data files of `version`, grouped by partition, only those with the given partition values."""
         found: dict[tuple[tuple[str, str], ...], list[StagedFile]] = {}
         for file in self.files(version, **partition):
             found.setdefault(tuple(file.partition.items()), []).append(file)
         return [(dict(values), files) for values, files in found.items()]
 
     def read(self, version: int, columns: Sequence[str] | None = None, **partition: str | int) -> pa.Table:
-        """The rows of `version` in the named partitions, in the table's schema."""
+        """The rows of `version` in the given partitions, in the table's schema."""
         return self.read_files(self.files(version, **partition), columns)
 
     def read_files(self, files: Iterable[StagedFile], columns: Sequence[str] | None = None) -> pa.Table:
-        """The rows of data files of this table, cast to its schema, partition columns included."""
+        """The rows of data files of this table, cast to its schema, with the partition columns."""
         schema = self.spec.schema
         if columns is not None:
             schema = pa.schema([schema.field(name) for name in columns])
@@ -99,16 +100,19 @@ class Table:
         return sum(file.rows for file in self.files(version))
 
     def commit_digest(self, version: int) -> str:
-        """Of what the log says of this version's commit, its time among it: no other table's is the same, nor that of a table which
-        was made anew or came back from a backup, whose versions are counted from where it stood."""
+        """32 hex digits of a hash over the log's entry of this version's commit.
+
+        The entry holds the commit's time. So versions of different tables have different digests, even if a table was
+        created anew or restored from a backup and counts the same version numbers again.
+        """
         commit = self.store.get(f"{self.folder}/_delta_log/{version:020d}.json")
         return hashlib.sha256(commit or b"").hexdigest()[:32]
 
     def stage(self, rows: pa.Table, name: str, partition: Mapping[str, str | int] | None = None) -> StagedFile:
         """Write `rows` (without partition columns) as one data file that no reader sees before `publish`.
 
-        `name` makes the file's own name and must differ between attempts. Raises ArrowInvalid where the rows do not
-        fit the table's schema.
+        The file is called `name`, which must differ between attempts. Raises ArrowInvalid if the rows do not fit the
+        table's schema.
         """
         values = {key: str((partition or {})[key]) for key in self.spec.partition_by}
         assert all(_SAFE.fullmatch(value) for value in values.values()), f"unsafe partition value in {values}"
@@ -117,9 +121,10 @@ class Table:
         rows = rows.select(self.spec.columns.names).cast(self.spec.columns)
         buffer = pa.BufferOutputStream()
         leaves = _leaves(rows.schema)
-        # Times are nearly all different and nearly sorted: a dictionary of them is wasted work, their differences are small.
+        # Times are nearly all different and nearly sorted: a dictionary of them is wasted work, but their differences
+        # are small.
         deltas = {name: "DELTA_BINARY_PACKED" for name, kind in leaves.items() if kind == pa.int64()}
-        # Of states and scores a dictionary takes five times the time and half as much space again.
+        # A dictionary of states and scores takes five times the time and half as much space again.
         repeated = [name for name, kind in leaves.items() if name not in deltas and not pa.types.is_floating(kind)]
         pq.write_table(
             rows,
@@ -134,19 +139,20 @@ class Table:
         return StagedFile(path, len(data), rows.num_rows, hashlib.sha256(data).hexdigest(), values)
 
     def unneeded(self, keep: Iterable[int], grace_hours: int = 0) -> list[StagedFile]:
-        """The files in the table's folder that neither the newest version nor those of `keep` name.
+        """The files in the table's folder that neither the newest version nor the versions in `keep` name.
 
-        What lost its place within the last `grace_hours`, or was staged in them, is not among them.
+        Files that were replaced or staged within the last `grace_hours` are not among them.
         """
         newest, entries = self._open(), self.store.list(self.folder)
         if newest is None:
             before = time.time() - 3600 * grace_hours
             old = (entry for entry in entries if entry.modified <= before)
             return [StagedFile(entry.path.removeprefix(f"{self.folder}/"), entry.size, 0) for entry in old]
-        # Versions that a log lost are nobody's any more.
+        # Versions that are no longer in the log cannot be kept.
         kept = {version for version in set(keep) - {ABSENT} if self._open(version) is not None}
         versions = sorted({*kept, int(newest.version())})
-        # A dry run commits nothing: a new version of equal rows would be news to everybody who compares versions.
+        # A dry run commits nothing. A commit would make a new version of equal rows, which every job that compares
+        # versions would take for new data.
         paths = newest.vacuum(
             grace_hours, dry_run=True, enforce_retention_duration=False, full=True, keep_versions=versions
         )
@@ -156,16 +162,16 @@ class Table:
         ]
 
     def remove(self, files: Iterable[StagedFile]) -> None:
-        """Delete files from the table's folder; the caller knows that no version that is read names them."""
+        """Delete files from the table's folder. The caller must know that no version that is still read names them."""
         self.store.delete(f"{self.folder}/{file.path}" for file in files)
 
     def published_number(self, app: str) -> int:
-        """The newest application transaction of `app`, or 0."""
+        """The number of the newest application transaction of `app`, or 0 if there is none."""
         newest = self._open()
         return int((newest.transaction_version(app) if newest is not None else None) or 0)
 
     def check_staged(self, staged: Iterable[StagedFile]) -> None:
-        """Raise RaypipeError where a staged file is missing or cut short."""
+        """Raise RaypipeError if a staged file is missing or truncated."""
         files = list(staged)
         with ThreadPoolExecutor(16) as readers:
             sizes = list(readers.map(lambda file: self.store.size(f"{self.folder}/{file.path}"), files))
@@ -189,9 +195,9 @@ class Table:
     ) -> int:
         """Commit the staged files in one transaction and return the table's version.
 
-        `mode` is "append", or "overwrite" of exactly the partitions in `replaces` (of everything where the table has
-        no partitions). A transaction already committed is left alone. Raises RaypipeError when a staged file is
-        missing or cut short, or when another writer came first.
+        `mode` is "append", or "overwrite", which replaces exactly the partitions in `replaces` (everything if the table
+        has no partitions). A transaction that was committed before is skipped. Raises RaypipeError if a staged file is
+        missing or truncated, or if another writer committed first.
         """
         if self.published_number(app) >= number:
             return self.version()
@@ -235,7 +241,8 @@ class Table:
                     post_commithook_properties=_AFTER_COMMIT,
                 )
         except DeltaError as error:
-            # The answer to a commit may be lost: asked again, the store says that there is one already.
+            # The answer to a commit may be lost. The commit is then tried again, and the store says that it exists
+            # already.
             if not self._has_committed(staged, app, number):
                 raise RaypipeError(
                     f"Another writer changed table {self.spec.name} during this publish ({error}).",
@@ -244,14 +251,17 @@ class Table:
         return self.version()
 
     def _has_committed(self, staged: Sequence[StagedFile], app: str, number: int) -> bool:
-        """Whether the newest version is of this transaction and holds these very files."""
+        """Whether the newest version was committed by this transaction and contains all these staged files."""
         version = self.version()
         if version == ABSENT or self.published_number(app) != number:
             return False
         return {file.path for file in staged} <= {file.path for file in self._all_files(version)}
 
     def _add_columns(self, newest: DeltaTable) -> None:
-        """Name in the log what the schema has gained, in a commit of its own: an append cannot."""
+        """Add the columns that the schema has gained to the log, in a separate commit.
+
+        An append cannot add columns.
+        """
         known = {column.name for column in newest.schema().fields}
         if gained := [column for column in Schema.from_arrow(self.spec.schema).fields if column.name not in known]:
             newest.alter.add_columns(gained, post_commithook_properties=_AFTER_COMMIT)
@@ -293,13 +303,13 @@ class Table:
             if name in self.spec.partition_by:
                 value = pa.scalar(file.partition[name]).cast(schema.field(name).type)
                 rows = rows.append_column(name, pa.repeat(value, rows.num_rows))
-            elif name not in there:  # the column is younger than the file
+            elif name not in there:  # the file was written before the column was added
                 rows = rows.append_column(name, pa.nulls(rows.num_rows, schema.field(name).type))
         return rows.select(schema.names).cast(schema)
 
 
 def _leaves(schema: pa.Schema) -> dict[str, pa.DataType]:
-    """Parquet's names of the schema's leaf columns, and their types."""
+    """The names that Parquet gives the leaf columns of the schema, with their types."""
     leaves: dict[str, pa.DataType] = {}
     for column in schema:
         if pa.types.is_map(column.type):
@@ -313,7 +323,7 @@ def _leaves(schema: pa.Schema) -> dict[str, pa.DataType]:
 
 
 def _filters(replaces: Sequence[Mapping[str, str | int]]) -> list[tuple[str, str, Any]] | None:
-    """Delta's filter for a set of partitions that vary in one column only."""
+    """Delta's filter for a set of partitions that differ in at most one column."""
     if not replaces:
         return None
     columns = list(replaces[0])

@@ -1,6 +1,6 @@
-"""Bearer tokens of the online service: several, named, each revocable; what is stored is their hash.
+"""Bearer tokens of the online service: several, each with a name and revocable. Only their hashes are stored.
 
-A token is 256 random bits, so that its plain SHA-256 cannot be turned back. It is shown once, when it is made.
+A token is 256 random bits, so its plain SHA-256 cannot be inverted. It is shown once, when it is made.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ _PREFIX = "rp_"
 
 @dataclass(frozen=True)
 class Token:
-    """Who asks: the hash of the token, and how many requests a second a replica takes from it, at most `burst` at once."""
+    """A client's token: its hash and its rate limit.
+
+    Each replica accepts `requests_per_s` requests a second from it, and at most `burst` at once.
+    """
 
     name: str
     sha256: str
@@ -39,7 +42,10 @@ class Tokens:
         self.store = store
 
     def make(self, name: str, requests_per_s: float, burst: int) -> str:
-        """A new token in plain text; only its hash is stored. Raises UsageError for a name that is taken or none."""
+        """Make a token and return it as plain text; only its hash is stored.
+
+        Raises UsageError if the name is taken or invalid.
+        """
         if not _NAME.fullmatch(name):
             raise UsageError(
                 f"{name!r} is no name for a token.",
@@ -54,7 +60,7 @@ class Tokens:
         return secret
 
     def revoke(self, name: str) -> Token:
-        """Refuse this token from now on; raises UsageError where there is none."""
+        """Refuse this token from now on. Raises UsageError if there is no such token."""
         found = next((token for token in self.all() if token.name == name), None)
         if found is None:
             known = ", ".join(token.name for token in self.all()) or "none"

@@ -1,6 +1,6 @@
-"""Forgotten users: of each, two hashes of the id are kept, enough to keep an old log from bringing them back.
+"""Tombstones of forgotten users. Two hashes of each id are kept, so that an old log cannot bring the user back.
 
-Neither has a secret: whoever can read the table and guesses an id can check that it was forgotten.
+Neither hash is keyed with a secret: anyone who can read the table and guesses an id can check that it was forgotten.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ def tombstone_rows(user_ids: list[str]) -> pa.Table:
 
 
 def is_forgotten(users: pa.Array, tombstones: pa.Table) -> NDArray[np.bool_]:
-    """Which of `users` (unique ids) have a tombstone: [users]. The cheap hash first, the digest only where it matches."""
+    """Which of `users` (unique ids) have a tombstone: bool [users].
+
+    The cheap hash is compared first, and the digest only where the hash matches.
+    """
     forgotten = np.zeros(len(users), bool)
     if tombstones.num_rows == 0:
         return forgotten

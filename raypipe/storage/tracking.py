@@ -1,7 +1,8 @@
 """MLflow beside the workspace: one MLflow run per run key, found again by its tag, and the model registry.
 
-A local workspace keeps its own `mlflow.db` (sqlite, one machine). A workspace on an object store needs a tracking server. One that
-does not answer, and a database that is damaged, is told of: what is published and stored does not depend on it.
+A local workspace keeps its own `mlflow.db` (SQLite, one machine). A workspace on an object store needs a tracking
+server. A server that does not answer or a damaged database is only reported: what is published and stored does not
+depend on it.
 """
 
 from __future__ import annotations
@@ -17,18 +18,21 @@ from raypipe.storage.hashing import content_digest
 from raypipe.storage.models import Model
 from raypipe.storage.store import Store
 
-# A run key is unique within a workspace, and a tracking server has runs of many.
+# A run key is unique within a workspace, but a tracking server holds runs of many workspaces.
 _TAG = "raypipe.run"
 _EXPERIMENT = "raypipe"
-# MLflow's own patience, of minutes for each request, would be the whole job's.
+# MLflow's default retries take minutes for each request, and the whole job would wait for them.
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
-# What figures' names have and MLflow's may not.
+# Characters that occur in names of figures and that MLflow does not accept.
 _IN_WORDS = str.maketrans({"@": "_at_", "–": "-", ">": "over", ",": ""})
 
 
 class Tracking:
-    """Where runs and models are reported. `mode` is "auto" or "off"; nothing is imported or opened while off. `tell` gets a line
-    where a report did not arrive."""
+    """Where runs and models are reported.
+
+    `mode` is "auto" or "off"; when it is "off", nothing is imported or opened. `tell` is called with a line of text
+    when a report did not arrive.
+    """
 
     def __init__(self, store: Store, mode: str, tell: Callable[[str], None]) -> None:
         self.store = store
@@ -44,7 +48,10 @@ class Tracking:
         files: Mapping[str, str] | None = None,
         **tags: str,
     ) -> None:
-        """Report a finished run, with `files` (name → text) as its artifacts; the same run key reopens the same MLflow run."""
+        """Report a finished run, with `files` (name → text) as its artifacts.
+
+        The same run key reopens the same MLflow run.
+        """
         if self.uri is None:
             return
         with self._told(f"the run {run_key[:12]} of {job}"):
@@ -74,7 +81,7 @@ class Tracking:
             client.set_terminated(run_id)
 
     def register(self, model: Model) -> None:
-        """Make the registry point to a stored model; the same content is registered once."""
+        """Register a stored model in MLflow's registry. The same content is registered once."""
         if self.uri is None:
             return
         with self._told(f"the model {model.name}/{model.hash[:12]}"):
@@ -87,7 +94,7 @@ class Tracking:
                 client.create_model_version(name, source, tags={"recipe": model.recipe})
 
     def unregister(self, model: Model) -> None:
-        """Delete what points to a stored model that is to be removed."""
+        """Delete the registry's entries of a stored model that will be removed."""
         if self.uri is None:
             return
         with self._told(f"the end of the model {model.name}/{model.hash[:12]}"):
@@ -113,14 +120,14 @@ class Tracking:
             os.environ.setdefault(name, value)
         from mlflow import MlflowClient
 
-        # After the import, which sets levels of its own.
+        # After the import, because the import sets levels of its own.
         for name in ("alembic", "mlflow"):
             logging.getLogger(name).setLevel(logging.WARNING)
         return MlflowClient(self.uri, registry_uri=self.uri)
 
 
 def tracking_uri(store: Store) -> str:
-    """`MLFLOW_TRACKING_URI`, or the local workspace's own sqlite; UsageError where neither is possible."""
+    """`MLFLOW_TRACKING_URI`, or the SQLite database of a local workspace. Raises UsageError if neither is possible."""
     if from_environment := os.environ.get("MLFLOW_TRACKING_URI"):
         return from_environment
     if not store.is_local:

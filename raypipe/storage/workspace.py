@@ -1,6 +1,6 @@
-"""A workspace: one URI, one format version, and all that lies below it.
+"""A workspace: one URI, one format version, and everything below it.
 
-workspace.json      format version, time or order kind, number of user buckets: decided once
+workspace.json      format version, time or order kind, number of user buckets; fixed at the first ingest
 tables/<name>       Delta tables (storage/schemas.py)
 ledger/, locks/, staging/, models/, nights/
 """
@@ -27,7 +27,10 @@ _INFO = "workspace.json"
 
 @dataclass(frozen=True)
 class WorkspaceInfo:
-    """Its format, for ever "time" or "order", and the number of user buckets (a power of two)."""
+    """The workspace's format, its kind ("time" or "order") and its number of user buckets (a power of two).
+
+    The kind never changes.
+    """
 
     format: int
     kind: str
@@ -55,7 +58,7 @@ class Workspace:
         return Ledger(self.store, job)
 
     def info(self) -> WorkspaceInfo | None:
-        """What was decided at the first ingest, or None before it; raises UsageError for another format version."""
+        """What was decided at the first ingest, or None before it. Raises UsageError for another format version."""
         if (raw := _read_info(self.store)) is None:
             return None
         if (found := int(raw["format"])) != FORMAT:
@@ -66,7 +69,7 @@ class Workspace:
         return WorkspaceInfo(**raw)
 
     def require_info(self) -> WorkspaceInfo:
-        """`info()`, or UsageError where nothing was ingested yet."""
+        """`info()`. Raises UsageError if nothing was ingested yet."""
         info = self.info()
         if info is None:
             raise UsageError(
@@ -76,18 +79,21 @@ class Workspace:
         return info
 
     def decide(self, kind: str, buckets: int) -> WorkspaceInfo:
-        """Fix kind and buckets at the first ingest; a workspace that has decided keeps its decision."""
+        """Fix the kind and the number of buckets at the first ingest.
+
+        Later calls change nothing and return the first decision.
+        """
         info = WorkspaceInfo(FORMAT, kind, buckets)
         self.store.create(_INFO, canonical_json(asdict(info)).encode())
         return self.require_info()
 
     def record_buckets(self, buckets: int) -> None:
-        """Every table is split into so many buckets from now on."""
+        """Record that every table is split into this number of buckets from now on."""
         info = replace(self.require_info(), buckets=buckets)
         self.store.put(_INFO, canonical_json(asdict(info)).encode())
 
     def open_runs(self) -> list[Run]:
-        """Of every job the runs that began and have not ended, in the order of their numbers."""
+        """The runs of every job that began and have not ended; each job's runs are in the order of their numbers."""
         found = []
         for job in self.store.folders("ledger"):
             ledger = self.ledger(job)
@@ -96,7 +102,7 @@ class Workspace:
         return found
 
     def training_locks(self) -> list[str]:
-        """The locks that trainings of this workspace have taken or may take."""
+        """The names of the locks that trainings in this workspace have taken or may take."""
         taken = {
             entry.path.removeprefix("locks/").split("/")[0].removesuffix(".lock") for entry in self.store.list("locks")
         }
@@ -104,7 +110,7 @@ class Workspace:
         return sorted({name for name in taken if name.startswith("models-")} | stored)
 
     def check_kind(self, kind: str) -> None:
-        """Raise UsageError where a log of `kind` cannot go into this workspace."""
+        """Raise UsageError if a log of `kind` cannot go into this workspace."""
         info = self.info()
         if info is not None and info.kind != kind:
             raise UsageError(
@@ -130,7 +136,10 @@ def _read_info(store: Store) -> dict[str, Any] | None:
 
 
 def choose_buckets(users: int) -> int:
-    """A power of two, at least 4, of about 5,000 users each."""
+    """The number of buckets for so many users.
+
+    It is a power of two and at least 4, with at most 5,000 users a bucket on average.
+    """
     buckets = MIN_BUCKETS
     while buckets * USERS_PER_BUCKET < users:
         buckets *= 2

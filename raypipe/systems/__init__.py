@@ -1,1 +1,1 @@
-"""The published methods: examples in, trained part out, answers judged; and the summaries they all read."""
+"""The published methods (examples in, a trained part out, answers judged) and the summaries that they all read."""

@@ -1,9 +1,9 @@
-"""Blocks of histories and what they depend on, for a whole bucket at once.
+"""Blocks of histories and the keys of what they depend on, for a whole bucket at once.
 
-Blocks never move: block k of a user is events 5k ... 5k+4 from the first event ever, and a window drops whole blocks.
-A block's key is a hash of its items' content and of the recipe that summarises it, where `cumulative` of all blocks up to
-it; a user's change key is a hash of the window's block keys and of the merge's recipe. Times are not in them: the prompts
-do not show them.
+Blocks never move: with 5 items per block, block k of a user is events 5k ... 5k+4 counted from the first event ever,
+and a window drops whole blocks. A block's key is a hash of its items' content and of the recipe that summarises it;
+with `cumulative` it covers all blocks up to and including this one. A user's change key is a hash of the window's block
+keys and of the merge's recipe. Event times are not part of the keys, because the prompts do not show them.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Integers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class BucketBlocks:
-    """Every window block of every user of a bucket, users in order.
+    """The blocks inside the window of every user of a bucket, users in order.
 
-    `bounds` [users + 1] delimits a user's blocks. Per block: `number` (from the first event ever), `start` and `length`
-    (events, counted over the whole bucket), whether it is `full`, `key` (hex). Per user: `covered` full blocks ever,
-    `covered_key`, `change_key`.
+    `bounds` [users + 1] delimits each user's blocks. Per block: `number` (counted from the first event ever), `start`
+    and `length` (in events; `start` counts over the whole bucket), whether it is `full`, and its `key` (hex). Per user:
+    `covered`, the number of full blocks in the whole history, their `covered_key`, and the `change_key`.
     """
 
     bounds: Integers
@@ -53,8 +53,8 @@ def cut_blocks(
 ) -> BucketBlocks:
     """Cut the histories of a bucket into blocks.
 
-    `items` [events] are item indices, `lengths` [users] sums to events, `item_lanes` [items + 1, 2] are content hashes;
-    without `window_events` every block is in the window.
+    `items` [events] are item indices, `lengths` [users] are events per user, `item_lanes` [items + 1, 2] are content
+    hashes. If `window_events` is None, every block is in the window.
     """
     lengths = np.asarray(lengths, np.int64)
     blocks = -(-lengths // block_items)

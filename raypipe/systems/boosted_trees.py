@@ -1,9 +1,9 @@
-"""Boosted trees on counts and text: what a scorer of candidates without a language model reaches.
+"""Boosted trees on counts and text: a baseline that scores candidates without a language model.
 
-Of a user and a candidate the trees see how popular it is, how often it followed the user's last items, how often it is chosen
-together with any of them, how like their texts its text is, and when the user chose it before. They learn from the last events
-of the training histories, each beside items drawn at random, with counts of what came before these events alone: counts that
-hold the very event would give its item away.
+The trees see a candidate's popularity, how often it followed the user's last items, how often it is chosen together
+with any of them, how similar its text is to theirs, and how lately the user chose it before. They learn from the last
+events of the training histories; each event's item stands beside items drawn at random. The counts cover only what came
+before these events: counts that include the event itself would give its item away.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _WINDOWS = (1, 5, None)
 
 
 class Features(Protocol):
-    """What is known of users and candidates, by the counts of some histories."""
+    """Features of users and candidates, computed from the counts of some histories."""
 
     def values(self, prefixes: Histories, candidates: NDArray[np.int32]) -> NDArray[np.float32]:
-        """[n, candidates, features], of items int32 [n, candidates] after each prefix."""
+        """Features float32 [n, candidates, features] of the items int32 [n, candidates] after each prefix."""
         ...
 
 
 class TreesConfig(Config):
-    """Gradient boosting over histograms (scikit-learn's), of log loss."""
+    """Options of scikit-learn's histogram-based gradient boosting, with log loss."""
 
     events: int = shaping(3, "last events of every training history that are learnt", ge=1)
     negatives: int = shaping(20, "items drawn beside each of them", ge=1)
@@ -50,7 +50,11 @@ class TreesConfig(Config):
     seed: int = shaping(0, "of the drawn items")
 
     def fit(self, training: Histories, items: int, features: Callable[[Histories], Features]) -> BoostedTrees:
-        """From histories of so many items, seen by the features of counts. Raises ValueError where nothing can be learnt."""
+        """Train the trees on histories over a catalogue of `items` items.
+
+        `features` makes the features from the histories that may be counted. Raises ValueError if no history has two
+        events and leaves enough items unseen to draw from.
+        """
         learnt = [np.zeros((0, 0, 0), np.float32)]
         for back in range(1, self.events + 1):
             before = training.without_last(back)
@@ -70,7 +74,7 @@ class TreesConfig(Config):
             raise ValueError("No history has two events and leaves its user items enough that were never chosen.")
         chosen = np.zeros(seen_by.shape[:2], bool)
         chosen[:, 0] = True
-        # Workers import this module and learn no trees, and scikit-learn takes as long to import as torch.
+        # Imported here: workers import this module without training trees, and scikit-learn imports as slowly as torch.
         from sklearn.ensemble import HistGradientBoostingClassifier
 
         trees = HistGradientBoostingClassifier(
@@ -87,20 +91,24 @@ class TreesConfig(Config):
 
 @dataclass(frozen=True)
 class BoostedTrees:
-    """The trees, and features by the counts of all training histories."""
+    """The trained trees, and features computed from the counts of all training histories."""
 
     trees: HistGradientBoostingClassifier
     features: Features
 
     def scores(self, prefixes: Histories, candidates: NDArray[np.int32]) -> NDArray[np.float64]:
-        """[n, candidates], of items int32 [n, candidates] after each prefix."""
+        """Scores float64 [n, candidates] of the items int32 [n, candidates] after each prefix."""
         features = self.features.values(prefixes, candidates)
         return self.trees.decision_function(features.reshape(-1, features.shape[2])).reshape(candidates.shape)
 
 
 class CountsAndTexts:
-    """Popularity, transitions, co-occurrence, likeness of texts and earlier choices, each for the last event, the last five and
-    the last `history`; `vectors` [items + 1, terms] of the items' texts are of length 1."""
+    """Features from counts and texts.
+
+    Popularity and the history's length stand once. Transitions, co-occurrence, text similarity and earlier choices
+    stand once each for the last event, the last five and the last `history` events. `vectors` [items + 1, terms] are
+    the text vectors of the items, of length 1.
+    """
 
     def __init__(self, base: Histories, vectors: csr_array, history: int) -> None:
         self.vectors, self.history = vectors, history

@@ -1,15 +1,17 @@
-"""What counts and texts tell of a candidate, as whole numbers from 0 to 9 that stand in its line of a prompt.
+"""Facts about a candidate from counts and texts, as whole numbers from 0 to 9 in the candidate's line of a prompt.
 
-A small language model cannot know what is popular, nor what is chosen together; these numbers state it:
+A small language model cannot know which items are popular or chosen together; these numbers state it:
 
     chosen   how often anybody chose it
-    again    how often this user did
-    near     how near it is to what is chosen together with items like the user's last one, and like all of theirs
-    alike    how like its text is to that of their last item, and to those of all
-    linked   in how many ways two steps of being chosen together lead to it
+    again    how often this user chose it
+    near     how near it is to what is chosen together with items similar to the user's; two numbers
+    alike    how similar its text is to the texts of the user's items; two numbers
+    linked   how many paths of two co-occurrence steps lead to it from the user's items
 
-0 is nothing; else a number is the place among what random items have, finer at the top, so that a longer log moves no number.
-All of it is taken from the histories that `Facts.of` is given: those that end before the event that is asked for.
+Of two numbers, the first is for the user's last item and the second for all their items.
+0 means nothing at all. `again` is the count itself, at most 9. Every other number is the quantile among the values that
+random items have, with finer steps at the top, so that a longer log does not shift the numbers. All counts come from
+the histories given to `Facts.of`, which end before the event that is asked about.
 """
 
 from __future__ import annotations
@@ -29,19 +31,23 @@ from raypipe.recommenders.windows import Histories
 FORM = "chosen {} again {} near {} {} alike {} {} linked {}"
 NAMES = ("chosen", "again", "near last", "near", "alike last", "alike", "linked")
 _PLACES = (0.25, 0.5, 0.7, 0.82, 0.9, 0.95, 0.98, 0.993)
-_NEIGHBOURS = 20  # items of like text, itself included, by which `near` is smoothed
+_NEIGHBOURS = 20  # items of similar text, the item itself included, over which `near` is smoothed
 _FILE = "facts.safetensors"
 _MATRICES = ("together", "vectors", "neighbours")
 _PARTS = ("data", "indices", "indptr")
 _TERMS = 50_000
 _AT_ONCE = 512
-_SAMPLE = 128  # histories, each beside as many random items, that numbers are graded by
+_SAMPLE = 128  # random histories, each with as many random items, from which the grades' edges are taken
 
 
 @dataclass(frozen=True)
 class Facts:
-    """By the counts of some histories. `vectors` [items + 1, terms] of the items' texts are of length 1, `neighbours`
-    [items + 1, items + 1] has of each item those of like text, rows of sum 1; `history` last events of a user are seen."""
+    """The counts and texts from which facts are computed.
+
+    `popularity` [items + 1] and `together` [items + 1, items + 1] are counts of some histories. `vectors`
+    [items + 1, terms] are the items' text vectors, of length 1. `neighbours` [items + 1, items + 1] weights, for each
+    item, the items of similar text; its rows sum to 1. Of a user, the last `history` events are used.
+    """
 
     popularity: NDArray[np.float32]
     together: csr_array
@@ -59,7 +65,7 @@ class Facts:
         return replace(facts, edges=facts._graded_at())
 
     def save(self, folder: Path) -> None:
-        """Beside a model that was taught by these counts."""
+        """Write the facts to `folder`, that of a model trained with these counts."""
         arrays: dict[str, NDArray[Any]] = {"popularity": self.popularity, "history": np.array([self.history])}
         for name in _MATRICES:
             matrix = getattr(self, name)
@@ -68,7 +74,7 @@ class Facts:
 
     @classmethod
     def load(cls, folder: Path, items: int) -> Facts:
-        """Of a catalogue of so many items: of those that came later there is nothing to tell."""
+        """Read facts for a catalogue of `items` items; items added since the facts were saved have none (all zeros)."""
         told = load_file(folder / _FILE)
         popularity = np.zeros(items + 1, np.float32)
         popularity[: len(told["popularity"])] = told["popularity"]
@@ -82,7 +88,7 @@ class Facts:
         return cls(popularity, **matrices, history=int(told["history"][0]), edges=edges)
 
     def graded(self, prefixes: Histories, candidates: NDArray[np.int32]) -> NDArray[np.int64]:
-        """Int64 [n, k, facts] of 0 to 9, of the items int32 [n, k] after each prefix."""
+        """Grades 0 to 9, int64 [n, k, facts], of the items int32 [n, k] after each prefix."""
         values = self.values(prefixes, candidates)
         found = np.zeros(values.shape, np.int64)
         for fact, edges in enumerate(self.edges):
@@ -92,7 +98,7 @@ class Facts:
         return found
 
     def told(self, prefixes: Histories, candidates: NDArray[np.int32]) -> Iterator[list[str]]:
-        """For each prefix the numbers of its candidates in words."""
+        """Yield, for each prefix, the text with the numbers of each of its candidates."""
         for start in range(0, len(candidates), _AT_ONCE):
             part = slice(start, start + _AT_ONCE)
             some = prefixes.take(prefixes.starts[part], prefixes.lengths[part])
@@ -100,7 +106,7 @@ class Facts:
                 yield [FORM.format(*mine) for mine in grades]
 
     def values(self, prefixes: Histories, candidates: NDArray[np.int32]) -> NDArray[np.float32]:
-        """float32 [n, k, facts], before they are graded."""
+        """Ungraded values, float32 [n, k, facts], of the items int32 [n, k] after each prefix."""
         kept = np.minimum(prefixes.lengths, self.history)
         parts = [np.zeros((0, candidates.shape[1], len(NAMES)), np.float32)]
         for start in range(0, len(candidates), _AT_ONCE):
@@ -123,7 +129,7 @@ class Facts:
         return np.stack(found, 2).astype(np.float32)
 
     def _graded_at(self) -> tuple[NDArray[np.float64], ...]:
-        """By items at random after items at random."""
+        """For each fact, the values that separate its grades: quantiles over random items after random histories."""
         rng = np.random.default_rng(0)
         items = len(self.popularity) - 1
         known = np.flatnonzero(self.popularity[1:]) + 1
@@ -137,7 +143,10 @@ class Facts:
 
 
 def _products(left: csr_array, right: csr_array, candidates: NDArray[np.int32]) -> NDArray[np.float32]:
-    """Of each row of `left` [n, m] those with the rows of `right` [items + 1, m] of its candidates int32 [n, k] alone: [n, k]."""
+    """Dot products float32 [n, k] of each row of `left` [n, m] with its candidates' rows of `right` [items + 1, m].
+
+    `candidates` int32 [n, k] are item indices; no other products are computed.
+    """
     found = np.zeros(candidates.shape, np.float32)
     for row, mine in enumerate(candidates):
         found[row] = right[mine] @ left[[row]].toarray()[0].astype(np.float64)
@@ -145,7 +154,7 @@ def _products(left: csr_array, right: csr_array, candidates: NDArray[np.int32]) 
 
 
 def chosen_by(histories: Histories, width: int, window: int | None = None) -> csr_array:
-    """How often each history has each item among its last `window` events, or all: [histories, width]."""
+    """Count each item among the last `window` events (all events if None) of each history: [histories, width]."""
     kept = histories.lengths if window is None else np.minimum(histories.lengths, window)
     last = histories.take(histories.ends - kept, kept)
     owners = np.repeat(np.arange(len(last)), kept)
@@ -155,16 +164,18 @@ def chosen_by(histories: Histories, width: int, window: int | None = None) -> cs
 
 
 def chosen_together(histories: Histories, items: int) -> csr_array:
-    """How many histories hold both of two items, and on the diagonal one: [items + 1, items + 1]."""
+    """Number of histories that hold both of two items, [items + 1, items + 1]; the diagonal counts each single item."""
     chosen = chosen_by(histories, items + 1)
     chosen.data[:] = 1
     return csr_array(chosen.T @ chosen)
 
 
 def text_vectors(texts: Sequence[str]) -> csr_array:
-    """TF-IDF of the words of every item's text, in order of index: [items + 1, terms], rows of length 1; row 0, padding, is
-    empty."""
-    # Workers import this module and count no words, and scikit-learn takes as long to import as torch.
+    """TF-IDF vectors [items + 1, terms] of the items' texts, in order of index.
+
+    Rows have length 1; row 0, padding, is empty.
+    """
+    # Imported here: workers import this module without counting words, and scikit-learn imports as slowly as torch.
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     words = TfidfVectorizer(sublinear_tf=True, max_features=_TERMS, dtype=np.float32)
@@ -176,7 +187,10 @@ def text_vectors(texts: Sequence[str]) -> csr_array:
 
 
 def text_neighbours(vectors: csr_array, count: int = _NEIGHBOURS) -> csr_array:
-    """Of each item those whose texts are most alike, weighted by how much; rows of sum 1, or 0 where a text says nothing."""
+    """For each item, the `count` items of the most similar texts, weighted by similarity: [items + 1, items + 1].
+
+    Rows sum to 1, or to 0 if the item's text has no words.
+    """
     rows = []
     for start in range(0, vectors.shape[0], _AT_ONCE):
         alike = (vectors[start : start + _AT_ONCE] @ vectors.T).toarray()
@@ -188,7 +202,7 @@ def text_neighbours(vectors: csr_array, count: int = _NEIGHBOURS) -> csr_array:
 
 
 def _normalised(together: csr_array) -> csr_array:
-    """Without an item's being chosen with itself, and divided by the roots of both items' sums."""
+    """The co-occurrence counts without the diagonal, divided by the square roots of both items' row sums."""
     others = csr_array(together - diags_array(together.diagonal()))
     others.eliminate_zeros()
     scale = diags_array(1 / np.sqrt(np.maximum(others.sum(1), 1))).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Training of small models on one core: Adam, until an epoch does not make them better for users they do not learn from."""
+"""Training of small models on one core: Adam with early stopping on users that are not learnt from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from raypipe.config import Config, shaping
 
 
 class EarlyStopping(Config):
-    """How long a model learns; equal arguments and one thread give equal weights."""
+    """Options of a training with early stopping. Equal arguments and one thread give equal weights."""
 
     lr: float = shaping(3e-3, "of Adam", gt=0)
     batch_size: int = shaping(256, "most rows of a step", ge=1)
@@ -24,7 +24,10 @@ class EarlyStopping(Config):
     seed: int = shaping(0, "of weights, batches and dropout, and of who ends it")
 
     def split(self, users: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Rows to learn from and rows that end it, no user's on both sides. Raises ValueError for fewer than two users."""
+        """Split rows into those to learn from and those that validate; no user is on both sides.
+
+        `users` int64 [n] is the user of each row. Raises ValueError if there are fewer than two users.
+        """
         everybody = np.unique(users)
         if len(everybody) < 2:
             raise ValueError("Some users are learnt from and others end it: rows of at least two are needed.")
@@ -33,7 +36,10 @@ class EarlyStopping(Config):
         return np.flatnonzero(~validated), np.flatnonzero(validated)
 
     def run(self, model: nn.Module, loss: Callable[[NDArray[np.int64]], Tensor], users: NDArray[np.int64]) -> None:
-        """Leaves the model with the weights of its best epoch, in eval mode. `loss` is a mean over the rows it is given."""
+        """Train the model in place; leave it with the weights of its best epoch, in eval mode.
+
+        `loss` returns the mean loss over the rows it is given. `users` int64 [n] is the user of each row.
+        """
         learnt, asked = self.split(users)
         optimizer = torch.optim.Adam([weights for weights in model.parameters() if weights.requires_grad], lr=self.lr)
         best, kept, waited = float("inf"), copy.deepcopy(model.state_dict()), 0

@@ -1,4 +1,4 @@
-"""The examples of RecExplainer's tasks, and how users and items stand in their prompts."""
+"""The training examples of RecExplainer's tasks, and how users and items are represented in prompts."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ _USERS_AT_ONCE = 512
 
 @dataclass(frozen=True)
 class PromptPieces:
-    """How users and items stand in a prompt: by titles, by a recommender's vectors, or by both.
+    """Represents users and items in a prompt as titles, as a recommender's vectors, or as both.
 
-    `titles` by item index − 1, `vectors` float32 [items + 1, width] of the items, `most` titles of a history.
+    `titles` are indexed by item index − 1, `vectors` float32 [items + 1, width] are the items', and at most the last
+    `most` titles of a history are shown.
     """
 
     form: Form
@@ -38,7 +39,7 @@ class PromptPieces:
     most: int
 
     def user(self, items: Sequence[int], state: NDArray[np.float32]) -> Piece:
-        """A history of item indices, and the state [width] after it."""
+        """The piece for a user whose history is `items` (item indices) and whose state after it is `state` [width]."""
         history = SEPARATOR.join(self.titles[item - 1] for item in items[-self.most :])
         vector = Vectors(state[None], USER)
         pieces: dict[Form, Piece] = {"text": history, "vectors": vector, "both": [f"{history} ", vector]}
@@ -52,7 +53,11 @@ class PromptPieces:
     def request(
         self, items: Sequence[int], state: NDArray[np.float32], item: int, prompts: ExplainerPrompts, focus: str
     ) -> ExplanationRequest:
-        """Whether the item fits a history and the state after it, and why, with an eye on `focus` where there is one."""
+        """The prompts that ask whether `item` fits the user, and why.
+
+        The user is given by their history `items` and the `state` after it. A non-empty `focus` names what the
+        explanation should attend to.
+        """
         pieces: dict[str, Piece] = {"user": self.user(items, state), "item": self.item(item), "focus": focus}
         explanation = (prompts.focus if focus else "") + prompts.explanation.test[0]
         return ExplanationRequest(fill(prompts.interest.test[0], pieces), fill(explanation, pieces))
@@ -103,7 +108,7 @@ class ExplainerExamples:
                 yield from self._summaries(chosen)
 
     def of_items(self, repeats: int = 1) -> Iterator[SoftExample]:
-        """T4, so many times of every item."""
+        """The examples of T4, `repeats` times for every item."""
         similar = most_similar(self.source)
         descriptions = self.source.catalogue.descriptions(self.text_characters)
         for row in list(range(len(similar))) * repeats:
@@ -119,7 +124,7 @@ class ExplainerExamples:
                 yield self._asked(self.prompts.similar, {"item": item}, nearest)
 
     def of_lists(self, repeats: int) -> Iterator[SoftExample]:
-        """The titles of several items in turn, each item in so many lists."""
+        """Examples that ask for the titles of several items in turn; each item is in `repeats` lists."""
         count = len(self.source.titles)
         for _ in range(repeats):
             drawn = self.rng.permutation(count) + 1
@@ -162,9 +167,9 @@ class ExplainerExamples:
                     yield self._asked(self.prompts.explanation, pieces, self._explained(answer, items, item))
 
     def _some_of_each(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Of each row's places in `rows` as many as there are to be pairs, all alike likely."""
+        """Draw, for each distinct row in `rows`, up to `pairs` of its places uniformly: indices into `rows`."""
         if self.pairs == 1:
-            # The draws of the published tasks, one a row, so that what was trained on them can be trained again.
+            # One draw a row, as the published tasks draw, so that what was trained on them can be trained again.
             _, firsts, counts = np.unique(rows, return_index=True, return_counts=True)
             return firsts + self.rng.integers(counts)
         order = np.lexsort((self.rng.random(len(rows)), rows))
@@ -201,9 +206,9 @@ class ExplainerExamples:
 
 @dataclass(frozen=True)
 class HeldOutPrompts:
-    """What is asked about held-out users after their last event before the cut, and the labels.
+    """The prompts about held-out users after their last event before the cut.
 
-    `candidates` asks about each one's five in turn what `liked` and `disliked` ask about one.
+    `liked` and `disliked` ask T3's question about one item; `candidates` asks it about each of a user's five in turn.
     """
 
     next_item: list[Prompt]
@@ -222,7 +227,7 @@ class HeldOutPrompts:
         prompts: ExplainerPrompts,
         shift: int = 0,
     ) -> HeldOutPrompts:
-        """`shift`: everybody is put as the user so many places further on, a control."""
+        """Prompts for the users in `rows`. As a control, `shift` replaces each user by the one `shift` places on."""
         users, states = np.roll(rows, -shift), np.roll(taught.states, -shift, axis=0)
         alone = PromptPieces("vectors", shown.titles, shown.vectors, shown.most)
         found = HeldOutPrompts([], [], [], [], [], [])

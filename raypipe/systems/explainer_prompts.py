@@ -1,8 +1,9 @@
 """The questions of RecExplainer's tasks (arXiv 2311.10947, section 3.1), each in paraphrases; none shows an item's id.
 
-{user} stands for a history, as titles, as the recommender's state, or as both; {item} and {items} for titles, item vectors, or
-both. They stand right before the answer: *m*, with words behind them a small language model reads next to nothing from
-vectors. Tests ask their templates in turn, the first one where there is one question: one alone can mislead a small model.
+{user} stands for a history, as titles, as the recommender's state, or as both; {item} and {items} stand for titles,
+item vectors, or both. Every template ends with such a mark, right before the answer. Measured: if words follow vectors,
+a small language model reads next to nothing from them. Tests use their templates in turn, because a single one can
+mislead a small model; where only one question is asked, it is the first template.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ _EXPLANATION = Templates(
 
 
 class ExplainerPrompts(Config):
-    """By task; see the module."""
+    """The templates of each task; the module describes their marks."""
 
     next_item: Templates = shaping(lambda: _NEXT_ITEM, "T1")
     ranking: Templates = shaping(lambda: _RANKING, "T2")

@@ -1,4 +1,4 @@
-"""Explanations of recommendations: whether an item fits a user, and why, in words; the same in batch and online."""
+"""Explanations of recommendations: whether an item fits a user, and why, in words. Batch and online share this code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from raypipe.metrics.text import Vocabulary, top_values
 YES, NO = "Yes", "No"
 """The answers a decision is made between."""
 
-# An answer ends there, or a statement follows: "No. It …", "No, …", "Yes it …". "No wonder" and "Yes Man" are no answers.
+# A yes or no is an answer if the text ends there or a statement follows: "No. It …", "No, …", "Yes it …". "No wonder"
+# and "Yes Man" are not answers.
 _ANSWER = re.compile(
     r"\W*(yes|no)\b(?=\s*$|\s*\n|[^\w\s'’-]|\s+[-–—:]|\s+(?:it|this|that|these|those|the|they|i|he|she|we|you|there|because)\b)",
     re.IGNORECASE,
@@ -24,7 +25,7 @@ _ANSWER = re.compile(
 
 @dataclass(frozen=True)
 class ExplanationRequest:
-    """The prompts about one user and one item: for yes or no, and for why."""
+    """Two prompts about one user and one item: `decision` asks yes or no, `explanation` asks why."""
 
     decision: Prompt
     explanation: Prompt
@@ -32,7 +33,10 @@ class ExplanationRequest:
 
 @dataclass
 class Explanation:
-    """What came of it: `decision` yes or no and `text`, or the `reason` and `message` of a rejection; and its cost."""
+    """The result of a request: a `decision` (yes or no) and its `text`, or the `reason` and `message` of a rejection.
+
+    `calls`, `tokens_in` and `tokens_out` are its cost.
+    """
 
     decision: str = ""
     text: str = ""
@@ -50,9 +54,10 @@ def explain(
     checks: AnswerChecks,
     listen: Callable[[int, Explanation], None] | None = None,
 ) -> list[Explanation]:
-    """One for each of `requests`: the likelier of yes and no, and what the engine writes.
+    """Explain each of `requests`: decide for the likelier of yes and no, then let the engine write the text.
 
-    `listen` is told each as far as it goes, by its number: once it is decided, and whenever its text has changed.
+    `listen` is called with a request's number and its explanation so far, once it is decided and whenever its text has
+    changed.
     """
     found = [Explanation() for _ in requests]
     for scores in engine.score([mine.decision for mine in requests], [(YES, NO)] * len(requests)):
@@ -87,7 +92,7 @@ def explain(
 
 
 def reference_explanation(answer: str, title: str, history: Counter[str], values: Sequence[str]) -> str:
-    """What a rule would write that sees a history's attribute values, counted, and those of the item."""
+    """The explanation that a rule writes from the counted attribute values of a history and the values of the item."""
     common = [value for value, _ in sorted(history.items(), key=lambda pair: (-pair[1], pair[0]))]
     common = [value for value in common if value in top_values(history)]
     taste = f"The choices are mostly {_listed(common)}." if common else "The choices have nothing in common."
@@ -98,9 +103,9 @@ def reference_explanation(answer: str, title: str, history: Counter[str], values
 
 
 def contradicts(decision: str, text: str) -> bool:
-    """Whether a text begins with the other answer than `decision`, "yes" or "no": they are answers to two prompts.
+    """Whether a text begins with the opposite of `decision` ("yes" or "no"); the two answer separate prompts.
 
-    Not covered: a text that answers further on, in other words or in another language.
+    Not covered: a text that gives its answer later, in other words or in another language.
     """
     answer = _ANSWER.match(text)
     return answer is not None and answer[1].lower() != decision
@@ -115,11 +120,11 @@ def rule_explanation_rating(
     values: Sequence[str],
     beside: bool,
 ) -> int:
-    """What a rule that counts gives an explanation, by RecExplainer's rubric (section 4.3).
+    """The rating 0 to 3 that a counting rule gives an explanation, after RecExplainer's rubric (section 4.3).
 
-    0: not the recommender's decision (`label`, None where it has none), or a text that contradicts it. 1: no attribute value of
-    the history or the item, or titles named that have no ground (`beside`). 3: a value most of the history has, and one of the
-    item's. 2: one of the two.
+    0: the decision is not the recommender's (`label`, None if it has none), or the text contradicts the decision. 1:
+    the text names neither a value among the history's `top_values` nor a value of the item, or it names titles without
+    ground (`beside`). 3: it names both kinds of values. 2: it names one of them.
     """
     if contradicts(decision, text) or (label is not None and decision != label):
         return 0

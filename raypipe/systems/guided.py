@@ -1,12 +1,12 @@
-"""Guided embedding refinement (arXiv 2504.11658): a language model scores items and users on attributes that have names.
+"""Guided embedding refinement (arXiv 2504.11658): a language model scores items and users on named attributes.
 
-An item is scored from its text, a user from the text of the last items before the cut; the answer is a JSON object of one
-number an attribute. It is read in two ways: `expected`, the expectation over the numbers in each slot of the object
-(`raypipe.language.number_slots`), which the recommendation loss can go through, and `parsed`, out of JSON that the model
-writes, where what cannot be parsed is missing and counted. What recommenders make of the scores is in
-`raypipe.recommenders.guided`.
+An item is scored from its text, a user from the texts of the last items before the cut. The answer is a JSON object
+with one number per attribute. It is read in one of two ways. `expected` is the expectation over the numbers in each
+slot of the object (`raypipe.language.number_slots`); the gradient of the recommendation loss can flow through it.
+`parsed` reads the JSON that the model writes; a value that cannot be parsed is missing and counted. How recommenders
+use the scores is in `raypipe.recommenders.guided`.
 
-The paper publishes neither prompts, nor attributes, nor how the losses meet: all of these are ours.
+The paper publishes neither the prompts, nor the attributes, nor how the losses are combined: all of these are ours.
 """
 
 from __future__ import annotations
@@ -49,8 +49,10 @@ Answer:"""
 
 
 class GuidedPrompts(Config):
-    """What is asked about an item and about a user. An answer names the attributes, so that a question which is read by what is
-    expected of its answer may leave them out."""
+    """The questions about an item and about a user.
+
+    An answer names the attributes itself, so that a question may leave them out if its answer is read as `expected`.
+    """
 
     item: str = shaping(_ITEM, "marks {item}, {top} and, unless answers alone name them, {attributes}")
     user: str = shaping(_USER, "marks {items}, {top} and, unless answers alone name them, {attributes}")
@@ -67,7 +69,7 @@ class GuidedPrompts(Config):
 
 
 class GuidedConfig(Config):
-    """What is scored, how scores are read, and what the language model is tuned by."""
+    """Options: what is scored, how scores are read, and how the language model is tuned."""
 
     domain: str = shaping(
         "catalogue", "movies, clothing, games, a YAML file, or catalogue: derived from its own fields"
@@ -131,38 +133,39 @@ class Rating:
 
     @property
     def words(self) -> list[str]:
-        """What stands around the numbers of an answer."""
+        """The text around the numbers of an answer, [attributes + 1] pieces."""
         marks = [f"{json.dumps(name, ensure_ascii=False)}: " for name in self.names]
         return ["{" + marks[0], *(f", {mark}" for mark in marks[1:]), "}"]
 
     def item_lines(self) -> list[str]:
-        """With the beginning of their texts, as items are asked about."""
+        """A line for each item as it stands in questions about items, with the beginning of its text."""
         return self.catalogue.lines(SummaryPrompts(text_characters=self.config.text_characters))
 
     def short_lines(self) -> list[str]:
-        """Without texts, as they stand in histories."""
+        """A line for each item as it stands in histories, without its text."""
         return self.catalogue.lines(SummaryPrompts())
 
     def item_prompt(self, line: str) -> Prompt:
         return self._prompt(self.config.prompts.item, {"item": line})
 
     def user_prompt(self, lines: Sequence[str]) -> Prompt:
-        """Of item lines, oldest first."""
+        """The question about a user, given the lines of their items, oldest first."""
         return self._prompt(self.config.prompts.user, {"items": "\n".join(lines)})
 
     def user_prompts(
         self, tokenizer: PromptTokenizer, histories: Sequence[Sequence[int]], lines: Sequence[str], room: int
     ) -> list[Prompt]:
-        """Of the last items of each history, as many of them as `room` tokens hold; item indices in time order.
+        """The question about each history's user, with as many of the last items as fit into `room` tokens.
 
-        Raises UsageError where the room holds no item.
+        `histories` hold item indices in time order; at most the last `history` items are shown. Raises UsageError if no
+        item fits.
         """
         costs = tokenizer.count_tokens([f"{line}\n" for line in lines])
         (frame,) = tokenizer.encode([self.user_prompt([]).text])
         left, prompts = room - len(frame), []
         for history in histories:
             recent = list(history[-self.config.history :])
-            # Each line's own tokens: together they may be fewer, and never more by what one newline costs.
+            # Lines are counted one by one: joined they may take fewer tokens, and at most one newline's cost more.
             while recent and sum(costs[item - 1] for item in recent) > left:
                 recent.pop(0)
             if not recent:
@@ -171,7 +174,7 @@ class Rating:
         return prompts
 
     def parsed(self, text: str) -> NDArray[np.float32]:
-        """Float32 [attributes] out of an answer; NaN for what is not there, no number, or none of the scale."""
+        """Scores float32 [attributes] from an answer; NaN where one is missing, not a number, or outside the scale."""
         found = _first_object(text)
         numbers = [found.get(name) for name in self.names]
         good = [
@@ -191,7 +194,7 @@ class Rating:
 
 
 def too_long(room: int) -> UsageError:
-    """The error of a question that a language model's context does not hold."""
+    """The error for a question that does not fit a language model's context, which leaves it `room` tokens."""
     return UsageError(
         f"A question about an item takes more than the {room} tokens that the language model leaves it.",
         "Show less: --guided.text_characters, --no-guided.described, fewer --guided.attributes; or name a language model of a "
@@ -200,7 +203,7 @@ def too_long(room: int) -> UsageError:
 
 
 def _first_object(text: str) -> dict[str, Any]:
-    """The first JSON object of a text; empty where there is none."""
+    """The JSON object at the first brace of a text; empty if there is none or it cannot be parsed."""
     start = text.find("{")
     if start < 0:
         return {}

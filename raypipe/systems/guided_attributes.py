@@ -1,4 +1,4 @@
-"""Attributes that items and users are scored on: a list of a domain, a file's, or what a catalogue's own fields are about."""
+"""Attributes that items and users are scored on: a domain's list, a file's list, or topics derived from a catalogue."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ CATALOGUE = "catalogue"
 _FILES = resources.files("raypipe.systems") / "domains"
 _WORD = re.compile(r"[^\W\d_]{3,}")
 _WORDS_OF_A_NAME = 3
-_MOST_COMMON = 0.5  # A word in more of the items than this tells none apart.
-_RAREST = 3  # Nor does one of fewer items stand for anything.
+_MOST_COMMON = 0.5  # A word in more than this share of the items does not tell items apart.
+_RAREST = 3  # A word in fewer items than this stands for no topic.
 
 
 class Attribute(Config):
-    """What is scored, in words, and what the ends of the scale mean."""
+    """An attribute to score: its name, its description, and what the ends of the scale mean."""
 
     name: str = shaping(description="as it stands in answers", min_length=1)
     description: str = shaping(description="one line that says what it is", min_length=1)
@@ -48,14 +48,15 @@ class Domain(Config):
 
 
 def domains() -> list[str]:
-    """The names of the domains that have a list."""
+    """The names of the domains that come with a list of attributes."""
     return sorted(file.name.removesuffix(".yaml") for file in _FILES.iterdir() if file.name.endswith(".yaml"))
 
 
 def find_attributes(domain: str, catalogue: Catalogue, count: int) -> tuple[Attribute, ...]:
-    """Those of a domain by name, of a YAML file like `raypipe/systems/domains/movies.yaml`, or derived from the catalogue.
+    """The attributes of a named domain, of a YAML file like `raypipe/systems/domains/movies.yaml`, or of the catalogue.
 
-    `count` are derived at most. Raises UsageError for a domain that is neither, and a file that holds no attributes.
+    At most `count` are derived from the catalogue. Raises UsageError if `domain` is neither a known name nor a readable
+    file, or if the file holds no attributes.
     """
     if domain == CATALOGUE:
         return derived_attributes(catalogue, count)
@@ -77,12 +78,12 @@ def find_attributes(domain: str, catalogue: Catalogue, count: int) -> tuple[Attr
 
 
 def derived_attributes(catalogue: Catalogue, count: int) -> tuple[Attribute, ...]:
-    """Topics of titles, texts and field values, each named after its foremost words.
+    """Derive topics from titles, texts and field values, and name each after its foremost words.
 
-    Topics are the parts of a non-negative factorisation of TF-IDF (Lee & Seung 1999); a field's value is one word of it. Raises
-    UsageError where the catalogue's words do not tell its items apart.
+    Topics are the components of a non-negative factorisation of TF-IDF (Lee & Seung 1999); a field's value counts as
+    one word. Raises UsageError if the catalogue's words do not tell its items apart.
     """
-    # Every job that aligns imports this module, and scikit-learn takes as long to import as torch.
+    # Imported here: every job that aligns imports this module, and scikit-learn imports as slowly as torch.
     from sklearn.decomposition import NMF
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
 

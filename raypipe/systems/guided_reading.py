@@ -1,4 +1,4 @@
-"""Scores read from a language model, and how well the scores alone recommend."""
+"""Reading attribute scores from a language model, and measuring how well the scores alone recommend."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONTROL = "shuffled users"
 
 
 class RatingPrompts:
-    """The questions of a rating as one language model reads them."""
+    """The questions of a rating, tokenised and sized for one language model."""
 
     def __init__(self, rating: Rating, backbone: Backbone) -> None:
         self.rating, self.backbone = rating, backbone
@@ -35,15 +35,15 @@ class RatingPrompts:
         self._lines = rating.short_lines()
 
     def of_items(self) -> list[Prompt]:
-        """In order of their index."""
+        """The questions about all items, in order of index."""
         return [self.rating.item_prompt(line) for line in self.rating.item_lines()]
 
     def of_users(self, histories: Sequence[Sequence[int]]) -> list[Prompt]:
-        """Raises UsageError where the model's context holds no item beside the question."""
+        """The questions about the users of `histories`. Raises UsageError if no item fits the model's context."""
         return self.rating.user_prompts(self.backbone, histories, self._lines, self.room)
 
     def ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Token ids; raises UsageError where a question leaves no room for its answer."""
+        """Token ids of questions. Raises UsageError if a question leaves no room for its answer."""
         found = self.backbone.encode([prompt.text for prompt in prompts])
         if max(map(len, found), default=0) > self.room:
             raise too_long(self.room)
@@ -54,14 +54,16 @@ class RatingPrompts:
 def read_expected(
     lm: Any, form: NumberForm, questions: Sequence[Sequence[int]], batch_tokens: int
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-    """What a causal language model expects after each question, token ids: places of some questions, and float32 [n, slots].
+    """Yield the numbers that a causal language model expects after each question, batch by batch.
 
-    Like lengths share a batch of at most `batch_tokens`, or one question.
+    `questions` are token ids. Each yield is the indices of some questions, int64 [n], and their numbers, float32 [n,
+    slots]. Questions of similar length share a batch of at most `batch_tokens` tokens; a longer question is a batch by
+    itself.
     """
     order = np.argsort([len(question) for question in questions], kind="stable")
     at = 0
     while at < len(order):
-        # The longest of a batch is its last: as many as fit when padded to it.
+        # Questions come by rising length: the batch takes as many as fit when padded to its last, the longest.
         lengths = np.array([len(questions[place]) for place in order[at : at + batch_tokens]]) + form.longest
         size = max(1, int(np.searchsorted(lengths * np.arange(1, len(lengths) + 1), batch_tokens, side="right")))
         chosen = order[at : at + size]
@@ -73,8 +75,11 @@ def read_expected(
 
 @dataclass
 class ParseCounts:
-    """What came of answers: how many there were, how many no object could be read from, and how many scores were missing
-    from the others."""
+    """Counts of parsed answers.
+
+    `answers` is how many there were, `unparsed` how many gave no score at all, with `reasons` saying why, and `missing`
+    how many scores the other answers lacked.
+    """
 
     answers: int = 0
     unparsed: int = 0
@@ -85,7 +90,10 @@ class ParseCounts:
 def read_written(
     engine: Engine, rating: Rating, questions: Sequence[Prompt], most_tokens: int, written: ParseCounts
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-    """As `read_expected`, out of the JSON that an engine writes; NaN for what is not there. Failures are added to `written`."""
+    """Yield as `read_expected` does, but parse the JSON that an engine writes; a missing score is NaN.
+
+    Adds the answers and what could not be read of them to `written`.
+    """
     for outcome in engine.generate(questions, Decoding(max_new_tokens=most_tokens)):
         scores = rating.parsed(outcome.text)
         written.answers += 1
@@ -102,9 +110,11 @@ def read_written(
 def ranking_of_scores(
     scores: AttributeScores, users: NDArray[np.float32], targets: NDArray[np.int64]
 ) -> dict[str, float]:
-    """How high the dot products of normalised scores rank what users [n, attributes] chose next, int64 [n], over all items.
+    """HR@10 and NDCG@10 of what users chose next, ranking all items by the dot products of normalised scores.
 
-    Beside it the same asked with the scores of the next user, where there is another, and what chance gives.
+    `users` [n, attributes] are the users' scores, `targets` int64 [n] the items they chose next. Beside these figures
+    stand a control, in which each user is asked with the next user's scores (if there is more than one), and HR@10 at
+    chance.
     """
     asked = AttributeScores(scores.names, scores.items, users, np.arange(len(users)), scores.catalogue)
     items, mine = asked.normalised(_CLIP)

@@ -1,16 +1,17 @@
 """Tuning a language model so that its scores recommend: L = L_rec + λ L_format (arXiv 2504.11658).
 
-L_rec is taken on dot products of the scores of a user and of items, in standard deviations of the users and of the items of the
-step: the item that came next against others. L_format is the cross-entropy of the words around the numbers, whose places hold drawn
-numbers, and of there being a number in each place, whichever (ours: the answers of a small model could not be parsed without).
-Gradients of both reach the language model's updates alone.
+L_rec compares the item that came next with others. It is taken on dot products of a user's scores and items' scores,
+each standardised over the users and over the items of the step. L_format is the cross-entropy of the words around the
+numbers, while the slots hold drawn numbers, plus the cross-entropy of there being any number in each slot (ours:
+without it, the answers of a small model could not be parsed). The gradients of both losses train only the language
+model's updates.
 
 `prepare_tuning` writes, and `TuningTask` reads, one folder:
 
     items.npy, item_ends.npy    int32 [tokens], int64 [items]: the questions about the items, one after the other
     users.npy, user_ends.npy    int32 [tokens], int64 [examples]: those about users, each before one of their events
     targets.npy                 int32 [examples], the item of that event
-    prepared.json               what is trained, and how; written last: its existence means that the rest is complete
+    prepared.json               what is trained, and how; written last, so that its existence means the rest is complete
 """
 
 from __future__ import annotations
@@ -41,21 +42,23 @@ _PREFIX = "adapted."
 
 
 def recommendation_loss(users: Tensor, positives: Tensor, negatives: Tensor, same: Tensor, kind: Loss) -> Tensor:
-    """Summed over users. Scores of users and of what they chose next [batch, attributes], and of items for all [n, attributes];
-    `same` bool [batch, n], where one of these is the user's own next.
+    """The recommendation loss L_rec, summed over users.
 
-    Scores are normalised by the mean and the standard deviation of the step's items, and of its users, and their dot products
-    divided by √attributes.
+    `users` and `positives` [batch, attributes] are the scores of users and of the items they chose next; `negatives`
+    [n, attributes] are the scores of other items, shared by all users. `same` bool [batch, n] marks negatives that are
+    the user's own next item; they are left out. Item scores are standardised by the mean and the standard deviation of
+    the step's items, user scores by those of its users, and dot products are divided by √attributes.
     """
-    # Users by their own, and nothing is added to a deviation: the loss of early, poor scores would fall fastest where all items
-    # had the same, or where all users had those of the mean item, and neither would learn from the other any more.
+    # Users are standardised by their own moments, and nothing is added to a deviation. Otherwise the loss of early,
+    # poor scores would fall fastest if all items had equal scores, or all users those of the mean item, and neither
+    # side would learn from the other any more.
     items = _normalised(torch.cat([positives, negatives]))
     users, positives, negatives = _normalised(users), items[: len(positives)], items[len(positives) :]
     scale = users.shape[1] ** -0.5
     own = (users * positives).sum(1, keepdim=True) * scale
     others = (users @ negatives.T * scale).masked_fill(same, -torch.inf)
     if kind == "bpr":
-        # Over the others there are: what is left out has a loss of nothing.
+        # The mean over the negatives that are not left out; a negative that is left out has a loss of 0.
         return (-functional.logsigmoid(own - others)).sum(1).div((~same).sum(1).clamp(min=1)).sum()
     return (torch.cat([own, others], 1).logsumexp(1) - own[:, 0]).sum()
 
@@ -66,16 +69,19 @@ def _normalised(scores: Tensor) -> Tensor:
 
 
 class TuningLm(nn.Module):
-    """The language model with its updates; forward is the loss of a step."""
+    """The language model with its updates; `forward` returns the loss of a step."""
 
     def __init__(self, adapted: SoftPromptLm, form: NumberForm, kind: Loss, format_weight: float) -> None:
         super().__init__()
         self.adapted, self.form, self.kind, self.format_weight = adapted, form, kind, format_weight
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """`user/…` and `item/…` as of `NumberForm.collate`, the items first those that came next, one a user, and then the
-        others; `targets` int64 [users] and `negatives` int64 [others], which items these are; `count` the users of the step
-        over all workers, divided by their number."""
+        """The loss L_rec / `count` + λ L_format of a batch.
+
+        `user/…` and `item/…` are as `NumberForm.collate` makes them; the items are first the next item of each user,
+        then the others. `targets` int64 [users] and `negatives` int64 [others] are their item indices. `count` is the
+        number of users of the step over all workers, divided by the number of workers.
+        """
         told = [expected_numbers(self.adapted.lm, self.form, _part(batch, name)) for name in ("user/", "item/")]
         users, items = told[0].numbers, told[1].numbers
         same = batch["targets"][:, None] == batch["negatives"]
@@ -95,10 +101,10 @@ def prepare_tuning(
     config: GuidedConfig,
     seed: int,
 ) -> dict[str, int]:
-    """Writes the folder a task trains from, and returns its counts. Questions are token ids; `lm` is the language model's
-    folder or hub name, found again on every worker.
+    """Write the folder that a task trains from, and return its counts of examples and of their tokens.
 
-    Raises ValueError where there are no examples.
+    `items` and `users` are questions as token ids. `lm` is the language model's folder or hub name, which every worker
+    resolves itself. Raises ValueError if there are no examples.
     """
     if not users:
         raise ValueError("No user has two events before the cut, so there is no next item to learn.")
@@ -119,7 +125,7 @@ def prepare_tuning(
 
 
 class TuningTask:
-    """What a trainer needs to know of tuning a language model; picklable, reads files where it runs."""
+    """The training task of tuning a language model. It is picklable and reads its files where it runs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
@@ -152,9 +158,10 @@ class TuningTask:
         return max(1, len(self._targets) // batch_size)
 
     def batch(self, step: int, seed: int, rank: int, world: int, batch_size: int) -> dict[str, Tensor]:
-        """This rank's users of `step` and what they chose next, and the other items, which all ranks share.
+        """This rank's users of `step`, the items they chose next, and the other items, which all ranks share.
 
-        A function of the arguments alone, but normalised by the items of this rank.
+        The batch is a function of the arguments alone; the loss, however, standardises scores over this rank's users
+        and items.
         """
         epoch, index = divmod(step, self.steps_per_epoch(batch_size))
         if self._batches_of != (epoch, seed, batch_size):

@@ -1,7 +1,8 @@
-"""Hierarchical summaries: blocks alone, then merges (LLM-TRSR, arXiv 2403.13325, section 3.2).
+"""Hierarchical summaries: each block is summarised alone, then merged (LLM-TRSR, arXiv 2403.13325, section 3.2).
 
-A history of n > 5 items in one level costs ceil(n/5) + 1 calls; of up to five items, one. Where the block summaries do
-not fit one merge prompt they are merged in groups, level by level, until one remains; no prompt is ever cut short.
+With blocks of 5 items and one level of merging, a history of n > 5 items costs ceil(n/5) + 1 calls; a history of up to
+five items costs one. If the block summaries do not fit one merge prompt, they are merged in groups, level by level,
+until one remains. No prompt is ever truncated.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from raypipe.engines.engine import Engine
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.systems.summaries import Block, Known, SummariesConfig, UserSummary, Written, take
 
-# Room left for what count_tokens does not see: a chat template's wrapping, and "12. " before each numbered summary.
+# Room for what count_tokens does not count: a chat template's wrapping, and "12. " before each numbered summary.
 _CHAT_TOKENS = 64
 _NUMBERING_TOKENS = 6
 
@@ -39,19 +40,19 @@ class HierarchicalSummarizer:
         self.config = config
         self.merge_recipe = merge_recipe
         frame = engine.count_tokens([config.prompts.merge])[0]
-        # Tokens of summaries that one merge prompt holds.
+        # How many tokens of summaries fit one merge prompt.
         self._room = engine.context - config.merge_decoding.max_new_tokens - frame - _CHAT_TOKENS
 
     def most_calls(self, blocks: Sequence[Block], known: Known) -> int:
-        """A bound on the engine calls of one user, deeper merge levels included: what a hard cap has to grant."""
+        """An upper bound on the engine calls of one user, all merge levels included: what a hard cap has to grant."""
         longest = self.config.block_decoding.max_new_tokens + _NUMBERING_TOKENS
         fit = len(blocks) * longest <= self._room
-        # Every merge leaves at least one text less than it found.
+        # Every merge leaves at least one text fewer than it found.
         merges = min(len(blocks) - 1, 1) if fit else len(blocks) - 1
         return len(missing_blocks(blocks, known)[: self.config.max_blocks_per_run]) + merges
 
     def most_tokens(self, calls: int) -> tuple[int, int]:
-        """Bounds on prompt tokens and on generated tokens of so many calls; a prompt and its answer share the context."""
+        """Upper bounds on prompt tokens and generated tokens of `calls` calls; prompt and answer share the context."""
         answers = (self.config.block_decoding.max_new_tokens, self.config.merge_decoding.max_new_tokens)
         return calls * (self.engine.context - min(answers)), calls * max(answers)
 
@@ -108,14 +109,14 @@ class HierarchicalSummarizer:
     def _run_merges(
         self, merges: Sequence[_Merge], known: Mapping[str, Known], results: Mapping[str, UserSummary]
     ) -> dict[str, list[Written]]:
-        """Run one level; returns the texts that the next level has to merge, by user."""
+        """Run one level of merges; return the texts that the next level has to merge, by user."""
         texts: dict[str, list[Written]] = {}
         wanted: list[tuple[_Merge, str]] = []
         for merge in merges:
-            if len(merge.texts) == 1:  # the odd one out of an uneven grouping goes up as it is
+            if len(merge.texts) == 1:  # a group of one text goes to the next level as it is
                 texts.setdefault(merge.user, []).append(merge.texts[0])
                 continue
-            # The last merge is the summary itself; only the steps on the way to it are kept as block summaries.
+            # The last merge is the summary itself; only the merges before it are kept as texts.
             key = "" if merge.final else self._key(merge)
             old = known.get(merge.user, {}).get((merge.level, merge.number))
             if not merge.final and old is not None and old.key == key:
@@ -144,7 +145,7 @@ class HierarchicalSummarizer:
         return fingerprint({"recipe": self.merge_recipe, "texts": [text.key for text in merge.texts]})
 
     def _groups(self, texts: Sequence[Written], sizes: Iterator[int]) -> list[list[Written]]:
-        """Consecutive texts in groups that each fit one merge prompt; `sizes` tells the tokens of each."""
+        """Group consecutive texts so that each group fits one merge prompt; `sizes` yields the tokens of each text."""
         groups: list[list[Written]] = [[]]
         used = 0
         for text in texts:
@@ -158,7 +159,7 @@ class HierarchicalSummarizer:
 
 
 def missing_blocks(blocks: Sequence[Block], known: Known) -> Sequence[Block]:
-    """The blocks whose summary has to be written: those never written, or written from other items or by other means."""
+    """The blocks whose summary is missing, or was written from other items or by another recipe (another key)."""
     if not known:
         return blocks
     return [block for block in blocks if (old := known.get((0, block.number))) is None or old.key != block.key]

@@ -1,4 +1,4 @@
-"""How right RecInterpreter's answers are (arXiv 2310.20487, section 4.1), by titles that are exactly the catalogue's."""
+"""Figures of RecInterpreter's answers (arXiv 2310.20487, section 4.1); only exact titles of the catalogue count."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ SEPARATOR = "; "
 def recovery_figures(
     answers: Sequence[str], histories: Sequence[Sequence[str]], known: Collection[str], *, searched: bool
 ) -> dict[str, float]:
-    """Of answers to recovery, beside the titles asked for, oldest first: means over users.
+    """Figures of answers to recovery, as means over users; `histories` are the titles asked for, oldest first.
 
-    `recovery` the share of the titles named, `recovery by place 1` that of the newest event and so on, `valid` the share of what
-    is named that the catalogue has, `rouge_l`; `order` the share of answers that are exactly the titles in order, unless answers
-    are `searched` for, the likeliest title first.
+    `recovery` is the share of the titles that the answer names; `recovery by place 1` is that of the newest event, and
+    so on. `valid` is the share of named titles that the catalogue has. `rouge_l` compares the texts. `order` is the
+    share of answers that are exactly the titles in order; it is left out if answers are `searched`, since these list
+    the likeliest title first.
     """
     named = [titles_in(answer, known, SEPARATOR) for answer in answers]
     figures = {
@@ -39,7 +40,7 @@ def recovery_figures(
 
 
 def residual_figures(answers: Sequence[str], titles: Sequence[str], known: Collection[str]) -> dict[str, float]:
-    """Of answers to residual: `residual` the share that are the title exactly, `residual valid` that are any title."""
+    """Shares of answers to residual: `residual` of those that are exactly the title, `residual valid` any title."""
     given = [title_in(answer, known) for answer in answers]
     right = [mine == title for mine, title in zip(given, titles, strict=True)]
     return {
@@ -49,6 +50,6 @@ def residual_figures(answers: Sequence[str], titles: Sequence[str], known: Colle
 
 
 def title_in(answer: str, known: Collection[str]) -> str:
-    """The title an answer is, without a full stop that is none of it."""
+    """The title that an answer gives: the stripped answer, without a final full stop that is no part of the title."""
     answer = answer.strip()
     return answer if answer in known else answer.removesuffix(".")

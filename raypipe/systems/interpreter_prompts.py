@@ -1,7 +1,8 @@
 """The prompts of RecInterpreter's tasks (arXiv 2310.20487, section 3.3), each in paraphrases.
 
-{state} stands for the soft token of a history, {before} and {after} for those on both sides of one event, {item} for an item's. All
-of them stand right before the answer: *m*, with words behind them a small language model reads next to nothing from them.
+{state} stands for the soft token of a history, {before} and {after} for those before and after one event, {item} for an
+item's. They all come right before the answer. Measured: if words follow them, a small language model reads next to
+nothing from them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Judges of written texts: a rubric that any engine answers, and how far judges agree.
+"""Judges of written texts: a rubric that any engine can answer, and the agreement of judges.
 
-The rubric of RecExplainer (arXiv 2311.10947, section 4.3) rates from 0, wrong, to 3, right and thorough. What is judged is a
-case: named pieces of text that stand in for the rubric's placeholders. A judge that is no model implements `Judge` itself.
+The rubric of RecExplainer (arXiv 2311.10947, section 4.3) rates from 0, wrong, to 3, right and thorough. A judge rates
+a case: named pieces of text that replace the rubric's placeholders. A judge that is not a model implements `Judge`
+itself.
 """
 
 from __future__ import annotations
@@ -48,23 +49,23 @@ class Rubric(Config):
     decoding: Decoding = shaping(lambda: Decoding(max_new_tokens=8), "of the rating")
 
     def ask(self, case: Case) -> Prompt:
-        """The rubric with the case in it; raises ValueError where the case lacks a piece."""
+        """The rubric's prompt filled with the case. Raises ValueError if the case lacks a piece."""
         pieces = {"{" + name + "}": text for name, text in case.items()}
         asked = set(re.findall(r"\{\w+\}", self.prompt))
         if missing := asked - pieces.keys():
             raise ValueError(f"the rubric asks for {', '.join(sorted(missing))}, which there is not")
-        # At once: a title that reads like a placeholder stays a title.
+        # Replaced in one pass, so that a title that looks like a placeholder stays a title.
         return Prompt.of(re.sub(r"\{\w+\}", lambda found: pieces[found[0]], self.prompt))
 
 
 class Judge(Protocol):
     def rate(self, cases: Sequence[Case]) -> list[int | None]:
-        """0 to 3 for each case; None where the judge gave no rating."""
+        """Rate each case from 0 to 3; None if the judge gave no rating."""
         ...
 
 
 class EngineJudge:
-    """An engine that answers the rubric; implements `Judge`. `calls`, `tokens_in`, `tokens_out` add up what it cost."""
+    """An engine that answers the rubric; implements `Judge`. `calls`, `tokens_in` and `tokens_out` sum up its cost."""
 
     def __init__(self, engine: Engine, rubric: Rubric) -> None:
         self.engine, self.rubric = engine, rubric
@@ -81,15 +82,16 @@ class EngineJudge:
 
 
 def rating_of(answer: str) -> int | None:
-    """The first number of an answer, where it is a rating."""
+    """The first number of an answer if it is at most `HIGHEST`, otherwise None."""
     found = _NUMBER.search(answer)
     return int(found[0]) if found and int(found[0]) <= HIGHEST else None
 
 
 def agreement(one: Sequence[int | None], other: Sequence[int | None]) -> float | None:
-    """Quadratically weighted kappa (Cohen 1968) of two judges over the cases both rated.
+    """Quadratically weighted kappa (Cohen 1968) of two judges over the cases that both rated.
 
-    1 is full agreement, 0 what chance gives; None where there is no such case, or where both gave everyone one rating.
+    1 is full agreement, 0 is agreement by chance. None if there is no such case, or if both gave every case one and the
+    same rating.
     """
     pairs = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
     if not pairs:
@@ -98,5 +100,5 @@ def agreement(one: Sequence[int | None], other: Sequence[int | None]) -> float |
     apart = np.mean((a - b) ** 2)
     by_chance = (
         a.var() + b.var() + (a.mean() - b.mean()) ** 2
-    )  # the mean over all pairs of one's ratings and the other's
+    )  # the mean squared difference over all pairs of a rating of one and a rating of the other
     return float(1 - apart / by_chance) if by_chance else None

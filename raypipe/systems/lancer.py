@@ -1,14 +1,15 @@
-"""LANCER (arXiv 2309.10435): the next item is written, by a language model that reads what somebody chose.
+"""LANCER (arXiv 2309.10435): a language model reads what a user chose and writes the next item.
 
-Two copies of one model: the `reader`, which stays as it is, reads an item's content under a knowledge prompt, virtual tokens
-before every layer; the state of its last layer at the content's last token represents the item. The `writer` reads the history
-as words under a reasoning prompt, which is made of the representations of the last items (`raypipe.language.prefixes`), and
-writes the next item's line in as many beams as are asked for. What it wrote is grounded to the catalogue
-(`raypipe.language.grounding`), or held to it.
+There are two copies of one model. The `reader` stays frozen; it reads an item's content under a knowledge prompt, which
+is virtual tokens before every layer. The state of its last layer at the content's last token represents the item. The
+`writer` reads the history as words under a reasoning prompt, which is made of the representations of the last items
+(`raypipe.language.prefixes`). It writes the next item's line in as many beams as are asked for. The text is grounded to
+the catalogue (`raypipe.language.grounding`), or decoding is constrained to the catalogue's lines.
 
-Where paper and code differ the paper is the default, but for the representation: published code takes the embedding of padding,
-which is the same for every item, and is kept as an ablation. Ours: what stands in a prompt's place where it is left out (the
-writer reads the knowledge prompt itself; items read one another), several items learnt at once, and the words around items.
+Where paper and published code differ, the paper is the default, except for the representation: the published code takes
+the embedding of padding, which is the same for every item, and that is kept as an ablation. Ours: what replaces a
+prompt that is left out (without a reasoning prompt the writer reads the knowledge prompt itself; without a knowledge
+prompt items attend to one another), learning several items at once, and the words around items.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Frame(Config):
 
 
 class Perturbation(Config):
-    """What is put in the place of the words around items."""
+    """Words that replace those of a frame."""
 
     lead: str | None = shaping(None, "unset: that of the frame", min_length=1)
     join: str | None = shaping(None, "unset: that of the frame", min_length=1)
@@ -59,7 +60,7 @@ class Perturbation(Config):
 
 
 class LancerPrompts(Config):
-    """How items are written, and what stands around them."""
+    """The templates of items' lines and the words around them."""
 
     line: str = shaping("{attributes} : {title}", "an item, in histories and answers; without {attributes} the title")
     frame: Frame = shaping(Frame, "in training, and when it is asked")
@@ -90,7 +91,7 @@ class LancerPrompts(Config):
 
 
 class LancerConfig(Config):
-    """What is read and written, what is trained, and how it is asked."""
+    """Options: what is read and written, what is trained, and how the model is asked."""
 
     knowledge: bool = shaping(True, "items are read under a knowledge prompt; without one items attend to one another")
     reasoning: bool = shaping(
@@ -146,37 +147,37 @@ class LancerConfig(Config):
 
     @property
     def reads_once(self) -> bool:
-        """Whether items are represented as they are when the second stage begins."""
+        """Whether items are read only once, before the second stage, as it does not change their representations."""
         moves = self.second_stage == "trained" and self.knowledge and self.representation != "padding"
         return self.reasoning and not moves
 
     @property
     def room(self) -> int:
-        """Most virtual tokens before a prompt."""
+        """The largest number of virtual tokens before a prompt."""
         return self.prefix.room if self.prefix else 0
 
     def lines(self, catalogue: Catalogue) -> list[str]:
-        """How every item is written; without values of attributes the title alone."""
+        """The line of every item; an item without attribute values is its title alone."""
         found = []
         for title, attributes in zip(catalogue.titles, catalogue.attributes, strict=True):
             values = ", ".join(value for name in sorted(attributes) for value in attributes[name])
             whole = self.prompts.line if values or _ATTRIBUTES not in self.prompts.line else _TITLE
-            # At once: a title that reads like a mark stays a title.
+            # Replaced in one pass, so that a title that looks like a mark stays a title.
             line = "".join({_ATTRIBUTES: values, _TITLE: title}.get(piece, piece) for piece in _pieces(whole))
             found.append(" ".join(line.split()))
         return found
 
     def contents(self, catalogue: Catalogue) -> list[str]:
-        """What the reader reads of every item."""
+        """The content of every item, which the reader reads."""
         return catalogue.lines(SummaryPrompts(text_characters=self.text_characters))
 
 
 @dataclass(frozen=True)
 class Lancer:
-    """The questions about users, and what comes of the answers.
+    """Makes the prompts about users and asks an engine.
 
-    `vectors` float32 [items + 1, hidden] represent the items, where there is a reasoning prompt; `room` is the most tokens that a
-    prompt's words may take.
+    `vectors` float32 [items + 1, hidden] represent the items; None without a reasoning prompt. `room` is the largest
+    number of tokens that a prompt's words may take.
     """
 
     config: LancerConfig
@@ -188,10 +189,11 @@ class Lancer:
     def prompts(
         self, histories: Sequence[Sequence[int]], read: Sequence[Sequence[int]], frame: Frame | None = None
     ) -> list[Prompt]:
-        """What is asked after each history, item indices in time order, of at least one item; `read` are those of which the
-        reasoning prompt is made.
+        """The prompt after each history.
 
-        As many of the last items are shown as there is room for. Raises ValueError for a history without an item.
+        `histories` hold item indices in time order, each at least one; `read` are the items that the reasoning prompts
+        are made of. A prompt shows as many of the last items as fit, and the last one in any case. Raises ValueError if
+        a history is empty.
         """
         frame = frame or self.config.prompts.frame
         lead, join = self.tokenizer.count_tokens([frame.lead, frame.join])
@@ -213,11 +215,11 @@ class Lancer:
         return found
 
     def choices(self) -> Choices | None:
-        """What answers are held to; nothing where they are free."""
+        """The lines that answers are constrained to, or None if answers are free."""
         return Choices(tuple(self.lines)) if self.config.constrained else None
 
     def answers(self, engine: Engine, prompts: Sequence[Prompt], most_tokens: int) -> list[Outcome]:
-        """What was written for each prompt, in their order; its beams best first, none where nothing was."""
+        """The outcome of each prompt, in order, with its beams best first; without an answer there are no beams."""
         decoding = Decoding(max_new_tokens=most_tokens, beams=self.config.beams)
         return sorted(engine.generate(prompts, decoding, self.choices()), key=attrgetter("index"))
 
@@ -227,13 +229,13 @@ class Lancer:
 
     @cached_property
     def _wrapping(self) -> int:
-        """Tokens of special marks and of a chat's turn."""
+        """Tokens that special marks and a chat turn take."""
         ((ids, _),) = self.tokenizer.encode_pieces([[""]])
         return len(ids)
 
 
 def _pieces(line: str) -> list[str]:
-    """A line's template, its marks apart."""
+    """A line's template split at its marks; the marks are pieces of their own."""
     for mark in (_ATTRIBUTES, _TITLE):
         line = line.replace(mark, f"\0{mark}\0")
     return line.split("\0")
@@ -242,8 +244,11 @@ def _pieces(line: str) -> list[str]:
 def lists_of(
     grounded: Sequence[NDArray[np.int64]], seen: Sequence[Sequence[int]], *, filter_seen: bool
 ) -> list[dict[int, int]]:
-    """Items of each user and the first beam that was taken for each, in the order of the beams, in which 0 is no item; without
-    what they have seen where that is left out."""
+    """For each user, the listed items in the order of their beams, each with the first beam that was grounded to it.
+
+    `grounded` holds an item index per beam; 0 means no item and is left out. With `filter_seen`, items that the user
+    has `seen` are left out too.
+    """
     found = []
     for items, mine in zip(grounded, seen, strict=True):
         without = {0, *(mine if filter_seen else ())}
@@ -258,9 +263,10 @@ def lists_of(
 def ranks_of_lists(
     lists: Sequence[Sequence[int]], targets: Sequence[int], candidates: Sequence[int]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Of each user how many items stand above what they chose next, and how many beside it, itself included: int64 [users] each.
+    """For each user, how many items rank above the target and how many tie with it (with itself): int64 [users] each.
 
-    What is not in a list stands behind it with all the others of its `candidates`, in no order.
+    A target that is not in the user's list is tied, behind the list, with all the other unlisted items; `candidates`
+    says how many items there are to rank for each user.
     """
     above, same = np.zeros(len(lists), np.int64), np.ones(len(lists), np.int64)
     for row, (mine, target, count) in enumerate(zip(lists, targets, candidates, strict=True)):
@@ -274,8 +280,11 @@ def ranks_of_lists(
 def grounding_figures(
     exact: Sequence[NDArray[np.bool_]], margins: Sequence[NDArray[np.float32]], cutoffs: Sequence[int] = (1, 5, 10)
 ) -> Mapping[str, float]:
-    """How far lists are the model's own words: `exact@k`, the share of the first k answers that are a line to the letter, and
-    `margin`, by how much the nearest line is nearer than the next where an answer is none."""
+    """How far lists are the model's own words rather than a result of grounding.
+
+    `exact@k` is the share of the first k answers that are exactly a line, `guessed` the share of all answers that are
+    not. `margin` is, over these, the mean by which the nearest line's cosine exceeds the second nearest's.
+    """
     found = {}
     for k in cutoffs:
         first = np.concatenate([np.zeros(0, bool), *(mine[:k] for mine in exact)])

@@ -1,17 +1,17 @@
-"""What LANCER is trained on: histories cut into stretches, and items' lines and contents, as tokens (arXiv 2309.10435, section 4).
+"""LANCER's training data as tokens: stretches of histories, items' lines and contents (arXiv 2309.10435, section 4).
 
-A stretch of items that follow one another is learnt at once: each of its lines, and the end behind it, is told from what
-precedes, with the reasoning prompt of the items before the stretch; what joins items is read and never learnt, so that a stretch
-of n is n examples that share their beginning.
+A stretch is a run of consecutive items that are learnt at once. Each of its lines, and the end mark behind it, is
+predicted from what precedes it, under the reasoning prompt of the items before the stretch. The words that join items
+are read but not learnt. A stretch of n items is thus n examples that share their beginning.
 
 `prepare_lancer` writes, and `LancerExamples` reads, one folder:
 
     lines.npy, line_ends.npy            int32 [tokens], int64 [items]: the items' lines, one after the other
     contents.npy, content_ends.npy      alike, their contents as the reader reads them
-    histories.npy, history_ends.npy     int32 [events], int64 [users]: what training sees, and behind it what validates
-    vectors.npy                         float32 [items + 1, hidden], where items are read once, written between the stages
+    histories.npy, history_ends.npy     int32 [events], int64 [users]: training's events, then those that validate
+    vectors.npy                         float32 [items + 1, hidden], written between the stages if items are read once
     first.safetensors                   the prompts after the first stage
-    prepared.json                       what is trained, and how; written last: its existence means that the rest is complete
+    prepared.json                       what is trained, and how; `prepare_lancer` writes it last, as a marker
 """
 
 from __future__ import annotations
@@ -45,8 +45,11 @@ _SORTED_BATCHES = 16
 
 @dataclass(frozen=True)
 class FrameTokens:
-    """Token ids of the words around items, what wraps a prompt included: before the first item, behind every item, and behind
-    the last one, which no tokenizer without a chat template has."""
+    """Token ids of the words around items, including what wraps a prompt.
+
+    `start` comes before the first item, `join` behind every item, `after` behind the last one; `after` is empty for a
+    tokenizer without a chat template.
+    """
 
     start: list[int]
     join: list[int]
@@ -54,7 +57,7 @@ class FrameTokens:
 
     @property
     def around(self) -> int:
-        """Tokens before the first item and behind the last."""
+        """How many tokens stand before the first item and behind the last."""
         return len(self.start) + len(self.after)
 
     @classmethod
@@ -66,8 +69,10 @@ class FrameTokens:
 
 @dataclass(frozen=True)
 class LancerTrainingData:
-    """What is trained on: the lines and contents of all items, and histories, the last `validated` events of which are not
-    learnt but tell which weights are kept."""
+    """The lines and contents of all items, and the histories.
+
+    The last `validated` events of each history are not learnt: they validate, to choose which weights are kept.
+    """
 
     lines: Sequence[str]
     contents: Sequence[str]
@@ -84,10 +89,11 @@ def prepare_lancer(
     config: LancerConfig,
     seed: int,
 ) -> dict[str, int]:
-    """Writes the folder both stages train from, and returns its counts: items, targets, tokens of all lines.
+    """Write the folder that both stages train from, and return its counts: items, targets, line_tokens (of all lines).
 
-    `lm` is the language model's folder or hub name, found again on every worker. Raises ValueError where no history has two
-    events, and UsageError where the model's context does not hold two items.
+    `lm` is the language model's folder or hub name, which every worker resolves itself. Raises ValueError if no history
+    has two events before those that validate. Raises UsageError if the model's context does not hold two items, or if
+    several items are to be learnt at once by a model with a chat template.
     """
     folder.mkdir(parents=True, exist_ok=True)
     targets = int(np.maximum(told.histories.lengths - told.validated - 1, 0).sum())
@@ -131,7 +137,7 @@ def prepare_lancer(
 
 
 class LancerExamples:
-    """The prepared folder; an epoch learns at most `positions` stretches of each history, the last ones."""
+    """Reads the prepared folder; an epoch learns at most the last `positions` stretches of each history."""
 
     def __init__(self, folder: Path, positions: int) -> None:
         self.folder, self.positions = folder, positions
@@ -153,12 +159,15 @@ class LancerExamples:
         return len(self._content_ends)
 
     def contents(self) -> list[list[int]]:
-        """Of all items, in order of their index."""
+        """Token ids of the contents of all items, in order of index."""
         return [self.content(item) for item in range(1, self.items + 1)]
 
     def stretches(self, offset: int) -> NDArray[np.int64]:
-        """Row, first event and number of events of every stretch of all histories; the first of each has up to `offset` fewer
-        events, or `learnt` more where that leaves none."""
+        """The stretches of all histories, int64 [stretches, 3]: row, first event, and number of events.
+
+        Stretches have `learnt` events, but a history's first stretch has `offset` fewer and its last one may be cut
+        short.
+        """
         size = self.config.learnt
         targets = np.maximum(
             self.lengths - self.validated - 1, 0
@@ -170,17 +179,17 @@ class LancerExamples:
         stops = np.minimum((nth + 1) * size - offset, targets[rows])
         found = np.stack([rows, 1 + firsts, stops - firsts], 1)
         if self.positions < counts.max(initial=0):
-            # The last ones: what somebody does now is nearer to what is asked.
+            # The last ones are kept: recent choices are nearer to what is asked.
             found = found[(counts[rows] - nth) <= self.positions]
         return found
 
     def drawn(self, step: int, seed: int, batch_size: int) -> NDArray[np.int64]:
-        """The stretches of a step, int64 [batch, 3], of like length."""
+        """The stretches of a step, of similar length: int64 [batch, 3]."""
         steps = max(1, self.count // batch_size)
         epoch, index = divmod(step, steps)
         if self._order_of != (epoch, seed, batch_size):
             rng = np.random.default_rng((seed, epoch))
-            # Every epoch cuts histories elsewhere.
+            # Every epoch cuts the histories at other places.
             found = self.stretches(int(rng.integers(self.config.learnt)))
             found = found[rng.permutation(len(found))][: steps * batch_size]
             lengths = np.minimum(found[:, 1], self.config.shown) + found[:, 2]
@@ -193,7 +202,7 @@ class LancerExamples:
         return self._order[index]
 
     def learnt(self, stretch: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Items of a stretch, as many as fit in every frame."""
+        """The first items of a stretch, as many as fit the context in every frame, and at least one."""
         row, first, count = stretch.tolist()
         items = self._events(row, first, first + count)
         join = max(len(frame.join) for frame in self.frames)
@@ -205,8 +214,11 @@ class LancerExamples:
     def histories(
         self, stretches: NDArray[np.int64], *, read_once: bool, frames: NDArray[np.int64] | None = None
     ) -> dict[str, Tensor]:
-        """A batch of stretches int64 [batch, 3], with the vectors of the items before where these are `read_once`, else with
-        their contents; `frames` int64 [batch] by number, the first where unset."""
+        """A batch of `stretches` int64 [batch, 3].
+
+        For the reasoning prompt, the batch holds the vectors of the items before each stretch if items are `read_once`,
+        otherwise their contents. `frames` int64 [batch] are numbers of frames; None is the first frame for all.
+        """
         around = np.zeros(len(stretches), np.int64) if frames is None else frames
         told = [self._words(stretch, self.frames[frame]) for stretch, frame in zip(stretches, around, strict=True)]
         rows, labels = zip(*told, strict=True)
@@ -228,8 +240,10 @@ class LancerExamples:
         return batch | padded([self.content(int(item)) for item in distinct], "items")
 
     def _words(self, stretch: NDArray[np.int64], frame: FrameTokens) -> tuple[list[int], list[int]]:
-        """Tokens and labels of a stretch: behind the lines that are shown, those that are learnt, each with the end for a label
-        where what joins it to the next begins."""
+        """Tokens and labels of a stretch: the lines that are shown, then the lines that are learnt.
+
+        Behind a learnt line, where the words that join it to the next begin, the label is the end mark.
+        """
         row, first, _ = stretch.tolist()
         learnt = self.learnt(stretch)
         tail: list[int] = []
@@ -238,7 +252,7 @@ class LancerExamples:
             line = self._line(item)
             follows = frame.join if number < len(learnt) - 1 else [self.end]
             tail += [*line, *follows]
-            # The end of one line has the place of another's label: it stands for the token that is not read.
+            # Where the joining words begin, the token read is theirs and the label is the end mark.
             labels += [*line, self.end, *[IGNORED] * (len(follows) - 1)]
         shown: list[int] = []
         left = self.room - len(tail) - frame.around
@@ -252,7 +266,7 @@ class LancerExamples:
         return head + tail, [IGNORED] * len(head) + labels
 
     def learnt_tokens(self, stretch: NDArray[np.int64]) -> int:
-        """Of the lines of a stretch and their ends."""
+        """How many tokens of a stretch are learnt: those of its lines and one end mark for each."""
         items = self.learnt(stretch)
         return int(self.line_lengths[items].sum()) + len(items)
 
@@ -269,7 +283,7 @@ class LancerExamples:
 
     @cached_property
     def count(self) -> int:
-        """Stretches of an epoch, the fewest."""
+        """The number of stretches of an epoch at offset 0, which gives the fewest."""
         return len(self.stretches(0))
 
     @cached_property
@@ -282,7 +296,7 @@ class LancerExamples:
 
     @cached_property
     def line_lengths(self) -> NDArray[np.int64]:
-        """By item."""
+        """Tokens of each item's line, int64 [items + 1], indexed by item; entry 0 is 0."""
         return np.concatenate([[0], np.diff(self._line_ends, prepend=0)])
 
     @cached_property

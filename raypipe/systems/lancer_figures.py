@@ -1,4 +1,4 @@
-"""What LANCER's answers are worth: lists over the whole catalogue, how they were grounded, and what they hang on."""
+"""Figures of LANCER's answers: lists over the whole catalogue, their grounding, and controls of what they depend on."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _TOLD_EVERY_S = 10.0
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """The users who are evaluated and what they chose last; `unseen` bool [users], who was held out of training."""
+    """The users who are evaluated and what they chose last; `unseen` bool [users] marks those held out of training."""
 
     held: HeldOut
     unseen: NDArray[np.bool_]
 
     def histories(self) -> list[list[int]]:
-        """All items before the last of every user."""
+        """For every user, all items before the last."""
         prefixes = self.held.prefixes
         return [mine.tolist() for mine in np.split(prefixes.items, prefixes.ends[:-1])]
 
@@ -38,7 +38,10 @@ class EvaluationSet:
 def measured(
     evaluated: EvaluationSet, writer: ListWriter, tell: Callable[[str, int, int], None]
 ) -> dict[str, dict[str, Mean]]:
-    """Figures of the model as it is, under `NAME`, in other frames (`perturbed 1`), and with another user's reasoning prompt."""
+    """Figures of the model as it is (`NAME`), asked in other frames (`perturbed 1` and so on), and of the control.
+
+    The control is asked with the reasoning prompt of the next user, if there is a reasoning prompt and a second user.
+    """
     config, histories, targets = writer.lancer.config, evaluated.histories(), evaluated.held.targets.tolist()
     vectors = _item_vectors(writer)
     found: dict[str, dict[str, Mean]] = {}
@@ -57,11 +60,14 @@ def measured(
 def rank_figures(
     above: NDArray[np.int64], same: NDArray[np.int64], evaluated: EvaluationSet, config: LancerConfig
 ) -> dict[str, Mean]:
-    """Recall and NDCG of everybody, and Recall@5 by length of the history, of users and items of few events, and of users whom
-    no training has seen; what is of nobody is left out."""
+    """Recall and NDCG of all users, and Recall@5 of groups.
+
+    The groups are: users by length of history, users of few events, items of few events, and users held out of
+    training. A group without users is left out.
+    """
     found: dict[str, Mean] = {}
     for k in _CUTOFFS:
-        # Of one relevant item a hit is its recall.
+        # With one relevant item, the hit rate is the recall.
         found[f"Recall@{k}"] = Mean.of(hit_rate(above, same, k))
         found[f"NDCG@{k}"] = Mean.of(ndcg(above, same, k))
     hits, lengths = hit_rate(above, same, _CUTOFFS[0]), evaluated.held.prefixes.lengths
@@ -81,7 +87,7 @@ def rank_figures(
 def _figures(
     lists: Lists, evaluated: EvaluationSet, config: LancerConfig, vectors: NDArray[np.float32] | None
 ) -> dict[str, Mean]:
-    """All of them with `vectors` of the items, else what is compared."""
+    """All figures if the items' `vectors` are given, otherwise only those to compare: Recall and NDCG of all users."""
     candidates, targets = np.full(len(lists.items), evaluated.held.items), evaluated.held.targets.tolist()
     if config.filter_seen:
         pairs = zip(evaluated.histories(), targets, strict=True)
@@ -101,7 +107,10 @@ def _figures(
 
 
 def _as_served(lists: Lists, evaluated: EvaluationSet, config: LancerConfig) -> NDArray[np.int64]:
-    """int64 [users, longest], 0 for no item: without what was chosen next where somebody had it before and that is left out."""
+    """The lists as they would be served, int64 [users, longest], 0 for no item.
+
+    With `filter_seen`, all seen items are left out, including a target that the user had chosen before.
+    """
     found = np.zeros((len(lists.items), max([1, *map(len, lists.items)])), np.int64)
     for row, (mine, seen) in enumerate(zip(lists.items, evaluated.histories(), strict=True)):
         without = set(seen) if config.filter_seen else set()
@@ -111,7 +120,10 @@ def _as_served(lists: Lists, evaluated: EvaluationSet, config: LancerConfig) -> 
 
 
 def _item_vectors(writer: ListWriter) -> NDArray[np.float32]:
-    """float32 [items + 1, hidden], row 0 no item: the lines as answers are compared with them, whatever prompts there are."""
+    """Embeddings of the items' lines, as used by grounding: float32 [items + 1, hidden], row 0 no item.
+
+    They do not depend on which prompts there are.
+    """
     table = writer.grounding.table.float().cpu().numpy()
     return np.concatenate([np.zeros((1, table.shape[1]), np.float32), table])
 

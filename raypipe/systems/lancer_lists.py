@@ -1,4 +1,4 @@
-"""Lists that LANCER writes: histories in, items of the catalogue out."""
+"""Lists of recommendations that LANCER writes: histories in, items of the catalogue out."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ _USERS_AT_ONCE = 128
 
 @dataclass(frozen=True)
 class Lists:
-    """Items of each user, best first, the log-probability of the first line that was taken for each, how all of the answers
-    were grounded, and what the engine said."""
+    """The lists of users.
+
+    Per user: `items`, best first; `logprobs`, the log-probability of the first line that was grounded to each item;
+    `exact` and `margins` of grounding all answers (see `Grounded`); and the engine's outcome.
+    """
 
     items: list[list[int]]
     logprobs: list[list[float]]
@@ -35,7 +38,7 @@ class Lists:
 
 @dataclass(frozen=True)
 class ListWriter:
-    """Asks `engine` and grounds what it writes, lines of at most `answer_tokens`."""
+    """Asks `engine` for lines of at most `answer_tokens` tokens and grounds what it writes."""
 
     lancer: Lancer
     grounding: Grounding
@@ -52,10 +55,11 @@ class ListWriter:
         targets: Sequence[int] | None = None,
         tell: Callable[[int, int], None] | None = None,
     ) -> Lists:
-        """Of the users of these histories, item indices in time order, of at least one item.
+        """The lists of the users with these histories (item indices in time order, at least one each).
 
-        Their reasoning prompts are made of what `read` has, unset of the same; `filter_seen` unset is the configuration's.
-        `targets`, an item of each user, stay in the lists, seen or not: a list that may not hold them cannot be measured.
+        The reasoning prompts are made of the items in `read`, by default of `histories`. `filter_seen` defaults to that
+        of the configuration. `targets`, one item per user, stay in the lists even if seen, because a list that may not
+        hold the target cannot be measured. `tell` is called with the number of users done and of all users.
         """
         filter_seen = self.lancer.config.filter_seen if filter_seen is None else filter_seen
         read = histories if read is None else read
@@ -84,7 +88,7 @@ class ListWriter:
 
 
 def stored_config(name: str, lineage: Mapping[str, Any]) -> LancerConfig:
-    """Of a stored adapter; raises UsageError where it was trained with options that are none any more."""
+    """The configuration of a stored adapter. Raises UsageError if it was trained with options that no longer exist."""
     try:
         return LancerConfig.model_validate(lineage["options"])
     except ValueError as error:
@@ -98,9 +102,10 @@ def build_writer(
     engine: TransformersEngine,
     answer_tokens: int,
 ) -> ListWriter:
-    """Of a stored adapter, which `engine` has; `base` is the same language model without it, and reads the items.
+    """The list writer of a stored adapter.
 
-    The catalogue need not be the one it was trained on: it is read anew.
+    `engine` has the adapter; `base` is the same language model without it, and reads the items. The catalogue may
+    differ from the one that the adapter was trained on: its items are read anew.
     """
     adapted, reader = engine.adapted, base.backbone
     assert adapted is not None, "what writes items has an adapter"
@@ -119,6 +124,6 @@ def build_writer(
 def load_writer(
     options: LancerConfig, catalogue: Catalogue, lm: str, adapter: Path, answer_tokens: int, device: str = "auto"
 ) -> ListWriter:
-    """Of the language model and the adapter in these folders."""
+    """The list writer of the language model and the adapter in these folders."""
     base = TransformersEngine(EngineConfig(lm=lm, device=device))
     return build_writer(options, catalogue, base, base.beside(adapter), answer_tokens)

@@ -1,4 +1,4 @@
-"""Items as LANCER's reader represents them (arXiv 2309.10435, section 4.1): states of its last layer under the knowledge prompt."""
+"""LANCER's item representations (arXiv 2309.10435, section 4.1): last-layer states under the knowledge prompt."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ Representation = Literal["last", "mean", "padding", "all"]
 def represent(
     reader: Any, prefix: Prefix | None, tokens: Tensor, mask: Tensor, kind: Representation, pad: int
 ) -> Tensor:
-    """[items, hidden] of contents `tokens` int64 [items, length], padded on the right, `mask` alike; "all" of each token.
+    """Representations [items, hidden] of contents.
 
-    "padding" is the embedding of the token `pad`, as published code has it: the same for every item.
+    `tokens` int64 [items, length] are padded on the right, `mask` alike is 1 where a token stands. Kind "all" gives the
+    states of all tokens, [items, length, hidden]. Kind "padding" is the embedding of the token `pad`, as in the
+    published code: the same for every item.
     """
     if kind == "padding":
         return reader.get_input_embeddings().weight[pad].expand(len(tokens), -1)
@@ -47,15 +49,16 @@ def read_items(
     pad: int,
     batch_tokens: int = 4096,
 ) -> NDArray[np.float32]:
-    """float32 [items + 1, hidden] of contents, token ids, in order of their index; row 0 is no item.
+    """Representations float32 [items + 1, hidden] of all contents; row 0 is no item.
 
-    Like lengths share a batch of at most `batch_tokens`, or one content.
+    `contents` are token ids in order of item index. Contents of similar length share a batch of at most `batch_tokens`
+    tokens; a longer content is a batch by itself.
     """
     found: NDArray[np.float32] | None = None
     order = np.argsort([len(content) for content in contents], kind="stable")
     at = 0
     while at < len(order):
-        # The longest of a batch is its last: as many as fit when padded to it.
+        # Contents come by rising length: the batch takes as many as fit when padded to its last, the longest.
         lengths = np.array([len(contents[place]) for place in order[at : at + batch_tokens]])
         size = max(1, int(np.searchsorted(lengths * np.arange(1, len(lengths) + 1), batch_tokens, side="right")))
         chosen = order[at : at + size]
@@ -72,7 +75,7 @@ def read_items(
 
 
 def padded(rows: Sequence[Sequence[int]], name: str = "", filling: int = 0) -> dict[str, Tensor]:
-    """`tokens` int64 [rows, longest], padded on the right, and `mask` alike; under NAME/ where there is one."""
+    """`tokens` int64 [rows, longest], padded on the right with `filling`, and `mask` alike; prefixed NAME/ if given."""
     prefix = f"{name}/" if name else ""
     tokens = np.full((len(rows), max(map(len, rows))), filling, np.int64)
     mask = np.zeros_like(tokens)

@@ -1,7 +1,8 @@
 """Training of LANCER in two stages (arXiv 2309.10435, section 4.3), and its validation.
 
-First the prompts alone, both models as they are: contents of items under the knowledge prompt, and histories under the reasoning
-prompt. Then the writer too, on histories. Both read the folder that `prepare_lancer` wrote.
+The first stage trains the prompts alone while both models stay frozen: on contents of items under the knowledge prompt,
+and on histories under the reasoning prompt. The second stage trains the writer too, on histories. Both stages read the
+folder that `prepare_lancer` wrote.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from raypipe.systems.lancer_reading import padded, read_items, represent
 
 Stage = Literal["first", "second"]
 _VALIDATED_AT_ONCE = 32
-_SHOWN = 4  # examples of a batch whose loss is no number
+_SHOWN = 4  # examples that are described of a batch whose loss is not a number
 _CHARACTERS = 200
 
 
 def store_vectors(folder: Path) -> None:
-    """Writes how items are represented when the second stage begins, into the folder that it trains from."""
+    """Write the item representations at the beginning of the second stage into the folder that it trains from."""
     told = LancerExamples(folder, 1)
     backbone = load_backbone(told.lm, device="cpu")
     reader = load_backbone(told.lm, device="cpu").model
@@ -44,23 +45,25 @@ def store_vectors(folder: Path) -> None:
 
 
 class LancerLm(nn.Module):
-    """The writer with the prompts, and the reader where items are read in training; forward is the loss of a step."""
+    """The writer with the prompts, and the reader if items are read in training; `forward` returns a step's loss."""
 
     def __init__(self, adapted: SoftPromptLm, reader: Any, config: LancerConfig, pad: int) -> None:
         super().__init__()
         self.adapted, self.reader, self.config, self.pad = adapted, reader, config, pad
 
     def train(self, mode: bool = True) -> LancerLm:
-        """The reader stays in eval mode, dropout off."""
+        """Set the mode of the writer and prompts; the reader stays in eval mode, dropout off."""
         super().train(mode)
         if self.reader is not None:
             self.reader.eval()
         return self
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Of whatever the batch holds: `tokens`, `mask` and `labels` of histories with `prefix/known`, and contents, which are learnt.
+        """The sum of the losses of histories and of contents, whichever the batch holds.
 
-        `prefix/vectors` represent items, or `prefix/rows` [batch, count] say which of `items/tokens` they are, to be read here.
+        Histories are `tokens`, `mask`, `labels` and `prefix/known`. Their items are represented by `prefix/vectors`;
+        otherwise `prefix/rows` [batch, count] are rows of `items/tokens`, which are read here. Contents are
+        `contents/tokens` and `contents/mask`.
         """
         losses = []
         if "tokens" in batch:
@@ -83,7 +86,7 @@ class LancerLm(nn.Module):
         return {**batch, f"{PREFIX}/vectors": vectors[batch[f"{PREFIX}/rows"]]}
 
     def _content_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Summed over the tokens of contents but the first, and divided by `contents/count`."""
+        """Cross-entropy summed over all tokens of contents but the first of each, divided by `contents/count`."""
         lm: Any = self.reader or self.adapted.lm
         tokens, mask = batch["contents/tokens"], batch["contents/mask"]
         states = represent(lm, self.adapted.prefix, tokens, mask, "all", self.pad)
@@ -94,10 +97,10 @@ class LancerLm(nn.Module):
 
 
 class LancerTask:
-    """What a trainer needs to know of one stage; picklable, reads files where it runs. Implements `ValidatedTask`."""
+    """The training task of one stage; implements `ValidatedTask`. It is picklable and reads its files where it runs."""
 
     def __init__(self, folder: Path, stage: Stage, positions: int, asked: int) -> None:
-        """An epoch learns at most `positions` stretches of each history, the last ones; at most `asked` users validate."""
+        """An epoch learns at most the last `positions` stretches of each history; at most `asked` users validate."""
         self.folder, self.stage, self.positions, self.asked = Path(folder), stage, positions, asked
         self.examples = LancerExamples(self.folder, positions)
         self.config, self.card = self.examples.config, self.examples.card
@@ -110,7 +113,7 @@ class LancerTask:
         return self.stage == "second" or self.config.first_stage == "both"
 
     def build(self) -> nn.Module:
-        """The model of the stage. The second starts from the prompts of the first, where there was one."""
+        """The model of the stage. The second stage starts from the prompts of the first, if there was one."""
         backbone = load_backbone(self.examples.lm, device="cpu")
         self._tokenizer = backbone
         adapted = build_adapter(backbone, self.card, self.examples.seed)
@@ -128,7 +131,7 @@ class LancerTask:
         if self.config.reasoning and not self._read_once:
             reader = load_backbone(self.examples.lm, device="cpu").model.requires_grad_(False).eval()
         if self.config.second_stage == "frozen" and self.config.knowledge:
-            # What items were represented by may not move any more; their keys and values neither.
+            # The knowledge prompt that items were read under must not change any more, nor its keys and values.
             assert adapted.prefix is not None
             adapted.prefix.knowledge.requires_grad_(False)
         return LancerLm(adapted, reader, self.config, self.examples.end)
@@ -144,7 +147,7 @@ class LancerTask:
     def batch(self, step: int, seed: int, rank: int, world: int, batch_size: int) -> dict[str, Tensor]:
         """This rank's share of the global batch of `step`: a function of the arguments alone.
 
-        `count` and `contents/count` are those of all ranks' learnt tokens, divided by their number.
+        `count` and `contents/count` are the learnt tokens of all ranks, divided by the number of ranks.
         """
         found: dict[str, Tensor] = {}
         if self.learns_histories:
@@ -172,7 +175,10 @@ class LancerTask:
 
     @torch.no_grad()
     def validate(self, module: nn.Module, rank: int, world: int) -> tuple[float, float]:
-        """How likely the line of the first event behind training's is, of this rank's share of users: a sum of logarithms."""
+        """Sum of log-likelihoods over this rank's share of users, and their number.
+
+        The likelihood is that of the line of the first event after those that are learnt.
+        """
         assert isinstance(module, LancerLm)
         there = np.flatnonzero(self.examples.lengths > self.examples.validated)
         rows = np.sort(np.random.default_rng(0).permutation(there)[: self.asked])[rank::world]

@@ -1,4 +1,4 @@
-"""The two ways of summarising blocks; the one place that knows both."""
+"""Choice between the two paradigms of summarising blocks; no other module knows both."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def build_summarizer(engine: Engine, config: SummariesConfig, merge_recipe: str)
 
 
 def calls_needed(config: SummariesConfig, blocks: Sequence[Block], known: Known) -> tuple[Sequence[Block], int]:
-    """The blocks of one user that the next run reads, a call each, and its merges, deeper levels not counted."""
+    """The blocks of one user that the next run reads, one call each, and its merges (deeper levels not counted)."""
     if config.paradigm == "recurrent":
         return unread_blocks(blocks, known)[: config.max_blocks_per_run], 0
     missing = missing_blocks(blocks, known)

@@ -1,8 +1,8 @@
-"""Which of two titles fits a history better: judges that prefer one, a rule that counts and any engine that is asked.
+"""Judges that say which of two titles fits a history better: a rule that counts attribute values, and any engine.
 
-RecInterpreter's oracle (arXiv 2310.20487, section 3.4) has no right answer to compare with; whether what it names is preferred
-to another item says whether the words mean something. The two stand in an order drawn for each pair, so that a judge who always
-takes the first is at chance.
+RecInterpreter's oracle (arXiv 2310.20487, section 3.4) has no right answer to compare with. Whether the title it names
+is preferred to another item tells whether its words mean something. The order of the two titles is drawn for each pair,
+so that a judge who always takes the first is at chance.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ class Pair:
 
 class PreferenceJudge(Protocol):
     def prefer(self, pairs: Sequence[Pair]) -> list[float | None]:
-        """1 where the first of a pair fits better, 0 where the other, 0.5 where both alike; None without an answer."""
+        """1 if the first title of a pair fits better, 0 if the other, 0.5 if both alike; None if there is no answer."""
         ...
 
 
 class OverlapRule:
-    """Prefers the item whose attribute values more of the history's items have; implements `PreferenceJudge`."""
+    """Prefers the item whose attribute values more items of the history have; implements `PreferenceJudge`."""
 
     def __init__(self, source: Source) -> None:
         values = [item_values(attributes) for attributes in source.catalogue.attributes]
@@ -71,7 +71,7 @@ class OverlapRule:
         return 0.5 if one == other else float(one > other)
 
     def _overlap(self, counts: Counter[str], title: str) -> float:
-        """In how many of the history's items one of the item's values stands, the mean over its values."""
+        """The number of the history's items that have a value of the item, as a mean over the item's values."""
         values = self.values[title]
         return sum(counts[value] for value in values) / len(values) if values else 0.0
 
@@ -91,7 +91,11 @@ class EnginePreference:
 
 
 def _letter(answer: str) -> float | None:
-    """1 for A, 0 for B: the letter an answer begins with, alone, or the only one it names; an article is no answer to tell."""
+    """1 for A, 0 for B, None if undecided.
+
+    It is the letter that an answer begins with if that stands alone, otherwise the only one of the two that it names.
+    An answer that may begin with the article "A" and also names B is undecided.
+    """
     first = _ALONE.match(answer)
     named = {first[1]} if first else set(_LETTER.findall(answer))
     return float(named == {"A"}) if len(named) == 1 else None
@@ -99,16 +103,17 @@ def _letter(answer: str) -> float | None:
 
 @dataclass(frozen=True)
 class Preference:
-    """How often the first is preferred, where it was judged (None where it never was), and the share that was."""
+    """How often the first title is preferred (`share`, None if no pair was judged), and the share of pairs `judged`."""
 
     share: float | None
     judged: float
 
 
 def preferred(judge: PreferenceJudge, pairs: Sequence[Pair], known: Collection[str], seed: int = 0) -> Preference:
-    """How often a judge prefers the `one` of each pair, asked in an order drawn for each.
+    """Ask a judge how often it prefers the `one` of each pair; the order of the two titles is drawn for each pair.
 
-    A `one` that is not `known` to the catalogue loses unasked, and two equal titles are preferred alike.
+    Two cases are settled without asking: a `one` that is not `known` to the catalogue loses, and equal titles count
+    0.5.
     """
     settled = {at: 0.0 for at, pair in enumerate(pairs) if pair.one not in known}
     settled |= {at: 0.5 for at, pair in enumerate(pairs) if pair.one == pair.other}
@@ -131,8 +136,10 @@ def preferences(
     histories: Sequence[Sequence[str]],
     known: Collection[str],
 ) -> dict[str, float]:
-    """By judge and kind of rival, how often what was `named` of each history's oracle is preferred to the rival; `judged`
-    where a judge left some undecided."""
+    """By judge and kind of rival, how often the title `named` for each history's oracle is preferred to the rival.
+
+    A figure `judged` is added where a judge left some pairs undecided.
+    """
     figures: dict[str, float] = {}
     for judge, rival in product(judges, rivals):
         pairs = [Pair(*case) for case in zip(histories, named, rivals[rival], strict=True)]

@@ -1,8 +1,8 @@
-"""What a vector holds, as a classifier reads it: the measure of what is lost on the way from a state to words.
+"""Probes: classifiers that read what a vector holds, to measure what is lost on the way from a state to words.
 
-One probe reads a recommender's states, another their projections, a third a language model's hidden states, all trained on the
-same rows with the same config; what each tells of users it never saw compares them, and bounds what words could tell
-(`recinterpreter.figures`). Beside it stands a control that reads another user's vectors. After Alain & Bengio
+One probe reads a recommender's states, another their projections, a third a language model's hidden states. All are
+trained on the same rows with the same config. Their figures on users they never saw can be compared with each other,
+and bound what words could tell (`recinterpreter.figures`). A control reads another user's vectors. After Alain & Bengio
 (arXiv 1610.01644).
 """
 
@@ -30,11 +30,11 @@ _HIT = 5
 
 @dataclass(frozen=True)
 class LabelledVectors:
-    """Vectors to read and what stands behind each.
+    """Vectors to read and the items to be read from each.
 
-    `vectors` float32 [n, width]; for what lies between two states, both side by side. `targets` item indices (1…items) of
-    each row, at least one: the last items of a history, or a single one. `users` int64 [n] says whose each row is. `seen`
-    are items that are no target of a row, and take no place in `unseen hit@5`.
+    `vectors` float32 [n, width]; to probe what lies between two states, a row holds both side by side. `targets` are
+    item indices (1…items) of each row, at least one: the last items of a history, or a single item. `users` int64 [n]
+    are the rows' users. `seen` are items of each row that are not targets and take no place in `unseen hit@5`.
     """
 
     vectors: NDArray[np.float32]
@@ -43,7 +43,7 @@ class LabelledVectors:
     seen: Sequence[Sequence[int]] = ()
 
     def of_others(self) -> LabelledVectors:
-        """The control: every row with a vector of another user. Raises ValueError where one user has most of the rows."""
+        """A control: every row gets another user's vector. Raises ValueError if a user has over half of the rows."""
         order = np.argsort(self.users, kind="stable")
         shift = int(np.unique(self.users, return_counts=True)[1].max())
         if 2 * shift > len(order):
@@ -54,16 +54,17 @@ class LabelledVectors:
 
 
 class ProbeConfig(Config):
-    """How a probe reads, and how long it learns."""
+    """Options: the probe's layers, and its training."""
 
     kind: Literal["linear", "mlp"] = shaping("mlp", "no hidden layer, or one")
     hidden: int = shaping(512, "width of the hidden layer", ge=1)
-    # Without it the hidden layer learns rows by heart: .74 and not .86 of the items between two states (SASRec-64, ml-100k).
+    # Without dropout the hidden layer overfits: it finds .74 instead of .86 of the items between two states (SASRec-64,
+    # ml-100k).
     dropout: float = shaping(0.5, "of the hidden layer", ge=0, lt=1)
     training: EarlyStopping = shaping(EarlyStopping)
 
     def fit(self, rows: LabelledVectors, items: int) -> Probe:
-        """A probe of a catalogue of `items`. Raises ValueError for rows of fewer than two users."""
+        """Train a probe for a catalogue of `items` items. Raises ValueError if the rows are of fewer than two users."""
         vectors, shares = torch.from_numpy(rows.vectors), _shares(rows.targets, items)
         with torch.random.fork_rng():
             torch.manual_seed(self.training.seed)
@@ -73,7 +74,7 @@ class ProbeConfig(Config):
 
 
 class Probe(nn.Module):
-    """Scores of every item [n, items + 1] for vectors [n, width]; column 0 has no meaning."""
+    """A classifier: vectors [n, width] to scores of every item [n, items + 1]; column 0 has no meaning."""
 
     def __init__(self, config: ProbeConfig, vectors: Tensor, items: int) -> None:
         super().__init__()
@@ -81,7 +82,7 @@ class Probe(nn.Module):
         self.mean: Tensor
         self.scale: Tensor
         self.register_buffer("mean", vectors.mean(0))
-        # A column that never changes has nothing to read, and says so where it is asked about.
+        # A column that is constant in training holds nothing to read; its scale of 0 makes it read as 0 everywhere.
         deviation = vectors.std(0)
         changes = deviation > 1e-6 * vectors.abs().amax(0)
         self.register_buffer("scale", torch.where(changes, 1 / deviation, 0.0))
@@ -99,11 +100,11 @@ class Probe(nn.Module):
 
 
 def probe_figures(probe: Probe, rows: LabelledVectors) -> dict[str, Mean]:
-    """What the probe tells of the rows' targets, and under `shuffled states: ` what it does from others' vectors.
+    """How well the probe finds the rows' targets, and under `shuffled states: ` how well from other users' vectors.
 
-    `recovered`: the share of a row's k distinct targets among its k best items, comparable with `recovery` of an answer's
-    titles; for one target the accuracy. `hit@5`: the share of the targets among the best five; `unseen hit@5`, where rows say
-    what was seen, among the best five that were not.
+    `recovered` is the share of a row's k distinct targets among its k best items, comparable with `recovery` of an
+    answer's titles; for one target it is the accuracy. `hit@5` is the share of the targets among the best five. `unseen
+    hit@5`, if rows say what was seen, is the share among the best five unseen items.
     """
     figures = _figures(probe, rows)
     return figures | {f"{CONTROL}: {name}": mean for name, mean in _figures(probe, rows.of_others()).items()}
@@ -127,7 +128,7 @@ def _figures(probe: Probe, rows: LabelledVectors) -> dict[str, Mean]:
 
 
 def _shares(targets: Sequence[Sequence[int]], items: int) -> csr_array:
-    """[rows, items + 1]: the distinct targets of a row in equal shares."""
+    """Target distributions [rows, items + 1]: the distinct targets of a row in equal shares."""
     distinct = [sorted(set(mine)) for mine in targets]
     counts = np.array([len(mine) for mine in distinct])
     columns = np.concatenate(distinct)
@@ -136,7 +137,7 @@ def _shares(targets: Sequence[Sequence[int]], items: int) -> csr_array:
 
 
 def _loss(scores: Tensor, shares: csr_array) -> Tensor:
-    """Mean cross-entropy with each row's distribution."""
+    """Mean cross-entropy of the scores with each row's target distribution."""
     wanted = shares.tocoo()
     own = (scores[wanted.row, wanted.col] * torch.from_numpy(wanted.data)).sum()
     return (scores.logsumexp(1).sum() - own) / len(scores)

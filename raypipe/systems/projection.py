@@ -1,5 +1,8 @@
-"""What projection loses: the same probe on a recommender's states, on the tokens made of them, and on what the language model
-makes of a prompt with these; each learns from users who are not held out and is asked about those who are."""
+"""Measuring what projection loses, by probes.
+
+The same probe reads a recommender's states, the tokens made of them, and the language model's hidden states of a prompt
+with these tokens. Each probe learns from users who are not held out and is asked about those who are.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +21,23 @@ from raypipe.language.soft_prompts import SoftPromptLm, collate, encode
 from raypipe.systems.probes import CONTROL, LabelledVectors, ProbeConfig, probe_figures
 
 _PROMPTS_AT_ONCE = 64
-_ENCODED_AT_ONCE = 4096  # of every place of everybody they would fill gigabytes
+_ENCODED_AT_ONCE = 4096  # encoding the prompts of all users and places at once would fill gigabytes
 
 
 @dataclass(frozen=True)
 class AdaptedLm:
-    """A language model with its adapter, and what the adapter is of."""
+    """A language model with its adapter, and the adapter's card."""
 
     backbone: Backbone
     model: SoftPromptLm
     card: AdapterCard
 
     def tokens(self, vectors: Sequence[Vectors]) -> NDArray[np.float32]:
-        """What the model reads of each, its tokens' mean: float32 [n, hidden]."""
+        """The mean of the tokens that the model reads for each of `vectors`: float32 [n, hidden]."""
         return self._over([Prompt.of(mine) for mine in vectors], self._mean_token)
 
     def hidden_states(self, prompts: Sequence[Prompt]) -> NDArray[np.float32]:
-        """The last layer's state at each prompt's end: float32 [prompts, hidden]."""
+        """The last layer's state at the end of each prompt: float32 [prompts, hidden]."""
         return self._over(prompts, self._last_state)
 
     def _mean_token(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -75,8 +78,10 @@ def probed(
     items: int,
     named: Mapping[str, str],
 ) -> dict[str, float]:
-    """By kind of vectors, the figures of a probe that learnt from some on the others' targets, as `probe of KIND: NAME`; a
-    control's has its own name between. `named` says what each of `probe_figures` is called."""
+    """For each kind of vectors, train a probe on `learnt` and return its figures on `asked`, as `probe of KIND: NAME`.
+
+    The control's figures have its name before NAME. `named` maps the figures of `probe_figures` to their NAMEs.
+    """
     found: dict[str, float] = {}
     for kind, rows in learnt.items():
         figures = probe_figures(ProbeConfig().fit(rows, items), asked[kind])

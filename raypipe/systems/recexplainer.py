@@ -1,21 +1,22 @@
-"""RecExplainer (arXiv 2311.10947): a language model learns to predict what a recommender does, so that it can explain it.
+"""RecExplainer (arXiv 2311.10947): a language model learns to predict what a recommender does, in order to explain it.
 
-Behaviour (B) puts histories and items as titles, intention (I) as the recommender's vectors, hybrid (H) as both; the labels are
-the recommender's own predictions. A position is a history cut before one event; all but a user's first and last event before
-the cut have one (section 4.1). Tasks, with their counts for N interactions of U users, the last of each held out:
+Behaviour (B) shows histories and items as titles, intention (I) as the recommender's vectors, hybrid (H) as both. The
+labels are the recommender's own predictions. A position is a history cut before one event; every event of a user before
+the cut has one, except the first and the last (section 4.1). Tasks, with their counts for N interactions of U users,
+the last of each user held out:
 
     T1   next item    the recommender's best unseen item                      N − 2U
     T2   ranking      five unseen items in its order                          N − 2U
     T3   interest     yes from its best fifth, no from its worse half         2U, one pair a user (`pairs`)
     T4   item         title, attributes, description, nearest item            one for each item and field
     T5   replay       other examples, so that the model keeps its language    as given
-    T6   history      the titles behind a state, every prefix                 N − U, of users of two events or more
-    T6b  summary      a written summary of what stands before the cut         one a user that has one
+    T6   history      the titles behind a state, for every prefix             N − U, for users of two events or more
+    T6b  summary      a written summary of the events before the cut          one for each user that has one
 
-Explanations are asked for and, as published, never learnt. A language model too small to write them unasked can learn the
-reference that a rule writes of attribute values (`explanation`, ours). Ours as well: more pairs and T4 of several items at
-once (`catalogue_lists`), for a language model too small to learn from 2U examples to compare, or to tell vectors apart that
-stand side by side; and T6 of one title at a time (`listed`).
+Explanations are asked for but, as published, never learnt. A language model too small to write them without training
+can learn the reference that a rule writes from attribute values (`explanation`, ours). Also ours: more pairs (`pairs`),
+for a language model too small to learn comparing from 2U examples; T4 of several items at once (`catalogue_lists`), for
+one too small to tell apart vectors that stand side by side; and T6 of one title at a time (`listed`).
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ TRAINING = {"epochs": 10, "batch_size": 64, "lr": 1e-4}
 _ALL: tuple[Task, ...] = ("T1", "T2", "T3", "T4", "T5", "T6", "T6b")
 _ASKED: dict[Variant, Form] = {"B": "text", "I": "vectors", "H": "both"}
 _BEAMS = 5
-_UNSEEN_SEARCHED = 10  # so that five are left
+_UNSEEN_SEARCHED = 10  # titles searched for, so that five are left once seen ones are taken out
 _SURROGATES: dict[str, LinearConfig | TreeConfig | StudentConfig] = {
     "linear surrogate": LinearConfig(),
     "tree surrogate": TreeConfig(),
@@ -80,7 +81,7 @@ _SURROGATES: dict[str, LinearConfig | TreeConfig | StudentConfig] = {
 
 
 class ExplainerConfig(Config):
-    """Which variant, which tasks, and what is trained."""
+    """Options: which variant, which tasks, and what is trained."""
 
     variant: Variant = shaping("H", "histories and items as titles (B), as vectors (I), or as both (H)")
     hybrid: Literal["paper", "code"] = shaping(
@@ -144,20 +145,23 @@ class RecExplainer:
 
     @property
     def prompts(self) -> ExplainerPrompts:
-        """T6's templates are those of the list of titles, or of one of them."""
+        """The prompts, with T6's templates for the list of titles or, if not `listed`, for one of them."""
         prompts = self.config.prompts
         return prompts if self.config.listed else prompts.model_copy(update={"history": prompts.history_of_one})
 
     @property
     def forms(self) -> tuple[Form, ...]:
-        """In which training puts users and items."""
+        """The forms in which training shows users and items."""
         if self.config.variant == "H" and self.config.hybrid == "paper":
             return ("text", "vectors", "both")
         return (_ASKED[self.config.variant],)
 
     def examples(self, source: Source, users: int, positions: int, rng: np.random.Generator) -> Iterator[SoftExample]:
-        """Raises UsageError where fewer than two held-out users could be asked, one for the other's control: that shows before
-        anything is trained."""
+        """The training examples of the chosen tasks.
+
+        Raises UsageError, before anything is trained, if fewer than two held-out users can be asked: each is the
+        other's control.
+        """
         if (asked := len(self._asked(source, 2))) < 2:
             raise UsageError(
                 f"All but {asked} of the held-out users have seen nearly all of the catalogue's {source.recommender.items:,} "
@@ -182,12 +186,12 @@ class RecExplainer:
             yield from source.replay
 
     def _asked(self, source: Source, most: int) -> NDArray[np.int64]:
-        """At most so many held-out users, the same ones whatever else is drawn."""
+        """At most `most` held-out users who can be asked; always the same ones, whatever else is drawn."""
         rows = source.rows(held_out=True, least=2, most=len(source.held_out), rng=np.random.default_rng(0))
         return rows[teachable(source, source.histories.lengths[rows])][:most]
 
     def shown(self, titles: Sequence[str], vectors: NDArray[np.float32]) -> PromptPieces:
-        """How users and items stand in questions; item titles by index − 1, item vectors [items + 1, width]."""
+        """How questions show users and items; `titles` are indexed by item index − 1, `vectors` [items + 1, width]."""
         return PromptPieces(_ASKED[self.config.variant], titles, vectors, self.config.titles)
 
     @property
@@ -196,7 +200,7 @@ class RecExplainer:
         return TitleQuestion(self.config.titles, searched=not self.config.listed)
 
     def choices(self, source: Source) -> Sequence[Choices]:
-        """Of T1, of T2, and where it is asked of T6; T3 is scored."""
+        """The constraints of answers to T1, T2 and, if asked, T6; T3 is scored instead. Empty if unconstrained."""
         if not self.config.constrained:
             return ()
         ranked = TitleQuestion(CANDIDATES)
@@ -204,16 +208,17 @@ class RecExplainer:
         return [question.choices(source.titles) for question in asked]
 
     def measured(self, source: Source, engine: Engine, asked: int, most_tokens: int) -> dict[str, float]:
-        """How far the model predicts what the recommender says of held-out users; beside it, asked as somebody else.
+        """How well the model predicts what the recommender says of held-out users; as a control, each asked as another.
 
-        `T1 HR@5 unseen` (ours) leaves out titles of the user's own history, as the recommender's list does: *m*, of five that
-        a small model names the user has seen two or three.
+        `T1 HR@5 unseen` (ours) leaves out titles of the user's own history, as the recommender's list does. Measured:
+        of five titles that a small model names, the user has seen two or three.
 
-        `T2 NDCG@5` is of the order that the model writes, `by interest` (ours) of the one by how likely yes is of each candidate,
-        as T3 asks: a small model tells the better item long before it writes five in order.
+        `T2 NDCG@5` measures the order that the model writes. `by interest` (ours) measures the order by how likely yes
+        is for each candidate, as T3 asks: a small model can tell the better item long before it can write five in
+        order.
 
-        `refused` of a task is how many of its questions could not be asked, as where they are longer than the context: they count
-        as answers that say nothing.
+        `refused` counts the questions of a task that could not be asked, for example because they are longer than the
+        context. They count as answers that say nothing.
         """
         rows = self._asked(source, asked)
         taught = teach(source, rows, source.histories.lengths[rows], np.random.default_rng(0))
@@ -229,9 +234,12 @@ class RecExplainer:
     def beside(
         self, source: Source, lm: AdaptedLm, bare: Engine, users: int, positions: int, asked: int, most_tokens: int
     ) -> dict[str, float]:
-        """Whether the recommender's best unseen item is among a probe's first five, from a user's state, its tokens and the
-        language model's state at the question's end; what surrogates and a distilled student, and what the language model
-        answers that has learnt nothing of it."""
+        """Baselines: probes, surrogates and a distilled student, and the untrained language model in context.
+
+        A probe tells whether the recommender's best unseen item is among its first five. There is one for a user's
+        state, one for the state's tokens, and one for the language model's hidden state at the end of the question.
+        `bare` is the language model without the adapter.
+        """
         rng = np.random.default_rng(0)
         rows = source.rows(held_out=False, least=2, most=users, rng=rng)
         learnt = drawn_places(rows, source.histories.lengths[rows], positions, rng)
@@ -302,7 +310,7 @@ class RecExplainer:
         ]
         likelihoods, lost = _likelihoods(engine, questions.candidates)
         interest = (likelihoods[:, 0] - likelihoods[:, 1]).reshape(taught.candidates.shape)
-        # One that cannot be asked about would stand before or behind all the others.
+        # A candidate that could not be asked about would rank before or behind all the others.
         interest[lost.reshape(interest.shape).any(1)] = 0
         refused["T2 by interest"] = int(lost.sum())
         likelihoods, lost = _likelihoods(engine, [*questions.liked, *questions.disliked])
@@ -331,7 +339,7 @@ class RecExplainer:
 def _texts(
     engine: Engine, prompts: Sequence[Prompt], decoding: Decoding, choices: Choices | None = None
 ) -> tuple[list[list[str]], int]:
-    """Of each prompt what the engine answers, best first, one empty text where it cannot; and how often it cannot."""
+    """The engine's answers to each prompt, best first (one empty text if refused), and how many were refused."""
     texts, refused = [[""]] * len(prompts), 0
     for outcome in engine.generate(prompts, decoding, choices):
         texts[outcome.index] = [beam.text for beam in outcome.beams] or [outcome.text]
@@ -340,8 +348,10 @@ def _texts(
 
 
 def _likelihoods(engine: Engine, prompts: Sequence[Prompt]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Logarithms of how likely yes and no are, [prompts, 2], both alike where the engine has no answer; and where it has none,
-    [prompts]."""
+    """Log-likelihoods of yes and no, [prompts, 2], and whether the engine had no answer, bool [prompts].
+
+    Both log-likelihoods are 0 where it had none.
+    """
     found, refused = np.zeros((len(prompts), 2)), np.zeros(len(prompts), bool)
     for scores in engine.score(prompts, [(YES, NO)] * len(prompts)):
         found[scores.index] = scores.logprobs or (0.0, 0.0)

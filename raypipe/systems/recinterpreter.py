@@ -1,14 +1,14 @@
-"""RecInterpreter (arXiv 2310.20487): a language model reads a recommender's hidden state in words.
+"""RecInterpreter (arXiv 2310.20487): a language model puts a recommender's hidden state into words.
 
-Two tasks join them (section 3.3). Recovery: from one soft token of the state after a history, its last titles in order.
-Residual: from two, of what was before and after one event, the title of that event. Where residual is learnt from item
-vectors, it also puts into words what a recommender would have next: the oracle of DreamRec (section 3.4), and the query of
-any other. Templates of training and of tests are disjoint.
+There are two tasks (section 3.3). Recovery names, from one soft token of the state after a history, its last titles in
+order. Residual names, from two soft tokens of what was before and after one event, the title of that event. If residual
+is learnt from item vectors, it also puts into words what a recommender would have next: the oracle of DreamRec (section
+3.4), and the query of any other recommender. Templates of training and of tests are disjoint.
 
-A small language model learns both far sooner where states are whitened and stand right before the answer, and where it also
-learns every item's title, from the state after that item alone (`whitened`, `catalogue_repeats`; not in the paper). What it
-says first of a list it reads from the state, and the rest from what it said: where titles are answers of their own, of which
-the likeliest are named (`listed`: false; ours), all of them come from the state.
+A small language model learns both tasks far sooner if states are whitened and stand right before the answer, and if it
+also learns every item's title from the state after that item alone (`whitened`, `catalogue_repeats`; not in the paper).
+When it writes a list, it reads the first title from the state and the others from what it already wrote. If each title
+is an answer of its own and the likeliest are named (`listed`: false; ours), all of them come from the state.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ SOURCE = "state"
 TRAINING = {"epochs": 100, "batch_size": 16, "lr": 1e-3, "weight_decay": 1e-6}
 """As its code has it; the paper says nothing of it."""
 _USERS_AT_ONCE = 256
-_TITLES_OF_A_PLACE = 4  # that are answers of their own: neighbouring places share most of their titles
+_TITLES_OF_A_PLACE = 4  # learnt as answers of their own; no more, as neighbouring places share most of their titles
 CONTROLS = ("shuffled states", "no states")
 NEAREST = "nearest item"
 
 
 class InterpreterConfig(Config):
-    """What is read, from which states, and how they become tokens."""
+    """Options: what is read, from which states, and how states become tokens."""
 
     titles: int = shaping(10, "last events of a history that recovery names", ge=1)
     listed: bool = shaping(
@@ -105,8 +105,10 @@ class InterpreterConfig(Config):
 
 @dataclass(frozen=True)
 class Reading:
-    """One history to be read: the vectors before and after its last event, residual's other side, and its last titles,
-    oldest first."""
+    """One history to be read.
+
+    The vectors `before` and `after` its last event, the `other_side` of residual, and its last titles, oldest first.
+    """
 
     before: Vectors
     after: Vectors
@@ -120,7 +122,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Oracle:
-    """What a recommender would have next, and the title of the item nearest to it, seen or not."""
+    """The vector of what a recommender would have next, and the title of the item nearest to it, seen or not."""
 
     vector: Vectors
     title: str
@@ -136,17 +138,17 @@ class RecInterpreter:
 
     @property
     def recovery(self) -> Templates:
-        """The templates of recovery, of the list of titles or of one of them."""
+        """The templates of recovery: for the list of titles or, if not `listed`, for one of them."""
         return self.prompts.recovery if self.config.listed else self.prompts.recovery_of_one
 
     @property
     def recovery_question(self) -> TitleQuestion:
-        """What recovery asks for; residual and the oracle ask for one title."""
+        """The question of recovery; residual and the oracle ask for one title."""
         return TitleQuestion(self.config.titles, searched=not self.config.listed)
 
     @property
     def adapter(self) -> AdapterConfig:
-        """One projector reads the states of both tasks."""
+        """What is trained; one projector reads the states of both tasks."""
         config = self.config
         pool: Literal["each", "learned_positions"] = "each" if config.pool == "last" else config.pool
         projector = ProjectorConfig(
@@ -165,9 +167,9 @@ class RecInterpreter:
         )
 
     def examples(self, source: Source, users: int, positions: int, rng: np.random.Generator) -> Iterator[SoftExample]:
-        """Both tasks at each place, residual from the second event on, and then the catalogue's.
+        """Examples of both tasks at each place (residual from the second event on), then those of the catalogue.
 
-        Raises UsageError for judges who cannot be asked: that shows before anything is trained.
+        Raises UsageError, before anything is trained, if a judge cannot be asked.
         """
         self._check_judges()
         rows = source.rows(held_out=False, least=2, most=users, rng=rng)
@@ -190,14 +192,14 @@ class RecInterpreter:
                 yield SoftExample(fill(template, {"item": Vectors(vector[None], SOURCE)}), title)
 
     def _recovered(self, reading: Reading, rng: np.random.Generator) -> list[str]:
-        """What recovery learns of a history."""
+        """The answers that recovery learns for a history: its titles as one list, or some drawn titles one by one."""
         if self.config.listed:
             return [SEPARATOR.join(reading.history)]
         count = min(_TITLES_OF_A_PLACE, len(reading.history))
         return rng.choice(np.array(reading.history, object), count, replace=False).tolist()
 
     def _item_vectors(self, source: Source) -> NDArray[np.float32]:
-        """Of every item, what residual's other side is where it was chosen: its vector, or the state after it alone."""
+        """A vector for every item, [items, width]: its own with `after: item`, otherwise the state after it alone."""
         if self.config.after == "item":
             return source.item_states[1:]
         count = len(source.titles)
@@ -205,13 +207,16 @@ class RecInterpreter:
         return prefix_states(source.recommender, alone, np.arange(count), np.ones(count, np.int64))
 
     def readings(self, source: Source, rows: NDArray[np.int64], events: NDArray[np.int64]) -> Iterator[Reading]:
-        """Of the first `events` [n] of the histories in `rows` [n], in order; before a first event is no vector."""
+        """Read the first `events` [n] of the histories in `rows` [n], in order.
+
+        Before the first event of a history there is no vector: `before` is then empty.
+        """
         span = 1 if self.config.pool == "last" else self.config.titles
-        firsts = np.maximum(events - span, 1)  # the first event whose state is needed
+        firsts = np.maximum(events - span, 1)  # the first event after which the state is needed
         counts = events - firsts + 1
         offsets = np.concatenate([[0], counts.cumsum()])
         needed = np.repeat(firsts - offsets[:-1], counts) + np.arange(offsets[-1])
-        # Readings of one history share most of the states they need.
+        # Readings of one history share most of their states, so each state is computed once.
         pairs, places = np.unique(np.stack([np.repeat(rows, counts), needed], 1), axis=0, return_inverse=True)
         states = source.states(pairs[:, 0], pairs[:, 1])[places.ravel()]
         for at, (row, count) in enumerate(zip(rows.tolist(), events.tolist(), strict=True)):
@@ -227,11 +232,11 @@ class RecInterpreter:
             )
 
     def measured(self, source: Source, engine: Engine, asked: int, most_tokens: int) -> dict[str, float]:
-        """After the last event of held-out users; a control's figures have its name before theirs.
+        """Figures of the tasks after the last event of held-out users; a control's figures begin with its name.
 
-        "shuffled states": everybody is asked with the next one's; "no states": with the words alone. `refused` of a task is
-        how many of its questions could not be asked: they count as answers that say nothing. Raises UsageError for judges who
-        cannot be asked.
+        In the control "shuffled states" each user is asked with the next user's states, in "no states" with the words
+        alone. `refused` counts the questions of a task that could not be asked; they count as answers that say nothing.
+        Raises UsageError if a judge cannot be asked.
         """
         self._check_judges()
         rows = source.rows(held_out=True, least=2, most=asked, rng=np.random.default_rng(0))
@@ -266,7 +271,7 @@ class RecInterpreter:
         return found | {f"{NEAREST}: {name}": round(value, 4) for name, value in ceiling.items()}
 
     def _check_judges(self) -> None:
-        """Raises UsageError for judges of an oracle that is not read, or whose checkpoint is not there."""
+        """Raise UsageError if there are judges but no oracle is read, or if a judge's checkpoint does not exist."""
         if self.config.judges and self.config.after != "item":
             raise UsageError(
                 "Judges are asked about an oracle, and this adapter reads none.",
@@ -282,7 +287,7 @@ class RecInterpreter:
         return {RULE: OverlapRule(source), **engines}
 
     def choices(self, source: Source) -> Sequence[Choices]:
-        """Of recovery, and of residual and the oracle."""
+        """The constraints of the answers to recovery, and to residual and the oracle. Empty if unconstrained."""
         if not self.config.constrained:
             return ()
         return [question.choices(source.titles) for question in (self.recovery_question, ONE_TITLE)]
@@ -290,8 +295,12 @@ class RecInterpreter:
     def beside(
         self, source: Source, lm: AdaptedLm, bare: Engine, users: int, positions: int, asked: int, most_tokens: int
     ) -> dict[str, float]:
-        """What probes recover of held-out users: the last titles from states, their tokens and the language model's states at
-        the prompt's end, and the last one from the states before and after it."""
+        """What probes recover of held-out users.
+
+        For recovery, probes read the last titles from states, from the states' tokens, and from the language model's
+        hidden states at the end of the prompt. For residual, a probe reads the last title from the states before and
+        after it.
+        """
         rng = np.random.default_rng(0)
         rows = source.rows(held_out=False, least=2, most=users, rng=rng)
         owners, events = drawn_places(rows, source.histories.lengths[rows], positions, rng)
@@ -307,7 +316,7 @@ class RecInterpreter:
     def _probed(
         self, source: Source, lm: AdaptedLm, rows: NDArray[np.int64], events: NDArray[np.int64]
     ) -> tuple[dict[str, LabelledVectors], dict[str, LabelledVectors]]:
-        """Vectors and targets of recovery and of residual, by kind of vectors."""
+        """Vectors and targets to probe for recovery and for residual, by kind of vectors."""
         readings = list(self.readings(source, rows, events))
         items = [source.items(row, count) for row, count in zip(rows.tolist(), events.tolist(), strict=True)]
         targets = [mine[-self.config.titles :] for mine in items]
@@ -325,7 +334,10 @@ class RecInterpreter:
         }
 
     def questions(self, readings: Sequence[Reading], oracles: Sequence[Oracle], control: str = "") -> list[Prompt]:
-        """Recovery of every reading, then residual, and then the oracle where there is one; test templates in turn."""
+        """Prompts for recovery of every reading, then residual, then the oracle if there is one.
+
+        The templates of tests are used in turn. `control` names one of `CONTROLS`.
+        """
         if control == "shuffled states":
             readings, oracles = [*readings[1:], *readings[:1]], [*oracles[1:], *oracles[:1]]
         recovery, residual = self.recovery.test, self.prompts.residual.test
@@ -338,7 +350,7 @@ class RecInterpreter:
     def figures(
         self, answers: Sequence[str], readings: Sequence[Reading], oracles: Sequence[Oracle], known: Collection[str]
     ) -> dict[str, float]:
-        """Of answers in the order of `questions`. `oracle` is the share that name the item nearest to the oracle."""
+        """Figures of answers in the order of `questions`; `oracle` is the share that name the item nearest to it."""
         count = len(readings)
         figures = {
             **recovery_figures(
@@ -364,12 +376,12 @@ def residual_prompt(template: str, reading: Reading) -> Prompt:
 
 
 def oracle_prompt(template: str, reading: Reading, oracle: Oracle) -> Prompt:
-    """The residual's prompt after the history, with what the recommender would have next on the other side."""
+    """Residual's prompt after the whole history, with what the recommender would have next on the other side."""
     return fill(template, {"before": reading.after, "after": oracle.vector})
 
 
 def _outcomes(engine: Engine, prompts: Sequence[Prompt], decoding: Decoding, choices: Choices | None) -> list[Outcome]:
-    """In the order of the prompts."""
+    """The engine's outcomes, in the order of the prompts."""
     outcomes = [Outcome(index) for index in range(len(prompts))]
     for outcome in engine.generate(prompts, decoding, choices):
         outcomes[outcome.index] = outcome
@@ -378,9 +390,12 @@ def _outcomes(engine: Engine, prompts: Sequence[Prompt], decoding: Decoding, cho
 
 @torch.no_grad()
 def oracles_of(source: Source, queries: Tensor) -> list[Oracle]:
-    """What the recommender would have next after histories, of what it ranks by there, [n, width]: DreamRec's oracle, or the mean
-    of item vectors by how likely another recommender finds each, as long as these are. Each with the title of the item nearest to
-    it by cosine: the best one of a recommender need not be, of such a mean."""
+    """What the recommender would have next, from its `queries` [n, width] after histories.
+
+    For DreamRec, the query is the oracle itself. For another recommender, the oracle is the mean of the item vectors,
+    weighted by the softmax of their scores and scaled to the mean length of an item vector. Each oracle has the title
+    of the item nearest to it by cosine, which need not be the recommender's best item.
+    """
     table = torch.from_numpy(source.item_states).to(queries.device)
     oracles = queries.float()
     if not source.recommender.queries_are_items:

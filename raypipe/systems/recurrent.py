@@ -1,8 +1,9 @@
 """Recurrent summaries: each block is added to the summary of those before it (LLM-TRSR, arXiv 2403.13325, section 3.2).
 
-A history of n items costs ceil(n/5) calls, one after the other. The text of a full block is the summary of everything up
-to it, and its key a hash of all of that, so that a later run goes on after the last block whose past is still the same;
-that of a last, partial block is a summary too and is never built upon.
+With blocks of 5 items, a history of n items costs ceil(n/5) calls, one after the other. The text of a full block is the
+summary of everything up to and including it, and its key is a hash of all of that. A later run can therefore go on
+after the last block whose past has not changed. The text of a last, partial block is a summary too, but later runs
+never build on it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from raypipe.systems.summaries import Block, Known, SummariesConfig, UserSummary
 
 
 class RecurrentSummarizer:
-    """Implements `Summarizer`; the users of a batch take their steps together."""
+    """Implements `Summarizer`; each step reads one block of every user of the batch."""
 
     def __init__(self, engine: Engine, config: SummariesConfig) -> None:
         self.engine, self.config = engine, config
@@ -44,7 +45,7 @@ class RecurrentSummarizer:
             begun = [user for user in left if results[user].summary]
             new = [user for user in left if not results[user].summary]
             prompts = self.config.prompts
-            # The first block of all is summarised as any block is.
+            # A user's very first block is summarised like any block alone.
             self._step(new, left, results, [prompts.block_prompt(left[user][0].lines) for user in new], first=True)
             updates = [prompts.update_prompt(results[user].summary, left[user][0].lines) for user in begun]
             self._step(begun, left, results, updates, first=False)
@@ -59,7 +60,7 @@ class RecurrentSummarizer:
         *,
         first: bool,
     ) -> None:
-        """One call for each user: its next block is read."""
+        """Read the next block of each user, with one call per user."""
         decoding = self.config.block_decoding if first else self.config.merge_decoding
         for outcome in self.engine.generate(prompts, decoding):
             result = results[users[outcome.index]]
@@ -71,11 +72,11 @@ class RecurrentSummarizer:
 
 
 def unread_blocks(blocks: Sequence[Block], known: Known) -> Sequence[Block]:
-    """The blocks after the last one whose text stands."""
+    """The blocks after the last one whose known text still holds."""
 
     def stands(block: Block) -> bool:
         old = known.get((0, block.number))
         return block.full and old is not None and old.key == block.key
 
-    # A key is of everything up to its block: where one does not stand, none after it does.
+    # A key covers everything up to its block: if one does not hold, none after it does.
     return blocks[sum(1 for _ in takewhile(stands, blocks)) :]

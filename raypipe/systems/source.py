@@ -1,4 +1,4 @@
-"""What systems are made from and measured on: a frozen recommender, histories up to the cut, and the catalogue in words."""
+"""What systems are trained and measured on: a frozen recommender, histories up to the cut, the catalogue in words."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ from raypipe.recommenders.windows import Histories
 
 @dataclass(frozen=True)
 class Source:
-    """`held_out` bool [users] are those who are asked about, and whom no training sees; `catalogue` has a title of its own
-    for every item; `summaries` by row of the histories, of what stands before the cut; `replay` are other examples;
-    `computed` are the recommender's item states, where somebody has them already; `seeds` int64 [events] those of what the
-    recommender samples after each event of the histories, where lists are made by them."""
+    """The data that a system trains and is measured on.
+
+    `held_out` bool [users] marks the users who are asked about and whom no training sees. `catalogue` has a distinct
+    title for every item. `summaries` are of what stands before the cut, by row of the histories. `replay` are other
+    examples. `computed` are the recommender's item states if they were computed already. `seeds` int64 [events] are the
+    seeds of what the recommender samples after each event of the histories, if its lists depend on them.
+    """
 
     recommender: Recommender
     histories: Histories
@@ -36,7 +39,7 @@ class Source:
 
     @property
     def titles(self) -> Sequence[str]:
-        """By item index − 1."""
+        """The items' titles, indexed by item index − 1."""
         return self.catalogue.titles
 
     @cached_property
@@ -45,18 +48,18 @@ class Source:
 
     @cached_property
     def item_states(self) -> NDArray[np.float32]:
-        """float32 [items + 1, width]."""
+        """The recommender's item states, float32 [items + 1, width]."""
         if self.computed is not None:
             return self.computed
         return self.recommender.item_states().detach().float().cpu().numpy()
 
     def rows(self, *, held_out: bool, least: int, most: int, rng: np.random.Generator) -> NDArray[np.int64]:
-        """At most so many users, drawn, of those held out or of the others, whose histories have at least so many events."""
+        """Draw at most `most` users whose histories have at least `least` events, held out or not: their rows."""
         there = np.flatnonzero((self.held_out == held_out) & (self.histories.lengths >= least))
         return rng.permutation(there)[:most]
 
     def items(self, row: int, events: int) -> list[int]:
-        """The first so many items of a history."""
+        """The first `events` items of a history."""
         start = self.histories.starts[row]
         return self.histories.items[start : start + events].tolist()
 
@@ -68,13 +71,15 @@ class Source:
         return [self.titles[item - 1] for item in items]
 
     def states(self, rows: NDArray[np.int64], events: NDArray[np.int64]) -> NDArray[np.float32]:
-        """float32 [n, width], after the first `events` [n] of the histories in `rows` [n]."""
+        """The states float32 [n, width] after the first `events` [n] of the histories in `rows` [n]."""
         return prefix_states(self.recommender, self.histories, rows, events)
 
     @torch.no_grad()
     def queries(self, states: NDArray[np.float32], rows: NDArray[np.int64], events: NDArray[np.int64]) -> Tensor:
-        """[n, width], by which the recommender ranks the items for the histories in `rows` after their first `events`, `states`
-        [n, width] being those there."""
+        """Queries [n, width] by which the recommender ranks items after the first `events` of the histories in `rows`.
+
+        `states` [n, width] are the states at the same places.
+        """
         device, seeds = self.recommender.table.device, None
         if self.seeds is not None:
             seeds = torch.from_numpy(self.seeds[self.histories.starts[rows] + events - 1]).to(device)
@@ -84,6 +89,9 @@ class Source:
 def drawn_places(
     rows: NDArray[np.int64], last: NDArray[np.int64], most: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """At most so many numbers of events from 1 to `last` [n] for each of `rows` [n]: rows and events, one entry a place."""
+    """Draw for each of `rows` [n] at most `most` distinct numbers of events from 1 to its `last` [n], in rising order.
+
+    Returns rows and numbers of events, one entry per place.
+    """
     places = [np.sort(1 + rng.choice(end, min(most, end), replace=False)) for end in last.tolist()]
     return np.repeat(rows, [len(mine) for mine in places]), np.concatenate([np.zeros(0, np.int64), *places])

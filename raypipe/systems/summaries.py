@@ -14,14 +14,14 @@ from raypipe.engines.engine import Decoding, Outcome
 from raypipe.language.summary_prompts import SummaryPrompts
 from raypipe.storage.fingerprint import fingerprint
 
-# Guarded by a golden test on the echo engine: raised whenever the same input would give another text.
+# Raise it whenever the same input would give another text. A golden test on the echo engine guards it.
 STEP_VERSION = 1
 UNFINISHED = "0" * 32
 """Ends the change key of a summary that is not yet of the whole history, so that the next run goes on with it."""
 
 
 class SummariesConfig(Config):
-    """What summarises a history, and how."""
+    """Options of summarising histories."""
 
     paradigm: Literal["hierarchical", "recurrent"] = shaping(
         "hierarchical", "blocks alone and then merged, or each block added to the summary of those before it"
@@ -43,24 +43,24 @@ class SummariesConfig(Config):
 
     @model_validator(mode="after")
     def _window_holds_a_block(self) -> SummariesConfig:
-        # Only whole blocks are in the window: a smaller one would leave some users without any.
+        # The window has only whole blocks: one smaller than a block would leave some users without any.
         if self.window_events < self.block_items:
             raise ValueError(f"window_events is {self.window_events}, less than one block of {self.block_items} items")
         return self
 
     @property
     def variant(self) -> str:
-        """What the rows of this paradigm are published as."""
+        """The variant under which the rows of this paradigm are published."""
         return f"summarize-{self.paradigm}" + (f"-cut{self.hold_out}" if self.hold_out else "")
 
     def window_start(self, events: int) -> int:
-        """The first event of a history of so many that its summary is about: whole blocks only."""
+        """The first event that the summary of a history of `events` events covers; it is the start of a block."""
         if self.paradigm == "recurrent":
             return 0
         return -(-max(events - self.window_events, 0) // self.block_items) * self.block_items
 
     def block_recipe(self, engine: Mapping[str, Any]) -> str:
-        """Fingerprint of a block's summary; `engine` is the engine's identity."""
+        """Fingerprint of everything that shapes a block's summary; `engine` is the engine's identity."""
         return fingerprint(
             {
                 "step": STEP_VERSION,
@@ -76,7 +76,7 @@ class SummariesConfig(Config):
         )
 
     def merge_recipe(self, engine: Mapping[str, Any]) -> str:
-        """Fingerprint of a whole summary: that of its blocks, the merge prompt and the window."""
+        """Fingerprint of all that shapes a whole summary: its blocks, the merge's prompt and decoding, the window."""
         if self.paradigm == "recurrent":
             return fingerprint({"blocks": self.block_recipe(engine), "paradigm": self.paradigm})
         return fingerprint(
@@ -89,16 +89,17 @@ class SummariesConfig(Config):
         )
 
     def _of_recurrence(self) -> dict[str, Any]:
-        """What else the text of a recurrent block follows from: a block's own text is the summary up to it."""
+        """What else shapes the text of a recurrent block, since that text is the summary of everything up to it."""
         if self.paradigm == "hierarchical":
             return {}
         return {"update": self.prompts.update, "update_decoding": self.merge_decoding.shaping_values()}
 
 
 class Block(NamedTuple):
-    """One piece of a history: its number from the first event ever, what its text depends on, its items' lines.
+    """One piece of a history: its number from the first event ever, the key of what shapes its text, its items' lines.
 
-    The last block of a history may not be `full`; what is written of it is never read again.
+    The last block of a history may not be `full`; the recurrent paradigm does not keep its text, so no later run builds
+    on it.
     """
 
     number: int
@@ -108,14 +109,14 @@ class Block(NamedTuple):
 
 
 def blocks_of(lines: Sequence[str], config: SummariesConfig) -> list[Block]:
-    """The blocks of one history of which nothing is written yet, by its items' lines, oldest first."""
+    """Cut one history of which nothing is written yet into blocks; `lines` are its items' lines, oldest first."""
     size = config.block_items
     starts = range(config.window_start(len(lines)), len(lines), size)
     return [Block(at // size, "", lines[at : at + size], at + size <= len(lines)) for at in starts]
 
 
 class Written(NamedTuple):
-    """A text of one level: block summaries are level 0, merges of groups 1, 2, ...; a recurrent one's level is 0."""
+    """A text of one level: block summaries have level 0, merges of groups 1, 2, ...; recurrent texts have level 0."""
 
     level: int
     number: int
@@ -125,9 +126,9 @@ class Written(NamedTuple):
 
 @dataclass
 class UserSummary:
-    """What came out for one user: a summary, or a reason and a message; either way what it cost.
+    """The result for one user: a summary, or the reason and message of a failure; and in either case the cost.
 
-    An `unfinished` one is of the blocks read so far: there were more than one run may read.
+    An `unfinished` result covers only the blocks read so far, because there were more than one run may read.
     """
 
     user_id: str
@@ -150,26 +151,26 @@ Known = Mapping[tuple[int, int], Written]
 
 
 class Summarizer(Protocol):
-    """Writes summaries of many users at a time, so that the engine always has a full batch."""
+    """Writes the summaries of many users at a time, so that the engine always has a full batch."""
 
     def most_calls(self, blocks: Sequence[Block], known: Known) -> int:
-        """A bound on the engine calls of one user: what a hard cap has to grant."""
+        """An upper bound on the engine calls of one user: what a hard cap has to grant."""
         ...
 
     def most_tokens(self, calls: int) -> tuple[int, int]:
-        """Bounds on prompt tokens and on generated tokens of so many calls."""
+        """Upper bounds on the prompt tokens and the generated tokens of `calls` calls."""
         ...
 
     def summarize(self, users: Mapping[str, Sequence[Block]], known: Mapping[str, Known]) -> list[UserSummary]:
-        """Summaries of users, given their blocks in time order and the texts already written, by (level, number).
+        """Summarise users, given their blocks in time order and the texts already written, by (level, number).
 
-        A known text is used where its key still holds; nothing else is. Every user gets a result, in order.
+        A known text is used only if its key still holds. Every user gets a result, in order.
         """
         ...
 
 
 def take(result: UserSummary, outcome: Outcome) -> str:
-    """Account for one outcome; its text, or nothing where the user failed."""
+    """Add the cost of one outcome to `result`, and its failure if it has an error; return its stripped text."""
     result.calls += outcome.calls
     result.tokens_in += outcome.tokens_in
     result.tokens_out += outcome.tokens_out

@@ -1,12 +1,13 @@
-"""What a language model that imitates a recommender f has to beat: functions of the history alone, learnt from f's answers.
+"""Surrogates of a recommender f, learnt from f's answers: the baselines of a language model that imitates f.
 
-Beside the distilled student of RecExplainer (arXiv 2311.10947) stand the surrogates that people can read: a linear one, with a
-weight for every item and how lately it was chosen, and a tree of questions about the same. Each gives scores of prefixes, as a
-`Floor` does, and `surrogate_figures` measures whatever does: floors and f itself too.
+They are functions of the history alone: the distilled student of RecExplainer (arXiv 2311.10947), and two that people
+can read. Of these, the linear one has a weight for every item and how lately it was chosen; the tree asks questions
+about the same. Each gives scores for prefixes, as a `Floor` does. `surrogate_figures` measures anything that does,
+floors and f itself too.
 
-Of a SASRec of width 64 on MovieLens-100k, learnt at 8,480 places of 848 users and asked after the last event of 95 others (T1
-HR@5 unseen, T2, T3): linear .67, .93, .96 in 8 s of one core; tree .22, .86, .90 in 2 s; student .46, .77, .79 in 24 s, because
-it learns f's best item alone; transitions .40, .84, .89.
+Measured for a SASRec of width 64 on MovieLens-100k, learnt at 8,480 places of 848 users and asked after the last event
+of 95 other users (T1 HR@5 unseen, T2, T3): linear .67, .93, .96 in 8 s on one core; tree .22, .86, .90 in 2 s; student
+.46, .77, .79 in 24 s, because it learns only f's best item; transitions .40, .84, .89.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ _LONGEST = 200
 
 @dataclass(frozen=True)
 class Lessons:
-    """What f says after each of n prefixes, `users` int64 [n] whose they are, to learn from or to be asked about.
+    """What f says after each of n prefixes, to learn from or to be asked about.
 
-    `taught` are the labels of RecExplainer's tasks; the scores of all items are `queries` float32 [n, width] times `table`
-    [items + 1, width], row 0 padding.
+    `users` int64 [n] are the prefixes' users. `taught` are the labels of RecExplainer's tasks. f's scores of all items
+    are the product of `queries` float32 [n, width] and `table` [items + 1, width], whose row 0 is padding.
     """
 
     prefixes: Histories
@@ -60,7 +61,7 @@ class Lessons:
     @classmethod
     @torch.no_grad()
     def of(cls, source: Source, rows: Integers, events: Integers, rng: np.random.Generator) -> Lessons:
-        """After the first `events` [n] of the histories in `rows` [n]; raises ValueError as `teach` does."""
+        """Lessons after the first `events` [n] of the histories in `rows` [n]. Raises ValueError as `teach` does."""
         taught = teach(source, rows, events, rng)
         queries = source.queries(taught.states, rows, events)
         prefixes = source.histories.take(source.histories.starts[rows], events)
@@ -72,18 +73,18 @@ class Lessons:
 
 
 class HistoryFeatures(Config):
-    """A history as a surrogate that people can read sees it."""
+    """The features of a history that the surrogates which people can read are given."""
 
     windows: tuple[int, ...] = shaping(
         (1, 2, 3, 5, 10, 20, 50), "whether an item is among the last so many; and whether it is there at all"
     )
 
     def of(self, prefixes: Histories, items: int) -> csr_array:
-        """0 or 1, float32 [n, (windows + 1) × (items + 1)], the columns of one window side by side."""
+        """Features 0 or 1, float32 [n, (windows + 1) × (items + 1)]; the columns of one window are adjacent."""
         blocks = []
         for kept in [*(np.minimum(prefixes.lengths, window) for window in self.windows), prefixes.lengths]:
             recent = prefixes.take(prefixes.ends - kept, kept)
-            # int32: scikit-learn's trees read no wider indices.
+            # int32, because scikit-learn's trees do not read wider indices.
             owners = np.repeat(np.arange(len(kept), dtype=np.int32), kept)
             pairs = np.unique(np.stack([owners, recent.items]), axis=1)
             ones = np.ones(pairs.shape[1], np.float32)
@@ -99,7 +100,8 @@ class LinearConfig(Config):
     steps: int = shaping(100, "of the solver, at most", ge=1)
 
     def fit(self, learnt: Lessons) -> LinearSurrogate:
-        # f's scores are linear in its queries: the regression of these is that of the scores of all items, and far smaller.
+        # f's scores are linear in its queries: regressing the queries equals regressing all items' scores, and is far
+        # smaller.
         features = _with_constant(self.features.of(learnt.prefixes, learnt.items))
         options = {"damp": self.l2**0.5, "iter_lim": self.steps, "atol": 1e-4, "btol": 1e-4}
         weights = [lsqr(features, column, **options)[0] for column in learnt.queries.T]
@@ -108,7 +110,10 @@ class LinearConfig(Config):
 
 @dataclass(frozen=True)
 class LinearSurrogate:
-    """`weights` [features + 1, width], the constant's last; times the table they are the weights of each item's score."""
+    """A fitted linear surrogate.
+
+    `weights` [features + 1, width], the constant's last; their product with the table's rows weighs each item's score.
+    """
 
     config: LinearConfig
     weights: Floats
@@ -128,11 +133,11 @@ class TreeConfig(Config):
     rows_per_leaf: int = shaping(5, "at least", ge=1)
 
     def fit(self, learnt: Lessons) -> TreeSurrogate:
-        # Every worker that explains imports this module, and scikit-learn takes as long to import as torch.
+        # Imported here: every worker that explains imports this module, and scikit-learn imports as slowly as torch.
         from sklearn.tree import DecisionTreeRegressor
 
         features = self.features.of(learnt.prefixes, learnt.items)
-        # In these coordinates squared distances of queries are those of the scores of all items, less what all share.
+        # In these coordinates, squared distances of queries are those of all items' scores, less what all items share.
         centred = learnt.table[1:] - learnt.table[1:].mean(0)
         lengths, axes = np.linalg.eigh(centred.T.astype(np.float64) @ centred)
         coordinates = learnt.queries @ (axes * np.sqrt(np.maximum(lengths, 0)))
@@ -147,7 +152,7 @@ class TreeConfig(Config):
 
 @dataclass(frozen=True)
 class TreeSurrogate:
-    """`queries` [nodes, width], the mean of each leaf's; its scores are their products with the table."""
+    """A fitted tree; `queries` [nodes, width] are each leaf's mean query, whose products with `table` are scores."""
 
     config: TreeConfig
     tree: DecisionTreeRegressor
@@ -161,7 +166,7 @@ class TreeSurrogate:
 
 
 class StudentConfig(Config):
-    """A small recommender that learns f's best item, and nothing of what users did next."""
+    """A small recommender that learns f's best item and nothing about what users did next."""
 
     recommender: RecommenderConfig = shaping(
         lambda: RecommenderConfig(width=32, hidden=64, layers=1, max_length=50), "the loss it names does not matter"
@@ -175,7 +180,7 @@ class StudentConfig(Config):
         return self
 
     def fit(self, learnt: Lessons) -> Student:
-        """Raises ValueError for lessons of fewer than two users."""
+        """Train a student. Raises ValueError if the lessons are of fewer than two users."""
         model = self.recommender.build(learnt.items, self.training.seed)
         favourites = torch.from_numpy(learnt.taught.favourites)
 
@@ -202,9 +207,10 @@ class Student:
 
 
 def surrogate_figures(surrogate: Floor, learnt: Lessons, asked: Lessons) -> dict[str, Mean]:
-    """T1 to T3 of `asked`, named as in `alignment`: HR@5 and NDCG@5 of f's best unseen item, NDCG@5 of five candidates, accuracy.
+    """Figures of T1 to T3 on `asked`, named as in `alignment`.
 
-    For T3 an item's rank among the unseen is the answer: Yes up to the rank that is right for most of `learnt`.
+    T1: HR@5 and NDCG@5 of f's best unseen item. T2: NDCG@5 of the five candidates. T3: accuracy, where an item's rank
+    among the unseen items decides: the answer is yes up to the rank that is right most often on `learnt`.
     """
     threshold = _threshold(*_answers(surrogate, learnt)[2:])
     favourites, ndcgs, liked, disliked = _answers(surrogate, asked)
@@ -220,7 +226,11 @@ def surrogate_figures(surrogate: Floor, learnt: Lessons, asked: Lessons) -> dict
 def _answers(
     surrogate: Floor, asked: Lessons
 ) -> tuple[Integers, NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Items above f's best and beside it [n, 2], NDCG@5 of the candidates, mean ranks of the liked and the disliked item."""
+    """Answers of a surrogate to the tasks.
+
+    Returns the number of unseen items above f's best item and tied with it [n, 2], the NDCG@5 of the candidates [n],
+    and the mean ranks of the liked item and of the disliked item, [n] each.
+    """
     taught = asked.taught
     ordered = np.take_along_axis(taught.candidates, taught.orders, 1)
     wanted = (taught.favourites, taught.liked, taught.disliked)
@@ -238,7 +248,7 @@ def _answers(
 
 
 def _threshold(liked: NDArray[np.float64], disliked: NDArray[np.float64]) -> float:
-    """The rank up to which most of the items are liked, and beyond which they are not; between two ranks that there are."""
+    """The rank that best separates liked items (up to it) from disliked ones (beyond); it lies between given ranks."""
     ranks = np.unique(np.concatenate([liked, disliked]))
     cuts = np.concatenate([[ranks[0] - 1], (ranks[:-1] + ranks[1:]) / 2, [ranks[-1] + 1]])
     right = np.searchsorted(np.sort(liked), cuts) - np.searchsorted(np.sort(disliked), cuts)

@@ -1,4 +1,4 @@
-"""The seam of the systems that join a recommender to a language model: examples in, a trained adapter out, answers judged."""
+"""The interface of systems that join a recommender to a language model: examples, a trained adapter, judged answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from raypipe.systems.source import Source
 class System(Protocol):
     @property
     def name(self) -> str:
-        """Under which its models are stored."""
+        """The name under which its models are stored."""
         ...
 
     @property
@@ -26,20 +26,26 @@ class System(Protocol):
         ...
 
     def examples(self, source: Source, users: int, positions: int, rng: np.random.Generator) -> Iterator[SoftExample]:
-        """Examples of at most so many users who are not held out, at so many places in each of their histories."""
+        """Training examples of at most `users` users who are not held out, at most `positions` places per history."""
         ...
 
     def choices(self, source: Source) -> Sequence[Choices]:
-        """What answers are held to when it is measured; nothing where they are free."""
+        """The constraints of answers when it is measured; empty if answers are free."""
         ...
 
     def measured(self, source: Source, engine: Engine, asked: int, most_tokens: int) -> dict[str, float]:
-        """What the adapted model answers about so many held-out users, and what the controls do; `most_tokens` an answer."""
+        """Figures of the adapted model's answers about at most `asked` held-out users, and of controls.
+
+        An answer has at most `most_tokens` tokens.
+        """
         ...
 
     def beside(
         self, source: Source, lm: AdaptedLm, bare: Engine, users: int, positions: int, asked: int, most_tokens: int
     ) -> dict[str, float]:
-        """What else tells of held-out users, having learnt from so many others at so many places of each: probes of vectors,
-        baselines, and `bare`, the language model as it was."""
+        """Figures to compare with, on at most `asked` held-out users: probes of vectors, baselines, and `bare`.
+
+        Probes and baselines learn from at most `users` other users at `positions` places of each. `bare` is the
+        language model without the adapter.
+        """
         ...

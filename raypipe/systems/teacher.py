@@ -1,5 +1,7 @@
-"""A recommender's own predictions as labels for whoever learns to imitate it (RecExplainer, arXiv 2311.10947, section 3.1):
-never what happened next."""
+"""A recommender's own predictions as labels for models that imitate it (RecExplainer, arXiv 2311.10947, section 3.1).
+
+What happened next is never a label.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,11 @@ _BLOCK_SCORES = 2**24
 
 @dataclass(frozen=True)
 class Taught:
-    """What the recommender says at places in histories, all of unseen items.
+    """What the recommender says at places in histories; all items are unseen there.
 
-    `states` float32 [n, width]; `favourites` int64 [n], its best; `candidates` int64 [n, 5], drawn alike, and `scores` float32
-    [n, 5] theirs; `liked` and `disliked` int64 [n], each drawn from its best fifth and its worse half.
+    `states` float32 [n, width]; `favourites` int64 [n], its best items; `candidates` int64 [n, 5], drawn uniformly, and
+    their `scores` float32 [n, 5]; `liked` int64 [n], drawn from its best fifth, and `disliked` int64 [n], from its
+    worse half.
     """
 
     states: NDArray[np.float32]
@@ -37,19 +40,19 @@ class Taught:
 
     @property
     def orders(self) -> NDArray[np.int64]:
-        """[n, 5], places in `candidates` from the best on; of equal scores the smaller item first."""
+        """Places in `candidates` from best to worst, [n, 5]; of equal scores, the smaller item comes first."""
         return np.lexsort((self.candidates, -self.scores))
 
 
 def teachable(source: Source, events: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Whether histories of so many events leave enough items unseen to be asked about, whatever they hold."""
+    """Whether histories of `events` [n] events leave enough items unseen to be asked about, whatever they hold."""
     return events + 2 * CANDIDATES <= source.recommender.items
 
 
 def teach(source: Source, rows: NDArray[np.int64], events: NDArray[np.int64], rng: np.random.Generator) -> Taught:
-    """After the first `events` [n] of the histories in `rows` [n].
+    """The recommender's predictions after the first `events` [n] of the histories in `rows` [n].
 
-    Raises ValueError where some history leaves fewer than ten items unseen.
+    Raises ValueError if a history leaves fewer than ten items unseen.
     """
     states = source.states(rows, events)
     parts = [
@@ -61,14 +64,14 @@ def teach(source: Source, rows: NDArray[np.int64], events: NDArray[np.int64], rn
 
 
 def most_similar(source: Source) -> NDArray[np.int64]:
-    """int64 [items], for each item the other one whose vector is nearest by cosine."""
+    """For each item, the index of the other item whose vector is nearest by cosine: int64 [items]."""
     vectors = torch.nn.functional.normalize(torch.from_numpy(source.item_states[1:]), dim=1)
     nearest = []
     for part in _parts(len(vectors), len(vectors)):
         likeness = vectors[part] @ vectors.T
         own = torch.arange(part.start, min(part.stop, len(vectors)))
         likeness[torch.arange(len(own)), own] = -torch.inf
-        # NaN counts as the largest: here it is below every cosine, and above the item itself.
+        # argmax takes NaN for the largest: here NaN is put below every cosine, and above the item itself.
         nearest.append(likeness.nan_to_num_(nan=-2, neginf=-torch.inf).argmax(1) + 1)
     return torch.cat(nearest).numpy()
 
@@ -92,7 +95,7 @@ def _taught(
         raise ValueError(
             f"A history leaves {int(left.min())} of {source.recommender.items} items unseen: too few to ask about."
         )
-    # NaN counts as the largest: here it is the lowest that an unseen item can have.
+    # Sorting takes NaN for the largest: here NaN becomes the lowest score that an unseen item can have.
     known = scores.nan_to_num(nan=torch.finfo(scores.dtype).min, posinf=torch.inf)
     order = known.masked_fill(~unseen, -torch.inf).argsort(dim=1, descending=True, stable=True)
     drawn = (

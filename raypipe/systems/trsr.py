@@ -1,13 +1,13 @@
-"""LLM-TRSR (arXiv 2403.13325, section 3.3): a language model says yes or no to a candidate, given a summary of the long past and
-the last items.
+"""LLM-TRSR (arXiv 2403.13325, section 3.3): a language model answers yes or no to a candidate.
 
-A prompt holds the instruction, the preference summary, the last items and the candidate's text; the score is the softmax over
-the logits of yes and no. Of every event that training reads there is a prompt with its item and one for each item drawn beside
-it, and no summary in a prompt is of anything but what came before its event. A user's prompts differ in the candidate alone,
-which comes last, so that an engine reads the rest once.
+A prompt holds the instruction, the summary of the user's long-term preferences, the last items and the candidate's
+text. The score is the softmax over the logits of yes and no. For every event that training reads there is one prompt
+with its item and one for each item drawn beside it. A summary in a prompt covers only what came before the event. A
+user's prompts differ only in the candidate, which comes last, so that an engine reads the rest once.
 
-The paper shows the last 5 items; its code learns prompt and answer alike (`loss: text`). Ours is `facts`: a candidate's line
-ends with numbers that tell what counts and texts say of it (`candidate_facts`), of what came before the event alone too.
+The paper shows the last 5 items; its code learns both prompt and answer (`loss: text`). `facts` is ours: a candidate's
+line ends with numbers of what counts and texts tell about it (`candidate_facts`), also only of what came before the
+event.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ Candidate: {candidate}
 Answer:"""
 _USERS_AT_ONCE = 256
 _PROMPTS_AT_ONCE = 5_000
-_MOST_CHARACTERS = 10_000  # of an item's text, of whose words its likeness to others is made
+_MOST_CHARACTERS = 10_000  # of an item's text, from whose words its similarity to others is computed
 _DISTURBED = np.uint64(0x5851F42D4C957F2D)
 
 
@@ -73,12 +73,12 @@ class CandidateOptions(Config):
 
 
 def shown_summaries(wanted: Shown, lineage: Mapping[str, Any]) -> str | None:
-    """The paradigm that a ranker of this lineage is shown, None for none."""
+    """The paradigm of the summaries that a ranker of this lineage is shown, None for none."""
     return lineage["summaries"] if wanted == "trained" else wanted
 
 
 class TrsrConfig(Config):
-    """What is shown of a user and a candidate, what is learnt, and what is ranked."""
+    """Options: what is shown of a user and a candidate, what is learnt, and what is ranked."""
 
     recent: int | None = shaping(
         5, "last items that are shown, of `history` at most: 0 for none, null for all of it", ge=0
@@ -125,11 +125,11 @@ class TrsrConfig(Config):
         return self
 
     def undisturbed(self) -> TrsrConfig:
-        """The same without an ablation's disturbance: nobody is shown what was written of somebody else."""
+        """The same config without an ablation's disturbance: every user is shown their own summary."""
         return self.model_copy(update={"missing": 0.0, "noise": 0.0})
 
     def lines(self, catalogue: Catalogue) -> list[str]:
-        """What is shown of each item."""
+        """The line that is shown of each item."""
         return catalogue.lines(SummaryPrompts(attributes=self.attributes, text_characters=self.text_characters))
 
     @property
@@ -139,14 +139,14 @@ class TrsrConfig(Config):
 
 @dataclass(frozen=True)
 class PastSummaries:
-    """Of histories' rows the texts that summarise their first so many events, (events, text) in order of events."""
+    """Summaries by history row: pairs (events, text) by rising events, where text covers the first `events` events."""
 
     texts: Mapping[int, Sequence[tuple[int, str]]] = field(default_factory=dict)
     cost: Mapping[str, int] = field(default_factory=dict)
     """Calls and tokens of all that were written of everybody's events before the cut, and of how many users."""
 
     def at(self, row: int, events: int) -> str | None:
-        """The newest one that is of the first `events` events or of fewer."""
+        """The newest summary of a history that covers its first `events` events or fewer; None if there is none."""
         mine = self.texts.get(row, ())
         place = bisect_right(mine, events, key=lambda pair: pair[0])
         return mine[place - 1][1] if place else None
@@ -154,7 +154,7 @@ class PastSummaries:
 
 @dataclass(frozen=True)
 class Past:
-    """What is known before the cut. `held_out` bool [users] are those whom no training sees."""
+    """What is known before the cut. `held_out` bool [users] marks the users whom no training sees."""
 
     histories: Histories
     held_out: NDArray[np.bool_]
@@ -163,12 +163,12 @@ class Past:
 
     @cached_property
     def learnable(self) -> Histories:
-        """Of those whom trainings and counts may see."""
+        """The histories of users whom trainings and counts may see."""
         return self.histories.of(~self.held_out)
 
     @cached_property
     def vectors(self) -> csr_array:
-        """Of what is said of every item, as of `text_vectors`."""
+        """The `text_vectors` of every item's line."""
         return text_vectors(self.catalogue.lines(SummaryPrompts(text_characters=_MOST_CHARACTERS)))
 
     @cached_property
@@ -177,10 +177,11 @@ class Past:
 
 
 class Trsr:
-    """The prompts of a ranker on one language model: what it learns, and what it is asked.
+    """The prompts of a ranker for one language model: what it learns, and what it is asked.
 
-    `tokenizer` is that model's and `context` the most tokens it reads; `facts` are those of all that is known, where they are
-    not to be counted in `past`. Raises ValueError where its tokenizer cannot tell yes and no apart after a prompt.
+    `tokenizer` is that of the model, and `context` the largest number of tokens it reads. `facts` replaces the facts
+    that would otherwise be counted from all of `past`. Raises ValueError if the tokenizer cannot tell yes and no apart
+    after a prompt.
     """
 
     def __init__(
@@ -192,7 +193,7 @@ class Trsr:
         bare = self._prompt("", "", "").text
         self.answers = telling_beginnings(tokenizer, bare, (YES, NO))
         (frame,), spelled = tokenizer.encode([bare]), tokenizer.count_tokens([f" {YES}", f" {NO}"])
-        # Room for the summary and the items, the candidate and the end mark among them.
+        # Tokens left for the summary and the lines of items, the candidate's included; 1 is for the end mark.
         self._room = context - len(frame) - max(spelled) - 1
         if config.facts:
             self._room -= max(tokenizer.count_tokens([f"; {FORM.replace('{}', str(number))}" for number in range(10)]))
@@ -200,7 +201,7 @@ class Trsr:
         self._learn_of(past)
 
     def of(self, histories: Histories, summaries: PastSummaries) -> Trsr:
-        """The same of other people: what was made of the catalogue alone, or was given, stays."""
+        """The same ranker for other users: it keeps what was made from the catalogue alone, or was given."""
         other = copy(self)
         nobody = np.zeros(len(histories), bool)
         other._learn_of(Past(histories, nobody, self.past.catalogue, summaries))
@@ -210,12 +211,15 @@ class Trsr:
         keys = np.arange(len(past.histories)) if past.histories.users is None else past.histories.users
         self.past = past
         self._fates = mix(keys.view(np.uint64) ^ _DISTURBED)
-        # Whose summaries are put as somebody else's.
+        # The rows whose summaries may be shown as another user's.
         self._summarised = np.array([row for row in sorted(past.summaries.texts) if not past.held_out[row]], np.int64)
 
     def examples(self, users: int, positions: int, left: int, rng: np.random.Generator) -> Iterator[SoftExample]:
-        """Yes to each of the last `positions` items of at most so many histories that are not held out, and no to items drawn
-        beside it; the last `left` events before the cut are left to validation."""
+        """Training examples: yes to an item that was chosen, no to items drawn beside it.
+
+        They are of the last `positions` items of at most `users` histories that are not held out. The last `left`
+        events before the cut are left to validation.
+        """
         histories = self.past.histories
         rows = rng.permutation(np.flatnonzero(~self.past.held_out & (histories.lengths > left + 1)))[:users]
         whole = self.config.loss == "text"
@@ -224,7 +228,7 @@ class Trsr:
             for start in range(0, len(learnt), _USERS_AT_ONCE):
                 chosen = learnt[start : start + _USERS_AT_ONCE]
                 targets = histories.items[histories.ends[chosen] - back]
-                # What a user chose before the cut is never learnt as a no; what comes after it is not known here.
+                # What a user chose before the cut is never learnt as a no; what they chose after it is not known here.
                 seen = histories.take(histories.starts[chosen], histories.lengths[chosen])
                 seeds = rng.integers(0, 2**63, len(chosen)).astype(np.uint64)
                 negatives, filled = draw_unseen(seeds, seen.items, seen.lengths, len(self.lines), self.config.negatives)
@@ -235,7 +239,7 @@ class Trsr:
                         yield SoftExample(prompt, NO if number else YES, whole)
 
     def summaries(self, rows: NDArray[np.int64], back: int, control: Control | None = None) -> list[str | None]:
-        """Of all but the last `back` events of the histories in `rows` [n], as the config or a control disturbs them."""
+        """Summaries of all but the last `back` events of histories `rows` [n], disturbed by config or control."""
         if control == "no summaries":
             return [None] * len(rows)
         pairs = list(zip(rows.tolist(), (self.past.histories.lengths[rows] - back).tolist(), strict=True))
@@ -251,7 +255,7 @@ class Trsr:
         return found
 
     def _of_another(self, row: int, back: int) -> str | None:
-        """The summary of a drawn user who is not that of `row`; None where nobody else has one."""
+        """The summary of another drawn user than that of `row`; None if nobody else has one."""
         count = len(self._summarised)
         at = int(self._fates[row] >> np.uint64(8)) % count if count else 0
         if count and self._summarised[at] == row:
@@ -264,9 +268,10 @@ class Trsr:
     def prompts(
         self, rows: NDArray[np.int64], back: int, candidates: NDArray[np.int32], summaries: Sequence[str | None]
     ) -> Iterator[list[Prompt]]:
-        """After all but the last `back` events of the histories in `rows` [n], about each of `candidates` [n, k].
+        """Prompts about each of `candidates` [n, k] after all but the last `back` events of the histories `rows` [n].
 
-        The last items are as many as fit; a prompt that is too long without any is left to whoever reads it.
+        A prompt shows as many last items as fit. One that is too long even without any is given as it is; the caller or
+        engine has to reject it.
         """
         histories = self.past.histories
         known = _told_of(summaries)
@@ -284,8 +289,10 @@ class Trsr:
     def shown(
         self, rows: NDArray[np.int64], back: int, candidates: NDArray[np.int32], summaries: Sequence[str | None]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """How many last items the `prompts` of the same arguments show of each history, and how many they would show if no
-        context ended, int64 [n] both."""
+        """How many last items the `prompts` of the same arguments show of each history: int64 [n].
+
+        Also how many they would show if the context had no limit: int64 [n].
+        """
         rooms = self._rooms(_told_of(summaries), candidates)
         events = (self.past.histories.lengths[rows] - back).tolist()
         shown = [len(self._recent(*one)) for one in zip(rows.tolist(), events, rooms, strict=True)]
@@ -294,7 +301,7 @@ class Trsr:
     def scores(
         self, engine: Engine, rows: NDArray[np.int64], sets: CandidateSets, control: Control | None = None
     ) -> Iterator[Scored]:
-        """Of the candidates of users, whose histories are in `rows` [n], after all they did before the cut."""
+        """Score the candidates of users in `rows` [n] after all events before the cut; yield parts of the users."""
         summaries = self.summaries(rows, 0, control)
         at_once = max(1, _PROMPTS_AT_ONCE // sets.items.shape[1])
         for start in range(0, len(rows), at_once):
@@ -307,41 +314,41 @@ class Trsr:
         each = len(prompts) // users
         errors = {number // each: error for number, error in found.errors.items()}
         yes = found.yes.reshape(users, each)
-        # Who cannot be asked about one candidate is asked about none: all are alike, which is chance.
+        # If one candidate of a user could not be asked about, all get the same score, which ranks them by chance.
         yes[list(errors)] = 0
         return Scored(part, yes, found.tokens.reshape(users, each).sum(1), errors)
 
     def facts(self, back: int = 0) -> Facts:
-        """By the counts of all but the last `back` events of those who are not held out."""
+        """The facts by the counts of all but the last `back` events of users who are not held out."""
         if back not in self._facts:
             base, past = self.past.learnable.without_last(back), self.past
-            # One at a time: what is learnt goes back event by event.
+            # Only one is kept: learning goes back event by event.
             self._facts = {back: Facts.of(base, past.vectors, past.neighbours, self.config.history)}
         return self._facts[back]
 
     def _told(self, prefixes: Histories, back: int, candidates: NDArray[np.int32]) -> Iterable[Iterable[str]]:
-        """What ends the lines of each prefix' candidates."""
+        """The text that ends the line of each candidate of each prefix."""
         if not self.config.facts:
             return repeat(repeat(""))
         return ([f"; {fact}" for fact in mine] for mine in self.facts(back).told(prefixes, candidates))
 
     def _rooms(self, known: Sequence[str], candidates: NDArray[np.int32]) -> list[int]:
-        """The tokens that summaries, and the longest line of a candidate, leave to the last items."""
+        """How many tokens each summary and the longest line of its candidates leave for the last items."""
         longest = self._costs[candidates - 1].max(1).tolist()
         taken = self.tokenizer.count_tokens(known)
         return [self._room - summary - line for summary, line in zip(taken, longest, strict=True)]
 
     def _most(self, events: int) -> int:
-        """How many of so many events are shown where they fit."""
+        """How many of `events` events are shown if they fit."""
         most = min(self.config.history, events)
         return most if self.config.recent is None else min(most, self.config.recent)
 
     def _recent(self, row: int, events: int, room: int) -> list[int]:
-        """The last items, oldest first, that are shown in so many tokens."""
+        """The last items, oldest first, that are shown in `room` tokens."""
         most = self._most(events)
         start = int(self.past.histories.starts[row]) + events
         recent = self.past.histories.items[start - most : start]
-        # Each line's own tokens: together they may be fewer, and never more by what one newline costs.
+        # Lines are counted one by one: joined they may take fewer tokens, and at most one newline's cost more.
         fits = int(np.searchsorted(self._costs[recent[::-1] - 1].cumsum(), room, side="right"))
         return recent[most - fits :].tolist()
 
@@ -351,8 +358,11 @@ class Trsr:
 
 @dataclass(frozen=True)
 class Scored:
-    """Of a `part` of the users [n] the probability of yes [n, candidates], the tokens of the prompts int64 [n], and why those have no
-    answer who have none, by their number in the part."""
+    """Scores of a `part` of the users [n].
+
+    `yes` [n, candidates] is the probability of yes, `tokens` int64 [n] counts the prompts' tokens. `errors` says why a
+    user has no answer, by the user's number in the part.
+    """
 
     part: slice
     yes: NDArray[np.float64]
@@ -362,8 +372,11 @@ class Scored:
 
 @dataclass(frozen=True)
 class Likelihoods:
-    """Of each prompt how likely the first of its two answers is, float64, NaN where there is none, the tokens of the prompt, int64,
-    and why there is none, by the prompt's number."""
+    """Answers to n prompts.
+
+    `yes` float64 [n] is the probability of the first of a prompt's two answers, NaN if there is no answer; `tokens`
+    int64 [n] counts the prompt's tokens; `errors` says why there is no answer, by the prompt's number.
+    """
 
     yes: NDArray[np.float64]
     tokens: NDArray[np.int64]
@@ -371,7 +384,7 @@ class Likelihoods:
 
 
 def likelihoods(engine: Engine, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> Likelihoods:
-    """Of the first of the two answers to each prompt."""
+    """How likely the first of the two answers to each prompt is, as the engine scores them."""
     yes, tokens = np.full(len(prompts), np.nan), np.zeros(len(prompts), np.int64)
     errors: dict[int, OutcomeError] = {}
     for scores in engine.score(prompts, answers):
@@ -384,10 +397,10 @@ def likelihoods(engine: Engine, prompts: Sequence[Prompt], answers: Sequence[Seq
 
 
 def best_first(yes: NDArray[np.float64]) -> NDArray[np.int64]:
-    """The places of candidates [..., k] in the order they are shown in; of equally likely ones the first stays first."""
+    """The places of candidates [..., k] by falling probability of yes; equally likely ones keep their order."""
     return np.argsort(-yes, axis=-1, kind="stable")
 
 
 def _told_of(summaries: Iterable[str | None]) -> list[str]:
-    """What prompts say of each user's long past, in one line."""
+    """The text of each user's long past in prompts: the summary in one line, or `NOTHING`."""
     return [" ".join(summary.split()) if summary else NOTHING for summary in summaries]

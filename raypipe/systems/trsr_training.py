@@ -1,7 +1,8 @@
-"""Training of a recommender that answers yes or no, and its validation: the epoch that ranks best is kept (LLM-TRSR, section 4).
+"""Training and validation of a ranker that answers yes or no (LLM-TRSR, section 4): the epoch that ranks best is kept.
 
-Beside what `prepare_alignment` writes, the folder holds `validation.npz` where there is validation: the prompts' tokens one after
-the other, where each ends, the answers' alike, and of each user the place of the item that came next.
+Beside what `prepare_alignment` writes, the folder holds `validation.npz` if there is validation. It holds the tokens of
+all prompts one after the other and where each ends, the same of the answers, and the place of the next item among each
+user's candidates.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from raypipe.metrics.ranking import candidate_metrics
 
 _FILE = "validation.npz"
 _BATCH_TOKENS = 32_768
-_SHOWN = 4  # examples of a batch whose loss is no number
+_SHOWN = 4  # examples that are described of a batch whose loss is not a number
 _CHARACTERS = 200
 
 
@@ -39,11 +40,11 @@ def prepare_validation(
     answers: Sequence[str],
     context: int,
 ) -> int:
-    """The prompts of each user's candidates, and the candidate that came next. Before `prepare_alignment`, whose marker says
-    that all is there.
+    """Write the prompts of each user's candidates, and the places of the candidates that came next.
 
-    Who has a prompt that is longer than `context` with its answer is left out, and how many these are is returned. Raises
-    ValueError where nobody is left.
+    Call it before `prepare_alignment`, whose marker says that everything is there. A user is left out if one of the
+    prompts is longer than `context` with its answer. Returns how many users are left out. Raises ValueError if no user
+    remains.
     """
     folder.mkdir(parents=True, exist_ok=True)
     endings = answer_tokens(tokenizer, answers)
@@ -69,7 +70,7 @@ def prepare_validation(
 
 
 class RankingTask(AlignmentTask):
-    """As `AlignmentTask`, validated by the mean of Recall@3 + Recall@5 + Recall@10 over users; implements `ValidatedTask`."""
+    """An `AlignmentTask` validated by the mean of Recall@3 + Recall@5 + Recall@10; implements `ValidatedTask`."""
 
     def validate(self, module: nn.Module, rank: int, world: int) -> tuple[float, float]:
         assert isinstance(module, SoftPromptLm)
@@ -98,6 +99,6 @@ class RankingTask(AlignmentTask):
 
     @cached_property
     def _validation(self) -> dict[str, NDArray[Any]]:
-        # All at once: an array of an open archive is read anew whenever it is named.
+        # All arrays at once: an open archive reads an array anew at each access.
         with np.load(self.folder / _FILE) as told:
             return dict(told)

@@ -1,4 +1,4 @@
-"""The playground: a page for people. It holds no data and asks the routes under /v1 with the token that is typed in."""
+"""The playground: a web page for people. It holds no data, and calls the routes under /v1 with the token typed in."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ frame-ancestors 'none'; form-action 'none'"
 
 
 def add_page(app: FastAPI) -> None:
-    """The page's files, which are no part of the API's description."""
+    """Add a route for each file of the page. These routes are not part of the API's description."""
     for path, (name, kind) in FILES.items():
         send_file(app, path, files(__package__).joinpath(name).read_bytes(), kind, _POLICY)
 
 
 def send_file(app: FastAPI, path: str, content: bytes, kind: str, policy: str) -> None:
-    """A route that sends the content; `policy` says what a browser may load from it."""
+    """Add a route that sends `content`. `policy` is its Content-Security-Policy: what a browser may load for it."""
     headers = {"content-security-policy": policy, "referrer-policy": "no-referrer"}
 
     async def send() -> Response:
