@@ -27,7 +27,15 @@ from raypipe.systems.trsr import Past, TrsrConfig
 
 OF_LM = {"job": "lm", "hold_out": 1, "held_out_share": 0.0}
 """Lineage of a language model."""
-_OF_ADAPTER = {"job": "align", "hold_out": 1, "held_out_share": 0.0, "seed": 0, "config": {}, "training": {}}
+_OF_ADAPTER = {
+    "job": "align",
+    "hold_out": 1,
+    "held_out_share": 0.0,
+    "seed": 0,
+    "config": {},
+    "training": {},
+    "versions": {},
+}
 
 
 def store_untrained(uri: str, config: RecommenderConfig) -> Model:

@@ -169,7 +169,7 @@ def test_questions_about_one_user_share_the_vectors_of_that_user_and_of_nobody_e
     found = sorted(engine(lm, adapter).score(asked, [["Dune"]] * len(asked)), key=lambda scores: scores.index)
     for prompt, scored in zip(asked, found, strict=True):
         # These weights, drawn at random, make some prompts' rounding errors a hundred times as large as others'.
-        assert scored.logprobs == pytest.approx([exact(prompt, answer)], abs=1e-3)
+        assert scored.logprobs == pytest.approx([exact(prompt, answer)], abs=5e-3)
 
 
 def test_other_vectors_give_another_answer_and_another_draw(lm: str, adapter: str) -> None:

@@ -120,7 +120,9 @@ def test_an_oracle_is_judged_by_the_rule_and_by_whoever_is_asked(raypipe: Run, w
     names = [name for name in judged.metrics if name.endswith("by endpoint")]
     assert len(names) == 7
     assert not any("oracle judged" in name for name in names)
-    assert len([name for name in judged.metrics if name.endswith("by own")]) == 7
+    # The workspace's own names no letter for some pairs, which of them hangs on a processor's rounding; that is told then.
+    own_names = {name.replace("judged beside", "preferred to") for name in judged.metrics if name.endswith("by own")}
+    assert own_names == {name.replace("by endpoint", "by own") for name in names}
     assert judged.metrics["oracle preferred to random"] == plain.metrics["oracle preferred to random"]
 
 

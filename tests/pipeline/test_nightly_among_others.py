@@ -84,7 +84,7 @@ def test_a_night_whose_lease_is_lost_while_its_cards_are_written_is_not_publishe
     s3_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, store = nightly.NightlyConfig(workspace=s3_uri), Store(s3_uri)
-    night = Night("2026-01-05", {})
+    night = Night("2026-01-05", {}, {}, {}, "")
     with contextlib.ExitStack() as successor, hold(store, ["nights"], "sleeper") as locks:
         with monkeypatch.context() as patch:
             patch.setattr(nightly, "write_cards", lambda *_: successor.enter_context(taken_over(store, "nights")))

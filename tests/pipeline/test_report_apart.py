@@ -174,7 +174,8 @@ def test_bases_that_were_trained_on_other_histories_tell_what_is_made_of_them_ap
 def stored(uri: str, folder: Path, name: str, **lineage: object) -> Model:
     folder.mkdir(exist_ok=True)
     (folder / "weights.json").write_text(folder.name)
-    return Models(Store(uri)).add(name, folder, "recipe", lineage)
+    of_any = {"hold_out": 1, "held_out_share": 0.0, "config": {}, "options": {}, "training": {}, "versions": {}}
+    return Models(Store(uri)).add(name, folder, "recipe", {**of_any, **lineage})
 
 
 def config_of(seed: int, **guided: object) -> dict[str, Any]:
