@@ -118,7 +118,7 @@ class Session:
     def _give_up(self, run: Run, successor: str) -> None:
         if lost := run.receipts():
             say(
-                f"{self.job}: run {run.run_key[:12]}, which was killed, is given up for one of other inputs or options, and with it "
+                f"{self.job}: run {run.run_key[:12]}, which has not ended, is given up for one of other inputs or options, and with it "
                 f"{len(lost)} finished units of {usage_of(lost.values()).calls:,} model calls",
                 "warning",
             )

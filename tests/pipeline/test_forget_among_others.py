@@ -12,6 +12,7 @@ from raypipe.errors import RaypipeError
 from raypipe.pipeline import forget
 from raypipe.pipeline.rejects import reject_rows
 from raypipe.runtime.session import Session
+from raypipe.storage.locks import Lock
 from raypipe.storage.nights import Nights
 from raypipe.storage.store import Store
 from raypipe.storage.workspace import Workspace
@@ -60,21 +61,20 @@ def test_who_forgets_and_has_lost_a_lease_moves_no_night_and_deletes_nothing(
 ) -> None:
     publish, night = Session.publish, Nights(Store(two_nights)).current()
 
-    def lost(session: Session) -> None:
+    def lost(lock: Lock) -> None:
         raise RaypipeError("This job's lease on nights ran out.", "Submit again.")
 
     def publish_and_sleep(*args: object, **kwargs: object) -> object:
         result = publish(*args, **kwargs)  # type: ignore[arg-type]
-        monkeypatch.setattr(Session, "check_held", lost)
+        patch.setattr(Lock, "check_held", lost)
         return result
 
     before = files_with_her(two_nights)
-    with monkeypatch.context():
-        monkeypatch.setattr(Session, "publish", publish_and_sleep)
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "publish", publish_and_sleep)
         assert raypipe(*forgetting(two_nights)).code == 1
     assert Nights(Store(two_nights)).current() == night
     assert set(before) <= set(files_with_her(two_nights))
-    monkeypatch.undo()
 
 
 def test_rejects_that_are_retried_while_somebody_is_forgotten_do_not_come_back(

@@ -197,7 +197,7 @@ def test_a_run_that_is_given_up_with_what_it_finished_is_told(
     session.keep_finished("recipe", "v", ["histories"], ["summaries"])
     second = session.run("recipe", session.versions("histories"), session.versions("summaries"), "all", {})
     told = capsys.readouterr().err
-    assert f"run {first.run_key[:12]}, which was killed, is given up" in told
+    assert f"run {first.run_key[:12]}, which has not ended, is given up" in told
     assert "with it 1 finished units of 7 model calls" in told
     # Of one that had finished nothing there is nothing to tell.
     session.run("third", session.versions("histories"), session.versions("summaries"), "all", {})
