@@ -20,8 +20,9 @@ from raypipe.pipeline.user_results import users_result
 from raypipe.runtime.budget import Limits
 from raypipe.runtime.job import JobResult, ModelCache
 from raypipe.runtime.progress import say
+from raypipe.runtime.publishing import bucket_parts, output_table
 from raypipe.runtime.reject_limit import RejectLimit
-from raypipe.runtime.session import Session, bucket_parts, open_session, output_table
+from raypipe.runtime.session import Session, open_session
 from raypipe.storage.ledger import WHOLE, Publish, Receipt, Run, Unit, Usage
 from raypipe.storage.models import Model
 from raypipe.storage.night_runs import NightRuns

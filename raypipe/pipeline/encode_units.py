@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from raypipe.pipeline.rejects import blocked_users, stage_rejected
 from raypipe.pipeline.user_rows import UserRows
 from raypipe.runtime.budget import Budget
-from raypipe.runtime.session import output_table
+from raypipe.runtime.publishing import output_table
 from raypipe.runtime.units import UnitContext
 from raypipe.storage.fingerprint import schema_hash
 from raypipe.storage.ledger import Counts, Receipt, Unit, Usage

@@ -27,7 +27,7 @@ from raypipe.recommenders.ranking import batches_by_length, sequences_of
 from raypipe.recommenders.recommender import Recommender, freeze
 from raypipe.recommenders.windows import Histories
 from raypipe.runtime.budget import Budget
-from raypipe.runtime.session import output_table
+from raypipe.runtime.publishing import output_table
 from raypipe.runtime.units import UnitContext
 from raypipe.storage.fingerprint import schema_hash
 from raypipe.storage.ledger import Counts, Receipt, Unit, Usage

@@ -42,7 +42,7 @@ from raypipe.pipeline.summarize import SummarizeConfig, SummarizeOptions, run_su
 from raypipe.pipeline.train import TrainConfig, TrainOptions, run_train
 from raypipe.runtime.job import JobConfig, JobResult
 from raypipe.runtime.progress import say
-from raypipe.runtime.session import settled_versions
+from raypipe.runtime.publishing import settled_versions
 from raypipe.storage.ledger import Usage
 from raypipe.storage.locks import Lock, check_held, hold
 from raypipe.storage.models import Models

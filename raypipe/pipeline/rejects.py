@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raypipe.data.rejects import row_json
-from raypipe.runtime.session import output_table
+from raypipe.runtime.publishing import output_table
 from raypipe.runtime.units import UnitContext
 from raypipe.storage.ledger import MAX_DEATHS
 from raypipe.storage.tables import StagedFile

@@ -24,8 +24,9 @@ from raypipe.pipeline.rerank_units import TABLE, RerankBucket, RerankTask
 from raypipe.pipeline.user_results import users_result
 from raypipe.runtime.job import JobResult, ModelCache
 from raypipe.runtime.progress import say
+from raypipe.runtime.publishing import bucket_parts
 from raypipe.runtime.reject_limit import RejectLimit
-from raypipe.runtime.session import bucket_parts, open_session
+from raypipe.runtime.session import open_session
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.ledger import WHOLE, Unit, Usage
 from raypipe.storage.models import Model, Models, find_adapter

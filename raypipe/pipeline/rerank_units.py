@@ -23,7 +23,7 @@ from raypipe.pipeline.sequences import catalogue_of
 from raypipe.pipeline.user_rows import UserRows, carry_over
 from raypipe.recommenders.windows import Histories
 from raypipe.runtime.budget import Budget
-from raypipe.runtime.session import output_table
+from raypipe.runtime.publishing import output_table
 from raypipe.runtime.units import UnitContext
 from raypipe.storage.change_keys import RECIPE_DIGITS, recipes_of
 from raypipe.storage.fingerprint import fingerprint, schema_hash

@@ -11,7 +11,7 @@ from raypipe.config import free
 from raypipe.errors import UsageError
 from raypipe.runtime.job import JobConfig, JobResult
 from raypipe.runtime.progress import clock, say
-from raypipe.runtime.session import write_locks
+from raypipe.runtime.publishing import write_locks
 from raypipe.storage.ledger import Run, counts_of
 from raypipe.storage.locks import hold
 from raypipe.storage.nights import Nights

@@ -23,8 +23,9 @@ from raypipe.pipeline.summary_state import Pins, Recipes
 from raypipe.pipeline.user_results import users_result
 from raypipe.runtime.job import JobResult, ModelCache
 from raypipe.runtime.progress import say
+from raypipe.runtime.publishing import bucket_parts
 from raypipe.runtime.reject_limit import RejectLimit
-from raypipe.runtime.session import Session, bucket_parts, open_session
+from raypipe.runtime.session import Session, open_session
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.ledger import WHOLE, Receipt, Run, Unit, Usage
 from raypipe.storage.models import Model

@@ -19,7 +19,7 @@ from raypipe.pipeline.rejects import WORKER_DIED, blocked_users, stage_rejected
 from raypipe.pipeline.summary_quality import SummaryQuality
 from raypipe.pipeline.summary_state import BucketState, Pins, PromptCatalogue, Recipes
 from raypipe.runtime.budget import Budget
-from raypipe.runtime.session import output_table
+from raypipe.runtime.publishing import output_table
 from raypipe.runtime.units import UnitContext
 from raypipe.storage.change_keys import RECIPE_DIGITS
 from raypipe.storage.fingerprint import schema_hash

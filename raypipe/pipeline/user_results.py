@@ -10,7 +10,8 @@ from raypipe.pipeline.job import cost_of
 from raypipe.runtime.budget import Limits
 from raypipe.runtime.job import JobResult
 from raypipe.runtime.progress import say
-from raypipe.runtime.session import Session, rows_of
+from raypipe.runtime.publishing import rows_of
+from raypipe.runtime.session import Session
 from raypipe.storage.ledger import Publish, Receipt, Run, counts_of, usage_of
 
 

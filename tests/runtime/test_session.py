@@ -14,7 +14,8 @@ import pytest
 from raypipe.errors import RaypipeError, UnavailableError
 from raypipe.runtime.cluster import ClusterConfig
 from raypipe.runtime.job import JobResult
-from raypipe.runtime.session import Session, bucket_parts, complete, open_session, recover, settled_versions
+from raypipe.runtime.publishing import bucket_parts, complete, recover, settled_versions
+from raypipe.runtime.session import Session, open_session
 from raypipe.storage.ledger import Counts, Publish, Receipt, Run, Unit, Usage
 from raypipe.storage.locks import Lock, hold
 from raypipe.storage.night_runs import NightRuns
@@ -106,7 +107,7 @@ def test_versions_are_settled_where_no_run_is_between_its_commits(
     half_published(workspace, run_of(session_of(workspace)))
     assert settled_versions(workspace, "histories") == {"histories": -1}
     with monkeypatch.context() as patch:
-        patch.setattr("raypipe.runtime.session._COMMITS_WAIT_S", 0.0)
+        patch.setattr("raypipe.runtime.publishing._COMMITS_WAIT_S", 0.0)
         assert settled_versions(workspace, *TABLES) is None
     # One that is alive is waited for.
     publish = threading.Timer(0.5, recover, (workspace, "extract", set()))
@@ -227,7 +228,7 @@ def test_who_begins_while_another_commits_waits_for_it(workspace: Workspace, mon
     half_published(workspace, run)
     writer = Lock(workspace.store, "summaries", "summarize")
     with writer, monkeypatch.context() as patch:
-        patch.setattr("raypipe.runtime.session._COMMITS_WAIT_S", 0.0)
+        patch.setattr("raypipe.runtime.publishing._COMMITS_WAIT_S", 0.0)
         with pytest.raises(UnavailableError, match="summaries is being written by summarize"):
             recover(workspace, "extract", set())
 
