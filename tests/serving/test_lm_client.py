@@ -105,19 +105,21 @@ def failed_there() -> RayTaskError:
     return RayTaskError("ask", told, RuntimeError("CUDA error")).as_instanceof_cause()
 
 
+def answer_of(result: Result) -> SummaryAnswer:
+    if isinstance(result, Failed):
+        raise RefusedQueryError(result.code, result.message)
+    return ANSWER
+
+
+async def build(queries: Any) -> list[Any]:
+    return [LmRequest(KEY, TASK, answer_of) for _ in queries]
+
+
 def test_a_task_at_which_the_language_model_fails_has_no_answer_and_takes_none_from_others(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert ask(raising(failed_there())) == Failed("internal", "The language model failed at this.")
     assert "CUDA error" in caplog.text
-
-    def answer(result: Result) -> SummaryAnswer:
-        if isinstance(result, Failed):
-            raise RefusedQueryError(result.code, result.message)
-        return ANSWER
-
-    async def build(queries: Any) -> list[Any]:
-        return [LmRequest(KEY, TASK, answer) for _ in queries]
 
     handle = Handle(answering(Outcome(0, "words")), raising(failed_there()), answering(Outcome(0, "words")))
     lm_handler = LmHandler(ServeLmClient(handle), 30.0, 8, build)  # type: ignore[arg-type]
@@ -217,14 +219,6 @@ def test_the_requests_of_a_large_batch_leave_room_for_themselves() -> None:
 
         def stream(self, key: ModelKey, task: Task, until: float) -> AsyncIterator[PartialExplanation | Result]:
             raise NotImplementedError
-
-    def answer(result: Result) -> SummaryAnswer:
-        if isinstance(result, Failed):
-            raise RefusedQueryError(result.code, result.message)
-        return ANSWER
-
-    async def build(queries: Any) -> list[Any]:
-        return [LmRequest(KEY, TASK, answer) for _ in queries]
 
     most = LimitOptions().queries
     lm_handler = LmHandler(Full(), 30.0, options.at_once, build)
