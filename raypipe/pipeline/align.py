@@ -25,7 +25,7 @@ from raypipe.language.adapters import AdapterCard, build_adapter, load_adapter, 
 from raypipe.language.alignment import AlignmentTask, prepare_alignment
 from raypipe.language.backbone import load_backbone
 from raypipe.pipeline.align_record import record
-from raypipe.pipeline.asked_anew import as_trained, asked_anew, tell_stored
+from raypipe.pipeline.asked_anew import as_trained, asked_anew, tell_trained
 from raypipe.pipeline.guided import run_guided
 from raypipe.pipeline.held_out import Cut, are_held_out, share_of
 from raypipe.pipeline.job import model_result
@@ -248,11 +248,9 @@ def _joined(config: AlignConfig) -> JobResult:
 
     training = Training(JOB, system.name, recipe, config.lock_lease_s)
     model, status = config.trained_once(workspace, tracking, training, train)
-    if status == "ok":
-        params = {"model": model.hash, "recommender": inputs.recommender, "lm": inputs.lm.hash[:12]}
-        tracking.log_run(JOB, recipe, params, model.lineage["metrics"], system=config.system)
-    else:
-        tell_stored(model)
+    tell_trained(
+        tracking, model, status, model.lineage["metrics"], recommender=inputs.recommender, lm=inputs.lm.hash[:12]
+    )
     return model_result(JOB, model, status, model.lineage["metrics"], started)
 
 

@@ -10,6 +10,7 @@ from raypipe.errors import UsageError
 from raypipe.pipeline.held_out import Cut
 from raypipe.runtime.progress import say
 from raypipe.storage.models import Model, Models, find_model
+from raypipe.storage.tracking import Tracking
 from raypipe.storage.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -63,7 +64,14 @@ def asked_anew(system: str, given: Config, stored: Mapping[str, Any]) -> dict[st
     return {**stored, **anew}
 
 
-def tell_stored(model: Model) -> None:
-    """Tell the user that this training was done before, and that options of how it is measured were not read for it."""
-    named = f"{model.name}/{model.hash}"
-    say(f"align: {named} is stored, with the figures of its training; --adapter {named} measures it anew")
+def tell_trained(tracking: Tracking, model: Model, status: str, metrics: Mapping[str, float], **made_of: str) -> None:
+    """Log a training of `align` that was done now, with the hashes of what the model is `made_of`.
+
+    If the model was stored before, tell the user so: options of how it is measured were not read for it.
+    """
+    if status == "ok":
+        params = {"model": model.hash, **made_of}
+        tracking.log_run("align", model.recipe, params, metrics, system=model.lineage["system"])
+    else:
+        named = f"{model.name}/{model.hash}"
+        say(f"align: {named} is stored, with the figures of its training; --adapter {named} measures it anew")

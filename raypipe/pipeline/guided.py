@@ -23,7 +23,7 @@ from raypipe.errors import UsageError
 from raypipe.language.adapters import AdapterCard, build_adapter, load_adapter
 from raypipe.language.backbone import load_backbone
 from raypipe.language.prompt import Prompt
-from raypipe.pipeline.asked_anew import tell_stored
+from raypipe.pipeline.asked_anew import tell_trained
 from raypipe.pipeline.forgotten import leave_out_forgotten
 from raypipe.pipeline.held_out import Cut, are_held_out
 from raypipe.pipeline.job import model_result
@@ -115,11 +115,7 @@ def run_guided(config: AlignConfig) -> JobResult:
     model, status = config.trained_once(
         workspace, tracking, training, lambda: _scored(config, workspace, inputs, recipe, versions)
     )
-    if status == "ok":
-        params = {"model": model.hash, "lm": inputs.lm.hash[:12]}
-        tracking.log_run("align", recipe, params, model.lineage["metrics"], system=NAME)
-    else:
-        tell_stored(model)
+    tell_trained(tracking, model, status, model.lineage["metrics"], lm=inputs.lm.hash[:12])
     return model_result("align", model, status, model.lineage["metrics"], started)
 
 

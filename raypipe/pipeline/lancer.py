@@ -24,7 +24,7 @@ from raypipe.language.backbone import load_backbone
 from raypipe.language.catalogue import Catalogue
 from raypipe.language.checkpoint import checkpoint_hash, resolve_checkpoint
 from raypipe.language.prefixes import PREFIX
-from raypipe.pipeline.asked_anew import asked_anew, tell_stored
+from raypipe.pipeline.asked_anew import asked_anew, tell_trained
 from raypipe.pipeline.evaluate import table
 from raypipe.pipeline.held_out import Cut, are_held_out
 from raypipe.pipeline.job import model_result
@@ -129,11 +129,7 @@ def run_lancer(config: AlignConfig) -> JobResult:
     model, status = config.trained_once(
         workspace, tracking, training, lambda: _train(config, workspace, inputs, recipe, versions)
     )
-    if status == "ok":
-        params = {"model": model.hash, "lm": inputs.lm.hash[:12]}
-        tracking.log_run("align", recipe, params, model.lineage["metrics"], system=NAME)
-    else:
-        tell_stored(model)
+    tell_trained(tracking, model, status, model.lineage["metrics"], lm=inputs.lm.hash[:12])
     return _result(model, status, _Figures.of(model), started)
 
 

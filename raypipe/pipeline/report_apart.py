@@ -64,7 +64,7 @@ class Made:
         return cls(rows, seed, told, frozenset(seeds), seeds, data)
 
 
-def parts_of(evaluations: Sequence[Evaluation]) -> dict[str, Part]:
+def parts_told_by(evaluations: Sequence[Evaluation]) -> dict[str, Part]:
     """What is known of models that others may be made of, by NAME/HASH.
 
     It comes from their own records, and from those of the models that were made of them.

@@ -17,7 +17,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from raypipe.config import first_problem
 from raypipe.errors import UsageError
-from raypipe.pipeline.report_apart import Made, parts_of, told_apart
+from raypipe.pipeline.report_apart import Made, parts_told_by, told_apart
 from raypipe.storage.evaluations import Evaluation, Measured, Part
 
 FLOORS = ("chance", "constant", "random", "popularity", "transitions")
@@ -172,7 +172,7 @@ class _Alone:
     """Names what ranks beside models by itself: floors, and recommenders. Several recommenders may have one name."""
 
     def __init__(self, evaluations: Sequence[Evaluation]) -> None:
-        self._parts = parts_of(evaluations)
+        self._parts = parts_told_by(evaluations)
         stored = dict.fromkeys(one.settings["recommender"] for one in evaluations if _beside(one))
         by_name: dict[str, list[str]] = {}
         for named in stored:
@@ -276,7 +276,7 @@ def beside_of(evaluation: Evaluation) -> str:
 
 def labels(evaluations: Sequence[Evaluation]) -> list[str]:
     """Each model's name, with what tells it apart if models of one name were made in several ways."""
-    parts = parts_of(evaluations)
+    parts = parts_told_by(evaluations)
     names = [name_of(one.name, one.settings, parts) for one in evaluations]
     made = [
         Made.by((one.job, name, beside_of(one)), one.seed, one.settings, one.versions, parts)

@@ -22,7 +22,7 @@ from raypipe.errors import UsageError
 from raypipe.language.adapters import AdapterCard, build_adapter
 from raypipe.language.alignment import prepare_alignment
 from raypipe.language.backbone import load_backbone
-from raypipe.pipeline.asked_anew import asked_anew, tell_stored
+from raypipe.pipeline.asked_anew import asked_anew, tell_trained
 from raypipe.pipeline.candidates import stored_candidates
 from raypipe.pipeline.forgotten import leave_out_forgotten
 from raypipe.pipeline.held_out import Cut, are_held_out
@@ -100,11 +100,7 @@ def run_trsr(config: AlignConfig) -> JobResult:
     metrics = dict(model.lineage["metrics"])
     if against is not None:
         metrics |= compared(ModelRanks.stored(workspace, model), workspace, against)
-    if status == "ok":
-        params = {"model": model.hash, "lm": inputs.lm.hash[:12]}
-        tracking.log_run("align", recipe, params, metrics, system=NAME)
-    else:
-        tell_stored(model)
+    tell_trained(tracking, model, status, metrics, lm=inputs.lm.hash[:12])
     return model_result("align", model, status, metrics, started, *spent)
 
 
