@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from raypipe.errors import UsageError
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.summaries import SummariesConfig
-from raypipe.systems.trsr import PastSummaries
+from raypipe.systems.trsr_past import PastSummaries
 
 _COLUMNS = ["user_id", "summary", "covered", "calls", "tokens_in", "tokens_out"]
 

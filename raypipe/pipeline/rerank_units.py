@@ -34,7 +34,8 @@ from raypipe.storage.schemas import RECOMMENDATIONS
 from raypipe.storage.tables import StagedFile
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.candidate_facts import Facts
-from raypipe.systems.trsr import Past, PastSummaries, Trsr, TrsrConfig, best_first
+from raypipe.systems.trsr import Trsr, TrsrConfig, best_first
+from raypipe.systems.trsr_past import Past, PastSummaries
 
 TABLE = "recommendations"
 

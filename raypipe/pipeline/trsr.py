@@ -50,7 +50,8 @@ from raypipe.storage.hashing import mix
 from raypipe.storage.ledger import Usage
 from raypipe.storage.models import Model, Models, find_adapter, find_model
 from raypipe.storage.workspace import Workspace
-from raypipe.systems.trsr import NAME, Past, PastSummaries, Trsr, TrsrConfig
+from raypipe.systems.trsr import NAME, Trsr, TrsrConfig
+from raypipe.systems.trsr_past import Past, PastSummaries
 from raypipe.systems.trsr_training import RankingTask, prepare_validation
 
 if TYPE_CHECKING:

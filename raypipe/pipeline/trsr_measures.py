@@ -33,7 +33,8 @@ from raypipe.storage.models import Model, Models
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.boosted_trees import CountsAndTexts, Features
 from raypipe.systems.candidate_facts import Facts
-from raypipe.systems.trsr import NAME, Control, Past, Trsr, TrsrConfig
+from raypipe.systems.trsr import NAME, Control, Trsr, TrsrConfig
+from raypipe.systems.trsr_past import Past
 
 if TYPE_CHECKING:
     from raypipe.pipeline.align import AlignConfig

@@ -22,7 +22,8 @@ from raypipe.systems.lancer import LancerConfig
 from raypipe.systems.lancer_lists import stored_config
 from raypipe.systems.recexplainer import ExplainerConfig, RecExplainer
 from raypipe.systems.recinterpreter import InterpreterConfig, RecInterpreter
-from raypipe.systems.trsr import Past, Trsr, TrsrConfig, shown_summaries
+from raypipe.systems.trsr import Trsr, TrsrConfig, shown_summaries
+from raypipe.systems.trsr_past import Past
 
 EXPLAINER, INTERPRETER, RANKER, WRITER = "recexplainer", "recinterpreter", "trsr", "lancer"
 

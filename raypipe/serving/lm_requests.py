@@ -52,17 +52,12 @@ from raypipe.serving.served import Served
 from raypipe.serving.service import RefusedQueryError, ResolvedUser, Service, origin, shown_items
 from raypipe.systems.explanations import Explanation
 from raypipe.systems.interpreter_figures import SEPARATOR, title_in
+from raypipe.systems.oracles import oracles_of
 from raypipe.systems.recexplainer import RecExplainer
-from raypipe.systems.recinterpreter import (
-    Reading,
-    RecInterpreter,
-    oracle_prompt,
-    oracles_of,
-    recovery_prompt,
-    residual_prompt,
-)
+from raypipe.systems.recinterpreter import Reading, RecInterpreter, oracle_prompt, recovery_prompt, residual_prompt
 from raypipe.systems.summaries import UserSummary, blocks_of
-from raypipe.systems.trsr import PastSummaries, best_first
+from raypipe.systems.trsr import best_first
+from raypipe.systems.trsr_past import PastSummaries
 
 LmQuery = ExplainQuery | InterpretQuery | ResidualQuery | OracleQuery | SummaryQuery | RerankQuery | NextQuery
 LmAnswer = ExplainAnswer | InterpretAnswer | TitleAnswer | SummaryAnswer | RerankAnswer | NextAnswer

@@ -18,11 +18,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import model_validator
-from torch import Tensor
-from torch.nn import functional
 
 from raypipe.config import Config, free, shaping
 from raypipe.engines.engine import Choices, Decoding, Engine, EngineConfig, Outcome
@@ -33,18 +30,17 @@ from raypipe.language.prompt import Prompt, Vectors
 from raypipe.language.soft_prompts import Injection, SoftExample
 from raypipe.language.templates import Templates, fill
 from raypipe.recommenders.prefixes import prefix_states
-from raypipe.recommenders.scoring import top_k
 from raypipe.recommenders.windows import Histories
 from raypipe.systems.interpreter_figures import SEPARATOR, recovery_figures, residual_figures, title_in
 from raypipe.systems.interpreter_prompts import InterpreterPrompts
 from raypipe.systems.judges import Rubric
+from raypipe.systems.oracles import SOURCE, Oracle, oracles_of
 from raypipe.systems.preference import PREFERENCE, RULE, EnginePreference, OverlapRule, PreferenceJudge, preferences
 from raypipe.systems.probes import LabelledVectors
 from raypipe.systems.projection import AdaptedLm, probed
 from raypipe.systems.source import Source, drawn_places
 from raypipe.systems.title_search import ONE_TITLE, TitleQuestion
 
-SOURCE = "state"
 TRAINING = {"epochs": 100, "batch_size": 16, "lr": 1e-3, "weight_decay": 1e-6}
 """As its code has it; the paper says nothing of it."""
 _USERS_AT_ONCE = 256
@@ -118,14 +114,6 @@ class Reading:
     @property
     def title(self) -> str:
         return self.history[-1]
-
-
-@dataclass(frozen=True)
-class Oracle:
-    """The vector of what a recommender would have next, and the title of the item nearest to it, seen or not."""
-
-    vector: Vectors
-    title: str
 
 
 class RecInterpreter:
@@ -386,21 +374,3 @@ def _outcomes(engine: Engine, prompts: Sequence[Prompt], decoding: Decoding, cho
     for outcome in engine.generate(prompts, decoding, choices):
         outcomes[outcome.index] = outcome
     return outcomes
-
-
-@torch.no_grad()
-def oracles_of(source: Source, queries: Tensor) -> list[Oracle]:
-    """What the recommender would have next, from its `queries` [n, width] after histories.
-
-    For DreamRec, the query is the oracle itself. For another recommender, the oracle is the mean of the item vectors,
-    weighted by the softmax of their scores and scaled to the mean length of an item vector. Each oracle has the title
-    of the item nearest to it by cosine, which need not be the recommender's best item.
-    """
-    table = torch.from_numpy(source.item_states).to(queries.device)
-    oracles = queries.float()
-    if not source.recommender.queries_are_items:
-        oracles = (oracles @ table[1:].T).softmax(1) @ table[1:]
-        oracles = oracles * (table[1:].norm(dim=1).mean() / oracles.norm(dim=1, keepdim=True).clamp(min=1e-12))
-    nearest, _ = top_k(functional.normalize(oracles, dim=1), functional.normalize(table, dim=1), 1)
-    titles, vectors = source.titles_of(nearest[:, 0].tolist()), oracles.cpu().numpy()
-    return [Oracle(Vectors(vector[None], SOURCE), title) for vector, title in zip(vectors, titles, strict=True)]

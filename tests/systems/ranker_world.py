@@ -13,7 +13,8 @@ from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_toke
 from raypipe.language.catalogue import Catalogue
 from raypipe.recommenders.windows import Histories
 from raypipe.storage.hashing import mix
-from raypipe.systems.trsr import Past, PastSummaries, Trsr, TrsrConfig
+from raypipe.systems.trsr import Trsr, TrsrConfig
+from raypipe.systems.trsr_past import Past, PastSummaries
 
 KINDS = ("dark", "funny", "grim", "sweet")
 PLAIN, PER_KIND = 20, 20

@@ -13,10 +13,11 @@ from raypipe.language.adapters import AdapterCard, build_adapter
 from raypipe.language.backbone import load_backbone
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
 from raypipe.language.prompt import Prompt, Vectors
+from raypipe.systems.oracles import SOURCE
 from raypipe.systems.probes import LabelledVectors
 from raypipe.systems.projection import AdaptedLm, probed
 from raypipe.systems.recexplainer import ExplainerConfig
-from raypipe.systems.recinterpreter import SOURCE, InterpreterConfig
+from raypipe.systems.recinterpreter import InterpreterConfig
 from raypipe.systems.source import Source
 from tests.systems.sources import source_of
 

@@ -17,12 +17,9 @@ from raypipe.language.prompt import Vectors
 from raypipe.recommenders.sequences import Sequences
 from raypipe.systems.interpreter_figures import recovery_figures, residual_figures
 from raypipe.systems.interpreter_prompts import InterpreterPrompts
+from raypipe.systems.oracles import oracles_of
 from raypipe.systems.recexplainer import ExplainerConfig
-from raypipe.systems.recinterpreter import (
-    InterpreterConfig,
-    RecInterpreter,
-    oracles_of,
-)
+from raypipe.systems.recinterpreter import InterpreterConfig, RecInterpreter
 from raypipe.systems.source import Source
 from tests.systems.sources import ITEMS, LENGTHS, source_of
 

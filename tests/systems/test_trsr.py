@@ -15,7 +15,8 @@ from raypipe.language.catalogue import Catalogue
 from raypipe.language.prompt import Prompt
 from raypipe.metrics.ranking import candidate_metrics
 from raypipe.recommenders.windows import Histories
-from raypipe.systems.trsr import NOTHING, Past, PastSummaries, TrsrConfig, likelihoods
+from raypipe.systems.trsr import NOTHING, TrsrConfig, likelihoods
+from raypipe.systems.trsr_past import Past, PastSummaries
 from tests.systems.ranker_world import (
     EVENTS,
     ITEMS,

@@ -14,7 +14,8 @@ from raypipe.language.alignment import prepare_alignment
 from raypipe.language.backbone import Backbone, load_backbone
 from raypipe.language.checkpoint import checkpoint_hash
 from raypipe.metrics.ranking import candidate_metrics
-from raypipe.systems.trsr import PastSummaries, Trsr
+from raypipe.systems.trsr import Trsr
+from raypipe.systems.trsr_past import PastSummaries
 from raypipe.systems.trsr_training import RankingTask, prepare_validation
 from tests.systems.ranker_world import (
     FULL,
