@@ -161,10 +161,8 @@ def _run_night(config: NightlyConfig, date: str) -> JobResult:
     steps = _Steps(workspace, runs)
     trained = ""
     refusal: RefusedError | None = None
-    if config.online is not None:
-        open_online_store(
-            config.online.store, workspace.store
-        ).close()  # if none is named, this fails before the night's work
+    if config.online is not None:  # if no store is named, this fails before the night's work
+        open_online_store(config.online.store, workspace.store).close()
     champion = Releases(workspace.store).named("champion")
     if champion is not None and (explaining := config.of_release(workspace, champion)) is not None:
         Explainer.of(explaining, workspace)  # what cannot explain fails before the night's work
@@ -391,11 +389,8 @@ def _result(
         # What a step published is not the night's if another job replaced it before the night was published.
         shown.update({name: dict(table) for name, table in result.tables.items() if table["version"] == tables[name]})
     spent = steps.runs()
-    prices: dict[str, CapOptions] = {
-        "recommend": config.recommend,
-        "summarize": config.summarize,
-        "explain": config.explain,
-    }
+    paying: list[CapOptions] = [config.recommend, config.summarize, config.explain]
+    prices = dict(zip(("recommend", "summarize", "explain"), paying, strict=True))
     money = sum(prices[run.job].money(run.spent) for run in spent if run.job in prices)
     cost = {**cost_of(sum((run.spent for run in spent), Usage()), seconds), "money": round(money, 6)}
     metrics = {f"{name}.{key}": value for name, values in _metrics(results).items() for key, value in values.items()}
