@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from raypipe.config import Config, shaping
@@ -23,15 +24,27 @@ class ProjectorConfig(Config):
 
     kind: Literal["linear", "mlp", "qformer"] = shaping("linear", "one layer, two with a GELU, or queries that attend")
     pool: Literal["each", "learned_positions"] = shaping(
-        "each", "every vector is a token; or their sum, weighted by learned weights of their places, is the one"
+        "each",
+        "every vector is a token, or what a qformer attends to; or their sum, weighted by learned weights of their places, is "
+        "the one",
     )
-    positions: int = shaping(10, "places that learned_positions weighs, the last one last", ge=1)
-    tokens: int = shaping(1, "tokens that a qformer makes of the vectors", ge=1)
+    positions: int = shaping(
+        10, "places that learned_positions weighs and a qformer tells apart, the last one last", ge=1
+    )
+    tokens: int = shaping(
+        1, "tokens that a qformer makes of the vectors; of one alone it has nothing to choose from", ge=1
+    )
     heads: int = shaping(4, "attention heads of a qformer", ge=1)
     whitened: bool = shaping(
         False,
         "vectors pass a layer of their own first, which starts as what makes them uncorrelated, each direction as large",
     )
+
+    @model_validator(mode="after")
+    def _a_qformer_has_several_to_attend_to(self) -> ProjectorConfig:
+        if self.kind == "qformer" and self.pool == "learned_positions":
+            raise ValueError("a qformer pools vectors itself, and attends to nothing where one sum is left of them")
+        return self
 
     def build(self, width: int, hidden: int) -> Projector:
         """A projector from vectors of `width` to embeddings of `hidden`."""
@@ -58,7 +71,7 @@ class Projector(nn.Module):
         elif config.kind == "mlp":
             self.layers = nn.Sequential(nn.Linear(width, hidden // 2), nn.GELU(), nn.Linear(hidden // 2, hidden))
         else:
-            self.layers = _QFormer(width, hidden, config.tokens, config.heads)
+            self.layers = _QFormer(width, hidden, config)
         self.enter: nn.Module = nn.Linear(width, width) if config.whitened else nn.Identity()
 
     @torch.no_grad()
@@ -96,18 +109,21 @@ class Projector(nn.Module):
 
 
 class _QFormer(nn.Module):
-    """Learned queries that attend over the vectors; each then passes a feed-forward layer."""
+    """Learned queries that attend over the vectors and their places; each then passes a feed-forward layer."""
 
-    def __init__(self, width: int, hidden: int, tokens: int, heads: int) -> None:
+    def __init__(self, width: int, hidden: int, config: ProjectorConfig) -> None:
         super().__init__()
-        self.queries = nn.Parameter(torch.randn(tokens, hidden) * hidden**-0.5)
+        self.queries = nn.Parameter(torch.randn(config.tokens, hidden) * hidden**-0.5)
         self.enter = nn.Linear(width, hidden)
-        self.attention = nn.MultiheadAttention(hidden, heads, batch_first=True)
+        self.places = nn.Parameter(torch.zeros(config.positions, hidden))
+        self.attention = nn.MultiheadAttention(hidden, config.heads, batch_first=True)
         self.before, self.after = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
         self.feed = nn.Sequential(nn.Linear(hidden, 2 * hidden), nn.GELU(), nn.Linear(2 * hidden, hidden))
 
     def forward(self, vectors: Tensor, known: Tensor) -> Tensor:
-        entered = self.before(self.enter(vectors))
+        # Counted from the end, where the last vector always stands; what is further back shares the first place.
+        places = torch.arange(-vectors.shape[1], 0, device=vectors.device) + len(self.places)
+        entered = self.before(self.enter(vectors) + self.places[places.clamp(min=0)])
         queries = self.queries.expand(len(vectors), -1, -1)
         read, _ = self.attention(queries, entered, entered, key_padding_mask=~known, need_weights=False)
         tokens = queries + read

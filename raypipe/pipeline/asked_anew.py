@@ -64,6 +64,22 @@ def asked_anew(system: str, given: Config, stored: Mapping[str, Any]) -> dict[st
     return {**stored, **anew}
 
 
+def tell_unread(system: str, given: Config, stored: Mapping[str, Any]) -> None:
+    """Tell the user of options `given` other than the model was `stored` with that asking it anew does not read."""
+    told = given.model_dump(mode="json", exclude_unset=True, exclude=_OPTIONS[system])
+    if unread := sorted(name for name, value in told.items() if _differs(value, stored.get(name))):
+        names = ", ".join(f"--{system}.{name}" for name in unread)
+        say(
+            f"align: a stored model keeps what it was trained with: {names} is not read; leave out --adapter to train anew"
+        )
+
+
+def _differs(given: Any, stored: Any) -> bool:
+    if isinstance(given, Mapping) and isinstance(stored, Mapping):
+        return any(_differs(value, stored.get(name)) for name, value in given.items())
+    return bool(given != stored)
+
+
 def tell_trained(tracking: Tracking, model: Model, status: str, metrics: Mapping[str, float], **made_of: str) -> None:
     """Log a training of `align` that was done now, with the hashes of what the model is `made_of`.
 

@@ -24,7 +24,7 @@ from raypipe.language.backbone import load_backbone
 from raypipe.language.catalogue import Catalogue
 from raypipe.language.checkpoint import checkpoint_hash, resolve_checkpoint
 from raypipe.language.prefixes import PREFIX
-from raypipe.pipeline.asked_anew import asked_anew, tell_trained
+from raypipe.pipeline.asked_anew import asked_anew, tell_trained, tell_unread
 from raypipe.pipeline.evaluate import table
 from raypipe.pipeline.held_out import Cut, are_held_out
 from raypipe.pipeline.job import model_result
@@ -299,6 +299,7 @@ def _measured_anew(
     if home.store.uri == workspace.store.uri:
         trained = [adapter] if lm.own is None else [adapter, lm.own]
     inputs = _Inputs(*_known(workspace, versions, cut, trained), lm)
+    tell_unread(NAME, config.lancer, adapter.lineage["options"])
     options = LancerConfig.model_validate(asked_anew(NAME, config.lancer, adapter.lineage["options"]))
     check_lines(options, inputs.catalogue, lm.folder, config.answer_tokens)
     figures = _measure(

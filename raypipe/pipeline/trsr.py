@@ -22,7 +22,7 @@ from raypipe.errors import UsageError
 from raypipe.language.adapters import AdapterCard, build_adapter
 from raypipe.language.alignment import prepare_alignment
 from raypipe.language.backbone import load_backbone
-from raypipe.pipeline.asked_anew import asked_anew, tell_trained
+from raypipe.pipeline.asked_anew import asked_anew, tell_trained, tell_unread
 from raypipe.pipeline.candidates import stored_candidates
 from raypipe.pipeline.forgotten import leave_out_forgotten
 from raypipe.pipeline.held_out import Cut, are_held_out
@@ -288,6 +288,7 @@ def _measured_anew(
 
     It may be asked with other summaries, fewer items, or summaries that are missing or wrong.
     """
+    tell_unread(NAME, config.trsr, adapter.lineage["options"])
     options = TrsrConfig.model_validate(asked_anew(NAME, config.trsr, adapter.lineage["options"]))
     inputs = _read(config.model_copy(update={NAME: options}), workspace, versions)
     if against is not None:

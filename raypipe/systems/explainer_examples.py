@@ -96,12 +96,15 @@ class ExplainerExamples:
         return any(form != "text" for form in self.shown)
 
     def of_users(self, tasks: Sequence[Task], users: int, positions: int) -> Iterator[SoftExample]:
-        rows = self.source.rows(held_out=False, least=2, most=users, rng=self.rng)
+        rows = self.source.rows(held_out=False, least=1, most=users, rng=self.rng)
         for start in range(0, len(rows), _USERS_AT_ONCE):
             chosen = rows[start : start + _USERS_AT_ONCE]
             last = self.source.histories.lengths[chosen]
             if {"T1", "T2", "T3", "explanation"} & set(tasks):
-                yield from self._at_positions(tasks, *drawn_places(chosen, last - 1, positions, self.rng))
+                longer = last > 1
+                yield from self._at_positions(
+                    tasks, *drawn_places(chosen[longer], last[longer] - 1, positions, self.rng)
+                )
             if "T6" in tasks and self.with_vectors:
                 yield from self._histories(*drawn_places(chosen, last, positions, self.rng))
             if "T6b" in tasks:
@@ -117,7 +120,9 @@ class ExplainerExamples:
             for shown in self.shown.values():
                 item = shown.item(row + 1)
                 told = {name: ", ".join(values) for name, values in self.source.catalogue.attributes[row].items()}
-                for name, answer in {**told, "description": descriptions[row]}.items():
+                if descriptions[row]:  # else a catalogue's own attribute of that name stays
+                    told["description"] = descriptions[row]
+                for name, answer in told.items():
                     if answer:
                         yield self._asked(self.prompts.attribute, {"item": item, "attribute": name}, answer)
                 nearest = self.source.titles[int(similar[row]) - 1]

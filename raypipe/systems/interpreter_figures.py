@@ -18,19 +18,18 @@ def recovery_figures(
     """Figures of answers to recovery, as means over users; `histories` are the titles asked for, oldest first.
 
     `recovery` is the share of the titles that the answer names; `recovery by place 1` is that of the newest event, and
-    so on. `valid` is the share of named titles that the catalogue has. `rouge_l` compares the texts. `order` is the
-    share of answers that are exactly the titles in order; it is left out if answers are `searched`, since these list
+    so on. `valid` is the share of named titles that the catalogue has. `rouge_l` compares the texts, and `order` is the
+    share of answers that are exactly the titles in order. Both are left out if answers are `searched`, since these list
     the likeliest title first.
     """
     named = [titles_in(answer, known, SEPARATOR) for answer in answers]
     figures = {
         "recovery": [recovered(mine, history) for mine, history in zip(named, histories, strict=True)],
         "valid": [valid_ratio(mine, known) for mine in named],
-        "rouge_l": [
-            rouge_l(answer, SEPARATOR.join(history)) for answer, history in zip(answers, histories, strict=True)
-        ],
     }
     if not searched:
+        texts = map(SEPARATOR.join, histories)
+        figures["rouge_l"] = [rouge_l(answer, text) for answer, text in zip(answers, texts, strict=True)]
         figures["order"] = [float(mine == list(history)) for mine, history in zip(named, histories, strict=True)]
     places = [recovered_places(mine, history)[::-1] for mine, history in zip(named, histories, strict=True)]
     for place in range(max(map(len, places), default=0)):

@@ -114,6 +114,8 @@ class ExplainerConfig(Config):
     def _something_is_trained(self) -> ExplainerConfig:
         if self.variant == "B" and self.lora is None and not self.embeddings and not self.full:
             raise ValueError("variant B has no vectors to project, so that without lora nothing would be trained")
+        if self.variant == "B" and set(self.tasks) == {"T6"}:
+            raise ValueError("variant B shows the titles that T6 asks for, so that nothing would be learnt: add a task")
         check_updates(self.lora, self.full)
         return self
 
@@ -187,7 +189,7 @@ class RecExplainer:
 
     def _asked(self, source: Source, most: int) -> NDArray[np.int64]:
         """At most `most` held-out users who can be asked; always the same ones, whatever else is drawn."""
-        rows = source.rows(held_out=True, least=2, most=len(source.held_out), rng=np.random.default_rng(0))
+        rows = source.rows(held_out=True, least=1, most=len(source.held_out), rng=np.random.default_rng(0))
         return rows[teachable(source, source.histories.lengths[rows])][:most]
 
     def shown(self, titles: Sequence[str], vectors: NDArray[np.float32]) -> PromptPieces:

@@ -58,14 +58,16 @@ class InterpreterConfig(Config):
         "they are one answer, oldest first, as published; else each is an answer of its own, and those that a search finds "
         "likeliest are named",
     )
-    pool: Literal["last", "learned_positions"] = shaping(
-        "last", "the state after the last event, or as released a learned sum of the states after each of these"
+    pool: Literal["last", "learned_positions", "each"] = shaping(
+        "last",
+        "the state after the last event; or the states after each of these, of which the projector reads, as released, a "
+        "learned sum, or each by itself",
     )
     after: Literal["state", "item"] = shaping(
         "state", "residual's other side: the state after the event, or the vector of its item, as an oracle needs it"
     )
     projector: Literal["linear", "mlp", "qformer"] = shaping("linear", "as published; the others for comparison")
-    tokens: int = shaping(1, "tokens that a qformer makes of one state", ge=1)
+    tokens: int = shaping(1, "tokens that a qformer makes of the states; with pool: each it attends over them", ge=1)
     whitened: bool = shaping(False, "the projector's first layer starts as the whitening of the states")
     injection: Injection = shaping("replace", "tokens of states replace what the model reads, or are added to a word")
     lora: LoraOptions | None = shaping(None, "unset: the language model is frozen")
@@ -93,7 +95,19 @@ class InterpreterConfig(Config):
             raise ValueError(f"the judge {RULE!r} is there anyway: give the engine another name")
         self.rubric.ask(dict.fromkeys(("history", "one", "other"), ""))
         check_updates(self.lora, self.full)
+        if self.projector == "qformer" and self.pool == "learned_positions":
+            raise ValueError("a qformer attends to nothing where one sum of the states is left: set pool to each")
         return self
+
+    @property
+    def projection(self) -> ProjectorConfig:
+        return ProjectorConfig(
+            kind=self.projector,
+            pool="learned_positions" if self.pool == "learned_positions" else "each",
+            positions=self.titles,
+            tokens=self.tokens,
+            whitened=self.whitened,
+        )
 
     def build(self) -> RecInterpreter:
         return RecInterpreter(self)
@@ -138,16 +152,8 @@ class RecInterpreter:
     def adapter(self) -> AdapterConfig:
         """What is trained; one projector reads the states of both tasks."""
         config = self.config
-        pool: Literal["each", "learned_positions"] = "each" if config.pool == "last" else config.pool
-        projector = ProjectorConfig(
-            kind=config.projector,
-            pool=pool,
-            positions=config.titles,
-            tokens=config.tokens,
-            whitened=config.whitened,
-        )
         return AdapterConfig(
-            projectors={SOURCE: projector},
+            projectors={SOURCE: config.projection},
             injection=config.injection,
             lora=config.lora,
             embeddings=config.embeddings,

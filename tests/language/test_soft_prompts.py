@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch.nn import functional
 
 from raypipe.language.backbone import Backbone, load_backbone
@@ -159,6 +160,26 @@ def test_a_qformer_does_not_see_what_is_not_there() -> None:
     disturbed[:, :2] = 99
     torch.testing.assert_close(former(disturbed, known)[0], tokens)
     torch.testing.assert_close(former(values[:, 2:], known[:, 2:])[0], tokens)
+
+
+def test_a_qformer_attends_by_content_and_by_place_counted_from_the_end() -> None:
+    former = ProjectorConfig(kind="qformer", tokens=2, positions=3).build(WIDTH, 8)
+    values, known = torch.randn(1, 4, WIDTH), torch.ones(1, 4, dtype=torch.bool)
+    former(values, known)[0].square().sum().backward()
+    attention = former.layers.attention
+    query, key, _ = attention.in_proj_weight.grad.chunk(3)
+    assert query.abs().max() > 1e-4
+    assert key.abs().max() > 1e-4
+    before, _ = former(values, known)
+    with torch.no_grad():
+        former.layers.places[0] += 1.0
+    assert not torch.allclose(former(values, known)[0], before)
+    shorter = former(values[:, 2:], known[:, 2:])[0]
+    with torch.no_grad():
+        former.layers.places[0] -= 1.0  # The place of vectors further back than two moves nothing of two.
+    torch.testing.assert_close(former(values[:, 2:], known[:, 2:])[0], shorter)
+    with pytest.raises(ValidationError, match="a qformer pools vectors itself"):
+        ProjectorConfig(kind="qformer", pool="learned_positions")
 
 
 def test_vectors_that_no_projector_reads_are_refused(backbone: Backbone) -> None:

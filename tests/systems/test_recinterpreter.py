@@ -70,6 +70,18 @@ def test_learned_positions_see_the_states_of_the_titles_and_never_a_later_one(so
     assert system.adapter.projectors["state"].tokens_of(3) == 1
 
 
+def test_a_qformer_reads_each_of_the_last_states_and_is_refused_one_sum_of_them(source: Source) -> None:
+    config = InterpreterConfig(titles=3, pool="each", projector="qformer", tokens=2)
+    system = RecInterpreter(config)
+    one, short = system.readings(source, np.array([2, 2]), np.array([5, 2]))
+    assert [len(mine.after.values) for mine in (one, short)] == [3, 2]
+    projector = system.adapter.projectors["state"]
+    assert (projector.pool, projector.positions, projector.tokens_of(3)) == ("each", 3, 2)
+    assert RecInterpreter(InterpreterConfig(titles=3, pool="each")).adapter.projectors["state"].tokens_of(3) == 3
+    with pytest.raises(ValidationError, match="set pool to each"):
+        InterpreterConfig(pool="learned_positions", projector="qformer")
+
+
 @pytest.mark.parametrize("listed", [True, False])
 def test_training_uses_every_template_of_its_own_and_none_of_the_tests(source: Source, listed: bool) -> None:
     prompts = InterpreterPrompts()
