@@ -172,11 +172,11 @@ def test_a_qformer_attends_by_content_and_by_place_counted_from_the_end() -> Non
     assert key.abs().max() > 1e-4
     before, _ = former(values, known)
     with torch.no_grad():
-        former.layers.places[0] += 1.0
+        former.layers.places[0] += torch.arange(8.0)
     assert not torch.allclose(former(values, known)[0], before)
     shorter = former(values[:, 2:], known[:, 2:])[0]
     with torch.no_grad():
-        former.layers.places[0] -= 1.0  # The place of vectors further back than two moves nothing of two.
+        former.layers.places[0] -= torch.arange(8.0)  # The place of vectors further back than two moves nothing of two.
     torch.testing.assert_close(former(values[:, 2:], known[:, 2:])[0], shorter)
     with pytest.raises(ValidationError, match="a qformer pools vectors itself"):
         ProjectorConfig(kind="qformer", pool="learned_positions")

@@ -68,6 +68,11 @@ def test_floors_and_records_are_of_the_cut_of_the_training(
     assert "trained before everybody's last 2 events without 30% of the users" in record.protocol
     same = raypipe(*asked, "--system", system, "--adapter", system, "--hold_out", "2", "--held_out_share", "0.3")
     assert (same.code, same.metrics["popularity: Recall@5"]) == (0, ended.metrics["popularity: Recall@5"])
+    assert "is not read" not in ended.stderr + same.stderr
+    words = ["--trsr.negatives", "3"] if system == "trsr" else ["--lancer.learnt", "3"]
+    other = raypipe(*asked, "--system", system, "--adapter", system, *words)
+    assert other.code == 0, other.stderr
+    assert f"a stored model keeps what it was trained with: {words[0]} is not read" in other.stderr
 
 
 @pytest.mark.parametrize("system", ["trsr", "lancer"])

@@ -60,6 +60,24 @@ def test_there_are_as_many_examples_as_the_paper_counts(source: Source) -> None:
     assert made(source, ["T6"], ["text"]) == []
 
 
+def test_a_history_of_one_event_teaches_its_title_and_no_prediction(source: Source) -> None:
+    histories = source.histories.take(source.histories.starts, np.ones_like(LENGTHS))
+    short = replace(source, histories=histories)
+    assert made(short, ["T1", "T2", "T3"]) == []
+    told = made(short, ["T6"], ["vectors"])
+    assert sorted(one.answer for one in told) == sorted(
+        source.titles[source.items(row, 1)[0] - 1] for row in np.flatnonzero(~HELD_OUT).tolist()
+    )
+
+
+def test_what_a_catalogue_calls_description_is_asked_where_an_item_has_no_text(source: Source) -> None:
+    attributes = [{"description": [f"kind {n}"]} for n in range(len(source.titles))]
+    described = replace(source, catalogue=replace(source.catalogue, attributes=attributes))
+    examples = ExplainerExamples(described, ["text"], 3, PROMPTS, np.random.default_rng(0))
+    answers = {example.answer for example in examples.of_items()}
+    assert {f"kind {n}" for n in range(len(source.titles))} <= answers
+
+
 def test_the_next_item_is_the_recommenders_favourite_and_never_what_was_chosen(source: Source) -> None:
     rows = np.flatnonzero(~HELD_OUT)
     owners = np.repeat(rows, LENGTHS[rows] - 1)

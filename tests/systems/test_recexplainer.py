@@ -18,6 +18,7 @@ from raypipe.language.prompt import Prompt
 from raypipe.metrics.alignment import order_ndcg
 from raypipe.systems.recexplainer import CONTROL, ExplainerConfig
 from raypipe.systems.source import Source
+from raypipe.systems.teacher import teach
 from tests.systems.sources import HELD_OUT, LENGTHS, source_of
 
 TITLES = 3
@@ -143,3 +144,46 @@ def test_every_task_that_names_titles_is_held_to_the_catalogue_by_one_switch(
             assert (choices.texts, choices.most) == (tuple(source.titles), expected[tasks[words]])
         else:
             assert choices is None
+
+
+class Knowing:
+    """An engine that says of everybody, in the order of the questions, what the recommender does, or the opposite."""
+
+    def __init__(self, source: Source, *, right: bool) -> None:
+        rows = source.rows(held_out=True, least=1, most=100, rng=np.random.default_rng(0))
+        self.source, self.right, self.lengths = source, right, LENGTHS[rows]
+        self.histories = [source.items(row, int(LENGTHS[row]))[-TITLES:] for row in rows.tolist()]
+        self.taught = teach(source, rows, LENGTHS[rows], np.random.default_rng(0))
+        self.asked: list[int] = []
+
+    def generate(self, prompts: Sequence[Prompt], decoding: Decoding, choices: Choices | None = None) -> list[Outcome]:
+        titles, taught = self.source.titles_of, self.taught
+        step = 1 if self.right else -1
+        if prompts[0].words.startswith(("Recommend the next", "The item that fits best", "What should be chosen")):
+            answers = [titles([item])[0] for item in taught.favourites.tolist()]
+            answers = answers if self.right else ["Film 0"] * len(answers)
+        elif prompts[0].words.startswith(("Order", "Sort", "Rank")):
+            ordered = np.take_along_axis(taught.candidates, taught.orders, 1)[:, ::step]
+            answers = ["; ".join(titles(mine)) for mine in ordered.tolist()]
+        else:
+            answers = ["; ".join(titles(mine)) if self.right else "Film 0" for mine in self.histories]
+        return [Outcome(index, answer) for index, answer in enumerate(answers)]
+
+    def score(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> list[Scores]:
+        count = len(self.taught.liked)
+        yes = self.taught.scores.ravel() if len(prompts) > 2 * count else np.repeat([1.0, -1.0], count)
+        return [Scores(at, (float(yes[at]) * (1 if self.right else -1), 0.0), 5) for at in range(len(prompts))]
+
+
+def test_an_engine_that_says_what_the_recommender_does_is_right_everywhere_and_its_opposite_nowhere() -> None:
+    source = source_of()
+    system = ExplainerConfig(variant="I", titles=TITLES).build()
+    figures = system.measured(source, Knowing(source, right=True), 100, 8)  # type: ignore[arg-type]
+    ones = ("T1 HR@5", "T1 NDCG@5", "T1 HR@5 unseen", "T1 valid", "T2 NDCG@5", "T3 accuracy", "T6 HCR", "T6 valid")
+    assert {name: figures[name] for name in ones} == dict.fromkeys(ones, 1.0)
+    assert figures["T2 NDCG@5 by interest"] == 1
+    assert figures["asked"] == HELD_OUT.sum()
+    worst = order_ndcg(np.arange(5.0)[None])[0]
+    figures = system.measured(source, Knowing(source, right=False), 100, 8)  # type: ignore[arg-type]
+    wrong = dict.fromkeys(ones, 0.0) | {"T2 NDCG@5": pytest.approx(worst, abs=1e-4)}
+    assert {name: figures[name] for name in ones} == wrong
