@@ -58,10 +58,15 @@ def as_trained(config: AlignConfig) -> AlignConfig:
 
 def asked_anew(system: str, given: Config, stored: Mapping[str, Any]) -> dict[str, Any]:
     """The options that a model was `stored` with, as JSON values, and over them those `given` of how it is asked."""
-    anew = given.model_dump(mode="json", include=_OPTIONS[system] & given.model_fields_set)
+    anew = given.model_dump(mode="json", include=_OPTIONS[system], exclude_unset=True)
     if "prompts" in anew:
-        anew["prompts"] = {**stored["prompts"], "perturbed": anew["prompts"]["perturbed"]}
-    return {**stored, **anew}
+        anew["prompts"] = {name: value for name, value in anew["prompts"].items() if name == "perturbed"}
+    return {**stored, **{name: _over(stored.get(name), value) for name, value in anew.items()}}
+
+
+def _over(stored: Any, given: Any) -> Any:
+    """What is given, and of options that have options of their own what is stored beside it."""
+    return {**stored, **given} if isinstance(stored, Mapping) and isinstance(given, Mapping) else given
 
 
 def tell_unread(system: str, given: Config, stored: Mapping[str, Any]) -> None:

@@ -31,11 +31,13 @@ def past_summaries(
     Recurrent summaries are also there after each of their blocks of `block_items` items, so that only `needed[0]` is
     needed of them. Raises UsageError if no summaries that leave out as many events as each of `needed` were written, or
     if they were written of other blocks, or by a language model that may have read what `needed[0]` leaves out.
+    Summaries of this kind that are not needed are left out.
     """
     table = workspace.tables["summaries"]
     version = table.version()
     there = {str(values["variant"]) for values, _ in table.partitions(version)}
-    for cut in needed if paradigm == "hierarchical" else needed[:1]:
+    needed = needed if paradigm == "hierarchical" else needed[:1]
+    for cut in needed:
         if _variant(paradigm, cut) not in there:
             raise UsageError(
                 f"There are no {paradigm} summaries without the last {cut} events of their users.",
@@ -46,7 +48,11 @@ def past_summaries(
     for cut in range(needed[0], int(lengths.max(initial=0))):
         if _variant(paradigm, cut) not in there:
             continue
-        check_written(workspace, _variant(paradigm, cut), needed[0], block_items)
+        problem = _problem(workspace, _variant(paradigm, cut), needed[0], block_items)
+        if problem is not None and cut in needed:
+            raise problem
+        if problem is not None:
+            continue
         rows = table.read(version, _COLUMNS, variant=_variant(paradigm, cut))
         places = pc.index_in(rows["user_id"], value_set=users).to_pylist()
         told = zip(places, rows["summary"].to_pylist(), rows["covered"].to_pylist(), strict=True)
@@ -61,7 +67,7 @@ def past_summaries(
                 texts.setdefault(row, {})[int(lengths[row]) - cut] = text
                 fresh.add(row)
         # Histories of less than a block do not tell how long a block is.
-        if whole and not known:
+        if whole and not known and cut in needed:
             raise UsageError(
                 f"The {paradigm} summaries without the last {cut} events are not of blocks of {block_items}.",
                 "Say how many items a block has with --trsr.block_items, or write them anew with `raypipe summarize`.",
@@ -74,29 +80,35 @@ def past_summaries(
     return PastSummaries({row: sorted(mine.items()) for row, mine in texts.items()}, cost)
 
 
-def check_written(workspace: Workspace, variant: str, hold_out: int, block_items: int | None = None) -> None:
-    """Raise UsageError if, by the newest run that wrote summaries of this variant, they cannot be used here.
+def check_written(workspace: Workspace, variant: str, hold_out: int) -> None:
+    """Raise UsageError if summaries of this variant cannot be used here, by the newest run that wrote them.
 
-    That is so if its language model may have read some of everybody's last `hold_out` events, or if its blocks were not
-    of `block_items`.
+    That is so if its language model may have read some of everybody's last `hold_out` events.
     """
+    if (problem := _problem(workspace, variant, hold_out, None)) is not None:
+        raise problem
+
+
+def _problem(workspace: Workspace, variant: str, hold_out: int, block_items: int | None) -> UsageError | None:
+    """Why summaries cannot be used here, as `check_written` tells, or for not being of blocks of `block_items`."""
     runs = (run.manifest["facts"] for run in workspace.ledger("summarize").finished())
     facts: dict[str, Any] | None = next((facts for facts in runs if facts["variant"] == variant), None)
     if facts is None:
-        return
+        return None
     left_out = facts["model_hold_out"]
     if left_out is not None and left_out < hold_out:
-        raise UsageError(
+        return UsageError(
             f"The summaries {variant} were written by lm/{facts['model']}, which may have read all but the last {left_out} events "
             f"of every user, and {hold_out} are held out here.",
             f"Make a language model with `raypipe lm --hold_out {hold_out}`, and write them anew with `raypipe summarize`.",
         )
     of = facts["block_items"]
     if block_items is not None and of != block_items:
-        raise UsageError(
+        return UsageError(
             f"The summaries {variant} are of blocks of {of} items and not of {block_items}.",
             f"Say --trsr.block_items {of}, or write them anew with `raypipe summarize`.",
         )
+    return None
 
 
 def _add_blocks(

@@ -72,7 +72,7 @@ def run_trsr(config: AlignConfig) -> JobResult:
     against = None if config.trsr.against is None else find_model(models, config.trsr.against)
     if config.adapter is not None:
         return _measured_anew(config, workspace, versions, find_adapter(models, config.adapter, NAME), against, started)
-    inputs = _read(config, workspace, versions)
+    inputs = _read(config, workspace, versions, cuts_of(config))
     if against is not None:
         check_comparable(against, inputs.sets_key)
     recipe = fingerprint(
@@ -114,7 +114,8 @@ def cuts_of(config: AlignConfig) -> range:
     return range(config.hold_out, config.hold_out + _left(config) + config.positions + 1)
 
 
-def _read(config: AlignConfig, workspace: Workspace, versions: dict[str, int]) -> RankingInputs:
+def _read(config: AlignConfig, workspace: Workspace, versions: dict[str, int], cuts: range) -> RankingInputs:
+    """What is asked, with summaries of all but the last events that `cuts` tells."""
     if not config.hold_out:
         raise UsageError("Every event is trained on, so that none is left to ask for.", "Set --hold_out to 1 or more.")
     cut = Cut(config.hold_out, config.held_out_share)
@@ -129,7 +130,7 @@ def _read(config: AlignConfig, workspace: Workspace, versions: dict[str, int]) -
     summaries = PastSummaries()
     if config.summaries is not None:
         blocks = config.trsr.block_items
-        summaries = past_summaries(workspace, config.summaries, cuts_of(config), blocks, users, whole.lengths)
+        summaries = past_summaries(workspace, config.summaries, cuts, blocks, users, whole.lengths)
     key, sets = stored_candidates(workspace, versions, config.hold_out, config.trsr.candidates)
     if not len(sets):
         raise UsageError(
@@ -286,11 +287,13 @@ def _measured_anew(
 ) -> JobResult:
     """Measure a stored model as it is asked here.
 
-    It may be asked with other summaries, fewer items, or summaries that are missing or wrong.
+    It may be asked with other summaries, fewer items, or summaries that are missing or wrong. Nothing is learnt, so that
+    only summaries of what stands before the cut are needed.
     """
     tell_unread(NAME, config.trsr, adapter.lineage["options"])
     options = TrsrConfig.model_validate(asked_anew(NAME, config.trsr, adapter.lineage["options"]))
-    inputs = _read(config.model_copy(update={NAME: options}), workspace, versions)
+    cuts = range(config.hold_out, config.hold_out + 1)
+    inputs = _read(config.model_copy(update={NAME: options}), workspace, versions, cuts)
     if against is not None:
         check_comparable(against, inputs.sets_key)
     backbone = load_backbone(str(inputs.lm.folder), device="cpu")

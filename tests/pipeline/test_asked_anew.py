@@ -9,6 +9,7 @@ import pytest
 
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
 from raypipe.pipeline import lancer, trsr_measures
+from raypipe.pipeline.asked_anew import asked_anew
 from raypipe.pipeline.held_out import are_held_out
 from raypipe.pipeline.sequences import read_histories
 from raypipe.recommenders.floors import Popularity
@@ -94,3 +95,19 @@ def test_another_cut_is_refused(raypipe: Run, asked: tuple[str, ...], system: st
         told = one_paragraph(ended.stderr)
         assert f"{option} {value} is another cut" in told
         assert f"Leave out {option}" in told
+
+
+def test_of_options_with_options_of_their_own_only_those_given_are_replaced() -> None:
+    prompts = {"line": "{title}", "perturbed": [{"lead": "Titles:"}]}
+    stored = LancerConfig.model_validate({"prompts": prompts, "beams": 3}).model_dump(mode="json")
+    line = LancerConfig.model_validate({"prompts": {"line": "{title}"}})
+    assert asked_anew("lancer", line, stored) == stored
+    given = LancerConfig.model_validate({"prompts": {"line": "{title}; {genre}", "perturbed": []}, "cold_events": 4})
+    assert asked_anew("lancer", given, stored) == {
+        **stored,
+        "cold_events": 4,
+        "prompts": {**stored["prompts"], "perturbed": []},
+    }
+    ranker = TrsrConfig.model_validate({"candidates": {"negatives": 50}}).model_dump(mode="json")
+    other = TrsrConfig.model_validate({"candidates": {"seed": 1}})
+    assert asked_anew("trsr", other, ranker)["candidates"] == {"negatives": 50, "seed": 1}

@@ -206,3 +206,28 @@ def test_how_much_is_learnt_without_the_summary_that_is_asked_with_is_told(raypi
     refused = raypipe(*words, "--summaries", "hierarchical")
     assert (refused.code, refused.status) == (2, "failed")
     assert "no hierarchical summaries without the last 2 events" in one_paragraph(refused.stderr)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_hierarchical_summaries_are_needed_of_what_is_learnt_in_training_and_of_what_is_asked_after_it(
+    raypipe: Run, ranked: str
+) -> None:
+    """Summaries of other blocks without the last 4 events are not needed for two places, and do not stand in the way."""
+    kind = ("summarize", "--workspace", ranked, "--engine.engine", "echo", "--summaries.paradigm", "hierarchical")
+    for cut, block in ((1, 2), (2, 2), (3, 2), (4, 3)):
+        written = raypipe(*kind, "--summaries.hold_out", cut, "--summaries.block_items", block)
+        assert written.code == 0, written.stderr
+    words = ("align", "--workspace", ranked, *ALIGN_TRSR, "--trsr.block_items", 2)
+    made = raypipe(*words, "--summaries", "hierarchical")
+    assert (made.code, made.status) == (0, "ok"), made.stderr
+    assert made.metrics["learnt_without_summary"] == 0
+    assert {"no summaries: Recall@3", "above its own without summaries: Recall@3"} <= set(made.metrics)
+    needed = raypipe(*words, "--summaries", "hierarchical", "--positions", 3)
+    assert needed.code == 2
+    assert "summarize-hierarchical-cut4 are of blocks of 3 items and not of 2" in one_paragraph(needed.stderr)
+
+    named = f"trsr/{made.result['models']['trsr']}"
+    anew = raypipe("align", "--workspace", ranked, "--system", "trsr", "--adapter", named)
+    assert (anew.code, anew.status) == (0, "ok"), anew.stderr
+    for figure in ("MRR@3", "no summaries: MRR@3", "shuffled summaries: MRR@3", "tokens_asked"):
+        assert anew.metrics[figure] == made.metrics[figure]
