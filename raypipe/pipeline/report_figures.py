@@ -34,6 +34,12 @@ _NAMES = {
     "lancer": "LANCER",
     "guided": "Guided",
 }
+_PROMPTS = {
+    (True, False): "no reasoning prompt",
+    (False, True): "no knowledge prompt",
+    (False, False): "no prompts",
+}
+"""LANCER's ablations as its benchmark names them, by whether there is a knowledge prompt, and a reasoning prompt."""
 _GAINED = "NDCG@10"
 
 
@@ -227,7 +233,7 @@ def _costs(evaluation: Evaluation) -> dict[str, Measured]:
 def _gain(evaluation: Evaluation, evaluations: Sequence[Evaluation]) -> dict[str, Measured]:
     """The relative gain of a guided recommender over the very base it started from.
 
-    It is there only if the base is of the same seed and was asked the same.
+    It is there only if the base is of the same seed and width, and was asked the same.
     """
     guided = _guided(evaluation.settings)
     mine = evaluation.figures.get(evaluation.name, {}).get(_GAINED)
@@ -238,6 +244,7 @@ def _gain(evaluation: Evaluation, evaluations: Sequence[Evaluation]) -> dict[str
         for one in evaluations
         if f"{one.name}/{one.hash}" == guided.get("base")
         and (one.job, one.protocol, one.seed) == (evaluation.job, evaluation.protocol, evaluation.seed)
+        and one.settings["recommender"].get("width") == evaluation.settings["recommender"].get("width")
         if _GAINED in one.figures.get(one.name, {})
     ]
     return {f"relative {_GAINED} gain": Measured(mine.value / bases[-1] - 1)} if bases and bases[-1] else {}
@@ -253,11 +260,12 @@ def _guided(settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def name_of(name: str, settings: Mapping[str, Any], parts: Mapping[str, Part]) -> str:
     """The name under which a model stands in a report.
 
-    A guided recommender stands under the system's name, with that of the control that it is.
+    A guided recommender stands under the system's name, with that of the control that it is. LANCER without one of its
+    prompts and LLM-TRSR without summaries bear the names of these ablations.
     """
     guided = _guided(settings)
     if guided is None:
-        return proper(name)
+        return " ".join(filter(None, [proper(name), _ablation(name, settings)]))
     if not guided.get("scores"):
         return "Guided again"
     scores = parts.get(guided["scores"])
@@ -267,6 +275,13 @@ def name_of(name: str, settings: Mapping[str, Any], parts: Mapping[str, Part]) -
     apart += ["items trained"] if guided.get("items") == "trained" else []
     apart += [f"users {guided['users']}"] if guided.get("users") in ("frozen", "absent") else []
     return " ".join(["Guided", ", ".join(filter(None, apart))]).strip()
+
+
+def _ablation(name: str, settings: Mapping[str, Any]) -> str:
+    """What a system goes without, in the words of its benchmark; "" if it is whole."""
+    if name == "lancer":
+        return _PROMPTS.get((settings.get("knowledge", True), settings.get("reasoning", True)), "")
+    return "no summary" if name == "trsr" and settings.get("summaries", "") is None else ""
 
 
 def beside_of(evaluation: Evaluation) -> str:

@@ -15,7 +15,7 @@ from raypipe.pipeline.align import AlignConfig
 from raypipe.pipeline.align_record import record
 from raypipe.pipeline.evaluate import record as record_recommender
 from raypipe.pipeline.report_drawings import plots_of
-from raypipe.pipeline.report_figures import figures_of, labels
+from raypipe.pipeline.report_figures import figures_of, labels, read_golden
 from raypipe.pipeline.report_tables import ReportTable, findings, tables_of
 from raypipe.recommenders.evaluation import HeldOut
 from raypipe.recommenders.windows import Histories
@@ -117,6 +117,50 @@ def test_a_gain_is_told_over_the_base_of_the_same_seed_that_was_asked_the_same(b
     for beside in ([], [other], [bases[1]]):
         made = [*beside, refined(0, 0.2, bases[0]), refined(0, 0.3, bases[1], clip=2)]
         assert GAIN not in {figure.metric for figure in figures_of(made, "shop")}
+
+
+def test_a_gain_is_told_at_equal_width_alone(bases: list[Evaluation]) -> None:
+    narrow = replace(refined(0, 0.2, bases[0]), settings={"recommender": {"width": 32, "guided": {"base": ""}}})
+    narrow.settings["recommender"]["guided"]["base"] = f"sasrec/{bases[0].hash}"
+    assert GAIN not in {figure.metric for figure in figures_of([*bases, narrow], "shop")}
+    narrow.settings["recommender"]["width"] = 64
+    assert GAIN in {figure.metric for figure in figures_of([*bases, narrow], "shop")}
+
+
+def system(name: str, recall: float, **settings: Any) -> Evaluation:
+    """As `align` records a system that ranks, with a control of its own."""
+    figures = {name: {"Recall@5": Measured(recall)}, f"{name}, shuffled items": {"Recall@5": Measured(0.01)}}
+    return Evaluation("align", name, fingerprint(settings)[:32], "", PROTOCOL, 0, figures, settings=settings)
+
+
+def test_ablations_of_systems_bear_the_names_of_the_benchmarks_and_are_no_best_model() -> None:
+    """Whether they were trained at the command line or by a benchmark, a report tells of them alike."""
+    golden = Path(__file__).parents[1] / "golden"
+    made = [
+        system("lancer", 0.1, knowledge=True, reasoning=True),
+        system("lancer", 0.4, knowledge=True, reasoning=False),
+        system("lancer", 0.2, knowledge=False, reasoning=True, first_epochs=0),
+        system("lancer", 0.3, knowledge=False, reasoning=False, first_epochs=0),
+        system("trsr", 0.1, summaries="recurrent"),
+        system("trsr", 0.2, summaries=None),
+    ]
+    names = labels(made)
+    assert names == [
+        "LANCER",
+        "LANCER no reasoning prompt",
+        "LANCER no knowledge prompt",
+        "LANCER no prompts",
+        "LLM-TRSR",
+        "LLM-TRSR no summary",
+    ]
+    tables = [golden / "lancer-ml-100k.json", golden / "trsr-amazon-industrial.json"]
+    assert set(names) <= {figure.model for path in tables for figure in read_golden(str(path))}
+    table = ranking(made)
+    assert {row.model for row in table.rows if row.kind == "model"} == {"LANCER", "LLM-TRSR"}
+    told = findings([table])
+    assert "LANCER no reasoning prompt is as good as LANCER: Recall@5 0.4000 against 0.1000" in " ".join(told)
+    assert not any("no reasoning prompt is best" in one for one in told)
+    assert ("LANCER no prompts, shuffled items", "beside") in {(row.model, row.kind) for row in table.rows}
 
 
 @pytest.mark.parametrize(
