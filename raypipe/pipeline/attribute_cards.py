@@ -71,13 +71,20 @@ def write_attribute_cards(
     """Write `evaluations/<model hash>/attributes.html` and return its URI.
 
     It shows `count` of the asked users, chosen by hash. Users who are forgotten meanwhile are left out. Raises
-    UsageError for a model without guided scores.
+    UsageError for a model without guided scores, and for a control, whose columns are not those of the attributes.
     """
-    named = loaded.card.config.guided.scores
+    guided = loaded.card.config.guided
+    named = guided.scores
     if named is None:
         raise UsageError(
             f"{loaded.model.name}/{loaded.model.hash} has no guided scores to be drawn.",
             "Train one with --recommender.guided.scores, or leave out --cards.",
+        )
+    if guided.block != "scores":
+        raise UsageError(
+            f"{loaded.model.name}/{loaded.model.hash} is a control of --recommender.guided.block {guided.block}: its columns do "
+            "not hold the scores of the attributes whose names they would bear.",
+            "Draw one of --recommender.guided.block scores, or leave out --cards.",
         )
     models = Models(workspace.store)
     source = find_model(models, named)
@@ -118,9 +125,10 @@ def attribute_shares(
 
     A user's share is the size of the attribute's part among the sizes of all parts, that of the history included, over
     the user's first recommendations. At most 1,000 users are measured, chosen by hash. Empty for a model without guided
-    scores.
+    scores, and for a control, whose columns hold other items' scores, noise or nothing.
     """
-    if (named := loaded.card.config.guided.scores) is None:
+    guided = loaded.card.config.guided
+    if (named := guided.scores) is None or guided.block != "scores":
         return {}
     models = Models(workspace.store)
     source = find_model(models, named)

@@ -20,7 +20,9 @@ from raypipe.pipeline import attribute_cards, guided
 from raypipe.pipeline.sequences import user_keys
 from raypipe.recommenders.attribute_scores import AttributeScores, load_scores, save_scores
 from raypipe.recommenders.checkpoint import Card, catalogue_card, load_recommender
+from raypipe.recommenders.ranking import candidate_scores
 from raypipe.recommenders.recommender import Recommender, weights_hash
+from raypipe.recommenders.windows import Histories
 from raypipe.storage.evaluations import Evaluations
 from raypipe.storage.models import Model, Models, find_model
 from raypipe.storage.store import Store
@@ -262,13 +264,21 @@ def test_scores_that_fill_columns_change_what_is_recommended_and_nothing_else(
     text = page.read_text()
     assert text.count("<article>") == 3
     assert "very grim: Film 1" in text
-    sums = [float(found) for found in re.findall(r"<h3>[^<]* <small>([-0-9.]+)</small></h3>", text)]
+    recommended = re.findall(r"<h3>([^<]*) <small>([-0-9.]+)</small></h3>", text)
     bars = [float(found.replace("−", "-")) for found in re.findall(r"<span>([+-][0-9.]+)</span></div>", text)]
-    assert len(sums) == 15
+    assert len(recommended) == 15
     assert len(bars) == 15 * 3 + 3 * 2
-    # Each recommendation's bars add up to its score: two attributes behind the history's part.
-    per_user = np.array(bars).reshape(3, 2 + 15)[:, 2:].reshape(15, 3)
-    np.testing.assert_allclose(per_user.sum(1), sums, atol=0.02)
+    # Each recommendation's bars, two attributes behind the history's part, add up to the score by which it is ranked.
+    table = newest(films, "items").to_pylist()
+    by_id, by_title = ({row[name]: row["index"] for row in table} for name in ("item_id", "title"))
+    keys = {int(user_keys(pa.array([user]))[0]): items[:-1] for user, items in histories().items()}
+    users = sorted(keys, key=lambda key: key % 2**64)[:3]
+    items = np.array([by_id[f"i{item}"] for user in users for item in keys[user]], np.int32)
+    lists = np.array([by_title[name] for name, _ in recommended], np.int32).reshape(3, 5)
+    scores = candidate_scores(recommender, Histories(items, np.arange(1, 4) * 6, np.array(users)), lists)
+    sums = np.array(bars).reshape(3, 2 + 15)[:, 2:].reshape(15, 3).sum(1)
+    np.testing.assert_allclose(sums, scores.ravel(), atol=0.02)
+    np.testing.assert_allclose([float(told) for _, told in recommended], scores.ravel(), atol=0.006)
 
     # Who is forgotten while the page is drawn is not on it.
     drawn = attribute_cards.top_lists
@@ -286,6 +296,18 @@ def test_scores_that_fill_columns_change_what_is_recommended_and_nothing_else(
     plain = raypipe("evaluate", "--workspace", films, "--model", f"sasrec/{base.hash}", "--cards", 3)
     assert plain.code == 2
     assert "has no guided scores to be drawn" in one_paragraph(plain.stderr)
+
+
+def test_the_columns_of_controls_bear_no_names_of_attributes(raypipe: Run, films: str, tmp_path: Path) -> None:
+    store_planted(films, tmp_path / "planted")
+    options = ("--recommender.guided.scores", "guided", "--recommender.guided.block", "shuffled")
+    assert raypipe("train", "--workspace", films, *TRAINING, *options).code == 0
+    drawn = one_paragraph(raypipe("evaluate", "--workspace", films, "--cards", 2).stderr)
+    assert "is a control of --recommender.guided.block shuffled" in drawn
+    assert raypipe("evaluate", "--workspace", films).code == 0
+    (record,) = Evaluations(Store(films)).all()
+    assert "HR@10" in record.figures["sasrec"]
+    assert not any("attribute share" in metric for metric in record.figures["sasrec"])
 
 
 def test_whatever_has_read_what_is_held_out_is_refused(
