@@ -74,6 +74,11 @@ class Decoding(Config):
             raise ValueError("beams above 1 are searched, not sampled: leave the temperature at 0")
         return self
 
+    @property
+    def most_written(self) -> int:
+        """The most tokens of an outcome: those of an answer for each beam."""
+        return self.beams * self.max_new_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class Choices:
@@ -157,7 +162,8 @@ class Outcome:
     prompt as the model reads it (chat wrapping included), and `tokens_out` what it generated, without the end mark.
     `finish_reason` is "stop" if the model ended the answer, "length" if the limit did. `chosen` are the numbers of the
     texts in an answer that is held to given texts; a list that the limit cut keeps those that are whole. After a search
-    `beams` are the answers it found, best first, and all other fields are those of the best one.
+    `beams` are the answers it found, best first, `tokens_out` is the sum over all of them, and all other fields are those
+    of the best one.
     """
 
     index: int

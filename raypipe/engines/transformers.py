@@ -176,7 +176,8 @@ class TransformersEngine:
         beams = tuple(Beam(self._text(beam.tokens, beam.chosen, choices), beam.logprob, beam.chosen) for beam in found)
         best = found[0]
         reason: FinishReason = "stop" if best.ended else "length"
-        return Outcome(index, beams[0].text, tokens_in, len(best.tokens), reason, chosen=best.chosen, beams=beams)
+        written = sum(len(beam.tokens) for beam in found)
+        return Outcome(index, beams[0].text, tokens_in, written, reason, chosen=best.chosen, beams=beams)
 
     def _seeds(self, prompts: Sequence[Prompt], fitting: Sequence[int], decoding: Decoding) -> list[int]:
         """One seed for each prompt if the decoding samples, else none."""

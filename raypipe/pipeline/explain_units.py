@@ -214,7 +214,7 @@ class ExplainBucket:
         It is a decision each, and as many tries at the words as the checks allow.
         """
         calls = pairs * (2 + self.task.checks.retries)
-        return Usage(calls, calls * self.engine.context, calls * self.task.decoding.max_new_tokens)
+        return Usage(calls, calls * self.engine.context, calls * self.task.decoding.most_written)
 
     @torch.no_grad()
     def asked(self, state: UserRows, work: pa.Table) -> list[ExplanationRequest]:

@@ -133,7 +133,8 @@ class ByWriter:
         return Made([self._table(warm, good)] if good else [], failed, skipped, used(written.values()))
 
     def _most(self, users: int) -> Usage:
-        return Usage(users, users * self.writer.engine.context, users * self.writer.answer_tokens)
+        lines = users * self.loads.options.beams
+        return Usage(users, users * self.writer.engine.context, lines * self.writer.answer_tokens)
 
     def _lists(self, histories: Histories) -> list[_Written]:
         asked = [items.tolist() for items in np.split(histories.items, histories.ends[:-1])]

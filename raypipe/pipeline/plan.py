@@ -154,7 +154,7 @@ def _tokens(
 ) -> dict[str, Any]:
     """Prompt tokens with two standard errors of the sample, and the expected and the most generated tokens."""
     prompts = [prompt for count in counted for prompt in count.prompts]
-    most = reads * summaries.block_decoding.max_new_tokens + merges * summaries.merge_decoding.max_new_tokens
+    most = reads * summaries.block_decoding.most_written + merges * summaries.merge_decoding.most_written
     if not prompts:
         return {"tokens_in": 0, "tokens_in_error": 0, "tokens_out": 0 if past else None, "tokens_out_most": most}
     merged = [blocks for count in counted for blocks in count.merged]

@@ -51,7 +51,7 @@ def plan_explanations(
         "calls": _CALLS * changed,
         **_tokens(explainer, config, workspace, requests, changed),
         "tokens_out": round(_CALLS * changed * float(np.median([run.answer for run in past]))) if past else None,
-        "tokens_out_most": changed * config.decoding.max_new_tokens,
+        "tokens_out_most": changed * config.decoding.most_written,
         **seconds_of(_CALLS * changed, past),
     }
 

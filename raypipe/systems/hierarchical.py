@@ -53,8 +53,9 @@ class HierarchicalSummarizer:
 
     def most_tokens(self, calls: int) -> tuple[int, int]:
         """Upper bounds on prompt tokens and generated tokens of `calls` calls; prompt and answer share the context."""
-        answers = (self.config.block_decoding.max_new_tokens, self.config.merge_decoding.max_new_tokens)
-        return calls * (self.engine.context - min(answers)), calls * max(answers)
+        decodings = (self.config.block_decoding, self.config.merge_decoding)
+        shortest = min(decoding.max_new_tokens for decoding in decodings)
+        return calls * (self.engine.context - shortest), calls * max(decoding.most_written for decoding in decodings)
 
     def summarize(self, users: Mapping[str, Sequence[Block]], known: Mapping[str, Known]) -> list[UserSummary]:
         results = {user: UserSummary(user) for user in users}

@@ -113,6 +113,9 @@ def test_caps_hold_and_the_rest_is_written_by_the_next_run(raypipe: Run, tmp_pat
     lists = {row["user_id"]: row["items"] for row in written_rows(uri)}
     assert lists.keys() == {f"u{n}" for n in range(CHAIN_USERS)}
     assert first.items() <= lists.items()
+    # A user may take a prompt of the whole context, and a line of eight tokens for each of two beams.
+    tight = [raypipe(*words, "--length", 1, "--max_tokens", 128 + most).result["cost"]["calls"] for most in (15, 16)]
+    assert tight[0] == 0 < tight[1]
 
 
 @pytest.mark.usefixtures("ray_cluster")
