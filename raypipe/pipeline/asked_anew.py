@@ -20,7 +20,10 @@ _READS_STATES = {"constrained", "judges", "rubric"}
 _OPTIONS = {
     "recinterpreter": _READS_STATES,
     "recexplainer": _READS_STATES,
-    "trsr": {"recent", "history", "missing", "noise", "controls", "candidates", "block_items", "against"},
+    "trsr": {
+        *("recent", "history", "missing", "noise", "history_missing", "history_noise"),
+        *("controls", "candidates", "block_items", "against"),
+    },
     # Of the prompts only the perturbation may differ.
     "lancer": {"constrained", "beams", "filter_seen", "cold_events", "shown", "prompts"},
 }

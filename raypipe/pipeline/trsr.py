@@ -287,7 +287,7 @@ def _measured_anew(
 ) -> JobResult:
     """Measure a stored model as it is asked here.
 
-    It may be asked with other summaries, fewer items, or summaries that are missing or wrong. Nothing is learnt, so that
+    It may be asked with other summaries, fewer items, or summaries or events that are missing or wrong. Nothing is learnt, so that
     only summaries of what stands before the cut are needed.
     """
     tell_unread(NAME, config.trsr, adapter.lineage["options"])

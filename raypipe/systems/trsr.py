@@ -37,6 +37,7 @@ from raypipe.recommenders.windows import Histories
 from raypipe.storage.hashing import mix
 from raypipe.systems.boosted_trees import TreesConfig
 from raypipe.systems.candidate_facts import FORM, Facts
+from raypipe.systems.trsr_disturbed import Disturbed
 from raypipe.systems.trsr_past import Past, PastSummaries
 
 NAME = "trsr"
@@ -86,6 +87,12 @@ class TrsrConfig(Config):
     facts: bool = shaping(False, "numbers from 0 to 9 in a candidate's line, of what counts and texts tell of it")
     missing: float = shaping(0.0, "share of the users whose summary is left out", ge=0, le=1)
     noise: float = shaping(0.0, "share of the users who have somebody else's summary", ge=0, le=1)
+    history_missing: float = shaping(
+        0.0, "share of the events before the cut that are neither shown nor counted as the user's own", ge=0, le=1
+    )
+    history_noise: float = shaping(
+        0.0, "share of these events that are shown as of an item drawn at random", ge=0, le=1
+    )
     block_items: int = shaping(5, "of the blocks that summaries were written of", ge=1)
     negatives: int = shaping(1, "items drawn beside each item that is learnt", ge=1)
     loss: Literal["answer", "text"] = shaping("answer", "learnt is the answer alone, or the whole text as released")
@@ -119,11 +126,13 @@ class TrsrConfig(Config):
         check_updates(self.lora, self.full)
         if self.missing + self.noise > 1:
             raise ValueError("missing and noise are shares of the same users")
+        if self.history_missing + self.history_noise > 1:
+            raise ValueError("history_missing and history_noise are shares of the same events")
         return self
 
     def undisturbed(self) -> TrsrConfig:
-        """The same config without an ablation's disturbance: every user is shown their own summary."""
-        return self.model_copy(update={"missing": 0.0, "noise": 0.0})
+        """The same config without an ablation's disturbance: every user is shown their own summary and events."""
+        return self.model_copy(update={"missing": 0.0, "noise": 0.0, "history_missing": 0.0, "history_noise": 0.0})
 
     def lines(self, catalogue: Catalogue) -> list[str]:
         """The line that is shown of each item."""
@@ -168,6 +177,9 @@ class Trsr:
     def _learn_of(self, past: Past) -> None:
         keys = np.arange(len(past.histories)) if past.histories.users is None else past.histories.users
         self.past = past
+        shares = self.config.history_missing, self.config.history_noise
+        # Only what is told of a user's past is disturbed, and not what is learnt, asked for or counted of all users.
+        self._told_past = Disturbed.of(past.histories, keys, *shares, len(self.lines))
         self._fates = mix(keys.view(np.uint64) ^ _DISTURBED)
         # The rows whose summaries may be shown as another user's.
         self._summarised = np.array([row for row in sorted(past.summaries.texts) if not past.held_out[row]], np.int64)
@@ -231,13 +243,12 @@ class Trsr:
         A prompt shows as many last items as fit. One that is too long even without any is given as it is; the caller or
         engine has to reject it.
         """
-        histories = self.past.histories
         known = _told_of(summaries)
         rooms = self._rooms(known, candidates)
-        events = histories.lengths[rows] - back
-        facts = self._told(histories.take(histories.starts[rows], events), back, candidates)
-        for place, (row, count, told) in enumerate(zip(rows.tolist(), events.tolist(), facts, strict=False)):
-            recent = self._recent(row, count, rooms[place])
+        prefixes = self._told_past.prefixes(rows, self.past.histories.lengths[rows] - back)
+        facts = self._told(prefixes, back, candidates)
+        for place, (room, told) in enumerate(zip(rooms, facts, strict=False)):
+            recent = self._recent(prefixes, place, room)
             shown = "\n".join(self.lines[item - 1] for item in recent) or NOTHING
             lines = [
                 f"{self.lines[item - 1]}{fact}" for item, fact in zip(candidates[place].tolist(), told, strict=False)
@@ -252,9 +263,9 @@ class Trsr:
         Also how many they would show if the context had no limit: int64 [n].
         """
         rooms = self._rooms(_told_of(summaries), candidates)
-        events = (self.past.histories.lengths[rows] - back).tolist()
-        shown = [len(self._recent(*one)) for one in zip(rows.tolist(), events, rooms, strict=True)]
-        return np.array(shown, np.int64), np.array([self._most(count) for count in events], np.int64)
+        prefixes = self._told_past.prefixes(rows, self.past.histories.lengths[rows] - back)
+        shown = [len(self._recent(prefixes, place, room)) for place, room in enumerate(rooms)]
+        return np.array(shown, np.int64), np.array([self._most(count) for count in prefixes.lengths.tolist()], np.int64)
 
     def scores(
         self, engine: Engine, rows: NDArray[np.int64], sets: CandidateSets, control: Control | None = None
@@ -301,11 +312,10 @@ class Trsr:
         most = min(self.config.history, events)
         return most if self.config.recent is None else min(most, self.config.recent)
 
-    def _recent(self, row: int, events: int, room: int) -> list[int]:
-        """The last items, oldest first, that are shown in `room` tokens."""
-        most = self._most(events)
-        start = int(self.past.histories.starts[row]) + events
-        recent = self.past.histories.items[start - most : start]
+    def _recent(self, prefixes: Histories, place: int, room: int) -> list[int]:
+        """The last items of the prefix at `place`, oldest first, that are shown in `room` tokens."""
+        most, end = self._most(int(prefixes.lengths[place])), int(prefixes.ends[place])
+        recent = prefixes.items[end - most : end]
         # Lines are counted one by one: joined they may take fewer tokens, and at most one newline's cost more.
         fits = int(np.searchsorted(self._costs[recent[::-1] - 1].cumsum(), room, side="right"))
         return recent[most - fits :].tolist()

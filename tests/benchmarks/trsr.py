@@ -16,6 +16,7 @@ such command:
     all weights             --label full -- --trsr.full --trsr.lora null
     blocks of ten           --block_items 10
     disturbed summaries     --label 'half missing' -- --trsr.missing .5
+    disturbed histories     --label 'half of the events missing' -- --trsr.history_missing .5
     last 100 events known   --label 'history 100' -- --trsr.history 100
     and shown               --label 'recent 100' --lm_context 4096 -- --trsr.history 100 --trsr.recent null
     1,000 candidates        -- --trsr.candidates.negatives 999

@@ -152,6 +152,9 @@ def test_prompts_that_do_not_hold_the_history_are_told(raypipe: Run, tmp_path: P
     assert few.code == 0, few.stderr
     assert (few.metrics["items_shown"], few.metrics["items_cut"]) == (1, 0)
     assert "do not fit" not in few.stderr
+    none = raypipe(*words, "--trsr.history_missing", 1)
+    assert (none.metrics["items_shown"], none.metrics["items_cut"]) == (0, 0)
+    assert none.metrics["popularity: MRR@3"] == few.metrics["popularity: MRR@3"]
     many = raypipe(*words, "--trsr.recent", "null", "--trsr.history", 100)
     assert many.code == 0, many.stderr
     assert 1 < many.metrics["items_shown"] < 128 / 4

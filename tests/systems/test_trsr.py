@@ -262,6 +262,7 @@ def test_many_candidates_are_asked_about_in_few_users_at_a_time(
         ({"prompt": "{summary} {recent}"}, "each once"),
         ({"prompt": "For {user}: {summary} {recent} {candidate}"}, "no other"),
         ({"missing": 0.6, "noise": 0.6}, "shares of the same users"),
+        ({"history_missing": 0.6, "history_noise": 0.6}, "shares of the same events"),
     ],
 )
 def test_what_makes_no_recommender_is_refused(options: dict, problem: str) -> None:
