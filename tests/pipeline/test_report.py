@@ -10,9 +10,12 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import mlflow
 import pytest
+from mlflow import MlflowClient
 
 from raypipe.metrics.published import chance_among
 from raypipe.pipeline.report import _judged as judged
@@ -26,7 +29,15 @@ from raypipe.storage.workspace import Workspace
 from tests.conftest import Run, unavailable
 from tests.ground import one_paragraph
 
-GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("recommenders-*.json"))
+TABLES = Path(__file__).parents[1] / "golden"
+# Of each system's golden table a row and a column that the page shows.
+SYSTEMS = {
+    "trsr-amazon-industrial": ("LLM-TRSR, no summaries", "Recall@3"),
+    "lancer-ml-100k": ("LANCER no prompts", "Recall@5"),
+    "guided-amazon-industrial": ("Guided shuffled", "NDCG@10"),
+    "alignment-ml-100k": ("RecExplainer-H", "T1 HR@5"),
+}
+GOLDEN = [*sorted(TABLES.glob("recommenders-*.json")), *(TABLES / f"{name}.json" for name in SYSTEMS)]
 PROTOCOL = "leave-one-out, whole catalogue, seen items filtered"
 HOSTILE = "<script>document.title='owned'</script>"
 
@@ -93,6 +104,20 @@ def test_seeds_become_mean_and_spread_beside_intervals_over_users(raypipe: Run, 
     assert "| SASRec (loss: softmax) | 300 (sd 0) | 12.0 (sd 0.0) | 0, 1 |" in table
     again = raypipe("report", "--workspace", measured, "--dataset", "shop")
     assert (again.status, again.result["run_key"]) == ("nothing_to_do", ended.result["run_key"])
+
+
+def test_what_is_told_lies_with_its_run_in_the_tracking_store(raypipe: Run, measured: str) -> None:
+    ended = raypipe("report", "--workspace", measured, "--dataset", "shop", "--tracking", "auto", "--title", "Nightly")
+    assert (ended.code, ended.status) == (0, "ok"), ended.stderr
+    client = MlflowClient(f"sqlite:///{measured}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("raypipe").experiment_id])
+    assert (run.data.tags["raypipe.job"], run.data.tags["raypipe.run_key"]) == ("report", ended.result["run_key"])
+    assert run.data.params == {"title": "Nightly"}
+    assert run.data.metrics == {name: ended.metrics[name] for name in ("figures", "models")}
+    assert {one.path for one in client.list_artifacts(run.info.run_id)} == {"report.html", "report.md"}
+    for name, place in (("report.html", "page"), ("report.md", "tables")):
+        text = mlflow.artifacts.load_text(f"{run.info.artifact_uri}/{name}")
+        assert text == Path(ended.metrics[place]).read_text()
 
 
 def test_a_second_measurement_of_a_model_takes_the_place_of_the_first(raypipe: Run, measured: str) -> None:
@@ -314,7 +339,10 @@ const outside = [...document.querySelectorAll('svg')].flatMap(svg => [...svg.que
 const covered = [...document.querySelectorAll('svg')].flatMap(svg => { const boxes = [...svg.querySelectorAll('text')].map(
   one => [one.textContent, one.getBBox()]); return boxes.flatMap(([name, a], at) => boxes.slice(at + 1).filter(([, b]) =>
     a.x < b.x + b.width && b.x < a.x + a.width && a.y + 3 < b.y + b.height && b.y + 3 < a.y + a.height).map(() => name)) });
-document.title = JSON.stringify({wide, outside, covered, tables: document.querySelectorAll('table').length,
+const rows = [...document.querySelectorAll('table')].flatMap(table => { const [head, ...rows] = [...table.rows].map(
+  row => [...row.cells].map(cell => cell.innerText.trim()));
+  return rows.map(row => Object.fromEntries(row.map((text, at) => [at ? head[at] : 'first', text]))) });
+document.title = JSON.stringify({rows, wide, outside, covered, tables: document.querySelectorAll('table').length,
   lines: document.querySelectorAll('path.line').length, bars: document.querySelectorAll('svg rect[rx]').length})
 </script></body>"""
 
@@ -344,6 +372,11 @@ def test_a_browser_shows_all_of_it_and_fetches_nothing(raypipe: Run, measured: s
     found = json.loads(re.search(r"<title>(.*?)</title>", shown)[1].replace("&gt;", ">").replace("&lt;", "<"))  # type: ignore[index]
     assert (found["wide"], found["outside"], found["covered"]) == ([], [], [])
     assert found["tables"] > 20
+    for name, (model, metric) in SYSTEMS.items():
+        told = json.loads((TABLES / f"{name}.json").read_text())
+        mean = fmean(one["value"] for one in told if (one["model"], one["metric"]) == (model, metric))
+        shown_of = [row[metric] for row in found["rows"] if row["first"] == model and row.get(metric)]
+        assert [text.split(" ")[0] for text in shown_of] == [f"{mean:.4f}"], name
     # Three data sets and ours by length, two trainings of sasrec and one of gru4rec with loss and validation, recovery.
     assert found["lines"] >= 10
     assert found["bars"] >= 9
