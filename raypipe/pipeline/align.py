@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import ValidationError, model_validator
 
 from raypipe.config import first_problem, free, merge, shaping
@@ -32,7 +30,7 @@ from raypipe.pipeline.job import model_result
 from raypipe.pipeline.judge_engines import with_judges
 from raypipe.pipeline.lancer import run_lancer
 from raypipe.pipeline.loaded import BUILTIN, ChosenLm, Loaded
-from raypipe.pipeline.past_summaries import check_written
+from raypipe.pipeline.past_summaries import summaries_before, unread_by_writers, variant_of
 from raypipe.pipeline.replay import read_replay
 from raypipe.pipeline.sampling_seeds import known_seeds, read_event_seeds
 from raypipe.pipeline.sequences import catalogue_of, histories_hash, pinned_versions, read_histories
@@ -52,7 +50,6 @@ from raypipe.systems.projection import AdaptedLm
 from raypipe.systems.recexplainer import ExplainerConfig
 from raypipe.systems.recinterpreter import InterpreterConfig
 from raypipe.systems.source import Source
-from raypipe.systems.summaries import SummariesConfig
 from raypipe.systems.system import System
 from raypipe.systems.trsr import TrsrConfig
 
@@ -163,12 +160,14 @@ class AlignConfig(AlignOptions, JobConfig):
 class _Inputs:
     """The recommender (NAME/HASH) and the language model to join, and the data up to the cut.
 
-    `unseen` is True if no model involved was trained on the held-out users.
+    `unread` is the share of the users whom the language models that wrote summaries have not read, None if it is not
+    known. `unseen` is True if no model involved was trained on the held-out users.
     """
 
     recommender: str
     lm: ChosenLm
     source: Source
+    unread: float | None
     unseen: bool
 
     def check_room(self, system: System, answer_tokens: int) -> None:
@@ -263,6 +262,10 @@ def _read(config: AlignConfig, workspace: Workspace, version: int, adapter: Mode
     for part in parts:
         Cut(config.hold_out, 0.0).check_events(part)
     saw = [part.name for part in parts if share_of(part) < config.held_out_share]
+    variant = None if config.summaries is None else variant_of(config.summaries, config.hold_out)
+    unread = unread_by_writers(workspace, variant, adapter)
+    if unread is not None and unread < config.held_out_share:
+        saw.append("the language model that wrote the summaries")
     if saw:
         say(
             f"{JOB}: {' and '.join(saw)} may have been trained on users who are asked about here: the figures are too good "
@@ -286,30 +289,11 @@ def _read(config: AlignConfig, workspace: Workspace, version: int, adapter: Mode
     # The recommender has no vectors of items that came after its training.
     catalogue = catalogue_of(loaded.items).first(loaded.recommender.items)
     replay = read_replay(config.replay) if config.replay is not None else []
-    summaries = _read_summaries(config, workspace, users) if config.summaries is not None else {}
+    summaries = {}
+    if config.summaries is not None:
+        summaries = summaries_before(workspace, config.summaries, config.hold_out, users)
     source = Source(loaded.recommender, histories, held_out, catalogue, summaries, replay, seeds=seeds)
-    return _Inputs(f"{loaded.model.name}/{loaded.model.hash}", lm, source, not saw)
-
-
-def _read_summaries(config: AlignConfig, workspace: Workspace, users: pa.Array) -> dict[int, str]:
-    """The summaries of what stands before the cut, by row of the histories.
-
-    Raises UsageError if none were written, or if the language model that wrote them may have read held-out events.
-    """
-    table = workspace.tables["summaries"]
-    assert config.summaries is not None
-    variant = SummariesConfig(paradigm=config.summaries, hold_out=config.hold_out).variant
-    check_written(workspace, variant, config.hold_out)
-    rows = table.read(table.version(), ["user_id", "summary"], variant=variant)
-    if not rows.num_rows:
-        raise UsageError(
-            f"There are no {config.summaries} summaries without the last {config.hold_out} events of their users.",
-            f"Run `raypipe summarize --summaries.paradigm {config.summaries} --summaries.hold_out {config.hold_out}` first.",
-        )
-    place = pc.index_in(rows["user_id"], value_set=users)
-    return {
-        row: text for row, text in zip(place.to_pylist(), rows["summary"].to_pylist(), strict=True) if row is not None
-    }
+    return _Inputs(f"{loaded.model.name}/{loaded.model.hash}", lm, source, unread, not saw)
 
 
 def _train(
@@ -362,6 +346,7 @@ def _train(
         **inputs.lm.lineage,
         "recommender": inputs.recommender,
         "summaries": config.summaries,
+        "summaries_held_out_share": inputs.unread,
         "replay": config.replay,
         "config": config.shaping_values(),
         "metrics": metrics,
