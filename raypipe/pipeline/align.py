@@ -23,11 +23,11 @@ from raypipe.language.adapters import AdapterCard, build_adapter, load_adapter, 
 from raypipe.language.alignment import AlignmentTask, prepare_alignment
 from raypipe.language.backbone import load_backbone
 from raypipe.pipeline.align_record import record
-from raypipe.pipeline.asked_anew import as_trained, asked_anew, tell_trained
+from raypipe.pipeline.asked_anew import as_trained, asked_anew, tell_measured, tell_trained
 from raypipe.pipeline.guided import run_guided
 from raypipe.pipeline.held_out import Cut, are_held_out, share_of
 from raypipe.pipeline.job import model_result
-from raypipe.pipeline.judge_engines import with_judges
+from raypipe.pipeline.judge_engines import Identities, identities_of, judge_params_of, spent_on_judges, with_judges
 from raypipe.pipeline.lancer import run_lancer
 from raypipe.pipeline.loaded import BUILTIN, ChosenLm, Loaded
 from raypipe.pipeline.past_summaries import summaries_before, unread_by_writers, variant_of
@@ -42,6 +42,7 @@ from raypipe.runtime.progress import say
 from raypipe.runtime.trainer import TrainerConfig, fit
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.models import Model, Models, find_adapter
+from raypipe.storage.tracking import Tracking
 from raypipe.storage.workspace import Workspace
 from raypipe.systems import lancer, recexplainer, recinterpreter, trsr
 from raypipe.systems.guided import GuidedConfig
@@ -200,18 +201,19 @@ def run_align(config: AlignConfig) -> JobResult:
     """
     # Before measuring and recording: both have to use the same cut and summaries.
     config = as_trained(config)
-    result = _joined(config)
-    record(config, result)
+    result, judges = _joined(config)
+    record(config, result, judges)
     return result
 
 
-def _joined(config: AlignConfig) -> JobResult:
+def _joined(config: AlignConfig) -> tuple[JobResult, Identities]:
+    """The result, and who judged a stored adapter; a model that is trained has its judges in its lineage."""
     if config.system == "guided":
-        return run_guided(config)
+        return run_guided(config), {}
     if config.system == "trsr":
-        return run_trsr(config)
+        return run_trsr(config), {}
     if config.system == "lancer":
-        return run_lancer(config)
+        return run_lancer(config), {}
     started = time.monotonic()
     workspace = config.open_workspace()
     workspace.require_info()
@@ -220,7 +222,7 @@ def _joined(config: AlignConfig) -> JobResult:
     stored = None if config.adapter is None else find_adapter(Models(workspace.store), config.adapter, config.system)
     inputs = _read(config, workspace, versions["histories"], stored)
     if stored is not None:
-        return _transferred(config, workspace, inputs, stored, started)
+        return _transferred(config, workspace, tracking, inputs, stored, started)
     system = with_judges(config, workspace, config.chosen()).build()
     catalogue = inputs.source.catalogue
     recipe = fingerprint(
@@ -247,10 +249,11 @@ def _joined(config: AlignConfig) -> JobResult:
 
     training = Training(JOB, system.name, recipe, config.lock_lease_s)
     model, status = config.trained_once(workspace, tracking, training, train)
-    tell_trained(
-        tracking, model, status, model.lineage["metrics"], recommender=inputs.recommender, lm=inputs.lm.hash[:12]
-    )
-    return model_result(JOB, model, status, model.lineage["metrics"], started)
+    result = model_result(JOB, model, status, model.lineage["metrics"], started, spent_on_judges(system))
+    judged = judge_params_of(config.chosen(), system) if status == "ok" else {}
+    made_of = {"recommender": inputs.recommender, "lm": inputs.lm.hash[:12], **judged}
+    tell_trained(tracking, model, status, {**result.metrics, **result.cost}, **made_of)
+    return result, {}
 
 
 def _read(config: AlignConfig, workspace: Workspace, version: int, adapter: Model | None) -> _Inputs:
@@ -300,6 +303,7 @@ def _train(
     config: AlignConfig, workspace: Workspace, inputs: _Inputs, system: System, recipe: str, versions: dict[str, int]
 ) -> Model:
     """Train, measure, and only then store the model, so that a stored model always has its figures in its lineage."""
+    judges = identities_of(system)  # a judge that cannot be asked is told before work starts
     name = f"{system.name}-{recipe}"
     folder = config.training_folder(workspace, name)
     node = config.workers_node(workspace, config.cluster)
@@ -343,6 +347,7 @@ def _train(
         "seed": config.trainer.seed,
         "system": config.system,
         "options": config.chosen().model_dump(mode="json"),
+        "judges": judges or None,
         **inputs.lm.lineage,
         "recommender": inputs.recommender,
         "summaries": config.summaries,
@@ -358,8 +363,8 @@ def _train(
 
 
 def _transferred(
-    config: AlignConfig, workspace: Workspace, inputs: _Inputs, adapter: Model, started: float
-) -> JobResult:
+    config: AlignConfig, workspace: Workspace, tracking: Tracking, inputs: _Inputs, adapter: Model, started: float
+) -> tuple[JobResult, Identities]:
     """Measure a stored adapter on this recommender's states. The recommender need not be the one it was trained beside.
 
     Raises UsageError if their widths differ, or if the options given do not fit the adapter's.
@@ -382,4 +387,12 @@ def _transferred(
         ) from None
     system = with_judges(config, workspace, options.chosen()).build()
     metrics = inputs.measure(config, system, folder)
-    return model_result(JOB, adapter, "ok", metrics, started)
+    result = model_result(JOB, adapter, "ok", metrics, started, spent_on_judges(system))
+    judges = identities_of(system)
+    made_of = {
+        "recommender": inputs.recommender,
+        "lm": inputs.lm.hash[:12],
+        **judge_params_of(options.chosen(), system),
+    }
+    tell_measured(tracking, config, result, {"options": anew, "judges": judges}, **made_of)
+    return result, judges
