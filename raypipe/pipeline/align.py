@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import ValidationError, model_validator
 
 from raypipe.config import first_problem, free, merge, shaping
@@ -25,14 +23,14 @@ from raypipe.language.adapters import AdapterCard, build_adapter, load_adapter, 
 from raypipe.language.alignment import AlignmentTask, prepare_alignment
 from raypipe.language.backbone import load_backbone
 from raypipe.pipeline.align_record import record
-from raypipe.pipeline.asked_anew import as_trained, asked_anew, tell_trained
+from raypipe.pipeline.asked_anew import as_trained, asked_anew, tell_measured, tell_trained
 from raypipe.pipeline.guided import run_guided
 from raypipe.pipeline.held_out import Cut, are_held_out, share_of
 from raypipe.pipeline.job import model_result
-from raypipe.pipeline.judge_engines import with_judges
+from raypipe.pipeline.judge_engines import Identities, identities_of, judge_params_of, spent_on_judges, with_judges
 from raypipe.pipeline.lancer import run_lancer
 from raypipe.pipeline.loaded import BUILTIN, ChosenLm, Loaded
-from raypipe.pipeline.past_summaries import check_written
+from raypipe.pipeline.past_summaries import summaries_before, unread_by_writers, variant_of
 from raypipe.pipeline.replay import read_replay
 from raypipe.pipeline.sampling_seeds import known_seeds, read_event_seeds
 from raypipe.pipeline.sequences import catalogue_of, histories_hash, pinned_versions, read_histories
@@ -44,6 +42,7 @@ from raypipe.runtime.progress import say
 from raypipe.runtime.trainer import TrainerConfig, fit
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.models import Model, Models, find_adapter
+from raypipe.storage.tracking import Tracking
 from raypipe.storage.workspace import Workspace
 from raypipe.systems import lancer, recexplainer, recinterpreter, trsr
 from raypipe.systems.guided import GuidedConfig
@@ -52,7 +51,6 @@ from raypipe.systems.projection import AdaptedLm
 from raypipe.systems.recexplainer import ExplainerConfig
 from raypipe.systems.recinterpreter import InterpreterConfig
 from raypipe.systems.source import Source
-from raypipe.systems.summaries import SummariesConfig
 from raypipe.systems.system import System
 from raypipe.systems.trsr import TrsrConfig
 
@@ -163,12 +161,14 @@ class AlignConfig(AlignOptions, JobConfig):
 class _Inputs:
     """The recommender (NAME/HASH) and the language model to join, and the data up to the cut.
 
-    `unseen` is True if no model involved was trained on the held-out users.
+    `unread` is the share of the users whom the language models that wrote summaries have not read, None if it is not
+    known. `unseen` is True if no model involved was trained on the held-out users.
     """
 
     recommender: str
     lm: ChosenLm
     source: Source
+    unread: float | None
     unseen: bool
 
     def check_room(self, system: System, answer_tokens: int) -> None:
@@ -201,18 +201,19 @@ def run_align(config: AlignConfig) -> JobResult:
     """
     # Before measuring and recording: both have to use the same cut and summaries.
     config = as_trained(config)
-    result = _joined(config)
-    record(config, result)
+    result, judges = _joined(config)
+    record(config, result, judges)
     return result
 
 
-def _joined(config: AlignConfig) -> JobResult:
+def _joined(config: AlignConfig) -> tuple[JobResult, Identities]:
+    """The result, and who judged a stored adapter; a model that is trained has its judges in its lineage."""
     if config.system == "guided":
-        return run_guided(config)
+        return run_guided(config), {}
     if config.system == "trsr":
-        return run_trsr(config)
+        return run_trsr(config), {}
     if config.system == "lancer":
-        return run_lancer(config)
+        return run_lancer(config), {}
     started = time.monotonic()
     workspace = config.open_workspace()
     workspace.require_info()
@@ -221,7 +222,7 @@ def _joined(config: AlignConfig) -> JobResult:
     stored = None if config.adapter is None else find_adapter(Models(workspace.store), config.adapter, config.system)
     inputs = _read(config, workspace, versions["histories"], stored)
     if stored is not None:
-        return _transferred(config, workspace, inputs, stored, started)
+        return _transferred(config, workspace, tracking, inputs, stored, started)
     system = with_judges(config, workspace, config.chosen()).build()
     catalogue = inputs.source.catalogue
     recipe = fingerprint(
@@ -248,10 +249,11 @@ def _joined(config: AlignConfig) -> JobResult:
 
     training = Training(JOB, system.name, recipe, config.lock_lease_s)
     model, status = config.trained_once(workspace, tracking, training, train)
-    tell_trained(
-        tracking, model, status, model.lineage["metrics"], recommender=inputs.recommender, lm=inputs.lm.hash[:12]
-    )
-    return model_result(JOB, model, status, model.lineage["metrics"], started)
+    result = model_result(JOB, model, status, model.lineage["metrics"], started, spent_on_judges(system))
+    judged = judge_params_of(config.chosen(), system) if status == "ok" else {}
+    made_of = {"recommender": inputs.recommender, "lm": inputs.lm.hash[:12], **judged}
+    tell_trained(tracking, model, status, {**result.metrics, **result.cost}, **made_of)
+    return result, {}
 
 
 def _read(config: AlignConfig, workspace: Workspace, version: int, adapter: Model | None) -> _Inputs:
@@ -263,6 +265,10 @@ def _read(config: AlignConfig, workspace: Workspace, version: int, adapter: Mode
     for part in parts:
         Cut(config.hold_out, 0.0).check_events(part)
     saw = [part.name for part in parts if share_of(part) < config.held_out_share]
+    variant = None if config.summaries is None else variant_of(config.summaries, config.hold_out)
+    unread = unread_by_writers(workspace, variant, adapter)
+    if unread is not None and unread < config.held_out_share:
+        saw.append("the language model that wrote the summaries")
     if saw:
         say(
             f"{JOB}: {' and '.join(saw)} may have been trained on users who are asked about here: the figures are too good "
@@ -286,36 +292,18 @@ def _read(config: AlignConfig, workspace: Workspace, version: int, adapter: Mode
     # The recommender has no vectors of items that came after its training.
     catalogue = catalogue_of(loaded.items).first(loaded.recommender.items)
     replay = read_replay(config.replay) if config.replay is not None else []
-    summaries = _read_summaries(config, workspace, users) if config.summaries is not None else {}
+    summaries = {}
+    if config.summaries is not None:
+        summaries = summaries_before(workspace, config.summaries, config.hold_out, users)
     source = Source(loaded.recommender, histories, held_out, catalogue, summaries, replay, seeds=seeds)
-    return _Inputs(f"{loaded.model.name}/{loaded.model.hash}", lm, source, not saw)
-
-
-def _read_summaries(config: AlignConfig, workspace: Workspace, users: pa.Array) -> dict[int, str]:
-    """The summaries of what stands before the cut, by row of the histories.
-
-    Raises UsageError if none were written, or if the language model that wrote them may have read held-out events.
-    """
-    table = workspace.tables["summaries"]
-    assert config.summaries is not None
-    variant = SummariesConfig(paradigm=config.summaries, hold_out=config.hold_out).variant
-    check_written(workspace, variant, config.hold_out)
-    rows = table.read(table.version(), ["user_id", "summary"], variant=variant)
-    if not rows.num_rows:
-        raise UsageError(
-            f"There are no {config.summaries} summaries without the last {config.hold_out} events of their users.",
-            f"Run `raypipe summarize --summaries.paradigm {config.summaries} --summaries.hold_out {config.hold_out}` first.",
-        )
-    place = pc.index_in(rows["user_id"], value_set=users)
-    return {
-        row: text for row, text in zip(place.to_pylist(), rows["summary"].to_pylist(), strict=True) if row is not None
-    }
+    return _Inputs(f"{loaded.model.name}/{loaded.model.hash}", lm, source, unread, not saw)
 
 
 def _train(
     config: AlignConfig, workspace: Workspace, inputs: _Inputs, system: System, recipe: str, versions: dict[str, int]
 ) -> Model:
     """Train, measure, and only then store the model, so that a stored model always has its figures in its lineage."""
+    judges = identities_of(system)  # a judge that cannot be asked is told before work starts
     name = f"{system.name}-{recipe}"
     folder = config.training_folder(workspace, name)
     node = config.workers_node(workspace, config.cluster)
@@ -359,9 +347,11 @@ def _train(
         "seed": config.trainer.seed,
         "system": config.system,
         "options": config.chosen().model_dump(mode="json"),
+        "judges": judges or None,
         **inputs.lm.lineage,
         "recommender": inputs.recommender,
         "summaries": config.summaries,
+        "summaries_held_out_share": inputs.unread,
         "replay": config.replay,
         "config": config.shaping_values(),
         "metrics": metrics,
@@ -373,8 +363,8 @@ def _train(
 
 
 def _transferred(
-    config: AlignConfig, workspace: Workspace, inputs: _Inputs, adapter: Model, started: float
-) -> JobResult:
+    config: AlignConfig, workspace: Workspace, tracking: Tracking, inputs: _Inputs, adapter: Model, started: float
+) -> tuple[JobResult, Identities]:
     """Measure a stored adapter on this recommender's states. The recommender need not be the one it was trained beside.
 
     Raises UsageError if their widths differ, or if the options given do not fit the adapter's.
@@ -397,4 +387,12 @@ def _transferred(
         ) from None
     system = with_judges(config, workspace, options.chosen()).build()
     metrics = inputs.measure(config, system, folder)
-    return model_result(JOB, adapter, "ok", metrics, started)
+    result = model_result(JOB, adapter, "ok", metrics, started, spent_on_judges(system))
+    judges = identities_of(system)
+    made_of = {
+        "recommender": inputs.recommender,
+        "lm": inputs.lm.hash[:12],
+        **judge_params_of(options.chosen(), system),
+    }
+    tell_measured(tracking, config, result, {"options": anew, "judges": judges}, **made_of)
+    return result, judges
