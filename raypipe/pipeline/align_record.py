@@ -20,7 +20,7 @@ from raypipe.storage.models import Models, find_model
 from raypipe.storage.workspace import Workspace
 
 if TYPE_CHECKING:
-    from raypipe.pipeline.align import AlignConfig
+    from raypipe.pipeline.align_options import AlignConfig
 
 _READS_STATES = {"recinterpreter", "recexplainer"}
 # Scorers that answer the same questions by themselves, and are no variant of a model.

@@ -16,7 +16,7 @@ from raypipe.storage.tracking import Tracking
 from raypipe.storage.workspace import Workspace
 
 if TYPE_CHECKING:
-    from raypipe.pipeline.align import AlignConfig
+    from raypipe.pipeline.align_options import AlignConfig
 
 _READS_STATES = {"constrained", "judges", "rubric"}
 _OPTIONS = {

@@ -56,7 +56,7 @@ from raypipe.systems.trsr_past import Past, PastSummaries
 from raypipe.systems.trsr_training import RankingTask, prepare_validation
 
 if TYPE_CHECKING:
-    from raypipe.pipeline.align import AlignConfig
+    from raypipe.pipeline.align_options import AlignConfig
 
 STEP_VERSION = 6
 _MANY_WITHOUT = 0.2

@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raypipe.cli.options import parse_config
-from raypipe.pipeline.align import AlignConfig
+from raypipe.pipeline.align_options import AlignConfig
 from tests.benchmarks.recommenders import ROOT, log_options, merge, run
 
 SETS = ("ml-100k", "ml-1m", "amazon-industrial")

@@ -9,7 +9,7 @@ import pytest
 
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
 from raypipe.pipeline import align
-from raypipe.pipeline.align import AlignConfig
+from raypipe.pipeline.align_options import AlignConfig
 from raypipe.pipeline.past_summaries import unread_by_writers
 from raypipe.storage.models import Model, Models
 from raypipe.storage.workspace import Workspace
