@@ -11,7 +11,7 @@ import pytest
 
 from raypipe.cli.options import parse_config
 from raypipe.errors import UsageError
-from raypipe.pipeline.align import AlignConfig
+from raypipe.pipeline.align_options import AlignConfig
 from raypipe.pipeline.nightly import NightlyConfig
 from raypipe.pipeline.train import TrainConfig
 from raypipe.runtime.trainer import TrainerConfig

@@ -59,7 +59,8 @@ def store_untrained_adapter(
     model = build_adapter(load_backbone(str(lm), device="cpu"), card)
     weights = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
     name = "recexplainer" if isinstance(config, ExplainerConfig) else "recinterpreter"
-    lineage = {**_OF_ADAPTER, "system": name, "options": config.model_dump(mode="json")}
+    options = config.model_dump(mode="json")
+    lineage = {**_OF_ADAPTER, "system": name, "options": options, "recommender": card.recommender}
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(Path(folder), card, weights)
         return Models(store).add(system.name, Path(folder), f"untrained {name}", lineage)

@@ -8,167 +8,62 @@ another user's state.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-from pydantic import ValidationError, model_validator
+from pydantic import ValidationError
 
-from raypipe.config import first_problem, free, merge, shaping
+from raypipe.config import first_problem
 from raypipe.engines.engine import Decoding, EngineConfig
 from raypipe.errors import UsageError
 from raypipe.language.adapters import AdapterCard, build_adapter, load_adapter, read_card
 from raypipe.language.alignment import AlignmentTask, prepare_alignment
 from raypipe.language.backbone import load_backbone
+from raypipe.pipeline.align_options import AlignConfig, AlignOptions
 from raypipe.pipeline.align_record import record
-from raypipe.pipeline.asked_anew import as_trained, asked_anew, tell_trained
+from raypipe.pipeline.asked_anew import as_trained, asked_anew, tell_measured, tell_trained
 from raypipe.pipeline.guided import run_guided
 from raypipe.pipeline.held_out import Cut, are_held_out, share_of
 from raypipe.pipeline.job import model_result
-from raypipe.pipeline.judge_engines import with_judges
+from raypipe.pipeline.judge_engines import Identities, identities_of, judge_params_of, spent_on_judges, with_judges
 from raypipe.pipeline.lancer import run_lancer
-from raypipe.pipeline.loaded import BUILTIN, ChosenLm, Loaded
-from raypipe.pipeline.past_summaries import check_written
+from raypipe.pipeline.loaded import ChosenLm, Loaded
+from raypipe.pipeline.past_summaries import summaries_before, unread_by_writers, variant_of
 from raypipe.pipeline.replay import read_replay
 from raypipe.pipeline.sampling_seeds import known_seeds, read_event_seeds
 from raypipe.pipeline.sequences import catalogue_of, histories_hash, pinned_versions, read_histories
-from raypipe.pipeline.training_folders import Training, TrainingOptions, prepared_once
+from raypipe.pipeline.training_folders import Training, prepared_once
 from raypipe.pipeline.trsr import run_trsr
 from raypipe.recommenders.recommender import freeze, weights_hash
-from raypipe.runtime.job import JobConfig, JobResult, ModelCache
+from raypipe.runtime.job import JobResult
 from raypipe.runtime.progress import say
-from raypipe.runtime.trainer import TrainerConfig, fit
+from raypipe.runtime.trainer import fit
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.models import Model, Models, find_adapter
+from raypipe.storage.tracking import Tracking
 from raypipe.storage.workspace import Workspace
-from raypipe.systems import lancer, recexplainer, recinterpreter, trsr
-from raypipe.systems.guided import GuidedConfig
-from raypipe.systems.lancer import LancerConfig
 from raypipe.systems.projection import AdaptedLm
-from raypipe.systems.recexplainer import ExplainerConfig
-from raypipe.systems.recinterpreter import InterpreterConfig
 from raypipe.systems.source import Source
-from raypipe.systems.summaries import SummariesConfig
 from raypipe.systems.system import System
-from raypipe.systems.trsr import TrsrConfig
 
 JOB = "align"
-STEP_VERSIONS = {"recinterpreter": 7, "recexplainer": 6}
-_TRAINING: dict[str, Mapping[str, object]] = {
-    "recinterpreter": recinterpreter.TRAINING,
-    "recexplainer": recexplainer.TRAINING,
-    "trsr": trsr.TRAINING,
-    "lancer": lancer.TRAINING,
-}
+STEP_VERSIONS = {"recinterpreter": 8, "recexplainer": 7}
 _ASKED_AT_LEAST = 2
-_ONLY_FOR = {
-    "adapter_workspace": ("lancer",),
-    "replay": ("recexplainer",),
-    "summaries": ("recexplainer", "trsr"),
-    "beside": ("recinterpreter", "recexplainer", "trsr"),
-}
-"""The systems that read an option. For other systems it has no effect."""
-
-
-class AlignOptions(TrainingOptions, ModelCache):
-    """Which recommender, language model and system are joined, and how the result is trained and measured."""
-
-    model: str = free("sasrec", "a recommender's name, for its newest, or NAME/HASH")
-    lm: str = free(
-        BUILTIN, "checkpoint folder or hub name; builtin is the workspace's own, builtin/HASH one of several"
-    )
-    system: Literal["recinterpreter", "recexplainer", "guided", "trsr", "lancer"] = free(
-        "recinterpreter", "which of the systems below joins them"
-    )
-    adapter: str | None = free(
-        None,
-        "NAME or NAME/HASH of a stored adapter that is measured on the states of `model`, constrained or not and by the judges "
-        "given here, and nothing trained",
-    )
-    adapter_workspace: str | None = free(
-        None, "workspace that holds `adapter`, for lancer: what it learnt there is asked on the data of this one"
-    )
-    recinterpreter: InterpreterConfig = free(InterpreterConfig, "a recommender's states in words")
-    recexplainer: ExplainerConfig = free(ExplainerConfig, "a language model that predicts what the recommender does")
-    guided: GuidedConfig = free(
-        GuidedConfig, "scores of items and users on attributes, for `train` to put into a recommender"
-    )
-    trsr: TrsrConfig = free(TrsrConfig, "candidates ranked by a language model that knows a summary and the last items")
-    lancer: LancerConfig = free(LancerConfig, "a language model that writes the next item")
-    trainer: TrainerConfig = shaping(
-        lambda: TrainerConfig(epochs=10, batch_size=16, lr=1e-3, weight_decay=1e-6),
-        "training under Ray Train and DeepSpeed; what is not given is as published for the system, where it is",
-    )
-    replay: str | None = free(
-        None,
-        "JSON lines with prompt and answer, or with the messages of a conversation, that are learnt too, so that a model keeps "
-        "its language; for recexplainer",
-    )
-    summaries: Literal["hierarchical", "recurrent"] | None = free(
-        None,
-        "whose summaries recexplainer learns to write, and trsr shows, a stored one those it was made with unless told: of "
-        "`summarize --summaries.hold_out`, the same as here",
-    )
-    hold_out: int = shaping(1, "last events of every user that training never sees", ge=0)
-    held_out_share: float = shaping(
-        0.1,
-        "share of the users, by hash, never trained on: those who are asked about; of trsr and lancer everybody is",
-        ge=0,
-        lt=1,
-    )
-    users: int = shaping(20_000, "most users that are trained on", ge=1)
-    positions: int = shaping(10, "most places in a history that training reads", ge=1)
-    asked: int = shaping(1_000, "most held-out users that are asked about", ge=1)
-    beside: bool = free(False, "when it is measured, what probes of vectors and baselines tell is measured too")
-    answer_tokens: int = shaping(256, "most tokens of an answer when it is measured", ge=1)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _trained_as_published(cls, values: Any) -> Any:
-        """Fill in trainer options that are not given: first from the system's paper, then from the defaults."""
-        if not isinstance(values, Mapping) or not isinstance(values.get("trainer", {}), Mapping):
-            return values
-        system = str(values.get("system", cls.model_fields["system"].default))
-        return {**values, "trainer": merge(_TRAINING.get(system, {}), values.get("trainer", {}))}
-
-    @model_validator(mode="after")
-    def _options_are_read(self) -> Self:
-        for option, systems in _ONLY_FOR.items():
-            if self.system not in systems and getattr(self, option) not in (None, False):
-                raise ValueError(f"{option} says nothing to {self.system}: it is for {' and '.join(systems)}")
-        if self.system in ("recinterpreter", "recexplainer", "guided") and self.trainer.validate_every is not None:
-            raise ValueError(f"{self.system} has nothing to be validated on: leave out trainer.validate_every")
-        if self.adapter_workspace is not None and self.adapter is None:
-            raise ValueError("adapter_workspace is where a stored adapter is: name it with adapter")
-        return self
-
-    def chosen(self) -> InterpreterConfig | ExplainerConfig:
-        """The configuration of the chosen one of the two systems that read states.
-
-        The other's has no effect on the output.
-        """
-        assert self.system in ("recinterpreter", "recexplainer"), f"{self.system} has a job of its own"
-        return self.recinterpreter if self.system == "recinterpreter" else self.recexplainer
-
-
-class AlignConfig(AlignOptions, JobConfig):
-    """Configuration of `align`."""
 
 
 @dataclass(frozen=True)
 class _Inputs:
     """The recommender (NAME/HASH) and the language model to join, and the data up to the cut.
 
-    `unseen` is True if no model involved was trained on the held-out users.
+    `unread` is the share of the users whom the language models that wrote summaries have not read, None if it is not
+    known. `unseen` is True if no model involved was trained on the held-out users.
     """
 
     recommender: str
     lm: ChosenLm
     source: Source
+    unread: float | None
     unseen: bool
 
     def check_room(self, system: System, answer_tokens: int) -> None:
@@ -201,18 +96,19 @@ def run_align(config: AlignConfig) -> JobResult:
     """
     # Before measuring and recording: both have to use the same cut and summaries.
     config = as_trained(config)
-    result = _joined(config)
-    record(config, result)
+    result, judges = _joined(config)
+    record(config, result, judges)
     return result
 
 
-def _joined(config: AlignConfig) -> JobResult:
+def _joined(config: AlignConfig) -> tuple[JobResult, Identities]:
+    """The result, and who judged a stored adapter; a model that is trained has its judges in its lineage."""
     if config.system == "guided":
-        return run_guided(config)
+        return run_guided(config), {}
     if config.system == "trsr":
-        return run_trsr(config)
+        return run_trsr(config), {}
     if config.system == "lancer":
-        return run_lancer(config)
+        return run_lancer(config), {}
     started = time.monotonic()
     workspace = config.open_workspace()
     workspace.require_info()
@@ -221,7 +117,7 @@ def _joined(config: AlignConfig) -> JobResult:
     stored = None if config.adapter is None else find_adapter(Models(workspace.store), config.adapter, config.system)
     inputs = _read(config, workspace, versions["histories"], stored)
     if stored is not None:
-        return _transferred(config, workspace, inputs, stored, started)
+        return _transferred(config, workspace, tracking, inputs, stored, started)
     system = with_judges(config, workspace, config.chosen()).build()
     catalogue = inputs.source.catalogue
     recipe = fingerprint(
@@ -248,10 +144,11 @@ def _joined(config: AlignConfig) -> JobResult:
 
     training = Training(JOB, system.name, recipe, config.lock_lease_s)
     model, status = config.trained_once(workspace, tracking, training, train)
-    tell_trained(
-        tracking, model, status, model.lineage["metrics"], recommender=inputs.recommender, lm=inputs.lm.hash[:12]
-    )
-    return model_result(JOB, model, status, model.lineage["metrics"], started)
+    result = model_result(JOB, model, status, model.lineage["metrics"], started, spent_on_judges(system))
+    judged = judge_params_of(config.chosen(), system) if status == "ok" else {}
+    made_of = {"recommender": inputs.recommender, "lm": inputs.lm.hash[:12], **judged}
+    tell_trained(tracking, model, status, {**result.metrics, **result.cost}, **made_of)
+    return result, {}
 
 
 def _read(config: AlignConfig, workspace: Workspace, version: int, adapter: Model | None) -> _Inputs:
@@ -263,6 +160,10 @@ def _read(config: AlignConfig, workspace: Workspace, version: int, adapter: Mode
     for part in parts:
         Cut(config.hold_out, 0.0).check_events(part)
     saw = [part.name for part in parts if share_of(part) < config.held_out_share]
+    variant = None if config.summaries is None else variant_of(config.summaries, config.hold_out)
+    unread = unread_by_writers(workspace, variant, adapter)
+    if unread is not None and unread < config.held_out_share:
+        saw.append("the language model that wrote the summaries")
     if saw:
         say(
             f"{JOB}: {' and '.join(saw)} may have been trained on users who are asked about here: the figures are too good "
@@ -286,36 +187,18 @@ def _read(config: AlignConfig, workspace: Workspace, version: int, adapter: Mode
     # The recommender has no vectors of items that came after its training.
     catalogue = catalogue_of(loaded.items).first(loaded.recommender.items)
     replay = read_replay(config.replay) if config.replay is not None else []
-    summaries = _read_summaries(config, workspace, users) if config.summaries is not None else {}
+    summaries = {}
+    if config.summaries is not None:
+        summaries = summaries_before(workspace, config.summaries, config.hold_out, users)
     source = Source(loaded.recommender, histories, held_out, catalogue, summaries, replay, seeds=seeds)
-    return _Inputs(f"{loaded.model.name}/{loaded.model.hash}", lm, source, not saw)
-
-
-def _read_summaries(config: AlignConfig, workspace: Workspace, users: pa.Array) -> dict[int, str]:
-    """The summaries of what stands before the cut, by row of the histories.
-
-    Raises UsageError if none were written, or if the language model that wrote them may have read held-out events.
-    """
-    table = workspace.tables["summaries"]
-    assert config.summaries is not None
-    variant = SummariesConfig(paradigm=config.summaries, hold_out=config.hold_out).variant
-    check_written(workspace, variant, config.hold_out)
-    rows = table.read(table.version(), ["user_id", "summary"], variant=variant)
-    if not rows.num_rows:
-        raise UsageError(
-            f"There are no {config.summaries} summaries without the last {config.hold_out} events of their users.",
-            f"Run `raypipe summarize --summaries.paradigm {config.summaries} --summaries.hold_out {config.hold_out}` first.",
-        )
-    place = pc.index_in(rows["user_id"], value_set=users)
-    return {
-        row: text for row, text in zip(place.to_pylist(), rows["summary"].to_pylist(), strict=True) if row is not None
-    }
+    return _Inputs(f"{loaded.model.name}/{loaded.model.hash}", lm, source, unread, not saw)
 
 
 def _train(
     config: AlignConfig, workspace: Workspace, inputs: _Inputs, system: System, recipe: str, versions: dict[str, int]
 ) -> Model:
     """Train, measure, and only then store the model, so that a stored model always has its figures in its lineage."""
+    judges = identities_of(system)  # a judge that cannot be asked is told before work starts
     name = f"{system.name}-{recipe}"
     folder = config.training_folder(workspace, name)
     node = config.workers_node(workspace, config.cluster)
@@ -359,9 +242,11 @@ def _train(
         "seed": config.trainer.seed,
         "system": config.system,
         "options": config.chosen().model_dump(mode="json"),
+        "judges": judges or None,
         **inputs.lm.lineage,
         "recommender": inputs.recommender,
         "summaries": config.summaries,
+        "summaries_held_out_share": inputs.unread,
         "replay": config.replay,
         "config": config.shaping_values(),
         "metrics": metrics,
@@ -373,8 +258,8 @@ def _train(
 
 
 def _transferred(
-    config: AlignConfig, workspace: Workspace, inputs: _Inputs, adapter: Model, started: float
-) -> JobResult:
+    config: AlignConfig, workspace: Workspace, tracking: Tracking, inputs: _Inputs, adapter: Model, started: float
+) -> tuple[JobResult, Identities]:
     """Measure a stored adapter on this recommender's states. The recommender need not be the one it was trained beside.
 
     Raises UsageError if their widths differ, or if the options given do not fit the adapter's.
@@ -397,4 +282,12 @@ def _transferred(
         ) from None
     system = with_judges(config, workspace, options.chosen()).build()
     metrics = inputs.measure(config, system, folder)
-    return model_result(JOB, adapter, "ok", metrics, started)
+    result = model_result(JOB, adapter, "ok", metrics, started, spent_on_judges(system))
+    judges = identities_of(system)
+    made_of = {
+        "recommender": inputs.recommender,
+        "lm": inputs.lm.hash[:12],
+        **judge_params_of(options.chosen(), system),
+    }
+    tell_measured(tracking, config, result, {"options": anew, "judges": judges}, **made_of)
+    return result, judges

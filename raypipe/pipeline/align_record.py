@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from raypipe.config import Config
 from raypipe.pipeline.asked_anew import asked_anew
 from raypipe.pipeline.held_out import Cut
+from raypipe.pipeline.judge_engines import Identities
 from raypipe.pipeline.made_of import parts_of, settings_of
 from raypipe.recommenders.config import ModelName
 from raypipe.runtime.job import JobResult
@@ -19,7 +20,7 @@ from raypipe.storage.models import Models, find_model
 from raypipe.storage.workspace import Workspace
 
 if TYPE_CHECKING:
-    from raypipe.pipeline.align import AlignConfig
+    from raypipe.pipeline.align_options import AlignConfig
 
 _READS_STATES = {"recinterpreter", "recexplainer"}
 # Scorers that answer the same questions by themselves, and are no variant of a model.
@@ -30,8 +31,11 @@ _SHARES = re.compile(
 )
 
 
-def record(config: AlignConfig, result: JobResult) -> None:
-    """Store the record in the workspace. The model may belong to another workspace."""
+def record(config: AlignConfig, result: JobResult, judges: Identities | None = None) -> None:
+    """Store the record in the workspace. The model may belong to another workspace.
+
+    `judges` judged a stored model; one that was trained has its judges in its lineage.
+    """
     workspace = config.open_workspace()
     ((name, content),) = result.models.items()
     home = Workspace(config.adapter_workspace) if config.adapter_workspace is not None else workspace
@@ -61,6 +65,8 @@ def record(config: AlignConfig, result: JobResult) -> None:
             anew |= given.model_dump(mode="json", include=given.model_fields_set)
         else:
             anew |= asked_anew(config.system, given, lineage["options"])
+        if judges:
+            anew["judges"] = judges  # rather than by a name that may mean another model tomorrow
     if away:
         anew["trained_in"] = home.uri.rstrip("/").rsplit("/", 1)[-1]
     options, settings = {**lineage["options"], **anew}, {**settings, **anew}

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 from raypipe.config import Config
 from raypipe.errors import UsageError
 from raypipe.pipeline.held_out import Cut
+from raypipe.runtime.job import JobResult
 from raypipe.runtime.progress import say
+from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.models import Model, Models, find_model
 from raypipe.storage.tracking import Tracking
 from raypipe.storage.workspace import Workspace
 
 if TYPE_CHECKING:
-    from raypipe.pipeline.align import AlignConfig
+    from raypipe.pipeline.align_options import AlignConfig
 
 _READS_STATES = {"constrained", "judges", "rubric"}
 _OPTIONS = {
@@ -99,3 +101,20 @@ def tell_trained(tracking: Tracking, model: Model, status: str, metrics: Mapping
     else:
         named = f"{model.name}/{model.hash}"
         say(f"align: {named} is stored, with the figures of its training; --adapter {named} measures it anew")
+
+
+def tell_measured(
+    tracking: Tracking, config: AlignConfig, result: JobResult, asked: Mapping[str, Any], **made_of: str
+) -> None:
+    """Log that a stored model was measured anew, as `asked` says, beside what it is `made_of` here.
+
+    Every way of asking is a run of its own.
+    """
+    ((name, content),) = result.models.items()
+    how = {"asked", "answer_tokens", "beside", *_CUT}
+    key = fingerprint(
+        {"model": f"{name}/{content}", "made_of": made_of, **config.model_dump(mode="json", include=how), **asked}
+    )
+    figures = {metric: value for metric, value in result.metrics.items() if value is not None}
+    params = {"model": content, "measured_anew": True, **made_of}
+    tracking.log_run("align", key, params, {**figures, **result.cost}, system=config.system)

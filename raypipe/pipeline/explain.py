@@ -7,7 +7,7 @@ everybody's top recommendation, or the pairs of a file. Only pairs that are new 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from raypipe.runtime.reject_limit import RejectLimit
 from raypipe.runtime.session import open_session
 from raypipe.storage.fingerprint import fingerprint
 from raypipe.storage.ledger import WHOLE, Receipt, Unit, Usage
+from raypipe.storage.makers import makers
 from raypipe.storage.models import Model, Models, find_adapter
 from raypipe.storage.night_runs import NightRuns
 from raypipe.storage.releases import Release
@@ -138,6 +139,34 @@ class Explainer:
     def variant(self, config: ExplainOptions) -> str:
         return f"{JOB}-{self.adapter.name}" + ("-pairs" if config.pairs is not None else "")
 
+    @property
+    def recommended(self) -> str:
+        """The variant of the lists whose first items are explained."""
+        return f"recommend-{self.loaded.model.name}"
+
+    def check_lists(self, workspace: Workspace) -> None:
+        """Raise UsageError unless the adapter's own recommender made the lists whose first items are explained.
+
+        They have one variant for all recommenders of a name. The ledger tells which of them made the published ones.
+        """
+        mine = self.loaded.model
+        named = f"{mine.name}/{mine.hash}"
+        first = f"Run `raypipe recommend --model {named}` first"
+        runs = makers(workspace.ledger("recommend"), self.recommended)
+        others = {content for run in runs if (content := str(run.manifest["facts"]["model"])) != mine.hash}
+        if not runs:
+            raise UsageError(
+                f"The adapter {self.adapter.name} explains what {named} recommends, and no lists of that recommender are known here.",
+                f"{first}, or name pairs with --pairs.",
+            )
+        if others:
+            raise UsageError(
+                f"The adapter {self.adapter.name} explains what {named} recommends, and the published lists {self.recommended} are "
+                f"of {' and '.join(f'{mine.name}/{content}' for content in sorted(others))}.",
+                f"{first}, name an adapter that `raypipe align` trained beside the other recommender with --adapter, or name pairs "
+                "with --pairs.",
+            )
+
     def task(
         self,
         config: ExplainOptions,
@@ -162,7 +191,7 @@ class Explainer:
             focus=config.focus,
             decoding=config.decoding,
             checks=config.checks,
-            recommended=f"recommend-{self.loaded.model.name}",
+            recommended=self.recommended,
             pairs=pairs,
             users=pa.array(users, pa.string()) if users is not None else None,
             micro_batch=config.micro_batch,
@@ -174,8 +203,8 @@ def run_explain(config: ExplainConfig, night: NightRuns | None = None) -> JobRes
     """Write explanations to the table `explanations`, variant `explain-<adapter>`.
 
     Those of a file's pairs have the variant `explain-<adapter>-pairs`. As a step of `night` the job spends at most what
-    the night left of the caps. Raises UsageError before work starts: as `Explainer.of` does, if there are no
-    recommendations, and for pairs of unknown users or items.
+    the night left of the caps. Raises UsageError before work starts: as `Explainer.of` does, if the published lists are
+    not those of the adapter's recommender, and for pairs of unknown users or items.
     """
     started = time.monotonic()
     workspace = config.open_workspace()
@@ -194,7 +223,8 @@ def run_explain(config: ExplainConfig, night: NightRuns | None = None) -> JobRes
         if canary is None:
             session.keep_finished(run_recipe, variant, input_tables(config), [TABLE], reject_limit)
         inputs = session.versions(*input_tables(config))
-        check_recommended(inputs)
+        if pairs is None:
+            explainer.check_lists(workspace)
         base = session.versions(TABLE) if canary is None else {TABLE: ABSENT}
         if scope == WHOLE and session.is_current(run_recipe, inputs):
             return JobResult(JOB, "nothing_to_do", cost=cost_of(Usage(), time.monotonic() - started))
@@ -225,11 +255,6 @@ def run_explain(config: ExplainConfig, night: NightRuns | None = None) -> JobRes
 def input_tables(config: ExplainOptions) -> tuple[str, ...]:
     """The tables whose versions a run pins."""
     return ("histories", "items", "rejects", *(["recommendations"] if config.pairs is None else []))
-
-
-def check_recommended(versions: Mapping[str, int]) -> None:
-    if versions.get("recommendations") == ABSENT:
-        raise UsageError("Nothing is recommended yet.", "Run `raypipe recommend` first, or name pairs with --pairs.")
 
 
 def _figures(receipts: Collection[Receipt]) -> dict[str, float | None]:

@@ -46,7 +46,7 @@ from raypipe.systems.guided_training import TuningTask, prepare_tuning
 from raypipe.systems.source import drawn_places
 
 if TYPE_CHECKING:
-    from raypipe.pipeline.align import AlignConfig
+    from raypipe.pipeline.align_options import AlignConfig
 
 STEP_VERSION = 5
 _SHOWN_EVERY_S = 10.0

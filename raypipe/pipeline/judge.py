@@ -22,7 +22,7 @@ from raypipe.errors import UsageError
 from raypipe.pipeline.forget_traces import without_users
 from raypipe.pipeline.forgotten import forgotten_users, locked_traces
 from raypipe.pipeline.job import cost_of
-from raypipe.pipeline.judge_engines import resolved_judges
+from raypipe.pipeline.judge_engines import judge_params, resolved_judges
 from raypipe.pipeline.judged import EXPLANATION_PIECES, SUMMARY_PIECES, sample_explanations, sample_summaries
 from raypipe.runtime.job import JobConfig, JobResult, ModelCache
 from raypipe.runtime.progress import say
@@ -110,11 +110,7 @@ def run_judge(config: JudgeConfig) -> JobResult:
     _say(ratings, metrics)
     say(f"{JOB}: every rating is in {workspace.store.object_uri(path)}")
     cost = cost_of(spent, time.monotonic() - started)
-    params = {
-        "rubric": rubric.prompt,
-        "seed": rubric.decoding.seed,
-        **{f"judge.{name}": engine.model_name or engine.engine for name, engine in config.judges.items()},
-    }
+    params = judge_params(rubric, config.judges, identities)
     numbers = {name: value for name, value in metrics.items() if value is not None}
     tracking.log_run(JOB, key, params, {**numbers, **cost})
     return JobResult(JOB, "ok", key, metrics=metrics, cost=cost)

@@ -47,7 +47,7 @@ from raypipe.systems.lancer_lists import load_writer
 from raypipe.systems.lancer_training import LancerTask, store_vectors
 
 if TYPE_CHECKING:
-    from raypipe.pipeline.align import AlignConfig
+    from raypipe.pipeline.align_options import AlignConfig
 
 STEP_VERSION = 3
 

@@ -10,8 +10,8 @@ from raypipe.errors import UsageError
 from raypipe.storage.evaluations import Part
 from raypipe.storage.models import Models, find_model
 
-# Entries of a lineage: what was joined, which no option of the system says.
-_JOINED = ("lm", "recommender", "summaries", "replay", "tuned")
+# Entries of a lineage: what was joined, and by whom it was judged, which no option of the system says.
+_JOINED = ("lm", "recommender", "summaries", "replay", "tuned", "judges")
 _NAMED = re.compile(r"[\w.-]+/[0-9a-f]{32}")
 
 

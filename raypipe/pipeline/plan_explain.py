@@ -11,7 +11,7 @@ import numpy as np
 from raypipe.engines.engine import EngineConfig
 from raypipe.language.adapters import AdapterConfig, read_card
 from raypipe.language.prompt import Prompt, Text
-from raypipe.pipeline.explain import JOB, Explainer, ExplainOptions, check_recommended, input_tables, read_pairs
+from raypipe.pipeline.explain import JOB, Explainer, ExplainOptions, input_tables, read_pairs
 from raypipe.pipeline.explain_units import TABLE, ExplainBucket
 from raypipe.pipeline.past_runs import past_runs, seconds_of
 from raypipe.runtime.budget import Budget, Limits
@@ -31,8 +31,9 @@ def plan_explanations(
     """
     explainer = Explainer.of(config, workspace)
     versions = {name: workspace.tables[name].version() for name in (*input_tables(config), TABLE)}
-    check_recommended(versions)
     pairs = read_pairs(config, workspace, explainer)
+    if pairs is None:
+        explainer.check_lists(workspace)
     work = ExplainBucket(explainer.task(config, workspace, versions, pairs), Budget(Limits(), Usage()))
     users = seen = due = 0
     requests: list[ExplanationRequest] = []

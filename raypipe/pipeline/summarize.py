@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from raypipe.config import free, shaping
 from raypipe.engines.engine import EngineConfig
+from raypipe.pipeline.held_out import share_of
 from raypipe.pipeline.job import BatchConfig, CapOptions, cost_of, scope_of
 from raypipe.pipeline.loaded import BUILTIN, find_builtin_lm, is_builtin
 from raypipe.pipeline.summarize_units import SummarizeBucket, SummaryTask
@@ -104,9 +105,10 @@ def run_summarize(config: SummarizeConfig, night: NightRuns | None = None) -> Jo
                 "engine": config.engine.engine,
                 "model": model.hash if model else config.engine.model_name,
                 "block_items": config.summaries.block_items,
-                # How many last events of every user the language model has not read. Nobody knows it for a model that
-                # is not the workspace's own.
+                # How many last events of every user, and which share of the users, the language model has not read.
+                # Nobody knows it for a model that is not the workspace's own.
                 "model_hold_out": model and int(model.lineage["hold_out"]),
+                "model_held_out_share": model and share_of(model),
                 "recipes": {"block": recipes.block, "merge": recipes.merge},
             },
         )

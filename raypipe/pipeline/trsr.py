@@ -50,14 +50,15 @@ from raypipe.storage.hashing import mix
 from raypipe.storage.ledger import Usage
 from raypipe.storage.models import Model, Models, find_adapter, find_model
 from raypipe.storage.workspace import Workspace
+from raypipe.systems.candidate_facts import Facts
 from raypipe.systems.trsr import NAME, Trsr, TrsrConfig
 from raypipe.systems.trsr_past import Past, PastSummaries
 from raypipe.systems.trsr_training import RankingTask, prepare_validation
 
 if TYPE_CHECKING:
-    from raypipe.pipeline.align import AlignConfig
+    from raypipe.pipeline.align_options import AlignConfig
 
-STEP_VERSION = 5
+STEP_VERSION = 6
 _MANY_WITHOUT = 0.2
 
 
@@ -296,10 +297,13 @@ def _measured_anew(
     inputs = _read(config.model_copy(update={NAME: options}), workspace, versions, cuts)
     if against is not None:
         check_comparable(against, inputs.sets_key)
+    folder = config.fetch(workspace, adapter)
+    if options.facts:
+        Facts.load(folder, len(inputs.past.catalogue.titles))  # refuses those of another version
     backbone = load_backbone(str(inputs.lm.folder), device="cpu")
     trsr = ranker_of(options, inputs, backbone)
     shown = tell_shown(trsr, inputs, backbone.context)
-    measured = measure(config, trsr, inputs, config.fetch(workspace, adapter))
+    measured = measure(config, trsr, inputs, folder)
     metrics = {**shown, **measured.metrics}
     if against is not None:
         metrics |= compared(ModelRanks(inputs.sets.keys, *measured.ranks[""]), workspace, against)

@@ -37,7 +37,7 @@ from raypipe.systems.trsr import NAME, Control, Trsr, TrsrConfig
 from raypipe.systems.trsr_past import Past
 
 if TYPE_CHECKING:
-    from raypipe.pipeline.align import AlignConfig
+    from raypipe.pipeline.align_options import AlignConfig
 
 _SHOWN_EVERY_S = 10.0
 _COMPARED = ("Recall@3", "MRR@3")

@@ -46,7 +46,7 @@ class VacuumConfig(JobConfig, ModelCache):
     keep_nights: int = free(30, "newest nights that can be restored", ge=1)
     keep_releases: int = free(10, "newest releases, beside those that kept nights and aliases name", ge=1)
     keep_models: int = free(3, "newest models of each name, beside those that kept releases and models name", ge=1)
-    keep_runs: int = free(30, "newest runs of each job in the ledger", ge=1)
+    keep_runs: int = free(30, "newest runs of each job in the ledger, beside those that made what is published", ge=1)
     keep_days: float = free(
         7.0, "days for which canaries' tables, interrupted trainings and unpublished nights are kept", ge=0
     )

@@ -1,7 +1,7 @@
 """What may be deleted: nights, releases, models and runs to which nothing that is kept refers. Nothing is deleted here.
 
 A release is kept while a kept night or an alias names it. A model is kept while a kept release or a kept model names
-it.
+it. A run is kept while rows that it made are published.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from functools import cache
 from typing import get_args
 
 from raypipe.storage.ledger import Ledger
+from raypipe.storage.makers import all_makers
 from raypipe.storage.models import Model, Models
 from raypipe.storage.nights import Night, Nights
 from raypipe.storage.releases import Alias, Release, Releases
@@ -85,9 +86,12 @@ def models_to_drop(
 
 
 def runs_to_drop(ledger: Ledger, newest: int) -> list[tuple[int, str]]:
-    """The numbers and keys of finished runs that are older than the `newest` ones."""
+    """The numbers and keys of finished runs that are older than the `newest` ones.
+
+    Those that made what is published are left out: only they tell by which model it was made.
+    """
     numbers = sorted(ledger.numbers().items())
-    kept = {key for _, key in numbers[-newest:]}
+    kept = {key for _, key in numbers[-newest:]} | {run.run_key for run in all_makers(ledger)}
     return [(number, key) for number, key in numbers[:-newest] if key not in kept and _is_over(ledger, key)]
 
 

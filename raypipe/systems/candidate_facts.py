@@ -7,8 +7,9 @@ A small language model cannot know which items are popular or chosen together; t
     near     how near it is to what is chosen together with items similar to the user's; two numbers
     alike    how similar its text is to the texts of the user's items; two numbers
     linked   how many paths of two co-occurrence steps lead to it from the user's items
+    after    its share of what came within ten places after these items; two numbers
 
-Of two numbers, the first is for the user's last item and the second for all their items.
+Of two numbers, the first is for the user's last item and the second for all their items, but `after` for the last five.
 0 means nothing at all. `again` is the count itself, at most 9. Every other number is the quantile among the values that
 random items have, with finer steps at the top, so that a longer log does not shift the numbers. All counts come from
 the histories given to `Facts.of`, which end before the event that is asked about.
@@ -26,16 +27,19 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from scipy.sparse import csr_array, diags_array, vstack
 
+from raypipe.errors import UsageError
+from raypipe.recommenders.floors import Transitions
 from raypipe.recommenders.windows import Histories
 
-FORM = "chosen {} again {} near {} {} alike {} {} linked {}"
-NAMES = ("chosen", "again", "near last", "near", "alike last", "alike", "linked")
+FORM = "chosen {} again {} near {} {} alike {} {} linked {} after {} {}"
+NAMES = ("chosen", "again", "near last", "near", "alike last", "alike", "linked", "after last", "after")
 _PLACES = (0.25, 0.5, 0.7, 0.82, 0.9, 0.95, 0.98, 0.993)
 _NEIGHBOURS = 20  # items of similar text, the item itself included, over which `near` is smoothed
 _FILE = "facts.safetensors"
-_MATRICES = ("together", "vectors", "neighbours")
+_MATRICES = ("together", "followed", "vectors", "neighbours")
 _PARTS = ("data", "indices", "indptr")
 _TERMS = 50_000
+_RECENT = 5  # last items whose followers count
 _AT_ONCE = 512
 _SAMPLE = 128  # random histories, each with as many random items, from which the grades' edges are taken
 
@@ -44,13 +48,15 @@ _SAMPLE = 128  # random histories, each with as many random items, from which th
 class Facts:
     """The counts and texts from which facts are computed.
 
-    `popularity` [items + 1] and `together` [items + 1, items + 1] are counts of some histories. `vectors`
+    `popularity` [items + 1] and `together` [items + 1, items + 1] are counts of some histories, and so are the shares
+    `followed` [items + 1, items + 1]: of what came after a column's item, those of the rows' items. `vectors`
     [items + 1, terms] are the items' text vectors, of length 1. `neighbours` [items + 1, items + 1] weights, for each
     item, the items of similar text; its rows sum to 1. Of a user, the last `history` events are used.
     """
 
     popularity: NDArray[np.float32]
     together: csr_array
+    followed: csr_array
     vectors: csr_array
     neighbours: csr_array
     history: int
@@ -61,7 +67,8 @@ class Facts:
     def of(cls, base: Histories, vectors: csr_array, neighbours: csr_array, history: int) -> Facts:
         items = vectors.shape[0] - 1
         popularity = np.log1p(base.counts(items)).astype(np.float32)
-        facts = cls(popularity, _normalised(chosen_together(base, items)), vectors, neighbours, history)
+        together = _normalised(chosen_together(base, items))
+        facts = cls(popularity, together, _shares(Transitions(base, items)), vectors, neighbours, history)
         return replace(facts, edges=facts._graded_at())
 
     def save(self, folder: Path) -> None:
@@ -74,8 +81,16 @@ class Facts:
 
     @classmethod
     def load(cls, folder: Path, items: int) -> Facts:
-        """Read facts for a catalogue of `items` items; items added since the facts were saved have none (all zeros)."""
+        """Read facts for a catalogue of `items` items; items added since the facts were saved have none (all zeros).
+
+        Raises UsageError if they were saved with other numbers, which a ranker would take for these.
+        """
         told = load_file(folder / _FILE)
+        if f"edges/{len(NAMES) - 1}" not in told or any(f"{name}/shape" not in told for name in _MATRICES):
+            raise UsageError(
+                f"The ranker in {folder} knows candidates by numbers of another version.",
+                "Train it again with `raypipe align --system trsr`.",
+            )
         popularity = np.zeros(items + 1, np.float32)
         popularity[: len(told["popularity"])] = told["popularity"]
         matrices = {}
@@ -116,7 +131,7 @@ class Facts:
 
     def _values(self, prefixes: Histories, candidates: NDArray[np.int32]) -> NDArray[np.float32]:
         rows = np.broadcast_to(np.arange(len(candidates))[:, None], candidates.shape)
-        last, whole = (chosen_by(prefixes, self.vectors.shape[0], window) for window in (1, None))
+        last, recent, whole = (chosen_by(prefixes, self.vectors.shape[0], window) for window in (1, _RECENT, None))
         lengths = np.maximum(prefixes.lengths, 1)[:, None]
         found = [
             self.popularity[candidates],
@@ -125,6 +140,7 @@ class Facts:
             _products(last @ self.vectors, self.vectors, candidates),
             _products(whole @ self.vectors, self.vectors, candidates) / lengths,
             _products(whole @ self.together, self.together, candidates),  # which is symmetric
+            *(_products(mine, self.followed, candidates) for mine in (last, recent)),
         ]
         return np.stack(found, 2).astype(np.float32)
 
@@ -207,3 +223,10 @@ def _normalised(together: csr_array) -> csr_array:
     others.eliminate_zeros()
     scale = diags_array(1 / np.sqrt(np.maximum(others.sum(1), 1))).astype(np.float32)
     return csr_array(scale @ others @ scale)
+
+
+def _shares(transitions: Transitions) -> csr_array:
+    """For each item (row) its share of what followed another (column), [items + 1, items + 1]."""
+    followers = transitions.followers
+    scale = diags_array(1 / np.maximum(followers.sum(1), 1)).astype(np.float32)
+    return csr_array((scale @ followers).T)

@@ -11,13 +11,15 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from raypipe.engines.engine import Engine
+from raypipe.engines.engine import Engine, EngineConfig
 from raypipe.metrics.text import item_values, value_counts
+from raypipe.storage.ledger import Usage
 from raypipe.systems.judges import Rubric
 from raypipe.systems.source import Source
 
@@ -77,17 +79,48 @@ class OverlapRule:
 
 
 class EnginePreference:
-    """An engine that answers with a letter; implements `PreferenceJudge`."""
+    """An engine that answers with a letter; implements `PreferenceJudge`.
+
+    `calls`, `tokens_in` and `tokens_out` sum up its cost.
+    """
 
     def __init__(self, engine: Engine, rubric: Rubric) -> None:
         self.engine, self.rubric = engine, rubric
+        self.calls = self.tokens_in = self.tokens_out = 0
 
     def prefer(self, pairs: Sequence[Pair]) -> list[float | None]:
         cases = [{"history": "\n".join(pair.history), "one": pair.one, "other": pair.other} for pair in pairs]
         found: list[float | None] = [None] * len(pairs)
         for outcome in self.engine.generate([self.rubric.ask(case) for case in cases], self.rubric.decoding):
+            self.calls += outcome.calls
+            self.tokens_in += outcome.tokens_in
+            self.tokens_out += outcome.tokens_out
             found[outcome.index] = _letter(outcome.text)
         return found
+
+
+class PreferenceJudges:
+    """The rule, and the engines that a rubric asks, by name. The rubric's seed draws the order of the titles too."""
+
+    def __init__(self, engines: Mapping[str, EngineConfig], rubric: Rubric) -> None:
+        self.engines, self.rubric = engines, rubric
+        self._asked: list[EnginePreference] = []
+
+    @cached_property
+    def identities(self) -> dict[str, dict[str, Any]]:
+        """What each engine is, with the content of its model. Raises UsageError if a checkpoint does not exist."""
+        return {name: engine.identity() for name, engine in self.engines.items()}
+
+    @property
+    def spent(self) -> Usage:
+        """What asking the engines has taken so far."""
+        return sum((Usage(one.calls, one.tokens_in, one.tokens_out) for one in self._asked), Usage())
+
+    def build(self, source: Source) -> dict[str, PreferenceJudge]:
+        """The judges of titles of the source's catalogue, with the engines' weights loaded."""
+        asked = {name: EnginePreference(engine.build(), self.rubric) for name, engine in self.engines.items()}
+        self._asked += asked.values()
+        return {RULE: OverlapRule(source), **asked}
 
 
 def _letter(answer: str) -> float | None:
@@ -135,15 +168,16 @@ def preferences(
     rivals: Mapping[str, Sequence[str]],
     histories: Sequence[Sequence[str]],
     known: Collection[str],
+    seed: int,
 ) -> dict[str, float]:
     """By judge and kind of rival, how often the title `named` for each history's oracle is preferred to the rival.
 
-    A figure `judged` is added where a judge left some pairs undecided.
+    `seed` draws the order of the two titles of each pair. A figure `judged` is added where a judge left some pairs undecided.
     """
     figures: dict[str, float] = {}
     for judge, rival in product(judges, rivals):
         pairs = [Pair(*case) for case in zip(histories, named, rivals[rival], strict=True)]
-        found = preferred(judges[judge], pairs, known)
+        found = preferred(judges[judge], pairs, known, seed)
         by = "" if judge == RULE else f" by {judge}"
         if found.share is not None:
             figures[f"oracle preferred to {rival}{by}"] = found.share

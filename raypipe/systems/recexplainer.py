@@ -126,6 +126,8 @@ class ExplainerConfig(Config):
 class RecExplainer:
     """Implements `System`."""
 
+    judges = None
+
     def __init__(self, config: ExplainerConfig) -> None:
         self.config = config
 

@@ -35,7 +35,7 @@ from raypipe.systems.interpreter_figures import SEPARATOR, recovery_figures, res
 from raypipe.systems.interpreter_prompts import InterpreterPrompts
 from raypipe.systems.judges import Rubric
 from raypipe.systems.oracles import SOURCE, Oracle, oracles_of
-from raypipe.systems.preference import PREFERENCE, RULE, EnginePreference, OverlapRule, PreferenceJudge, preferences
+from raypipe.systems.preference import PREFERENCE, RULE, PreferenceJudges, preferences
 from raypipe.systems.probes import LabelledVectors
 from raypipe.systems.projection import AdaptedLm, probed
 from raypipe.systems.source import Source, drawn_places
@@ -87,7 +87,10 @@ class InterpreterConfig(Config):
         "name → engine, as JSON, lm `builtin` being the workspace's own: whether what an oracle names fits better than another "
         "item, beside a rule that counts",
     )
-    rubric: Rubric = free(lambda: Rubric(prompt=PREFERENCE), "what they are asked: {history}, {one} and {other}")
+    rubric: Rubric = free(
+        lambda: Rubric(prompt=PREFERENCE),
+        "what they are asked: {history}, {one} and {other}; decoding.seed draws which of the two comes first",
+    )
 
     @model_validator(mode="after")
     def _can_be_trained_and_judged(self) -> InterpreterConfig:
@@ -137,6 +140,7 @@ class RecInterpreter:
 
     def __init__(self, config: InterpreterConfig) -> None:
         self.config, self.prompts = config, config.prompts
+        self.judges = PreferenceJudges(config.judges, config.rubric)
 
     @property
     def recovery(self) -> Templates:
@@ -240,7 +244,8 @@ class RecInterpreter:
         if self.config.after == "item":
             states = np.concatenate([reading.after.values[-1:] for reading in readings])
             told = oracles_of(source, source.queries(states, rows, events))
-        judges = self._judges(source) if told else {}
+        judges = self.judges.build(source) if told else {}
+        seed = self.judges.rubric.decoding.seed
         drawn = np.random.default_rng(0).integers(len(source.titles), size=len(told)) + 1
         random, nearest = source.titles_of(drawn.tolist()), [oracle.title for oracle in told]
         histories = [reading.history for reading in readings]
@@ -259,9 +264,9 @@ class RecInterpreter:
                 mine = outcomes[number * count : (number + 1) * count]
                 figures[f"refused {task}"] = sum(outcome.error is not None for outcome in mine)
             named = [title_in(answer, source.known) for answer in answers[2 * count :]]
-            figures |= preferences(judges, named, {"random": random, "nearest": nearest}, histories, source.known)
+            figures |= preferences(judges, named, {"random": random, "nearest": nearest}, histories, source.known, seed)
             found |= {prefix + name: round(value, 4) for name, value in figures.items()}
-        ceiling = preferences(judges, nearest, {"random": random}, histories, source.known)
+        ceiling = preferences(judges, nearest, {"random": random}, histories, source.known, seed)
         return found | {f"{NEAREST}: {name}": round(value, 4) for name, value in ceiling.items()}
 
     def _check_judges(self) -> None:
@@ -271,14 +276,7 @@ class RecInterpreter:
                 "Judges are asked about an oracle, and this adapter reads none.",
                 "Train one with --recinterpreter.after item.",
             )
-        for judge in self.config.judges.values():
-            judge.identity()
-
-    def _judges(self, source: Source) -> dict[str, PreferenceJudge]:
-        engines = {
-            name: EnginePreference(engine.build(), self.config.rubric) for name, engine in self.config.judges.items()
-        }
-        return {RULE: OverlapRule(source), **engines}
+        _ = self.judges.identities  # reads their checkpoints
 
     def choices(self, source: Source) -> Sequence[Choices]:
         """The constraints of the answers to recovery, and to residual and the oracle. Empty if unconstrained."""

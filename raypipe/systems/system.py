@@ -10,6 +10,7 @@ import numpy as np
 from raypipe.engines.engine import Choices, Engine
 from raypipe.language.adapters import AdapterConfig
 from raypipe.language.soft_prompts import SoftExample
+from raypipe.systems.preference import PreferenceJudges
 from raypipe.systems.projection import AdaptedLm
 from raypipe.systems.source import Source
 
@@ -23,6 +24,11 @@ class System(Protocol):
     @property
     def adapter(self) -> AdapterConfig:
         """What is trained."""
+        ...
+
+    @property
+    def judges(self) -> PreferenceJudges | None:
+        """Who judges its answers when it is measured, beside the figures that count; None for a system without."""
         ...
 
     def examples(self, source: Source, users: int, positions: int, rng: np.random.Generator) -> Iterator[SoftExample]:

@@ -11,7 +11,8 @@ events. Rows of the sweep:
 
 The workspace is kept, so that a run that was interrupted goes on from its last checkpoint when the command is given again, and
 what is shared is trained once. With `--golden` the figures take their place in `tests/golden/lancer-<dataset>.json`: the system's
-as `LANCER`, those of ablations, controls, perturbed templates and floors as models of their own.
+as `LANCER`, those of ablations, controls, perturbed templates and floors as models of their own. `validation_logprob`, of the line
+of the event before the one that is asked for, tells models apart that lists of a thousand users do not.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raypipe.cli.options import parse_config
-from raypipe.pipeline.align import AlignConfig
+from raypipe.pipeline.align_options import AlignConfig
 from tests.benchmarks.recommenders import ROOT, log_options, merge, run
 
 SETS = ("ml-100k", "ml-1m", "amazon-industrial")
@@ -38,7 +39,16 @@ _ABLATIONS = {
     "both": ["--no-lancer.reasoning", "--no-lancer.knowledge", "--lancer.first_epochs", "0"],
 }
 _NAMES = {"reasoning": "no reasoning prompt", "knowledge": "no knowledge prompt", "both": "no prompts"}
-_OF_TRAINING = {"loss_first", "loss_last", "steps", "train_seconds", "items", "targets", "line_tokens"}
+_OF_TRAINING = {
+    "loss_first",
+    "loss_last",
+    "steps",
+    "train_seconds",
+    "items",
+    "targets",
+    "line_tokens",
+    "validation_step",
+}
 _OF_PROTOCOL = {"asked", "askable"}
 
 
@@ -127,7 +137,7 @@ def rows_of(metrics: Mapping[str, float], given: argparse.Namespace, machine: st
     rows = []
     for metric, value in metrics.items():
         *control, figure = metric.split(": ")
-        if figure in _OF_TRAINING | _OF_PROTOCOL or figure.startswith(("first_", "validation_", "tokens_", "refused")):
+        if figure in _OF_TRAINING | _OF_PROTOCOL or figure.startswith(("first_", "tokens_", "refused")):
             continue
         model = control[0] if control and control[0] in FLOORS else ", ".join([name, *control])
         rows.append({**shared, "model": model, "metric": figure, "value": value})

@@ -18,6 +18,7 @@ METRICS = {
     "loss_last": 1.0,
     "first_train_seconds": 3.0,
     "validation_step": 7,
+    "validation_logprob": -6.1,
     "tokens_asked": 9,
     "Recall@5": 0.12,
     "NDCG@5": 0.08,
@@ -81,6 +82,7 @@ def test_rows_name_what_is_apart_and_the_command_that_makes_them_again(monkeypat
     rows = rows_of(METRICS, given, "")
     name = "LANCER no reasoning prompt base LM"
     assert {(row["model"], row["metric"]): row["value"] for row in rows} == {
+        (name, "validation_logprob"): -6.1,
         (name, "Recall@5"): 0.12,
         (name, "NDCG@5"): 0.08,
         (name, "grounding exact@1"): 0.9,
@@ -160,3 +162,12 @@ def test_what_was_measured_stands_above_its_floors(metric: str) -> None:
     for seed in seeds:
         told = {row["model"]: row["value"] for row in rows if (row["metric"], row["seed"]) == (metric, seed)}
         assert told["LANCER"] > max(told["popularity"], told["transitions"])
+
+
+def test_each_prompt_tells_the_next_line_where_two_items_are_shown() -> None:
+    rows = json.loads((ROOT / "tests/golden/lancer-ml-100k.json").read_text())
+    told = {row["model"]: row["value"] for row in rows if row["metric"] == "validation_logprob"}
+    whole = told.pop("LANCER two shown")
+    ablations = {name for name in told if name.endswith("two shown")}
+    assert len(ablations) == 3
+    assert whole > max(told[name] for name in ablations)

@@ -43,7 +43,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raypipe.cli.options import parse_config
-from raypipe.pipeline.align import AlignConfig
+from raypipe.pipeline.align_options import AlignConfig
 from raypipe.pipeline.trsr import cuts_of
 from raypipe.storage.models import Models, find_model
 from raypipe.storage.workspace import Workspace

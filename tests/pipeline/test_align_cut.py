@@ -13,7 +13,7 @@ from raypipe.language.prompt import Text
 from raypipe.language.soft_prompts import SoftExample
 from raypipe.language.templates import Templates
 from raypipe.pipeline import align
-from raypipe.pipeline.align import AlignConfig
+from raypipe.pipeline.align_options import AlignConfig
 from raypipe.recommenders.config import RecommenderConfig
 from raypipe.storage.workspace import Workspace
 from raypipe.systems.explainer_prompts import ExplainerPrompts

@@ -58,6 +58,18 @@ def ready(tmp_path: Path, lm: Path) -> str:
         (("--system", "guided", "--summaries", "recurrent"), "summaries says nothing to guided"),
         (("--replay", "talk.jsonl"), "replay says nothing to recinterpreter: it is for recexplainer"),
         (
+            ("--system", "recexplainer", "--replay", "talk.jsonl", "--recexplainer.tasks", '["T1", "T6b"]'),
+            "replay says nothing without T5: add it to recexplainer.tasks, or leave replay out",
+        ),
+        (
+            ("--system", "recexplainer", "--summaries", "recurrent", "--recexplainer.tasks", '["T1"]'),
+            "summaries says nothing without T6b",
+        ),
+        (
+            ("--system", "recexplainer", "--recexplainer.variant", "B", "--recexplainer.tasks", '["T6"]'),
+            "variant B shows the titles that T6 asks for",
+        ),
+        (
             ("--system", "trsr", "--adapter", "trsr", "--adapter_workspace", "other"),
             "adapter_workspace says nothing to trsr",
         ),

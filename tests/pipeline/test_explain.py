@@ -11,6 +11,7 @@ import pytest
 from raypipe.cli.main import main
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
 from raypipe.metrics.unfounded import Titles
+from raypipe.recommenders.config import RecommenderConfig
 from raypipe.storage.models import Models
 from raypipe.storage.nights import Nights
 from raypipe.storage.releases import Releases
@@ -22,7 +23,7 @@ from tests.engines.chat_server import ChatServer
 from tests.ground import one_paragraph
 from tests.made import retitle
 from tests.pipeline.small_logs import CHAIN_ITEMS, EXPLAINER, GENRES, START, newest, write_catalogue, write_log
-from tests.untrained import OF_LM
+from tests.untrained import OF_LM, store_untrained
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 # A tiny model leaves some out: those are asked for again.
@@ -322,3 +323,40 @@ def test_what_cannot_explain_is_told_before_work_starts(raypipe: Run, explaining
     assert (silent.code, "The engine echo cannot tell how likely an answer is" in silent.stderr) == (2, True)
     wrong = raypipe("explain", "--workspace", explaining, "--adapter", "sasrec")
     assert (wrong.code, "and one of recexplainer is asked for" in wrong.stderr) == (2, True)
+
+
+def test_lists_of_another_recommender_of_the_same_name_are_not_explained(
+    raypipe: Run, explaining: str, files: Path
+) -> None:
+    (mine,) = Models(Store(explaining)).all("sasrec")
+    other = store_untrained(explaining, RecommenderConfig(width=16, hidden=32, max_length=6))
+    assert raypipe("recommend", "--workspace", explaining, "--length", "3").code == 0
+    asked = ("explain", "--workspace", explaining, *SHORT)
+    refused = raypipe(*asked)
+    assert (refused.code, refused.status) == (2, "failed")
+    told = one_paragraph(refused.stderr)
+    assert f"explains what sasrec/{mine.hash} recommends" in told
+    assert f"the published lists recommend-sasrec are of sasrec/{other.hash}." in told
+    assert f"Run `raypipe recommend --model sasrec/{mine.hash}` first" in told
+    assert Workspace(explaining).tables["explanations"].version() == -1
+    # Whose lists are published says nothing of pairs that are named.
+    pairs = files / "pairs.csv"
+    pairs.write_text("user_id,item_id\nu1,i3\n")
+    assert raypipe(*asked, "--pairs", pairs).metrics["pairs"] == 1
+    assert raypipe("recommend", "--workspace", explaining, "--length", "3", "--model", f"sasrec/{mine.hash}").code == 0
+    ended = raypipe(*asked, "--sample", "5")
+    assert (ended.code, ended.metrics["pairs"]) == (0, 5), ended.stderr
+
+
+def test_nothing_is_explained_where_only_other_recommenders_have_recommended(raypipe: Run, explaining: str) -> None:
+    workspace = Workspace(explaining)
+    store_untrained(explaining, RecommenderConfig(model="gru4rec", width=16, hidden=32, max_length=6))
+    shutil.rmtree(workspace.store.local_path("tables/recommendations"))
+    shutil.rmtree(workspace.store.local_path("ledger/recommend"))
+    assert raypipe("recommend", "--workspace", explaining, "--length", "3", "--model", "gru4rec").code == 0
+    (mine,) = Models(Store(explaining)).all("sasrec")
+    refused = raypipe("explain", "--workspace", explaining, *SHORT)
+    assert (refused.code, refused.status) == (2, "failed")
+    told = one_paragraph(refused.stderr)
+    assert "no lists of that recommender are known here" in told
+    assert f"Run `raypipe recommend --model sasrec/{mine.hash}` first, or name pairs with --pairs." in told

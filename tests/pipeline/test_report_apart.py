@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from raypipe.metrics.ranking import Mean
-from raypipe.pipeline.align import AlignConfig
+from raypipe.pipeline.align_options import AlignConfig
 from raypipe.pipeline.align_record import record
 from raypipe.pipeline.evaluate import record as record_recommender
 from raypipe.pipeline.report_drawings import plots_of

@@ -11,7 +11,7 @@ import pytest
 
 from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
 from raypipe.pipeline import align, judged
-from raypipe.pipeline.align import AlignConfig
+from raypipe.pipeline.align_options import AlignConfig
 from raypipe.pipeline.loaded import Loaded
 from raypipe.pipeline.sampling_seeds import known_seeds, read_event_seeds, user_seeds
 from raypipe.pipeline.sequences import read_histories

@@ -18,7 +18,7 @@ from tests.ground import one_paragraph
 def stored(uri: str, folder: Path, seed: int) -> Model:
     """An untrained one; the last that is stored is the newest."""
     save_untrained(folder, BuiltinLmConfig(size="tiny", context=256), train_tokenizer(["a b c"], [], [], 300), seed)
-    return Models(Workspace(uri).store).add("lm", folder, f"recipe {seed}", {"hold_out": 1})
+    return Models(Workspace(uri).store).add("lm", folder, f"recipe {seed}", {"hold_out": 1, "held_out_share": 0.2})
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -47,6 +47,7 @@ def test_a_language_model_that_is_not_the_newest_writes_where_it_is_named(
     (run,) = workspace.ledger("summarize").finished()
     assert run.manifest["facts"]["model"] == older.hash
     assert run.manifest["facts"]["model_hold_out"] == 1
+    assert run.manifest["facts"]["model_held_out_share"] == 0.2
     refused = raypipe(*words, "--engine.lm", "builtin/none")
     assert refused.code == 2
     assert "has no language model none of its own yet" in one_paragraph(refused.stderr)

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from raypipe.errors import UsageError
 from raypipe.recommenders.windows import Histories
 from raypipe.systems.candidate_facts import FORM, NAMES, Facts, chosen_by, text_neighbours, text_vectors
 
@@ -47,6 +49,12 @@ def by_loops(base: Histories, history: list[int], candidate: int) -> list[float]
         near[item] = np.where((alike[item] >= least) & (alike[item] > 0), alike[item], 0)
         near[item] /= max(near[item].sum(), 1e-12)
     smooth = near @ together @ near.T
+    after = np.zeros((ITEMS + 1, ITEMS + 1))
+    for start, stop in zip(base.starts.tolist(), base.ends.tolist(), strict=True):
+        for place in range(start, stop):
+            for later in range(place + 1, min(place + 11, stop)):
+                after[base.items[place], base.items[later]] += 1
+    after /= np.maximum(after.sum(1, keepdims=True), 1)
     recent = history[-HISTORY:]
     return [
         np.log1p((base.items == candidate).sum()),
@@ -56,6 +64,8 @@ def by_loops(base: Histories, history: list[int], candidate: int) -> list[float]
         alike[recent[-1], candidate],
         np.mean([alike[item, candidate] for item in recent]),
         sum((together @ together)[item, candidate] for item in recent),
+        after[recent[-1], candidate],
+        sum(after[item, candidate] for item in recent[-5:]),
     ]
 
 
@@ -87,7 +97,9 @@ def test_values_are_those_of_whole_products_over_all_items(count: int) -> None:
     together, near, vectors = (one.toarray().astype(float) for one in (mine.together, mine.neighbours, mine.vectors))
     smooth, alike = near @ together @ near.T, vectors @ vectors.T
     lengths = np.minimum(prefixes.lengths, HISTORY)[:, None]
+    after = mine.followed.toarray().astype(float).T
     tables = [whole, last @ smooth, whole @ smooth, last @ alike, whole @ alike / lengths, whole @ together @ together]
+    tables += [last @ after, whole @ after]  # Of four events that count, the last five are all.
     values = mine.values(prefixes, candidates)
     assert values.shape == (count, 5, len(NAMES))
     for fact, table in enumerate(tables, 1):
@@ -128,6 +140,17 @@ def test_stored_facts_tell_the_same_and_nothing_of_items_that_came_later(tmp_pat
     np.testing.assert_array_equal(
         Facts.load(tmp_path, ITEMS).graded(known, every[:, :ITEMS]), mine.graded(known, every[:, :ITEMS])
     )
+
+
+def test_facts_that_another_version_stored_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    mine = facts(histories())
+    mine.save(tmp_path)
+    (file,) = tmp_path.iterdir()
+    kept = {name: array for name, array in load_file(file).items() if not name.startswith("followed/")}
+    save_file(kept, file)
+    with pytest.raises(UsageError, match="of another version") as refused:
+        Facts.load(tmp_path, ITEMS)
+    assert "`raypipe align --system trsr`" in str(refused.value)
 
 
 def test_twice_the_log_tells_the_same() -> None:

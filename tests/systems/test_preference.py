@@ -9,10 +9,20 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from raypipe.engines.engine import Outcome
+from raypipe.engines.engine import EngineConfig, Outcome
 from raypipe.errors import UsageError
+from raypipe.storage.ledger import Usage
 from raypipe.systems.judges import Rubric
-from raypipe.systems.preference import PREFERENCE, EnginePreference, OverlapRule, Pair, preferred
+from raypipe.systems.preference import (
+    PREFERENCE,
+    RULE,
+    EnginePreference,
+    OverlapRule,
+    Pair,
+    PreferenceJudges,
+    preferences,
+    preferred,
+)
 from raypipe.systems.recinterpreter import InterpreterConfig, RecInterpreter
 from tests.systems.sources import ITEMS, source_of
 
@@ -94,6 +104,44 @@ def test_an_engine_is_shown_the_history_and_both_titles_and_answers_with_a_lette
     assert "Film 7\nFilm 8\nA: Film 1\nB: Film 21\n" in engine.prompts[0]
     found = preferred(judge, asked, KNOWN)
     assert (found.share, found.judged) == (0.5, pytest.approx(2 / 3))
+
+
+def test_what_every_judge_takes_is_summed_up_over_all_that_it_is_asked() -> None:
+    class Costly:
+        def generate(self, prompts, decoding, choices=None):
+            for index in range(len(prompts)):
+                yield Outcome(index, "A", tokens_in=10, tokens_out=2, calls=3)
+
+    engines = [EnginePreference(Costly(), Rubric(prompt=PREFERENCE)) for _ in range(2)]  # type: ignore[arg-type]
+    for count, engine in enumerate(engines, 1):
+        engine.prefer(pairs(4))
+        engine.prefer(pairs(count))
+    assert [(one.calls, one.tokens_in, one.tokens_out) for one in engines] == [(15, 50, 10), (18, 60, 12)]
+
+    judges = PreferenceJudges(
+        {name: EngineConfig(engine="echo") for name in ("one", "other")}, Rubric(prompt="{history}")
+    )
+    assert judges.spent == Usage()
+    asked = judges.build(source_of())
+    assert list(asked) == [RULE, "one", "other"]
+    for judge in asked.values():
+        judge.prefer(pairs(4))
+    assert (judges.spent.calls, judges.spent.tokens_in) == (8, 2 * 4 * 2)  # a history is two words
+    assert judges.spent.tokens_out > 0
+    assert {name: identity["engine"] for name, identity in judges.identities.items()} == {
+        "one": "echo",
+        "other": "echo",
+    }
+
+
+def test_the_seed_draws_which_title_comes_first() -> None:
+    def asked(seed: int) -> list[bool]:
+        judge = Fixed(1.0)
+        one, other, history = zip(*((pair.one, pair.other, pair.history) for pair in pairs(40)), strict=True)
+        preferences({"judge": judge}, one, {"random": other}, history, KNOWN, seed)
+        return [int(pair.one.split()[1]) > 20 for pair in judge.asked]
+
+    assert asked(0) == asked(0) != asked(1)
 
 
 @pytest.mark.parametrize(
