@@ -120,7 +120,7 @@ def test_what_align_refuses_is_told_before_any_work(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("line", SWEEP)
 def test_a_row_of_the_sweep_is_a_command_that_the_benchmark_takes(monkeypatch: pytest.MonkeyPatch, line: str) -> None:
-    assert len(SWEEP) == 13
+    assert len(SWEEP) == 14
     _, jobs, rows = given(monkeypatch, *shlex.split(line))
     assert jobs
     assert rows
