@@ -132,7 +132,8 @@ def test_what_cannot_be_joined_is_told_before_work_starts(raypipe: Run, with_lm:
     assert "are held out, and of those with two events" in nobody.stderr
     unknown = raypipe("align", "--workspace", with_lm, "--model", "gru4rec")
     assert "No model gru4rec is stored" in unknown.stderr
-    summaries = raypipe("align", "--workspace", with_lm, *EXPLAINER, "--summaries", "recurrent")
+    words = (*EXPLAINER, "--recexplainer.tasks", '["T1", "T6b"]', "--summaries", "recurrent")
+    summaries = raypipe("align", "--workspace", with_lm, *words)
     assert summaries.code == 2
     assert "--summaries.paradigm recurrent --summaries.hold_out 1` first" in summaries.stderr
     wrong = raypipe("align", "--workspace", with_lm, *SMALL, "--adapter", "sasrec")
