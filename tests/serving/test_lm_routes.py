@@ -68,6 +68,8 @@ def events(answer: Any) -> list[tuple[str, dict[str, Any]]]:
 @pytest.mark.usefixtures("ray_cluster")
 def test_batch_and_online_explain_with_the_same_words(raypipe: Run, service: LocalService) -> None:
     """G7, in float32: of everybody's top recommendation, by user and by history, alone and together."""
+    listed = raypipe("recommend", "--workspace", service.config.workspace, "--model", "sasrec")
+    assert listed.code == 0, listed.stderr
     words = ("explain", "--workspace", service.config.workspace, "--decoding.max_new_tokens", TOKENS, *CHECKS)
     ended = raypipe(*words, "--max_reject_rate", "1")
     assert ended.code == 0, ended.stderr
