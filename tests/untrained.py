@@ -23,7 +23,8 @@ from raypipe.systems.lancer import LancerConfig
 from raypipe.systems.recexplainer import ExplainerConfig
 from raypipe.systems.recinterpreter import InterpreterConfig
 from raypipe.systems.trsr import NAME as TRSR
-from raypipe.systems.trsr import Past, TrsrConfig
+from raypipe.systems.trsr import TrsrConfig
+from raypipe.systems.trsr_past import Past
 
 OF_LM = {"job": "lm", "hold_out": 1, "held_out_share": 0.0}
 """Lineage of a language model."""

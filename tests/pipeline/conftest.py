@@ -16,6 +16,7 @@ from raypipe.systems.candidate_facts import FORM
 from raypipe.systems.explainer_prompts import ExplainerPrompts
 from raypipe.systems.interpreter_prompts import InterpreterPrompts
 from raypipe.systems.trsr import TrsrConfig
+from tests.made import make_ready
 from tests.pipeline.ranked_logs import RANKED_TRAINING, TERSE, ranked_events, ranked_titles
 from tests.pipeline.small_logs import (
     CHAIN_ITEMS,
@@ -90,6 +91,23 @@ def asked_templates() -> list[str]:
     prompts = (InterpreterPrompts(), ExplainerPrompts())
     sets = [getattr(one, name) for one in prompts for name in type(one).model_fields]
     return [template for mine in sets if isinstance(mine, Templates) for template in (*mine.training, *mine.test)]
+
+
+def ready_beside(folder: Path, lm: Path) -> str:
+    """A workspace in `folder` with chains, an untrained recommender, and the untrained `lm` as its own language model."""
+    uri = str(folder / "workspace")
+    make_ready(uri)
+    Models(Store(uri)).add("lm", lm, "untrained", OF_LM)
+    return uri
+
+
+@pytest.fixture
+def titled_lm(tmp_path: Path) -> Path:
+    """An untrained language model whose tokenizer knows the chains' titles and the systems' templates."""
+    titles = [f"Title {n}" for n in range(1, CHAIN_ITEMS + 1)]
+    tokenizer = train_tokenizer([*titles, *asked_templates()] * 5, titles, [], 900)
+    save_untrained(tmp_path / "lm", BuiltinLmConfig(size="tiny", context=256), tokenizer)
+    return tmp_path / "lm"
 
 
 @pytest.fixture

@@ -18,9 +18,8 @@ from raypipe.storage.store import Store
 from raypipe.systems.recinterpreter import InterpreterConfig
 from tests.conftest import Ended, Run
 from tests.engines.chat_server import ChatServer
-from tests.made import MODEL, make_ready
-from tests.pipeline.conftest import asked_templates
-from tests.pipeline.small_logs import CHAIN_ITEMS
+from tests.made import MODEL
+from tests.pipeline.conftest import ready_beside
 from tests.untrained import OF_LM, store_untrained_adapter
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -29,20 +28,9 @@ QUESTION = "{history}\nA: {one}\nB: {other}\nLetter:"
 
 
 @pytest.fixture
-def lm(tmp_path: Path) -> Path:
-    titles = [f"Title {n}" for n in range(1, CHAIN_ITEMS + 1)]
-    tokenizer = train_tokenizer([*titles, *asked_templates()] * 5, titles, [], 900)
-    save_untrained(tmp_path / "lm", BuiltinLmConfig(size="tiny", context=256), tokenizer)
-    return tmp_path / "lm"
-
-
-@pytest.fixture
-def ready(tmp_path: Path, lm: Path) -> str:
+def ready(tmp_path: Path, titled_lm: Path) -> str:
     """Chains, an untrained recommender, and an untrained language model of the workspace's own."""
-    uri = str(tmp_path / "workspace")
-    make_ready(uri)
-    Models(Store(uri)).add("lm", lm, "untrained", OF_LM)
-    return uri
+    return ready_beside(tmp_path, titled_lm)
 
 
 @pytest.fixture
@@ -96,7 +84,7 @@ def check_told(uri: str, lm: Path, server: ChatServer, ended: Ended, evaluation:
 
 
 def test_who_judged_a_training_is_in_its_lineage_its_record_and_its_run(
-    raypipe: Run, ready: str, lm: Path, server: ChatServer
+    raypipe: Run, ready: str, titled_lm: Path, server: ChatServer
 ) -> None:
     few = ("--recinterpreter.after", "item", "--recinterpreter.titles", 3, "--users", 10, "--positions", 1)
     trainer = ("--trainer.steps", 1, "--trainer.device", "cpu")
@@ -106,18 +94,20 @@ def test_who_judged_a_training_is_in_its_lineage_its_record_and_its_run(
     (evaluation,) = Evaluations(Store(ready)).all()
     assert model.lineage["judges"] == evaluation.settings["judges"]
     assert model.lineage["options"]["judges"]["own"]["lm"] == "builtin"
-    check_told(ready, lm, server, ended, evaluation)
+    check_told(ready, titled_lm, server, ended, evaluation)
     # What is stored is not judged again, and costs nothing.
     again = raypipe(*words(ready, server, *few, *trainer))
     assert (again.status, again.result["cost"]["calls"]) == ("nothing_to_do", 0)
 
 
 def test_who_judges_a_stored_adapter_anew_is_in_a_record_and_a_run_of_its_own(
-    raypipe: Run, ready: str, lm: Path, server: ChatServer
+    raypipe: Run, ready: str, titled_lm: Path, server: ChatServer
 ) -> None:
     models = Models(Store(ready))
     recommender = models.all("sasrec")[-1]
-    adapter = store_untrained_adapter(ready, InterpreterConfig(after="item", titles=3), recommender, MODEL.width, lm)
+    adapter = store_untrained_adapter(
+        ready, InterpreterConfig(after="item", titles=3), recommender, MODEL.width, titled_lm
+    )
     plain = raypipe(
         *words(ready, server)[:3], "--adapter", "recinterpreter", "--asked", ASKED, "--answer_tokens", 4, *TRACKED
     )
@@ -126,15 +116,15 @@ def test_who_judges_a_stored_adapter_anew_is_in_a_record_and_a_run_of_its_own(
     ended = raypipe(*anew)
     assert (ended.code, ended.result["models"]) == (0, {adapter.name: adapter.hash}), ended.stderr
     evaluation = Evaluations(Store(ready)).all()[-1]
-    check_told(ready, lm, server, ended, evaluation)
+    check_told(ready, titled_lm, server, ended, evaluation)
     assert [run.data.params["model"] for run in runs_of(ready)] == [adapter.hash] * 2
     assert raypipe(*anew).code == 0
     assert len(runs_of(ready)) == len(Evaluations(Store(ready)).all()) == 2
 
     # By the same name another model judges: a record beside, as its figures are not to be compared.
-    other = lm.parent / "other"
+    other = titled_lm.parent / "other"
     save_untrained(other, BuiltinLmConfig(size="tiny", context=256), train_tokenizer(["a word"] * 9, [], [], 300))
     models.add("lm", other, "newer", OF_LM)
-    assert raypipe(*anew, "--lm", lm).code == 0
+    assert raypipe(*anew, "--lm", titled_lm).code == 0
     found = [one.settings["judges"]["own"]["model"] for one in Evaluations(Store(ready)).all()[1:]]
-    assert found == [checkpoint_hash(lm), checkpoint_hash(other)]
+    assert found == [checkpoint_hash(titled_lm), checkpoint_hash(other)]

@@ -22,7 +22,7 @@ from raypipe.systems.lancer import LancerConfig
 from raypipe.systems.trsr import TrsrConfig
 from tests.conftest import Run
 from tests.ground import one_paragraph
-from tests.made import make_ready
+from tests.pipeline.conftest import ready_beside
 from tests.pipeline.ranked_logs import TERSE
 from tests.pipeline.small_logs import CHAIN_ITEMS
 from tests.untrained import OF_LM, store_untrained_ranker, store_untrained_writer
@@ -42,10 +42,7 @@ def lm(tmp_path: Path) -> Path:
 @pytest.fixture
 def ready(tmp_path: Path, lm: Path) -> str:
     """Chains, an untrained recommender, and an untrained language model of the workspace's own."""
-    uri = str(tmp_path / "workspace")
-    make_ready(uri)
-    Models(Store(uri)).add("lm", lm, "untrained", OF_LM)
-    return uri
+    return ready_beside(tmp_path, lm)
 
 
 @pytest.mark.parametrize(

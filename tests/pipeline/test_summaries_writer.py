@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from raypipe.language.builtin import BuiltinLmConfig, save_untrained, train_tokenizer
 from raypipe.pipeline import align
 from raypipe.pipeline.align_options import AlignConfig
 from raypipe.pipeline.past_summaries import unread_by_writers
@@ -16,8 +15,6 @@ from raypipe.storage.workspace import Workspace
 from raypipe.systems.recexplainer import ExplainerConfig
 from tests.conftest import Run
 from tests.made import MODEL, make_ready, summarize
-from tests.pipeline.conftest import asked_templates
-from tests.pipeline.small_logs import CHAIN_ITEMS
 from tests.untrained import OF_LM, store_untrained_adapter
 
 SHARE, VARIANT = 0.4, "summarize-hierarchical-cut1"
@@ -31,15 +28,7 @@ def by(share: float) -> dict[str, object]:
 
 
 @pytest.fixture
-def lm(tmp_path: Path) -> Path:
-    titles = [f"Title {n}" for n in range(1, CHAIN_ITEMS + 1)]
-    tokenizer = train_tokenizer([*titles, *asked_templates()] * 5, titles, [], 900)
-    save_untrained(tmp_path / "lm", BuiltinLmConfig(size="tiny", context=256), tokenizer)
-    return tmp_path / "lm"
-
-
-@pytest.fixture
-def ready(tmp_path: Path, lm: Path) -> str:
+def ready(tmp_path: Path, titled_lm: Path) -> str:
     """Chains with summaries before the cut; neither the recommender nor the newest language model has read held-out users."""
     uri = str(tmp_path / "workspace")
     make_ready(uri)
@@ -48,7 +37,7 @@ def ready(tmp_path: Path, lm: Path) -> str:
     (recommender,) = models.all("sasrec")
     folder = models.store.local_path(f"{recommender.folder}/checkpoint")
     models.add("sasrec", folder, recommender.recipe, {**recommender.lineage, "held_out_share": SHARE})
-    models.add("lm", lm, "untrained", {**OF_LM, "held_out_share": SHARE})
+    models.add("lm", titled_lm, "untrained", {**OF_LM, "held_out_share": SHARE})
     return uri
 
 
@@ -93,9 +82,9 @@ def test_a_killed_run_leaves_summaries_of_the_writer_before_it(ready: str) -> No
     assert unread_by_writers(Workspace(ready), VARIANT) == SHARE
 
 
-def test_a_stored_adapter_stays_one_that_learnt_such_summaries(ready: str, lm: Path) -> None:
+def test_a_stored_adapter_stays_one_that_learnt_such_summaries(ready: str, titled_lm: Path) -> None:
     models = Models(Workspace(ready).store)
-    stored = store_untrained_adapter(ready, ExplainerConfig(), models.all("sasrec")[-1], MODEL.width, lm)
+    stored = store_untrained_adapter(ready, ExplainerConfig(), models.all("sasrec")[-1], MODEL.width, titled_lm)
     for learnt, is_unseen in (
         ({"summaries": None}, True),
         ({"summaries": "hierarchical", "summaries_held_out_share": SHARE}, True),
